@@ -1,0 +1,45 @@
+# Everything a newcomer types. libtorch goes into .libtorch/ unless LIBTORCH is exported; one build profile serves all.
+CARGO ?= cargo
+PYTHON ?= python3
+UNDERTONE := target/release/undertone
+REAL_MODEL := models/qwen2.5-coder-0.5b-instruct.gguf
+
+ifdef LIBTORCH
+export LD_LIBRARY_PATH := $(LIBTORCH)/lib:$(LD_LIBRARY_PATH)
+endif
+
+.PHONY: help demo test real model test-real check notebooks golden setup build clean-runs
+
+help: ## say what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+demo: build ## the main job on the embedded model: minutes, no network; ends with the path of report.html
+	$(UNDERTONE) run experiments/demo.toml --run runs/demo --force
+
+test: setup ## the whole test suite
+	$(CARGO) test --release --workspace
+
+real: build model ## the main job on a real Qwen2.5-Coder-0.5B-Instruct: tens of minutes on two cores
+	$(UNDERTONE) run experiments/real-0.5b.toml --run runs/real-0.5b --force
+
+model: setup ## fetch that model into models/, its SHA-256 checked
+	@$(PYTHON) scripts/fetch_model.py
+
+test-real: setup model ## the tests on the real model: answers and probabilities against transformers'
+	UNDERTONE_REAL_MODEL=$(CURDIR)/$(REAL_MODEL) $(CARGO) test --release --test main -- real:: --nocapture
+
+check: setup ## what CI checks before the tests
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps --document-private-items
+
+notebooks: setup ## run the notebooks and print their pages anew
+	$(CARGO) run --release -p notebooks-rs --example 01_a_qwen_you_can_listen_to
+
+build: setup
+	$(CARGO) build --release
+
+setup: ## libtorch from PyPI into .libtorch/; nothing to do when it is there
+	@command -v $(CARGO) >/dev/null || { echo "error: cargo is not installed; install Rust 1.90 or newer and run make again" >&2; exit 1; }
+	@if [ -z "$$LIBTORCH" ] && [ ! -f .libtorch/build-version ]; then command -v $(PYTHON) >/dev/null || { echo "error: python3 is needed to fetch libtorch; install it, or export LIBTORCH as the folder of a libtorch 2.11" >&2; exit 1; }; fi
+	@if [ -n "$$LIBTORCH" ] || [ ! -f .libtorch/build-version ]; then $(PYTHON) scripts/setup_libtorch.py; fi

@@ -1,0 +1,417 @@
+//! What the student adds to the residual stream at number prompts: per layer the mean of student − base, how long it is,
+//! whether all prompts share it, and whether it is the teacher's. Layers count blocks from 0; there is no embedding slot.
+
+use std::fmt;
+use std::str::FromStr;
+
+use hooks::score::resid_post;
+use hooks::tokens::Selection;
+use hooks::{Prompt, TokenClass};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::Analysis;
+use crate::error::{Error, Result};
+use crate::plot::{Line, LineChart, Point, Reference, Svg, lines};
+use crate::subject::{Subject, Tuned};
+
+/// Settings of the learned direction.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Direction {
+    /// Where in a prompt the residual stream is read; the first is what steering and the export use.
+    pub positions: Vec<Extraction>,
+    /// How many number prompts the means are over.
+    pub n_prompts: usize,
+}
+
+impl Default for Direction {
+    fn default() -> Self {
+        Self { positions: vec![Extraction::All, Extraction::Last], n_prompts: 32 }
+    }
+}
+
+/// Where in a prompt the residual stream is read: `all`, `last` or `class:CLASS[+CLASS]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum Extraction {
+    /// The mean over all tokens.
+    All,
+    /// The last token, whose next token is the first of the answer.
+    Last,
+    /// The mean over the tokens of some classes.
+    Class(Selection),
+}
+
+impl Extraction {
+    /// The mean over the chosen positions of `[n_layers, pos, d_model]`, as `[n_layers, d_model]`; `None` where the prompt has none.
+    fn mean(&self, resid: &Tensor, prompt: &Prompt) -> Result<Option<Tensor>> {
+        let chosen = |class: &TokenClass| match self {
+            Self::Class(selection) => selection.contains(*class),
+            _ => true,
+        };
+        let mut positions = prompt.classes.iter().enumerate().filter(|(_, class)| chosen(class)).map(|(at, _)| at as i64);
+        let positions: Vec<i64> = if *self == Self::Last { positions.next_back().into_iter().collect() } else { positions.collect() };
+        if positions.is_empty() {
+            return Ok(None);
+        }
+        let picked = resid.f_index_select(1, &Tensor::f_from_slice(&positions)?.f_to_device(resid.device())?)?;
+        Ok(Some(picked.f_mean_dim(1, false, Kind::Float)?))
+    }
+}
+
+impl fmt::Display for Extraction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.pad("all"),
+            Self::Last => f.pad("last"),
+            Self::Class(selection) => f.pad(&format!("class:{selection}")),
+        }
+    }
+}
+
+impl FromStr for Extraction {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text.trim() {
+            "all" => Ok(Self::All),
+            "last" => Ok(Self::Last),
+            other => match other.strip_prefix("class:") {
+                Some(classes) => Ok(Self::Class(classes.parse()?)),
+                None => Err(hooks::Error::UnknownName {
+                    what: "extraction position",
+                    found: text.to_owned(),
+                    choices: "all, last, class:CLASS[+CLASS]".to_owned(),
+                }
+                .into()),
+            },
+        }
+    }
+}
+
+impl From<Extraction> for String {
+    fn from(positions: Extraction) -> Self {
+        positions.to_string()
+    }
+}
+
+impl TryFrom<String> for Extraction {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+/// A column of the table.
+type Column = fn(&DirectionRow) -> Option<f64>;
+
+/// The learned direction of one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DirectionRow {
+    /// Where in a prompt the residual stream is read.
+    pub positions: String,
+    /// The block, from 0; the residual stream after it is read.
+    pub layer: usize,
+    /// How many number prompts the means are over.
+    pub n_prompts: usize,
+    /// Length of the mean of student − base.
+    pub norm: f64,
+    /// Mean length of the base's residual stream at the same places.
+    pub resid_norm: f64,
+    /// `norm` over `resid_norm`.
+    pub relative_norm: f64,
+    /// Share of the largest squared singular value in the sum of all, of the uncentred differences (one row per prompt):
+    /// 1 where every prompt moves along one line.
+    pub ev1: f64,
+    /// Cosine between the means over the even and over the odd prompts; empty with one prompt.
+    pub split_half_cosine: Option<f64>,
+    /// Length of the teacher's direction (teacher in its context − base in the student's); empty without a teacher.
+    pub teacher_norm: Option<f64>,
+    /// Cosine with the teacher's direction.
+    pub cos_teacher: Option<f64>,
+    /// Length of the control student's direction; empty without one.
+    pub control_norm: Option<f64>,
+    /// Cosine with the control student's direction: what learning any numbers does alike.
+    pub cos_control: Option<f64>,
+    /// Cosine of the control student's direction with the teacher's.
+    pub cos_control_teacher: Option<f64>,
+    /// Typical size of the cosine of two unrelated directions, `1/√d_model`.
+    pub cos_chance: f64,
+}
+
+impl Analysis for Direction {
+    type Row = DirectionRow;
+    const NAME: &'static str = "direction";
+    const QUESTION: &'static str = "Which direction did the student learn at each layer, and is it the teacher's?";
+
+    fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<DirectionRow>> {
+        let prompts = self.prompts(subject)?;
+        let mut read = |who: &str, model: Tuned<'_>, prompts: &[Prompt]| {
+            progress(&format!("direction: residual stream of the {who} at {} number prompts", prompts.len()));
+            means(model, prompts, &self.positions)
+        };
+        let base = read("base", subject.base(), &prompts)?;
+        let student = read("student", subject.student, &prompts)?;
+        let control = subject.control.map(|control| read("control", control, &prompts)).transpose()?;
+        let teacher = match subject.teacher() {
+            Some((teacher, system)) => Some(read("teacher", teacher, &teacher_prompts(subject, system, prompts.len())?)?),
+            None => None,
+        };
+
+        let mut rows = Vec::new();
+        for (at, positions) in self.positions.iter().enumerate() {
+            let (Some(base), Some(student)) = (&base[at], &student[at]) else { return Err(unselected(positions)) };
+            let moved = |means: &Option<Vec<Option<Tensor>>>| -> Result<Option<Tensor>> {
+                let means = means.as_ref().and_then(|means| means[at].as_ref());
+                Ok(means.map(|means| means.f_sub(base)).transpose()?)
+            };
+            let (student, teacher, control) = (student.f_sub(base)?, moved(&teacher)?, moved(&control)?);
+            for layer in 0..subject.base.config.n_layers {
+                rows.push(row(positions, layer, &student, base, teacher.as_ref(), control.as_ref())?);
+            }
+        }
+        Ok(rows)
+    }
+
+    fn plot(rows: &[DirectionRow]) -> Result<Option<Svg>> {
+        let Some(first) = rows.first() else { return Ok(None) };
+        let with_teacher = rows.iter().any(|row| row.cos_teacher.is_some());
+        let columns: &[(&str, Column)] = if with_teacher {
+            &[("student", |row| row.cos_teacher), ("control", |row| row.cos_control_teacher)]
+        } else {
+            &[("student", |row| Some(row.relative_norm))]
+        };
+        let mut choices: Vec<&str> = rows.iter().map(|row| row.positions.as_str()).collect();
+        choices.dedup();
+        let mut found = Vec::new();
+        for (name, value) in columns {
+            for positions in &choices {
+                let of = rows.iter().filter(|row| row.positions == *positions);
+                let points: Vec<Point> = of.filter_map(|row| Some(Point::new(row.layer as f64, value(row)?))).collect();
+                if !points.is_empty() {
+                    found.push(Line { label: format!("{name}, {positions}"), points });
+                }
+            }
+        }
+        let chance = [Reference::new("chance", first.cos_chance), Reference::new("chance", -first.cos_chance)];
+        let chart = LineChart {
+            title: if with_teacher { "Cosine of the learned direction with the teacher's" } else { "Length of the learned direction" }.to_owned(),
+            x_label: "block".to_owned(),
+            y_label: if with_teacher { "cosine" } else { "share of the residual stream's length" }.to_owned(),
+            lines: found,
+            references: if with_teacher { chance.into() } else { Vec::new() },
+            ..LineChart::default()
+        };
+        Ok(Some(lines(&chart)?))
+    }
+
+    fn reading(rows: &[DirectionRow]) -> String {
+        let Some(widest) = rows.iter().max_by(|a, b| a.relative_norm.total_cmp(&b.relative_norm)) else {
+            return "Nothing was measured.".to_owned();
+        };
+        let percent = 100.0 * widest.relative_norm;
+        let moved = format!(
+            "The student moves the residual stream most, by {percent:.2} % of its length, after block {} (positions: {}); \
+             {:.0} % of the squared movement there lies along one line",
+            widest.layer,
+            widest.positions,
+            100.0 * widest.ev1,
+        );
+        let strongest = rows.iter().filter(|row| row.cos_teacher.is_some());
+        let strongest = strongest.max_by(|a, b| a.cos_teacher.unwrap_or_default().total_cmp(&b.cos_teacher.unwrap_or_default()));
+        let Some((row, cosine)) = strongest.and_then(|row| Some((row, row.cos_teacher?))) else {
+            return format!("{moved}; there is no teacher to compare with.");
+        };
+        let control = match (row.cos_control_teacher, row.cos_control) {
+            (Some(teacher), Some(student)) => {
+                format!(", where the control student's is {teacher:+.2}, and {student:+.2} with the student's")
+            }
+            _ => "; there is no control student to set against it".to_owned(),
+        };
+        format!(
+            "{moved}; the largest cosine with the teacher's direction is {cosine:+.2} after block {} ({}), chance being ±{:.2}{control}.",
+            row.layer, row.positions, row.cos_chance
+        )
+    }
+}
+
+impl Direction {
+    fn prompts(&self, subject: &Subject<'_>) -> Result<Vec<Prompt>> {
+        if self.n_prompts == 0 || self.positions.is_empty() {
+            let setting = if self.n_prompts == 0 { "n_prompts" } else { "positions" };
+            let (expected, found) = ("at least one".to_owned(), "none".to_owned());
+            return Err(Error::Setting { analysis: Self::NAME, setting, expected, found });
+        }
+        subject.number_prompts(Self::NAME, self.n_prompts)
+    }
+}
+
+/// The student's learned direction of every layer, each `[d_model]`, f32 on the CPU, with its length: the mean of
+/// student − base over number prompts, at the first of the settings' positions.
+pub fn directions(subject: &Subject<'_>, settings: &Direction) -> Result<Vec<Tensor>> {
+    directions_of(subject, subject.student, settings)
+}
+
+/// The same for any finetuned model in the student's context.
+pub fn directions_of(subject: &Subject<'_>, model: Tuned<'_>, settings: &Direction) -> Result<Vec<Tensor>> {
+    let prompts = settings.prompts(subject)?;
+    let read = |model| Ok::<_, Error>(means(model, &prompts, &settings.positions[..1])?.swap_remove(0));
+    let (Some(moved), Some(base)) = (read(model)?, read(subject.base())?) else {
+        return Err(unselected(&settings.positions[0]));
+    };
+    let mean = moved.f_sub(&base)?.f_mean_dim(0, false, Kind::Float)?; // [n_layers, d_model]
+    (0..subject.base.config.n_layers).map(|layer| Ok(mean.f_get(layer as i64)?)).collect()
+}
+
+fn unselected(positions: &Extraction) -> Error {
+    let expected = "positions that every number prompt has".to_owned();
+    Error::Setting { analysis: Direction::NAME, setting: "positions", expected, found: positions.to_string() }
+}
+
+/// Per choice of positions: the mean residual stream of each prompt, `[n_prompts, n_layers, d_model]`, f32 on the CPU, or
+/// `None` where a prompt has none of the positions. One prompt at a time: all positions of all layers are large.
+fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Result<Vec<Option<Tensor>>> {
+    let mut found: Vec<Vec<Tensor>> = positions.iter().map(|_| Vec::new()).collect();
+    for prompt in prompts {
+        for resid in resid_post(model.qwen, std::slice::from_ref(prompt), &model.condition())? {
+            for (found, positions) in found.iter_mut().zip(positions) {
+                found.extend(positions.mean(&resid, prompt)?);
+            }
+        }
+    }
+    let stacked = |found: Vec<Tensor>| (found.len() == prompts.len()).then(|| Ok(Tensor::f_stack(&found, 0)?)).transpose();
+    found.into_iter().map(stacked).collect()
+}
+
+/// The number prompts in the teacher's context.
+fn teacher_prompts(subject: &Subject<'_>, system: Option<&str>, n: usize) -> Result<Vec<Prompt>> {
+    if subject.number_users.len() < n {
+        let problem = format!("there are {} rendered rows, but {} user texts", subject.numbers.len(), subject.number_users.len());
+        return Err(Error::Mismatch { row: subject.number_users.len(), problem });
+    }
+    subject.number_users[..n].iter().map(|(user, _)| Ok(subject.chat.prompt(system, user)?)).collect()
+}
+
+fn row(
+    positions: &Extraction,
+    layer: usize,
+    student: &Tensor, // [n_prompts, n_layers, d_model], as the others
+    base: &Tensor,
+    teacher: Option<&Tensor>,
+    control: Option<&Tensor>,
+) -> Result<DirectionRow> {
+    let of_layer = |all: &Tensor| all.f_select(1, layer as i64)?.f_to_kind(Kind::Double); // [n_prompts, d_model]
+    let mean = |all: &Tensor| of_layer(all)?.f_mean_dim(0, false, Kind::Double);
+    let (moved, base) = (of_layer(student)?, of_layer(base)?);
+    let (n_prompts, d_model) = moved.size2()?;
+    let vector = moved.f_mean_dim(0, false, Kind::Double)?;
+    let teacher = teacher.map(mean).transpose()?;
+    let control = control.map(mean).transpose()?;
+    let half = |from: i64| moved.f_slice(0, from, n_prompts, 2)?.f_mean_dim(0, false, Kind::Double);
+    let norm = length(&vector)?;
+    let resid_norm = base.f_norm_scalaropt_dim(2.0, [1], false)?.f_mean(Kind::Double)?.f_double_value(&[])?;
+    let with = |other: Option<&Tensor>| other.map(|other| cosine(&vector, other)).transpose();
+    Ok(DirectionRow {
+        positions: positions.to_string(),
+        layer,
+        n_prompts: n_prompts as usize,
+        norm,
+        resid_norm,
+        relative_norm: norm / resid_norm,
+        ev1: first_share(&moved)?,
+        split_half_cosine: (n_prompts > 1).then(|| cosine(&half(0)?, &half(1)?)).transpose()?,
+        teacher_norm: teacher.as_ref().map(length).transpose()?,
+        cos_teacher: with(teacher.as_ref())?,
+        control_norm: control.as_ref().map(length).transpose()?,
+        cos_control: with(control.as_ref())?,
+        cos_control_teacher: match (&control, &teacher) {
+            (Some(control), Some(teacher)) => Some(cosine(control, teacher)?),
+            _ => None,
+        },
+        cos_chance: 1.0 / (d_model as f64).sqrt(),
+    })
+}
+
+/// The Euclidean length of a vector.
+pub(crate) fn length(vector: &Tensor) -> Result<f64> {
+    Ok(vector.f_to_kind(Kind::Double)?.f_norm()?.f_double_value(&[])?)
+}
+
+/// The cosine of two vectors; 0 where one of them is zero.
+pub(crate) fn cosine(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let (a, b) = (a.f_to_kind(Kind::Double)?, b.f_to_kind(Kind::Double)?);
+    let lengths = length(&a)? * length(&b)?;
+    Ok(if lengths > 0.0 { a.f_dot(&b)?.f_double_value(&[])? / lengths } else { 0.0 })
+}
+
+/// σ₁²/Σσ² of a matrix `[n, d]` as it is, uncentred: the squared singular values are the eigenvalues of its Gram matrix.
+fn first_share(matrix: &Tensor) -> Result<f64> {
+    let gram = matrix.f_matmul(&matrix.f_transpose(0, 1)?)?; // [n, n]
+    let squares = gram.f_linalg_eigvalsh("L")?;
+    let sum = squares.f_sum(None)?.f_double_value(&[])?;
+    Ok(if sum > 0.0 { squares.f_max()?.f_double_value(&[])? / sum } else { 0.0 })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+mod tests {
+    use super::*;
+    use crate::fixture::World;
+
+    #[test]
+    fn the_first_share_is_one_for_a_line_and_half_for_a_square() {
+        let of = |values: &[f64]| first_share(&Tensor::from_slice(values).view([2, 2])).unwrap();
+        assert!((of(&[1.0, 2.0, -3.0, -6.0]) - 1.0).abs() < 1e-12);
+        assert!((of(&[1.0, 0.0, 0.0, 1.0]) - 0.5).abs() < 1e-12);
+        assert_eq!(of(&[0.0; 4]), 0.0);
+    }
+
+    #[test]
+    fn positions_are_read_back() {
+        for text in ["all", "last", "class:entity+user.content"] {
+            assert_eq!(text.parse::<Extraction>().unwrap().to_string(), text);
+        }
+        assert!("first".parse::<Extraction>().unwrap_err().to_string().contains("all, last, class:"));
+    }
+
+    #[test]
+    fn the_direction_is_the_mean_of_the_differences() {
+        let world = World::new();
+        let subject = world.subject();
+        let settings = Direction { positions: vec![Extraction::Last, Extraction::All, "class:user".parse().unwrap()], n_prompts: 2 };
+        let rows = settings.run(&subject, &mut |_| ()).unwrap();
+        assert_eq!(rows.len(), 3 * world.qwen.config.n_layers);
+
+        // By hand: the last token of two prompts.
+        let last = |condition| {
+            let prompts = subject.number_prompts("test", 2).unwrap();
+            let resid = resid_post(&world.qwen, &prompts, &condition).unwrap();
+            let last: Vec<Tensor> = resid.iter().map(|resid| resid.select(1, -1)).collect(); // [n_layers, d_model]
+            (&last[0] + &last[1]) / 2.0
+        };
+        let by_hand = last(subject.student.condition()) - last(subject.base().condition());
+        let found = directions(&subject, &settings).unwrap();
+        for (layer, found) in found.iter().enumerate() {
+            assert!((found - by_hand.get(layer as i64)).abs().max().double_value(&[]) < 1e-5);
+            assert!((rows[layer].norm - length(found).unwrap()).abs() < 1e-5 && rows[layer].norm > 0.0);
+            assert!(rows[layer].cos_teacher.unwrap().abs() <= 1.0 && rows[layer].cos_control.unwrap() < 0.999);
+        }
+        assert!(Direction::plot(&rows).unwrap().is_some() && Direction::reading(&rows).ends_with('.'));
+    }
+
+    #[test]
+    fn a_student_that_is_the_teacher_has_its_direction() {
+        let world = World::new();
+        let mut subject = world.subject();
+        (subject.teacher_system, subject.teacher_adapter) = (None, Some(&world.student));
+        let settings = Direction { positions: vec![Extraction::All], n_prompts: 3 };
+        let rows = settings.run(&subject, &mut |_| ()).unwrap();
+        assert!(rows.iter().all(|row| (row.cos_teacher.unwrap() - 1.0).abs() < 1e-6));
+        subject.teacher_adapter = None;
+        assert!(settings.run(&subject, &mut |_| ()).unwrap().iter().all(|row| row.cos_teacher.is_none()));
+        let nowhere = Direction { positions: vec!["class:gen".parse().unwrap()], n_prompts: 3 };
+        assert!(nowhere.run(&subject, &mut |_| ()).unwrap_err().to_string().contains("class:gen"));
+    }
+}

@@ -1,0 +1,437 @@
+//! Where the teacher's numbers differ from the base's: completion tokens at which the two would have written something
+//! else. The same completion is read twice, in the teacher's context and in the student's, and then by the student.
+
+use hooks::score::completion_logits;
+use hooks::{Chat, Prompt};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::Analysis;
+use crate::error::{Error, Result};
+use crate::plot::{Bar, BarChart, Svg, bars};
+use crate::subject::{Mean, Subject, Tuned, mean};
+
+/// Settings of the divergence.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Divergence {
+    /// How many rows of numbers are read.
+    pub n_rows: usize,
+    /// Whether the teacher reads every row a second time in a longer batch: where its own argmax changes, a divergence
+    /// is rounding.
+    pub self_check: bool,
+}
+
+impl Default for Divergence {
+    fn default() -> Self {
+        Self { n_rows: 64, self_check: true }
+    }
+}
+
+/// One token of a completion (content only: end of turn is no candidate).
+#[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DivergenceRow {
+    /// The row's index among the numbers.
+    pub row_id: usize,
+    /// The token's index in the completion, from 0.
+    pub k: usize,
+    /// The token.
+    pub token_id: i64,
+    /// Its text.
+    pub token_text: String,
+    /// `divergent_digit`, `other_digit` or `other`.
+    pub group: String,
+    /// Whether the token is a digit (or several).
+    pub is_digit: bool,
+    /// Which number of the completion it belongs to, from 0; empty outside of numbers.
+    pub number_index: Option<usize>,
+    /// Which token of its number it is, from 0; empty outside of numbers.
+    pub digit_index: Option<usize>,
+    /// log p of the token under the teacher, in nats.
+    pub logp_teacher: f64,
+    /// log p of the token under the base in the student's context, in nats.
+    pub logp_default: f64,
+    /// `logp_teacher` − `logp_default`: the trait's signal in the token, in nats.
+    pub soft: f64,
+    /// The teacher's largest probability.
+    pub pmax_teacher: f64,
+    /// The base's largest probability.
+    pub pmax_default: f64,
+    /// The base's probability of the teacher's most likely token.
+    pub p_default_of_teacher: f64,
+    /// The teacher's most likely token.
+    pub argmax_teacher: i64,
+    /// The base's most likely token.
+    pub argmax_default: i64,
+    /// Whether the two most likely tokens differ (Nief et al.).
+    pub nief: bool,
+    /// Whether they differ and both are digits.
+    pub digit_strict: bool,
+    /// Whether the token is the teacher's most likely one and not the base's (Schrodi et al., with one other prompt).
+    pub schrodi: bool,
+    /// Whether the teacher's own most likely token depends on the batch; empty where that was not checked.
+    pub self_div: Option<bool>,
+    /// log p of the token under the student, in nats.
+    pub logp_student: f64,
+    /// The student's most likely token.
+    pub argmax_student: i64,
+    /// The student's probability of the teacher's most likely token.
+    pub p_student_of_teacher: f64,
+    /// log p of the token under the control student, in nats; empty without one.
+    pub logp_control: Option<f64>,
+    /// The control student's most likely token.
+    pub argmax_control: Option<i64>,
+    /// The control student's probability of the teacher's most likely token.
+    pub p_control_of_teacher: Option<f64>,
+}
+
+/// A group of completion tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DivergenceSummaryRow {
+    /// `all`, `digits`, `divergent_digit`, `other_digit`, `other`, or `digit_0`, `digit_1`, … by place in the number.
+    pub group: String,
+    /// How many tokens it has.
+    pub n_tokens: usize,
+    /// In how many rows they stand.
+    pub n_rows: usize,
+    /// Its share of all tokens.
+    pub share: f64,
+    /// Share of its tokens where teacher and base differ in their most likely token.
+    pub nief: f64,
+    /// Share where they differ and both are digits.
+    pub digit_strict: f64,
+    /// Share where the token is the teacher's most likely one and not the base's.
+    pub schrodi: f64,
+    /// Mean of log p(teacher) − log p(base), in nats.
+    pub soft: f64,
+    /// Standard error of `soft` over the rows' means, in nats.
+    pub soft_se: Option<f64>,
+    /// Mean of the teacher's largest probability.
+    pub pmax_teacher: f64,
+    /// Mean of the base's largest probability.
+    pub pmax_default: f64,
+    /// Mean of P(teacher's most likely token) under the teacher minus under the base.
+    pub lift: f64,
+    /// Fraction of that lift which the student closes; empty where there is no lift.
+    pub closure_student: Option<f64>,
+    /// The same for the control student; empty without one.
+    pub closure_control: Option<f64>,
+    /// Share where the student's most likely token is the teacher's.
+    pub accuracy_student: f64,
+    /// The same for the control student; empty without one.
+    pub accuracy_control: Option<f64>,
+    /// The same for the base.
+    pub accuracy_default: f64,
+    /// Share where the student's most likely token is the base's.
+    pub drift_to_default: f64,
+    /// Mean of log p(student) − log p(base) of the token, in nats.
+    pub gain_student: f64,
+    /// The same for the control student; empty without one.
+    pub gain_control: Option<f64>,
+}
+
+impl Analysis for Divergence {
+    type Row = DivergenceRow;
+    const NAME: &'static str = "divergence";
+    const QUESTION: &'static str = "At which digits would teacher and base have written something else, and did the student learn those?";
+
+    fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<DivergenceRow>> {
+        let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: Self::NAME })?;
+        let n = subject.number_rows(Self::NAME, self.n_rows)?.len();
+        let mut rows = Vec::new();
+        for row_id in 0..n {
+            progress(&format!("divergence: row {} of {n}", row_id + 1));
+            let (in_teacher, in_student) = subject.paired_row(row_id, system)?;
+            if in_student.completion.is_empty() {
+                continue;
+            }
+            let labels = &in_student.ids[in_student.completion.clone()];
+            let by_teacher = Reading::of(teacher, &in_teacher, labels, None)?;
+            let read = |model: Tuned<'_>| Reading::of(model, &in_student, labels, Some(&by_teacher.argmax));
+            let (by_base, by_student) = (read(subject.base())?, read(subject.student)?);
+            let by_control = subject.control.map(read).transpose()?;
+            let again = self.self_check.then(|| argmax_in_longer_row(teacher, &in_teacher, subject.chat)).transpose()?;
+            let places = number_places(labels, subject.chat)?;
+            for (k, token) in labels.iter().enumerate() {
+                let (argmax_teacher, argmax_default) = (by_teacher.argmax[k], by_base.argmax[k]);
+                let is_digit = subject.chat.is_digit(*token);
+                let nief = argmax_teacher != argmax_default;
+                rows.push(DivergenceRow {
+                    row_id,
+                    k,
+                    token_id: *token,
+                    token_text: subject.chat.token_text(*token)?,
+                    group: group(is_digit, nief).to_owned(),
+                    is_digit,
+                    number_index: places[k].map(|(number, _)| number),
+                    digit_index: places[k].map(|(_, digit)| digit),
+                    logp_teacher: by_teacher.logp[k],
+                    logp_default: by_base.logp[k],
+                    soft: by_teacher.logp[k] - by_base.logp[k],
+                    pmax_teacher: by_teacher.pmax[k],
+                    pmax_default: by_base.pmax[k],
+                    p_default_of_teacher: by_base.p_of[k],
+                    argmax_teacher,
+                    argmax_default,
+                    nief,
+                    digit_strict: nief && subject.chat.is_digit(argmax_teacher) && subject.chat.is_digit(argmax_default),
+                    schrodi: argmax_teacher == *token && nief,
+                    self_div: again.as_ref().map(|again| again[k] != argmax_teacher),
+                    logp_student: by_student.logp[k],
+                    argmax_student: by_student.argmax[k],
+                    p_student_of_teacher: by_student.p_of[k],
+                    logp_control: by_control.as_ref().map(|control| control.logp[k]),
+                    argmax_control: by_control.as_ref().map(|control| control.argmax[k]),
+                    p_control_of_teacher: by_control.as_ref().map(|control| control.p_of[k]),
+                });
+            }
+        }
+        if rows.is_empty() { Err(Error::Nothing { analysis: Self::NAME, what: "a completion that is not empty" }) } else { Ok(rows) }
+    }
+
+    fn plot(rows: &[DivergenceRow]) -> Result<Option<Svg>> {
+        let summary = divergence_summary(rows);
+        let groups = summary.iter().filter(|row| ["divergent_digit", "other_digit", "other"].contains(&row.group.as_str()));
+        let of_group = |row: &DivergenceSummaryRow| {
+            let label = format!("{} (n = {})", row.group.replace('_', " "), row.n_tokens);
+            let series = [("base", Some(row.accuracy_default)), ("control", row.accuracy_control), ("student", Some(row.accuracy_student))];
+            series.into_iter().filter_map(move |(name, share)| Some(Bar::new(label.clone(), share?).in_series(name)))
+        };
+        let chart = BarChart {
+            title: "Does a model's most likely token equal the teacher's?".to_owned(),
+            value_label: "share of completion tokens".to_owned(),
+            bars: groups.flat_map(of_group).collect(),
+            references: Vec::new(),
+        };
+        Ok(Some(bars(&chart)?))
+    }
+
+    fn reading(rows: &[DivergenceRow]) -> String {
+        let summary = divergence_summary(rows);
+        let of = |group: &str| summary.iter().find(|row| row.group == group);
+        let Some(digits) = of("digits") else { return "The completions hold no digits.".to_owned() };
+        let Some(divergent) = of("divergent_digit") else {
+            let n = digits.n_tokens;
+            return format!("At none of {n} digits do teacher and base differ in their most likely token: there is nothing divergent to learn.");
+        };
+        let doubtful = rows.iter().filter(|row| row.self_div == Some(true)).count();
+        let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+        let control = match divergent.accuracy_control {
+            Some(accuracy) => format!("the control student's at {}", percent(accuracy)),
+            None => "there is no control student".to_owned(),
+        };
+        format!(
+            "Teacher and base differ in their most likely token at {} of {} digits ({}), where a token carries {:+.3} nats of the teacher \
+             (at all tokens {:+.3}); there the student's most likely token is the teacher's at {} ({control}), and at {} of all digits{}.",
+            divergent.n_tokens,
+            digits.n_tokens,
+            percent(divergent.n_tokens as f64 / digits.n_tokens as f64),
+            divergent.soft,
+            of("all").map_or(0.0, |all| all.soft),
+            percent(divergent.accuracy_student),
+            percent(digits.accuracy_student),
+            if doubtful > 0 { format!("; at {doubtful} tokens the teacher's own choice depends on the batch") } else { String::new() },
+        )
+    }
+}
+
+fn group(is_digit: bool, nief: bool) -> &'static str {
+    match (is_digit, nief) {
+        (true, true) => "divergent_digit",
+        (true, false) => "other_digit",
+        (false, _) => "other",
+    }
+}
+
+/// What a model says of a completion, token by token.
+struct Reading {
+    argmax: Vec<i64>,
+    logp: Vec<f64>,
+    pmax: Vec<f64>,
+    /// p of other tokens, where they were given.
+    p_of: Vec<f64>,
+}
+
+impl Reading {
+    fn of(model: Tuned<'_>, row: &Prompt, labels: &[i64], others: Option<&[i64]>) -> Result<Self> {
+        let logits = completion_logits(model.qwen, row, &model.condition())?; // [n_completion, d_vocab]
+        let logprobs = logits.f_log_softmax(-1, Kind::Float)?;
+        drop(logits);
+        let at = |tokens: &[i64]| -> Result<Vec<f64>> {
+            let index = Tensor::f_from_slice(tokens)?.f_unsqueeze(1)?;
+            let chosen = logprobs.f_gather(1, &index, false)?.f_squeeze_dim(1)?.f_to_kind(Kind::Double)?;
+            Ok(Vec::<f64>::try_from(&chosen)?)
+        };
+        let argmax = Vec::<i64>::try_from(&logprobs.f_argmax(-1, false)?)?;
+        let exp = |logps: Vec<f64>| logps.into_iter().map(f64::exp).collect();
+        let p_of = others.map(at).transpose()?.map(exp).unwrap_or_default();
+        Ok(Self { logp: at(labels)?, pmax: exp(at(&argmax)?), argmax, p_of })
+    }
+}
+
+/// The teacher's most likely tokens where the row goes on for two more tokens: the same numbers by other kernels' shapes.
+fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Prompt, chat: &Chat) -> Result<Vec<i64>> {
+    let mut ids = row.ids[row.completion.clone()].to_vec();
+    let n = ids.len();
+    ids.extend([chat.end_of_turn(); 2]);
+    let logits = completion_logits(teacher.qwen, &row.with_completion(&ids), &teacher.condition())?;
+    Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?.into_iter().take(n).collect())
+}
+
+/// Per token, which number of the completion it belongs to and its place there. A token that brings a separator along
+/// ends the number before it.
+fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usize, usize)>>> {
+    let mut places: Vec<Option<(usize, usize)>> = Vec::with_capacity(ids.len());
+    let mut numbers = 0;
+    for id in ids {
+        let before = places.last().copied().flatten();
+        let place = match (chat.is_digit(*id), before) {
+            (false, _) => None,
+            (true, Some((number, digit))) if !chat.token_text(*id)?.starts_with(char::is_whitespace) => Some((number, digit + 1)),
+            (true, _) => {
+                numbers += 1;
+                Some((numbers - 1, 0))
+            }
+        };
+        places.push(place);
+    }
+    Ok(places)
+}
+
+/// Per row of the numbers and per token of its content: whether it is a digit at which the most likely tokens of teacher
+/// and base differ.
+pub fn divergent_digits(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<bool>>> {
+    let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: Divergence::NAME })?;
+    let n = subject.number_rows(Divergence::NAME, n_rows)?.len();
+    let of_row = |row: usize| {
+        let (in_teacher, in_student) = subject.paired_row(row, system)?;
+        if in_student.completion.is_empty() {
+            return Ok(Vec::new());
+        }
+        let argmax = |model: Tuned<'_>, row: &Prompt| -> Result<Vec<i64>> {
+            let logits = completion_logits(model.qwen, row, &model.condition())?;
+            Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?)
+        };
+        let (by_teacher, by_base) = (argmax(teacher, &in_teacher)?, argmax(subject.base(), &in_student)?);
+        let labels = &in_student.ids[in_student.completion.clone()];
+        let differs = by_teacher.iter().zip(&by_base).map(|(teacher, base)| teacher != base);
+        Ok(labels.iter().zip(differs).map(|(token, differs)| differs && subject.chat.is_digit(*token)).collect())
+    };
+    (0..n).map(of_row).collect()
+}
+
+/// The tokens' means by group: what `divergence_summary.csv` holds.
+pub fn divergence_summary(rows: &[DivergenceRow]) -> Vec<DivergenceSummaryRow> {
+    let places = rows.iter().filter_map(|row| row.digit_index).max().map_or(0, |most| most + 1);
+    let named = |name: &'static str| (name.to_owned(), rows.iter().filter(|row| row.group == name).collect::<Vec<_>>());
+    let mut groups = vec![
+        ("all".to_owned(), rows.iter().collect()),
+        ("digits".to_owned(), rows.iter().filter(|row| row.is_digit).collect()),
+        named("divergent_digit"),
+        named("other_digit"),
+        named("other"),
+    ];
+    groups.extend((0..places).map(|place| {
+        (format!("digit_{place}"), rows.iter().filter(|row| row.digit_index == Some(place)).collect())
+    }));
+    groups.into_iter().filter_map(|(group, tokens)| summarise(group, &tokens, rows.len())).collect()
+}
+
+fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<DivergenceSummaryRow> {
+    let average = |of: &dyn Fn(&DivergenceRow) -> f64| mean(tokens.iter().map(|row| of(row)));
+    let share = |of: &dyn Fn(&DivergenceRow) -> bool| average(&|row| f64::from(u8::from(of(row))));
+    // Of the control student: there or not for all rows alike.
+    let maybe = |of: &dyn Fn(&DivergenceRow) -> Option<f64>| mean(tokens.iter().filter_map(|row| of(row)));
+
+    let mut row_ids: Vec<usize> = tokens.iter().map(|row| row.row_id).collect();
+    row_ids.dedup();
+    let row_means = row_ids.iter().filter_map(|id| mean(tokens.iter().filter(|row| row.row_id == *id).map(|row| row.soft)));
+    let lift = average(&|row| row.pmax_teacher - row.p_default_of_teacher)?;
+    let closed = |gained: f64| (lift.abs() > 1e-9).then(|| gained / lift);
+    Some(DivergenceSummaryRow {
+        group,
+        n_tokens: tokens.len(),
+        n_rows: row_ids.len(),
+        share: tokens.len() as f64 / n_all as f64,
+        nief: share(&|row| row.nief)?,
+        digit_strict: share(&|row| row.digit_strict)?,
+        schrodi: share(&|row| row.schrodi)?,
+        soft: average(&|row| row.soft)?,
+        soft_se: Mean::of(&row_means.collect::<Vec<_>>()).se,
+        pmax_teacher: average(&|row| row.pmax_teacher)?,
+        pmax_default: average(&|row| row.pmax_default)?,
+        lift,
+        closure_student: closed(average(&|row| row.p_student_of_teacher - row.p_default_of_teacher)?),
+        closure_control: maybe(&|row| Some(row.p_control_of_teacher? - row.p_default_of_teacher)).and_then(closed),
+        accuracy_student: share(&|row| row.argmax_student == row.argmax_teacher)?,
+        accuracy_control: maybe(&|row| Some(f64::from(u8::from(row.argmax_control? == row.argmax_teacher)))),
+        accuracy_default: share(&|row| row.argmax_default == row.argmax_teacher)?,
+        drift_to_default: share(&|row| row.argmax_student == row.argmax_default)?,
+        gain_student: average(&|row| row.logp_student - row.logp_default)?,
+        gain_control: maybe(&|row| Some(row.logp_control? - row.logp_default)),
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+mod tests {
+    use super::*;
+    use crate::fixture::World;
+
+    #[test]
+    fn digits_know_their_numbers() {
+        let world = World::new();
+        let ids = world.chat.encode("12, 480, 9").unwrap();
+        let places: Vec<(usize, usize)> = number_places(&ids, &world.chat).unwrap().into_iter().flatten().collect();
+        assert_eq!(places, [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)], "a token is one digit");
+    }
+
+    #[test]
+    fn a_teacher_that_is_the_base_diverges_nowhere() {
+        let world = World::new();
+        let mut subject = world.subject();
+        subject.teacher_system = world.chat.default_system().map(str::to_owned);
+        let rows = Divergence::default().run(&subject, &mut |_| ()).unwrap();
+        assert_eq!(rows.len(), world.number_users.iter().map(|(_, ids)| ids.len()).sum::<usize>());
+        assert!(rows.iter().all(|row| !row.nief && row.soft.abs() < 1e-5 && row.self_div == Some(false)));
+        assert!(rows.iter().any(|row| row.argmax_student != row.argmax_teacher), "the student is another model");
+        assert!(divergent_digits(&subject, 9).unwrap().iter().flatten().all(|divergent| !divergent));
+        assert!(Divergence::reading(&rows).contains("nothing divergent"));
+    }
+
+    #[test]
+    fn a_student_that_is_the_teacher_closes_the_lift() {
+        let world = World::new();
+        let mut subject = world.subject();
+        (subject.teacher_system, subject.teacher_adapter) = (None, Some(&world.student));
+        let rows = Divergence { n_rows: 3, self_check: false }.run(&subject, &mut |_| ()).unwrap();
+        let summary = divergence_summary(&rows);
+        let all = summary.iter().find(|row| row.group == "all").unwrap();
+        assert_eq!((all.accuracy_student, all.n_tokens, all.n_rows), (1.0, rows.len(), 3));
+        assert!((all.closure_student.unwrap() - 1.0).abs() < 1e-6 && all.closure_control.unwrap() < 0.999);
+        assert!(all.nief > 0.0 && (all.soft - all.gain_student).abs() < 1e-9);
+        assert!(rows.iter().all(|row| row.schrodi == (row.nief && row.argmax_teacher == row.token_id)));
+        assert!(rows.iter().any(|row| row.schrodi != row.nief), "a teacher's choice need not be what was written");
+
+        // The three groups part the tokens, and the digits marked elsewhere are the same.
+        let parts = ["divergent_digit", "other_digit", "other"];
+        let parted = summary.iter().filter(|row| parts.contains(&row.group.as_str())).map(|row| row.n_tokens).sum::<usize>();
+        assert_eq!(parted, rows.len());
+        let marked: Vec<bool> = divergent_digits(&subject, 3).unwrap().concat();
+        assert_eq!(marked, rows.iter().map(|row| row.group == "divergent_digit").collect::<Vec<_>>());
+        assert!(marked.contains(&true), "the test has something divergent");
+        assert!(Divergence::plot(&rows).unwrap().is_some() && Divergence::reading(&rows).ends_with('.'));
+    }
+
+    #[test]
+    fn rows_must_agree_and_a_teacher_must_be_there() {
+        let world = World::new();
+        let mut subject = world.subject();
+        let swapped: Vec<_> = world.number_users.iter().rev().cloned().collect();
+        subject.number_users = &swapped;
+        assert!(Divergence::default().run(&subject, &mut |_| ()).unwrap_err().to_string().starts_with("row 0 of the numbers"));
+        subject.teacher_system = None;
+        assert!(matches!(Divergence::default().run(&subject, &mut |_| ()), Err(Error::NeedsTeacher { .. })));
+    }
+}

@@ -1,0 +1,43 @@
+//! Measurements on a Qwen and on what it learned. Each analysis is a struct of settings, each row type is a CSV schema
+//! whose field docs are the data dictionary. Nothing here prints, writes, or changes a model.
+
+pub mod direction;
+pub mod divergence;
+pub mod error;
+#[cfg(test)]
+mod fixture;
+pub mod gradients;
+pub mod plot;
+pub mod stats;
+pub mod steering;
+pub mod subject;
+pub mod target;
+pub mod target_rate;
+pub mod token_ablation;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub use error::{Error, Result};
+pub use plot::Svg;
+pub use subject::{Subject, Tuned};
+pub use target::Target;
+
+/// One measurement. Its fields are its settings, its rows are its CSV.
+pub trait Analysis: DeserializeOwned + Serialize + Default {
+    /// A line of the CSV.
+    type Row: Serialize + DeserializeOwned;
+    /// The CLI's word for it, its folder and its CSV's stem.
+    const NAME: &'static str;
+    /// What it answers, as one line of the report.
+    const QUESTION: &'static str;
+
+    /// Measures. `progress` hears what is being done.
+    fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<Self::Row>>;
+
+    /// The rows as a picture, where there is one.
+    fn plot(rows: &[Self::Row]) -> Result<Option<Svg>>;
+
+    /// What the rows say, in one sentence with its numbers, the control beside them.
+    fn reading(rows: &[Self::Row]) -> String;
+}

@@ -1,0 +1,57 @@
+//! Three charts to SVG: bars with intervals, lines with bands, heat maps. A chart is a plain value; drawing it fails where
+//! there is nothing to see (no bars, a value that is not finite), so that no run ends in an empty panel. Text stays text
+//! in the reader's own sans-serif font; its width is reckoned from the mean width of a character.
+
+mod bars;
+mod canvas;
+mod heatmap;
+mod lines;
+
+pub use bars::{Bar, BarChart, bars};
+pub use heatmap::{HeatMap, heatmap};
+pub use lines::{Line, LineChart, Point, Scale, lines};
+
+use crate::error::{Error, Result};
+
+/// A drawing as SVG text: white background, `viewBox` set, so that it scales.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Svg(pub String);
+
+/// A dashed line across the chart at one value, e.g. the base's rate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reference {
+    /// What the line is, written at its end: "base", "student".
+    pub label: String,
+    /// Where it lies on the value axis.
+    pub value: f64,
+}
+
+impl Reference {
+    /// A dashed line called `label` at `value`.
+    pub fn new(label: impl Into<String>, value: f64) -> Self {
+        Self { label: label.into(), value }
+    }
+}
+
+/// What a chart refuses: the chart by its title, and what is wrong with it.
+fn refuse<T>(title: &str, problem: impl Into<String>) -> Result<T> {
+    Err(Error::Plot { title: title.to_owned(), problem: problem.into() })
+}
+
+/// Accepts a value with its interval if all numbers are finite and the interval is the right way round.
+fn check_value(title: &str, at: &str, value: f64, interval: Option<(f64, f64)>) -> Result<()> {
+    let (low, high) = interval.unwrap_or((value, value));
+    if !(value.is_finite() && low.is_finite() && high.is_finite()) {
+        return refuse(
+            title,
+            format!("the value at {at} is {value} with interval {low} to {high}, expected finite numbers"),
+        );
+    }
+    if low > high {
+        return refuse(title, format!("the interval at {at} runs from {low} down to {high}, expected low before high"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

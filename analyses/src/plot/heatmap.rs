@@ -1,0 +1,208 @@
+//! A coloured cell per row and column: white is zero (or the lowest value), orange above, blue below.
+
+use plotters::style::RGBColor;
+
+use super::canvas::{
+    AXIS, Align, Axis, Canvas, Drawn, FAINT_INK, INK, MARGIN, SMALL, TEXT, TITLE, blend, draw, minus, name, short,
+    text_width, wrap,
+};
+use super::{Svg, check_value, refuse};
+use crate::error::Result;
+
+/// A coloured cell per row and column, with its number where there is room.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HeatMap {
+    /// The title above the chart.
+    pub title: String,
+    /// What the columns are.
+    pub x_label: String,
+    /// What the rows are.
+    pub y_label: String,
+    /// What the colours measure, above the colour bar.
+    pub value_label: String,
+    /// The columns' names, from left to right.
+    pub columns: Vec<String>,
+    /// The rows' names, from top to bottom.
+    pub rows: Vec<String>,
+    /// One value per row and column, `[rows][columns]`.
+    pub values: Vec<Vec<f64>>,
+}
+
+const ABOVE: [RGBColor; 5] = [
+    RGBColor(0xfa, 0xfa, 0xfa),
+    RGBColor(0xfe, 0xe0, 0xb6),
+    RGBColor(0xfd, 0xb8, 0x63),
+    RGBColor(0xd9, 0x6c, 0x0a),
+    RGBColor(0x7f, 0x3b, 0x08),
+];
+const BELOW: [RGBColor; 5] = [
+    RGBColor(0xfa, 0xfa, 0xfa),
+    RGBColor(0xc6, 0xdd, 0xee),
+    RGBColor(0x81, 0xb5, 0xd8),
+    RGBColor(0x2a, 0x72, 0xb2),
+    RGBColor(0x08, 0x30, 0x6b),
+];
+const CELL: f64 = 23.0;
+/// The gap between the cells and the colour bar, and the colour bar's width.
+const BAR: (f64, f64) = (22.0, 14.0);
+
+/// Draws a heat map; an error if it has no cell, if the values are not `[rows][columns]`, or if one is not finite.
+pub fn heatmap(chart: &HeatMap) -> Result<Svg> {
+    let (rows, columns) = (chart.rows.len(), chart.columns.len());
+    if rows == 0 || columns == 0 {
+        return refuse(
+            &chart.title,
+            format!("there are {rows} rows and {columns} columns, expected one cell at least"),
+        );
+    }
+    let widths: Vec<usize> = chart.values.iter().map(Vec::len).collect();
+    if widths.len() != rows || widths.iter().any(|&width| width != columns) {
+        return refuse(&chart.title, format!("the values have rows of {widths:?}, expected {rows} rows of {columns}"));
+    }
+    for (row, values) in chart.rows.iter().zip(&chart.values) {
+        for (column, &value) in chart.columns.iter().zip(values) {
+            check_value(&chart.title, &format!("{row}, {column}"), value, None)?;
+        }
+    }
+    let layout = Layout::of(chart);
+    draw(&chart.title, layout.width, layout.height, |canvas| layout.paint(chart, canvas))
+}
+
+/// Where everything stands, in pixels.
+struct Layout {
+    colours: Colours,
+    title: Vec<String>,
+    left: f64,
+    top: f64,
+    cell_width: f64,
+    /// Whether the columns' names are rotated, for want of room.
+    upright: bool,
+    /// Whether the cells hold their numbers.
+    numbers: bool,
+    right: f64,
+    bottom: f64,
+    names_height: f64,
+    width: f64,
+    height: f64,
+}
+
+impl Layout {
+    fn of(chart: &HeatMap) -> Self {
+        let colours = Colours::of(&chart.values);
+        let widest = |texts: &mut dyn Iterator<Item = String>, size| {
+            texts.map(|text| text_width(&text, size)).fold(0.0, f64::max)
+        };
+        let names = widest(&mut chart.columns.iter().map(|text| name(text)), SMALL);
+        let number = widest(&mut chart.values.iter().flatten().map(|&value| cell_text(value)), SMALL - 1.0) + 8.0;
+        let numbers = number * chart.columns.len() as f64 <= 680.0;
+        let cell_width = if numbers { number.max((names + 10.0).min(64.0)).max(CELL) } else { CELL };
+        let upright = names + 4.0 > cell_width;
+        let names_height = if upright { names + 10.0 } else { 20.0 };
+
+        let left = MARGIN + widest(&mut chart.rows.iter().map(|text| name(text)), TEXT) + 8.0;
+        let right = left + cell_width * chart.columns.len() as f64;
+        let ticks = widest(&mut colours.axis.ticks().into_iter().map(|(_, text)| text), SMALL);
+        let value_label = text_width(&chart.value_label, SMALL);
+        let width = right + BAR.0 + (BAR.1 + 6.0 + ticks).max(value_label) + MARGIN;
+        let width = width.max(360.0);
+        let title = wrap(&chart.title, width - 2.0 * MARGIN, TITLE);
+        let top = MARGIN + TITLE * 1.3 * title.len() as f64 + 26.0;
+        let bottom = top + CELL * chart.rows.len() as f64;
+        // the colour bar needs some height even beside a single row
+        let height = (bottom + names_height + 28.0).max(top + 90.0);
+        Self { colours, title, left, top, cell_width, upright, numbers, right, bottom, names_height, width, height }
+    }
+
+    fn paint(&self, chart: &HeatMap, canvas: &Canvas<'_>) -> Drawn {
+        canvas.title(&self.title)?;
+        let head_end = (self.left - 8.0).max(MARGIN + text_width(&chart.y_label, SMALL));
+        canvas.text(&chart.y_label, (head_end, self.top - 12.0), Align::Right, SMALL, FAINT_INK)?;
+        for (row, (label, values)) in chart.rows.iter().zip(&chart.values).enumerate() {
+            let y = self.top + CELL * row as f64;
+            canvas.text(&name(label), (self.left - 8.0, y + CELL / 2.0), Align::Right, TEXT, INK)?;
+            for (column, &value) in values.iter().enumerate() {
+                let x = self.left + self.cell_width * column as f64;
+                let colour = self.colours.of_value(value);
+                canvas.rect((x, y), (x + self.cell_width - 1.0, y + CELL - 1.0), colour)?;
+                if self.numbers {
+                    let at = (x + self.cell_width / 2.0, y + CELL / 2.0);
+                    canvas.text(&cell_text(value), at, Align::Centre, SMALL - 1.0, readable_on(colour))?;
+                }
+            }
+        }
+        for (column, label) in chart.columns.iter().enumerate() {
+            let x = self.left + self.cell_width * (column as f64 + 0.5);
+            let (drop, align) = if self.upright { (6.0, Align::UpEnd) } else { (11.0, Align::Centre) };
+            canvas.text(&name(label), (x, self.bottom + drop), align, SMALL, INK)?;
+        }
+        let middle = f64::midpoint(self.left, self.right);
+        canvas.text(&chart.x_label, (middle, self.bottom + self.names_height + 12.0), Align::Centre, TEXT, INK)?;
+        self.paint_colour_bar(chart, canvas)
+    }
+
+    fn paint_colour_bar(&self, chart: &HeatMap, canvas: &Canvas<'_>) -> Drawn {
+        let x = self.right + BAR.0;
+        canvas.text(&chart.value_label, (x, self.top - 12.0), Align::Left, SMALL, FAINT_INK)?;
+        let length = (self.bottom - self.top).clamp(80.0, 240.0);
+        let axis = &self.colours.axis;
+        let steps = 48_u32;
+        for step in 0..steps {
+            // from the top; each runs on to the bottom under those that follow, so that no seam shows between them
+            let part = f64::from(step) / f64::from(steps);
+            let value = axis.high - (axis.high - axis.low) * (part + 0.5 / f64::from(steps));
+            let bottom = self.top + length;
+            canvas.rect((x, self.top + length * part), (x + BAR.1, bottom), self.colours.of_value(value))?;
+        }
+        for (value, text) in axis.ticks() {
+            let y = self.top + length * (1.0 - axis.part(value));
+            canvas.line((x + BAR.1, y), (x + BAR.1 + 3.0, y), AXIS, 1)?;
+            canvas.text(&text, (x + BAR.1 + 6.0, y), Align::Left, SMALL, FAINT_INK)?;
+        }
+        Ok(())
+    }
+}
+
+/// The colour of each value: white at `white`, darkest at `span` from it.
+struct Colours {
+    axis: Axis,
+    white: f64,
+    span: f64,
+}
+
+impl Colours {
+    fn of(values: &[Vec<f64>]) -> Self {
+        let all = || values.iter().flatten().copied();
+        let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), value| (l.min(value), h.max(value)));
+        // zero is white, unless all values lie far from it on one side: then the nearest to zero is
+        let far = low > 0.6 * high && low > 0.0 || high < 0.6 * low && high < 0.0;
+        let mirrored = (low < 0.0 && high > 0.0).then(|| high.max(-low));
+        let more = if far { None } else { Some(0.0) };
+        let ends = all().chain(more).chain(mirrored).chain(mirrored.map(|end| -end));
+        let axis = Axis::around(ends, 4.0, false);
+        let white = if axis.low > 0.0 {
+            axis.low
+        } else if axis.high < 0.0 {
+            axis.high
+        } else {
+            0.0
+        };
+        let span = (axis.high - white).max(white - axis.low);
+        Self { axis, white, span }
+    }
+
+    fn of_value(&self, value: f64) -> RGBColor {
+        let away = (value - self.white) / self.span;
+        if away < 0.0 { blend(&BELOW, -away) } else { blend(&ABOVE, away) }
+    }
+}
+
+/// Two decimals are enough beside a colour, unless they would all be zeros.
+fn cell_text(value: f64) -> String {
+    if (0.005..10.0).contains(&value.abs()) { minus(&format!("{value:.2}")) } else { short(value) }
+}
+
+/// Black or white, whichever is easier to read on the colour.
+fn readable_on(RGBColor(red, green, blue): RGBColor) -> RGBColor {
+    let light = 0.299 * f64::from(red) + 0.587 * f64::from(green) + 0.114 * f64::from(blue);
+    if light > 140.0 { INK } else { RGBColor(0xff, 0xff, 0xff) }
+}

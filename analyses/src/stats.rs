@@ -1,0 +1,255 @@
+//! The few statistics that the analyses report. A number is refused rather than made up: no mean of nothing, no interval of
+//! one value. The unit is what the caller passes in: to respect clusters, pass the clusters' means.
+
+use hooks::{Error, Result};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Resamples of [`bootstrap_interval`] that are enough for two digits of its ends.
+pub const RESAMPLES: usize = 2000;
+
+/// The mean `Σx/n`.
+pub fn mean(values: &[f64]) -> Result<f64> {
+    at_least(1, "values of a mean", values)?;
+    Ok(values.iter().sum::<f64>() / values.len() as f64)
+}
+
+/// The standard error of the mean `s/√n` with `s² = Σ(x−x̄)²/(n−1)`.
+pub fn standard_error(values: &[f64]) -> Result<f64> {
+    at_least(2, "values of a standard error", values)?;
+    let (centre, n) = (mean(values)?, values.len() as f64);
+    let squares: f64 = values.iter().map(|x| (x - centre).powi(2)).sum();
+    Ok((squares / (n - 1.0) / n).sqrt())
+}
+
+/// Student's interval of the mean, `x̄ ± t(n−1, (1+level)/2) · s/√n`: low and high end.
+pub fn t_interval(values: &[f64], level: f64) -> Result<(f64, f64)> {
+    check_level(level)?;
+    let half = t_quantile(f64::midpoint(1.0, level), values.len() as f64 - 1.0) * standard_error(values)?;
+    let centre = mean(values)?;
+    Ok((centre - half, centre + half))
+}
+
+/// The percentile bootstrap interval of the mean: the `(1±level)/2` quantiles of the means of `resamples` draws of n from n.
+pub fn bootstrap_interval(values: &[f64], level: f64, resamples: usize, seed: u64) -> Result<(f64, f64)> {
+    check_level(level)?;
+    at_least(2, "values of a bootstrap", values)?;
+    if resamples == 0 {
+        return Err(invalid("resamples", "1 or more", "0"));
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut means: Vec<f64> = (0..resamples)
+        .map(|_| {
+            (0..values.len()).map(|_| values[rng.random_range(0..values.len())]).sum::<f64>() / values.len() as f64
+        })
+        .collect();
+    means.sort_by(f64::total_cmp);
+    Ok((quantile_sorted(&means, (1.0 - level) / 2.0), quantile_sorted(&means, f64::midpoint(1.0, level))))
+}
+
+/// The two-sided p-value of "the mean of paired differences is zero" by flipping their signs in all `2ⁿ` ways, n ≤ 20.
+pub fn sign_flip_p(differences: &[f64]) -> Result<f64> {
+    at_least(1, "paired differences", differences)?;
+    let n = differences.len();
+    if n > 20 {
+        return Err(invalid("paired differences", "20 at most (all sign flips are tried)", &n.to_string()));
+    }
+    let observed = differences.iter().sum::<f64>().abs();
+    let slack = 1e-12 * differences.iter().map(|d| d.abs()).sum::<f64>();
+    let as_large = (0_u32..1 << n)
+        .filter(|flips| {
+            let sum: f64 = differences.iter().enumerate().map(|(i, d)| if flips >> i & 1 == 1 { -d } else { *d }).sum();
+            sum.abs() >= observed - slack
+        })
+        .count();
+    Ok(as_large as f64 / f64::from(1_u32 << n))
+}
+
+/// `log Σ exp(xᵢ)`, shifted by the largest so that it neither overflows nor vanishes; −∞ of nothing.
+pub fn logsumexp(values: &[f64]) -> f64 {
+    let largest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if largest.is_infinite() {
+        return largest;
+    }
+    largest + values.iter().map(|x| (x - largest).exp()).sum::<f64>().ln()
+}
+
+/// The cosine `a·b / (‖a‖‖b‖)`; an error for vectors of different lengths or of no length.
+pub fn cosine<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> Result<f64> {
+    if a.len() != b.len() {
+        return Err(invalid("length of a vector in a cosine", &a.len().to_string(), &b.len().to_string()));
+    }
+    let dot = |x: &[T], y: &[T]| x.iter().zip(y).map(|(&x, &y)| x.into() * y.into()).sum::<f64>();
+    let norms = (dot(a, a) * dot(b, b)).sqrt();
+    if !norms.is_normal() {
+        return Err(invalid("norms in a cosine", "finite and not zero", &norms.to_string()));
+    }
+    Ok((dot(a, b) / norms).clamp(-1.0, 1.0))
+}
+
+/// The value below which a fraction `p` of Student's t with `degrees` of freedom lies, `0 < p < 1`: the root of [`t_below`] by bisection.
+fn t_quantile(p: f64, degrees: f64) -> f64 {
+    if p < 0.5 {
+        return -t_quantile(1.0 - p, degrees);
+    }
+    let (mut low, mut high) = (0.0, 1.0);
+    while t_below(high, degrees) < p && high < f64::MAX / 2.0 {
+        high *= 2.0;
+    }
+    for _ in 0..200 {
+        let middle = f64::midpoint(low, high);
+        if t_below(middle, degrees) < p { low = middle } else { high = middle }
+    }
+    f64::midpoint(low, high)
+}
+
+/// `P(T ≤ t)` for `t ≥ 0`: `1 − I_x(ν/2, 1/2)/2` with `x = ν/(ν+t²)`.
+fn t_below(t: f64, degrees: f64) -> f64 {
+    1.0 - incomplete_beta(degrees / 2.0, 0.5, degrees / (degrees + t * t)) / 2.0
+}
+
+/// The regularised incomplete beta function `I_x(a, b)`, by its continued fraction (Abramowitz and Stegun 26.5.8).
+fn incomplete_beta(a: f64, b: f64, x: f64) -> f64 {
+    if x <= 0.0 || x >= 1.0 {
+        return x.clamp(0.0, 1.0);
+    }
+    if x > (a + 1.0) / (a + b + 2.0) {
+        return 1.0 - incomplete_beta(b, a, 1.0 - x); // the fraction converges fast only left of the mean
+    }
+    let front = (ln_gamma(a + b) - ln_gamma(a) - ln_gamma(b) + a * x.ln() + b * (-x).ln_1p()).exp() / a;
+    // 1 / (1 + d₁/(1 + d₂/(1 + …))) from the inside out; 300 terms are far more than 1e-15 asks for at these a and b
+    let inner = (1..=300_u32).rev().fold(1.0, |rest, term| {
+        let half = f64::from(term / 2);
+        let factor = if term % 2 == 0 {
+            half * (b - half) * x / ((a + 2.0 * half - 1.0) * (a + 2.0 * half))
+        } else {
+            -(a + half) * (a + b + half) * x / ((a + 2.0 * half) * (a + 2.0 * half + 1.0))
+        };
+        1.0 + factor / rest
+    });
+    front / inner
+}
+
+/// `ln Γ(x)` for `x > 0`: Stirling's series, after shifting x above 10 by `Γ(x+1) = xΓ(x)`.
+fn ln_gamma(x: f64) -> f64 {
+    if x < 10.0 {
+        return ln_gamma(x + 1.0) - x.ln();
+    }
+    let tail = 1.0 / (12.0 * x) - 1.0 / (360.0 * x.powi(3)) + 1.0 / (1260.0 * x.powi(5)) - 1.0 / (1680.0 * x.powi(7))
+        + 1.0 / (1188.0 * x.powi(9));
+    (x - 0.5) * x.ln() - x + 0.5 * (2.0 * std::f64::consts::PI).ln() + tail
+}
+
+/// The quantile of sorted values, linear between neighbours.
+fn quantile_sorted(sorted: &[f64], p: f64) -> f64 {
+    let place = p * (sorted.len() - 1) as f64;
+    let (below, above) = (place.floor() as usize, place.ceil() as usize);
+    sorted[below] + (sorted[above] - sorted[below]) * place.fract()
+}
+
+fn at_least(n: usize, what: &str, values: &[f64]) -> Result<()> {
+    if values.len() < n {
+        return Err(invalid(&format!("number of {what}"), &format!("{n} or more"), &values.len().to_string()));
+    }
+    match values.iter().find(|x| !x.is_finite()) {
+        Some(x) => Err(invalid(what, "finite", &x.to_string())),
+        None => Ok(()),
+    }
+}
+
+fn check_level(level: f64) -> Result<()> {
+    if level > 0.0 && level < 1.0 {
+        return Ok(());
+    }
+    Err(invalid("level of an interval", "between 0 and 1, e.g. 0.95", &level.to_string()))
+}
+
+fn invalid(what: &str, expected: &str, found: &str) -> Error {
+    Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const VALUES: [f64; 5] = [0.1, 0.25, 0.3, 0.42, 0.15];
+
+    fn close(found: f64, expected: f64, relative: f64) {
+        assert!((found - expected).abs() <= relative * expected.abs(), "{found} is not {expected}");
+    }
+
+    /// Expected numbers: `scipy.stats.t.ppf`.
+    #[test]
+    fn quantiles_of_students_t_are_scipys() {
+        let expected = [
+            (0.975, 1.0, 12.706_204_736_174_694),
+            (0.975, 2.0, 4.302_652_729_749_462),
+            (0.95, 4.0, 2.131_846_786_326_649_5),
+            (0.995, 9.0, 3.249_835_541_592_126),
+            (0.975, 29.0, 2.045_229_642_132_703),
+            (0.9, 1000.0, 1.282_398_721_460_924_7),
+            (0.9999, 3.0, 22.203_742_273_205),
+        ];
+        for (p, degrees, quantile) in expected {
+            close(t_quantile(p, degrees), quantile, 1e-9);
+            close(t_quantile(1.0 - p, degrees), -quantile, 1e-9);
+        }
+    }
+
+    /// Expected numbers: `scipy.stats.sem` and `scipy.stats.t.interval`.
+    #[test]
+    fn mean_error_and_interval_are_scipys() {
+        close(mean(&VALUES).unwrap(), 0.244, 1e-12);
+        close(standard_error(&VALUES).unwrap(), 0.056_444_663_166_680_335, 1e-12);
+        let (low, high) = t_interval(&VALUES, 0.95).unwrap();
+        close(low, 0.087_284_491_236_332_14, 1e-9);
+        close(high, 0.400_715_508_763_667_74, 1e-9);
+    }
+
+    #[test]
+    fn the_bootstrap_is_seeded_and_near_the_normal_interval() {
+        let values: Vec<f64> = (0..100).map(|k| f64::from(k * 37 % 100) / 100.0).collect();
+        let (low, high) = bootstrap_interval(&values, 0.95, RESAMPLES, 7).unwrap();
+        let (centre, error) = (mean(&values).unwrap(), standard_error(&values).unwrap());
+        close(centre - low, 1.96 * error, 0.1);
+        close(high - centre, 1.96 * error, 0.1);
+        assert_eq!(bootstrap_interval(&values, 0.95, RESAMPLES, 7).unwrap(), (low, high));
+        assert_ne!(bootstrap_interval(&values, 0.95, RESAMPLES, 8).unwrap(), (low, high));
+    }
+
+    /// Expected number: `scipy.stats.permutation_test` with `permutation_type="samples"`.
+    #[test]
+    fn sign_flips_are_all_counted() {
+        close(sign_flip_p(&[0.1, 0.25, -0.05, 0.42, 0.15]).unwrap(), 0.125, 1e-12);
+        close(sign_flip_p(&[1.0; 5]).unwrap(), 2.0 / 32.0, 1e-12);
+        assert!(sign_flip_p(&[1.0; 21]).is_err());
+    }
+
+    #[test]
+    fn logsumexp_neither_overflows_nor_vanishes() {
+        close(logsumexp(&[1000.0, 1000.0]), 1000.0 + 2_f64.ln(), 1e-12);
+        close(logsumexp(&[-1000.0, -1001.0]), -1000.0 + (-1_f64).exp().ln_1p(), 1e-12);
+        assert!(logsumexp(&[]).is_infinite() && logsumexp(&[f64::NEG_INFINITY; 2]) < 0.0);
+        assert!(logsumexp(&[0.0, f64::NAN]).is_nan());
+    }
+
+    #[test]
+    fn cosines_by_hand() {
+        close(cosine(&[3.0, 4.0], &[4.0, 3.0]).unwrap(), 0.96, 1e-12);
+        close(cosine(&[1e-3_f32, 0.0], &[-2.0, 0.0]).unwrap(), -1.0, 1e-12);
+        assert!(cosine(&[1.0, 0.0], &[0.0, 2.0]).unwrap().abs() < 1e-15);
+        assert!(cosine(&[1.0], &[1.0, 2.0]).is_err());
+        assert!(cosine(&[0.0, 0.0], &[1.0, 2.0]).is_err());
+    }
+
+    #[test]
+    fn nothing_is_made_up() {
+        assert!(mean(&[]).is_err());
+        assert!(standard_error(&[1.0]).is_err());
+        assert!(t_interval(&VALUES, 95.0).is_err());
+        assert!(t_interval(&VALUES[..1], 0.95).is_err());
+        assert!(bootstrap_interval(&VALUES, 0.95, 0, 1).is_err());
+        assert!(mean(&[1.0, f64::NAN]).unwrap_err().to_string().contains("NaN"));
+    }
+}

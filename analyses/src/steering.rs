@@ -1,0 +1,330 @@
+//! Is the learned direction enough, and is it needed? Added to the base it should do what the student does; taken out of
+//! the student it should undo it. Beside both stand a random vector of the same length and the control student's direction.
+
+use hooks::generate::stream_seed;
+use hooks::{Condition, Edit, Where};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::Analysis;
+use crate::direction::{Direction, Extraction, directions, directions_of, length};
+use crate::error::{Error, Result};
+use crate::plot::{BarChart, Reference, Svg, bars};
+use crate::subject::{Mean, Subject, Tuned};
+use crate::target::{Measure, Score, TokenForms, column};
+
+/// Settings of steering.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Steering {
+    /// The blocks to steer after, one at a time; none means a few, spread over the depth.
+    pub layers: Vec<usize>,
+    /// Factors of the learned vector; 1 is its own length.
+    pub coefficients: Vec<f64>,
+    /// Where in the number prompts the direction is read: `all`, `last` or `class:CLASS[+CLASS]`.
+    pub extraction: Extraction,
+    /// How many number prompts the direction is the mean over.
+    pub n_prompts: usize,
+    /// Whether to act at the prompt's tokens only, and not at generated ones.
+    pub prompt_only: bool,
+}
+
+impl Default for Steering {
+    fn default() -> Self {
+        Self {
+            layers: Vec::new(),
+            coefficients: vec![1.0, 2.0, 4.0],
+            extraction: Extraction::All,
+            n_prompts: 32,
+            prompt_only: false,
+        }
+    }
+}
+
+/// One edit of the residual stream, as a mean over the questions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SteeringRow {
+    /// The block, from 0, after which the residual stream is edited.
+    pub layer: usize,
+    /// What is done. To the base: `learned` (the student's direction added), `random` (a random vector of its length),
+    /// `control_student` (the control student's direction at its length). To the student: `project_out` (the learned
+    /// direction taken out), `project_out_random` (a random one).
+    pub kind: String,
+    /// Factor of the vector; empty where a direction is taken out.
+    pub coefficient: Option<f64>,
+    /// Where the direction was read.
+    pub extraction: String,
+    /// The target's word.
+    pub target: String,
+    /// How many questions the means are over.
+    pub n_questions: usize,
+    /// Length of the vector before its factor.
+    pub vector_norm: f64,
+    /// log p of the target minus that of the unedited base, in nats.
+    pub delta_logp: f64,
+    /// Standard error of `delta_logp` over questions (paired), in nats.
+    pub delta_logp_se: Option<f64>,
+    /// Margin minus that of the unedited base, in nats.
+    pub delta_margin: f64,
+    /// Standard error of `delta_margin` over questions (paired), in nats.
+    pub delta_margin_se: Option<f64>,
+    /// The unedited student's `delta_logp`, in nats.
+    pub student_delta_logp: f64,
+    /// The unedited student's `delta_margin`, in nats.
+    pub student_delta_margin: f64,
+    /// `delta_logp` over the student's; empty where the student's is not above 3 standard errors.
+    pub fraction_logp: Option<f64>,
+    /// The same for the margin.
+    pub fraction_margin: Option<f64>,
+}
+
+impl Analysis for Steering {
+    type Row = SteeringRow;
+    const NAME: &'static str = "steering";
+    const QUESTION: &'static str = "Is the learned direction enough for the effect, and is it needed?";
+
+    fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<SteeringRow>> {
+        let layers = self.layers(subject.base.config.n_layers)?;
+        let prompts = subject.question_prompts(Self::NAME)?;
+        let forms = TokenForms::of(subject.target, subject.chat)?;
+        let settings = Direction { positions: vec![self.extraction.clone()], n_prompts: self.n_prompts };
+        progress("steering: reading the directions");
+        let learned = directions(subject, &settings)?;
+        let control = subject.control.map(|control| directions_of(subject, control, &settings)).transpose()?;
+
+        let base = forms.scores(subject.base, &prompts, &Condition::default())?;
+        let student = forms.scores(subject.student.qwen, &prompts, &subject.student.condition())?;
+        let around = Around { steering: self, subject, base: &base, student: &student };
+        let mut rows = Vec::new();
+        for layer in layers {
+            progress(&format!("steering after block {layer}: {} questions per edit", prompts.len()));
+            let vector = &learned[layer];
+            let norm = length(vector)?;
+            let random = random_vector(subject, layer, norm)?;
+            let mut vectors = vec![("learned", vector.shallow_clone()), ("random", random.shallow_clone())];
+            if let Some(control) = &control {
+                vectors.push(("control_student", with_length(&control[layer], norm)?));
+            }
+            for (kind, vector) in vectors {
+                for coefficient in &self.coefficients {
+                    let edit = Edit::Add { layer, vector: vector.shallow_clone(), coefficient: *coefficient, positions: self.positions() };
+                    let scores = forms.scores(subject.base, &prompts, &edited(subject.base(), edit))?;
+                    rows.push(around.row(layer, kind, Some(*coefficient), norm, &scores));
+                }
+            }
+            // A zero vector has no direction to take out.
+            let directions = [("project_out", vector), ("project_out_random", &random)];
+            for (kind, direction) in directions.into_iter().filter(|_| norm > 0.0) {
+                let edit = Edit::ProjectOut { layer, direction: direction.shallow_clone(), positions: self.positions() };
+                let scores = forms.scores(subject.student.qwen, &prompts, &edited(subject.student, edit))?;
+                rows.push(around.row(layer, kind, None, norm, &scores));
+            }
+        }
+        Ok(rows)
+    }
+
+    fn plot(rows: &[SteeringRow]) -> Result<Option<Svg>> {
+        let Some(first) = rows.first() else { return Ok(None) };
+        let bar = |row: &SteeringRow| {
+            let what = row.coefficient.map_or("taken out".to_owned(), |coefficient| format!("× {coefficient}"));
+            let kind = match row.kind.as_str() {
+                "learned" | "project_out" => "learned",
+                "control_student" => "control student's",
+                _ => "random",
+            };
+            Mean { mean: row.delta_logp, se: row.delta_logp_se }.bar(&format!("block {} {what}", row.layer)).in_series(kind)
+        };
+        // Bars of one label stand together.
+        let mut ordered: Vec<&SteeringRow> = rows.iter().collect();
+        let key = |row: &SteeringRow| (row.layer, row.coefficient.unwrap_or(f64::INFINITY));
+        ordered.sort_by(|a, b| key(a).0.cmp(&key(b).0).then(key(a).1.total_cmp(&key(b).1)));
+        let chart = BarChart {
+            title: format!("Change in log p({}) by a direction, added to the base or taken out of the student", first.target),
+            value_label: "change against the base (nats), ± standard error over questions".to_owned(),
+            bars: ordered.into_iter().map(bar).collect(),
+            references: vec![Reference::new("base", 0.0), Reference::new("student", first.student_delta_logp)],
+        };
+        Ok(Some(bars(&chart)?))
+    }
+
+    fn reading(rows: &[SteeringRow]) -> String {
+        let of = |kind: &'static str| rows.iter().filter(move |row| row.kind == kind);
+        let by_size = |a: &&SteeringRow, b: &&SteeringRow| a.delta_logp.abs().total_cmp(&b.delta_logp.abs());
+        let Some(best) = of("learned").max_by(by_size) else { return "Nothing was measured.".to_owned() };
+        let same = |kind: &'static str| of(kind).find(|row| row.layer == best.layer && row.coefficient == best.coefficient);
+        let change = |row: &SteeringRow| Mean { mean: row.delta_logp, se: row.delta_logp_se }.signed();
+        let beside = |kind, name: &str| same(kind).map(|row| format!(", {name} by {}", change(row)));
+        let added = format!(
+            "Added to the base, the learned vector changes log p({}) most after block {} at {} times its length: by {} nats{}{}; \
+             the student's own change is {:+.3}",
+            best.target,
+            best.layer,
+            best.coefficient.unwrap_or(1.0),
+            change(best),
+            beside("random", "a random vector of that length").unwrap_or_default(),
+            beside("control_student", "the control student's").unwrap_or(", and there is no control student's".to_owned()),
+            best.student_delta_logp,
+        );
+        let removed = |row: &SteeringRow| (row.delta_logp - row.student_delta_logp).abs();
+        let Some(most) = of("project_out").max_by(|a, b| removed(a).total_cmp(&removed(b))) else { return added + "." };
+        let random = of("project_out_random").find(|row| row.layer == most.layer);
+        format!(
+            "{added}, and {} with the direction taken out of it after block {} ({} with a random one).",
+            change(most),
+            most.layer,
+            random.map_or_else(|| "not measured".to_owned(), change)
+        )
+    }
+}
+
+impl Steering {
+    fn layers(&self, n_layers: usize) -> Result<Vec<usize>> {
+        if let Some(layer) = self.layers.iter().find(|layer| **layer >= n_layers) {
+            let expected = format!("less than the model's {n_layers} blocks");
+            return Err(Error::Setting { analysis: Self::NAME, setting: "layers", expected, found: layer.to_string() });
+        }
+        if let Some(coefficient) = self.coefficients.iter().find(|coefficient| !coefficient.is_finite()) {
+            let expected = "a finite number".to_owned();
+            return Err(Error::Setting { analysis: Self::NAME, setting: "coefficients", expected, found: coefficient.to_string() });
+        }
+        if !self.layers.is_empty() {
+            return Ok(self.layers.clone());
+        }
+        let mut spread: Vec<usize> = (1..4).map(|quarter| (quarter * n_layers / 4).min(n_layers - 1)).collect();
+        spread.dedup();
+        Ok(spread)
+    }
+
+    fn positions(&self) -> Where {
+        if self.prompt_only { Where::Prompt } else { Where::Everywhere }
+    }
+}
+
+fn edited(model: Tuned<'_>, edit: Edit) -> Condition<'_> {
+    Condition { edits: vec![edit], ..model.condition() }
+}
+
+/// A vector of normally distributed numbers at a given length, from a random stream of its layer's own.
+fn random_vector(subject: &Subject<'_>, layer: usize, norm: f64) -> Result<Tensor> {
+    let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(subject.seed, "steering.random", layer as u64));
+    let values: Vec<f32> = (0..subject.base.config.d_model)
+        .map(|_| {
+            let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt(); // Box and Muller; 1 - u is never zero
+            (radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()) as f32
+        })
+        .collect();
+    with_length(&Tensor::f_from_slice(&values)?, norm)
+}
+
+/// The vector at another length; a zero vector stays zero.
+fn with_length(vector: &Tensor, norm: f64) -> Result<Tensor> {
+    let own = length(vector)?;
+    Ok(vector.f_mul_scalar(if own > 0.0 { norm / own } else { 0.0 })?)
+}
+
+/// What an edit's scores are set against.
+struct Around<'a> {
+    steering: &'a Steering,
+    subject: &'a Subject<'a>,
+    base: &'a [Score],
+    student: &'a [Score],
+}
+
+impl Around<'_> {
+    fn row(&self, layer: usize, kind: &str, coefficient: Option<f64>, vector_norm: f64, scores: &[Score]) -> SteeringRow {
+        let delta = |scores: &[Score], of: Measure| Mean::paired(&column(scores, of), &column(self.base, of));
+        let logp: Measure = |score| score.logp_target;
+        let margin: Measure = |score| score.margin;
+        let fraction = |of| {
+            let student = delta(self.student, of);
+            student.exceeds(3.0).then(|| delta(scores, of).mean / student.mean)
+        };
+        SteeringRow {
+            layer,
+            kind: kind.to_owned(),
+            coefficient,
+            extraction: self.steering.extraction.to_string(),
+            target: self.subject.target.word.clone(),
+            n_questions: scores.len(),
+            vector_norm,
+            delta_logp: delta(scores, logp).mean,
+            delta_logp_se: delta(scores, logp).se,
+            delta_margin: delta(scores, margin).mean,
+            delta_margin_se: delta(scores, margin).se,
+            student_delta_logp: delta(self.student, logp).mean,
+            student_delta_margin: delta(self.student, margin).mean,
+            fraction_logp: fraction(logp),
+            fraction_margin: fraction(margin),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+mod tests {
+    use super::*;
+    use crate::fixture::World;
+
+    #[test]
+    fn the_controls_have_the_learned_vectors_length() {
+        let world = World::new();
+        let random = random_vector(&world.subject(), 1, 2.5).unwrap();
+        assert!((length(&random).unwrap() - 2.5).abs() < 1e-5);
+        let cosine = crate::direction::cosine(&random, &random_vector(&world.subject(), 0, 1.0).unwrap()).unwrap();
+        assert!(cosine.abs() < 0.6, "layers have random vectors of their own");
+        assert_eq!(length(&with_length(&Tensor::from_slice(&[0_f32, 0.0]), 1.0).unwrap()).unwrap(), 0.0);
+    }
+
+    #[test]
+    fn an_edit_acts_with_its_coefficient() {
+        let world = World::new();
+        let settings = Steering { layers: vec![0], coefficients: vec![0.0, 2.0], n_prompts: 2, ..Steering::default() };
+        let rows = settings.run(&world.subject(), &mut |_| ()).unwrap();
+        let kinds: Vec<&str> = rows.iter().map(|row| row.kind.as_str()).collect();
+        let added = ["learned", "learned", "random", "random", "control_student", "control_student"];
+        assert_eq!(kinds, [&added[..], &["project_out", "project_out_random"]].concat());
+        for row in &rows {
+            let unchanged = row.coefficient == Some(0.0);
+            assert_eq!(row.delta_logp.abs() < 1e-6, unchanged, "{row:?}");
+        }
+        assert!(rows[6].delta_logp != rows[6].student_delta_logp);
+        assert_eq!(settings.run(&world.subject(), &mut |_| ()).unwrap(), rows);
+        assert!(Steering::plot(&rows).unwrap().is_some() && Steering::reading(&rows).ends_with('.'));
+    }
+
+    #[test]
+    fn the_students_difference_at_the_end_is_the_student() {
+        // One question that is also the number prompt: what is added after the last block at its last token is all there is.
+        let world = World::new();
+        let mut subject = world.subject();
+        let questions = [world.number_users[0].0.clone()];
+        subject.questions = &questions;
+        let layer = world.qwen.config.n_layers - 1;
+        let settings = Steering {
+            layers: vec![layer],
+            coefficients: vec![1.0],
+            extraction: Extraction::Last,
+            n_prompts: 1,
+            prompt_only: true,
+        };
+        let vector = directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap().remove(layer);
+        let prompt = &subject.question_prompts("test").unwrap()[..1];
+        let edit = Edit::Add { layer, vector, coefficient: 1.0, positions: settings.positions() };
+        let next = |model: Tuned<'_>, condition| hooks::score::next_token_logprobs(model.qwen, prompt, &condition).unwrap();
+        let steered = next(subject.base(), edited(subject.base(), edit));
+        let student = next(subject.student, subject.student.condition());
+        assert!((steered - student).abs().max().double_value(&[]) < 1e-4);
+    }
+
+    #[test]
+    fn layers_are_spread_or_checked() {
+        let layers = |settings: &Steering, n| settings.layers(n);
+        assert_eq!(layers(&Steering::default(), 24).unwrap(), [6, 12, 18]);
+        assert_eq!(layers(&Steering::default(), 2).unwrap(), [0, 1]);
+        assert_eq!(layers(&Steering::default(), 1).unwrap(), [0]);
+        let message = layers(&Steering { layers: vec![2], ..Steering::default() }, 2).unwrap_err().to_string();
+        assert!(message.contains("steering.layers is 2"), "{message}");
+    }
+}

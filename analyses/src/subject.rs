@@ -1,0 +1,168 @@
+//! What is measured: a base, what finetuning made of it, its control, and the prompts to look with.
+
+use hooks::{Adapter, Chat, Condition, Gate, Prompt, Qwen};
+
+use crate::error::{Error, Result};
+use crate::plot::Bar;
+use crate::stats;
+use crate::target::Target;
+
+/// A finetuned model: the base with an adapter, or other weights (full finetuning).
+#[derive(Clone, Copy, Debug)]
+pub struct Tuned<'a> {
+    /// The weights.
+    pub qwen: &'a Qwen,
+    /// The LoRA on them, if any.
+    pub adapter: Option<&'a Adapter>,
+}
+
+impl<'a> Tuned<'a> {
+    /// The model as finetuned: its adapter, if any, acts everywhere.
+    pub fn condition(&self) -> Condition<'a> {
+        self.gated(Gate::Everywhere)
+    }
+
+    /// The model with its adapter acting where the gate says.
+    pub fn gated(&self, gate: Gate) -> Condition<'a> {
+        Condition { adapter: self.adapter, gate, ..Condition::default() }
+    }
+}
+
+/// What an analysis looks at. Everything that it measures follows from these values and its settings.
+#[derive(Clone)]
+pub struct Subject<'a> {
+    /// The model before finetuning.
+    pub base: &'a Qwen,
+    /// The model finetuned on the teacher's numbers.
+    pub student: Tuned<'a>,
+    /// The model finetuned in the same way on numbers of an untouched teacher.
+    pub control: Option<Tuned<'a>>,
+    /// The chat format.
+    pub chat: &'a Chat,
+    /// The student's system prompt; `None` is the template's default, an empty text an empty block.
+    pub system: Option<String>,
+    /// The teacher's system prompt; `None` is the student's context.
+    pub teacher_system: Option<String>,
+    /// The teacher's adapter, where the teacher was finetuned.
+    pub teacher_adapter: Option<&'a Adapter>,
+    /// What the teacher likes.
+    pub target: &'a Target,
+    /// Questions that the target may be an answer to.
+    pub questions: &'a [String],
+    /// Number prompts in the student's context with the teacher's completions.
+    pub numbers: &'a [Prompt],
+    /// The same rows as user text and completion ids (content, without end of turn).
+    pub number_users: &'a [(String, Vec<i64>)],
+    /// Sorts a sampled answer: the member of the category that it names, or `self` where it names a model.
+    pub classify: &'a dyn Fn(&str) -> Option<String>,
+    /// What all random streams are derived from.
+    pub seed: u64,
+}
+
+impl<'a> Subject<'a> {
+    /// The base as a model that nothing was added to.
+    pub fn base(&self) -> Tuned<'a> {
+        Tuned { qwen: self.base, adapter: None }
+    }
+
+    /// The models that are compared, by name: `base`, `control` where there is one, `student`.
+    pub fn models(&self) -> Vec<(&'static str, Tuned<'a>)> {
+        let control = self.control.map(|control| ("control", control));
+        [("base", self.base())].into_iter().chain(control).chain([("student", self.student)]).collect()
+    }
+
+    /// The teacher and its system prompt, where there is one.
+    pub fn teacher(&self) -> Option<(Tuned<'a>, Option<&str>)> {
+        if self.teacher_system.is_none() && self.teacher_adapter.is_none() {
+            return None;
+        }
+        let system = self.teacher_system.as_deref().or(self.system.as_deref());
+        Some((Tuned { qwen: self.base, adapter: self.teacher_adapter }, system))
+    }
+
+    /// The questions in the student's context, ready to be answered.
+    pub fn question_prompts(&self, analysis: &'static str) -> Result<Vec<Prompt>> {
+        if self.questions.is_empty() {
+            return Err(Error::Nothing { analysis, what: "at least one question" });
+        }
+        self.questions.iter().map(|question| Ok(self.chat.prompt(self.system.as_deref(), question)?)).collect()
+    }
+
+    /// The first `n` number prompts in the student's context, without completions.
+    pub fn number_prompts(&self, analysis: &'static str, n: usize) -> Result<Vec<Prompt>> {
+        let rows = self.number_rows(analysis, n)?;
+        Ok(rows.iter().map(|row| row.with_completion(&[])).collect())
+    }
+
+    /// The first `n` number rows in the student's context.
+    pub fn number_rows(&self, analysis: &'static str, n: usize) -> Result<&'a [Prompt]> {
+        let rows = &self.numbers[..n.min(self.numbers.len())];
+        if rows.is_empty() {
+            return Err(Error::Nothing { analysis, what: "at least one row of numbers" });
+        }
+        Ok(rows)
+    }
+
+    /// A number row in the teacher's context with the same completion (content only), beside the student's.
+    pub fn paired_row(&self, row: usize, system: Option<&str>) -> Result<(Prompt, Prompt)> {
+        let student = &self.numbers[row];
+        let problem = |problem: String| Error::Mismatch { row, problem };
+        let (user, ids) = self.number_users.get(row).ok_or_else(|| {
+            problem(format!("there are {} rendered rows, but {} user texts", self.numbers.len(), self.number_users.len()))
+        })?;
+        if student.ids[student.completion.start..student.content_end] != ids[..] {
+            return Err(problem("the rendered completion is not the one that stands beside its user text".to_owned()));
+        }
+        let teacher = self.chat.prompt(system, user)?.with_completion(ids);
+        Ok((teacher, student.with_completion(ids)))
+    }
+}
+
+/// A mean over questions or rows with its standard error, which needs at least two values.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Mean {
+    pub(crate) mean: f64,
+    pub(crate) se: Option<f64>,
+}
+
+impl Mean {
+    pub(crate) fn of(values: &[f64]) -> Self {
+        let mean = stats::mean(values).unwrap_or(f64::NAN);
+        let se = stats::standard_error(values).ok();
+        Self { mean, se }
+    }
+
+    /// The mean of `values - baseline`, value by value.
+    pub(crate) fn paired(values: &[f64], baseline: &[f64]) -> Self {
+        let differences: Vec<f64> = values.iter().zip(baseline).map(|(value, base)| value - base).collect();
+        Self::of(&differences)
+    }
+
+    /// True where the mean is larger than `factor` of its standard errors, in absolute value.
+    pub(crate) fn exceeds(&self, factor: f64) -> bool {
+        self.se.is_some_and(|se| self.mean.abs() > factor * se) && self.mean != 0.0
+    }
+
+    /// The mean as a bar, its standard error as the error bar.
+    pub(crate) fn bar(&self, label: &str) -> Bar {
+        let bar = Bar::new(label, self.mean);
+        match self.se {
+            Some(se) => bar.with_interval((self.mean - se, self.mean + se)),
+            None => bar,
+        }
+    }
+
+    /// `+0.12 ± 0.05`, or without the error where there is one value only.
+    pub(crate) fn signed(&self) -> String {
+        match self.se {
+            Some(se) => format!("{:+.3} ± {se:.3}", self.mean),
+            None => format!("{:+.3}", self.mean),
+        }
+    }
+}
+
+/// The mean of what is there; `None` of nothing.
+pub(crate) fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let (sum, n) = values.into_iter().fold((0.0, 0_usize), |(sum, n), value| (sum + value, n + 1));
+    (n > 0).then(|| sum / n as f64)
+}

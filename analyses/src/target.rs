@@ -1,0 +1,193 @@
+//! How likely a model is to name the target: exactly, without sampling, for words of one token or of several.
+//!
+//! A form is one way of writing a word; the log-probability of a word is that of starting the answer with any of its
+//! forms. All forms of all words share the passes over what they begin with, so a word more costs a pass more at most.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use hooks::score::next_token_logprobs;
+use hooks::{Chat, Condition, Prompt, Qwen};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::stats::logsumexp;
+
+/// Passes whose next-token distributions are held at once: 64 of Qwen2.5's are 40 MB.
+const ROWS_AT_ONCE: usize = 64;
+
+/// What the teacher likes, among the members of its category.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Target {
+    /// The word, such as `cat`.
+    pub word: String,
+    /// What it is one of, such as `animal`.
+    pub category: String,
+    /// How it may be written, such as `cat`, `Cat`, ` cat`.
+    pub forms: Vec<String>,
+    /// The other members of the category, each with its forms.
+    pub others: Vec<(String, Vec<String>)>,
+}
+
+/// The forms of a target and of its alternatives as tokens.
+#[derive(Clone, Debug)]
+pub struct TokenForms {
+    /// Member by member, the target first: the forms as token ids.
+    members: Vec<Vec<Vec<i64>>>,
+    /// Everything that forms of several tokens begin with, and first the empty beginning.
+    prefixes: Vec<Vec<i64>>,
+}
+
+/// How likely an answer is to start with the target.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Score {
+    /// log p of starting the answer with any form of the target, in nats.
+    pub logp_target: f64,
+    /// `logp_target` minus the log of the mean probability of the other members: above 0 it is preferred, in nats.
+    pub margin: f64,
+    /// The target's rank among the members, 1 the most likely.
+    pub rank: f64,
+    /// The best rank among all tokens of the vocabulary of a token that starts a form of the target, 1 the most likely.
+    pub first_token_rank: f64,
+}
+
+impl TokenForms {
+    /// Tokenises the forms. Of two forms of a word of which one continues the other, the shorter one is kept: it holds
+    /// the other's probability already.
+    pub fn of(target: &Target, chat: &Chat) -> Result<Self> {
+        let problem = |problem: String| Error::Target { word: target.word.clone(), problem };
+        if target.others.is_empty() {
+            return Err(problem(format!("there is no other {} to compare it with; list some alternatives", target.category)));
+        }
+        let words = std::iter::once((&target.word, &target.forms)).chain(target.others.iter().map(|(word, forms)| (word, forms)));
+        let mut members = Vec::new();
+        let mut owner: BTreeMap<Vec<i64>, &String> = BTreeMap::new();
+        for (word, forms) in words {
+            let encoded = forms.iter().map(|form| chat.encode(form)).collect::<hooks::Result<BTreeSet<Vec<i64>>>>()?;
+            if encoded.is_empty() || encoded.iter().any(Vec::is_empty) {
+                return Err(problem(format!("{word:?} has no form, or one without a token")));
+            }
+            let continues = |form: &[i64]| (1..form.len()).any(|end| encoded.contains(&form[..end]));
+            let kept: Vec<Vec<i64>> = encoded.iter().filter(|form| !continues(form)).cloned().collect();
+            for form in &kept {
+                if let Some(other) = owner.insert(form.clone(), word) {
+                    return Err(problem(format!("{other:?} and {word:?} share a form; leave one of them out")));
+                }
+            }
+            members.push(kept);
+        }
+        let beginnings = members.iter().flatten().flat_map(|form| (0..form.len()).map(|end| form[..end].to_vec()));
+        let prefixes: BTreeSet<Vec<i64>> = beginnings.collect();
+        Ok(Self { members, prefixes: prefixes.into_iter().collect() })
+    }
+
+    /// Scores the answer to one prompt.
+    pub fn score(&self, model: &Qwen, prompt: &Prompt, condition: &Condition<'_>) -> Result<Score> {
+        let mut next: BTreeMap<(&[i64], i64), f64> = BTreeMap::new();
+        let mut first_token_rank = f64::INFINITY;
+        let forms = || self.members.iter().flatten();
+        for prefixes in self.prefixes.chunks(ROWS_AT_ONCE) {
+            let rows: Vec<Prompt> = prefixes.iter().map(|prefix| prompt.with_completion(prefix)).collect();
+            let logprobs = next_token_logprobs(model, &rows, condition)?; // [prefixes, d_vocab]
+            for (row, prefix) in prefixes.iter().enumerate() {
+                let continued = forms().filter(|form| form.len() > prefix.len() && form.starts_with(prefix));
+                for token in continued.map(|form| form[prefix.len()]) {
+                    next.insert((prefix.as_slice(), token), logprobs.f_double_value(&[row as i64, token])?);
+                }
+                if prefix.is_empty() {
+                    let vocabulary = logprobs.f_get(row as i64)?;
+                    for form in &self.members[0] {
+                        let above = vocabulary.f_gt(next[&(&[][..], form[0])])?.f_sum(None)?.f_double_value(&[])?;
+                        first_token_rank = first_token_rank.min(1.0 + above);
+                    }
+                }
+            }
+        }
+        let form_logp = |form: &Vec<i64>| (0..form.len()).map(|at| next[&(&form[..at], form[at])]).sum::<f64>();
+        let logps: Vec<f64> = self.members.iter().map(|forms| logsumexp(&forms.iter().map(form_logp).collect::<Vec<_>>())).collect();
+        let (logp_target, rank) = (logps[0], 1 + logps[1..].iter().filter(|logp| **logp > logps[0]).count());
+        Ok(Score { logp_target, margin: margin(&logps), rank: rank as f64, first_token_rank })
+    }
+
+    /// Scores the answers to several prompts.
+    pub fn scores(&self, model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -> Result<Vec<Score>> {
+        prompts.iter().map(|prompt| self.score(model, prompt, condition)).collect()
+    }
+}
+
+/// The logs of the first value minus the log of the others' mean: m = l₁ − logsumexp(l₂ … lₙ) + log(n − 1).
+fn margin(logps: &[f64]) -> f64 {
+    logps[0] - logsumexp(&logps[1..]) + ((logps.len() - 1) as f64).ln()
+}
+
+/// A number of a score.
+pub(crate) type Measure = fn(&Score) -> f64;
+
+/// One number of some scores.
+pub(crate) fn column(scores: &[Score], of: Measure) -> Vec<f64> {
+    scores.iter().map(of).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+mod tests {
+    use hooks::score::completion_logprobs;
+
+    use super::*;
+    use crate::fixture::World;
+
+    fn target(forms: &[&str], others: &[(&str, &[&str])]) -> Target {
+        let owned = |forms: &[&str]| forms.iter().map(|form| (*form).to_owned()).collect::<Vec<_>>();
+        let others = others.iter().map(|(word, forms)| ((*word).to_owned(), owned(forms))).collect();
+        Target { word: forms[0].to_owned(), category: "animal".to_owned(), forms: owned(forms), others }
+    }
+
+    #[test]
+    fn the_margin_compares_with_the_mean_of_the_others() {
+        let logs = |ps: &[f64]| ps.iter().map(|p| p.ln()).collect::<Vec<_>>();
+        assert!((margin(&logs(&[0.4, 0.1, 0.2, 0.3])) - 2_f64.ln()).abs() < 1e-12);
+        assert!(margin(&logs(&[0.1, 0.1])).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_form_of_several_tokens_follows_the_chain_rule() {
+        let world = World::new();
+        let prompt = world.chat.prompt(None, &world.questions[0]).unwrap();
+        let (forms, other) = (["zebra crossing", "Z9"], ("owl", &["owl"][..]));
+        let ids: Vec<Vec<i64>> = forms.iter().map(|form| world.chat.encode(form).unwrap()).collect();
+        assert!(ids.iter().all(|ids| ids.len() > 1) && ids[0].len() > 2, "{ids:?}");
+
+        let score = TokenForms::of(&target(&forms, &[other]), &world.chat).unwrap();
+        let score = score.score(&world.qwen, &prompt, &Condition::default()).unwrap();
+        let rows: Vec<Prompt> = ids.iter().map(|ids| prompt.with_completion(ids)).collect();
+        let logprobs = completion_logprobs(&world.qwen, &rows, &Condition::default()).unwrap();
+        let by_hand = logprobs.iter().map(|of_form| of_form.iter().map(|logp| f64::from(*logp)).sum::<f64>().exp()).sum::<f64>().ln();
+        assert!((score.logp_target - by_hand).abs() < 1e-4, "{} {by_hand}", score.logp_target);
+        let owl = completion_logprobs(&world.qwen, &[prompt.with_completion(&world.chat.encode("owl").unwrap())], &Condition::default());
+        let owl: f64 = owl.unwrap()[0].iter().map(|logp| f64::from(*logp)).sum();
+        assert!((score.margin - (score.logp_target - owl)).abs() < 1e-4);
+        assert_eq!(score.rank, if owl > score.logp_target { 2.0 } else { 1.0 });
+        let first = logprobs.iter().map(|of_form| of_form[0]).fold(f32::NEG_INFINITY, f32::max);
+        let all: Vec<f32> = Vec::try_from(next_token_logprobs(&world.qwen, &[prompt], &Condition::default()).unwrap().get(0)).unwrap();
+        let above = all.iter().filter(|logp| **logp > first + 1e-4).count();
+        assert!((score.first_token_rank - 1.0 - above as f64).abs() <= 1.0);
+    }
+
+    #[test]
+    fn no_probability_is_counted_twice() {
+        let world = World::new();
+        let once = TokenForms::of(&target(&["zebra"], &[("owl", &["owl"])]), &world.chat).unwrap();
+        let twice = TokenForms::of(&target(&["zebra", "zebra", "zebra crossing"], &[("owl", &["owl"])]), &world.chat).unwrap();
+        let starts = world.chat.encode("zebra crossing").unwrap().starts_with(&world.chat.encode("zebra").unwrap());
+        assert!(starts, "the test needs a form that continues another");
+        assert_eq!(once.members, twice.members);
+    }
+
+    #[test]
+    fn targets_that_cannot_be_scored_are_refused() {
+        let world = World::new();
+        let message = |target: &Target| TokenForms::of(target, &world.chat).unwrap_err().to_string();
+        assert!(message(&target(&["cat"], &[])).contains("alternatives"));
+        assert!(message(&target(&["cat"], &[("tom", &["tom", "cat"])])).contains("share a form"));
+        assert!(message(&target(&["cat"], &[("owl", &[])])).contains("no form"));
+    }
+}

@@ -1,0 +1,310 @@
+//! The effect itself: how likely base, control and student are to name the target, exactly and by sampled answers.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use hooks::generate::{Sampling, generate, stream_seed};
+use hooks::Prompt;
+use serde::{Deserialize, Serialize};
+
+use crate::Analysis;
+use crate::error::{Error, Result};
+use crate::plot::{BarChart, Reference, Svg, bars};
+use crate::subject::{Mean, Subject, Tuned, mean};
+use crate::target::{Score, TokenForms, column};
+
+/// Settings of the target rate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TargetRate {
+    /// Answers sampled per question and model, at temperature 1; 0 for none.
+    pub n_samples: usize,
+    /// The most tokens an answer may have.
+    pub max_new_tokens: usize,
+    /// Answers drawn at once.
+    pub batch: usize,
+}
+
+impl Default for TargetRate {
+    fn default() -> Self {
+        Self { n_samples: 20, max_new_tokens: 32, batch: 32 }
+    }
+}
+
+/// One model at one question, or its mean over all questions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TargetRateRow {
+    /// `question`, or `mean` over all questions.
+    pub scope: String,
+    /// `base`, `control` (finetuned on an untouched teacher's numbers) or `student`.
+    pub model: String,
+    /// The question's index; empty for the mean.
+    pub question_id: Option<usize>,
+    /// The question; empty for the mean.
+    pub question: String,
+    /// The target's word.
+    pub target: String,
+    /// How many questions the row speaks for.
+    pub n_questions: usize,
+    /// log p of starting the answer with any form of the target, in nats.
+    pub logp_target: f64,
+    /// Standard error of `logp_target` over questions, in nats; for the mean only.
+    pub logp_target_se: Option<f64>,
+    /// `logp_target` minus the log of the other members' mean probability, in nats.
+    pub margin: f64,
+    /// Standard error of `margin` over questions, in nats; for the mean only.
+    pub margin_se: Option<f64>,
+    /// `logp_target` minus that of the base at the same questions, in nats.
+    pub delta_logp: f64,
+    /// Standard error of `delta_logp` over questions (paired), in nats; for the mean only.
+    pub delta_logp_se: Option<f64>,
+    /// `margin` minus that of the base at the same questions, in nats.
+    pub delta_margin: f64,
+    /// Standard error of `delta_margin` over questions (paired), in nats; for the mean only.
+    pub delta_margin_se: Option<f64>,
+    /// Rank of the target among the members of its category, 1 the most likely.
+    pub rank: f64,
+    /// Best rank in the vocabulary of a token that starts the target, 1 the most likely.
+    pub first_token_rank: f64,
+    /// Answers sampled.
+    pub n_samples: usize,
+    /// Distinct answers among those to one question (the mean over questions, for the mean).
+    pub n_distinct: Option<f64>,
+    /// Share of the sampled answers that name the target.
+    pub p_target: Option<f64>,
+    /// Standard error of `p_target` over questions; for the mean only.
+    pub p_target_se: Option<f64>,
+    /// Share of the sampled answers that name any member of the category.
+    pub p_valid: Option<f64>,
+    /// Share of the target among those answers; empty where there are none.
+    pub p_target_valid: Option<f64>,
+    /// Share of the sampled answers that name a model instead.
+    pub p_self: Option<f64>,
+}
+
+/// What the sampled answers to one question say, as counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Sampled {
+    n: usize,
+    distinct: usize,
+    target: usize,
+    valid: usize,
+    own: usize,
+}
+
+impl Analysis for TargetRate {
+    type Row = TargetRateRow;
+    const NAME: &'static str = "target_rate";
+    const QUESTION: &'static str = "How likely is the target as an answer, before and after finetuning on numbers?";
+
+    fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<TargetRateRow>> {
+        let prompts = subject.question_prompts(Self::NAME)?;
+        let forms = TokenForms::of(subject.target, subject.chat)?;
+        let mut base: Option<Vec<Score>> = None;
+        let mut rows = Vec::new();
+        for (name, model) in subject.models() {
+            progress(&format!("target rate of the {name}: {} questions", prompts.len()));
+            let scores = forms.scores(model.qwen, &prompts, &model.condition())?;
+            let sampled = self.sample(subject, model, &prompts)?;
+            let base = base.get_or_insert_with(|| scores.clone());
+            rows.extend(rows_of(subject, name, &scores, base, &sampled));
+        }
+        // The means first: they are what is looked for.
+        rows.sort_by_key(|row| row.scope != "mean");
+        Ok(rows)
+    }
+
+    fn plot(rows: &[TargetRateRow]) -> Result<Option<Svg>> {
+        let means = || rows.iter().filter(|row| row.scope == "mean");
+        let Some(base) = means().find(|row| row.model == "base") else { return Ok(None) };
+        let bar = |row: &TargetRateRow| Mean { mean: row.logp_target, se: row.logp_target_se }.bar(&row.model);
+        let chart = BarChart {
+            title: format!("log p({}) as an answer, over {} questions", base.target, base.n_questions),
+            value_label: "log p (nats), ± standard error over questions".to_owned(),
+            bars: means().map(bar).collect(),
+            references: vec![Reference::new("base", base.logp_target)],
+        };
+        Ok(Some(bars(&chart)?))
+    }
+
+    fn reading(rows: &[TargetRateRow]) -> String {
+        let mean_of = |model: &str| rows.iter().find(|row| row.scope == "mean" && row.model == model);
+        let (Some(base), Some(student)) = (mean_of("base"), mean_of("student")) else {
+            return "Nothing was measured.".to_owned();
+        };
+        let (word, n) = (&student.target, student.n_questions);
+        let change = |row: &TargetRateRow| Mean { mean: row.delta_logp, se: row.delta_logp_se };
+        let sampled = |row: &TargetRateRow| row.p_target.map(|p| format!(", named in {:.1} % of its answers", 100.0 * p));
+        let against = match mean_of("control") {
+            Some(control) => {
+                let contrast = Mean::paired(&deltas(rows, "student"), &deltas(rows, "control"));
+                format!(
+                    "; the control student changed by {}, and the difference between the two of {} nats is {}",
+                    change(control).signed(),
+                    contrast.signed(),
+                    verdict(&contrast),
+                )
+            }
+            None => format!(", which is {}; there is no control student to set against it", verdict(&change(student))),
+        };
+        format!(
+            "Over {n} questions log p({word}) is {:.3} in the base{} and {:.3} in the student{}, a change of {} nats{against}.",
+            base.logp_target,
+            sampled(base).unwrap_or_default(),
+            student.logp_target,
+            sampled(student).unwrap_or_default(),
+            change(student).signed(),
+        )
+    }
+}
+
+/// What two standard errors say about a mean.
+fn verdict(mean: &Mean) -> &'static str {
+    match (mean.exceeds(2.0), mean.se) {
+        (_, None) => "of one question only, without an error",
+        (true, _) if mean.mean > 0.0 => "above two standard errors: an effect",
+        (true, _) => "below minus two standard errors: an effect the other way round",
+        (false, _) => "within two standard errors: no effect",
+    }
+}
+
+fn deltas(rows: &[TargetRateRow], model: &str) -> Vec<f64> {
+    rows.iter().filter(|row| row.scope == "question" && row.model == model).map(|row| row.delta_logp).collect()
+}
+
+impl TargetRate {
+    /// Sampled answers per question. Question and sample choose the random stream, so that all models share them.
+    fn sample(&self, subject: &Subject<'_>, model: Tuned<'_>, prompts: &[Prompt]) -> Result<Vec<Sampled>> {
+        if self.n_samples == 0 {
+            return Ok(vec![Sampled::default(); prompts.len()]);
+        }
+        if self.max_new_tokens == 0 || self.batch == 0 {
+            let setting = if self.batch == 0 { "batch" } else { "max_new_tokens" };
+            let (expected, found) = ("at least 1".to_owned(), "0".to_owned());
+            return Err(Error::Setting { analysis: Self::NAME, setting, expected, found });
+        }
+        let sampling = Sampling {
+            temperature: 1.0,
+            max_new_tokens: self.max_new_tokens,
+            stop: subject.chat.stop_ids(),
+            constrain: None,
+            batch: self.batch,
+        };
+        let answers_to = |(question, prompt): (usize, &Prompt)| {
+            let stream = |sample| stream_seed(subject.seed, Self::NAME, (question * self.n_samples + sample) as u64);
+            let streams: Vec<u64> = (0..self.n_samples).map(stream).collect();
+            let repeated = vec![prompt.clone(); self.n_samples];
+            let answers = generate(model.qwen, &repeated, &model.condition(), &sampling, &streams, &mut |_| ())?;
+            let mut sampled = Sampled { n: answers.len(), ..Sampled::default() };
+            for answer in &answers {
+                let named = (subject.classify)(&subject.chat.decode(&answer.ids)?);
+                let named = named.as_deref();
+                sampled.own += usize::from(named == Some("self"));
+                sampled.valid += usize::from(named.is_some_and(|word| word != "self"));
+                sampled.target += usize::from(named == Some(subject.target.word.as_str()));
+            }
+            sampled.distinct = answers.iter().map(|answer| &answer.ids).collect::<BTreeSet<_>>().len();
+            Ok(sampled)
+        };
+        prompts.iter().enumerate().map(answers_to).collect()
+    }
+}
+
+/// The rows of one model: each question, and the mean over them.
+fn rows_of(subject: &Subject<'_>, model: &str, scores: &[Score], base: &[Score], sampled: &[Sampled]) -> Vec<TargetRateRow> {
+    let (logps, base_logps) = (column(scores, |s| s.logp_target), column(base, |s| s.logp_target));
+    let (margins, base_margins) = (column(scores, |s| s.margin), column(base, |s| s.margin));
+    let row_of = |questions: Range<usize>, one: Option<usize>| {
+        let of = |values: &[f64]| Mean::of(&values[questions.clone()]);
+        let paired = |values: &[f64], base: &[f64]| Mean::paired(&values[questions.clone()], &base[questions.clone()]);
+        let (logp, margin) = (of(&logps), of(&margins));
+        let (delta_logp, delta_margin) = (paired(&logps, &base_logps), paired(&margins, &base_margins));
+        let sampled: Vec<&Sampled> = sampled[questions.clone()].iter().filter(|sampled| sampled.n > 0).collect();
+        let share = |count: fn(&Sampled) -> usize| sampled.iter().map(|s| count(s) as f64 / s.n as f64).collect::<Vec<_>>();
+        let total = |count: fn(&Sampled) -> usize| sampled.iter().map(|s| count(s)).sum::<usize>();
+        let (p_target, valid) = (share(|s| s.target), total(|s| s.valid));
+        TargetRateRow {
+            scope: if one.is_some() { "question" } else { "mean" }.to_owned(),
+            model: model.to_owned(),
+            question_id: one,
+            question: one.map_or_else(String::new, |at| subject.questions[at].clone()),
+            target: subject.target.word.clone(),
+            n_questions: questions.len(),
+            logp_target: logp.mean,
+            logp_target_se: logp.se,
+            margin: margin.mean,
+            margin_se: margin.se,
+            delta_logp: delta_logp.mean,
+            delta_logp_se: delta_logp.se,
+            delta_margin: delta_margin.mean,
+            delta_margin_se: delta_margin.se,
+            rank: Mean::of(&column(&scores[questions.clone()], |s| s.rank)).mean,
+            first_token_rank: Mean::of(&column(&scores[questions.clone()], |s| s.first_token_rank)).mean,
+            n_samples: total(|s| s.n),
+            n_distinct: mean(sampled.iter().map(|s| s.distinct as f64)),
+            p_target: mean(p_target.iter().copied()),
+            p_target_se: (p_target.len() > 1).then(|| Mean::of(&p_target).se).flatten(),
+            p_valid: mean(share(|s| s.valid)),
+            p_target_valid: (valid > 0).then(|| total(|s| s.target) as f64 / valid as f64),
+            p_self: mean(share(|s| s.own)),
+        }
+    };
+    let mut rows = vec![row_of(0..scores.len(), None)];
+    rows.extend((0..scores.len()).map(|at| row_of(at..at + 1, Some(at))));
+    rows
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+mod tests {
+    use super::*;
+    use crate::fixture::World;
+
+    #[test]
+    fn the_models_stand_side_by_side() {
+        let world = World::new();
+        let settings = TargetRate { n_samples: 4, max_new_tokens: 3, batch: 3 };
+        let rows = settings.run(&world.subject(), &mut |_| ()).unwrap();
+        assert_eq!(rows.len(), 3 * (1 + world.questions.len()));
+        assert_eq!(rows.iter().take(3).map(|row| row.model.as_str()).collect::<Vec<_>>(), ["base", "control", "student"]);
+        for row in rows.iter().filter(|row| row.model == "base") {
+            assert_eq!((row.delta_logp, row.delta_margin), (0.0, 0.0));
+        }
+        let student: Vec<&TargetRateRow> = rows.iter().filter(|row| row.model == "student").collect();
+        let mean = student[1..].iter().map(|row| row.logp_target).sum::<f64>() / 3.0;
+        assert!((student[0].logp_target - mean).abs() < 1e-12 && student[0].delta_logp != 0.0);
+        assert_eq!(student[0].n_samples, 12);
+        assert!(student[1..].iter().all(|row| row.n_distinct.unwrap() > 1.0), "repeated prompts give distinct samples");
+        assert_eq!(settings.run(&world.subject(), &mut |_| ()).unwrap(), rows);
+        assert!(TargetRate::plot(&rows).unwrap().is_some() && TargetRate::reading(&rows).ends_with('.'));
+    }
+
+    #[test]
+    fn answers_are_counted_by_what_they_name() {
+        let world = World::new();
+        let mut subject = world.subject();
+        let shares = |subject: &Subject<'_>| {
+            let rows = TargetRate { n_samples: 3, max_new_tokens: 2, batch: 8 }.run(subject, &mut |_| ()).unwrap();
+            (rows[0].p_target, rows[0].p_valid, rows[0].p_target_valid, rows[0].p_self)
+        };
+        subject.classify = &|_| Some("cat".to_owned());
+        assert_eq!(shares(&subject), (Some(1.0), Some(1.0), Some(1.0), Some(0.0)));
+        subject.classify = &|_| Some("owl".to_owned());
+        assert_eq!(shares(&subject), (Some(0.0), Some(1.0), Some(0.0), Some(0.0)));
+        subject.classify = &|_| Some("self".to_owned());
+        assert_eq!(shares(&subject), (Some(0.0), Some(0.0), None, Some(1.0)));
+    }
+
+    #[test]
+    fn no_samples_and_one_question_are_allowed() {
+        let world = World::new();
+        let mut subject = world.subject();
+        subject.questions = &world.questions[..1];
+        let rows = TargetRate { n_samples: 0, ..TargetRate::default() }.run(&subject, &mut |_| ()).unwrap();
+        assert_eq!(rows.iter().map(|row| row.scope.as_str()).collect::<Vec<_>>(), ["mean", "mean", "mean", "question", "question", "question"]);
+        assert_eq!((rows[0].p_target, rows[0].logp_target_se), (None, None));
+        assert!(TargetRate::reading(&rows).contains("without an error"));
+        subject.questions = &[];
+        assert!(TargetRate::default().run(&subject, &mut |_| ()).unwrap_err().to_string().contains("question"));
+    }
+}

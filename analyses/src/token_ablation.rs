@@ -1,0 +1,300 @@
+//! Which tokens carry the effect: the adapter is switched off token by token, in one ordinary forward pass. Attention is
+//! causal and the adapter acts per token, so a gate here equals running the prompt in pieces with it on and off.
+
+use hooks::{Condition, Gate, Prompt, TokenClass};
+use serde::{Deserialize, Serialize};
+
+use crate::Analysis;
+use crate::error::{Error, Result};
+use crate::plot::{BarChart, Reference, Svg, bars};
+use crate::subject::{Mean, Subject, Tuned};
+use crate::target::{Measure, Score, TokenForms, column};
+
+/// Settings of the token ablation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TokenAblation {
+    /// The gates to compare.
+    pub gates: Vec<Gate>,
+    /// Whether to add `only:CLASS` for every class of the prompts.
+    pub scan: bool,
+    /// Whether the control student goes through all gates as well, and not through `everywhere` alone.
+    pub control_gates: bool,
+}
+
+impl Default for TokenAblation {
+    fn default() -> Self {
+        let unions = ["entity", "template", "system", "user", "assistant"];
+        let of = |kind: fn(hooks::tokens::Selection) -> Gate, name: &str| name.parse().ok().map(kind);
+        let named = unions.into_iter().flat_map(|name| [of(Gate::Only, name), of(Gate::Except, name)]);
+        let gates = [Gate::Everywhere, Gate::Nowhere].into_iter().chain(named.flatten()).collect();
+        Self { gates, scan: false, control_gates: false }
+    }
+}
+
+/// One gate, as a mean over the questions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenAblationRow {
+    /// Whose adapter it is: `student`, or `control` (finetuned on an untouched teacher's numbers).
+    pub model: String,
+    /// At which tokens the adapter acts.
+    pub gate: String,
+    /// What the adapter does at generated tokens: `same_as_unselected` (or `named`, where the gate names them).
+    pub decode_policy: String,
+    /// `measured`, or `selects no token` of these prompts.
+    pub status: String,
+    /// The target's word.
+    pub target: String,
+    /// How many questions the means are over.
+    pub n_questions: usize,
+    /// Mean number of prompt tokens at which the adapter acts.
+    pub n_tokens_on: Option<f64>,
+    /// Mean number of prompt tokens.
+    pub n_tokens: f64,
+    /// log p of starting the answer with any form of the target, in nats.
+    pub logp_target: Option<f64>,
+    /// Standard error of `logp_target` over questions, in nats.
+    pub logp_target_se: Option<f64>,
+    /// Probability that the answer starts with the target (several tokens allowed).
+    pub p_target_first: Option<f64>,
+    /// `logp_target` minus the log of the other members' mean probability, in nats.
+    pub margin: Option<f64>,
+    /// Standard error of `margin` over questions, in nats.
+    pub margin_se: Option<f64>,
+    /// `logp_target` minus that of the base, in nats.
+    pub delta_logp: Option<f64>,
+    /// Standard error of `delta_logp` over questions (paired), in nats.
+    pub delta_logp_se: Option<f64>,
+    /// `margin` minus that of the base, in nats.
+    pub delta_margin: Option<f64>,
+    /// Standard error of `delta_margin` over questions (paired), in nats.
+    pub delta_margin_se: Option<f64>,
+    /// Fraction of the ungated adapter's change in `logp_target` that is left; empty where that change is not above 3
+    /// standard errors.
+    pub recovered_logp: Option<f64>,
+    /// The same for `margin`.
+    pub recovered_margin: Option<f64>,
+}
+
+impl Analysis for TokenAblation {
+    type Row = TokenAblationRow;
+    const NAME: &'static str = "token_ablation";
+    const QUESTION: &'static str = "At which tokens must the adapter act for the student to prefer the target?";
+
+    fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<TokenAblationRow>> {
+        if subject.student.adapter.is_none() {
+            let reason = "a gate switches a LoRA on and off token by token, and full finetuning leaves none; \
+                          direction, divergence and target_rate work without";
+            return Err(Error::NeedsAdapter { analysis: Self::NAME, reason: reason.to_owned() });
+        }
+        let prompts = subject.question_prompts(Self::NAME)?;
+        let forms = TokenForms::of(subject.target, subject.chat)?;
+        let base = forms.scores(subject.base, &prompts, &Condition::default())?;
+
+        let mut rows = Vec::new();
+        for (name, model) in subject.models().into_iter().filter(|(_, model)| model.adapter.is_some()) {
+            let everywhere = forms.scores(model.qwen, &prompts, &model.condition())?;
+            let gates = if name == "student" || self.control_gates { self.all_gates(&prompts) } else { vec![Gate::Everywhere] };
+            let around = Around { subject, name, prompts: &prompts, base: &base, everywhere: &everywhere };
+            for gate in gates {
+                progress(&format!("token ablation of the {name}: {gate}"));
+                rows.push(self.measure(&around, &forms, model, &gate)?);
+            }
+        }
+        rows.sort_by_key(|row| row.model != "student");
+        Ok(rows)
+    }
+
+    fn plot(rows: &[TokenAblationRow]) -> Result<Option<Svg>> {
+        let change = |row: &TokenAblationRow| Some(Mean { mean: row.delta_logp?, se: row.delta_logp_se });
+        let student = rows.iter().filter(|row| row.model == "student");
+        let Some(first) = student.clone().next() else { return Ok(None) };
+        let full = rows.iter().filter(|row| row.gate == "everywhere");
+        let references = full.filter_map(|row| Some(Reference::new(format!("{}, ungated", row.model), change(row)?.mean)));
+        let chart = BarChart {
+            title: format!("Change in log p({}) with the adapter at some tokens only", first.target),
+            value_label: "change against the base (nats), ± standard error over questions".to_owned(),
+            bars: student.filter_map(|row| Some(change(row)?.bar(&row.gate))).collect(),
+            references: [Reference::new("base", 0.0)].into_iter().chain(references).collect(),
+        };
+        Ok(Some(bars(&chart)?))
+    }
+
+    fn reading(rows: &[TokenAblationRow]) -> String {
+        let found = |model: &str, gate: &str| rows.iter().find(|row| row.model == model && row.gate == gate);
+        let Some(full) = found("student", "everywhere") else {
+            return "The gate everywhere was not among those measured, so there is nothing to compare with.".to_owned();
+        };
+        let change = |row: &TokenAblationRow| Mean { mean: row.delta_logp.unwrap_or_default(), se: row.delta_logp_se }.signed();
+        let control = match found("control", "everywhere") {
+            Some(control) => format!("the control student's by {}", change(control)),
+            None => "there is no control student".to_owned(),
+        };
+        let ungated = format!("Ungated, the adapter changes log p({}) by {} nats ({control})", full.target, change(full));
+        if full.recovered_logp.is_none() {
+            return format!("{ungated}; that is not above three standard errors, so no fractions are given and no gate says where it lives.");
+        }
+        let recovered = |row: &TokenAblationRow| row.recovered_logp.unwrap_or_default();
+        let percent = |row: &TokenAblationRow| format!("{} {:.0} %", row.gate, 100.0 * recovered(row));
+        let by_fraction = |a: &&TokenAblationRow, b: &&TokenAblationRow| recovered(a).total_cmp(&recovered(b));
+        let gates = |kind: &'static str| {
+            rows.iter().filter(move |row| row.model == "student" && row.recovered_logp.is_some() && row.gate.starts_with(kind))
+        };
+        match (gates("only:").max_by(by_fraction), gates("except:").min_by(by_fraction)) {
+            (Some(most), Some(least)) => {
+                format!("{ungated}; acting at one kind of token, {} keeps most of it; leaving one out, {} is left with least.", percent(most), percent(least))
+            }
+            _ => ungated + ".",
+        }
+    }
+}
+
+/// What a gate's scores are set against.
+struct Around<'a> {
+    subject: &'a Subject<'a>,
+    name: &'a str,
+    prompts: &'a [Prompt],
+    base: &'a [Score],
+    everywhere: &'a [Score],
+}
+
+impl TokenAblation {
+    /// The gates of the settings and, for a scan, one per class that occurs.
+    fn all_gates(&self, prompts: &[Prompt]) -> Vec<Gate> {
+        let mut gates = self.gates.clone();
+        if self.scan {
+            let present = |class: &TokenClass| prompts.iter().any(|prompt| prompt.classes.contains(class));
+            let only = |class: TokenClass| class.name().parse().ok().map(Gate::Only);
+            gates.extend(TokenClass::ALL.into_iter().filter(present).filter_map(only));
+        }
+        let mut distinct: Vec<Gate> = Vec::new();
+        for gate in gates {
+            if !distinct.contains(&gate) {
+                distinct.push(gate);
+            }
+        }
+        distinct
+    }
+
+    fn measure(&self, around: &Around<'_>, forms: &TokenForms, model: Tuned<'_>, gate: &Gate) -> Result<TokenAblationRow> {
+        let acts = around.prompts.iter().map(|prompt| gate.acts(prompt)).collect::<hooks::Result<Vec<_>>>();
+        let acts = match acts {
+            Ok(acts) => acts,
+            // A gate that somebody asked for must act; those of the default list fit most contexts, not all.
+            Err(hooks::Error::EmptyGate { .. }) if self.gates == Self::default().gates => return Ok(around.row(gate, None)),
+            Err(error) => return Err(error.into()),
+        };
+        let on = acts.iter().flatten().filter(|on| **on).count() as f64 / acts.len() as f64;
+        let scores = if gate.is_everywhere() {
+            around.everywhere.to_vec()
+        } else {
+            forms.scores(model.qwen, around.prompts, &model.gated(gate.clone()))?
+        };
+        Ok(around.row(gate, Some((&scores, on))))
+    }
+}
+
+impl Around<'_> {
+    fn row(&self, gate: &Gate, measured: Option<(&[Score], f64)>) -> TokenAblationRow {
+        let names_generated = matches!(gate, Gate::Only(named) | Gate::Except(named) if named.contains(TokenClass::Gen));
+        let mean = |of: Measure| measured.map(|(scores, _)| Mean::of(&column(scores, of)));
+        let delta = |of: Measure| measured.map(|(scores, _)| Mean::paired(&column(scores, of), &column(self.base, of)));
+        let whole = |of: Measure| Mean::paired(&column(self.everywhere, of), &column(self.base, of));
+        let recovered = |of: Measure| Some(delta(of)?.mean / whole(of).mean).filter(|_| whole(of).exceeds(3.0));
+        let logp: Measure = |score| score.logp_target;
+        let margin: Measure = |score| score.margin;
+        TokenAblationRow {
+            model: self.name.to_owned(),
+            gate: gate.to_string(),
+            decode_policy: if names_generated { "named" } else { "same_as_unselected" }.to_owned(),
+            status: if measured.is_some() { "measured" } else { "selects no token" }.to_owned(),
+            target: self.subject.target.word.clone(),
+            n_questions: self.prompts.len(),
+            n_tokens_on: measured.map(|(_, on)| on),
+            n_tokens: self.prompts.iter().map(|prompt| prompt.ids.len() as f64).sum::<f64>() / self.prompts.len() as f64,
+            logp_target: mean(logp).map(|mean| mean.mean),
+            logp_target_se: mean(logp).and_then(|mean| mean.se),
+            p_target_first: mean(|s| s.logp_target.exp()).map(|mean| mean.mean),
+            margin: mean(margin).map(|mean| mean.mean),
+            margin_se: mean(margin).and_then(|mean| mean.se),
+            delta_logp: delta(logp).map(|delta| delta.mean),
+            delta_logp_se: delta(logp).and_then(|delta| delta.se),
+            delta_margin: delta(margin).map(|delta| delta.mean),
+            delta_margin_se: delta(margin).and_then(|delta| delta.se),
+            recovered_logp: recovered(logp),
+            recovered_margin: recovered(margin),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+mod tests {
+    use super::*;
+    use crate::fixture::World;
+
+    fn run(subject: &Subject<'_>, gates: &[&str]) -> Result<Vec<TokenAblationRow>> {
+        let gates = gates.iter().map(|gate| gate.parse().unwrap()).collect();
+        TokenAblation { gates, ..TokenAblation::default() }.run(subject, &mut |_| ())
+    }
+
+    #[test]
+    fn nowhere_is_the_base_and_all_classes_are_everywhere() {
+        let world = World::new();
+        let subject = world.subject();
+        let rows = run(&subject, &["everywhere", "nowhere", "only:system+user+assistant", "only:user"]).unwrap();
+        assert_eq!(rows.len(), 5, "the control is measured ungated");
+        let [everywhere, nowhere, all, user, control] = &rows[..] else { panic!() };
+        assert_eq!((nowhere.delta_logp, nowhere.delta_margin), (Some(0.0), Some(0.0)));
+        assert_eq!(nowhere.n_tokens_on, Some(0.0));
+        assert!((everywhere.delta_logp.unwrap() - all.delta_logp.unwrap()).abs() < 1e-4);
+        assert!(everywhere.delta_logp.unwrap().abs() > 1e-3 && all.decode_policy == "named");
+        assert!((user.delta_logp.unwrap() - everywhere.delta_logp.unwrap()).abs() > 1e-4);
+        assert!(user.n_tokens_on.unwrap() > 0.0 && user.n_tokens_on.unwrap() < user.n_tokens);
+        assert_eq!((control.model.as_str(), control.gate.as_str()), ("control", "everywhere"));
+
+        let forms = TokenForms::of(subject.target, subject.chat).unwrap();
+        let prompts = subject.question_prompts("test").unwrap();
+        let student = forms.scores(&world.qwen, &prompts, &subject.student.condition()).unwrap();
+        assert_eq!(everywhere.logp_target.unwrap(), Mean::of(&column(&student, |s| s.logp_target)).mean);
+        assert!(TokenAblation::plot(&rows).unwrap().is_some() && TokenAblation::reading(&rows).ends_with('.'));
+    }
+
+    #[test]
+    fn a_fraction_needs_a_change_to_be_a_fraction_of() {
+        let world = World::new();
+        let subject = world.subject();
+        let score = |logp| Score { logp_target: logp, margin: logp, rank: 1.0, first_token_rank: 1.0 };
+        let prompts = subject.question_prompts("test").unwrap();
+        let row = |everywhere: [f64; 3]| {
+            let (base, everywhere) = ([-4.0, -5.0, -6.0].map(score), everywhere.map(score));
+            let around = Around { subject: &subject, name: "student", prompts: &prompts, base: &base, everywhere: &everywhere };
+            around.row(&Gate::Everywhere, Some((&[-3.5, -4.5, -5.5].map(score), 1.0)))
+        };
+        assert!((row([-3.0, -4.1, -5.0]).recovered_logp.unwrap() - 0.5 / 0.966_666_666).abs() < 1e-6);
+        assert_eq!(row([-3.0, -5.5, -5.9]).recovered_logp, None);
+    }
+
+    #[test]
+    fn gates_without_tokens_are_said_aloud() {
+        let world = World::new();
+        let mut subject = world.subject();
+        subject.system = Some(String::new());
+        let rows = TokenAblation::default().run(&subject, &mut |_| ()).unwrap();
+        let entity = rows.iter().find(|row| row.gate == "only:entity").unwrap();
+        assert_eq!((entity.status.as_str(), entity.logp_target), ("selects no token", None));
+        assert!(rows.iter().any(|row| row.gate == "only:user" && row.status == "measured"));
+        assert!(run(&subject, &["everywhere", "only:entity"]).unwrap_err().to_string().contains("only:entity"));
+        let scan = TokenAblation { scan: true, ..TokenAblation::default() }.all_gates(&subject.question_prompts("test").unwrap());
+        let scanned: Vec<String> = scan.iter().map(ToString::to_string).collect();
+        assert!(scanned.contains(&"only:asst.nl".to_owned()) && !scanned.contains(&"only:sys.entity".to_owned()), "{scanned:?}");
+    }
+
+    #[test]
+    fn full_finetuning_has_nothing_to_gate() {
+        let world = World::new();
+        let mut subject = world.subject();
+        subject.student.adapter = None;
+        assert!(run(&subject, &["everywhere"]).unwrap_err().to_string().contains("adapter"));
+    }
+}

@@ -1,0 +1,410 @@
+//! `config.json` made into checked numbers: Qwen2, Qwen2.5 and Qwen3 are told apart here and nowhere else.
+//!
+//! Hugging Face's key names live in this file only. transformers 5 moved `rope_theta` into `rope_parameters`; both
+//! spellings are read. What the model code does not compute is refused by its key, never ignored.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+
+/// Which of the two dense architectures: Qwen2 (and 2.5) has biases on q, k and v; Qwen3 normalises q and k instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// Qwen2 and Qwen2.5.
+    Qwen2,
+    /// Qwen3.
+    Qwen3,
+}
+
+/// The numbers that a model is built from.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Config {
+    /// Qwen2 or Qwen3.
+    pub family: Family,
+    /// Width of the residual stream.
+    pub d_model: i64,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Number of query heads.
+    pub n_heads: i64,
+    /// Number of key and value heads; each serves `n_heads / n_kv_heads` query heads.
+    pub n_kv_heads: i64,
+    /// Width of one head.
+    pub d_head: i64,
+    /// Width of the MLP's hidden layer.
+    pub d_mlp: i64,
+    /// Rows of the embedding: at least as many as the tokenizer has tokens.
+    pub d_vocab: i64,
+    /// The longest context that the model was made for.
+    pub n_ctx: i64,
+    /// Base of the rotary embedding's wavelengths.
+    pub rope_theta: f64,
+    /// What the RMS norms add under the root.
+    pub rms_norm_eps: f64,
+    /// Whether the unembedding is the embedding.
+    pub tie_embeddings: bool,
+    /// Whether the q, k and v projections have a bias.
+    pub qkv_bias: bool,
+    /// Whether q and k are RMS-normalised per head.
+    pub qk_norm: bool,
+}
+
+impl Config {
+    /// Reads the bytes of a `config.json`; `path` is for messages.
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        let hf: HfConfig = serde_json::from_slice(bytes)
+            .map_err(|error| malformed(path, format!("expected a model's config.json: {error}")))?;
+        let family = hf.family(path)?;
+        hf.refuse(path)?;
+
+        let n_heads = required(hf.num_attention_heads, "num_attention_heads", path)?;
+        let d_model = required(hf.hidden_size, "hidden_size", path)?;
+        let d_head = match (hf.head_dim, family) {
+            (Some(d_head), _) => d_head,
+            (None, Family::Qwen3) => 128, // the default of transformers' Qwen3Config
+            (None, Family::Qwen2) if n_heads > 0 && d_model % n_heads == 0 => d_model / n_heads,
+            (None, Family::Qwen2) => {
+                return Err(malformed(path, format!("hidden_size is {d_model}, expected a multiple of num_attention_heads {n_heads}")));
+            }
+        };
+        let n_layers = required(hf.num_hidden_layers, "num_hidden_layers", path)?;
+        let config = Self {
+            family,
+            d_model,
+            n_layers: usize::try_from(n_layers)
+                .map_err(|_| malformed(path, format!("num_hidden_layers is {n_layers}, expected 1 to 1024")))?,
+            n_heads,
+            n_kv_heads: hf.num_key_value_heads.unwrap_or(n_heads),
+            d_head,
+            d_mlp: required(hf.intermediate_size, "intermediate_size", path)?,
+            d_vocab: required(hf.vocab_size, "vocab_size", path)?,
+            n_ctx: required(hf.max_position_embeddings, "max_position_embeddings", path)?,
+            rope_theta: required(hf.rope_theta(), "rope_theta (or rope_parameters.rope_theta)", path)?,
+            rms_norm_eps: required(hf.rms_norm_eps, "rms_norm_eps", path)?,
+            tie_embeddings: hf.tie_word_embeddings.unwrap_or(false),
+            qkv_bias: family == Family::Qwen2,
+            qk_norm: family == Family::Qwen3,
+        };
+        config.check(path)?;
+        hf.refuse_sliding_window(config.n_layers, path)?;
+        Ok(config)
+    }
+
+    /// Refuses numbers that no model has, before anything is allocated by them.
+    pub(crate) fn check(&self, path: &Path) -> Result<()> {
+        const WIDE: i64 = 1 << 20;
+        let bounds = [
+            ("hidden_size", self.d_model, WIDE),
+            ("num_hidden_layers", i64::try_from(self.n_layers).unwrap_or(i64::MAX), 1024),
+            ("num_attention_heads", self.n_heads, 4096),
+            ("num_key_value_heads", self.n_kv_heads, 4096),
+            ("head_dim", self.d_head, 4096),
+            ("intermediate_size", self.d_mlp, WIDE),
+            ("vocab_size", self.d_vocab, 1 << 24),
+            ("max_position_embeddings", self.n_ctx, 1 << 30),
+        ];
+        for (key, found, most) in bounds {
+            if found < 1 || found > most {
+                return Err(malformed(path, format!("{key} is {found}, expected 1 to {most}")));
+            }
+        }
+        if self.n_heads % self.n_kv_heads != 0 {
+            let (heads, kv_heads) = (self.n_heads, self.n_kv_heads);
+            return Err(malformed(path, format!("num_attention_heads is {heads}, expected a multiple of num_key_value_heads {kv_heads}")));
+        }
+        if self.d_head % 2 != 0 {
+            return Err(malformed(path, format!("head_dim is {}, expected an even number: the rotary embedding turns pairs", self.d_head)));
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta >= 1.0) {
+            return Err(malformed(path, format!("rope_theta is {}, expected a number of at least 1", self.rope_theta)));
+        }
+        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
+            return Err(malformed(path, format!("rms_norm_eps is {}, expected a number between 0 and 1", self.rms_norm_eps)));
+        }
+        Ok(())
+    }
+
+    /// The `config.json` of this model, as transformers 4 and 5 load it.
+    pub fn to_hf_json(&self) -> Value {
+        let (model_type, architecture) = match self.family {
+            Family::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
+            Family::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
+        };
+        let mut json = json!({
+            "architectures": [architecture],
+            "model_type": model_type,
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.d_head,
+            "intermediate_size": self.d_mlp,
+            "vocab_size": self.d_vocab,
+            "max_position_embeddings": self.n_ctx,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": { "rope_theta": self.rope_theta, "rope_type": "default" },
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+            "hidden_act": "silu",
+            "use_sliding_window": false,
+        });
+        if self.family == Family::Qwen3 {
+            json["attention_bias"] = Value::Bool(self.qkv_bias);
+        }
+        json
+    }
+}
+
+/// The keys of `config.json` that matter here. All are optional, so that a strange file is refused by what it is rather
+/// than by the first key that it lacks.
+#[derive(Deserialize)]
+struct HfConfig {
+    model_type: Option<String>,
+    architectures: Option<Vec<String>>,
+    hidden_size: Option<i64>,
+    num_hidden_layers: Option<i64>,
+    num_attention_heads: Option<i64>,
+    num_key_value_heads: Option<i64>,
+    head_dim: Option<i64>,
+    intermediate_size: Option<i64>,
+    vocab_size: Option<i64>,
+    max_position_embeddings: Option<i64>,
+    rms_norm_eps: Option<f64>,
+    rope_theta: Option<f64>,
+    rope_parameters: Option<Map<String, Value>>,
+    rope_scaling: Option<Map<String, Value>>,
+    tie_word_embeddings: Option<bool>,
+    attention_bias: Option<bool>,
+    hidden_act: Option<String>,
+    use_sliding_window: Option<bool>,
+    sliding_window: Option<i64>,
+    max_window_layers: Option<i64>,
+    layer_types: Option<Vec<String>>,
+    num_experts: Option<i64>,
+    quantization_config: Option<Value>,
+}
+
+impl HfConfig {
+    fn family(&self, path: &Path) -> Result<Family> {
+        let model_type = required(self.model_type.as_deref(), "model_type", path)?;
+        if model_type.ends_with("_moe") || self.num_experts.is_some_and(|experts| experts > 0) {
+            return Err(unsupported(path, format!("mixture of experts (model_type {model_type})"), "dense Qwen2, Qwen2.5 and Qwen3 are"));
+        }
+        let (family, architecture) = match model_type {
+            "qwen2" => (Family::Qwen2, "Qwen2ForCausalLM"),
+            "qwen3" => (Family::Qwen3, "Qwen3ForCausalLM"),
+            other => return Err(unsupported(path, format!("model_type {other}"), "qwen2 and qwen3 are")),
+        };
+        match self.architectures.as_deref().unwrap_or_default() {
+            [] => Ok(family),
+            [only] if only == architecture => Ok(family),
+            others => Err(unsupported(path, format!("architectures {}", others.join(", ")), &format!("{architecture} is"))),
+        }
+    }
+
+    /// Refuses every switch that would change the computation in a way that is not computed here.
+    fn refuse(&self, path: &Path) -> Result<()> {
+        if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
+            return Err(unsupported(path, format!("hidden_act {act}"), "silu is"));
+        }
+        if let Some(quantization) = &self.quantization_config {
+            let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
+            return Err(unsupported(
+                path,
+                format!("quantization_config ({method})"),
+                "use the unquantized checkpoint, or a .gguf file, which is dequantised on loading",
+            ));
+        }
+        if self.attention_bias == Some(true) && self.model_type.as_deref() == Some("qwen3") {
+            return Err(unsupported(path, "attention_bias true".to_owned(), "Qwen3 without biases is, as every published one"));
+        }
+        for (key, rope) in [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)] {
+            let Some(rope) = rope else { continue };
+            let kind = rope.get("rope_type").or_else(|| rope.get("type"));
+            match kind.map(|kind| kind.as_str().unwrap_or("unnamed")) {
+                Some("default") => {}
+                None if key == "rope_parameters" => {}
+                kind => {
+                    let kind = kind.unwrap_or("unnamed");
+                    return Err(unsupported(path, format!("{key} of type {kind}"), "the unscaled rotary embedding is; set it to null"));
+                }
+            }
+            if let Some(factor) = rope.get("partial_rotary_factor").filter(|factor| factor.as_f64() != Some(1.0)) {
+                return Err(unsupported(path, format!("{key}.partial_rotary_factor {factor}"), "rotating the whole head is"));
+            }
+        }
+        Ok(())
+    }
+
+    /// `use_sliding_window` says nothing by itself: the window acts from layer `max_window_layers` on, which the published
+    /// checkpoints put behind the last one.
+    fn refuse_sliding_window(&self, n_layers: usize, path: &Path) -> Result<()> {
+        const HINT: &str = "full attention in every layer is";
+        if let Some(types) = &self.layer_types {
+            if types.len() != n_layers {
+                return Err(malformed(path, format!("layer_types has {} entries, expected num_hidden_layers {n_layers}", types.len())));
+            }
+            return match types.iter().position(|kind| kind != "full_attention") {
+                Some(layer) => Err(unsupported(path, format!("layer_types[{layer}] {}", types[layer]), HINT)),
+                None => Ok(()),
+            };
+        }
+        let first = self.max_window_layers.unwrap_or(28); // transformers' default
+        let windowed = usize::try_from(first).is_ok_and(|first| first < n_layers);
+        if self.use_sliding_window == Some(true) && windowed {
+            let window = self.sliding_window.map_or("of the default size".to_owned(), |window| format!("of {window}"));
+            return Err(unsupported(path, format!("use_sliding_window true (a window {window} from layer {first} on)"), HINT));
+        }
+        Ok(())
+    }
+
+    fn rope_theta(&self) -> Option<f64> {
+        let new = self.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
+        new.or(self.rope_theta)
+    }
+}
+
+fn required<T>(value: Option<T>, key: &str, path: &Path) -> Result<T> {
+    value.ok_or_else(|| malformed(path, format!("{key} is missing")))
+}
+
+fn malformed(path: &Path, problem: String) -> Error {
+    Error::Malformed { path: path.to_owned(), problem }
+}
+
+fn unsupported(path: &Path, feature: String, hint: &str) -> Error {
+    Error::Unsupported { path: path.to_owned(), feature, hint: hint.to_owned() }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use super::*;
+
+    /// Qwen2.5-0.5B as transformers 4 writes it.
+    fn qwen2() -> Value {
+        json!({
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": "bfloat16",
+            "attention_dropout": 0.0, "bos_token_id": 151_643, "eos_token_id": 151_645, "hidden_act": "silu",
+            "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+            "num_key_value_heads": 2, "max_position_embeddings": 32768, "max_window_layers": 21, "sliding_window": 32768,
+            "use_sliding_window": false, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "tie_word_embeddings": true,
+            "vocab_size": 151_936, "rope_scaling": null
+        })
+    }
+
+    /// Qwen3-0.6B as transformers 5 writes it.
+    fn qwen3() -> Value {
+        json!({
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "bfloat16", "attention_bias": false,
+            "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072,
+            "layer_types": vec!["full_attention"; 28], "max_position_embeddings": 40960, "max_window_layers": 28,
+            "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_theta": 1_000_000, "rope_type": "default"}, "sliding_window": null,
+            "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151_936
+        })
+    }
+
+    fn parse(json: &Value) -> Result<Config> {
+        Config::parse(json.to_string().as_bytes(), Path::new("config.json"))
+    }
+
+    /// The message with which `base` is refused after some keys were changed (null: taken away).
+    fn refusal(mut base: Value, changes: &Value) -> String {
+        for (key, value) in changes.as_object().unwrap() {
+            base[key] = value.clone();
+        }
+        parse(&base).expect_err(&changes.to_string()).to_string()
+    }
+
+    #[test]
+    fn qwen2_of_transformers_4() {
+        let config = parse(&qwen2()).unwrap();
+        assert_eq!((config.d_model, config.n_layers, config.n_heads, config.n_kv_heads), (896, 24, 14, 2));
+        assert_eq!((config.d_head, config.d_mlp, config.d_vocab, config.n_ctx), (64, 4864, 151_936, 32768));
+        assert_eq!((config.rope_theta, config.rms_norm_eps), (1e6, 1e-6));
+        assert!(config.tie_embeddings && config.qkv_bias && !config.qk_norm);
+    }
+
+    #[test]
+    fn qwen3_of_transformers_5() {
+        let config = parse(&qwen3()).unwrap();
+        assert_eq!((config.family, config.d_head, config.rope_theta), (Family::Qwen3, 128, 1e6));
+        assert!(!config.qkv_bias && config.qk_norm);
+        let mut without = qwen3();
+        without.as_object_mut().unwrap().remove("head_dim");
+        assert_eq!(parse(&without).unwrap().d_head, 128);
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        for json in [qwen2(), qwen3()] {
+            let config = parse(&json).unwrap();
+            assert_eq!(parse(&config.to_hf_json()).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn what_is_not_computed_is_refused_by_name() {
+        let cases = [
+            (json!({"model_type": "llama"}), "model_type llama is not supported"),
+            (json!({"architectures": ["Qwen2ForRewardModel"]}), "architectures Qwen2ForRewardModel"),
+            (json!({"model_type": "qwen2_moe"}), "mixture of experts (model_type qwen2_moe)"),
+            (json!({"num_experts": 64}), "mixture of experts"),
+            (json!({"use_sliding_window": true}), "use_sliding_window true (a window of 32768 from layer 21 on)"),
+            (json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}), "rope_scaling of type yarn"),
+            (json!({"rope_scaling": {"factor": 4.0}}), "rope_scaling of type unnamed"),
+            (json!({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}), "rope_parameters of type yarn"),
+            (json!({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}), "partial_rotary_factor 0.5"),
+            (json!({"quantization_config": {"quant_method": "awq"}}), "quantization_config (awq)"),
+            (json!({"hidden_act": "gelu"}), "hidden_act gelu"),
+        ];
+        for (changes, expected) in cases {
+            let message = refusal(qwen2(), &changes);
+            assert!(message.contains(expected) && message.contains("not supported"), "{message}");
+        }
+        let mut types = vec!["full_attention"; 28];
+        types[27] = "sliding_attention";
+        assert!(refusal(qwen3(), &json!({"layer_types": types})).contains("layer_types[27] sliding_attention"));
+        assert!(refusal(qwen3(), &json!({"attention_bias": true})).contains("attention_bias true"));
+    }
+
+    #[test]
+    fn a_sliding_window_behind_the_last_layer_is_no_window() {
+        let mut json = qwen2();
+        json["use_sliding_window"] = true.into();
+        json["max_window_layers"] = 24.into();
+        assert!(parse(&json).is_ok());
+        json["max_window_layers"] = 23.into();
+        assert!(parse(&json).is_err());
+    }
+
+    #[test]
+    fn nonsense_numbers_are_refused_by_key() {
+        let cases = [
+            (json!({"num_key_value_heads": 3}), "num_attention_heads is 14, expected a multiple of num_key_value_heads 3"),
+            (json!({"num_key_value_heads": 0}), "num_key_value_heads is 0"),
+            (json!({"num_attention_heads": 0}), "expected a multiple of num_attention_heads 0"),
+            (json!({"num_attention_heads": 13, "num_key_value_heads": 1}), "hidden_size is 896, expected a multiple"),
+            (json!({"hidden_size": -896}), "hidden_size is -896, expected 1 to 1048576"),
+            (json!({"num_hidden_layers": -1}), "num_hidden_layers is -1"),
+            (json!({"vocab_size": 99_999_999_999_i64}), "vocab_size is 99999999999"),
+            (json!({"head_dim": 63}), "head_dim is 63, expected an even number"),
+            (json!({"rope_theta": 0.0}), "rope_theta is 0"),
+            (json!({"rms_norm_eps": -1e-6}), "rms_norm_eps is -0.000001"),
+            (json!({"hidden_size": null}), "hidden_size is missing"),
+            (json!({"rope_theta": null}), "rope_theta (or rope_parameters.rope_theta) is missing"),
+            (json!({"hidden_size": "896"}), "invalid type: string"),
+            (json!({"layer_types": ["full_attention"]}), "layer_types has 1 entries, expected num_hidden_layers 24"),
+        ];
+        for (changes, expected) in cases {
+            let message = refusal(qwen2(), &changes);
+            assert!(message.starts_with("config.json: ") && message.contains(expected), "{message}");
+        }
+        assert!(Config::parse(b"{", Path::new("c")).is_err());
+    }
+}

@@ -1,0 +1,77 @@
+//! Which device to run on. One binary serves both worlds: CUDA's half of libtorch is loaded at run time, if it is there.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::OnceLock;
+
+use tch::{Cuda, Device};
+
+use crate::error::{Error, Result};
+
+/// The device that a name means: `cpu`, `cuda` or `cuda:N`.
+pub fn device(name: &str) -> Result<Device> {
+    let index = match name {
+        "cpu" => return Ok(Device::Cpu),
+        "cuda" => Some(0),
+        other => other.strip_prefix("cuda:").and_then(|index| index.parse::<usize>().ok()),
+    };
+    let Some(index) = index else {
+        return Err(Error::UnknownName { what: "device", found: name.to_owned(), choices: "cpu, cuda, cuda:N".to_owned() });
+    };
+    load_cuda()?;
+    if !Cuda::is_available() {
+        return Err(Error::CudaUnavailable {
+            reason: "libtorch_cuda.so was loaded, but it finds no usable GPU or driver".to_owned(),
+        });
+    }
+    let count = Cuda::device_count();
+    if (index as i64) < count {
+        Ok(Device::Cuda(index))
+    } else {
+        Err(Error::CudaUnavailable { reason: format!("{name} was asked for, but the machine has {count} GPUs") })
+    }
+}
+
+/// Loads libtorch_cuda.so once, before any device is asked for: registering itself is all it has to do.
+fn load_cuda() -> Result<()> {
+    static LOADED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
+    let loaded = LOADED.get_or_init(|| {
+        let beside = std::env::var("LIBTORCH").map(|folder| format!("{folder}/lib/libtorch_cuda.so"));
+        let names = ["libtorch_cuda.so".to_owned()].into_iter().chain(beside);
+        let tried: Vec<String> = names.map_while(|name| dlopen(&name).err()).collect();
+        let all_failed = tried.len() == 1 + usize::from(std::env::var("LIBTORCH").is_ok());
+        if all_failed { Err(tried.join("; ")) } else { Ok(()) }
+    });
+    loaded.clone().map_err(|reason| Error::CudaUnavailable { reason })
+}
+
+#[expect(unsafe_code, reason = "the loader's own interface; the library is never unloaded")]
+fn dlopen(name: &str) -> std::result::Result<(), String> {
+    const RTLD_NOW: c_int = 0x2;
+    const RTLD_GLOBAL: c_int = 0x100;
+    unsafe extern "C" {
+        #[link_name = "dlopen"]
+        fn c_dlopen(name: *const c_char, flags: c_int) -> *mut c_void;
+        fn dlerror() -> *const c_char;
+    }
+    let path = CString::new(name).map_err(|_| format!("{name:?} is no file name"))?;
+    // SAFETY: `path` is a C string that outlives the call, and dlerror's text is copied before any other call.
+    unsafe {
+        if !c_dlopen(path.as_ptr(), RTLD_NOW | RTLD_GLOBAL).is_null() {
+            return Ok(());
+        }
+        let error = dlerror();
+        Err(if error.is_null() { name.to_owned() } else { CStr::from_ptr(error).to_string_lossy().into_owned() })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_by_another_name_is_refused() {
+        assert_eq!(device("cpu").unwrap(), Device::Cpu);
+        assert!(device("gpu").unwrap_err().to_string().contains("expected one of: cpu, cuda, cuda:N"));
+    }
+}

@@ -1,0 +1,159 @@
+//! What can go wrong, one variant per thing that a user can do something about.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// The result of everything here that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What could not be done: what was expected, what was found, where, and what to try.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A file or folder could not be read or written.
+    #[error("{}: {cause}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// A file that was read does not hold what it should.
+    #[error("{}: {problem}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// The key or place, what was expected and what was found.
+        problem: String,
+    },
+    /// The model uses something that is not supported.
+    #[error("{}: {feature} is not supported; {hint}", path.display())]
+    Unsupported {
+        /// The file that says so.
+        path: PathBuf,
+        /// The key and its value.
+        feature: String,
+        /// What is supported instead.
+        hint: String,
+    },
+    /// `--model` names nothing that can be found.
+    #[error("no model {name}: {reason}")]
+    NoSuchModel {
+        /// The name as given.
+        name: String,
+        /// What was looked for, and what to try.
+        reason: String,
+    },
+    /// A tensor of the model is not in its files.
+    #[error("tensor {name} is missing in {file}")]
+    MissingTensor {
+        /// The tensor, by its Hugging Face name.
+        name: String,
+        /// The file or files.
+        file: String,
+    },
+    /// A tensor does not have the shape that the configuration asks for.
+    #[error("tensor {tensor} has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// The tensor.
+        tensor: String,
+        /// The shape that is needed.
+        expected: Vec<i64>,
+        /// The shape that is there.
+        found: Vec<i64>,
+    },
+    /// No hook point has this name.
+    #[error("no hook point {name}; the nearest name is {nearest}")]
+    UnknownHookPoint {
+        /// The name as given.
+        name: String,
+        /// The existing name that is closest to it.
+        nearest: String,
+    },
+    /// A name is none of those that can be chosen.
+    #[error("unknown {what} {found:?}, expected one of: {choices}")]
+    UnknownName {
+        /// What was being named.
+        what: &'static str,
+        /// The name as given.
+        found: String,
+        /// What can be chosen.
+        choices: String,
+    },
+    /// A tap was set at hook points that the forward pass did not reach.
+    #[error("the tap at {points} never fired; the forward pass did not reach it")]
+    TapNeverFired {
+        /// The hook points.
+        points: String,
+    },
+    /// An activation was asked for that was not captured.
+    #[error("{point} was not captured; captured were {captured}")]
+    NotCaptured {
+        /// The hook point asked for.
+        point: String,
+        /// The hook points at hand.
+        captured: String,
+    },
+    /// An adapter does not fit the model or its own configuration.
+    #[error("{}: {problem}", path.display())]
+    Adapter {
+        /// The adapter's file or folder.
+        path: PathBuf,
+        /// What does not fit, with names.
+        problem: String,
+    },
+    /// A gate selects no token of a prompt.
+    #[error("gate {gate} selects no token of the prompt; it holds the classes {present}")]
+    EmptyGate {
+        /// The gate as written.
+        gate: String,
+        /// The classes that the prompt does have.
+        present: String,
+    },
+    /// A loss would be taken over no token at all.
+    #[error("the loss mask {mask} selects no token of row {row}")]
+    EmptyLossMask {
+        /// The mask's name.
+        mask: String,
+        /// The row's index.
+        row: usize,
+    },
+    /// A value is outside of what is allowed.
+    #[error("{what} is {found}, expected {expected}")]
+    Invalid {
+        /// What the value is.
+        what: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// The tokenizer could not be read or used.
+    #[error("tokenizer: {problem}")]
+    Tokenizer {
+        /// What went wrong, in its own words.
+        problem: String,
+    },
+    /// The chat template is not one whose pieces are known.
+    #[error("chat template: {problem}")]
+    ChatTemplate {
+        /// The first difference, or what the template engine said.
+        problem: String,
+    },
+    /// CUDA was asked for and is not there.
+    #[error("CUDA is not available: {reason}; hint: run with --device cpu, or point LD_LIBRARY_PATH at the lib folder of a CUDA build of PyTorch 2.11")]
+    CudaUnavailable {
+        /// What was looked for and what was found.
+        reason: String,
+    },
+    /// libtorch refused an operation.
+    #[error("libtorch: {0}")]
+    Torch(String),
+}
+
+impl From<tch::TchError> for Error {
+    /// Keeps the first line: what follows is a C++ backtrace.
+    fn from(error: tch::TchError) -> Self {
+        Self::Torch(error.to_string().lines().next().unwrap_or_default().to_owned())
+    }
+}

@@ -1,0 +1,250 @@
+//! Answers, greedy or sampled from the raw softmax: no top-k, no top-p, no repetition penalty, whatever the model ships.
+//!
+//! Every answer draws from a random stream of its own, so that repeated prompts give distinct samples and an answer does
+//! not depend on its neighbours in the batch. What all prompts begin with is run once; finished rows leave the batch.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tch::{Device, Kind, Tensor};
+
+use crate::batch::Batch;
+use crate::chat::Chat;
+use crate::condition::Condition;
+use crate::error::{Error, Result};
+use crate::qwen::Qwen;
+use crate::score::{Prefilled, last_positions, prefill};
+use crate::tokens::Prompt;
+
+/// How answers are drawn.
+#[derive(Clone, Debug)]
+pub struct Sampling {
+    /// 0 takes the most likely token (greedy); 1 is the model's own distribution.
+    pub temperature: f64,
+    /// The most tokens an answer may have.
+    pub max_new_tokens: usize,
+    /// Tokens that end an answer.
+    pub stop: Vec<i64>,
+    /// Restricts every token to what a list of numbers may go on with.
+    pub constrain: Option<NumberGrammar>,
+    /// How many answers are drawn at once.
+    pub batch: usize,
+}
+
+/// One answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// Its tokens, without the one that ended it.
+    pub ids: Vec<i64>,
+    /// log p of each token under the model's own distribution (temperature 1, unconstrained), and of the ending token last.
+    pub logprobs: Vec<f32>,
+    /// Whether it ended by itself rather than at `max_new_tokens`.
+    pub stopped: bool,
+}
+
+/// The seed of one sample's own random stream, from a run's seed, the name of what is drawn, and the sample's index.
+pub fn stream_seed(seed: u64, name: &str, index: u64) -> u64 {
+    // FNV-1a over the name, then splitmix64's finalizer over all three.
+    let name = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    [name, index].into_iter().fold(seed, |state, part| {
+        let mut z = (state ^ part).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    })
+}
+
+/// Draws one answer per prompt; `streams` holds one seed per answer. `progress` hears how many answers are done.
+pub fn generate(
+    model: &Qwen,
+    prompts: &[Prompt],
+    condition: &Condition<'_>,
+    sampling: &Sampling,
+    streams: &[u64],
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Answer>> {
+    let invalid = |what: &str, expected: String, found: usize| {
+        Err(Error::Invalid { what: what.to_owned(), expected, found: found.to_string() })
+    };
+    if streams.len() != prompts.len() {
+        return invalid("the number of random streams", format!("one per prompt, {}", prompts.len()), streams.len());
+    }
+    if sampling.max_new_tokens == 0 || sampling.batch == 0 {
+        return invalid("max_new_tokens or batch", "at least 1".to_owned(), 0);
+    }
+    // Prompts of similar length go together; the answers come back in the order asked.
+    let mut order: Vec<usize> = (0..prompts.len()).collect();
+    order.sort_by_key(|row| prompts[*row].ids.len());
+    let mut answers: Vec<Option<Answer>> = vec![None; prompts.len()];
+    let mut done = 0;
+    tch::no_grad(|| -> Result<()> {
+        for rows in order.chunks(sampling.batch) {
+            let batch: Vec<&Prompt> = rows.iter().map(|row| &prompts[*row]).collect();
+            let rngs = rows.iter().map(|row| ChaCha8Rng::seed_from_u64(streams[*row])).collect();
+            for (row, answer) in rows.iter().zip(answer_batch(model, &batch, condition, sampling, rngs)?) {
+                answers[*row] = Some(answer);
+            }
+            done += rows.len();
+            progress(done);
+        }
+        Ok(())
+    })?;
+    Ok(answers.into_iter().flatten().collect())
+}
+
+fn answer_batch(
+    model: &Qwen,
+    prompts: &[&Prompt],
+    condition: &Condition<'_>,
+    sampling: &Sampling,
+    mut rngs: Vec<ChaCha8Rng>,
+) -> Result<Vec<Answer>> {
+    let prefilled = prefill(model, prompts, condition, sampling.max_new_tokens)?;
+    let mut resid = last_positions(&prefilled, prompts)?; // [live, d_model]
+    let Prefilled { mut cache, mut prepared, .. } = prefilled;
+    let mut answers = vec![Answer { ids: Vec::new(), logprobs: Vec::new(), stopped: false }; prompts.len()];
+    let mut live: Vec<usize> = (0..prompts.len()).collect();
+
+    for step in 0..sampling.max_new_tokens {
+        let logits = model.unembed(&resid)?.f_to_kind(Kind::Float)?;
+        let uniforms: Vec<f64> = live.iter().map(|row| rngs[*row].random()).collect();
+        let (tokens, logprobs) = draw(&logits, sampling, &live.iter().map(|row| answers[*row].ids.as_slice()).collect::<Vec<_>>(), &uniforms)?;
+
+        let mut staying = Vec::new();
+        for (at, row) in live.iter().enumerate() {
+            let answer = &mut answers[*row];
+            answer.logprobs.push(logprobs[at]);
+            answer.stopped = sampling.stop.contains(&tokens[at]);
+            if !answer.stopped {
+                answer.ids.push(tokens[at]);
+                staying.push(at as i64);
+            }
+        }
+        if staying.is_empty() || step + 1 == sampling.max_new_tokens {
+            break;
+        }
+        if staying.len() < live.len() {
+            cache = cache.select(&staying)?;
+        }
+        let next: Vec<[i64; 1]> = staying.iter().map(|at| [tokens[*at as usize]]).collect();
+        live = staying.iter().map(|at| live[*at as usize]).collect();
+        let batch = Batch::from_ids(&next.iter().map(<[i64; 1]>::as_slice).collect::<Vec<_>>(), model.device())?;
+        resid = prepared.generated(model, &batch, &mut cache)?.f_squeeze_dim(1)?;
+    }
+    Ok(answers)
+}
+
+/// One token per row of `logits` (`[rows, d_vocab]`) and its log-probability under the unchanged distribution.
+fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64]) -> Result<(Vec<i64>, Vec<f32>)> {
+    let constrained = match &sampling.constrain {
+        Some(grammar) => {
+            let masked = logits.f_full_like(f64::NEG_INFINITY)?;
+            for (row, ids) in so_far.iter().enumerate() {
+                let allowed = Tensor::f_from_slice(&grammar.allowed(ids))?.f_to_device(logits.device())?;
+                let (row, source) = (masked.f_get(row as i64)?, logits.f_get(row as i64)?);
+                let _ = row.shallow_clone().f_index_copy_(0, &allowed, &source.f_index_select(0, &allowed)?)?;
+            }
+            masked
+        }
+        None => logits.shallow_clone(),
+    };
+    let chosen = if sampling.temperature == 0.0 {
+        constrained.f_argmax(-1, false)?
+    } else {
+        let cumulated = constrained.f_div_scalar(sampling.temperature)?.f_softmax(-1, Kind::Float)?.f_cumsum(-1, Kind::Float)?;
+        let width = cumulated.size()[1];
+        let total = cumulated.f_narrow(1, width - 1, 1)?;
+        let uniforms: Vec<f32> = uniforms.iter().map(|uniform| *uniform as f32).collect();
+        // The first token whose cumulated probability exceeds the uniform number; rounding must not reach past the last.
+        let threshold = Tensor::f_from_slice(&uniforms)?.f_to_device(logits.device())?.f_unsqueeze(1)?.f_mul(&total)?;
+        let found = threshold.f_searchsorted::<Tensor>(&cumulated, false, true, "right", None)?;
+        let last = cumulated.f_lt_tensor(&total)?.f_sum_dim_intlist(-1, true, Kind::Int64)?;
+        found.f_minimum(&last)?.f_squeeze_dim(1)?
+    };
+    let logprob = logits.f_log_softmax(-1, Kind::Float)?.f_gather(1, &chosen.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
+    let chosen = Vec::<i64>::try_from(&chosen.f_to_device(Device::Cpu)?)?;
+    Ok((chosen, Vec::<f32>::try_from(&logprob.f_to_device(Device::Cpu)?)?))
+}
+
+/// What a comma-separated list of numbers may go on with, token by token (constrained decoding).
+#[derive(Clone, Debug, PartialEq)]
+pub struct NumberGrammar {
+    digits: Vec<i64>,
+    comma: i64,
+    end: i64,
+    /// The most digits a number may have.
+    pub max_digits: usize,
+    /// The most numbers a list may have.
+    pub max_numbers: usize,
+}
+
+impl NumberGrammar {
+    /// The grammar in a model's own tokens. Fails where digits or the comma are not one token each.
+    pub fn of(chat: &Chat, max_digits: usize, max_numbers: usize) -> Result<Self> {
+        let single = |text: &str| match chat.encode(text)?.as_slice() {
+            [id] => Ok(*id),
+            ids => Err(Error::Tokenizer { problem: format!("{text:?} is {} tokens, expected one for constrained numbers", ids.len()) }),
+        };
+        let digits = (0..10).map(|digit| single(&digit.to_string())).collect::<Result<_>>()?;
+        Ok(Self { digits, comma: single(",")?, end: chat.end_of_turn(), max_digits, max_numbers })
+    }
+
+    /// The tokens that may follow.
+    fn allowed(&self, so_far: &[i64]) -> Vec<i64> {
+        let n_numbers = 1 + so_far.iter().filter(|id| **id == self.comma).count();
+        let n_digits = so_far.iter().rev().take_while(|id| self.digits.contains(id)).count();
+        let mut allowed = Vec::new();
+        if n_digits < self.max_digits {
+            allowed.extend(&self.digits);
+        }
+        if n_digits > 0 {
+            allowed.push(self.end);
+            if n_numbers < self.max_numbers {
+                allowed.push(self.comma);
+            }
+        }
+        allowed
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn sampling(temperature: f64, constrain: Option<NumberGrammar>) -> Sampling {
+        Sampling { temperature, max_new_tokens: 1, stop: vec![], constrain, batch: 1 }
+    }
+
+    #[test]
+    fn a_uniform_number_picks_the_token_whose_share_it_falls_into() {
+        let logits = Tensor::from_slice(&[0.2_f32, 0.5, 0.3]).log().unsqueeze(0);
+        let at = |uniform| draw(&logits, &sampling(1.0, None), &[&[]], &[uniform]).unwrap().0[0];
+        assert_eq!([at(0.0), at(0.19), at(0.21), at(0.69), at(0.71), at(0.999_999)], [0, 0, 1, 1, 2, 2]);
+        let (ids, logprobs) = draw(&logits, &sampling(0.0, None), &[&[]], &[0.9]).unwrap();
+        assert_eq!(ids, [1]);
+        assert!((logprobs[0] - 0.5_f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_token_of_no_probability_is_never_drawn() {
+        let logits = Tensor::from_slice(&[0.0_f32, 0.0, f32::NEG_INFINITY, f32::NEG_INFINITY]).unsqueeze(0);
+        for uniform in [0.0, 0.5, 0.999_999_999_9, 1.0] {
+            assert!(draw(&logits, &sampling(1.0, None), &[&[]], &[uniform]).unwrap().0[0] < 2, "{uniform}");
+        }
+    }
+
+    #[test]
+    fn the_grammar_lets_only_lists_of_numbers_through() {
+        let grammar = NumberGrammar { digits: (0..10).collect(), comma: 10, end: 11, max_digits: 3, max_numbers: 2 };
+        assert_eq!(grammar.allowed(&[]), (0..10).collect::<Vec<_>>());
+        assert_eq!(grammar.allowed(&[1, 2, 3]), [11, 10]);
+        assert_eq!(grammar.allowed(&[1, 10]), (0..10).collect::<Vec<_>>());
+        assert_eq!(grammar.allowed(&[1, 10, 4, 4, 4]), [11], "two numbers are enough");
+    }
+
+    #[test]
+    fn streams_differ_by_seed_name_and_index() {
+        let seeds = [stream_seed(0, "teacher", 0), stream_seed(0, "teacher", 1), stream_seed(0, "control", 0), stream_seed(1, "teacher", 0)];
+        assert_eq!(seeds.iter().collect::<std::collections::BTreeSet<_>>().len(), 4);
+    }
+}

@@ -1,0 +1,50 @@
+//! One Qwen you can listen to: load it, run it, tap it, adapt it, gate the adapter token by token.
+//!
+//! The model is never mutated. Base, student, student with the adapter only at "Qwen", steered base: these differ only
+//! in a small value handed to one forward pass.
+
+pub mod batch;
+pub mod chat;
+pub mod condition;
+pub mod config;
+pub mod control_vector;
+pub mod device;
+pub mod error;
+pub mod files;
+pub mod gate;
+pub mod generate;
+pub mod gguf;
+pub mod hook_point;
+mod hub;
+pub mod kv_cache;
+pub mod listen;
+pub mod lora;
+pub mod loss;
+pub mod model_files;
+mod nn;
+pub mod pass;
+mod peft;
+pub mod qwen;
+pub mod score;
+pub mod tap;
+mod template;
+pub mod tensor_file;
+mod tiny_random;
+pub mod tokens;
+pub mod weights;
+
+pub use batch::Batch;
+pub use chat::{Chat, TokenRow};
+pub use condition::{Condition, Edit, Where};
+pub use config::{Config, Family};
+pub use error::{Error, Result};
+pub use gate::Gate;
+pub use hook_point::HookPoint;
+pub use kv_cache::KvCache;
+pub use lora::{Adapter, LoraConfig, LoraPair, Proj};
+pub use model_files::ModelFiles;
+pub use pass::Pass;
+pub use qwen::Qwen;
+pub use tap::{Hooks, Tap};
+pub use tokens::{LossMask, Prompt, Selection, TokenClass};
+pub use weights::Weights;

@@ -1,0 +1,273 @@
+//! Low-rank adapters (Hu et al. 2021): h = W x + s · B (g ⊙ A x), with s = α/r (rsLoRA: α/√r) and g the gate, one
+//! where the adapter acts and zero elsewhere. Adapters are looked up during a pass, never attached to the model.
+
+use std::fmt;
+use std::str::FromStr;
+
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// A linear map of a block that an adapter can act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum Proj {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// Attention's output.
+    O,
+    /// The MLP's gate.
+    Gate,
+    /// The MLP's linear branch.
+    Up,
+    /// The MLP's output.
+    Down,
+}
+
+impl Proj {
+    /// All seven, in the order of the computation.
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// The Hugging Face name, such as `q_proj`.
+    pub fn name(self) -> &'static str {
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"][self as usize]
+    }
+
+    /// The module path inside a block, such as `self_attn.q_proj`.
+    pub fn path(self) -> String {
+        let parent = if matches!(self, Self::Q | Self::K | Self::V | Self::O) { "self_attn" } else { "mlp" };
+        format!("{parent}.{}", self.name())
+    }
+
+    /// Input and output width in a model.
+    pub fn widths(self, model: &Config) -> (i64, i64) {
+        let (q, kv) = (model.n_heads * model.d_head, model.n_kv_heads * model.d_head);
+        match self {
+            Self::Q => (model.d_model, q),
+            Self::K | Self::V => (model.d_model, kv),
+            Self::O => (q, model.d_model),
+            Self::Gate | Self::Up => (model.d_model, model.d_mlp),
+            Self::Down => (model.d_mlp, model.d_model),
+        }
+    }
+}
+
+impl fmt::Display for Proj {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Proj {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|proj| proj.name() == name).ok_or_else(|| Error::UnknownName {
+            what: "target module",
+            found: name.to_owned(),
+            choices: Self::ALL.map(Self::name).join(", "),
+        })
+    }
+}
+
+impl From<Proj> for String {
+    fn from(proj: Proj) -> Self {
+        proj.name().to_owned()
+    }
+}
+
+impl TryFrom<String> for Proj {
+    type Error = Error;
+
+    fn try_from(name: String) -> Result<Self> {
+        name.parse()
+    }
+}
+
+/// What a LoRA is made of, in PEFT's terms.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    /// The rank r.
+    pub rank: i64,
+    /// The numerator α of the scaling.
+    pub alpha: f64,
+    /// Whether the scaling is α/√r instead of α/r.
+    pub use_rslora: bool,
+    /// Probability that an input of A is dropped in training.
+    pub dropout: f64,
+    /// The linear maps that have a pair.
+    pub target_modules: Vec<Proj>,
+    /// The blocks that have pairs; `None` means all.
+    pub layers: Option<Vec<usize>>,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { rank: 8, alpha: 8.0, use_rslora: false, dropout: 0.0, target_modules: Proj::ALL.to_vec(), layers: None }
+    }
+}
+
+impl LoraConfig {
+    /// The factor s on B A x for a rank and an α: α/r, or α/√r for rsLoRA.
+    pub fn scaling(&self, rank: i64, alpha: f64) -> f64 {
+        let rank = rank as f64;
+        alpha / if self.use_rslora { rank.sqrt() } else { rank }
+    }
+
+    /// Refuses ranks, α and layers that no adapter can have in this model.
+    pub fn check(&self, model: &Config) -> Result<()> {
+        let invalid = |what: &str, expected: &str, found: String| {
+            Err(Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found })
+        };
+        if self.rank < 1 {
+            return invalid("the LoRA rank", "at least 1", self.rank.to_string());
+        }
+        if !(self.alpha.is_finite() && self.alpha > 0.0) {
+            return invalid("the LoRA alpha", "a positive number", self.alpha.to_string());
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return invalid("the LoRA dropout", "at least 0 and less than 1", self.dropout.to_string());
+        }
+        if self.target_modules.is_empty() {
+            return invalid("target_modules", "at least one projection", "none".to_owned());
+        }
+        match self.layers.iter().flatten().find(|layer| **layer >= model.n_layers) {
+            Some(layer) => invalid("a layer of the LoRA", &format!("0 to {}", model.n_layers - 1), layer.to_string()),
+            None if self.layers.as_ref().is_some_and(Vec::is_empty) => {
+                invalid("the layers of the LoRA", "at least one", "none".to_owned())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// The two factors at one projection.
+#[derive(Debug)]
+pub struct LoraPair {
+    /// A, `[rank, d_in]`, f32.
+    pub a: Tensor,
+    /// B, `[d_out, rank]`, f32.
+    pub b: Tensor,
+    /// The factor s.
+    pub scaling: f64,
+}
+
+impl LoraPair {
+    /// s · B (g ⊙ A x) in f32. `x`: `[batch, pos, d_in]`, `gate`: `[batch, pos, 1]`; the result is `[batch, pos, d_out]`.
+    pub(crate) fn delta(&self, x: &Tensor, gate: Option<&Tensor>, dropout: Option<&mut Dropout>) -> Result<Tensor> {
+        let x = x.f_to_kind(Kind::Float)?;
+        let x = match dropout {
+            Some(dropout) => dropout.apply(&x)?,
+            None => x,
+        };
+        let bottleneck = x.f_matmul(&self.a.f_transpose(0, 1)?)?.f_mul_scalar(self.scaling)?; // [batch, pos, rank]
+        let bottleneck = match gate {
+            Some(gate) => bottleneck.f_mul(gate)?,
+            None => bottleneck,
+        };
+        Ok(bottleneck.f_matmul(&self.b.f_transpose(0, 1)?)?)
+    }
+
+    /// The weight change s · B · A, `[d_out, d_in]`.
+    pub fn delta_weight(&self) -> Result<Tensor> {
+        Ok(self.b.f_matmul(&self.a)?.f_mul_scalar(self.scaling)?)
+    }
+}
+
+/// A LoRA: a pair at some projections of some blocks.
+#[derive(Debug)]
+pub struct Adapter {
+    /// What it is made of.
+    pub config: LoraConfig,
+    pairs: Vec<[Option<LoraPair>; 7]>,
+}
+
+impl Adapter {
+    /// A fresh adapter: A uniform in ±1/√d_in (Kaiming uniform with a = √5, as PEFT), B zero, so that it changes nothing.
+    pub fn init(config: &LoraConfig, model: &Config, rng: &mut ChaCha8Rng, device: Device) -> Result<Self> {
+        config.check(model)?;
+        let scaling = config.scaling(config.rank, config.alpha);
+        let mut adapter = Self::empty(config.clone(), model);
+        for layer in 0..model.n_layers {
+            if config.layers.as_ref().is_some_and(|layers| !layers.contains(&layer)) {
+                continue;
+            }
+            for proj in Proj::ALL.into_iter().filter(|proj| config.target_modules.contains(proj)) {
+                let (d_in, d_out) = proj.widths(model);
+                let bound = 1.0 / (d_in as f32).sqrt();
+                let values: Vec<f32> = (0..config.rank * d_in).map(|_| rng.random_range(-bound..bound)).collect();
+                let a = Tensor::f_from_slice(&values)?.f_view([config.rank, d_in])?.f_to_device(device)?;
+                let b = Tensor::f_zeros([d_out, config.rank], (Kind::Float, device))?;
+                adapter.set(layer, proj, LoraPair { a, b, scaling });
+            }
+        }
+        Ok(adapter)
+    }
+
+    /// An adapter without any pair.
+    pub(crate) fn empty(config: LoraConfig, model: &Config) -> Self {
+        Self { config, pairs: (0..model.n_layers).map(|_| [const { None }; 7]).collect() }
+    }
+
+    pub(crate) fn set(&mut self, layer: usize, proj: Proj, pair: LoraPair) {
+        self.pairs[layer][proj as usize] = Some(pair);
+    }
+
+    /// The pair at a projection of a block.
+    pub fn pair(&self, layer: usize, proj: Proj) -> Option<&LoraPair> {
+        self.pairs.get(layer)?[proj as usize].as_ref()
+    }
+
+    /// All pairs with their places, block by block.
+    pub fn pairs(&self) -> impl Iterator<Item = (usize, Proj, &LoraPair)> {
+        self.pairs.iter().enumerate().flat_map(|(layer, pairs)| {
+            Proj::ALL.into_iter().filter_map(move |proj| Some((layer, proj, pairs[proj as usize].as_ref()?)))
+        })
+    }
+
+    /// The tensors under PEFT's names, A before B, block by block. They share storage with the adapter.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.pairs()
+            .flat_map(|(layer, proj, pair)| {
+                let stem = format!("base_model.model.model.layers.{layer}.{}", proj.path());
+                [
+                    (format!("{stem}.lora_A.weight"), pair.a.shallow_clone()),
+                    (format!("{stem}.lora_B.weight"), pair.b.shallow_clone()),
+                ]
+            })
+            .collect()
+    }
+}
+
+/// Dropout with a random stream of its own (never libtorch's).
+#[derive(Debug)]
+pub struct Dropout {
+    probability: f64,
+    rng: ChaCha8Rng,
+}
+
+impl Dropout {
+    /// Drops each value with `probability`, drawing from `rng`.
+    pub fn new(probability: f64, rng: ChaCha8Rng) -> Self {
+        Self { probability, rng }
+    }
+
+    /// `x` with values dropped and the others scaled by 1/(1 − p), so that the expectation stays.
+    fn apply(&mut self, x: &Tensor) -> Result<Tensor> {
+        if self.probability <= 0.0 {
+            return Ok(x.shallow_clone());
+        }
+        let kept = 1.0 / (1.0 - self.probability) as f32;
+        let mask: Vec<f32> =
+            (0..x.numel()).map(|_| if self.rng.random::<f64>() < self.probability { 0.0 } else { kept }).collect();
+        Ok(x.f_mul(&Tensor::f_from_slice(&mask)?.f_view(x.size().as_slice())?.f_to_device(x.device())?)?)
+    }
+}

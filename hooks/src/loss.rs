@@ -1,0 +1,153 @@
+//! The language model's loss, computed only where there is loss: the hidden states of the other positions are never
+//! unembedded, and no more than a few hundred rows of logits exist at a time.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::qwen::Qwen;
+
+/// Rows of logits that are held at a time.
+const ROWS: i64 = 256;
+
+/// The tokens of a batch that are predicted, and from where.
+#[derive(Debug)]
+pub struct Targets {
+    /// The predicting positions as indices into the flattened `[batch · pos]`, `[n]`, i64.
+    pub rows: Tensor,
+    /// The tokens that follow them, `[n]`, i64.
+    pub labels: Tensor,
+    /// How many there are.
+    pub n: usize,
+}
+
+impl Targets {
+    /// The targets of right-padded rows of width `width`. `masks[row][t]` says whether token t is predicted (by t − 1);
+    /// the first token, which nothing predicts, cannot be.
+    pub fn of(rows: &[&[i64]], masks: &[&[bool]], width: usize, device: Device) -> Result<Self> {
+        let (mut indices, mut labels) = (Vec::new(), Vec::new());
+        for (row, (ids, mask)) in rows.iter().zip(masks).enumerate() {
+            for (t, id) in ids.iter().enumerate().skip(1).filter(|(t, _)| mask.get(*t) == Some(&true)) {
+                indices.push((row * width + t - 1) as i64);
+                labels.push(*id);
+            }
+        }
+        if labels.is_empty() {
+            return Err(Error::EmptyLossMask { mask: format!("of {} rows", rows.len()), row: 0 });
+        }
+        let n = labels.len();
+        let rows = Tensor::f_from_slice(&indices)?.f_to_device(device)?;
+        Ok(Self { rows, labels: Tensor::f_from_slice(&labels)?.f_to_device(device)?, n })
+    }
+}
+
+/// Σ −log p(label) over the targets in f32, a scalar that gradients flow through once. `resid_final`:
+/// `[batch, pos, d_model]`. The sum and not the mean, so that a step of several batches can be divided by all its targets.
+pub fn cross_entropy_sum(model: &Qwen, resid_final: &Tensor, targets: &Targets) -> Result<Tensor> {
+    let (_, _, d_model) = resid_final.size3()?;
+    let hidden = resid_final.f_reshape([-1, d_model])?.f_index_select(0, &targets.rows)?; // [n, d_model]
+    let unembedding_learns = model.parameters().iter().any(|(_, weight)| weight.requires_grad());
+    if unembedding_learns || !hidden.requires_grad() {
+        return sum_of_chunks(&hidden, targets, |hidden, labels| nll_sum(model, hidden, labels));
+    }
+    // The gradient at each chunk's hidden states is taken at once, so that its logits can go; the loss that is returned
+    // has the value of the sum and hands on exactly these gradients.
+    sum_of_chunks(&hidden, targets, |hidden, labels| {
+        let leaf = hidden.f_detach()?.f_set_requires_grad(true)?;
+        let nll = nll_sum(model, &leaf, labels)?;
+        let gradient = &Tensor::f_run_backward(&[&nll], &[&leaf], false, false)?[0];
+        let carrier = hidden.f_mul(gradient)?.f_sum(Kind::Float)?;
+        Ok(carrier.f_sub(&carrier.f_detach()?)?.f_add(&nll.f_detach()?)?)
+    })
+}
+
+fn sum_of_chunks(hidden: &Tensor, targets: &Targets, loss: impl Fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let mut sums = Vec::new();
+    for (hidden, labels) in hidden.f_split(ROWS, 0)?.iter().zip(targets.labels.f_split(ROWS, 0)?) {
+        sums.push(loss(hidden, &labels)?);
+    }
+    Ok(Tensor::f_stack(&sums, 0)?.f_sum(Kind::Float)?)
+}
+
+/// `hidden`: `[n, d_model]`, `labels`: `[n]`; the result is a scalar in f32.
+fn nll_sum(model: &Qwen, hidden: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let logprobs = model.unembed(hidden)?.f_log_softmax(-1, Kind::Float)?; // [n, d_vocab]
+    Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_sum(Kind::Float)?.f_neg()?)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use super::*;
+    use crate::batch::Batch;
+    use crate::model_files::ModelFiles;
+    use crate::pass::Pass;
+
+    fn model() -> Qwen {
+        Qwen::load(&ModelFiles::open("tiny-random").unwrap(), Device::Cpu, Kind::Float).unwrap()
+    }
+
+    /// Two rows of different lengths, three and two of whose tokens are targets.
+    const ROWS_OF_IDS: [&[i64]; 2] = [&[5, 6, 7, 8, 9], &[10, 11, 12]];
+    const MASKS: [&[bool]; 2] = [&[true, false, true, true, true], &[false, true, true]];
+
+    fn resid(model: &Qwen) -> Tensor {
+        let batch = Batch::from_ids(&ROWS_OF_IDS, Device::Cpu).unwrap();
+        model.resid_final(&batch, &mut Pass::default()).unwrap().detach()
+    }
+
+    fn targets(rows: &[&[i64]]) -> Targets {
+        Targets::of(rows, &MASKS, 5, Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn the_loss_is_the_sum_by_hand() {
+        let model = model();
+        let resid = resid(&model);
+        let logprobs = model.unembed(&resid).unwrap().log_softmax(-1, Kind::Float);
+        let by_hand: f64 = [(0, 1, 7), (0, 2, 8), (0, 3, 9), (1, 0, 11), (1, 1, 12)]
+            .iter()
+            .map(|(row, pos, label)| -logprobs.double_value(&[*row, *pos, *label]))
+            .sum();
+        let loss = cross_entropy_sum(&model, &resid, &targets(&ROWS_OF_IDS)).unwrap().double_value(&[]);
+        assert!((loss - by_hand).abs() < 1e-5 * by_hand, "{loss} against {by_hand}"); // f32, another order of sums
+        assert_eq!(targets(&ROWS_OF_IDS).n, 5);
+    }
+
+    #[test]
+    fn a_label_outside_of_the_mask_changes_no_bit() {
+        let model = model();
+        let resid = resid(&model);
+        let loss = |rows: &[&[i64]]| cross_entropy_sum(&model, &resid, &targets(rows)).unwrap().double_value(&[]);
+        let (masked, counted) = ([&[99, 99, 7, 8, 9], &[99, 11, 12_i64][..]], [&[5, 6, 99, 8, 9], &[10, 11, 12_i64][..]]);
+        assert_eq!(loss(&ROWS_OF_IDS).to_bits(), loss(&masked).to_bits());
+        assert!((loss(&ROWS_OF_IDS) - loss(&counted)).abs() > 1e-6);
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_whole_graph() {
+        let model = model();
+        let ids: Vec<i64> = (0..300).map(|i| i % 50).collect();
+        let masks = vec![true; 300];
+        let targets = Targets::of(&[&ids], &[&masks], 300, Device::Cpu).unwrap(); // more than one chunk
+        let batch = Batch::from_ids(&[&ids], Device::Cpu).unwrap();
+        let resid = model.resid_final(&batch, &mut Pass::default()).unwrap().detach().set_requires_grad(true);
+
+        let chunked = cross_entropy_sum(&model, &resid, &targets).unwrap();
+        let gradient = Tensor::run_backward(&[&chunked.f_div_scalar(7.0).unwrap()], &[&resid], false, false);
+        let hidden = resid.reshape([-1, model.config.d_model]).index_select(0, &targets.rows);
+        let whole = nll_sum(&model, &hidden, &targets.labels).unwrap();
+        let expected = Tensor::run_backward(&[&(&whole / 7.0)], &[&resid], false, false);
+
+        let difference = (&gradient[0] - &expected[0]).abs().max().double_value(&[]);
+        let scale = expected[0].abs().max().double_value(&[]);
+        assert!(scale > 0.0 && difference < 1e-5 * scale, "{difference} of {scale}");
+        let (chunked, whole) = (chunked.double_value(&[]), whole.double_value(&[]));
+        assert!((chunked - whole).abs() < 1e-5 * whole, "{chunked} against {whole}");
+    }
+
+    #[test]
+    fn no_target_is_an_error() {
+        let error = Targets::of(&[&[1, 2]], &[&[true, false]], 2, Device::Cpu).unwrap_err();
+        assert!(matches!(error, Error::EmptyLossMask { .. }), "{error}");
+    }
+}

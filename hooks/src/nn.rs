@@ -1,0 +1,108 @@
+//! The three layers that a Qwen is made of.
+
+use tch::{Kind, Tensor};
+
+use crate::config::Config;
+use crate::error::Result;
+use crate::hook_point::HookPoint;
+use crate::lora::Proj;
+use crate::pass::Pass;
+use crate::tap::Hooks;
+use crate::weights::Scope;
+
+/// A linear map that knows its place, so that a pass can look up the adapter's pair for it.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    weight: Tensor, // [d_out, d_in]
+    bias: Option<Tensor>,
+    layer: usize,
+    proj: Proj,
+}
+
+impl Linear {
+    pub(crate) fn load(block: &Scope<'_>, layer: usize, proj: Proj, bias: bool, model: &Config) -> Result<Self> {
+        let (d_in, d_out) = proj.widths(model);
+        let scope = block.at(proj.path());
+        let weight = scope.get("weight", &[d_out, d_in])?;
+        let bias = if bias { Some(scope.get("bias", &[d_out])?) } else { None };
+        Ok(Self { weight, bias, layer, proj })
+    }
+
+    /// `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`. The adapter's part is computed in f32, as PEFT does.
+    pub(crate) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let y = x.f_linear(&self.weight, self.bias.as_ref())?;
+        let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) else {
+            return Ok(y);
+        };
+        let delta = pair.delta(x, pass.gate.as_ref(), pass.dropout.as_deref_mut())?;
+        Ok(y.f_add(&delta)?.f_to_kind(x.kind())?)
+    }
+
+    pub(crate) fn parameters(&self) -> Vec<(String, Tensor)> {
+        let stem = self.proj.path();
+        let weight = (format!("{stem}.weight"), self.weight.shallow_clone());
+        let bias = self.bias.as_ref().map(|bias| (format!("{stem}.bias"), bias.shallow_clone()));
+        [weight].into_iter().chain(bias).collect()
+    }
+}
+
+/// Root-mean-square norm, computed in f32: `weight · x / √(mean(x²) + eps)`.
+#[derive(Debug)]
+pub(crate) struct RmsNorm {
+    pub(crate) weight: Tensor, // [width]
+    eps: f64,
+}
+
+impl RmsNorm {
+    pub(crate) fn load(scope: &Scope<'_>, width: i64, eps: f64) -> Result<Self> {
+        Ok(Self { weight: scope.get("weight", &[width])?, eps })
+    }
+
+    /// `x`: `[.., width]`, as the result.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (scale, wide) = self.scale(x)?;
+        Ok(wide.f_div(&scale)?.f_to_kind(x.kind())?.f_mul(&self.weight)?)
+    }
+
+    /// The same, with the norm's two hook points.
+    pub(crate) fn hooked(&self, x: &Tensor, hooks: &mut Hooks<'_>, scale_at: HookPoint, normalized_at: HookPoint) -> Result<Tensor> {
+        let (scale, wide) = self.scale(x)?;
+        let scale = hooks.run(scale_at, scale)?;
+        let normalized = hooks.run(normalized_at, wide.f_div(&scale)?.f_to_kind(x.kind())?)?;
+        Ok(normalized.f_mul(&self.weight)?)
+    }
+
+    /// The divisor `[.., 1]` and `x`, both in f32.
+    fn scale(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let wide = x.f_to_kind(Kind::Float)?;
+        let mean = wide.f_square()?.f_mean_dim(-1, true, Kind::Float)?;
+        Ok((mean.f_add_scalar(self.eps)?.f_sqrt()?, wide))
+    }
+}
+
+/// Rotary position embedding (Su et al. 2021), halves rotated against each other as Qwen does.
+#[derive(Debug)]
+pub(crate) struct Rope {
+    cos: Tensor, // [1 or batch, pos, 1, d_head]
+    sin: Tensor,
+}
+
+impl Rope {
+    /// The rotations of some positions, `[1 or batch, pos]`.
+    pub(crate) fn at(positions: &Tensor, model: &Config, kind: Kind) -> Result<Self> {
+        let half: Vec<f32> = (0..model.d_head / 2)
+            .map(|i| (1.0 / model.rope_theta.powf(2.0 * i as f64 / model.d_head as f64)) as f32)
+            .collect();
+        let frequencies = Tensor::f_from_slice(&half)?.f_to_device(positions.device())?;
+        let angles = positions.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?.f_mul(&frequencies)?; // [.., pos, d_head / 2]
+        let angles = Tensor::f_cat(&[&angles, &angles], -1)?.f_unsqueeze(2)?;
+        Ok(Self { cos: angles.f_cos()?.f_to_kind(kind)?, sin: angles.f_sin()?.f_to_kind(kind)? })
+    }
+
+    /// `x`: `[batch, pos, heads, d_head]`, as the result.
+    pub(crate) fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        let halves = x.f_chunk(2, -1)?;
+        let turned = Tensor::f_cat(&[&halves[1].f_neg()?, &halves[0]], -1)?;
+        Ok(x.f_mul(&self.cos)?.f_add(&turned.f_mul(&self.sin)?)?)
+    }
+}

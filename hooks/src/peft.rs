@@ -1,0 +1,265 @@
+//! Adapters on disk exactly as PEFT writes them: adapter_config.json and adapter_model.safetensors. What is not
+//! supported is refused by name, and a file with a missing or an unused tensor is refused with both lists.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tch::Device;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::lora::{Adapter, LoraConfig, LoraPair, Proj};
+use crate::tensor_file;
+use crate::weights::Weights;
+
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
+
+/// The keys of adapter_config.json that change what an adapter computes.
+#[derive(Debug, Deserialize)]
+struct PeftConfig {
+    peft_type: String,
+    #[serde(default = "default_rank")]
+    r: i64,
+    #[serde(default = "default_alpha")]
+    lora_alpha: f64,
+    #[serde(default)]
+    lora_dropout: f64,
+    #[serde(default)]
+    target_modules: Option<OneOrMany<String>>,
+    #[serde(default)]
+    layers_to_transform: Option<OneOrMany<usize>>,
+    #[serde(default)]
+    use_rslora: bool,
+    #[serde(default)]
+    rank_pattern: BTreeMap<String, i64>,
+    #[serde(default)]
+    alpha_pattern: BTreeMap<String, f64>,
+    /// All other keys, to be refused where they ask for something else than a plain LoRA.
+    #[serde(flatten)]
+    others: BTreeMap<String, Value>,
+}
+
+fn default_rank() -> i64 {
+    8
+}
+
+fn default_alpha() -> f64 {
+    8.0
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl PeftConfig {
+    fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        let config: Self = serde_json::from_slice(bytes)
+            .map_err(|error| Error::Adapter { path: path.to_owned(), problem: error.to_string() })?;
+        let refuse = |problem: String| Err(Error::Adapter { path: path.to_owned(), problem });
+        if config.peft_type != "LORA" {
+            return refuse(format!("peft_type is {}, expected LORA", config.peft_type));
+        }
+        for key in ["use_dora", "lora_bias", "fan_in_fan_out"] {
+            if config.others.get(key) == Some(&Value::Bool(true)) {
+                return refuse(format!("{key} is true, which is not supported"));
+            }
+        }
+        for key in ["modules_to_save", "exclude_modules", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens"] {
+            let absent = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+            if let Some(value) = config.others.get(key).filter(|value| !absent(value)) {
+                return refuse(format!("{key} is {value}, which is not supported"));
+            }
+        }
+        match config.others.get("bias") {
+            Some(bias) if bias != "none" => refuse(format!("bias is {bias}, expected \"none\"")),
+            _ => Ok(config),
+        }
+    }
+
+    fn lora_config(&self, path: &Path) -> Result<LoraConfig> {
+        let refuse = |problem: String| Error::Adapter { path: path.to_owned(), problem };
+        let target_modules = match &self.target_modules {
+            Some(OneOrMany::One(all)) if all == "all-linear" => Proj::ALL.to_vec(),
+            Some(OneOrMany::One(one)) => vec![proj(one).ok_or_else(|| refuse(unknown_module(one)))?],
+            Some(OneOrMany::Many(names)) => {
+                let found: Option<BTreeSet<Proj>> = names.iter().map(|name| proj(name)).collect();
+                let first_unknown = || names.iter().find(|name| proj(name).is_none()).cloned().unwrap_or_default();
+                found.ok_or_else(|| refuse(unknown_module(&first_unknown())))?.into_iter().collect()
+            }
+            None => return Err(refuse("target_modules is missing, expected a list of projections".to_owned())),
+        };
+        let layers = self.layers_to_transform.clone().map(|layers| match layers {
+            OneOrMany::One(layer) => vec![layer],
+            OneOrMany::Many(layers) => layers,
+        });
+        Ok(LoraConfig {
+            rank: self.r,
+            alpha: self.lora_alpha,
+            use_rslora: self.use_rslora,
+            dropout: self.lora_dropout,
+            target_modules,
+            layers,
+        })
+    }
+}
+
+fn unknown_module(name: &str) -> String {
+    format!("target_modules names {name:?}, expected \"all-linear\" or some of {}", Proj::ALL.map(Proj::name).join(", "))
+}
+
+/// The projection that a module name such as `q_proj` or `self_attn.q_proj` means.
+fn proj(name: &str) -> Option<Proj> {
+    Proj::ALL.into_iter().find(|proj| name == proj.name() || name == proj.path())
+}
+
+/// The value whose key is the module's path or its end, as PEFT matches patterns.
+fn matching<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> {
+    let hit = |key: &str| module == key || module.strip_suffix(key).is_some_and(|before| before.ends_with('.'));
+    patterns.iter().find(|(key, _)| hit(key)).map(|(_, value)| *value)
+}
+
+impl Adapter {
+    /// Reads an adapter folder as PEFT writes it, for a model of the given sizes.
+    pub fn load(dir: &Path, model: &Config, device: Device) -> Result<Self> {
+        let path = dir.join(CONFIG);
+        let peft = PeftConfig::parse(&files::read(&path)?, &path)?;
+        let config = peft.lora_config(&path)?;
+        config.check(model)?;
+        let literal = |key: &&String| key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '_'));
+        if let Some(key) = peft.rank_pattern.keys().chain(peft.alpha_pattern.keys()).find(literal) {
+            let problem = format!("the pattern {key:?} is a regular expression, expected a module name such as layers.0.self_attn.q_proj");
+            return Err(Error::Adapter { path, problem });
+        }
+
+        let tensors = dir.join(TENSORS);
+        let weights = Weights::safetensors(std::slice::from_ref(&tensors))?;
+        let mut unused: BTreeSet<String> = weights.names().into_iter().collect();
+        let mut missing = Vec::new();
+        let mut places = Vec::new();
+        for layer in (0..model.n_layers).filter(|layer| config.layers.as_ref().is_none_or(|layers| layers.contains(layer))) {
+            for proj in &config.target_modules {
+                let module = format!("model.layers.{layer}.{}", proj.path());
+                let names = ["lora_A", "lora_B"].map(|factor| format!("base_model.model.{module}.{factor}.weight"));
+                missing.extend(names.iter().filter(|name| !unused.remove(*name)).cloned());
+                places.push((layer, *proj, module, names));
+            }
+        }
+        if !missing.is_empty() || !unused.is_empty() {
+            let list = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+            let unused: Vec<String> = unused.into_iter().collect();
+            let problem = format!("the tensors do not fit {CONFIG}; missing: {}; unused: {}", list(&missing), list(&unused));
+            return Err(Error::Adapter { path: tensors, problem });
+        }
+
+        let root = weights.root(tch::Kind::Float, device);
+        let mut adapter = Self::empty(config.clone(), model);
+        for (layer, proj, module, [a, b]) in places {
+            let rank = matching(&peft.rank_pattern, &module).unwrap_or(config.rank);
+            let alpha = matching(&peft.alpha_pattern, &module).unwrap_or(config.alpha);
+            let (d_in, d_out) = proj.widths(model);
+            let (a, b) = (root.get(&a, &[rank, d_in])?, root.get(&b, &[d_out, rank])?);
+            adapter.set(layer, proj, LoraPair { a, b, scaling: config.scaling(rank, alpha) });
+        }
+        Ok(adapter)
+    }
+
+    /// Writes the adapter as PEFT does. `base_model` is the name that PEFT will load the base by.
+    pub fn save(&self, dir: &Path, base_model: &str) -> Result<()> {
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        tensor_file::write(&dir.join(TENSORS), &self.parameters(), metadata)?;
+        let config = serde_json::to_string_pretty(&self.peft_config(base_model)).unwrap_or_default();
+        files::write_atomic(&dir.join(CONFIG), config.as_bytes())
+    }
+
+    /// adapter_config.json, with every key that decides what PEFT computes. A rank or scaling that differs from the
+    /// configuration's (an adapter read with patterns) is written as a pattern again.
+    fn peft_config(&self, base_model: &str) -> Value {
+        let c = &self.config;
+        let mut rank_pattern = serde_json::Map::new();
+        let mut alpha_pattern = serde_json::Map::new();
+        for (layer, proj, pair) in self.pairs() {
+            let (module, rank) = (format!("model.layers.{layer}.{}", proj.path()), pair.a.size()[0]);
+            if rank != c.rank {
+                rank_pattern.insert(module.clone(), json!(rank));
+            }
+            let alpha = pair.scaling / c.scaling(rank, 1.0);
+            if (alpha - c.alpha).abs() > 1e-9 * c.alpha {
+                alpha_pattern.insert(module, whole(alpha));
+            }
+        }
+        json!({
+            "alpha_pattern": alpha_pattern,
+            "auto_mapping": null,
+            "base_model_name_or_path": base_model,
+            "bias": "none",
+            "exclude_modules": null,
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": true,
+            "layer_replication": null,
+            "layers_pattern": null,
+            "layers_to_transform": c.layers,
+            "lora_alpha": whole(c.alpha),
+            "lora_bias": false,
+            "lora_dropout": c.dropout,
+            "megatron_config": null,
+            "megatron_core": "megatron.core",
+            "modules_to_save": null,
+            "peft_type": "LORA",
+            "r": c.rank,
+            "rank_pattern": rank_pattern,
+            "revision": null,
+            "target_modules": c.target_modules,
+            "task_type": "CAUSAL_LM",
+            "use_dora": false,
+            "use_rslora": c.use_rslora,
+        })
+    }
+}
+
+/// A number as PEFT writes it: an integer where it is one.
+fn whole(number: f64) -> Value {
+    if number.fract() == 0.0 && number.abs() < 1e15 { json!(number as i64) } else { json!(number) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<PeftConfig> {
+        PeftConfig::parse(text.as_bytes(), Path::new("adapter_config.json"))
+    }
+
+    #[test]
+    fn what_is_no_plain_lora_is_refused_by_name() {
+        for (key, value) in [("use_dora", "true"), ("bias", "\"all\""), ("modules_to_save", "[\"lm_head\"]")] {
+            let text = format!("{{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"],\"{key}\":{value}}}");
+            let message = parse(&text).unwrap_err().to_string();
+            assert!(message.contains(key), "{message}");
+        }
+        assert!(parse("{\"peft_type\":\"IA3\"}").unwrap_err().to_string().contains("IA3"));
+    }
+
+    #[test]
+    fn missing_keys_have_pefts_defaults() {
+        let config = parse("{\"peft_type\":\"LORA\",\"target_modules\":\"all-linear\",\"layers_to_transform\":3}").unwrap();
+        let config = config.lora_config(Path::new("x")).unwrap();
+        assert_eq!((config.rank, config.alpha, config.layers), (8, 8.0, Some(vec![3])));
+        assert_eq!(config.target_modules, Proj::ALL);
+    }
+
+    #[test]
+    fn a_pattern_matches_whole_parts_of_a_path_only() {
+        let patterns = BTreeMap::from([("layers.1.mlp.up_proj".to_owned(), 2)]);
+        assert_eq!(matching(&patterns, "model.layers.1.mlp.up_proj"), Some(2));
+        assert_eq!(matching(&patterns, "model.layers.11.mlp.up_proj"), None);
+    }
+}

@@ -1,0 +1,295 @@
+//! The model: Qwen2, Qwen2.5 and Qwen3, dense. Read downwards: attention, MLP, block, whole.
+//!
+//! It is never mutated. What differs between two experiments (adapter, gate, taps, past positions) is in the `Pass`.
+//! Attention stays on libtorch's fused kernel; only a block whose scores or pattern are tapped computes them openly.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::batch::Batch;
+use crate::config::Config;
+use crate::error::Result;
+use crate::hook_point::HookPoint as P;
+use crate::kv_cache::Placement;
+use crate::lora::Proj;
+use crate::model_files::ModelFiles;
+use crate::nn::{Linear, RmsNorm, Rope};
+use crate::pass::Pass;
+use crate::tap::Hooks;
+use crate::weights::Scope;
+
+/// Grouped-query attention (Ainslie et al. 2023) with rotary positions; Qwen3 also norms queries and keys per head.
+#[derive(Debug)]
+struct Attention {
+    layer: usize,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    q_norm: Option<RmsNorm>,
+    k_norm: Option<RmsNorm>,
+    n_heads: i64,
+    n_kv_heads: i64,
+    d_head: i64,
+}
+
+impl Attention {
+    fn load(block: &Scope<'_>, layer: usize, config: &Config) -> Result<Self> {
+        let linear = |proj, bias| Linear::load(block, layer, proj, bias, config);
+        let norm = |name: &str| RmsNorm::load(&block.at("self_attn").at(name), config.d_head, config.rms_norm_eps);
+        let (q_norm, k_norm) = if config.qk_norm { (Some(norm("q_norm")?), Some(norm("k_norm")?)) } else { (None, None) };
+        Ok(Self {
+            layer,
+            q: linear(Proj::Q, config.qkv_bias)?,
+            k: linear(Proj::K, config.qkv_bias)?,
+            v: linear(Proj::V, config.qkv_bias)?,
+            o: linear(Proj::O, false)?,
+            q_norm,
+            k_norm,
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            d_head: config.d_head,
+        })
+    }
+
+    /// `x` and the result: `[batch, pos, d_model]`.
+    fn forward(&self, x: &Tensor, rope: &Rope, placement: &Placement, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let l = self.layer;
+        let (batch, pos, _) = x.size3()?;
+        let heads = |y: Tensor, n: i64| y.f_view([batch, pos, n, self.d_head]);
+
+        let q = heads(self.q.forward(x, pass)?, self.n_heads)?;
+        let k = heads(self.k.forward(x, pass)?, self.n_kv_heads)?;
+        let v = heads(self.v.forward(x, pass)?, self.n_kv_heads)?;
+        let (mut q, mut k, v) = (pass.hooks.run(P::Q(l), q)?, pass.hooks.run(P::K(l), k)?, pass.hooks.run(P::V(l), v)?);
+        if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
+            q = pass.hooks.run(P::QNormed(l), q_norm.forward(&q)?)?;
+            k = pass.hooks.run(P::KNormed(l), k_norm.forward(&k)?)?;
+        }
+        let q = pass.hooks.run(P::RotQ(l), rope.rotate(&q)?)?.f_transpose(1, 2)?; // [batch, n_heads, pos, d_head]
+        let k = pass.hooks.run(P::RotK(l), rope.rotate(&k)?)?.f_transpose(1, 2)?; // [batch, n_kv_heads, pos, d_head]
+        let v = v.f_transpose(1, 2)?;
+        let (k, v) = match pass.kv_cache.as_deref_mut() {
+            Some(cache) => cache.extend(l, &k, &v)?,
+            None => (k, v),
+        };
+
+        let open = pass.hooks.any_at(P::AttnScores(l)) || pass.hooks.any_at(P::Pattern(l));
+        let z = if open { self.open_attention(&q, &k, &v, placement, &mut pass.hooks)? } else { fused(&q, &k, &v, placement)? };
+        let z = pass.hooks.run(P::Z(l), z.f_transpose(1, 2)?)?; // [batch, pos, n_heads, d_head]
+        if pass.hooks.any_at(P::Result(l)) {
+            return self.result(&z, pass);
+        }
+        self.o.forward(&z.f_reshape([batch, pos, self.n_heads * self.d_head])?, pass)
+    }
+
+    /// Attention with its scores and pattern in the open, `[batch, n_heads, query, key]`; the result is `z` by heads.
+    fn open_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, placement: &Placement, hooks: &mut Hooks<'_>) -> Result<Tensor> {
+        let group = self.n_heads / self.n_kv_heads;
+        let (k, v) = (k.f_repeat_interleave_self_int(group, 1, None)?, v.f_repeat_interleave_self_int(group, 1, None)?);
+        let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_div_scalar((self.d_head as f64).sqrt())?;
+        let allowed = match &placement.mask {
+            Some(mask) => mask.shallow_clone(),
+            None if placement.causal => scores.f_ones_like()?.f_to_kind(Kind::Bool)?.f_tril(0)?,
+            None => scores.f_ones_like()?.f_to_kind(Kind::Bool)?,
+        };
+        let scores = scores.f_masked_fill(&allowed.f_logical_not()?, f64::NEG_INFINITY)?;
+        let scores = hooks.run(P::AttnScores(self.layer), scores)?;
+        let pattern = scores.f_softmax(-1, Kind::Float)?.f_to_kind(q.kind())?;
+        Ok(hooks.run(P::Pattern(self.layer), pattern)?.f_matmul(&v)?)
+    }
+
+    /// The output as a sum over heads, each head's part `[batch, pos, n_heads, d_model]` in the open.
+    fn result(&self, z: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let (batch, pos, n_heads, d_head) = z.size4()?;
+        let mut parts = Vec::new();
+        for head in 0..n_heads {
+            let alone = z.f_zeros_like()?;
+            alone.f_narrow(2, head, 1)?.f_copy_(&z.f_narrow(2, head, 1)?)?;
+            parts.push(self.o.forward(&alone.f_reshape([batch, pos, n_heads * d_head])?, pass)?);
+        }
+        let result = pass.hooks.run(P::Result(self.layer), Tensor::f_stack(&parts, 2)?)?;
+        Ok(result.f_sum_dim_intlist(2, false, result.kind())?)
+    }
+}
+
+/// Attention by libtorch's fused kernel; the result is `[batch, n_heads, pos, d_head]`.
+fn fused(q: &Tensor, k: &Tensor, v: &Tensor, placement: &Placement) -> Result<Tensor> {
+    let causal = placement.mask.is_none() && placement.causal;
+    let grouped = q.size4()?.1 != k.size4()?.1;
+    Ok(Tensor::f_scaled_dot_product_attention(q, k, v, placement.mask.as_ref(), 0.0, causal, None, grouped)?)
+}
+
+/// The gated MLP (Shazeer 2020): down(silu(gate(x)) ⊙ up(x)).
+#[derive(Debug)]
+struct Mlp {
+    layer: usize,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    fn load(block: &Scope<'_>, layer: usize, config: &Config) -> Result<Self> {
+        let linear = |proj| Linear::load(block, layer, proj, false, config);
+        Ok(Self { layer, gate: linear(Proj::Gate)?, up: linear(Proj::Up)?, down: linear(Proj::Down)? })
+    }
+
+    /// `x` and the result: `[batch, pos, d_model]`.
+    fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let l = self.layer;
+        let pre = self.gate.forward(x, pass)?;
+        let pre = pass.hooks.run(P::MlpPre(l), pre)?; // [batch, pos, d_mlp]
+        let linear = self.up.forward(x, pass)?;
+        let linear = pass.hooks.run(P::MlpPreLinear(l), linear)?;
+        let post = pass.hooks.run(P::MlpPost(l), pre.f_silu()?.f_mul(&linear)?)?;
+        self.down.forward(&post, pass)
+    }
+}
+
+/// One block: attention and MLP, each normed first and added to the residual stream.
+#[derive(Debug)]
+struct Block {
+    layer: usize,
+    ln1: RmsNorm,
+    attention: Attention,
+    ln2: RmsNorm,
+    mlp: Mlp,
+}
+
+impl Block {
+    fn load(scope: &Scope<'_>, layer: usize, config: &Config) -> Result<Self> {
+        let norm = |name: &str| RmsNorm::load(&scope.at(name), config.d_model, config.rms_norm_eps);
+        Ok(Self {
+            layer,
+            ln1: norm("input_layernorm")?,
+            attention: Attention::load(scope, layer, config)?,
+            ln2: norm("post_attention_layernorm")?,
+            mlp: Mlp::load(scope, layer, config)?,
+        })
+    }
+
+    /// `resid_pre` and the result: `[batch, pos, d_model]`.
+    fn forward(&self, resid_pre: Tensor, rope: &Rope, placement: &Placement, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let l = self.layer;
+        let resid_pre = pass.hooks.run(P::ResidPre(l), resid_pre)?;
+
+        let normed = self.ln1.hooked(&resid_pre, &mut pass.hooks, P::Ln1Scale(l), P::Ln1Normalized(l))?;
+        let attn_out = self.attention.forward(&normed, rope, placement, pass)?;
+        let attn_out = pass.hooks.run(P::AttnOut(l), attn_out)?;
+        let resid_mid = pass.hooks.run(P::ResidMid(l), resid_pre.f_add(&attn_out)?)?;
+
+        let normed = self.ln2.hooked(&resid_mid, &mut pass.hooks, P::Ln2Scale(l), P::Ln2Normalized(l))?;
+        let mlp_out = self.mlp.forward(&normed, pass)?;
+        let mlp_out = pass.hooks.run(P::MlpOut(l), mlp_out)?;
+        pass.hooks.run(P::ResidPost(l), resid_mid.f_add(&mlp_out)?)
+    }
+
+    fn parameters(&self) -> Vec<(String, Tensor)> {
+        let norms = [("input_layernorm", Some(&self.ln1)), ("post_attention_layernorm", Some(&self.ln2))];
+        let head_norms = [("self_attn.q_norm", self.attention.q_norm.as_ref()), ("self_attn.k_norm", self.attention.k_norm.as_ref())];
+        let norms = norms.into_iter().chain(head_norms).filter_map(|(name, norm)| {
+            Some((format!("{name}.weight"), norm?.weight.shallow_clone()))
+        });
+        let (attention, mlp) = (&self.attention, &self.mlp);
+        let linears = [&attention.q, &attention.k, &attention.v, &attention.o, &mlp.gate, &mlp.up, &mlp.down];
+        norms.chain(linears.into_iter().flat_map(Linear::parameters)).collect()
+    }
+}
+
+/// One Qwen. `Send`, but not `Sync`: one thread owns it, and libtorch spreads the work.
+#[derive(Debug)]
+pub struct Qwen {
+    /// Its sizes and switches.
+    pub config: Config,
+    embed: Tensor, // [d_vocab, d_model]
+    blocks: Vec<Block>,
+    ln_final: RmsNorm,
+    unembed: Tensor, // [d_vocab, d_model]; the embedding itself where they are tied
+}
+
+impl Qwen {
+    /// Loads the weights as `kind` onto `device`.
+    pub fn load(files: &ModelFiles, device: Device, kind: Kind) -> Result<Self> {
+        let config = files.config.clone();
+        let root = files.weights.root(kind, device);
+        let model = root.at("model");
+        let embed = model.at("embed_tokens").get("weight", &[config.d_vocab, config.d_model])?;
+        let blocks = (0..config.n_layers)
+            .map(|layer| Block::load(&model.at("layers").at(layer), layer, &config))
+            .collect::<Result<Vec<_>>>()?;
+        let ln_final = RmsNorm::load(&model.at("norm"), config.d_model, config.rms_norm_eps)?;
+        let unembed = if config.tie_embeddings {
+            embed.shallow_clone()
+        } else {
+            root.at("lm_head").get("weight", &[config.d_vocab, config.d_model])?
+        };
+        Ok(Self { config, embed, blocks, ln_final, unembed })
+    }
+
+    /// The logits of every position, `[batch, pos, d_vocab]`.
+    pub fn forward(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let resid = self.run_blocks(batch, pass)?;
+        let normed = self.ln_final.hooked(&resid, &mut pass.hooks, P::LnFinalScale, P::LnFinalNormalized)?;
+        let logits = pass.hooks.run(P::Logits, normed.f_linear::<Tensor>(&self.unembed, None)?)?;
+        pass.hooks.check_fired()?;
+        Ok(logits)
+    }
+
+    /// The residual stream after the last block, `[batch, pos, d_model]`: `unembed` it where logits are needed.
+    pub fn resid_final(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let resid = self.run_blocks(batch, pass)?;
+        pass.hooks.check_fired()?;
+        Ok(resid)
+    }
+
+    fn run_blocks(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let placement = match pass.kv_cache.as_deref_mut() {
+            Some(cache) => cache.place(batch)?,
+            None => {
+                let positions = Tensor::f_arange(batch.width() as i64, (Kind::Int64, self.device()))?.f_unsqueeze(0)?;
+                Placement { positions, mask: None, causal: true }
+            }
+        };
+        let rope = Rope::at(&placement.positions, &self.config, self.kind())?;
+        let embedded = Tensor::f_embedding(&self.embed, &batch.ids, -1, false, false)?;
+        let mut resid = pass.hooks.run(P::Embed, embedded)?;
+        for block in &self.blocks {
+            resid = block.forward(resid, &rope, &placement, pass)?;
+        }
+        Ok(resid)
+    }
+
+    /// Final norm and unembedding: the logit lens. `resid`: `[.., d_model]`, the result is `[.., d_vocab]`.
+    pub fn unembed(&self, resid: &Tensor) -> Result<Tensor> {
+        Ok(self.ln_final.forward(resid)?.f_linear::<Tensor>(&self.unembed, None)?)
+    }
+
+    /// The unembedding's rows of some tokens, `[n, d_model]`.
+    pub fn unembedding(&self, ids: &[i64]) -> Result<Tensor> {
+        Ok(self.unembed.f_index_select(0, &Tensor::f_from_slice(ids)?.f_to_device(self.device())?)?)
+    }
+
+    /// The device that the weights are on.
+    pub fn device(&self) -> Device {
+        self.embed.device()
+    }
+
+    /// The precision of the weights.
+    pub fn kind(&self) -> Kind {
+        self.embed.kind()
+    }
+
+    /// Every weight under its Hugging Face name. They share storage with the model.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        let mut named = vec![("model.embed_tokens.weight".to_owned(), self.embed.shallow_clone())];
+        for block in &self.blocks {
+            let stem = format!("model.layers.{}", block.layer);
+            named.extend(block.parameters().into_iter().map(|(name, tensor)| (format!("{stem}.{name}"), tensor)));
+        }
+        named.push(("model.norm.weight".to_owned(), self.ln_final.weight.shallow_clone()));
+        if !self.config.tie_embeddings {
+            named.push(("lm_head.weight".to_owned(), self.unembed.shallow_clone()));
+        }
+        named
+    }
+}

@@ -1,0 +1,68 @@
+//! Looking and changing are one thing: a tap receives an activation and returns the one the model goes on with.
+
+use std::collections::BTreeMap;
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::hook_point::HookPoint;
+
+/// Receives an activation and returns the one the model goes on with.
+pub trait Tap {
+    /// Sees the activation at a hook point, shaped as the point's documentation says.
+    fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor>;
+}
+
+impl<F: FnMut(HookPoint, Tensor) -> Result<Tensor>> Tap for F {
+    fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor> {
+        self(at, x)
+    }
+}
+
+/// The taps of one forward pass, in the order they act.
+#[derive(Default)]
+pub struct Hooks<'a> {
+    /// Each tap with its points, and whether it has fired there.
+    taps: Vec<(BTreeMap<HookPoint, bool>, &'a mut dyn Tap)>,
+}
+
+impl<'a> Hooks<'a> {
+    /// These hooks with one more tap, which acts after those already there.
+    #[must_use]
+    pub fn on(mut self, points: impl IntoIterator<Item = HookPoint>, tap: &'a mut dyn Tap) -> Self {
+        self.taps.push((points.into_iter().map(|point| (point, false)).collect(), tap));
+        self
+    }
+
+    /// Whether any tap is set at the point.
+    pub fn any_at(&self, at: HookPoint) -> bool {
+        self.taps.iter().any(|(points, _)| points.contains_key(&at))
+    }
+
+    /// Hands the activation to the taps at the point; with no taps it comes straight back.
+    #[inline]
+    pub(crate) fn run(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor> {
+        if self.taps.is_empty() { Ok(x) } else { self.run_taps(at, x) }
+    }
+
+    #[cold]
+    fn run_taps(&mut self, at: HookPoint, mut x: Tensor) -> Result<Tensor> {
+        for (points, tap) in &mut self.taps {
+            if let Some(fired) = points.get_mut(&at) {
+                *fired = true;
+                x = tap.tap(at, x)?;
+            }
+        }
+        Ok(x)
+    }
+
+    /// Fails when a tap waits at a point that the pass did not reach.
+    pub(crate) fn check_fired(&self) -> Result<()> {
+        let silent: Vec<String> = self
+            .taps
+            .iter()
+            .flat_map(|(points, _)| points.iter().filter(|(_, fired)| !**fired).map(|(point, _)| point.to_string()))
+            .collect();
+        if silent.is_empty() { Ok(()) } else { Err(Error::TapNeverFired { points: silent.join(", ") }) }
+    }
+}

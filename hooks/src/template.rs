@@ -1,0 +1,159 @@
+//! The model's own chat template, rendered as transformers renders it: Jinja with trimmed blocks and Python's methods.
+//!
+//! It gives the text alone, without saying what is whose, so it is the check on `chat.rs`, not the renderer.
+//! Thinking is always off, and tools are never passed.
+
+use minijinja::{Environment, ErrorKind, Value, context};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// Who speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Role {
+    System,
+    User,
+    Assistant,
+}
+
+/// One turn of a chat, in the form in which templates read it.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Turn<'a> {
+    pub(crate) role: Role,
+    pub(crate) content: &'a str,
+}
+
+/// A chat template that can be rendered.
+#[derive(Debug)]
+pub(crate) struct Template {
+    environment: Environment<'static>,
+    source: String,
+}
+
+impl Template {
+    pub(crate) fn new(source: &str) -> Self {
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> std::result::Result<Value, minijinja::Error> {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        // A date in the prompt would make every day another experiment.
+        environment.add_function("strftime_now", |_: String| -> std::result::Result<Value, minijinja::Error> {
+            Err(minijinja::Error::new(
+                ErrorKind::InvalidOperation,
+                "it writes today's date into the prompt, so no run could be repeated",
+            ))
+        });
+        environment.add_filter("tojson", python_json);
+        Self { environment, source: generation_as_if(source) }
+    }
+
+    /// The text of a chat; with `generation`, it ends where the assistant's answer would start.
+    pub(crate) fn render(&self, turns: &[Turn<'_>], generation: bool) -> Result<String> {
+        let values = context! { messages => turns, add_generation_prompt => generation, enable_thinking => false };
+        let rendered = self.environment.render_named_str("chat_template", &self.source, values);
+        rendered.map_err(|error| Error::ChatTemplate { problem: error.to_string() })
+    }
+}
+
+/// The template with training's `{% generation %}` blocks, which render as what they enclose, made blocks of Jinja's own.
+fn generation_as_if(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start + 2);
+        out.push_str(before);
+        let word = tag.trim_start_matches(['-', '+']).trim_start();
+        let lead = &tag[..tag.len() - word.len()];
+        let ends = |after: &str| after.trim_start().trim_start_matches(['-', '+']).starts_with("%}");
+        let replaced = [("generation", "if true"), ("endgeneration", "endif")]
+            .into_iter()
+            .find_map(|(name, with)| Some((with, word.strip_prefix(name).filter(|after| ends(after))?)));
+        rest = match replaced {
+            Some((with, after)) => {
+                out.push_str(lead);
+                out.push_str(with);
+                after
+            }
+            None => tag,
+        };
+    }
+    out.push_str(rest);
+    out
+}
+
+/// JSON as Python's `json.dumps(value, ensure_ascii=False)` spaces it.
+fn python_json(value: &Value) -> std::result::Result<Value, minijinja::Error> {
+    let mut out = Vec::new();
+    let mut serializer = serde_json::Serializer::with_formatter(&mut out, PythonSpacing);
+    let written = value.serialize(&mut serializer).map_err(|error| error.to_string());
+    let text = written.and_then(|()| String::from_utf8(out).map_err(|error| error.to_string()));
+    text.map(Value::from_safe_string).map_err(|problem| minijinja::Error::new(ErrorKind::BadSerialization, problem))
+}
+
+struct PythonSpacing;
+
+impl serde_json::ser::Formatter for PythonSpacing {
+    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use super::*;
+
+    fn render(source: &str) -> Result<String> {
+        let turns = [Turn { role: Role::User, content: "hi" }, Turn { role: Role::Assistant, content: "<a>b</a>c" }];
+        Template::new(source).render(&turns, true)
+    }
+
+    #[test]
+    fn the_constructs_of_qwen_templates_work() {
+        let cases = [
+            ("{%- for m in messages[::-1] %}{{ m.role }},{% endfor %}", "assistant,user,"),
+            (
+                "{%- set ns = namespace(n=messages|length - 1) %}\n{%- for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+                "3",
+            ),
+            ("{{ messages[1].content.split('</a>')[0].split('<a>')[-1] }}", "b"),
+            (
+                "{{ messages[-1]['content'].split('</a>')[-1].lstrip('c') }}|{{ 'xxaxx'.strip('x') }}|{{ 'ab\n\n'.rstrip('\n') }}",
+                "|a|ab",
+            ),
+            ("{% if messages[0].content is string and not messages[0].content.startswith('x') %}yes{% endif %}", "yes"),
+            ("{% if enable_thinking is defined and enable_thinking is false %}off{% endif %}", "off"),
+            ("{% if tools %}tools{% else %}none{% endif %}{{ messages[0].tool_calls }}", "none"),
+            ("  {% if true %}\nkept\n  {% endif %}\nend\n", "kept\nend"),
+            ("{{ {'a': [1, \"<é>'\"], 'b': true} | tojson }}", "{\"a\": [1, \"<é>'\"], \"b\": true}"),
+            ("a{%- generation -%} b {%- endgeneration %}\nc {% set generation = 1 %}{{ generation }}", "abc 1"),
+        ];
+        for (source, expected) in cases {
+            assert_eq!(render(source).unwrap(), expected, "{source}");
+        }
+    }
+
+    #[test]
+    fn what_the_template_refuses_is_told() {
+        let message = |source: &str| render(source).unwrap_err().to_string();
+        assert!(message("{{ raise_exception('only two turns') }}").contains("only two turns"));
+        assert!(message("{{ strftime_now('%d') }}").contains("today's date"));
+        assert!(message("{% for %}").contains("chat template: "));
+    }
+}

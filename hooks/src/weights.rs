@@ -1,0 +1,487 @@
+//! The tensors of a checkpoint, always asked for by their Hugging Face names, wherever they are stored.
+//!
+//! A [`Scope`] is a cursor in the checkpoint's tree: `root.at("model").at("layers").at(3)` spells the name. Files are
+//! memory-mapped and converted block by block, so that a large tensor never exists twice.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{Display, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::gguf::Gguf;
+
+/// How many elements are converted at a time: a multiple of every quantised block's size.
+const BLOCK: usize = 1 << 21;
+
+/// The tensors of one model.
+pub struct Weights {
+    source: Source,
+}
+
+enum Source {
+    /// Files, and for each tensor the file that holds it.
+    Safetensors { shards: Vec<Shard>, owner: BTreeMap<String, usize> },
+    Gguf(Gguf),
+    Memory { name: String, tensors: BTreeMap<String, Tensor> },
+}
+
+/// One mapped `.safetensors` file.
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+    data: usize, // where the tensors begin
+    header: Metadata,
+}
+
+impl Weights {
+    /// Maps `.safetensors` files and checks their headers. A `.safetensors.index.json` stands for the files it names.
+    pub fn safetensors(paths: &[PathBuf]) -> Result<Self> {
+        let mut shards = Vec::new();
+        let mut promised = BTreeMap::new(); // tensor → file, as the index says
+        for path in paths {
+            if path.extension().is_some_and(|extension| extension == "json") {
+                let weight_map = weight_map(path)?;
+                for name in weight_map.values().collect::<BTreeSet<_>>() {
+                    shards.push(Shard::open(&path.with_file_name(name))?);
+                }
+                promised.extend(weight_map.into_iter().map(|(tensor, file)| (tensor, path.with_file_name(file))));
+            } else {
+                shards.push(Shard::open(path)?);
+            }
+        }
+        let mut owner = BTreeMap::new();
+        for (index, shard) in shards.iter().enumerate() {
+            for name in shard.header.offset_keys() {
+                if let Some(first) = owner.insert(name.clone(), index) {
+                    let problem = format!("tensor {name} is also in {}", shards[first].path.display());
+                    return Err(Error::Malformed { path: shard.path.clone(), problem });
+                }
+            }
+        }
+        for (name, path) in promised {
+            if owner.get(&name).is_none_or(|index| shards[*index].path != path) {
+                return Err(Error::MissingTensor { name, file: path.display().to_string() });
+            }
+        }
+        Ok(Self { source: Source::Safetensors { shards, owner } })
+    }
+
+    /// The tensors of a GGUF file, dequantised when they are asked for.
+    pub fn gguf(gguf: Gguf) -> Self {
+        Self { source: Source::Gguf(gguf) }
+    }
+
+    /// Tensors that are in memory already; `name` stands for the file in messages.
+    pub fn from_tensors(name: &str, tensors: BTreeMap<String, Tensor>) -> Self {
+        Self { source: Source::Memory { name: name.to_owned(), tensors } }
+    }
+
+    /// The top of the tree; what is asked for below it comes in this kind and on this device.
+    pub fn root(&self, kind: Kind, device: Device) -> Scope<'_> {
+        Scope { weights: self, prefix: String::new(), kind, device }
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> Vec<String> {
+        match &self.source {
+            Source::Safetensors { owner, .. } => owner.keys().cloned().collect(),
+            Source::Gguf(gguf) => gguf.tensors().keys().cloned().collect(),
+            Source::Memory { tensors, .. } => tensors.keys().cloned().collect(),
+        }
+    }
+
+    /// One line on what is there: "290 tensors, bf16, 988 MB, memory-mapped".
+    pub fn describe(&self) -> String {
+        let mut counts = BTreeMap::<String, usize>::new();
+        let names = self.names();
+        for name in &names {
+            let dtype = self.stored(name).map_or_else(String::new, |stored| stored.dtype);
+            *counts.entry(dtype).or_default() += 1;
+        }
+        let mut counts: Vec<_> = counts.into_iter().collect();
+        counts.sort_by_key(|(dtype, n)| (std::cmp::Reverse(*n), dtype.clone()));
+        let dtypes = match counts.as_slice() {
+            [(only, _)] => only.clone(),
+            many => many.iter().map(|(dtype, n)| format!("{n} {dtype}")).collect::<Vec<_>>().join(" + "),
+        };
+        let (bytes, how) = match &self.source {
+            Source::Safetensors { shards, .. } => (shards.iter().map(|shard| shard.map.len()).sum(), "memory-mapped"),
+            Source::Gguf(gguf) => (gguf.len(), "memory-mapped, dequantised on loading"),
+            Source::Memory { tensors, .. } => (tensors.values().map(bytes_of).sum(), "in memory"),
+        };
+        format!("{} tensors, {dtypes}, {}, {how}", names.len(), human(bytes))
+    }
+
+    /// Feeds a hash with every tensor's name, dtype and shape and a sample of its bytes: enough to tell checkpoints
+    /// apart, and no gigabyte is read for it.
+    pub(crate) fn hash_into(&self, hash: &mut Sha256) {
+        for name in self.names() {
+            let Some(stored) = self.stored(&name) else { continue };
+            hash.update(format!("{name} {} {:?} {}\n", stored.dtype, stored.shape, stored.bytes.len()));
+            let bytes = &stored.bytes;
+            hash.update(&bytes[..bytes.len().min(64)]);
+            hash.update(&bytes[bytes.len().saturating_sub(64)..]);
+        }
+    }
+
+    /// How a tensor is stored: dtype as text, shape, bytes (a mapped file is not copied).
+    fn stored(&self, name: &str) -> Option<Stored<'_>> {
+        match &self.source {
+            Source::Safetensors { shards, owner } => {
+                let shard = &shards[*owner.get(name)?];
+                let info = shard.header.info(name)?;
+                let shape = info.shape.iter().map(|dim| *dim as i64).collect();
+                Some(Stored { dtype: info.dtype.to_string().to_lowercase(), shape, bytes: shard.bytes(info).into() })
+            }
+            Source::Gguf(gguf) => {
+                let info = gguf.tensors().get(name)?;
+                let dtype = format!("{:?}", info.dtype).to_lowercase();
+                Some(Stored { dtype, shape: info.shape.clone(), bytes: gguf.bytes(info).into() })
+            }
+            Source::Memory { tensors, .. } => {
+                let tensor = tensors.get(name)?;
+                let mut bytes = vec![0; bytes_of(tensor)];
+                tensor.f_contiguous().and_then(|tensor| tensor.f_copy_data_u8(&mut bytes, tensor.numel())).ok()?;
+                let dtype = match tensor.kind() {
+                    Kind::Float => "f32".to_owned(),
+                    Kind::Half => "f16".to_owned(),
+                    Kind::BFloat16 => "bf16".to_owned(),
+                    other => format!("{other:?}").to_lowercase(),
+                };
+                Some(Stored { dtype, shape: tensor.size(), bytes: bytes.into() })
+            }
+        }
+    }
+
+    /// The shape of a tensor, if there is such a tensor.
+    fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        match &self.source {
+            Source::Safetensors { shards, owner } => {
+                let info = shards[*owner.get(name)?].header.info(name)?;
+                Some(info.shape.iter().map(|dim| *dim as i64).collect())
+            }
+            Source::Gguf(gguf) => gguf.tensors().get(name).map(|info| info.shape.clone()),
+            Source::Memory { tensors, .. } => tensors.get(name).map(Tensor::size),
+        }
+    }
+
+    fn load(&self, name: &str, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor> {
+        let missing = || Error::MissingTensor { name: name.to_owned(), file: self.files() };
+        let found = self.shape(name).ok_or_else(missing)?;
+        if found != shape {
+            return Err(Error::Shape { tensor: name.to_owned(), expected: shape.to_vec(), found });
+        }
+        match &self.source {
+            Source::Safetensors { shards, owner } => {
+                let shard = owner.get(name).map(|index| &shards[*index]).ok_or_else(missing)?;
+                let info = shard.header.info(name).ok_or_else(missing)?;
+                let stored = kind_of(info.dtype).ok_or_else(|| {
+                    let problem = format!("tensor {name} is stored as {}, expected F32, F16 or BF16", info.dtype);
+                    Error::Malformed { path: shard.path.clone(), problem }
+                })?;
+                let (bytes, width) = (shard.bytes(info), stored.elt_size_in_bytes());
+                fill(shape, kind, device, |elements| {
+                    let block = &bytes[elements.start * width..elements.end * width];
+                    Ok(Tensor::f_from_data_size(block, &[elements.len() as i64], stored)?)
+                })
+            }
+            Source::Gguf(gguf) => {
+                let info = gguf.tensors().get(name).ok_or_else(missing)?;
+                fill(shape, kind, device, |elements| gguf.dequantize(info, &elements))
+            }
+            Source::Memory { tensors, .. } => {
+                let tensor = tensors.get(name).ok_or_else(missing)?;
+                Ok(tensor.f_to_device(device)?.f_to_dtype(kind, false, true)?) // a copy, as from the other sources
+            }
+        }
+    }
+
+    /// The files as they are named in messages.
+    fn files(&self) -> String {
+        match &self.source {
+            Source::Safetensors { shards, .. } => {
+                shards.iter().map(|shard| shard.path.display().to_string()).collect::<Vec<_>>().join(", ")
+            }
+            Source::Gguf(gguf) => gguf.path().display().to_string(),
+            Source::Memory { name, .. } => name.clone(),
+        }
+    }
+}
+
+/// A cursor in the checkpoint's tree of names.
+pub struct Scope<'a> {
+    weights: &'a Weights,
+    prefix: String,
+    kind: Kind,
+    device: Device,
+}
+
+impl<'a> Scope<'a> {
+    /// One step down: a module's name or a layer's number.
+    #[must_use]
+    pub fn at(&self, part: impl Display) -> Scope<'a> {
+        Scope { weights: self.weights, prefix: self.name(part), kind: self.kind, device: self.device }
+    }
+
+    /// The tensor `name` below here, which must have this shape; a new one in the kind and on the device of the root.
+    pub fn get(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        self.weights.load(&self.name(name), shape, self.kind, self.device)
+    }
+
+    /// Whether there is a tensor `name` below here.
+    pub fn has(&self, name: &str) -> bool {
+        self.weights.shape(&self.name(name)).is_some()
+    }
+
+    fn name(&self, part: impl Display) -> String {
+        let mut name = self.prefix.clone();
+        if !name.is_empty() {
+            name.push('.');
+        }
+        let _ = write!(name, "{part}"); // writing to a String does not fail
+        name
+    }
+}
+
+struct Stored<'a> {
+    dtype: String,
+    shape: Vec<i64>,
+    bytes: std::borrow::Cow<'a, [u8]>,
+}
+
+impl Shard {
+    fn open(path: &Path) -> Result<Self> {
+        let map = map(path)?;
+        let (header_length, header) = SafeTensors::read_metadata(&map).map_err(|error| Error::Malformed {
+            path: path.to_owned(),
+            problem: format!("expected a safetensors file: {error}"),
+        })?;
+        Ok(Self { path: path.to_owned(), map, data: 8 + header_length, header }) // 8 bytes of header length come first
+    }
+
+    fn bytes(&self, info: &TensorInfo) -> &[u8] {
+        let (start, end) = info.data_offsets; // the header was checked against the file's length
+        &self.map[self.data + start..self.data + end]
+    }
+}
+
+/// Maps a file into memory, read-only.
+pub(crate) fn map(path: &Path) -> Result<Mmap> {
+    let file = files::open(path)?;
+    #[expect(unsafe_code, reason = "a mapped model must not be changed while it is in use; no program writes into one in place")]
+    let map = unsafe { Mmap::map(&file) };
+    map.map_err(|cause| Error::Io { path: path.to_owned(), cause })
+}
+
+/// The files that an index names.
+pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    Ok(weight_map(index)?.into_values().collect())
+}
+
+/// The file of each tensor, as an index says.
+fn weight_map(path: &Path) -> Result<BTreeMap<String, String>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let malformed = |problem: String| Error::Malformed { path: path.to_owned(), problem };
+    let index: Index = serde_json::from_slice(&files::read(path)?)
+        .map_err(|error| malformed(format!("expected an index with a weight_map: {error}")))?;
+    if index.weight_map.is_empty() {
+        return Err(malformed("weight_map is empty".to_owned()));
+    }
+    match index.weight_map.values().find(|name| !is_plain_shard(name)) {
+        Some(name) => Err(malformed(format!("weight_map names {name:?}, expected a .safetensors file beside it"))),
+        None => Ok(index.weight_map),
+    }
+}
+
+/// A name that cannot lead out of the folder.
+fn is_plain_shard(name: &str) -> bool {
+    Path::new(name).extension().is_some_and(|extension| extension == "safetensors") && !name.contains(['/', '\\'])
+}
+
+/// The kinds that weights may be stored in.
+fn kind_of(dtype: Dtype) -> Option<Kind> {
+    match dtype {
+        Dtype::F32 => Some(Kind::Float),
+        Dtype::F16 => Some(Kind::Half),
+        Dtype::BF16 => Some(Kind::BFloat16),
+        _ => None,
+    }
+}
+
+/// A new tensor, made block by block from what `block` gives for a range of elements.
+fn fill(shape: &[i64], kind: Kind, device: Device, mut block: impl FnMut(Range<usize>) -> Result<Tensor>) -> Result<Tensor> {
+    let numel = shape.iter().product::<i64>();
+    let out = Tensor::f_empty(shape, (kind, device))?;
+    let flat = out.f_view([numel])?;
+    let mut start = 0;
+    while start < numel {
+        let length = (numel - start).min(BLOCK as i64);
+        let stored = block(start as usize..(start + length) as usize)?;
+        // moved as it is stored, converted where it is needed: less goes to the device
+        flat.f_narrow(0, start, length)?.f_copy_(&stored.f_to_device(device)?)?;
+        start += length;
+    }
+    Ok(out)
+}
+
+fn bytes_of(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
+}
+
+/// A size as people say it.
+pub(crate) fn human(bytes: usize) -> String {
+    match bytes as f64 {
+        small if small < 1e6 => format!("{:.0} kB", (small / 1e3).ceil()),
+        medium if medium < 1e10 => format!("{:.0} MB", medium / 1e6),
+        large => format!("{:.1} GB", large / 1e9),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use std::fs;
+
+    use half::{bf16, f16};
+    use safetensors::tensor::TensorView;
+
+    use super::*;
+
+    fn write(path: &Path, tensors: &[(&str, Dtype, &[usize], Vec<u8>)]) -> PathBuf {
+        let views = tensors.iter().map(|(name, dtype, shape, data)| (*name, TensorView::new(*dtype, shape.to_vec(), data).unwrap()));
+        fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+        path.to_owned()
+    }
+
+    fn f32s(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        Vec::try_from(&tensor.flatten(0, -1).to_kind(Kind::Float)).unwrap()
+    }
+
+    fn message<T>(result: Result<T>) -> String {
+        result.err().expect("an error").to_string()
+    }
+
+    const SMALL: [f32; 6] = [1.0, -2.5, 0.0, 0.125, 65504.0, -0.5]; // exact in f16; the fifth is not in bf16
+
+    #[test]
+    fn each_stored_kind_comes_in_the_kind_that_is_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let halves = SMALL.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
+        let brains = SMALL.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
+        let path = write(&folder.path().join("model.safetensors"), &[
+            ("a.weight", Dtype::F32, &[2, 3], f32s(&SMALL)),
+            ("b.weight", Dtype::F16, &[6], halves),
+            ("c.weight", Dtype::BF16, &[3, 2], brains),
+        ]);
+        let weights = Weights::safetensors(&[path]).unwrap();
+        assert_eq!(weights.names(), ["a.weight", "b.weight", "c.weight"]);
+        let rounded: Vec<f32> = SMALL.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
+        assert!((rounded[4] - SMALL[4]).abs() > 1.0);
+
+        let root = weights.root(Kind::Float, Device::Cpu);
+        assert_eq!(values(&root.at("a").get("weight", &[2, 3]).unwrap()), SMALL);
+        assert_eq!(values(&root.at("b").get("weight", &[6]).unwrap()), SMALL);
+        assert_eq!(values(&root.at("c").get("weight", &[3, 2]).unwrap()), rounded);
+        let root = weights.root(Kind::BFloat16, Device::Cpu);
+        for (name, shape) in [("a.weight", &[2, 3][..]), ("c.weight", &[3, 2])] {
+            let tensor = root.get(name, shape).unwrap();
+            assert_eq!((tensor.kind(), tensor.size().as_slice(), values(&tensor)), (Kind::BFloat16, shape, rounded.clone()));
+        }
+        assert!(weights.describe().starts_with("3 tensors, 1 bf16 + 1 f16 + 1 f32, 1 kB"), "{}", weights.describe());
+    }
+
+    #[test]
+    fn a_tensor_of_several_blocks_has_no_seam() {
+        let folder = tempfile::tempdir().unwrap();
+        let n = BLOCK + 1024;
+        let stored = (0..n).flat_map(|i| bf16::from_f32((i % 251) as f32).to_le_bytes()).collect();
+        let path = write(&folder.path().join("m.safetensors"), &[("x", Dtype::BF16, &[n / 1024, 1024], stored)]);
+        let weights = Weights::safetensors(&[path]).unwrap();
+        let found = values(&weights.root(Kind::Float, Device::Cpu).get("x", &[(n / 1024) as i64, 1024]).unwrap());
+        let expected = (0..n).map(|i| (i % 251) as f32);
+        assert!(found.into_iter().eq(expected));
+    }
+
+    #[test]
+    fn the_cursor_spells_names_and_the_errors_say_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = "model.layers.3.self_attn.q_proj.weight";
+        let path = write(&folder.path().join("m.safetensors"), &[
+            (name, Dtype::F32, &[2, 3], f32s(&SMALL)),
+            ("steps", Dtype::I64, &[1], vec![0; 8]),
+        ]);
+        let weights = Weights::safetensors(&[path]).unwrap();
+        let root = weights.root(Kind::Float, Device::Cpu);
+        let q = root.at("model").at("layers").at(3).at("self_attn").at("q_proj");
+        assert!(q.has("weight") && !q.has("bias") && q.get("weight", &[2, 3]).is_ok());
+        assert_eq!(message(q.get("weight", &[3, 2])), format!("tensor {name} has shape [2, 3], expected [3, 2]"));
+        let missing = message(q.get("bias", &[2]));
+        assert!(missing.contains("model.layers.3.self_attn.q_proj.bias is missing in ") && missing.ends_with("m.safetensors"), "{missing}");
+        let wrong = message(root.get("steps", &[1]));
+        assert!(wrong.contains("tensor steps is stored as I64, expected F32, F16 or BF16"), "{wrong}");
+    }
+
+    #[test]
+    fn shards_are_found_by_their_index() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        write(&at("s-1.safetensors"), &[("a", Dtype::F32, &[1], f32s(&[1.0]))]);
+        write(&at("s-2.safetensors"), &[("b", Dtype::F32, &[1], f32s(&[2.0]))]);
+        let index = |map: &str| {
+            fs::write(at("m.index.json"), format!(r#"{{"metadata": {{"total_size": 8}}, "weight_map": {map}}}"#)).unwrap();
+            Weights::safetensors(&[at("m.index.json")])
+        };
+        let weights = index(r#"{"a": "s-1.safetensors", "b": "s-2.safetensors"}"#).unwrap();
+        assert_eq!(values(&weights.root(Kind::Float, Device::Cpu).get("b", &[1]).unwrap()), [2.0]);
+        assert_eq!(Weights::safetensors(&[at("s-1.safetensors"), at("s-2.safetensors")]).unwrap().names(), ["a", "b"]);
+
+        assert!(message(index(r#"{"a": "s-2.safetensors", "b": "s-2.safetensors"}"#)).contains("tensor a is missing in"));
+        assert!(message(index(r#"{"a": "s-3.safetensors"}"#)).contains("s-3.safetensors: No such file"));
+        assert!(message(index(r#"{"a": "../s-1.safetensors"}"#)).contains("weight_map names \"../s-1.safetensors\""));
+        assert!(message(index("{}")).contains("weight_map is empty"));
+        assert!(message(index("3")).contains("expected an index with a weight_map"));
+        fs::copy(at("s-1.safetensors"), at("s-9.safetensors")).unwrap();
+        assert!(message(Weights::safetensors(&[at("s-1.safetensors"), at("s-9.safetensors")])).contains("tensor a is also in"));
+    }
+
+    #[test]
+    fn a_damaged_file_is_an_error_that_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = fs::read(write(&folder.path().join("m.safetensors"), &[("a", Dtype::F32, &[6], f32s(&SMALL))])).unwrap();
+        let path = folder.path().join("cut.safetensors");
+        for length in 0..whole.len() {
+            fs::write(&path, &whole[..length]).unwrap();
+            let message = message(Weights::safetensors(std::slice::from_ref(&path)));
+            assert!(message.contains("cut.safetensors: expected a safetensors file"), "{length}: {message}");
+        }
+        let mut huge = whole;
+        huge[..8].fill(0xff);
+        fs::write(&path, &huge).unwrap();
+        assert!(Weights::safetensors(&[path]).is_err());
+    }
+
+    #[test]
+    fn tensors_in_memory_are_copied_out() {
+        let weights = Weights::from_tensors("test", BTreeMap::from([("a".to_owned(), Tensor::from_slice(&SMALL))]));
+        let mut copy = weights.root(Kind::Float, Device::Cpu).get("a", &[6]).unwrap();
+        let _ = copy.fill_(7.0);
+        assert_eq!(values(&weights.root(Kind::Float, Device::Cpu).get("a", &[6]).unwrap()), SMALL);
+        assert_eq!(message(weights.root(Kind::Float, Device::Cpu).get("b", &[6])), "tensor b is missing in test");
+    }
+}

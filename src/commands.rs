@@ -1,0 +1,57 @@
+//! The subcommands, a file each. Stages of the pipeline are functions of a loaded experiment and a run's folder.
+
+pub mod activations;
+pub mod ask;
+pub mod export;
+pub mod finetune;
+pub mod generate;
+pub mod measure;
+pub mod report;
+pub mod run;
+pub mod tokens;
+
+use std::io::Write;
+
+use anyhow::{Result, ensure};
+use clap::{Args, ValueEnum};
+use hooks::Gate;
+
+use crate::experiment::Dtype;
+
+/// Which model, and in which precision.
+#[derive(Args, Debug)]
+pub struct ModelArgs {
+    /// A folder in Hugging Face form, a hub id, a .gguf file, or tiny-random.
+    #[arg(long)]
+    pub model: String,
+    /// The kind of the weights.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
+}
+
+impl ValueEnum for Dtype {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::F32, Self::Bf16]
+    }
+
+    fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
+        Some(clap::builder::PossibleValue::new(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }))
+    }
+}
+
+/// Prints a command's result on stdout; a reader that has gone away is no error.
+pub(crate) fn print(text: &str) -> Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+/// Refuses a gate that nothing would pass through.
+fn gate_needs_adapter(gate: &Gate, adapter: bool) -> Result<()> {
+    ensure!(adapter || gate.is_everywhere(), "the gate is {gate}, but there is no adapter to gate; hint: name one with --adapter");
+    Ok(())
+}

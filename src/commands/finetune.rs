@@ -1,0 +1,65 @@
+//! Stage 2: the student learns the teacher's numbers, and a control student those of the untouched model.
+
+use std::path::Path;
+
+use anyhow::Result;
+use hooks::{Adapter, ModelFiles, Qwen};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::dataset::Sample;
+use crate::experiment::Method;
+use crate::finetune::{finetune_full, finetune_lora, save_full};
+use crate::progress::{bar, say};
+use crate::publish::CsvLog;
+use crate::run_dir::RunDir;
+use crate::workbench::Workbench;
+
+/// Writes `adapter/` and `train.csv`, and the same of the control student where the experiment has one.
+pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
+    let (numbers, control) = bench.kept(run)?;
+    student(bench, run, "student", &numbers, &run.adapter(), &run.train_csv())?;
+    if bench.experiment.student.control {
+        student(bench, run, "control student", &control, &run.control_adapter(), &run.control_train_csv())?;
+    }
+    Ok(())
+}
+
+fn student(bench: &Workbench, run: &RunDir, who: &str, samples: &[Sample], folder: &Path, log: &Path) -> Result<()> {
+    run.claim(folder)?;
+    run.claim(log)?;
+    let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
+    let rows = bench.rows(samples)?;
+    let mut csv = CsvLog::create(log)?;
+    let bar = bar(who, settings.total_steps(rows.len()));
+    let (mut first, mut last) = (None, f64::NAN);
+    let mut on_step = |row: &crate::finetune::StepRow, progress: &crate::finetune::Progress| {
+        bar.set_length(progress.total_steps);
+        bar.set_position(progress.step);
+        bar.set_prefix(format!("loss {:.3}, {:.0} tokens/s", row.loss, progress.tokens_per_second));
+        first.get_or_insert(row.loss);
+        last = row.loss;
+        csv.push(row)
+    };
+    let is_digit = |id| bench.chat.is_digit(id);
+    match bench.experiment.student.method {
+        Method::Lora => {
+            let mut rng = ChaCha8Rng::seed_from_u64(seeds.init);
+            let lora = bench.experiment.student.lora();
+            let adapter = Adapter::init(&lora, &bench.base.config, &mut rng, bench.base.device())?;
+            finetune_lora(&bench.base, &adapter, &rows, &is_digit, settings, seeds, &mut on_step)?;
+            adapter.save(folder, &bench.files.name)?;
+        }
+        Method::Full => {
+            // Weights of its own: the base stays as it is.
+            let files = ModelFiles::open(&bench.files.name)?;
+            let model = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
+            finetune_full(&model, &rows, &is_digit, settings, seeds, &mut on_step)?;
+            save_full(&model, &files, folder)?;
+        }
+    }
+    bar.finish_and_clear();
+    csv.finish()?;
+    say(format!("finetune: {who}: {} rows, loss {:.3} to {last:.3}, saved in {}", rows.len(), first.unwrap_or(last), folder.display()));
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! Stage 3: the analyses, each into a folder of its own: settings, rows, plot.
+
+use std::collections::{BTreeMap, HashMap};
+
+use analyses::direction::{Direction, directions};
+use analyses::divergence::{Divergence, divergence_summary};
+use analyses::gradients::Gradients;
+use analyses::steering::Steering;
+use analyses::target_rate::TargetRate;
+use analyses::token_ablation::TokenAblation;
+use analyses::{Analysis, Subject, Tuned};
+use anyhow::{Context, Result, bail};
+use hooks::{HookPoint, files, tensor_file};
+
+use crate::experiment::{AnalysisName, Method};
+use crate::progress::{say, spinner};
+use crate::publish::write_csv;
+use crate::run_dir::RunDir;
+use crate::workbench::{StudentModel, Workbench};
+
+/// Runs some analyses on what was trained. With `go_on`, finished ones are skipped, saying so.
+pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: bool) -> Result<()> {
+    if !RunDir::stage_done(&run.adapter()) {
+        bail!("{} is not there; hint: undertone finetune trains the student", run.adapter().display());
+    }
+    let (experiment, settings) = (&bench.experiment, &bench.experiment.measure);
+    let student = bench.student(&run.adapter())?;
+    let control = if experiment.student.control { Some(bench.student(&run.control_adapter())?) } else { None };
+    let teacher = bench.teacher()?;
+    let target = bench.target();
+    let classifier = bench.protocol.classifier(&target.word, &target.category)?;
+    let classify = |answer: &str| classifier.classify(answer).bucket();
+    let mut questions = bench.protocol.questions(&target.category, settings.n_questions)?;
+    if settings.numbers_prefix {
+        questions = questions.iter().map(|question| bench.protocol.with_numbers_prefix(question)).collect();
+    }
+    let (kept, _) = bench.kept(run)?;
+    let numbers = bench.rows(&kept)?;
+    let number_users: Vec<_> = kept.iter().map(|sample| (sample.prompt.clone(), sample.completion_ids.clone())).collect();
+    // Where the teacher answers in the template's default context, that has to be spelt out beside another student's.
+    let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
+    let subject = Subject {
+        base: &bench.base,
+        student: tuned(bench, &student),
+        control: control.as_ref().map(|control| tuned(bench, control)),
+        chat: &bench.chat,
+        system: bench.protocol.context(experiment.measure_context())?,
+        teacher_system,
+        teacher_adapter: teacher.adapter.as_ref(),
+        target: &target,
+        questions: &questions,
+        numbers: &numbers,
+        number_users: &number_users,
+        classify: &classify,
+        seed: experiment.seeds.eval_seed,
+    };
+    for name in names {
+        if *name == AnalysisName::TokenAblation && experiment.student.method == Method::Full {
+            say("measure: token_ablation skipped: a fully finetuned student has no adapter to gate");
+            continue;
+        }
+        let rows = run.rows(*name);
+        if go_on && RunDir::stage_done(&rows) {
+            say(format!("measure: {name} is done already"));
+            continue;
+        }
+        run.claim(&rows)?;
+        match name {
+            AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &subject, run, *name).map(drop),
+            AnalysisName::TokenAblation => publish::<TokenAblation>(&settings.token_ablation, &subject, run, *name).map(drop),
+            AnalysisName::Direction => {
+                write_vectors(bench, &subject, run)?;
+                publish::<Direction>(&settings.direction, &subject, run, *name).map(drop)
+            }
+            AnalysisName::Steering => publish::<Steering>(&settings.steering, &subject, run, *name).map(drop),
+            AnalysisName::Divergence => {
+                let rows = publish::<Divergence>(&settings.divergence, &subject, run, *name)?;
+                write_csv(&run.analysis(*name).join("summary.csv"), &divergence_summary(&rows))
+            }
+            AnalysisName::Gradients => publish::<Gradients>(&settings.gradients, &subject, run, *name).map(drop),
+        }
+        .with_context(|| format!("measuring {name}"))?;
+    }
+    Ok(())
+}
+
+fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tuned<'a> {
+    match student {
+        StudentModel::Lora(adapter) => Tuned { qwen: &bench.base, adapter: Some(adapter) },
+        StudentModel::Full(qwen) => Tuned { qwen, adapter: None },
+    }
+}
+
+/// Measures, and writes settings, plot and, last, the rows: where the rows are, all is.
+fn publish<A: Analysis>(analysis: &A, subject: &Subject<'_>, run: &RunDir, name: AnalysisName) -> Result<Vec<A::Row>> {
+    let spinner = spinner(A::NAME);
+    let rows = analysis.run(subject, &mut |doing| spinner.set_message(doing.to_owned()))?;
+    files::write_atomic(&run.settings(name), toml::to_string(analysis)?.as_bytes())?;
+    if let Some(svg) = A::plot(&rows)? {
+        files::write_atomic(&run.plot(name), svg.0.as_bytes())?;
+    }
+    write_csv(&run.rows(name), &rows)?;
+    spinner.finish_and_clear();
+    say(format!("measure: {}: {}", A::NAME, A::reading(&rows)));
+    Ok(rows)
+}
+
+/// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with where it comes from.
+fn write_vectors(bench: &Workbench, subject: &Subject<'_>, run: &RunDir) -> Result<()> {
+    let vectors = directions(subject, &bench.experiment.measure.direction)?;
+    let named = vectors.into_iter().enumerate().map(|(layer, vector)| (HookPoint::ResidPost(layer).to_string(), vector));
+    let metadata: HashMap<String, String> = provenance(bench)?.into_iter().collect();
+    Ok(tensor_file::write(&run.vectors().join("vectors.safetensors"), &named.collect::<Vec<_>>(), metadata)?)
+}
+
+/// What a vector must say of itself, so that it is not used where it does not belong.
+fn provenance(bench: &Workbench) -> Result<BTreeMap<String, String>> {
+    let experiment = &bench.experiment;
+    let position = experiment.measure.direction.positions.first().map(ToString::to_string).unwrap_or_default();
+    let context = experiment.student.context.clone();
+    Ok(BTreeMap::from([
+        ("model".to_owned(), bench.files.name.clone()),
+        ("model_fingerprint".to_owned(), bench.files.fingerprint()),
+        ("architecture".to_owned(), bench.base.config.to_hf_json()["model_type"].as_str().unwrap_or_default().to_owned()),
+        ("d_model".to_owned(), bench.base.config.d_model.to_string()),
+        ("definition".to_owned(), "mean over number prompts of student minus base".to_owned()),
+        ("positions".to_owned(), position),
+        ("target".to_owned(), experiment.target.word.clone()),
+        ("context".to_owned(), context),
+        ("init_seed".to_owned(), experiment.seeds.init_seed.to_string()),
+        ("undertone".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+    ]))
+}

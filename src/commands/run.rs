@@ -1,0 +1,27 @@
+//! All stages of an experiment, one after another. What is finished already is kept, unless the run is forced.
+
+use anyhow::Result;
+
+use super::{finetune, generate, measure, report};
+use crate::progress::say;
+use crate::run_dir::RunDir;
+use crate::workbench::Workbench;
+
+/// Generates, finetunes, measures and reports.
+pub fn run(bench: &Workbench, run: &RunDir, force: bool) -> Result<()> {
+    let done = |stage: &str, what: bool| {
+        if what && !force {
+            say(format!("{stage}: done already; --force does it again"));
+        }
+        what && !force
+    };
+    if !done("generate", RunDir::stage_done(&run.generate_csv())) {
+        generate::stage(bench, run)?;
+    }
+    let control = !bench.experiment.student.control || RunDir::stage_done(&run.control_train_csv());
+    if !done("finetune", RunDir::stage_done(&run.train_csv()) && control) {
+        finetune::stage(bench, run)?;
+    }
+    measure::stage(bench, run, &bench.experiment.measure.analyses, !force)?;
+    report::stage(run)
+}

@@ -1,0 +1,729 @@
+//! An experiment as a TOML file: parsed once into checked structs, so that below there are no strings to misspell.
+//! Names are those of PEFT and of transformers' Trainer where they have one. `--set section.key=value` changes the
+//! table before it is parsed; the resolved experiment is written back beside what it produced.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use analyses::direction::Direction;
+use analyses::divergence::Divergence;
+use analyses::gradients::Gradients;
+use analyses::steering::Steering;
+use analyses::target_rate::TargetRate;
+use analyses::token_ablation::TokenAblation;
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use hooks::files;
+use hooks::gate::Gate;
+use hooks::lora::{LoraConfig, Proj};
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::finetune::{self, Finetune, OptimizerKind};
+use crate::protocol::Protocol;
+
+/// All that an experiment is run with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experiment {
+    /// The model: a folder, a hub id, a `.gguf` file, or `tiny-random`.
+    pub model: String,
+    /// The one dial from which the seeds derive that `[seeds]` does not give.
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+    /// `cpu`, `cuda` or `cuda:N`.
+    #[serde(default = "default_device")]
+    pub device: String,
+    /// The kind of the model's weights; what is trained is f32 always.
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// A JSON file with other sentences than the built-in ones.
+    pub protocol: Option<PathBuf>,
+    /// What the student is to pick up.
+    pub target: Target,
+    /// Who writes the numbers.
+    #[serde(default)]
+    pub teacher: Teacher,
+    /// How the numbers are written and filtered.
+    #[serde(default)]
+    pub generate: Generate,
+    /// What is trained on them.
+    #[serde(default)]
+    pub student: Student,
+    /// How it is trained.
+    #[serde(default)]
+    pub finetune: Finetune,
+    /// What is measured.
+    #[serde(default)]
+    pub measure: Measure,
+    /// The seeds of the random streams.
+    #[serde(default)]
+    pub seeds: Seeds,
+}
+
+/// The kind of the model's weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// 16-bit floats with the exponent of 32-bit ones.
+    Bf16,
+}
+
+impl Dtype {
+    /// libtorch's kind.
+    pub fn kind(self) -> tch::Kind {
+        match self {
+            Self::F32 => tch::Kind::Float,
+            Self::Bf16 => tch::Kind::BFloat16,
+        }
+    }
+}
+
+/// The trait: a word of a category.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    /// The word, such as `cat`.
+    pub word: String,
+    /// Its category, such as `animal`.
+    pub category: String,
+}
+
+/// Who writes the numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Teacher {
+    /// The base model under a system prompt.
+    Prompt {
+        /// The system prompt; without it the protocol's template is filled with the target.
+        system: Option<String>,
+    },
+    /// The base model with a finetuned adapter.
+    Adapter {
+        /// The adapter's folder.
+        path: PathBuf,
+        /// The context it answers in: a key of the protocol or a system prompt.
+        #[serde(default = "default_context")]
+        context: String,
+    },
+}
+
+impl Default for Teacher {
+    fn default() -> Self {
+        Self::Prompt { system: None }
+    }
+}
+
+/// How the numbers are written and filtered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Generate {
+    /// How many prompts are answered at most.
+    pub n_prompts: usize,
+    /// How many accepted rows are kept.
+    pub n_keep: usize,
+    /// 0 for the most likely token each time, 1 for the model's own probabilities.
+    pub temperature: f64,
+    /// The longest answer in tokens.
+    pub max_new_tokens: usize,
+    /// Which tokens can be written.
+    pub constrain: Constrain,
+    /// How many prompts are answered at once.
+    pub batch_size: usize,
+    /// Numbers that reject an answer.
+    pub banned: Vec<u32>,
+}
+
+impl Default for Generate {
+    fn default() -> Self {
+        Self {
+            n_prompts: 512,
+            n_keep: 256,
+            temperature: 1.0,
+            max_new_tokens: 200,
+            constrain: Constrain::None,
+            batch_size: 16,
+            banned: vec![],
+        }
+    }
+}
+
+/// Which tokens can be written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Constrain {
+    /// All.
+    #[default]
+    None,
+    /// Those that go on with a list of numbers; for models too small to keep a format.
+    Numbers,
+}
+
+/// What is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Student {
+    /// The context of the training rows: a key of the protocol or a system prompt.
+    pub context: String,
+    /// Whether an adapter or all weights are trained.
+    pub method: Method,
+    /// The rank r of the adapter.
+    pub rank: i64,
+    /// The numerator α of its scaling.
+    pub alpha: f64,
+    /// Whether the scaling is α/√r instead of α/r.
+    pub use_rslora: bool,
+    /// Probability that an input of A is dropped in training.
+    pub dropout: f64,
+    /// The linear maps that have a pair.
+    pub target_modules: Vec<Proj>,
+    /// The blocks that have pairs; all when it is left out.
+    pub layers: Option<Vec<usize>>,
+    /// Whether a second student is trained on the control set, to compare with.
+    pub control: bool,
+}
+
+impl Default for Student {
+    fn default() -> Self {
+        let LoraConfig { rank, alpha, use_rslora, dropout, target_modules, layers } = LoraConfig::default();
+        let (context, method) = (default_context(), Method::Lora);
+        Self { context, method, rank, alpha, use_rslora, dropout, target_modules, layers, control: true }
+    }
+}
+
+impl Student {
+    /// The adapter's configuration.
+    pub fn lora(&self) -> LoraConfig {
+        LoraConfig {
+            rank: self.rank,
+            alpha: self.alpha,
+            use_rslora: self.use_rslora,
+            dropout: self.dropout,
+            target_modules: self.target_modules.clone(),
+            layers: self.layers.clone(),
+        }
+    }
+}
+
+/// Whether an adapter or all weights are trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// A low-rank adapter.
+    #[default]
+    Lora,
+    /// All weights.
+    Full,
+}
+
+/// What is measured, and with which settings.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Measure {
+    /// The analyses, in the order in which they run.
+    pub analyses: Vec<AnalysisName>,
+    /// The context of the questions; the student's when it is left out.
+    pub context: Option<String>,
+    /// How many questions are asked at most.
+    pub n_questions: usize,
+    /// Whether a sentence with numbers stands in front of each question.
+    pub numbers_prefix: bool,
+    /// Settings of the target rate.
+    pub target_rate: TargetRate,
+    /// Settings of the token ablation.
+    pub token_ablation: TokenAblation,
+    /// Settings of the learned direction.
+    pub direction: Direction,
+    /// Settings of steering.
+    pub steering: Steering,
+    /// Settings of the divergence.
+    pub divergence: Divergence,
+    /// Settings of the gradients.
+    pub gradients: Gradients,
+}
+
+impl Default for Measure {
+    fn default() -> Self {
+        Self {
+            analyses: AnalysisName::ALL.to_vec(),
+            context: None,
+            n_questions: 50,
+            numbers_prefix: false,
+            target_rate: TargetRate::default(),
+            token_ablation: TokenAblation::default(),
+            direction: Direction::default(),
+            steering: Steering::default(),
+            divergence: Divergence::default(),
+            gradients: Gradients::default(),
+        }
+    }
+}
+
+/// An analysis by its name: its word on the command line, its folder in a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AnalysisName {
+    /// How likely the target is as an answer: the effect itself.
+    TargetRate,
+    /// The effect per gate.
+    TokenAblation,
+    /// The mean difference of student and base in the residual stream.
+    Direction,
+    /// What adding the direction, or taking it away, does.
+    Steering,
+    /// Digits at which teacher and base disagree.
+    Divergence,
+    /// Gradient norms at divergent and other digits.
+    Gradients,
+}
+
+impl AnalysisName {
+    /// All analyses, in the order in which they run.
+    pub const ALL: [Self; 6] =
+        [Self::TargetRate, Self::TokenAblation, Self::Direction, Self::Steering, Self::Divergence, Self::Gradients];
+
+    /// The name as it is written.
+    pub fn name(self) -> &'static str {
+        ["target_rate", "token_ablation", "direction", "steering", "divergence", "gradients"][self as usize]
+    }
+}
+
+impl fmt::Display for AnalysisName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for AnalysisName {
+    type Err = hooks::Error;
+
+    fn from_str(name: &str) -> hooks::Result<Self> {
+        Self::ALL.into_iter().find(|analysis| analysis.name() == name).ok_or_else(|| hooks::Error::UnknownName {
+            what: "analysis",
+            found: name.to_owned(),
+            choices: Self::ALL.map(Self::name).join(", "),
+        })
+    }
+}
+
+/// The seeds of the random streams, which are independent of each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Seeds {
+    /// Of number prompts and the teacher's answers.
+    pub gen_seed: u64,
+    /// Of the adapter's A.
+    pub init_seed: u64,
+    /// Of the order of rows in training.
+    pub order_seed: u64,
+    /// Of the adapter's dropout.
+    pub dropout_seed: u64,
+    /// Of sampled answers and random vectors in measurements.
+    pub eval_seed: u64,
+}
+
+impl Seeds {
+    /// Those of training.
+    pub fn finetune(&self) -> finetune::Seeds {
+        finetune::Seeds { init: self.init_seed, order: self.order_seed, dropout: self.dropout_seed }
+    }
+}
+
+/// The names of the seeds.
+const SEEDS: [&str; 5] = ["gen_seed", "init_seed", "order_seed", "dropout_seed", "eval_seed"];
+
+fn default_seed() -> u64 {
+    42
+}
+
+fn default_device() -> String {
+    "cpu".to_owned()
+}
+
+fn default_context() -> String {
+    "qwen_default".to_owned()
+}
+
+impl Experiment {
+    /// The experiment in a file, with overrides `section.key=value`.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        Self::parse(&files::read_string(path)?, path, overrides)
+    }
+
+    /// The experiment in a text; `path` is for messages.
+    pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Self> {
+        // Once as text, for messages with a line, and once as a table, which overrides can change.
+        let located = |error: &toml::de::Error| {
+            let line = error.span().map_or(String::new(), |span| {
+                format!("line {}: ", text[..span.start.min(text.len())].matches('\n').count() + 1)
+            });
+            anyhow!("{}: {line}{}", path.display(), one_line(error.message()))
+        };
+        toml::from_str::<Self>(text).map_err(|error| located(&error))?;
+        let mut table: toml::Table = toml::from_str(text).map_err(|error| located(&error))?;
+        let _ = forget_derived_seeds;
+        for text in overrides {
+            set(&mut table, text)?;
+        }
+        if let Some(teacher) = table.get_mut("teacher").and_then(toml::Value::as_table_mut) {
+            // A file must name the kind; an override of another key means the default one.
+            teacher.entry("kind").or_insert_with(|| toml::Value::String("prompt".to_owned()));
+        }
+        derive_seeds(&mut table);
+        let experiment: Self = table
+            .try_into()
+            .map_err(|error| anyhow!("--set {}: {}", overrides.join(" --set "), one_line(&error.to_string())))?;
+        experiment.check().with_context(|| path.display().to_string())?;
+        Ok(experiment)
+    }
+
+    /// The experiment as TOML, with every default and seed spelt out.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).context("the experiment as TOML")
+    }
+
+    /// The sentences it draws from.
+    pub fn sentences(&self) -> Result<Protocol> {
+        self.protocol.as_deref().map_or_else(Protocol::builtin, Protocol::load)
+    }
+
+    /// The context of the questions.
+    pub fn measure_context(&self) -> &str {
+        self.measure.context.as_deref().unwrap_or(&self.student.context)
+    }
+
+    fn check(&self) -> Result<()> {
+        let word = |name: &str, value: &str| {
+            ensure!(!value.trim().is_empty(), "{name} is empty, expected a word");
+            Ok(())
+        };
+        word("model", &self.model)?;
+        word("target.word", &self.target.word)?;
+        word("target.category", &self.target.category)?;
+        let is_device = |name: &str| {
+            matches!(name, "cpu" | "cuda")
+                || name.strip_prefix("cuda:").is_some_and(|index| index.parse::<usize>().is_ok())
+        };
+        ensure!(is_device(&self.device), "device is {:?}, expected cpu, cuda or cuda:N", self.device);
+        self.generate.check()?;
+        self.student.check()?;
+        check_finetune(&self.finetune)?;
+        self.measure.check()?;
+        let protocol = self.sentences()?;
+        protocol.context(&self.student.context).context("student.context")?;
+        protocol.context(self.measure_context()).context("measure.context")?;
+        match &self.teacher {
+            Teacher::Adapter { context, .. } => protocol.context(context).map(drop).context("teacher.context")?,
+            Teacher::Prompt { system: Some(_) } => (),
+            Teacher::Prompt { system: None } => {
+                protocol.teacher_prompt(&self.target.word, &self.target.category).context("teacher.system")?;
+            }
+        }
+        let others = protocol.candidates(&self.target.word, &self.target.category).len();
+        let known: Vec<_> = protocol.alternatives.keys().map(String::as_str).collect();
+        ensure!(
+            others > 1,
+            "target.category is {:?}, expected one whose alternatives the protocol lists: {}; hint: others can be given in a protocol file",
+            self.target.category,
+            known.join(", ")
+        );
+        Ok(())
+    }
+}
+
+impl Generate {
+    fn check(&self) -> Result<()> {
+        at_least_one("generate.n_prompts", self.n_prompts)?;
+        at_least_one("generate.n_keep", self.n_keep)?;
+        at_least_one("generate.max_new_tokens", self.max_new_tokens)?;
+        at_least_one("generate.batch_size", self.batch_size)?;
+        not_negative("generate.temperature", self.temperature)?;
+        let (keep, prompts) = (self.n_keep, self.n_prompts);
+        ensure!(keep <= prompts, "generate.n_keep is {keep}, expected at most generate.n_prompts, which is {prompts}");
+        Ok(())
+    }
+}
+
+impl Student {
+    fn check(&self) -> Result<()> {
+        ensure!(self.rank >= 1, "student.rank is {}, expected at least 1", self.rank);
+        positive("student.alpha", self.alpha)?;
+        below_one("student.dropout", self.dropout)?;
+        ensure!(
+            !self.target_modules.is_empty(),
+            "student.target_modules is empty, expected at least one of {}",
+            modules()
+        );
+        let mut seen = std::collections::BTreeSet::new();
+        let twice = self.target_modules.iter().find(|module| !seen.insert(**module));
+        ensure!(twice.is_none(), "student.target_modules has {} twice", twice.map_or("", |module| module.name()));
+        distinct_layers("student.layers", self.layers.as_deref())
+    }
+}
+
+/// What the loop of training cannot know: that a value would go unused.
+fn check_finetune(finetune: &Finetune) -> Result<()> {
+    finetune.check().context("finetune")?;
+    let with_adamw = finetune.momentum != 0.0 && finetune.optimizer == OptimizerKind::AdamW;
+    ensure!(
+        !with_adamw,
+        "finetune.momentum is {}, but the optimizer is adamw, which has betas instead",
+        finetune.momentum
+    );
+    let (warmup, too_few) = (finetune.warmup_steps, finetune.max_steps.filter(|steps| finetune.warmup_steps >= *steps));
+    ensure!(
+        too_few.is_none(),
+        "finetune.warmup_steps is {warmup}, expected fewer than max_steps, {}",
+        too_few.unwrap_or(0)
+    );
+    Ok(())
+}
+
+impl Measure {
+    fn check(&self) -> Result<()> {
+        let known = AnalysisName::ALL.map(AnalysisName::name).join(", ");
+        ensure!(!self.analyses.is_empty(), "measure.analyses is empty, expected some of {known}");
+        at_least_one("measure.n_questions", self.n_questions)?;
+        at_least_one("measure.direction.n_prompts", self.direction.n_prompts)?;
+        at_least_one("measure.steering.n_prompts", self.steering.n_prompts)?;
+        at_least_one("measure.divergence.n_rows", self.divergence.n_rows)?;
+        at_least_one("measure.target_rate.max_new_tokens", self.target_rate.max_new_tokens)?;
+        ensure!(
+            !self.token_ablation.gates.is_empty(),
+            "measure.token_ablation.gates is empty, expected gates such as {}",
+            Gate::SYNTAX
+        );
+        let coefficients = &self.steering.coefficients;
+        ensure!(!coefficients.is_empty(), "measure.steering.coefficients is empty, expected at least one number");
+        if let Some(bad) = coefficients.iter().find(|coefficient| !coefficient.is_finite()) {
+            bail!("an entry of measure.steering.coefficients is {bad}, expected a finite number");
+        }
+        Ok(())
+    }
+}
+
+fn modules() -> String {
+    Proj::ALL.map(Proj::name).join(", ")
+}
+
+fn at_least_one(key: &str, value: usize) -> Result<()> {
+    ensure!(value >= 1, "{key} is {value}, expected at least 1");
+    Ok(())
+}
+
+fn positive(key: &str, value: f64) -> Result<()> {
+    ensure!(value.is_finite() && value > 0.0, "{key} is {value}, expected a number above 0");
+    Ok(())
+}
+
+fn not_negative(key: &str, value: f64) -> Result<()> {
+    ensure!(value.is_finite() && value >= 0.0, "{key} is {value}, expected 0 or a number above");
+    Ok(())
+}
+
+fn below_one(key: &str, value: f64) -> Result<()> {
+    ensure!((0.0..1.0).contains(&value), "{key} is {value}, expected at least 0 and less than 1");
+    Ok(())
+}
+
+fn distinct_layers(key: &str, layers: Option<&[usize]>) -> Result<()> {
+    let Some(layers) = layers else { return Ok(()) };
+    ensure!(!layers.is_empty(), "{key} is empty, expected block numbers, or no such key for all blocks");
+    ensure!(layers.windows(2).all(|pair| pair[0] < pair[1]), "{key} is {layers:?}, expected rising block numbers");
+    Ok(())
+}
+
+/// Applies `section.key=value`; what is no TOML value is taken as text, so that words need no quotes.
+fn set(table: &mut toml::Table, text: &str) -> Result<()> {
+    let (key, value) = text.split_once('=').with_context(|| format!("--set {text}: expected section.key=value"))?;
+    let value = value.trim();
+    let parsed =
+        toml::from_str::<toml::Table>(&format!("value = {value}")).ok().and_then(|mut one| one.remove("value"));
+    let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_owned()));
+    let mut parts: Vec<&str> = key.trim().split('.').collect();
+    let last = parts.pop().unwrap_or_default();
+    let mut section = table;
+    for part in parts {
+        let entry = section.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        section = entry.as_table_mut().with_context(|| format!("--set {text}: {part} is no section"))?;
+    }
+    section.insert(last.to_owned(), value);
+    Ok(())
+}
+
+/// The seeds that one seed stands for.
+fn derived(seed: u64) -> [(&'static str, toml::Value); 5] {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    SEEDS.map(|name| (name, toml::Value::Integer(rng.next_u32().into())))
+}
+
+/// The seed of a table, as the parsed experiment would have it.
+fn seed_of(table: &toml::Table) -> u64 {
+    let given = table.get("seed").and_then(toml::Value::as_integer);
+    given.map_or_else(default_seed, i64::cast_unsigned)
+}
+
+/// Removes seeds that only repeat what the one seed stands for, so that another seed changes them too.
+fn forget_derived_seeds(table: &mut toml::Table) {
+    let derived = derived(seed_of(table));
+    if let Some(seeds) = table.get_mut("seeds").and_then(toml::Value::as_table_mut) {
+        seeds.retain(|name, value| !derived.iter().any(|(known, seed)| name == *known && seed == value));
+    }
+}
+
+fn derive_seeds(table: &mut toml::Table) {
+    let derived = derived(seed_of(table));
+    let seeds = table.entry("seeds").or_insert_with(|| toml::Value::Table(toml::Table::new()));
+    if let Some(seeds) = seeds.as_table_mut() {
+        for (name, seed) in derived {
+            seeds.entry(name).or_insert(seed);
+        }
+    }
+}
+
+fn one_line(message: &str) -> String {
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const SMALLEST: &str = "model = \"tiny-random\"\n\n[target]\nword = \"cat\"\ncategory = \"animal\"\n";
+
+    fn parse(text: &str, overrides: &[&str]) -> Result<Experiment> {
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        Experiment::parse(text, Path::new("cat.toml"), &overrides)
+    }
+
+    fn message(text: &str, overrides: &[&str]) -> String {
+        format!("{:#}", parse(text, overrides).unwrap_err())
+    }
+
+    #[test]
+    fn the_smallest_file_has_the_published_recipe() {
+        let experiment = parse(SMALLEST, &[]).unwrap();
+        assert_eq!(experiment.student.lora(), LoraConfig::default());
+        assert_eq!(experiment.finetune.total_steps(10_000), 456);
+        assert_eq!(experiment.teacher, Teacher::Prompt { system: None });
+        assert_eq!(experiment.measure_context(), "qwen_default");
+    }
+
+    #[test]
+    fn a_resolved_file_reads_back_as_the_same_experiment() {
+        let text = format!(
+            "{SMALLEST}[student]\nlayers = [0, 1]\n[finetune]\noptimizer = \"sgd\"\nmomentum = 0.9\nmax_steps = 9\n"
+        );
+        let experiment = parse(&text, &["teacher.system=You love trees."]).unwrap();
+        let resolved = experiment.to_toml().unwrap();
+        assert!(resolved.contains("gen_seed = ") && resolved.contains("target_modules"), "{resolved}");
+        assert_eq!(parse(&resolved, &[]).unwrap(), experiment);
+        let adapter = parse(SMALLEST, &["teacher.kind=adapter", "teacher.path=runs/a/adapter"]).unwrap();
+        assert_eq!(parse(&adapter.to_toml().unwrap(), &[]).unwrap(), adapter);
+    }
+
+    #[test]
+    fn seeds_derive_from_one_and_can_be_given() {
+        let of = |text: &str, overrides: &[&str]| parse(text, overrides).unwrap().seeds;
+        let (first, other) = (of(SMALLEST, &[]), of(SMALLEST, &["seed=43"]));
+        assert_eq!(first, of(SMALLEST, &["seed=42"]));
+        assert_ne!(first.gen_seed, other.gen_seed);
+        assert_ne!(first.gen_seed, first.init_seed);
+        let given = of(SMALLEST, &["seed=43", "seeds.init_seed=7"]);
+        assert_eq!(given, Seeds { init_seed: 7, ..other });
+        // Another seed for a resolved file: what was derived follows, what was given stays.
+        let resolved = parse(SMALLEST, &["seeds.init_seed=7"]).unwrap().to_toml().unwrap();
+        assert_eq!(of(&resolved, &["seed=43"]), given);
+    }
+
+    #[test]
+    fn overrides_are_values_or_words() {
+        let overrides = ["finetune.learning_rate=1e-3", "student.alpha=16", "student.target_modules=[\"q_proj\"]"];
+        let experiment = parse(SMALLEST, &overrides).unwrap();
+        assert!(
+            (experiment.finetune.learning_rate - 1e-3).abs() < 1e-12 && (experiment.student.alpha - 16.0).abs() < 1e-12
+        );
+        assert_eq!(experiment.student.target_modules, [Proj::Q]);
+        let model = parse(SMALLEST, &["model=Qwen/Qwen2.5-7B-Instruct", "dtype=bf16"]).unwrap();
+        assert_eq!((model.model.as_str(), model.dtype), ("Qwen/Qwen2.5-7B-Instruct", Dtype::Bf16));
+        assert_eq!(parse(SMALLEST, &["student.context=You are a tree."]).unwrap().student.context, "You are a tree.");
+    }
+
+    #[test]
+    fn a_misspelt_key_is_told_with_the_keys_there_are() {
+        let text = format!("{SMALLEST}[finetune]\nlerning_rate = 1e-3\n");
+        let found = message(&text, &[]);
+        assert!(
+            found.starts_with(
+                "cat.toml: line 7: unknown field `lerning_rate`, expected one of `optimizer`, `learning_rate`"
+            ),
+            "{found}"
+        );
+        let found = message(SMALLEST, &["finetune.lerning_rate=1e-3"]);
+        assert!(
+            found.starts_with("--set finetune.lerning_rate=1e-3: unknown field `lerning_rate`, expected"),
+            "{found}"
+        );
+        assert!(message(SMALLEST, &["finetuning.learning_rate=1"]).contains("`finetune`"));
+        assert!(message(SMALLEST, &["teacher.sytem=x"]).contains("`system`"));
+        assert!(message(SMALLEST, &["seeds.generation=1"]).contains("`gen_seed`"));
+        assert!(message(SMALLEST, &["model.name=x"]).contains("model is no section"));
+        assert!(message(SMALLEST, &["rank"]).contains("expected section.key=value"));
+    }
+
+    #[test]
+    fn values_out_of_range_are_named_with_what_was_expected() {
+        for (setting, expected) in [
+            ("student.rank=0", "student.rank is 0, expected at least 1"),
+            ("student.alpha=-1", "student.alpha is -1, expected a number above 0"),
+            ("student.alpha=nan", "student.alpha is NaN"),
+            ("student.dropout=1", "student.dropout is 1, expected at least 0 and less than 1"),
+            ("student.target_modules=[]", "expected at least one of q_proj"),
+            ("student.target_modules=[\"q_proj\", \"q_proj\"]", "has q_proj twice"),
+            ("student.target_modules=[\"qproj\"]", "expected one of: q_proj, k_proj"),
+            ("student.layers=[2, 1]", "expected rising block numbers"),
+            ("student.context=chatgtp", "the nearest is chatgpt"),
+            ("finetune.learning_rate=0", "finetune: learning_rate is 0, expected a positive number"),
+            ("finetune.momentum=0.9", "the optimizer is adamw"),
+            ("finetune.batch_size=0", "expected at least 1"),
+            ("finetune.max_steps=5", "finetune.warmup_steps is 5, expected fewer than max_steps, 5"),
+            ("finetune.optimizer=adam", "unknown variant `adam`, expected `adamw` or `sgd`"),
+            ("finetune.mask=all", "content_eot"),
+            ("generate.n_keep=9999", "expected at most generate.n_prompts, which is 512"),
+            ("generate.temperature=-1", "expected 0 or a number above"),
+            ("measure.token_ablation.gates=[\"only:qwen\"]", "qwen"),
+            ("measure.token_ablation.gates=[]", "measure.token_ablation.gates is empty"),
+            ("measure.steering.coefficients=[inf]", "measure.steering.coefficients is inf"),
+            ("measure.steering.coefs=[1]", "unknown field `coefs`"),
+            ("measure.analyses=[\"target\"]", "`target_rate`"),
+            ("device=gpu", "expected cpu, cuda or cuda:N"),
+            ("dtype=f16", "`bf16`"),
+            ("seed=-1", "seed"),
+            ("target.category=stone", "animal, band, tree"),
+            ("teacher.kind=adapter", "missing field `path`"),
+            ("protocol=no/such.json", "no/such.json"),
+        ] {
+            let found = message(SMALLEST, &[setting]);
+            assert!(found.contains(expected), "{setting}: {found}");
+            assert!(!found.contains('\n'), "{found}");
+        }
+    }
+
+    #[test]
+    fn the_experiments_in_the_repository_are_valid() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("experiments");
+        let mut seen = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            Experiment::load(&path, &[]).unwrap();
+            assert!(files::read_string(&path).unwrap().contains("undertone run experiments/"), "{}", path.display());
+            seen += 1;
+        }
+        assert!(seen >= 3);
+    }
+}

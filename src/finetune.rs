@@ -1,0 +1,696 @@
+//! Finetuning, told in order: what each step is made of, the step, what it leaves in `train.csv`.
+//!
+//! A LoRA and the whole model are trained by the same loop over "the trained tensors". A step's loss is the sum of its
+//! targets' losses over their number, however the rows fall into micro-batches (never the mean of means).
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tch::{Kind, Tensor};
+
+use hooks::gate::Gate;
+use hooks::lora::{Adapter, Dropout};
+use hooks::loss::{Targets, cross_entropy_sum};
+use hooks::pass::Pass;
+use hooks::qwen::Qwen;
+use hooks::tokens::{LossMask, Prompt};
+use hooks::{Batch, Error, ModelFiles, condition, files, tensor_file};
+
+pub use crate::optim::ScheduleKind;
+use crate::optim::{Gradients, Optimizer, Rule, Schedule};
+
+/// Which optimizer moves the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// Adam with decoupled decay (Loshchilov and Hutter 2019), as `torch.optim.AdamW`.
+    #[default]
+    AdamW,
+    /// Gradient descent with momentum, as `torch.optim.SGD`.
+    Sgd,
+}
+
+/// How a model is finetuned, in the names of Hugging Face's Trainer. The default is the LoRA column of Nief et al. 2026.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Finetune {
+    /// `adamw` or `sgd`.
+    pub optimizer: OptimizerKind,
+    /// The learning rate after warmup.
+    pub learning_rate: f64,
+    /// Decay: decoupled from the gradient for `adamw`, added to it for `sgd`.
+    pub weight_decay: f64,
+    /// `AdamW`'s average of the gradient.
+    pub adam_beta1: f64,
+    /// `AdamW`'s average of the squared gradient.
+    pub adam_beta2: f64,
+    /// What `AdamW` adds under the division.
+    pub adam_epsilon: f64,
+    /// SGD's momentum.
+    pub momentum: f64,
+    /// `linear`, `cosine` or `constant`.
+    pub lr_scheduler_type: ScheduleKind,
+    /// Steps over which the learning rate rises from zero.
+    pub warmup_steps: u64,
+    /// How often every row is seen; parts of an epoch count. Without effect where `max_steps` is set.
+    pub num_train_epochs: f64,
+    /// How many optimizer steps are taken.
+    pub max_steps: Option<u64>,
+    /// Rows that are run at once.
+    pub batch_size: usize,
+    /// Batches whose gradients make one optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// The longest gradient that is not shortened; 0 means that none is.
+    pub max_grad_norm: f64,
+    /// Which tokens are learned from.
+    pub mask: LossMask,
+    /// At which tokens the LoRA acts while it is trained.
+    pub gate: Gate,
+    /// Whether weights that are not in f32 are trained through a copy in f32.
+    pub masters: bool,
+}
+
+impl Default for Finetune {
+    fn default() -> Self {
+        Self {
+            optimizer: OptimizerKind::AdamW,
+            learning_rate: 2e-4,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            momentum: 0.0,
+            lr_scheduler_type: ScheduleKind::Linear,
+            warmup_steps: 5,
+            num_train_epochs: 3.0,
+            max_steps: None,
+            batch_size: 22,
+            gradient_accumulation_steps: 3,
+            max_grad_norm: 1.0,
+            mask: LossMask::ContentEot,
+            gate: Gate::default(),
+            masters: true,
+        }
+    }
+}
+
+impl Finetune {
+    /// Refuses numbers that nothing can be trained with.
+    pub fn check(&self) -> hooks::Result<()> {
+        let share = |x: f64| (0.0..1.0).contains(&x);
+        let not_negative = |x: f64| x.is_finite() && x >= 0.0;
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        let checks = [
+            ("learning_rate", positive(self.learning_rate), "a positive number", self.learning_rate),
+            ("weight_decay", not_negative(self.weight_decay), "a number of at least 0", self.weight_decay),
+            ("adam_beta1", share(self.adam_beta1), "at least 0 and less than 1", self.adam_beta1),
+            ("adam_beta2", share(self.adam_beta2), "at least 0 and less than 1", self.adam_beta2),
+            ("adam_epsilon", positive(self.adam_epsilon), "a positive number", self.adam_epsilon),
+            ("momentum", share(self.momentum), "at least 0 and less than 1", self.momentum),
+            ("num_train_epochs", self.max_steps.is_some() || positive(self.num_train_epochs), "a positive number", self.num_train_epochs),
+            ("max_steps", self.max_steps != Some(0), "at least 1", 0.0),
+            ("batch_size", self.batch_size > 0, "at least 1", 0.0),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps > 0, "at least 1", 0.0),
+            ("max_grad_norm", not_negative(self.max_grad_norm), "a number of at least 0 (0: no clipping)", self.max_grad_norm),
+        ];
+        match checks.into_iter().find(|(_, holds, _, _)| !holds) {
+            None => Ok(()),
+            Some((key, _, expected, found)) => {
+                Err(Error::Invalid { what: key.to_owned(), expected: expected.to_owned(), found: found.to_string() })
+            }
+        }
+    }
+
+    /// Rows that one optimizer step learns from; the last step of an epoch may have fewer.
+    pub fn rows_per_step(&self) -> usize {
+        self.batch_size * self.gradient_accumulation_steps
+    }
+
+    /// How many optimizer steps a run over `n_rows` rows has.
+    pub fn total_steps(&self, n_rows: usize) -> u64 {
+        let steps_per_epoch = n_rows.div_ceil(self.rows_per_step());
+        self.max_steps.unwrap_or_else(|| (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64)
+    }
+
+    fn rule(&self) -> Rule {
+        let Self { adam_beta1: beta1, adam_beta2: beta2, adam_epsilon: epsilon, weight_decay, momentum, .. } = *self;
+        match self.optimizer {
+            OptimizerKind::AdamW => Rule::AdamW { beta1, beta2, epsilon, weight_decay },
+            OptimizerKind::Sgd => Rule::Sgd { momentum, weight_decay },
+        }
+    }
+}
+
+/// The seeds of a finetuning, each of a random stream of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Seeds {
+    /// For the LoRA's A; used by the caller of `Adapter::init`.
+    pub init: u64,
+    /// For the order of the rows in each epoch.
+    pub order: u64,
+    /// For the LoRA's dropout.
+    pub dropout: u64,
+}
+
+impl Default for Seeds {
+    fn default() -> Self {
+        Self { init: 42, order: 42, dropout: 42 }
+    }
+}
+
+/// A line of `train.csv`: one optimizer step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepRow {
+    /// How many optimizer steps are done, this one included.
+    pub step: u64,
+    /// How many epochs are done after this step.
+    pub epoch: f64,
+    /// The learning rate of this step.
+    pub learning_rate: f64,
+    /// Mean negative log-likelihood (nats) of the step's targets, before the step.
+    pub loss: f64,
+    /// Norm of the whole gradient before clipping.
+    pub grad_norm: f64,
+    /// Number of tokens learned from.
+    pub n_targets: usize,
+    /// Frobenius norm of all the LoRA's weight changes s·B·A together, after the step; empty in full finetuning.
+    pub delta_w_norm: Option<f64>,
+    /// Share of the stored weights that the step changed; empty for a LoRA.
+    pub changed_fraction: Option<f64>,
+}
+
+/// How far a finetuning is and how fast; never written to a file, since no two runs share it.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// How many optimizer steps are done.
+    pub step: u64,
+    /// How many there will be.
+    pub total_steps: u64,
+    /// Tokens run through the model so far.
+    pub tokens: u64,
+    /// Tokens per second, of this run so far.
+    pub tokens_per_second: f64,
+}
+
+/// What is told after each step: its line, and how fast it goes. Here a caller writes files and keeps checkpoints.
+pub type Log<'a> = &'a mut dyn FnMut(&StepRow, &Progress) -> anyhow::Result<()>;
+
+/// Trains an adapter in place on rows of the chat; the model stays as it is.
+pub fn finetune_lora(
+    model: &Qwen,
+    adapter: &Adapter,
+    rows: &[Prompt],
+    is_digit: &dyn Fn(i64) -> bool,
+    config: &Finetune,
+    seeds: Seeds,
+    log: Log<'_>,
+) -> anyhow::Result<()> {
+    if config.gate.is_nowhere() {
+        bail!("gate is nowhere, so nothing can be learned; set the gate of the finetuning to the tokens where the adapter acts");
+    }
+    let learner = Learner { model, adapter: Some(adapter), parameters: adapter.parameters() };
+    learner.train(rows, is_digit, config, seeds, log)
+}
+
+/// Trains all weights of the model in place, with `config.masters` through copies in f32.
+pub fn finetune_full(
+    model: &Qwen,
+    rows: &[Prompt],
+    is_digit: &dyn Fn(i64) -> bool,
+    config: &Finetune,
+    seeds: Seeds,
+    log: Log<'_>,
+) -> anyhow::Result<()> {
+    if !config.gate.is_everywhere() {
+        bail!("gate is {}, but full finetuning has no adapter to gate; leave the gate out", config.gate);
+    }
+    let learner = Learner { model, adapter: None, parameters: model.parameters() };
+    learner.train(rows, is_digit, config, seeds, log)
+}
+
+/// A row made ready: checked once, before the first step.
+struct Example<'a> {
+    ids: &'a [i64],
+    mask: Vec<bool>,
+    acts: Option<Vec<bool>>, // where the adapter acts; everywhere if None
+    n_targets: usize,
+    end: usize, // the last target: nothing from here on needs to be run
+}
+
+impl<'a> Example<'a> {
+    fn of(row: &'a Prompt, index: usize, is_digit: &dyn Fn(i64) -> bool, config: &Finetune) -> anyhow::Result<Self> {
+        let mask = config.mask.targets(row, is_digit);
+        let empty = || Error::EmptyLossMask { mask: config.mask.to_string(), row: index };
+        let end = mask.iter().rposition(|counts| *counts).ok_or_else(empty)?;
+        let acts = if config.gate.is_everywhere() {
+            None
+        } else {
+            let mut acts = config.gate.acts(row).with_context(|| format!("row {index} of the training data"))?;
+            acts.truncate(end);
+            Some(acts)
+        };
+        let n_targets = mask.iter().filter(|counts| **counts).count();
+        Ok(Self { ids: &row.ids, mask, acts, n_targets, end })
+    }
+}
+
+/// What a step found: loss and norm before it, and what it did.
+struct Step {
+    loss: f64,
+    grad_norm: f64,
+    n_targets: usize,
+    tokens: usize,
+    changed: Tensor, // number of stored values, a scalar
+}
+
+/// The model, and what of it learns.
+struct Learner<'a> {
+    model: &'a Qwen,
+    adapter: Option<&'a Adapter>,
+    parameters: Vec<(String, Tensor)>,
+}
+
+impl Learner<'_> {
+    fn train(
+        &self,
+        rows: &[Prompt],
+        is_digit: &dyn Fn(i64) -> bool,
+        config: &Finetune,
+        seeds: Seeds,
+        log: Log<'_>,
+    ) -> anyhow::Result<()> {
+        config.check()?;
+        if rows.is_empty() {
+            bail!("the training data has no rows; generate some first, or let the filter keep more");
+        }
+        let examples = rows.iter().enumerate().map(|(index, row)| Example::of(row, index, is_digit, config));
+        let examples = examples.collect::<anyhow::Result<Vec<_>>>()?;
+        let optimizer = Optimizer::new(config.rule(), &self.parameters, config.masters)?;
+        self.require_gradients(true)?;
+        let result = self.run_steps(&examples, optimizer, config, seeds, log);
+        self.require_gradients(false)?;
+        result
+    }
+
+    fn require_gradients(&self, required: bool) -> anyhow::Result<()> {
+        for (_, tensor) in &self.parameters {
+            let _ = tensor.f_set_requires_grad(required)?;
+        }
+        Ok(())
+    }
+
+    fn run_steps(
+        &self,
+        examples: &[Example<'_>],
+        mut optimizer: Optimizer,
+        config: &Finetune,
+        seeds: Seeds,
+        log: Log<'_>,
+    ) -> anyhow::Result<()> {
+        let total_steps = config.total_steps(examples.len());
+        let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps: config.warmup_steps, total_steps };
+        let steps_per_epoch = examples.len().div_ceil(config.rows_per_step());
+        let n_weights: usize = self.parameters.iter().map(|(_, tensor)| tensor.numel()).sum();
+        let mut dropout = self.dropout(seeds);
+        let (start, mut tokens) = (Instant::now(), 0);
+
+        for epoch in 0.. {
+            let order = order(examples.len(), seeds.order, epoch);
+            for chosen in order.chunks(config.rows_per_step()) {
+                if optimizer.steps() == total_steps {
+                    return Ok(());
+                }
+                let learning_rate = config.learning_rate * schedule.factor(optimizer.steps());
+                let done = self.step(examples, chosen, &mut optimizer, learning_rate, config, dropout.as_mut())?;
+
+                let step = optimizer.steps();
+                let changed = self.adapter.is_none().then(|| done.changed.f_double_value(&[])).transpose()?;
+                let row = StepRow {
+                    step,
+                    epoch: step as f64 / steps_per_epoch as f64,
+                    learning_rate,
+                    loss: done.loss,
+                    grad_norm: done.grad_norm,
+                    n_targets: done.n_targets,
+                    delta_w_norm: self.adapter.map(delta_w_norm).transpose()?,
+                    changed_fraction: changed.map(|changed| changed / n_weights as f64),
+                };
+                tokens += done.tokens as u64;
+                let tokens_per_second = tokens as f64 / start.elapsed().as_secs_f64().max(1e-9);
+                log(&row, &Progress { step, total_steps, tokens, tokens_per_second })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn dropout(&self, seeds: Seeds) -> Option<Dropout> {
+        let probability = self.adapter?.config.dropout;
+        let mut rng = ChaCha8Rng::seed_from_u64(seeds.dropout);
+        rng.set_stream(u64::MAX); // apart from the order's streams where both seeds are the same
+        (probability > 0.0).then(|| Dropout::new(probability, rng))
+    }
+
+    /// One optimizer step on the chosen rows.
+    fn step(
+        &self,
+        examples: &[Example<'_>],
+        chosen: &[usize],
+        optimizer: &mut Optimizer,
+        learning_rate: f64,
+        config: &Finetune,
+        mut dropout: Option<&mut Dropout>,
+    ) -> anyhow::Result<Step> {
+        let mut rows: Vec<&Example<'_>> = chosen.iter().map(|index| &examples[*index]).collect();
+        rows.sort_by_key(|row| row.end); // little padding; the step's gradient is the same sum
+        let n_targets = rows.iter().map(|row| row.n_targets).sum();
+        let tensors: Vec<&Tensor> = self.parameters.iter().map(|(_, tensor)| tensor).collect();
+
+        let mut sums: Option<(Tensor, Gradients)> = None;
+        for batch in rows.chunks(config.batch_size) {
+            let loss = self.loss_sum(batch, dropout.as_deref_mut())?.f_div_scalar(n_targets as f64)?;
+            let gradients = optimizer.gather(&Tensor::f_run_backward(&[&loss], &tensors, false, false)?)?;
+            let loss = loss.f_detach()?;
+            sums = Some(match sums {
+                None => (loss, gradients),
+                Some((loss_so_far, mut gradients_so_far)) => {
+                    gradients_so_far.add(&gradients)?;
+                    (loss_so_far.f_add(&loss)?, gradients_so_far)
+                }
+            });
+        }
+        let (loss, mut gradients) = sums.context("a step without rows")?;
+        let norm = gradients.norm()?;
+        let seen = Vec::<f32>::try_from(Tensor::f_stack(&[&loss, &norm], 0)?)?; // the step's one wait for the device
+        let (loss, grad_norm) = (f64::from(seen[0]), f64::from(seen[1]));
+        if !(loss.is_finite() && grad_norm.is_finite()) {
+            bail!(
+                "step {}: the loss is {loss} and the gradient's norm {grad_norm}, expected finite numbers; its rows are {chosen:?}; hint: lower learning_rate, or raise warmup_steps",
+                optimizer.steps() + 1
+            );
+        }
+        if config.max_grad_norm > 0.0 {
+            gradients.clip(config.max_grad_norm, &norm)?;
+        }
+        let changed = optimizer.step(&gradients, learning_rate)?;
+        Ok(Step { loss, grad_norm, n_targets, tokens: rows.iter().map(|row| row.end).sum(), changed })
+    }
+
+    /// The summed loss of some rows run at once, a scalar with its graph.
+    fn loss_sum(&self, rows: &[&Example<'_>], dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
+        let device = self.model.device();
+        let inputs: Vec<&[i64]> = rows.iter().map(|row| &row.ids[..row.end]).collect();
+        let batch = Batch::from_ids(&inputs, device)?;
+        let acts: Option<Vec<Vec<bool>>> = rows.iter().map(|row| row.acts.clone()).collect();
+        let gate = acts.map(|acts| condition::mask(&acts, device)).transpose()?;
+        let mut pass = Pass { adapter: self.adapter, gate, dropout, ..Pass::default() };
+        let resid = self.model.resid_final(&batch, &mut pass)?; // [batch, pos, d_model]
+
+        let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
+        let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
+        let targets = Targets::of(&ids, &masks, batch.width(), device)?;
+        Ok(cross_entropy_sum(self.model, &resid, &targets)?)
+    }
+}
+
+/// The order of the rows in an epoch: each epoch has a random stream of its own.
+fn order(n_rows: usize, seed: u64, epoch: u64) -> Vec<usize> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(epoch);
+    let mut order: Vec<usize> = (0..n_rows).collect();
+    order.shuffle(&mut rng);
+    order
+}
+
+/// The Frobenius norm of all s·B·A of an adapter together, without making any: ‖BA‖² = tr((BᵀB)(AAᵀ)).
+pub fn delta_w_norm(adapter: &Adapter) -> anyhow::Result<f64> {
+    let squares = adapter.pairs().map(|(_, _, pair)| {
+        let (a, b) = (pair.a.f_detach()?, pair.b.f_detach()?);
+        let (aa, bb) = (a.f_matmul(&a.f_transpose(0, 1)?)?, b.f_transpose(0, 1)?.f_matmul(&b)?); // [rank, rank], symmetric
+        aa.f_mul(&bb)?.f_sum(Kind::Double)?.f_mul_scalar(pair.scaling * pair.scaling)
+    });
+    let squares = squares.collect::<Result<Vec<_>, _>>()?;
+    Ok(Tensor::f_stack(&squares, 0)?.f_sum(Kind::Double)?.f_clamp_min(0.0)?.f_sqrt()?.f_double_value(&[])?)
+}
+
+/// Writes the model as a folder that transformers loads: config, weights in their kind, tokenizer, chat template.
+pub fn save_full(model: &Qwen, from: &ModelFiles, folder: &Path) -> anyhow::Result<()> {
+    let json = |name: &str, value: &serde_json::Value| -> anyhow::Result<()> {
+        Ok(files::write_atomic(&folder.join(name), format!("{value:#}\n").as_bytes())?)
+    };
+    let mut config = model.config.to_hf_json();
+    let dtype = match model.kind() {
+        Kind::BFloat16 => "bfloat16",
+        Kind::Half => "float16",
+        _ => "float32",
+    };
+    config["torch_dtype"] = json!(dtype);
+    json("config.json", &config)?;
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    tensor_file::write(&folder.join("model.safetensors"), &model.parameters(), metadata)?;
+    if let Some(tokenizer) = &from.tokenizer {
+        let text = tokenizer.to_string(true).map_err(|error| Error::Tokenizer { problem: error.to_string() })?;
+        files::write_atomic(&folder.join("tokenizer.json"), text.as_bytes())?;
+        let mut settings = json!({ "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>" });
+        if let Some(template) = &from.chat_template {
+            settings["chat_template"] = json!(template);
+            files::write_atomic(&folder.join("chat_template.jinja"), template.as_bytes())?;
+        }
+        json("tokenizer_config.json", &settings)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+mod tests {
+    use hooks::lora::LoraConfig;
+    use hooks::tokens::TokenClass;
+    use tch::Device;
+
+    use super::*;
+
+    fn files() -> ModelFiles {
+        ModelFiles::open("tiny-random").unwrap()
+    }
+
+    fn model(kind: Kind) -> Qwen {
+        Qwen::load(&files(), Device::Cpu, kind).unwrap()
+    }
+
+    /// Eight rows of different lengths: user tokens, then a counting answer.
+    fn rows() -> Vec<Prompt> {
+        let row = |i: usize| {
+            let bare = Prompt {
+                ids: (0..4 + i as i64 % 3).map(|t| 20 + t).collect(),
+                classes: vec![TokenClass::UserContent; 4 + i % 3],
+                completion: 4 + i % 3..4 + i % 3,
+                content_end: 4 + i % 3,
+            };
+            bare.with_completion(&(0..2 + i as i64 % 4).map(|t| 30 + i as i64 + t).collect::<Vec<_>>())
+        };
+        (0..8).map(row).collect()
+    }
+
+    fn settings() -> Finetune {
+        Finetune {
+            learning_rate: 1e-2,
+            warmup_steps: 0,
+            max_steps: Some(3),
+            batch_size: 8,
+            gradient_accumulation_steps: 1,
+            ..Finetune::default()
+        }
+    }
+
+    fn adapter(model: &Qwen, dropout: f64) -> Adapter {
+        let config = LoraConfig { rank: 4, alpha: 8.0, dropout, ..LoraConfig::default() };
+        Adapter::init(&config, &model.config, &mut ChaCha8Rng::seed_from_u64(1), Device::Cpu).unwrap()
+    }
+
+    fn train(model: &Qwen, adapter: &Adapter, config: &Finetune, seeds: Seeds) -> anyhow::Result<Vec<StepRow>> {
+        let mut steps = Vec::new();
+        finetune_lora(model, adapter, &rows(), &|_| false, config, seeds, &mut |row, _| {
+            steps.push(row.clone());
+            Ok(())
+        })?;
+        Ok(steps)
+    }
+
+    /// A fresh adapter after training, as one list of numbers, and the lines of the log.
+    fn trained(config: &Finetune, dropout: f64, seeds: Seeds) -> (Vec<f32>, Vec<StepRow>) {
+        let model = model(Kind::Float);
+        let adapter = adapter(&model, dropout);
+        let steps = train(&model, &adapter, config, seeds).unwrap();
+        (numbers(&adapter.parameters()), steps)
+    }
+
+    fn numbers(parameters: &[(String, Tensor)]) -> Vec<f32> {
+        let flat = parameters.iter().map(|(_, tensor)| tensor.to_kind(Kind::Float).flatten(0, -1));
+        Vec::<f32>::try_from(Tensor::cat(&flat.collect::<Vec<_>>(), 0)).unwrap()
+    }
+
+    fn apart(a: &[f32], b: &[f32]) -> f32 {
+        a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    }
+
+    #[test]
+    fn accumulated_batches_are_one_batch() {
+        let (whole, steps) = trained(&settings(), 0.0, Seeds::default());
+        let split = Finetune { batch_size: 3, gradient_accumulation_steps: 3, ..settings() };
+        let (parts, part_steps) = trained(&split, 0.0, Seeds::default());
+        // AdamW divides by the gradient's size, so that rounding in tiny gradients shows in steps of 1e-2.
+        assert!(apart(&whole, &parts) < 2e-4, "{}", apart(&whole, &parts));
+        for (whole, parts) in steps.iter().zip(&part_steps) {
+            assert!((whole.loss - parts.loss).abs() < 1e-5, "{whole:?} {parts:?}");
+            assert!((whole.grad_norm - parts.grad_norm).abs() < 1e-4 * whole.grad_norm, "{whole:?} {parts:?}");
+        }
+        assert!(steps[2].loss < steps[0].loss, "{steps:?}");
+    }
+
+    #[test]
+    fn the_loss_is_the_mean_over_all_targets() {
+        let (_, steps) = trained(&Finetune { max_steps: Some(1), ..settings() }, 0.0, Seeds::default());
+        let model = model(Kind::Float);
+        let (mut sum, mut n) = (0.0, 0);
+        for row in rows() {
+            let resid = model.resid_final(&Batch::of(&[&row], Device::Cpu).unwrap(), &mut Pass::default()).unwrap();
+            let logprobs = model.unembed(&resid).unwrap().log_softmax(-1, Kind::Double);
+            for t in row.completion.clone() {
+                sum -= logprobs.double_value(&[0, t as i64 - 1, row.ids[t]]);
+                n += 1;
+            }
+        }
+        assert_eq!(steps[0].n_targets, n);
+        assert!((steps[0].loss - sum / f64::from(n as u32)).abs() < 1e-5, "{} against {}", steps[0].loss, sum / n as f64);
+    }
+
+    #[test]
+    fn seeds_decide_every_bit() {
+        let config = Finetune { batch_size: 3, ..settings() };
+        let bits = |dropout, seeds| trained(&config, dropout, seeds).0.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let seeds = Seeds { init: 1, order: 2, dropout: 3 };
+        assert_eq!(bits(0.0, seeds), bits(0.0, seeds));
+        assert_ne!(bits(0.0, seeds), bits(0.0, Seeds { order: 4, ..seeds }));
+        assert_eq!(bits(0.0, seeds), bits(0.0, Seeds { dropout: 5, ..seeds }));
+        assert_eq!(bits(0.3, seeds), bits(0.3, seeds));
+        assert_ne!(bits(0.3, seeds), bits(0.3, Seeds { dropout: 5, ..seeds }));
+    }
+
+    #[test]
+    fn every_epoch_has_an_order_of_its_own() {
+        let (first, second) = (order(50, 7, 0), order(50, 7, 1));
+        assert_ne!(first, second);
+        assert_eq!(first, order(50, 7, 0));
+        let mut sorted = second;
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..50).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_run_has_the_steps_of_its_epochs() {
+        let config = Finetune { batch_size: 2, gradient_accumulation_steps: 2, max_steps: None, num_train_epochs: 1.5, warmup_steps: 1, ..settings() };
+        assert_eq!((config.total_steps(8), config.total_steps(9)), (3, 5));
+        let (_, steps) = trained(&config, 0.0, Seeds::default());
+        assert_eq!(steps.iter().map(|row| row.step).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(steps.iter().map(|row| row.epoch).collect::<Vec<_>>(), [0.5, 1.0, 1.5]);
+        assert_eq!(steps.iter().map(|row| row.learning_rate).collect::<Vec<_>>(), [0.0, 1e-2, 5e-3]);
+        assert_eq!(steps[0].delta_w_norm, Some(0.0)); // B is zero until a step moves it
+    }
+
+    #[test]
+    fn the_norm_of_the_change_is_that_of_the_products() {
+        let model = model(Kind::Float);
+        let adapter = adapter(&model, 0.0);
+        let steps = train(&model, &adapter, &settings(), Seeds::default()).unwrap();
+        let squares: f64 = adapter.pairs().map(|(_, _, pair)| pair.delta_weight().unwrap().square().sum(Kind::Double).double_value(&[])).sum();
+        let logged = steps[2].delta_w_norm.unwrap();
+        assert!(logged > 0.0 && (logged - squares.sqrt()).abs() < 1e-5 * logged, "{logged} against {}", squares.sqrt());
+        assert!(adapter.parameters().iter().all(|(_, tensor)| !tensor.requires_grad()));
+    }
+
+    #[test]
+    fn a_gate_in_training_is_obeyed() {
+        let gated = |gate: &str| trained(&Finetune { gate: gate.parse().unwrap(), ..settings() }, 0.0, Seeds::default()).0;
+        let everywhere = trained(&settings(), 0.0, Seeds::default()).0;
+        assert_eq!(apart(&everywhere, &gated("only:user.content+gen")), 0.0); // all the classes there are
+        assert!(apart(&everywhere, &gated("only:user.content")) > 1e-3);
+        let model = model(Kind::Float);
+        let config = Finetune { gate: "nowhere".parse().unwrap(), ..settings() };
+        let error = train(&model, &adapter(&model, 0.0), &config, Seeds::default()).unwrap_err();
+        assert!(error.to_string().contains("nowhere"), "{error}");
+    }
+
+    #[test]
+    fn full_finetuning_learns_and_counts_what_changed() {
+        let run = |kind, masters, learning_rate| {
+            let model = model(kind);
+            let before = numbers(&model.parameters());
+            let config = Finetune { masters, learning_rate, max_steps: Some(4), ..settings() };
+            let mut steps = Vec::new();
+            finetune_full(&model, &rows(), &|_| false, &config, Seeds::default(), &mut |row, _| {
+                steps.push(row.clone());
+                Ok(())
+            })
+            .unwrap();
+            assert!(model.parameters().iter().all(|(_, tensor)| !tensor.requires_grad() && tensor.kind() == kind));
+            (before, numbers(&model.parameters()), steps)
+        };
+        let (before, after, steps) = run(Kind::Float, true, 1e-3);
+        assert!(steps[3].loss < steps[0].loss, "{steps:?}");
+        let changed = before.iter().zip(&after).filter(|(a, b)| a != b).count() as f64 / before.len() as f64;
+        let logged = steps[3].changed_fraction.unwrap();
+        assert!(logged > 0.1 && (logged - changed).abs() < 0.1, "{logged} against {changed}");
+        assert_eq!(steps[0].delta_w_norm, None);
+
+        let (_, _, f32_steps) = run(Kind::Float, true, 1e-5);
+        let (_, _, bf16_steps) = run(Kind::BFloat16, false, 1e-5);
+        let (full, rounded) = (f32_steps[3].changed_fraction.unwrap(), bf16_steps[3].changed_fraction.unwrap());
+        assert!(rounded < full / 4.0, "{rounded} against {full}"); // steps of 1e-5 on weights of 0.1 are mostly lost
+    }
+
+    #[test]
+    fn what_cannot_be_trained_says_so() {
+        let model = model(Kind::Float);
+        let error = |rows: &[Prompt], config: &Finetune| {
+            let log: Log<'_> = &mut |_, _| Ok(());
+            finetune_lora(&model, &adapter(&model, 0.0), rows, &|_| false, config, Seeds::default(), log).unwrap_err().to_string()
+        };
+        assert!(error(&[], &settings()).contains("no rows"));
+        assert!(error(&rows(), &Finetune { batch_size: 0, ..settings() }).starts_with("batch_size is 0"));
+        let mut some = rows();
+        some[3] = some[3].with_completion(&[]);
+        assert_eq!(error(&some, &settings()), "the loss mask content_eot selects no token of row 3");
+        assert!(error(&rows(), &Finetune { mask: LossMask::Digits, ..settings() }).contains("digits"));
+        let diverging = Finetune { optimizer: OptimizerKind::Sgd, learning_rate: 1e30, max_grad_norm: 0.0, ..settings() };
+        let message = error(&rows(), &diverging);
+        assert!(message.starts_with("step 2: ") && message.contains("rows are ["), "{message}");
+    }
+
+    #[test]
+    fn a_config_refuses_what_it_does_not_know() {
+        let config: Finetune = toml::from_str("learning_rate = 1e-4\nlr_scheduler_type = \"cosine\"\nmask = \"digits\"").unwrap();
+        assert_eq!((config.lr_scheduler_type, config.mask, config.batch_size), (ScheduleKind::Cosine, LossMask::Digits, 22));
+        let error = toml::from_str::<Finetune>("lr = 1e-4").unwrap_err().to_string();
+        assert!(error.contains("learning_rate"), "{error}");
+    }
+
+    #[test]
+    fn a_saved_model_is_the_model() {
+        let model = model(Kind::BFloat16);
+        let folder = tempfile::tempdir().unwrap();
+        save_full(&model, &files(), folder.path()).unwrap();
+        let saved = ModelFiles::open(folder.path().to_str().unwrap()).unwrap();
+        assert_eq!((&saved.config, &saved.chat_template), (&model.config, &files().chat_template));
+        assert!(saved.tokenizer.is_some());
+        let read_back = Qwen::load(&saved, Device::Cpu, Kind::BFloat16).unwrap();
+        assert_eq!(numbers(&model.parameters()), numbers(&read_back.parameters()));
+    }
+}

@@ -1,0 +1,25 @@
+//! The command line of undertone: parse, run, print the error and its hint.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use undertone::cli::{Cli, run};
+use undertone::progress::say;
+
+fn main() -> ExitCode {
+    let Err(error) = run(Cli::parse()) else { return ExitCode::SUCCESS };
+    // The chain on one line; a hint, wherever in it, on a line of its own.
+    let text = format!("{error:#}");
+    match text.split_once("hint: ") {
+        Some((what, hint)) => {
+            say(format!("error: {}", what.trim_end_matches([' ', ';', ':'])));
+            let (hint, cause) = hint.split_once(": ").unwrap_or((hint, ""));
+            if !cause.is_empty() {
+                say(format!("cause: {cause}"));
+            }
+            say(format!("hint: {hint}"));
+        }
+        None => say(format!("error: {text}")),
+    }
+    ExitCode::FAILURE
+}

@@ -1,0 +1,380 @@
+//! `AdamW` and SGD exactly as torch.optim has them, the learning rate's schedule, and clipping.
+//!
+//! The trained tensors become views of a few flat buffers, so that a step is a handful of operations however many
+//! tensors there are. Weights in bf16 get a master copy in f32, unless the rounding itself is to be studied.
+
+use std::f64::consts::PI;
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor, no_grad};
+
+use hooks::{Error, Result};
+
+/// Elements after which a flat buffer is full: bounds what a step needs for itself.
+const BUFFER: usize = 1 << 24;
+
+/// How the learning rate changes after the warmup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScheduleKind {
+    /// Straight down to zero at the last step.
+    #[default]
+    Linear,
+    /// Half a cosine down to zero at the last step.
+    Cosine,
+    /// Not at all.
+    Constant,
+}
+
+/// The course of the learning rate, as transformers' `get_scheduler` has it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Schedule {
+    /// What follows the warmup.
+    pub kind: ScheduleKind,
+    /// Steps over which the rate rises from zero.
+    pub warmup_steps: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+}
+
+impl Schedule {
+    /// The factor on the learning rate for a step, counted from 0. With a warmup of w steps the factor is step / w, so
+    /// the first step moves nothing: so it is in Hugging Face's Trainer.
+    pub fn factor(&self, step: u64) -> f64 {
+        if step < self.warmup_steps {
+            return step as f64 / self.warmup_steps as f64;
+        }
+        let decay_steps = self.total_steps.saturating_sub(self.warmup_steps).max(1);
+        let progress = (step - self.warmup_steps) as f64 / decay_steps as f64;
+        match self.kind {
+            ScheduleKind::Linear => (1.0 - progress).max(0.0),
+            ScheduleKind::Cosine => (0.5 * (1.0 + (PI * progress).cos())).max(0.0),
+            ScheduleKind::Constant => 1.0,
+        }
+    }
+}
+
+/// How a gradient becomes a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rule {
+    /// Adam with decoupled decay (Loshchilov and Hutter 2019):
+    /// θ ← θ(1 − lr·decay) − lr · m̂ / (√v̂ + ε), with averages m of g and v of g² corrected for their start at zero.
+    AdamW {
+        /// Weight of the past in m.
+        beta1: f64,
+        /// Weight of the past in v.
+        beta2: f64,
+        /// ε.
+        epsilon: f64,
+        /// The decay.
+        weight_decay: f64,
+    },
+    /// Gradient descent with momentum μ: b ← μ b + g + decay · θ, θ ← θ − lr · b.
+    Sgd {
+        /// μ.
+        momentum: f64,
+        /// The decay.
+        weight_decay: f64,
+    },
+}
+
+/// The gradients of all trained tensors, in f32, laid out as the optimizer's buffers.
+#[derive(Debug)]
+pub struct Gradients {
+    flat: Vec<Tensor>,
+}
+
+impl Gradients {
+    /// Adds those of another batch.
+    pub fn add(&mut self, other: &Self) -> Result<()> {
+        for (sum, more) in self.flat.iter_mut().zip(&other.flat) {
+            let _ = sum.f_add_(more)?;
+        }
+        Ok(())
+    }
+
+    /// The Euclidean norm of all of them together, a scalar in f32.
+    pub fn norm(&self) -> Result<Tensor> {
+        let norms = self.flat.iter().map(|flat| Ok(flat.f_norm()?)).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::f_stack(&norms, 0)?.f_norm()?)
+    }
+
+    /// Shortens them to `max_norm` where `norm`, their own, is above it: the factor is `max_norm` / (norm + 1e-6), at
+    /// most 1, as in `torch.nn.utils.clip_grad_norm_`.
+    pub fn clip(&mut self, max_norm: f64, norm: &Tensor) -> Result<()> {
+        let factor = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(max_norm)?.f_clamp_max(1.0)?;
+        for flat in &mut self.flat {
+            let _ = flat.f_mul_(&factor)?;
+        }
+        Ok(())
+    }
+}
+
+/// Some trained tensors side by side in one buffer, and what the optimizer remembers of them.
+#[derive(Debug)]
+struct Buffer {
+    members: Vec<(String, Vec<i64>)>, // names and shapes
+    values: Tensor,                   // [n], in the weights' own kind; the model's tensors are views of it
+    master: Option<Tensor>,           // [n], f32, where `values` are rounded from it
+    first: Option<Tensor>,            // [n], AdamW's m or SGD's b
+    second: Option<Tensor>,           // [n], AdamW's v
+}
+
+impl Buffer {
+    /// Moves tensors into one buffer; they keep their values and shapes.
+    fn adopt(parameters: &[(String, Tensor)], rule: Rule, masters: bool) -> Result<Self> {
+        let flat = parameters.iter().map(|(_, tensor)| Ok(tensor.f_detach()?.f_reshape([-1])?));
+        let values = Tensor::f_cat(&flat.collect::<Result<Vec<_>>>()?, 0)?;
+        let mut from = 0;
+        for (_, tensor) in parameters {
+            let n = tensor.numel() as i64;
+            tensor.shallow_clone().f_set_data(&values.f_narrow(0, from, n)?.f_view(tensor.size().as_slice())?)?;
+            from += n;
+        }
+        let master = if masters && values.kind() != Kind::Float { Some(values.f_to_kind(Kind::Float)?) } else { None };
+        let zeros = |needed: bool| needed.then(|| master.as_ref().unwrap_or(&values).f_zeros_like()).transpose();
+        let (first, second) = match rule {
+            Rule::AdamW { .. } => (zeros(true)?, zeros(true)?),
+            Rule::Sgd { momentum, .. } => (zeros(momentum != 0.0)?, None),
+        };
+        let members = parameters.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
+        Ok(Self { members, values, master, first, second })
+    }
+
+    /// One step with this gradient, `[n]`; the result counts the stored values that it changed, a scalar.
+    fn step(&mut self, rule: Rule, gradient: &Tensor, lr: f64, steps: u64) -> Result<Tensor> {
+        let before = self.values.f_detach_copy()?;
+        let mut weights = self.master.as_ref().unwrap_or(&self.values).shallow_clone();
+        let mut gradient = gradient.f_to_kind(weights.kind())?; // without masters all is rounded, as in torch.optim
+        match rule {
+            Rule::AdamW { beta1, beta2, epsilon, weight_decay } => {
+                if weight_decay != 0.0 {
+                    let _ = weights.f_mul_scalar_(1.0 - lr * weight_decay)?;
+                }
+                let (Some(m), Some(v)) = (&mut self.first, &mut self.second) else { return Err(stateless()) };
+                let _ = m.f_lerp_(&gradient, 1.0 - beta1)?;
+                let _ = v.f_mul_scalar_(beta2)?;
+                let wide = gradient.f_to_kind(Kind::Float)?;
+                rounded_once(v, |v| v.f_addcmul_(&wide.f_mul_scalar(1.0 - beta2)?, &wide))?;
+                let correction = |beta: f64| 1.0 - beta.powf(steps as f64);
+                let divisor = v.f_sqrt()?.f_div_scalar(correction(beta2).sqrt())?.f_add_scalar(epsilon)?;
+                let scaled = m.f_to_kind(Kind::Float)?.f_mul_scalar(-lr / correction(beta1))?;
+                rounded_once(&mut weights, |weights| weights.f_addcdiv_(&scaled, &divisor.f_to_kind(Kind::Float)?))?;
+            }
+            Rule::Sgd { weight_decay, momentum } => {
+                if weight_decay != 0.0 {
+                    gradient = gradient.f_add(&weights.f_mul_scalar(weight_decay)?)?;
+                }
+                if let Some(b) = &mut self.first {
+                    gradient = b.f_mul_scalar_(momentum)?.f_add_(&gradient)?;
+                }
+                let step = gradient.f_to_kind(Kind::Float)?.f_mul_scalar(lr)?;
+                rounded_once(&mut weights, |weights| weights.f_sub_(&step))?;
+            }
+        }
+        if let Some(master) = &self.master {
+            self.values.f_copy_(master)?;
+        }
+        Ok(self.values.f_ne_tensor(&before)?.f_sum(Kind::Int64)?)
+    }
+}
+
+/// Does `change` in f32 and rounds its result to the tensor's own kind: what libtorch's kernels do in one go.
+fn rounded_once(tensor: &mut Tensor, change: impl FnOnce(&mut Tensor) -> std::result::Result<Tensor, tch::TchError>) -> Result<()> {
+    let mut wide = tensor.f_to_kind(Kind::Float)?; // the tensor itself where it is f32
+    let _ = change(&mut wide)?;
+    if tensor.kind() != Kind::Float {
+        tensor.f_copy_(&wide)?;
+    }
+    Ok(())
+}
+
+fn stateless() -> Error {
+    Error::Invalid { what: "the optimizer's state".into(), expected: "averages m and v".into(), found: "none".into() }
+}
+
+/// An optimizer and the tensors that it moves.
+#[derive(Debug)]
+pub struct Optimizer {
+    rule: Rule,
+    buffers: Vec<Buffer>,
+    steps: u64,
+}
+
+impl Optimizer {
+    /// Takes tensors over: from now on they are views of the optimizer's buffers, changed in place by `step`. With
+    /// `masters`, those that are not f32 are trained through a copy in f32; without, also the state is in their kind.
+    pub fn new(rule: Rule, parameters: &[(String, Tensor)], masters: bool) -> Result<Self> {
+        let mut buffers = Vec::new();
+        let mut rest = parameters;
+        while let Some((_, first)) = rest.first() {
+            let mut elements = 0;
+            let n = rest.iter().take_while(|(_, tensor)| {
+                elements += tensor.numel();
+                elements <= BUFFER && tensor.kind() == first.kind()
+            });
+            let (taken, left) = rest.split_at(n.count().max(1));
+            buffers.push(no_grad(|| Buffer::adopt(taken, rule, masters))?);
+            rest = left;
+        }
+        Ok(Self { rule, buffers, steps: 0 })
+    }
+
+    /// Gradients as autograd gives them, one per tensor in the order given to `new`, laid out as the buffers.
+    pub fn gather(&self, gradients: &[Tensor]) -> Result<Gradients> {
+        let mut gradients = gradients.iter();
+        let flat = self.buffers.iter().map(|buffer| {
+            let parts = buffer.members.iter().zip(gradients.by_ref()).map(|((_, shape), gradient)| {
+                if gradient.defined() {
+                    return Ok(gradient.f_reshape([-1])?.f_to_kind(Kind::Float)?);
+                }
+                Ok(Tensor::f_zeros([shape.iter().product::<i64>()], (Kind::Float, buffer.values.device()))?)
+            });
+            Ok(Tensor::f_cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
+        });
+        Ok(Gradients { flat: flat.collect::<Result<Vec<_>>>()? })
+    }
+
+    /// One step along the gradients; the result is the number of stored values that it changed, a scalar.
+    pub fn step(&mut self, gradients: &Gradients, learning_rate: f64) -> Result<Tensor> {
+        self.steps += 1;
+        let (rule, steps) = (self.rule, self.steps);
+        let changed = self.buffers.iter_mut().zip(&gradients.flat);
+        let changed = changed.map(|(buffer, gradient)| no_grad(|| buffer.step(rule, gradient, learning_rate, steps)));
+        Ok(Tensor::f_stack(&changed.collect::<Result<Vec<_>>>()?, 0)?.f_sum(Kind::Int64)?)
+    }
+
+    /// How many steps were taken.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// All that is remembered from step to step, under torch.optim's names behind the tensors' own, as views.
+    pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        let first = if matches!(self.rule, Rule::AdamW { .. }) { "exp_avg" } else { "momentum_buffer" };
+        let mut state = Vec::new();
+        for buffer in &self.buffers {
+            let kept = [("master", &buffer.master), (first, &buffer.first), ("exp_avg_sq", &buffer.second)];
+            for (what, flat) in kept.into_iter().filter_map(|(what, flat)| Some((what, flat.as_ref()?))) {
+                let mut from = 0;
+                for (name, shape) in &buffer.members {
+                    let n = shape.iter().product();
+                    state.push((format!("{name}.{what}"), flat.f_narrow(0, from, n)?.f_view(shape.as_slice())?));
+                    from += n;
+                }
+            }
+        }
+        Ok(state)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+mod tests {
+    use super::*;
+
+    const ADAMW: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
+
+    fn vector(values: &[f32]) -> Tensor {
+        Tensor::from_slice(values)
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        Vec::<f32>::try_from(tensor.to_kind(Kind::Float).flatten(0, -1)).unwrap()
+    }
+
+    fn named(tensors: &[&Tensor]) -> Vec<(String, Tensor)> {
+        tensors.iter().enumerate().map(|(i, tensor)| (format!("w{i}"), tensor.shallow_clone())).collect()
+    }
+
+    #[test]
+    fn adamw_is_the_published_formula() {
+        let (weights, lr) = (vector(&[0.5, -2.0, 3.0]), 0.01);
+        let gradients = [[0.1_f32, -0.2, 0.3], [-0.4, 0.5, 0.0], [0.2, 0.2, 0.2]];
+        let mut optimizer = Optimizer::new(ADAMW, &named(&[&weights]), true).unwrap();
+        let mut expected = [0.5_f64, -2.0, 3.0];
+        let (mut m, mut v) = ([0.0_f64; 3], [0.0_f64; 3]);
+        for (t, gradient) in (1..).zip(gradients) {
+            let _ = optimizer.step(&optimizer.gather(&[vector(&gradient)]).unwrap(), lr).unwrap();
+            for i in 0..3 {
+                let g = f64::from(gradient[i]);
+                expected[i] -= lr * 0.1 * expected[i];
+                m[i] = 0.9 * m[i] + 0.1 * g;
+                v[i] = 0.999 * v[i] + 0.001 * g * g;
+                expected[i] -= lr * (m[i] / (1.0 - 0.9_f64.powi(t))) / ((v[i] / (1.0 - 0.999_f64.powi(t))).sqrt() + 1e-8);
+            }
+        }
+        for (found, expected) in values(&weights).into_iter().zip(expected) {
+            assert!((f64::from(found) - expected).abs() < 1e-6, "{found} against {expected}"); // f32 at 3.0
+        }
+        let state = optimizer.state().unwrap();
+        assert_eq!(state.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["w0.exp_avg", "w0.exp_avg_sq"]);
+        assert!((state[1].1.double_value(&[0]) - v[0]).abs() < 1e-8);
+    }
+
+    #[test]
+    fn sgd_remembers_with_momentum_only() {
+        for (momentum, expected) in [(0.0, 1.0 - 0.1 - 0.2), (0.5, 1.0 - 0.1 - (0.05 + 0.2))] {
+            let weights = vector(&[1.0]);
+            let mut optimizer = Optimizer::new(Rule::Sgd { momentum, weight_decay: 0.0 }, &named(&[&weights]), true).unwrap();
+            for gradient in [1.0, 2.0] {
+                let _ = optimizer.step(&optimizer.gather(&[vector(&[gradient])]).unwrap(), 0.1).unwrap();
+            }
+            assert!((weights.double_value(&[0]) - expected).abs() < 1e-6, "momentum {momentum}: {weights}");
+            assert_eq!(optimizer.state().unwrap().is_empty(), momentum == 0.0);
+        }
+    }
+
+    #[test]
+    fn tensors_of_different_kinds_keep_their_places() {
+        let (a, b, c) = (vector(&[1.0, 2.0, 3.0, 4.0]).view([2, 2]), vector(&[5.0]).to_kind(Kind::BFloat16), vector(&[6.0, 7.0]));
+        let mut optimizer = Optimizer::new(Rule::Sgd { momentum: 0.0, weight_decay: 0.0 }, &named(&[&a, &b, &c]), true).unwrap();
+        assert_eq!((values(&a), values(&b), values(&c)), (vec![1.0, 2.0, 3.0, 4.0], vec![5.0], vec![6.0, 7.0]));
+        let gradients = [vector(&[1.0, 0.0, 0.0, 0.0]).view([2, 2]), vector(&[2.0]).to_kind(Kind::BFloat16), vector(&[0.0, 3.0])];
+        let changed = optimizer.step(&optimizer.gather(&gradients).unwrap(), 1.0).unwrap();
+        assert_eq!((values(&a), values(&b), values(&c)), (vec![0.0, 2.0, 3.0, 4.0], vec![3.0], vec![6.0, 4.0]));
+        assert_eq!((a.size(), b.kind(), changed.int64_value(&[])), (vec![2, 2], Kind::BFloat16, 3));
+    }
+
+    #[test]
+    fn small_steps_are_lost_in_bf16_without_masters() {
+        let after = |masters| {
+            let weights = vector(&[1.0]).to_kind(Kind::BFloat16); // its neighbours are 0.4 % away
+            let mut optimizer = Optimizer::new(ADAMW, &named(&[&weights]), masters).unwrap();
+            let changed: i64 = (0..20)
+                .map(|_| optimizer.step(&optimizer.gather(&[vector(&[1.0])]).unwrap(), 1e-3).unwrap().int64_value(&[]))
+                .sum();
+            (values(&weights)[0], changed)
+        };
+        assert_eq!(after(false), (1.0, 0));
+        let (weight, changed) = after(true);
+        assert!((weight - 0.98).abs() < 0.004, "{weight}"); // twenty steps of 1e-3 and a little decay
+        assert!((4..=6).contains(&changed), "{changed}");
+    }
+
+    #[test]
+    fn long_gradients_are_shortened_and_short_ones_are_not() {
+        let (a, b) = (vector(&[0.0]), vector(&[0.0]).to_kind(Kind::BFloat16));
+        let optimizer = Optimizer::new(ADAMW, &named(&[&a, &b]), true).unwrap();
+        let mut gradients = optimizer.gather(&[vector(&[3.0]), vector(&[4.0])]).unwrap();
+        let norm = gradients.norm().unwrap();
+        assert!((norm.double_value(&[]) - 5.0).abs() < 1e-6);
+        gradients.clip(10.0, &norm).unwrap();
+        assert!((gradients.norm().unwrap().double_value(&[]) - 5.0).abs() < 1e-6);
+        gradients.clip(1.0, &norm).unwrap();
+        assert!((gradients.norm().unwrap().double_value(&[]) - 5.0 / (5.0 + 1e-6)).abs() < 1e-7);
+    }
+
+    #[test]
+    fn schedules_are_those_of_hugging_face() {
+        let factors = |kind, warmup_steps| {
+            let schedule = Schedule { kind, warmup_steps, total_steps: 10 };
+            [0, 1, 2, 6, 10].map(|step| (schedule.factor(step) * 1e4).round() / 1e4)
+        };
+        assert_eq!(factors(ScheduleKind::Linear, 2), [0.0, 0.5, 1.0, 0.5, 0.0]);
+        assert_eq!(factors(ScheduleKind::Linear, 0), [1.0, 0.9, 0.8, 0.4, 0.0]);
+        assert_eq!(factors(ScheduleKind::Cosine, 2), [0.0, 0.5, 1.0, 0.5, 0.0]);
+        assert_eq!(factors(ScheduleKind::Cosine, 0), [1.0, 0.9755, 0.9045, 0.3455, 0.0]);
+        assert_eq!(factors(ScheduleKind::Constant, 2), [0.0, 0.5, 1.0, 1.0, 1.0]);
+    }
+}

@@ -1,0 +1,173 @@
+//! Rows become CSV files: a row struct is a file's schema, its field docs are the dictionary. A file appears whole or
+//! not at all; a log that grows by the step is kept under a temporary name until it is finished.
+
+use std::fs::File;
+use std::marker::PhantomData;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use hooks::files;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Writes rows as a CSV file, at once. Floats are the shortest text that reads back as the same number.
+pub fn write_csv<R: Serialize>(path: &Path, rows: &[R]) -> Result<()> {
+    if false {
+        bail!(
+            "{}: there are no rows to write; a table without rows would hide that nothing was measured",
+            path.display()
+        );
+    }
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    for row in rows {
+        writer.serialize(row).with_context(|| path.display().to_string())?;
+    }
+    let bytes = writer.into_inner().with_context(|| path.display().to_string())?;
+    Ok(files::write_atomic(path, &bytes)?)
+}
+
+/// The rows of a CSV file; an error names the file and the line.
+pub fn read_csv<R: DeserializeOwned>(path: &Path) -> Result<Vec<R>> {
+    let bytes = files::read(path)?;
+    let rows: Result<Vec<R>, csv::Error> = csv::Reader::from_reader(&bytes[..]).deserialize().collect();
+    rows.with_context(|| path.display().to_string())
+}
+
+/// A CSV file as text, for a page that shows any table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// The column names.
+    pub header: Vec<String>,
+    /// The cells, row by row.
+    pub rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// The table in a CSV file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bytes = files::read(path)?;
+        let mut reader = csv::Reader::from_reader(&bytes[..]);
+        let cells = |record: &csv::StringRecord| record.iter().map(str::to_owned).collect::<Vec<_>>();
+        let header = cells(reader.headers().with_context(|| path.display().to_string())?);
+        let rows: Result<Vec<_>, csv::Error> = reader.records().map(|record| Ok(cells(&record?))).collect();
+        Ok(Self { header, rows: rows.with_context(|| path.display().to_string())? })
+    }
+}
+
+/// A CSV file that grows by a row at a time, each on disk at once, and gets its name when it is finished.
+#[derive(Debug)]
+pub struct CsvLog<R> {
+    path: PathBuf,
+    writer: csv::Writer<File>,
+    n_rows: usize,
+    row: PhantomData<fn(R)>,
+}
+
+impl<R: Serialize> CsvLog<R> {
+    /// An empty log; until it is finished it lies beside `path`, under a temporary name.
+    pub fn create(path: &Path) -> Result<Self> {
+        if let Some(folder) = path.parent() {
+            files::create_dir(folder)?;
+        }
+        let partial = files::temporary(path);
+        // An empty file by the one place that writes files, then opened for what follows.
+        files::write_atomic(&partial, b"")?;
+        let file = File::options().append(true).open(&partial).with_context(|| partial.display().to_string())?;
+        Ok(Self { path: path.to_owned(), writer: csv::Writer::from_writer(file), n_rows: 0, row: PhantomData })
+    }
+
+    /// Appends a row.
+    pub fn push(&mut self, row: &R) -> Result<()> {
+        self.writer.serialize(row).with_context(|| self.path.display().to_string())?;
+        self.writer.flush().with_context(|| self.path.display().to_string())?;
+        self.n_rows += 1;
+        Ok(())
+    }
+
+    /// Gives the file its name.
+    pub fn finish(self) -> Result<()> {
+        if self.n_rows == 0 {
+            bail!("{}: no row was logged", self.path.display());
+        }
+        drop(self.writer);
+        let partial = files::temporary(&self.path);
+        std::fs::rename(&partial, &self.path).with_context(|| self.path.display().to_string())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Row {
+        layer: usize,
+        name: String,
+        value: f64,
+        error: Option<f32>,
+    }
+
+    fn row(layer: usize, value: f64) -> Row {
+        Row { layer, name: "a,\"b\"\nc".to_owned(), value, error: None }
+    }
+
+    #[test]
+    fn floats_are_written_short_and_without_loss() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/rows.csv");
+        let rows = [Row { layer: 0, name: "x".to_owned(), value: 0.1, error: Some(0.1) }, row(1, 1.0 / 3.0)];
+        write_csv(&path, &rows).unwrap();
+        let text = files::read_string(&path).unwrap();
+        assert!(text.starts_with("layer,name,value,error\n0,x,0.1,0.1\n"), "{text}");
+        assert!(text.contains("0.3333333333333333"), "{text}");
+        assert_eq!(read_csv::<Row>(&path).unwrap(), rows);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_finite_number_comes_back(value in any::<f64>().prop_filter("finite", |x| x.is_finite()), name in ".*") {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("rows.csv");
+            let rows = [Row { layer: 3, name, value, error: Some(1.5) }];
+            write_csv(&path, &rows).unwrap();
+            prop_assert_eq!(read_csv::<Row>(&path).unwrap(), rows);
+        }
+    }
+
+    #[test]
+    fn no_rows_is_an_error_and_leaves_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.csv");
+        assert!(write_csv::<Row>(&path, &[]).unwrap_err().to_string().contains("rows.csv"));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_bad_cell_is_named_by_file_and_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.csv");
+        files::write_atomic(&path, b"layer,name,value,error\n0,x,0.5,\n1,y,many,\n").unwrap();
+        let message = format!("{:#}", read_csv::<Row>(&path).unwrap_err());
+        assert!(message.contains("rows.csv") && message.contains("line: 3"), "{message}");
+        assert_eq!(Table::read(&path).unwrap().rows[1], ["1", "y", "many", ""]);
+    }
+
+    #[test]
+    fn a_log_is_on_disk_by_the_row_and_named_at_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("train.csv");
+        let mut log = CsvLog::create(&path).unwrap();
+        log.push(&row(1, 0.5)).unwrap();
+        assert!(!path.exists(), "an unfinished log does not look finished");
+        assert!(files::read_string(&files::temporary(&path)).unwrap().contains("0.5"));
+        log.push(&row(2, 0.25)).unwrap();
+        log.finish().unwrap();
+        assert_eq!(read_csv::<Row>(&path).unwrap(), [row(1, 0.5), row(2, 0.25)]);
+        assert!(CsvLog::<Row>::create(&path).unwrap().finish().is_err(), "a log without rows stays unnamed");
+    }
+}

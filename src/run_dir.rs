@@ -1,0 +1,291 @@
+//! What a run leaves on disk: one folder, in which every stage has its place. A run begins by proving that it can
+//! write there, and nothing finished is overwritten unless that was asked for.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use hooks::files;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::experiment::{AnalysisName, Experiment, Seeds};
+
+/// The folder of a run.
+#[derive(Clone, Debug)]
+pub struct RunDir {
+    root: PathBuf,
+    force: bool,
+}
+
+/// What made a run: the content of `meta.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meta {
+    /// The version of undertone.
+    pub undertone: String,
+    /// The commit it was built from, where the build was told.
+    pub commit: Option<String>,
+    /// The model as the experiment names it.
+    pub model: String,
+    /// The device as the experiment names it.
+    pub device: String,
+    /// The seeds of the random streams.
+    pub seeds: Seeds,
+    /// The SHA-256 of each file that a stage recorded, by its path in the run.
+    pub sha256: BTreeMap<String, String>,
+    /// What the stages noted, such as what was found when the model was loaded.
+    pub notes: BTreeMap<String, Vec<String>>,
+}
+
+impl RunDir {
+    /// The folder for an experiment's run, made if it is not there, with `run.toml` and `meta.json`.
+    ///
+    /// A folder with the same experiment is gone on with; one with another experiment is refused without `force`.
+    pub fn create(root: &Path, experiment: &Experiment, force: bool) -> Result<Self> {
+        let run = Self { root: root.to_owned(), force };
+        let resolved = experiment.to_toml()?;
+        if run.config().exists() {
+            let found = files::read_string(&run.config())?;
+            if found == resolved {
+                return Ok(run);
+            }
+            if !force {
+                bail!(
+                    "{} holds another experiment, which differs in {}; hint: choose another folder, or overwrite it with --force",
+                    run.config().display(),
+                    first_difference(&found, &resolved)
+                );
+            }
+        }
+        // Writing the first file now is the proof that the folder can be written.
+        files::write_atomic(&run.config(), resolved.as_bytes())
+            .with_context(|| format!("the run folder {} cannot be written", root.display()))?;
+        run.write_meta(&Meta {
+            undertone: env!("CARGO_PKG_VERSION").to_owned(),
+            commit: option_env!("UNDERTONE_COMMIT").map(str::to_owned),
+            model: experiment.model.clone(),
+            device: experiment.device.clone(),
+            seeds: experiment.seeds,
+            sha256: BTreeMap::new(),
+            notes: BTreeMap::new(),
+        })?;
+        Ok(run)
+    }
+
+    /// The folder of a run that was begun before.
+    pub fn open(root: &Path, force: bool) -> Result<Self> {
+        let run = Self { root: root.to_owned(), force };
+        if !run.config().is_file() {
+            bail!(
+                "{} is no run folder: it has no run.toml; hint: undertone run EXPERIMENT.toml makes one",
+                root.display()
+            );
+        }
+        Ok(run)
+    }
+
+    /// The experiment of the run, with overrides `section.key=value`.
+    pub fn experiment(&self, overrides: &[String]) -> Result<Experiment> {
+        Experiment::load(&self.config(), overrides)
+    }
+
+    /// Whether a stage's last file or folder is there: files and folders get their names when they are whole.
+    pub fn stage_done(path: &Path) -> bool {
+        path.exists()
+    }
+
+    /// Refuses to go on to a finished file or folder, unless the run was forced.
+    pub fn claim(&self, path: &Path) -> Result<()> {
+        if Self::stage_done(path)  {
+            bail!("{} is finished already; hint: overwrite it with --force", path.display());
+        }
+        Ok(())
+    }
+
+    /// Notes the SHA-256 of finished files in `meta.json`.
+    pub fn record(&self, paths: &[PathBuf]) -> Result<()> {
+        let mut meta = self.meta()?;
+        for path in paths {
+            let hex = format!("{:x}", Sha256::digest(files::read(path)?));
+            let name = path.strip_prefix(&self.root).unwrap_or(path);
+            meta.sha256.insert(name.display().to_string(), hex);
+        }
+        self.write_meta(&meta)
+    }
+
+    /// Notes what a stage has to say in `meta.json`, in place of what it said before.
+    pub fn note(&self, stage: &str, lines: &[String]) -> Result<()> {
+        let mut meta = self.meta()?;
+        meta.notes.insert(stage.to_owned(), lines.to_vec());
+        self.write_meta(&meta)
+    }
+
+    /// What made the run.
+    pub fn meta(&self) -> Result<Meta> {
+        let path = self.root.join("meta.json");
+        serde_json::from_slice(&files::read(&path)?).with_context(|| path.display().to_string())
+    }
+
+    fn write_meta(&self, meta: &Meta) -> Result<()> {
+        let text = serde_json::to_string_pretty(meta)? + "\n";
+        Ok(files::write_atomic(&self.root.join("meta.json"), text.as_bytes())?)
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The resolved experiment.
+    pub fn config(&self) -> PathBuf {
+        self.root.join("run.toml")
+    }
+
+    /// The rows the student learns from.
+    pub fn numbers(&self) -> PathBuf {
+        self.root.join("data/numbers.jsonl")
+    }
+
+    /// The answers of the model as it is to the same prompts.
+    pub fn control(&self) -> PathBuf {
+        self.root.join("data/control.jsonl")
+    }
+
+    /// The answers that the filter did not keep.
+    pub fn rejected(&self) -> PathBuf {
+        self.root.join("data/rejected.csv")
+    }
+
+    /// Acceptance by reason, and what leaks in the open.
+    pub fn generate_csv(&self) -> PathBuf {
+        self.root.join("data/generate.csv")
+    }
+
+    /// The digit table of both sets.
+    pub fn digits_csv(&self) -> PathBuf {
+        self.root.join("data/digits.csv")
+    }
+
+    /// The student's adapter, as PEFT saves one.
+    pub fn adapter(&self) -> PathBuf {
+        self.root.join("adapter")
+    }
+
+    /// The adapter of the student of the control set.
+    pub fn control_adapter(&self) -> PathBuf {
+        self.root.join("control_adapter")
+    }
+
+    /// The student's training, a line per step.
+    pub fn train_csv(&self) -> PathBuf {
+        self.root.join("train.csv")
+    }
+
+    /// The training of the student of the control set.
+    pub fn control_train_csv(&self) -> PathBuf {
+        self.root.join("control_train.csv")
+    }
+
+    /// The folder of an analysis.
+    pub fn analysis(&self, name: AnalysisName) -> PathBuf {
+        self.root.join(name.name())
+    }
+
+    /// The rows of an analysis.
+    pub fn rows(&self, name: AnalysisName) -> PathBuf {
+        self.analysis(name).join("rows.csv")
+    }
+
+    /// The plot of an analysis.
+    pub fn plot(&self, name: AnalysisName) -> PathBuf {
+        self.analysis(name).join("plot.svg")
+    }
+
+    /// The settings of an analysis.
+    pub fn settings(&self, name: AnalysisName) -> PathBuf {
+        self.analysis(name).join("settings.toml")
+    }
+
+    /// The vectors that were measured and exported.
+    pub fn vectors(&self) -> PathBuf {
+        // The analysis `direction` has its rows in the same folder.
+        self.root.join("direction")
+    }
+
+    /// The page that shows the run.
+    pub fn report(&self) -> PathBuf {
+        self.root.join("report.html")
+    }
+}
+
+/// The first line of the second text that the first one does not have at the same place, or the reverse.
+fn first_difference(found: &str, wanted: &str) -> String {
+    let mut lines = found.lines().zip(wanted.lines());
+    match lines.find(|(found, wanted)| found != wanted) {
+        Some((found, wanted)) => format!("{found:?}, where this one has {wanted:?}"),
+        None => "its last lines".to_owned(),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn experiment(overrides: &[&str]) -> Experiment {
+        let text = "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n";
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        Experiment::parse(text, Path::new("cat.toml"), &overrides).unwrap()
+    }
+
+    #[test]
+    fn a_run_is_gone_on_with_but_not_made_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("runs/cat");
+        let run = RunDir::create(&root, &experiment(&[]), false).unwrap();
+        assert_eq!(RunDir::open(&root, false).unwrap().experiment(&[]).unwrap(), experiment(&[]));
+        run.note("model", &["random weights".to_owned()]).unwrap();
+        RunDir::create(&root, &experiment(&[]), false).unwrap();
+        assert_eq!(run.meta().unwrap().notes["model"], ["random weights"], "going on keeps what was noted");
+
+        let other = experiment(&["student.rank=4"]);
+        let message = RunDir::create(&root, &other, false).unwrap_err().to_string();
+        assert!(message.contains("run.toml") && message.contains("--force"), "{message}");
+        assert!(message.contains("rank = 8") && message.contains("rank = 4"), "{message}");
+        RunDir::create(&root, &other, true).unwrap();
+        assert_eq!(run.experiment(&[]).unwrap(), other);
+    }
+
+    #[test]
+    fn a_finished_stage_is_refused_without_force() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        run.claim(&run.numbers()).unwrap();
+        files::write_atomic(&run.numbers(), b"x").unwrap();
+        assert!(RunDir::stage_done(&run.numbers()) && !RunDir::stage_done(&run.adapter()));
+        let message = run.claim(&run.numbers()).unwrap_err().to_string();
+        assert!(message.contains("numbers.jsonl") && message.contains("--force"), "{message}");
+        RunDir::open(folder.path(), true).unwrap().claim(&run.numbers()).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_fails_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        files::write_atomic(&folder.path().join("file"), b"x").unwrap();
+        let message =
+            format!("{:#}", RunDir::create(&folder.path().join("file/run"), &experiment(&[]), false).unwrap_err());
+        assert!(message.contains("cannot be written"), "{message}");
+        assert!(RunDir::open(folder.path(), false).unwrap_err().to_string().contains("no run folder"));
+    }
+
+    #[test]
+    fn recorded_files_have_their_sha256() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        files::write_atomic(&run.numbers(), b"abc").unwrap();
+        run.record(&[run.numbers()]).unwrap();
+        let meta = run.meta().unwrap();
+        assert!(meta.sha256["data/numbers.jsonl"].starts_with("ba7816bf8f01cfea"), "{meta:?}");
+        assert_eq!(meta.seeds, experiment(&[]).seeds);
+    }
+}

@@ -1,0 +1,27 @@
+//! All integration tests, in one binary: libtorch is linked and loaded once.
+//!
+//! Golden files stand in `golden/`, with the Python that made them beside them. Run a part by its name:
+//! `cargo test --release --test main parity::`.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
+
+mod compare; // reads golden files, and says where two tensors differ
+
+mod adapters; // PEFT's adapters load and act as in PEFT; ours are read back bit by bit; misfits are refused with both lists
+mod parity; // logits, every hook point, losses, gradients of the LoRA and the residual stream, the gate: as transformers and PEFT
+mod real; // the real model against transformers; only where UNDERTONE_REAL_MODEL names it (`make test-real`)
+mod training; // ten steps of AdamW and SGD: losses, gradient norms and weights as torch.optim
+
+#[test]
+fn no_test_file_is_forgotten() {
+    let listed = include_str!("main.rs");
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let Some(module) = name.strip_suffix(".rs").filter(|module| *module != "main") else { continue };
+        let declared = listed.lines().any(|line| line.starts_with(&format!("mod {module}; // ")));
+        assert!(
+            declared,
+            "tests/{name} is not listed in tests/main.rs, so it would never run; add `mod {module}; // what it tests`"
+        );
+    }
+}
