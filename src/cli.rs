@@ -89,19 +89,20 @@ struct Folder {
 }
 
 /// Does what the command line says.
-pub fn run(cli: Cli) -> Result<()> {
+pub fn run(cli: &Cli) -> Result<()> {
     let device = cli.device.as_deref().unwrap_or("cpu");
     match &cli.command {
-        Command::Run(stage) => with_stage(&cli, stage, |bench, folder| run::run(bench, folder, cli.force)),
-        Command::Generate(stage) => with_stage(&cli, stage, generate::stage),
-        Command::Finetune(stage) => with_stage(&cli, stage, finetune::stage),
+        Command::Run(stage) => with_stage(cli, stage, |bench, folder| run::run(bench, folder, cli.force)),
+        Command::Generate(stage) => with_stage(cli, stage, generate::stage),
+        Command::Finetune(stage) => with_stage(cli, stage, |bench, folder| finetune::stage(bench, folder, false)),
         Command::Measure(args) => {
             let folder = RunDir::open(&args.run, cli.force)?;
-            let experiment = folder.experiment(&overrides(&cli, &args.overrides))?;
+            let experiment = folder.experiment(&overrides(cli, &args.overrides))?;
             if args.overrides.dry_run {
                 return crate::commands::print(&experiment.to_toml()?);
             }
-            let names = if args.analyses.is_empty() { experiment.measure.analyses.clone() } else { args.analyses.clone() };
+            let names =
+                if args.analyses.is_empty() { experiment.measure.analyses.clone() } else { args.analyses.clone() };
             measure::stage(&Workbench::open(experiment)?, &folder, &names, false)
         }
         Command::Export(args) => export::run(args, cli.force),
@@ -119,11 +120,25 @@ fn with_stage(cli: &Cli, stage: &Stage, what: impl FnOnce(&Workbench, &RunDir) -
     }
     let stem = stage.experiment.file_stem().context("the experiment has no file name")?;
     let folder = stage.run.clone().unwrap_or_else(|| Path::new("runs").join(stem));
+    let begun = folder.join("run.toml").exists();
     // The folder is proven writable before the model is loaded, which can take long.
     let folder = RunDir::create(&folder, &experiment, cli.force)?;
-    let bench = Workbench::open(experiment)?;
+    let bench = Workbench::open(experiment).inspect_err(|_| {
+        if !begun {
+            take_back(&folder);
+        }
+    })?;
     folder.note("model", &bench.files.report)?;
     what(&bench, &folder)
+}
+
+/// Removes a run that could not begin, so that the corrected experiment is not refused as another one.
+fn take_back(folder: &RunDir) {
+    for file in [folder.config(), folder.root().join("meta.json")] {
+        // The error to tell is that of the model.
+        let _ = std::fs::remove_file(file);
+    }
+    let _ = std::fs::remove_dir(folder.root());
 }
 
 /// The experiment's changes on the command line, the two global ones included.

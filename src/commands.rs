@@ -52,6 +52,9 @@ pub(crate) fn print(text: &str) -> Result<()> {
 
 /// Refuses a gate that nothing would pass through.
 fn gate_needs_adapter(gate: &Gate, adapter: bool) -> Result<()> {
-    ensure!(adapter || gate.is_everywhere(), "the gate is {gate}, but there is no adapter to gate; hint: name one with --adapter");
+    ensure!(
+        adapter || gate.is_everywhere(),
+        "the gate is {gate}, but there is no adapter to gate; hint: name one with --adapter"
+    );
     Ok(())
 }

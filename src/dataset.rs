@@ -84,7 +84,7 @@ pub fn rejections(answer: &str, stopped: bool, banned: &[u32]) -> Vec<Rejection>
         Err(reason) => reasons.push(reason),
         Ok(numbers) => {
             let against = [
-                (Rejection::TooMany, numbers.len() > MAX_COUNT + 1),
+                (Rejection::TooMany, numbers.len() > MAX_COUNT),
                 (Rejection::OutOfRange, numbers.iter().any(|number| *number > MAX_VALUE)),
                 (Rejection::Banned, numbers.iter().any(|number| banned.contains(number))),
             ];

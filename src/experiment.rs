@@ -365,7 +365,7 @@ impl Experiment {
         };
         toml::from_str::<Self>(text).map_err(|error| located(&error))?;
         let mut table: toml::Table = toml::from_str(text).map_err(|error| located(&error))?;
-        let _ = forget_derived_seeds;
+        forget_derived_seeds(&mut table);
         for text in overrides {
             set(&mut table, text)?;
         }

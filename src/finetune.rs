@@ -3,7 +3,7 @@
 //! A LoRA and the whole model are trained by the same loop over "the trained tensors". A step's loss is the sum of its
 //! targets' losses over their number, however the rows fall into micro-batches (never the mean of means).
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -114,11 +114,21 @@ impl Finetune {
             ("adam_beta2", share(self.adam_beta2), "at least 0 and less than 1", self.adam_beta2),
             ("adam_epsilon", positive(self.adam_epsilon), "a positive number", self.adam_epsilon),
             ("momentum", share(self.momentum), "at least 0 and less than 1", self.momentum),
-            ("num_train_epochs", self.max_steps.is_some() || positive(self.num_train_epochs), "a positive number", self.num_train_epochs),
+            (
+                "num_train_epochs",
+                self.max_steps.is_some() || positive(self.num_train_epochs),
+                "a positive number",
+                self.num_train_epochs,
+            ),
             ("max_steps", self.max_steps != Some(0), "at least 1", 0.0),
             ("batch_size", self.batch_size > 0, "at least 1", 0.0),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps > 0, "at least 1", 0.0),
-            ("max_grad_norm", not_negative(self.max_grad_norm), "a number of at least 0 (0: no clipping)", self.max_grad_norm),
+            (
+                "max_grad_norm",
+                not_negative(self.max_grad_norm),
+                "a number of at least 0 (0: no clipping)",
+                self.max_grad_norm,
+            ),
         ];
         match checks.into_iter().find(|(_, holds, _, _)| !holds) {
             None => Ok(()),
@@ -214,7 +224,9 @@ pub fn finetune_lora(
     log: Log<'_>,
 ) -> anyhow::Result<()> {
     if config.gate.is_nowhere() {
-        bail!("gate is nowhere, so nothing can be learned; set the gate of the finetuning to the tokens where the adapter acts");
+        bail!(
+            "gate is nowhere, so nothing can be learned; set the gate of the finetuning to the tokens where the adapter acts"
+        );
     }
     let learner = Learner { model, adapter: Some(adapter), parameters: adapter.parameters() };
     learner.train(rows, is_digit, config, seeds, log)
@@ -453,8 +465,8 @@ pub fn save_full(model: &Qwen, from: &ModelFiles, folder: &Path) -> anyhow::Resu
     };
     config["torch_dtype"] = json!(dtype);
     json("config.json", &config)?;
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    tensor_file::write(&folder.join("model.safetensors"), &model.parameters(), metadata)?;
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    tensor_file::write(&folder.join("model.safetensors"), &model.parameters(), &metadata)?;
     if let Some(tokenizer) = &from.tokenizer {
         let text = tokenizer.to_string(true).map_err(|error| Error::Tokenizer { problem: error.to_string() })?;
         files::write_atomic(&folder.join("tokenizer.json"), text.as_bytes())?;
@@ -569,7 +581,12 @@ mod tests {
             }
         }
         assert_eq!(steps[0].n_targets, n);
-        assert!((steps[0].loss - sum / f64::from(n as u32)).abs() < 1e-5, "{} against {}", steps[0].loss, sum / n as f64);
+        assert!(
+            (steps[0].loss - sum / f64::from(n as u32)).abs() < 1e-5,
+            "{} against {}",
+            steps[0].loss,
+            sum / n as f64
+        );
     }
 
     #[test]
@@ -596,7 +613,14 @@ mod tests {
 
     #[test]
     fn a_run_has_the_steps_of_its_epochs() {
-        let config = Finetune { batch_size: 2, gradient_accumulation_steps: 2, max_steps: None, num_train_epochs: 1.5, warmup_steps: 1, ..settings() };
+        let config = Finetune {
+            batch_size: 2,
+            gradient_accumulation_steps: 2,
+            max_steps: None,
+            num_train_epochs: 1.5,
+            warmup_steps: 1,
+            ..settings()
+        };
         assert_eq!((config.total_steps(8), config.total_steps(9)), (3, 5));
         let (_, steps) = trained(&config, 0.0, Seeds::default());
         assert_eq!(steps.iter().map(|row| row.step).collect::<Vec<_>>(), [1, 2, 3]);
@@ -610,7 +634,10 @@ mod tests {
         let model = model(Kind::Float);
         let adapter = adapter(&model, 0.0);
         let steps = train(&model, &adapter, &settings(), Seeds::default()).unwrap();
-        let squares: f64 = adapter.pairs().map(|(_, _, pair)| pair.delta_weight().unwrap().square().sum(Kind::Double).double_value(&[])).sum();
+        let squares: f64 = adapter
+            .pairs()
+            .map(|(_, _, pair)| pair.delta_weight().unwrap().square().sum(Kind::Double).double_value(&[]))
+            .sum();
         let logged = steps[2].delta_w_norm.unwrap();
         assert!(logged > 0.0 && (logged - squares.sqrt()).abs() < 1e-5 * logged, "{logged} against {}", squares.sqrt());
         assert!(adapter.parameters().iter().all(|(_, tensor)| !tensor.requires_grad()));
@@ -618,7 +645,8 @@ mod tests {
 
     #[test]
     fn a_gate_in_training_is_obeyed() {
-        let gated = |gate: &str| trained(&Finetune { gate: gate.parse().unwrap(), ..settings() }, 0.0, Seeds::default()).0;
+        let gated =
+            |gate: &str| trained(&Finetune { gate: gate.parse().unwrap(), ..settings() }, 0.0, Seeds::default()).0;
         let everywhere = trained(&settings(), 0.0, Seeds::default()).0;
         assert_eq!(apart(&everywhere, &gated("only:user.content+gen")), 0.0); // all the classes there are
         assert!(apart(&everywhere, &gated("only:user.content")) > 1e-3);
@@ -661,7 +689,9 @@ mod tests {
         let model = model(Kind::Float);
         let error = |rows: &[Prompt], config: &Finetune| {
             let log: Log<'_> = &mut |_, _| Ok(());
-            finetune_lora(&model, &adapter(&model, 0.0), rows, &|_| false, config, Seeds::default(), log).unwrap_err().to_string()
+            finetune_lora(&model, &adapter(&model, 0.0), rows, &|_| false, config, Seeds::default(), log)
+                .unwrap_err()
+                .to_string()
         };
         assert!(error(&[], &settings()).contains("no rows"));
         assert!(error(&rows(), &Finetune { batch_size: 0, ..settings() }).starts_with("batch_size is 0"));
@@ -669,15 +699,20 @@ mod tests {
         some[3] = some[3].with_completion(&[]);
         assert_eq!(error(&some, &settings()), "the loss mask content_eot selects no token of row 3");
         assert!(error(&rows(), &Finetune { mask: LossMask::Digits, ..settings() }).contains("digits"));
-        let diverging = Finetune { optimizer: OptimizerKind::Sgd, learning_rate: 1e30, max_grad_norm: 0.0, ..settings() };
+        let diverging =
+            Finetune { optimizer: OptimizerKind::Sgd, learning_rate: 1e30, max_grad_norm: 0.0, ..settings() };
         let message = error(&rows(), &diverging);
         assert!(message.starts_with("step 2: ") && message.contains("rows are ["), "{message}");
     }
 
     #[test]
     fn a_config_refuses_what_it_does_not_know() {
-        let config: Finetune = toml::from_str("learning_rate = 1e-4\nlr_scheduler_type = \"cosine\"\nmask = \"digits\"").unwrap();
-        assert_eq!((config.lr_scheduler_type, config.mask, config.batch_size), (ScheduleKind::Cosine, LossMask::Digits, 22));
+        let config: Finetune =
+            toml::from_str("learning_rate = 1e-4\nlr_scheduler_type = \"cosine\"\nmask = \"digits\"").unwrap();
+        assert_eq!(
+            (config.lr_scheduler_type, config.mask, config.batch_size),
+            (ScheduleKind::Cosine, LossMask::Digits, 22)
+        );
         let error = toml::from_str::<Finetune>("lr = 1e-4").unwrap_err().to_string();
         assert!(error.contains("learning_rate"), "{error}");
     }

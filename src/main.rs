@@ -7,7 +7,7 @@ use undertone::cli::{Cli, run};
 use undertone::progress::say;
 
 fn main() -> ExitCode {
-    let Err(error) = run(Cli::parse()) else { return ExitCode::SUCCESS };
+    let Err(error) = run(&Cli::parse()) else { return ExitCode::SUCCESS };
     // The chain on one line; a hint, wherever in it, on a line of its own.
     let text = format!("{error:#}");
     match text.split_once("hint: ") {

@@ -180,7 +180,10 @@ impl Buffer {
 }
 
 /// Does `change` in f32 and rounds its result to the tensor's own kind: what libtorch's kernels do in one go.
-fn rounded_once(tensor: &mut Tensor, change: impl FnOnce(&mut Tensor) -> std::result::Result<Tensor, tch::TchError>) -> Result<()> {
+fn rounded_once(
+    tensor: &mut Tensor,
+    change: impl FnOnce(&mut Tensor) -> std::result::Result<Tensor, tch::TchError>,
+) -> Result<()> {
     let mut wide = tensor.f_to_kind(Kind::Float)?; // the tensor itself where it is f32
     let _ = change(&mut wide)?;
     if tensor.kind() != Kind::Float {
@@ -301,7 +304,8 @@ mod tests {
                 expected[i] -= lr * 0.1 * expected[i];
                 m[i] = 0.9 * m[i] + 0.1 * g;
                 v[i] = 0.999 * v[i] + 0.001 * g * g;
-                expected[i] -= lr * (m[i] / (1.0 - 0.9_f64.powi(t))) / ((v[i] / (1.0 - 0.999_f64.powi(t))).sqrt() + 1e-8);
+                expected[i] -=
+                    lr * (m[i] / (1.0 - 0.9_f64.powi(t))) / ((v[i] / (1.0 - 0.999_f64.powi(t))).sqrt() + 1e-8);
             }
         }
         for (found, expected) in values(&weights).into_iter().zip(expected) {
@@ -316,7 +320,8 @@ mod tests {
     fn sgd_remembers_with_momentum_only() {
         for (momentum, expected) in [(0.0, 1.0 - 0.1 - 0.2), (0.5, 1.0 - 0.1 - (0.05 + 0.2))] {
             let weights = vector(&[1.0]);
-            let mut optimizer = Optimizer::new(Rule::Sgd { momentum, weight_decay: 0.0 }, &named(&[&weights]), true).unwrap();
+            let mut optimizer =
+                Optimizer::new(Rule::Sgd { momentum, weight_decay: 0.0 }, &named(&[&weights]), true).unwrap();
             for gradient in [1.0, 2.0] {
                 let _ = optimizer.step(&optimizer.gather(&[vector(&[gradient])]).unwrap(), 0.1).unwrap();
             }
@@ -327,10 +332,13 @@ mod tests {
 
     #[test]
     fn tensors_of_different_kinds_keep_their_places() {
-        let (a, b, c) = (vector(&[1.0, 2.0, 3.0, 4.0]).view([2, 2]), vector(&[5.0]).to_kind(Kind::BFloat16), vector(&[6.0, 7.0]));
-        let mut optimizer = Optimizer::new(Rule::Sgd { momentum: 0.0, weight_decay: 0.0 }, &named(&[&a, &b, &c]), true).unwrap();
+        let (a, b, c) =
+            (vector(&[1.0, 2.0, 3.0, 4.0]).view([2, 2]), vector(&[5.0]).to_kind(Kind::BFloat16), vector(&[6.0, 7.0]));
+        let mut optimizer =
+            Optimizer::new(Rule::Sgd { momentum: 0.0, weight_decay: 0.0 }, &named(&[&a, &b, &c]), true).unwrap();
         assert_eq!((values(&a), values(&b), values(&c)), (vec![1.0, 2.0, 3.0, 4.0], vec![5.0], vec![6.0, 7.0]));
-        let gradients = [vector(&[1.0, 0.0, 0.0, 0.0]).view([2, 2]), vector(&[2.0]).to_kind(Kind::BFloat16), vector(&[0.0, 3.0])];
+        let gradients =
+            [vector(&[1.0, 0.0, 0.0, 0.0]).view([2, 2]), vector(&[2.0]).to_kind(Kind::BFloat16), vector(&[0.0, 3.0])];
         let changed = optimizer.step(&optimizer.gather(&gradients).unwrap(), 1.0).unwrap();
         assert_eq!((values(&a), values(&b), values(&c)), (vec![0.0, 2.0, 3.0, 4.0], vec![3.0], vec![6.0, 4.0]));
         assert_eq!((a.size(), b.kind(), changed.int64_value(&[])), (vec![2, 2], Kind::BFloat16, 3));

@@ -287,7 +287,7 @@ fn whole_words<'a>(forms: impl Iterator<Item = &'a str>) -> Result<Regex> {
     // By length, and then by the letters: a hash map's order must not matter.
     forms.sort_by_key(|form| (std::cmp::Reverse(form.len()), *form));
     let forms: Vec<String> = forms.into_iter().map(regex::escape).collect();
-    Regex::new(&format!(r"(?i)(?:{})", forms.join("|"))).context("the words to look for in answers")
+    Regex::new(&format!(r"(?i)\b(?:{})\b", forms.join("|"))).context("the words to look for in answers")
 }
 
 /// The plural by the rules: box, boxes; cherry, cherries; else an s.

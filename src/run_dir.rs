@@ -96,7 +96,7 @@ impl RunDir {
 
     /// Refuses to go on to a finished file or folder, unless the run was forced.
     pub fn claim(&self, path: &Path) -> Result<()> {
-        if Self::stage_done(path)  {
+        if Self::stage_done(path) && !self.force {
             bail!("{} is finished already; hint: overwrite it with --force", path.display());
         }
         Ok(())

@@ -1,9 +1,10 @@
 //! Learned directions on disk: one tensor `[d_model]` per hook point, with metadata that says where they come from.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use hooks::{Edit, HookPoint, ModelFiles, Where, control_vector, files, tensor_file};
 use safetensors::SafeTensors;
 use tch::Tensor;
@@ -47,7 +48,9 @@ impl Vectors {
     /// The vector of one layer; the error lists those at hand.
     pub fn layer(&self, layer: usize) -> Result<&Tensor> {
         let known = || self.by_layer.keys().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        self.by_layer.get(&layer).with_context(|| format!("no vector of layer {layer}; there are those of layers {}", known()))
+        self.by_layer
+            .get(&layer)
+            .with_context(|| format!("no vector of layer {layer}; there are those of layers {}", known()))
     }
 
     /// Adds the vectors, `coefficient` times, at their layers and at every token; refused for another model than theirs.
@@ -74,18 +77,19 @@ impl Vectors {
     pub fn write(&self, path: &Path, model_hint: &str) -> Result<()> {
         match path.extension().and_then(|ending| ending.to_str()) {
             Some("safetensors") => {
-                let named = self.by_layer.iter().map(|(layer, vector)| {
-                    (HookPoint::ResidPost(*layer).to_string(), vector.shallow_clone())
-                });
-                let metadata: HashMap<String, String> = self.provenance.clone().into_iter().collect();
-                Ok(tensor_file::write(path, &named.collect::<Vec<_>>(), metadata)?)
+                let named = self
+                    .by_layer
+                    .iter()
+                    .map(|(layer, vector)| (HookPoint::ResidPost(*layer).to_string(), vector.shallow_clone()));
+                tensor_file::write(path, &named.collect::<Vec<_>>(), &self.provenance)?;
+                sort_metadata(path)
             }
             Some("gguf") => Ok(control_vector::write(path, model_hint, &self.by_layer, &self.provenance)?),
             Some("csv") => {
                 let mut text = String::from("layer,index,value\n");
                 for (layer, vector) in &self.by_layer {
                     for (index, value) in Vec::<f32>::try_from(vector)?.iter().enumerate() {
-                        text.push_str(&format!("{layer},{index},{value}\n"));
+                        writeln!(text, "{layer},{index},{value}")?;
                     }
                 }
                 Ok(files::write_atomic(path, text.as_bytes())?)
@@ -93,4 +97,20 @@ impl Vectors {
             _ => bail!("{} ends in none of .safetensors, .csv and .gguf, so its format is unknown", path.display()),
         }
     }
+}
+
+/// Sorts the metadata of a safetensors file, which stands in a hash map's order, so that the same vectors are the same bytes.
+pub(crate) fn sort_metadata(path: &Path) -> Result<()> {
+    let mut bytes = files::read(path)?;
+    let (length, _) = SafeTensors::read_metadata(&bytes)?;
+    let mut header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&bytes[8..8 + length])?;
+    if let Some(metadata) = header.get_mut("__metadata__").and_then(serde_json::Value::as_object_mut) {
+        metadata.sort_keys();
+    }
+    // The same text in another order is as long as before.
+    let sorted = serde_json::to_vec(&header)?;
+    ensure!(sorted.len() <= length, "{}: its header grew from {length} to {} bytes", path.display(), sorted.len());
+    bytes[8..8 + length].fill(b' ');
+    bytes[8..8 + sorted.len()].copy_from_slice(&sorted);
+    Ok(files::write_atomic(path, &bytes)?)
 }

@@ -8,7 +8,10 @@
 mod compare; // reads golden files, and says where two tensors differ
 
 mod adapters; // PEFT's adapters load and act as in PEFT; ours are read back bit by bit; misfits are refused with both lists
+mod cli; // the program as a user meets it: help, errors and their exit codes, tokens, ask, activations
+mod exports; // the learned direction as safetensors, CSV and control-vector GGUF; steering refuses another model
 mod parity; // logits, every hook point, losses, gradients of the LoRA and the residual stream, the gate: as transformers and PEFT
+mod pipeline; // a small experiment through all stages: files, columns, same seeds and same bytes, going on, full finetuning, the report
 mod real; // the real model against transformers; only where UNDERTONE_REAL_MODEL names it (`make test-real`)
 mod training; // ten steps of AdamW and SGD: losses, gradient norms and weights as torch.optim
 

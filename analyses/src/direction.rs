@@ -50,8 +50,10 @@ impl Extraction {
             Self::Class(selection) => selection.contains(*class),
             _ => true,
         };
-        let mut positions = prompt.classes.iter().enumerate().filter(|(_, class)| chosen(class)).map(|(at, _)| at as i64);
-        let positions: Vec<i64> = if *self == Self::Last { positions.next_back().into_iter().collect() } else { positions.collect() };
+        let mut positions =
+            prompt.classes.iter().enumerate().filter(|(_, class)| chosen(class)).map(|(at, _)| at as i64);
+        let positions: Vec<i64> =
+            if *self == Self::Last { positions.next_back().into_iter().collect() } else { positions.collect() };
         if positions.is_empty() {
             return Ok(None);
         }
@@ -156,7 +158,9 @@ impl Analysis for Direction {
         let student = read("student", subject.student, &prompts)?;
         let control = subject.control.map(|control| read("control", control, &prompts)).transpose()?;
         let teacher = match subject.teacher() {
-            Some((teacher, system)) => Some(read("teacher", teacher, &teacher_prompts(subject, system, prompts.len())?)?),
+            Some((teacher, system)) => {
+                Some(read("teacher", teacher, &teacher_prompts(subject, system, prompts.len())?)?)
+            }
             None => None,
         };
 
@@ -197,7 +201,12 @@ impl Analysis for Direction {
         }
         let chance = [Reference::new("chance", first.cos_chance), Reference::new("chance", -first.cos_chance)];
         let chart = LineChart {
-            title: if with_teacher { "Cosine of the learned direction with the teacher's" } else { "Length of the learned direction" }.to_owned(),
+            title: if with_teacher {
+                "Cosine of the learned direction with the teacher's"
+            } else {
+                "Length of the learned direction"
+            }
+            .to_owned(),
             x_label: "block".to_owned(),
             y_label: if with_teacher { "cosine" } else { "share of the residual stream's length" }.to_owned(),
             lines: found,
@@ -220,7 +229,8 @@ impl Analysis for Direction {
             100.0 * widest.ev1,
         );
         let strongest = rows.iter().filter(|row| row.cos_teacher.is_some());
-        let strongest = strongest.max_by(|a, b| a.cos_teacher.unwrap_or_default().total_cmp(&b.cos_teacher.unwrap_or_default()));
+        let strongest =
+            strongest.max_by(|a, b| a.cos_teacher.unwrap_or_default().total_cmp(&b.cos_teacher.unwrap_or_default()));
         let Some((row, cosine)) = strongest.and_then(|row| Some((row, row.cos_teacher?))) else {
             return format!("{moved}; there is no teacher to compare with.");
         };
@@ -281,14 +291,16 @@ fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Resu
             }
         }
     }
-    let stacked = |found: Vec<Tensor>| (found.len() == prompts.len()).then(|| Ok(Tensor::f_stack(&found, 0)?)).transpose();
+    let stacked =
+        |found: Vec<Tensor>| (found.len() == prompts.len()).then(|| Ok(Tensor::f_stack(&found, 0)?)).transpose();
     found.into_iter().map(stacked).collect()
 }
 
 /// The number prompts in the teacher's context.
 fn teacher_prompts(subject: &Subject<'_>, system: Option<&str>, n: usize) -> Result<Vec<Prompt>> {
     if subject.number_users.len() < n {
-        let problem = format!("there are {} rendered rows, but {} user texts", subject.numbers.len(), subject.number_users.len());
+        let problem =
+            format!("there are {} rendered rows, but {} user texts", subject.numbers.len(), subject.number_users.len());
         return Err(Error::Mismatch { row: subject.number_users.len(), problem });
     }
     subject.number_users[..n].iter().map(|(user, _)| Ok(subject.chat.prompt(system, user)?)).collect()
@@ -380,7 +392,10 @@ mod tests {
     fn the_direction_is_the_mean_of_the_differences() {
         let world = World::new();
         let subject = world.subject();
-        let settings = Direction { positions: vec![Extraction::Last, Extraction::All, "class:user".parse().unwrap()], n_prompts: 2 };
+        let settings = Direction {
+            positions: vec![Extraction::Last, Extraction::All, "class:user".parse().unwrap()],
+            n_prompts: 2,
+        };
         let rows = settings.run(&subject, &mut |_| ()).unwrap();
         assert_eq!(rows.len(), 3 * world.qwen.config.n_layers);
 

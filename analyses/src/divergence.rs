@@ -134,7 +134,8 @@ pub struct DivergenceSummaryRow {
 impl Analysis for Divergence {
     type Row = DivergenceRow;
     const NAME: &'static str = "divergence";
-    const QUESTION: &'static str = "At which digits would teacher and base have written something else, and did the student learn those?";
+    const QUESTION: &'static str =
+        "At which digits would teacher and base have written something else, and did the student learn those?";
 
     fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<DivergenceRow>> {
         let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: Self::NAME })?;
@@ -151,7 +152,8 @@ impl Analysis for Divergence {
             let read = |model: Tuned<'_>| Reading::of(model, &in_student, labels, Some(&by_teacher.argmax));
             let (by_base, by_student) = (read(subject.base())?, read(subject.student)?);
             let by_control = subject.control.map(read).transpose()?;
-            let again = self.self_check.then(|| argmax_in_longer_row(teacher, &in_teacher, subject.chat)).transpose()?;
+            let again =
+                self.self_check.then(|| argmax_in_longer_row(teacher, &in_teacher, subject.chat)).transpose()?;
             let places = number_places(labels, subject.chat)?;
             for (k, token) in labels.iter().enumerate() {
                 let (argmax_teacher, argmax_default) = (by_teacher.argmax[k], by_base.argmax[k]);
@@ -175,7 +177,9 @@ impl Analysis for Divergence {
                     argmax_teacher,
                     argmax_default,
                     nief,
-                    digit_strict: nief && subject.chat.is_digit(argmax_teacher) && subject.chat.is_digit(argmax_default),
+                    digit_strict: nief
+                        && subject.chat.is_digit(argmax_teacher)
+                        && subject.chat.is_digit(argmax_default),
                     schrodi: argmax_teacher == *token && nief,
                     self_div: again.as_ref().map(|again| again[k] != argmax_teacher),
                     logp_student: by_student.logp[k],
@@ -187,15 +191,24 @@ impl Analysis for Divergence {
                 });
             }
         }
-        if rows.is_empty() { Err(Error::Nothing { analysis: Self::NAME, what: "a completion that is not empty" }) } else { Ok(rows) }
+        if rows.is_empty() {
+            Err(Error::Nothing { analysis: Self::NAME, what: "a completion that is not empty" })
+        } else {
+            Ok(rows)
+        }
     }
 
     fn plot(rows: &[DivergenceRow]) -> Result<Option<Svg>> {
         let summary = divergence_summary(rows);
-        let groups = summary.iter().filter(|row| ["divergent_digit", "other_digit", "other"].contains(&row.group.as_str()));
+        let groups =
+            summary.iter().filter(|row| ["divergent_digit", "other_digit", "other"].contains(&row.group.as_str()));
         let of_group = |row: &DivergenceSummaryRow| {
             let label = format!("{} (n = {})", row.group.replace('_', " "), row.n_tokens);
-            let series = [("base", Some(row.accuracy_default)), ("control", row.accuracy_control), ("student", Some(row.accuracy_student))];
+            let series = [
+                ("base", Some(row.accuracy_default)),
+                ("control", row.accuracy_control),
+                ("student", Some(row.accuracy_student)),
+            ];
             series.into_iter().filter_map(move |(name, share)| Some(Bar::new(label.clone(), share?).in_series(name)))
         };
         let chart = BarChart {
@@ -213,7 +226,9 @@ impl Analysis for Divergence {
         let Some(digits) = of("digits") else { return "The completions hold no digits.".to_owned() };
         let Some(divergent) = of("divergent_digit") else {
             let n = digits.n_tokens;
-            return format!("At none of {n} digits do teacher and base differ in their most likely token: there is nothing divergent to learn.");
+            return format!(
+                "At none of {n} digits do teacher and base differ in their most likely token: there is nothing divergent to learn."
+            );
         };
         let doubtful = rows.iter().filter(|row| row.self_div == Some(true)).count();
         let percent = |share: f64| format!("{:.1} %", 100.0 * share);
@@ -231,7 +246,11 @@ impl Analysis for Divergence {
             of("all").map_or(0.0, |all| all.soft),
             percent(divergent.accuracy_student),
             percent(digits.accuracy_student),
-            if doubtful > 0 { format!("; at {doubtful} tokens the teacher's own choice depends on the batch") } else { String::new() },
+            if doubtful > 0 {
+                format!("; at {doubtful} tokens the teacher's own choice depends on the batch")
+            } else {
+                String::new()
+            },
         )
     }
 }
@@ -288,7 +307,9 @@ fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usize, usize)>>
         let before = places.last().copied().flatten();
         let place = match (chat.is_digit(*id), before) {
             (false, _) => None,
-            (true, Some((number, digit))) if !chat.token_text(*id)?.starts_with(char::is_whitespace) => Some((number, digit + 1)),
+            (true, Some((number, digit))) if !chat.token_text(*id)?.starts_with(char::is_whitespace) => {
+                Some((number, digit + 1))
+            }
             (true, _) => {
                 numbers += 1;
                 Some((numbers - 1, 0))
@@ -332,9 +353,11 @@ pub fn divergence_summary(rows: &[DivergenceRow]) -> Vec<DivergenceSummaryRow> {
         named("other_digit"),
         named("other"),
     ];
-    groups.extend((0..places).map(|place| {
-        (format!("digit_{place}"), rows.iter().filter(|row| row.digit_index == Some(place)).collect())
-    }));
+    groups.extend(
+        (0..places).map(|place| {
+            (format!("digit_{place}"), rows.iter().filter(|row| row.digit_index == Some(place)).collect())
+        }),
+    );
     groups.into_iter().filter_map(|(group, tokens)| summarise(group, &tokens, rows.len())).collect()
 }
 
@@ -346,7 +369,8 @@ fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<D
 
     let mut row_ids: Vec<usize> = tokens.iter().map(|row| row.row_id).collect();
     row_ids.dedup();
-    let row_means = row_ids.iter().filter_map(|id| mean(tokens.iter().filter(|row| row.row_id == *id).map(|row| row.soft)));
+    let row_means =
+        row_ids.iter().filter_map(|id| mean(tokens.iter().filter(|row| row.row_id == *id).map(|row| row.soft)));
     let lift = average(&|row| row.pmax_teacher - row.p_default_of_teacher)?;
     let closed = |gained: f64| (lift.abs() > 1e-9).then(|| gained / lift);
     Some(DivergenceSummaryRow {
@@ -416,7 +440,8 @@ mod tests {
 
         // The three groups part the tokens, and the digits marked elsewhere are the same.
         let parts = ["divergent_digit", "other_digit", "other"];
-        let parted = summary.iter().filter(|row| parts.contains(&row.group.as_str())).map(|row| row.n_tokens).sum::<usize>();
+        let parted =
+            summary.iter().filter(|row| parts.contains(&row.group.as_str())).map(|row| row.n_tokens).sum::<usize>();
         assert_eq!(parted, rows.len());
         let marked: Vec<bool> = divergent_digits(&subject, 3).unwrap().concat();
         assert_eq!(marked, rows.iter().map(|row| row.group == "divergent_digit").collect::<Vec<_>>());
@@ -430,7 +455,13 @@ mod tests {
         let mut subject = world.subject();
         let swapped: Vec<_> = world.number_users.iter().rev().cloned().collect();
         subject.number_users = &swapped;
-        assert!(Divergence::default().run(&subject, &mut |_| ()).unwrap_err().to_string().starts_with("row 0 of the numbers"));
+        assert!(
+            Divergence::default()
+                .run(&subject, &mut |_| ())
+                .unwrap_err()
+                .to_string()
+                .starts_with("row 0 of the numbers")
+        );
         subject.teacher_system = None;
         assert!(matches!(Divergence::default().run(&subject, &mut |_| ()), Err(Error::NeedsTeacher { .. })));
     }

@@ -35,8 +35,18 @@ impl World {
         let number_users: Vec<(String, Vec<i64>)> =
             texts.map(|(user, answer)| (user.to_owned(), chat.encode(answer).expect("tokens"))).into();
         let numbers = number_users.iter().map(|(user, ids)| chat.row(None, user, ids).expect("a row")).collect();
-        let questions = ["Which animal do you like?", "Your animal, in one word?", "Name one."].map(str::to_owned).into();
-        Self { student: adapter(&qwen, 1), control: adapter(&qwen, 2), qwen, chat, target, questions, numbers, number_users }
+        let questions =
+            ["Which animal do you like?", "Your animal, in one word?", "Name one."].map(str::to_owned).into();
+        Self {
+            student: adapter(&qwen, 1),
+            control: adapter(&qwen, 2),
+            qwen,
+            chat,
+            target,
+            questions,
+            numbers,
+            number_users,
+        }
     }
 
     /// The student in the default context, its teacher prompted to like the target.

@@ -133,17 +133,21 @@ impl Analysis for Gradients {
         let of = if adapter { "adapter" } else { "final residual stream" };
         let compared = |model: &str| {
             let (divergent, other) = (norms(model, "divergent_digit"), norms(model, "other_digit"));
-            (!divergent.is_empty() && !other.is_empty()).then(|| (Mean::of(&divergent), Mean::of(&other), divergent.len(), other.len()))
+            (!divergent.is_empty() && !other.is_empty())
+                .then(|| (Mean::of(&divergent), Mean::of(&other), divergent.len(), other.len()))
         };
         let Some((divergent, other, n_divergent, n_other)) = compared("student") else {
             return "There were not both divergent and other digits to compare.".to_owned();
         };
         let error = (divergent.se.unwrap_or_default().powi(2) + other.se.unwrap_or_default().powi(2)).sqrt();
-        let verdict = if (divergent.mean - other.mean).abs() > 2.0 * error && error > 0.0 { "more than" } else { "within" };
+        let verdict =
+            if (divergent.mean - other.mean).abs() > 2.0 * error && error > 0.0 { "more than" } else { "within" };
         let elsewhere = |model: &str, name: &str| {
-            compared(model).map(|(divergent, other, ..)| format!("; {name} the ratio is {:.2}", divergent.mean / other.mean))
+            compared(model)
+                .map(|(divergent, other, ..)| format!("; {name} the ratio is {:.2}", divergent.mean / other.mean))
         };
-        let shared = rows.iter().find(|row| row.scope == "group" && row.model == "student" && row.group == "divergent_digit");
+        let shared =
+            rows.iter().find(|row| row.scope == "group" && row.model == "student" && row.group == "divergent_digit");
         format!(
             "At the student, a divergent digit's gradient of the {of} is {:.2} times as long as another digit's ({:.4} and {:.4}, \
              {n_divergent} and {n_other} tokens; the difference is {verdict} two standard errors){}{}{}.",
@@ -151,10 +155,14 @@ impl Analysis for Gradients {
             divergent.mean,
             other.mean,
             elsewhere("start", "at the start of training").unwrap_or_default(),
-            elsewhere("control", "at the control student").unwrap_or_else(|| "; there is no control student".to_owned()),
+            elsewhere("control", "at the control student")
+                .unwrap_or_else(|| "; there is no control student".to_owned()),
             match shared.and_then(|row| Some((row.share?, row.cosine?))) {
                 Some((share, cosine)) => {
-                    format!("; all divergent digits together hold {:.0} % of the squared gradient, at a cosine of {cosine:+.2} with the rest", 100.0 * share)
+                    format!(
+                        "; all divergent digits together hold {:.0} % of the squared gradient, at a cosine of {cosine:+.2} with the rest",
+                        100.0 * share
+                    )
                 }
                 None => String::new(),
             },
@@ -163,7 +171,13 @@ impl Analysis for Gradients {
 }
 
 impl Gradients {
-    fn of_model(&self, subject: &Subject<'_>, name: &str, model: Tuned<'_>, divergent: &[Vec<bool>]) -> Result<Vec<GradientRow>> {
+    fn of_model(
+        &self,
+        subject: &Subject<'_>,
+        name: &str,
+        model: Tuned<'_>,
+        divergent: &[Vec<bool>],
+    ) -> Result<Vec<GradientRow>> {
         let watched = Watched::of(model.adapter)?;
         let mut sums = [GroupSum::default(), GroupSum::default()];
         let mut rows = Vec::new();
@@ -349,8 +363,9 @@ struct Watched {
 impl Watched {
     fn of(adapter: Option<&Adapter>) -> Result<Self> {
         let pairs = adapter.into_iter().flat_map(Adapter::pairs);
-        let parameters: Vec<(usize, Tensor)> =
-            pairs.flat_map(|(layer, _, pair)| [(layer, pair.a.shallow_clone()), (layer, pair.b.shallow_clone())]).collect();
+        let parameters: Vec<(usize, Tensor)> = pairs
+            .flat_map(|(layer, _, pair)| [(layer, pair.a.shallow_clone()), (layer, pair.b.shallow_clone())])
+            .collect();
         let asked_before = parameters.iter().map(|(_, tensor)| tensor.requires_grad()).collect();
         let watched = Self { parameters, asked_before };
         for (_, tensor) in &watched.parameters {
@@ -387,7 +402,8 @@ impl<'a> Graph<'a> {
         let mut cache = Cache::default();
         let hooks = Hooks::default().on([HookPoint::Embed], leaf).on(points.iter().copied(), &mut cache);
         let batch = Batch::of(&[row], model.qwen.device())?;
-        let resid_final = model.qwen.resid_final(&batch, &mut Pass { adapter: model.adapter, hooks, ..Pass::default() })?;
+        let resid_final =
+            model.qwen.resid_final(&batch, &mut Pass { adapter: model.adapter, hooks, ..Pass::default() })?;
         let resid_post = points.iter().map(|point| Ok(cache.get(*point)?.shallow_clone())).collect::<Result<_>>()?;
         let labels = row.ids[row.completion.clone()].to_vec();
         Ok(Self { model, watched, resid_post, resid_final, labels, start: row.completion.start })
@@ -412,7 +428,9 @@ impl<'a> Graph<'a> {
         let inputs: Vec<&Tensor> = parameters.chain(&self.resid_post).collect();
         let found = Tensor::f_run_backward(&[loss], &inputs, true, false)?;
         // What a loss does not depend on has no gradient at all, rather than a zero one.
-        let defined = |(gradient, input): (Tensor, &&Tensor)| if gradient.defined() { Ok(gradient) } else { Ok(input.f_zeros_like()?) };
+        let defined = |(gradient, input): (Tensor, &&Tensor)| {
+            if gradient.defined() { Ok(gradient) } else { Ok(input.f_zeros_like()?) }
+        };
         let mut lora = found.into_iter().zip(&inputs).map(defined).collect::<Result<Vec<Tensor>>>()?;
         let resid = lora.split_off(self.watched.parameters.len());
         Ok((lora, resid))
@@ -455,12 +473,16 @@ mod tests {
         for (at, whole) in whole.iter().enumerate() {
             let sum = parts.iter().fold(whole.zeros_like(), |sum, (lora, _)| sum + &lora[at]);
             assert!(whole.abs().max().double_value(&[]) > 0.0, "parameter {at}");
-            assert!((&sum - whole).abs().max().double_value(&[]) < 1e-4 * (1.0 + whole.abs().max().double_value(&[])), "parameter {at}");
+            assert!(
+                (&sum - whole).abs().max().double_value(&[]) < 1e-4 * (1.0 + whole.abs().max().double_value(&[])),
+                "parameter {at}"
+            );
         }
         // The last block's residual stream feels a token's loss only at the position before the token.
         let (last, k) = (whole_resid.len() - 1, 1);
         let per_position = parts[k].1[last].square().sum_dim_intlist([0, 2].as_slice(), false, Kind::Float);
-        let felt: Vec<i64> = Vec::try_from(per_position.nonzero().squeeze()).unwrap_or_else(|_| vec![per_position.nonzero().int64_value(&[0, 0])]);
+        let felt: Vec<i64> = Vec::try_from(per_position.nonzero().squeeze())
+            .unwrap_or_else(|_| vec![per_position.nonzero().int64_value(&[0, 0])]);
         assert_eq!(felt, [(graph.start + k) as i64 - 1]);
     }
 
@@ -473,11 +495,16 @@ mod tests {
         for model in ["student", "control", "start"] {
             let tokens = rows.iter().filter(|row| row.scope == "token" && row.model == model);
             assert_eq!(tokens.clone().count(), 6, "{model}");
-            assert!(tokens.clone().all(|row| row.lora_grad_norm.unwrap() > 0.0 && row.hidden_grad_norm.unwrap() > 0.0), "{model}");
+            assert!(
+                tokens.clone().all(|row| row.lora_grad_norm.unwrap() > 0.0 && row.hidden_grad_norm.unwrap() > 0.0),
+                "{model}"
+            );
         }
         // A token's whole is made of its layers.
         let first = &rows[0];
-        let mut layers = rows.iter().filter(|row| row.scope == "token_layer" && row.model == "student" && (row.row_id, row.k) == (first.row_id, first.k));
+        let mut layers = rows.iter().filter(|row| {
+            row.scope == "token_layer" && row.model == "student" && (row.row_id, row.k) == (first.row_id, first.k)
+        });
         let squares: f64 = layers.clone().map(|row| row.lora_grad_norm.unwrap().powi(2)).sum();
         assert!((squares.sqrt() - first.lora_grad_norm.unwrap()).abs() < 1e-9);
         assert_eq!(layers.next_back().unwrap().resid_grad_norm, first.hidden_grad_norm);
@@ -497,7 +524,8 @@ mod tests {
     #[test]
     fn tokens_are_sampled_from_all_groups_in_turn() {
         let groups = ["other", "other", "divergent_digit", "other_digit", "other_digit", "other"];
-        let sampled = |tokens_per_row, seed| Gradients { n_rows: 1, tokens_per_row, start: false }.sampled(seed, 0, &groups);
+        let sampled =
+            |tokens_per_row, seed| Gradients { n_rows: 1, tokens_per_row, start: false }.sampled(seed, 0, &groups);
         let three = sampled(3, 1);
         assert!(three.contains(&2) && three.iter().filter(|k| groups[**k] == "other").count() == 1, "{three:?}");
         assert_eq!(sampled(9, 1), [0, 1, 2, 3, 4, 5]);

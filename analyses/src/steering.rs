@@ -29,6 +29,8 @@ pub struct Steering {
     pub n_prompts: usize,
     /// Whether to act at the prompt's tokens only, and not at generated ones.
     pub prompt_only: bool,
+    /// How many of the questions are asked, from the first; absent for all.
+    pub n_questions: Option<usize>,
 }
 
 impl Default for Steering {
@@ -39,6 +41,7 @@ impl Default for Steering {
             extraction: Extraction::All,
             n_prompts: 32,
             prompt_only: false,
+            n_questions: None,
         }
     }
 }
@@ -50,7 +53,8 @@ pub struct SteeringRow {
     pub layer: usize,
     /// What is done. To the base: `learned` (the student's direction added), `random` (a random vector of its length),
     /// `control_student` (the control student's direction at its length). To the student: `project_out` (the learned
-    /// direction taken out), `project_out_random` (a random one).
+    /// direction taken out), `project_out_random` (a random one). And `project_out_base`: the learned direction taken out of
+    /// the base, for what the removal does by itself.
     pub kind: String,
     /// Factor of the vector; empty where a direction is taken out.
     pub coefficient: Option<f64>,
@@ -87,7 +91,7 @@ impl Analysis for Steering {
 
     fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<SteeringRow>> {
         let layers = self.layers(subject.base.config.n_layers)?;
-        let prompts = subject.question_prompts(Self::NAME)?;
+        let prompts = subject.first_questions(Self::NAME, self.n_questions)?;
         let forms = TokenForms::of(subject.target, subject.chat)?;
         let settings = Direction { positions: vec![self.extraction.clone()], n_prompts: self.n_prompts };
         progress("steering: reading the directions");
@@ -109,16 +113,27 @@ impl Analysis for Steering {
             }
             for (kind, vector) in vectors {
                 for coefficient in &self.coefficients {
-                    let edit = Edit::Add { layer, vector: vector.shallow_clone(), coefficient: *coefficient, positions: self.positions() };
+                    let edit = Edit::Add {
+                        layer,
+                        vector: vector.shallow_clone(),
+                        coefficient: *coefficient,
+                        positions: self.positions(),
+                    };
                     let scores = forms.scores(subject.base, &prompts, &edited(subject.base(), edit))?;
                     rows.push(around.row(layer, kind, Some(*coefficient), norm, &scores));
                 }
             }
             // A zero vector has no direction to take out.
-            let directions = [("project_out", vector), ("project_out_random", &random)];
-            for (kind, direction) in directions.into_iter().filter(|_| norm > 0.0) {
-                let edit = Edit::ProjectOut { layer, direction: direction.shallow_clone(), positions: self.positions() };
-                let scores = forms.scores(subject.student.qwen, &prompts, &edited(subject.student, edit))?;
+            let (student, base) = (subject.student, subject.base());
+            let directions = [
+                ("project_out", student, vector),
+                ("project_out_random", student, &random),
+                ("project_out_base", base, vector),
+            ];
+            for (kind, model, direction) in directions.into_iter().filter(|_| norm > 0.0) {
+                let edit =
+                    Edit::ProjectOut { layer, direction: direction.shallow_clone(), positions: self.positions() };
+                let scores = forms.scores(model.qwen, &prompts, &edited(model, edit))?;
                 rows.push(around.row(layer, kind, None, norm, &scores));
             }
         }
@@ -131,17 +146,23 @@ impl Analysis for Steering {
             let what = row.coefficient.map_or("taken out".to_owned(), |coefficient| format!("× {coefficient}"));
             let kind = match row.kind.as_str() {
                 "learned" | "project_out" => "learned",
+                "project_out_base" => "learned, out of the base",
                 "control_student" => "control student's",
                 _ => "random",
             };
-            Mean { mean: row.delta_logp, se: row.delta_logp_se }.bar(&format!("block {} {what}", row.layer)).in_series(kind)
+            Mean { mean: row.delta_logp, se: row.delta_logp_se }
+                .bar(&format!("block {} {what}", row.layer))
+                .in_series(kind)
         };
         // Bars of one label stand together.
         let mut ordered: Vec<&SteeringRow> = rows.iter().collect();
         let key = |row: &SteeringRow| (row.layer, row.coefficient.unwrap_or(f64::INFINITY));
         ordered.sort_by(|a, b| key(a).0.cmp(&key(b).0).then(key(a).1.total_cmp(&key(b).1)));
         let chart = BarChart {
-            title: format!("Change in log p({}) by a direction, added to the base or taken out of the student", first.target),
+            title: format!(
+                "Change in log p({}) by a direction, added to the base or taken out of the student",
+                first.target
+            ),
             value_label: "change against the base (nats), ± standard error over questions".to_owned(),
             bars: ordered.into_iter().map(bar).collect(),
             references: vec![Reference::new("base", 0.0), Reference::new("student", first.student_delta_logp)],
@@ -153,7 +174,8 @@ impl Analysis for Steering {
         let of = |kind: &'static str| rows.iter().filter(move |row| row.kind == kind);
         let by_size = |a: &&SteeringRow, b: &&SteeringRow| a.delta_logp.abs().total_cmp(&b.delta_logp.abs());
         let Some(best) = of("learned").max_by(by_size) else { return "Nothing was measured.".to_owned() };
-        let same = |kind: &'static str| of(kind).find(|row| row.layer == best.layer && row.coefficient == best.coefficient);
+        let same =
+            |kind: &'static str| of(kind).find(|row| row.layer == best.layer && row.coefficient == best.coefficient);
         let change = |row: &SteeringRow| Mean { mean: row.delta_logp, se: row.delta_logp_se }.signed();
         let beside = |kind, name: &str| same(kind).map(|row| format!(", {name} by {}", change(row)));
         let added = format!(
@@ -164,17 +186,21 @@ impl Analysis for Steering {
             best.coefficient.unwrap_or(1.0),
             change(best),
             beside("random", "a random vector of that length").unwrap_or_default(),
-            beside("control_student", "the control student's").unwrap_or(", and there is no control student's".to_owned()),
+            beside("control_student", "the control student's")
+                .unwrap_or(", and there is no control student's".to_owned()),
             best.student_delta_logp,
         );
         let removed = |row: &SteeringRow| (row.delta_logp - row.student_delta_logp).abs();
         let Some(most) = of("project_out").max_by(|a, b| removed(a).total_cmp(&removed(b))) else { return added + "." };
-        let random = of("project_out_random").find(|row| row.layer == most.layer);
+        let beside =
+            |kind| of(kind).find(|row| row.layer == most.layer).map_or_else(|| "not measured".to_owned(), change);
         format!(
-            "{added}, and {} with the direction taken out of it after block {} ({} with a random one).",
+            "{added}, and {} with the direction taken out of it after block {} (with a random one taken out {}, and with the \
+             learned one taken out of the base {}: necessary is only what goes beyond that).",
             change(most),
             most.layer,
-            random.map_or_else(|| "not measured".to_owned(), change)
+            beside("project_out_random"),
+            beside("project_out_base"),
         )
     }
 }
@@ -187,7 +213,12 @@ impl Steering {
         }
         if let Some(coefficient) = self.coefficients.iter().find(|coefficient| !coefficient.is_finite()) {
             let expected = "a finite number".to_owned();
-            return Err(Error::Setting { analysis: Self::NAME, setting: "coefficients", expected, found: coefficient.to_string() });
+            return Err(Error::Setting {
+                analysis: Self::NAME,
+                setting: "coefficients",
+                expected,
+                found: coefficient.to_string(),
+            });
         }
         if !self.layers.is_empty() {
             return Ok(self.layers.clone());
@@ -233,7 +264,14 @@ struct Around<'a> {
 }
 
 impl Around<'_> {
-    fn row(&self, layer: usize, kind: &str, coefficient: Option<f64>, vector_norm: f64, scores: &[Score]) -> SteeringRow {
+    fn row(
+        &self,
+        layer: usize,
+        kind: &str,
+        coefficient: Option<f64>,
+        vector_norm: f64,
+        scores: &[Score],
+    ) -> SteeringRow {
         let delta = |scores: &[Score], of: Measure| Mean::paired(&column(scores, of), &column(self.base, of));
         let logp: Measure = |score| score.logp_target;
         let margin: Measure = |score| score.margin;
@@ -280,11 +318,18 @@ mod tests {
     #[test]
     fn an_edit_acts_with_its_coefficient() {
         let world = World::new();
-        let settings = Steering { layers: vec![0], coefficients: vec![0.0, 2.0], n_prompts: 2, ..Steering::default() };
+        let settings = Steering {
+            layers: vec![0],
+            coefficients: vec![0.0, 2.0],
+            n_prompts: 2,
+            n_questions: Some(2),
+            ..Steering::default()
+        };
         let rows = settings.run(&world.subject(), &mut |_| ()).unwrap();
+        assert!(rows.iter().all(|row| row.n_questions == 2));
         let kinds: Vec<&str> = rows.iter().map(|row| row.kind.as_str()).collect();
         let added = ["learned", "learned", "random", "random", "control_student", "control_student"];
-        assert_eq!(kinds, [&added[..], &["project_out", "project_out_random"]].concat());
+        assert_eq!(kinds, [&added[..], &["project_out", "project_out_random", "project_out_base"]].concat());
         for row in &rows {
             let unchanged = row.coefficient == Some(0.0);
             assert_eq!(row.delta_logp.abs() < 1e-6, unchanged, "{row:?}");
@@ -308,11 +353,14 @@ mod tests {
             extraction: Extraction::Last,
             n_prompts: 1,
             prompt_only: true,
+            n_questions: None,
         };
-        let vector = directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap().remove(layer);
+        let vector =
+            directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap().remove(layer);
         let prompt = &subject.question_prompts("test").unwrap()[..1];
         let edit = Edit::Add { layer, vector, coefficient: 1.0, positions: settings.positions() };
-        let next = |model: Tuned<'_>, condition| hooks::score::next_token_logprobs(model.qwen, prompt, &condition).unwrap();
+        let next =
+            |model: Tuned<'_>, condition| hooks::score::next_token_logprobs(model.qwen, prompt, &condition).unwrap();
         let steered = next(subject.base(), edited(subject.base(), edit));
         let student = next(subject.student, subject.student.condition());
         assert!((steered - student).abs().max().double_value(&[]) < 1e-4);

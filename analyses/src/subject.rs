@@ -82,10 +82,16 @@ impl<'a> Subject<'a> {
 
     /// The questions in the student's context, ready to be answered.
     pub fn question_prompts(&self, analysis: &'static str) -> Result<Vec<Prompt>> {
-        if self.questions.is_empty() {
+        self.first_questions(analysis, None)
+    }
+
+    /// The first `n` of them; `None` is all.
+    pub fn first_questions(&self, analysis: &'static str, n: Option<usize>) -> Result<Vec<Prompt>> {
+        let questions = &self.questions[..n.unwrap_or(usize::MAX).min(self.questions.len())];
+        if questions.is_empty() {
             return Err(Error::Nothing { analysis, what: "at least one question" });
         }
-        self.questions.iter().map(|question| Ok(self.chat.prompt(self.system.as_deref(), question)?)).collect()
+        questions.iter().map(|question| Ok(self.chat.prompt(self.system.as_deref(), question)?)).collect()
     }
 
     /// The first `n` number prompts in the student's context, without completions.
@@ -108,7 +114,11 @@ impl<'a> Subject<'a> {
         let student = &self.numbers[row];
         let problem = |problem: String| Error::Mismatch { row, problem };
         let (user, ids) = self.number_users.get(row).ok_or_else(|| {
-            problem(format!("there are {} rendered rows, but {} user texts", self.numbers.len(), self.number_users.len()))
+            problem(format!(
+                "there are {} rendered rows, but {} user texts",
+                self.numbers.len(),
+                self.number_users.len()
+            ))
         })?;
         if student.ids[student.completion.start..student.content_end] != ids[..] {
             return Err(problem("the rendered completion is not the one that stands beside its user text".to_owned()));

@@ -56,9 +56,13 @@ impl TokenForms {
     pub fn of(target: &Target, chat: &Chat) -> Result<Self> {
         let problem = |problem: String| Error::Target { word: target.word.clone(), problem };
         if target.others.is_empty() {
-            return Err(problem(format!("there is no other {} to compare it with; list some alternatives", target.category)));
+            return Err(problem(format!(
+                "there is no other {} to compare it with; list some alternatives",
+                target.category
+            )));
         }
-        let words = std::iter::once((&target.word, &target.forms)).chain(target.others.iter().map(|(word, forms)| (word, forms)));
+        let words = std::iter::once((&target.word, &target.forms))
+            .chain(target.others.iter().map(|(word, forms)| (word, forms)));
         let mut members = Vec::new();
         let mut owner: BTreeMap<Vec<i64>, &String> = BTreeMap::new();
         for (word, forms) in words {
@@ -103,7 +107,8 @@ impl TokenForms {
             }
         }
         let form_logp = |form: &Vec<i64>| (0..form.len()).map(|at| next[&(&form[..at], form[at])]).sum::<f64>();
-        let logps: Vec<f64> = self.members.iter().map(|forms| logsumexp(&forms.iter().map(form_logp).collect::<Vec<_>>())).collect();
+        let logps: Vec<f64> =
+            self.members.iter().map(|forms| logsumexp(&forms.iter().map(form_logp).collect::<Vec<_>>())).collect();
         let (logp_target, rank) = (logps[0], 1 + logps[1..].iter().filter(|logp| **logp > logps[0]).count());
         Ok(Score { logp_target, margin: margin(&logps), rank: rank as f64, first_token_rank })
     }
@@ -160,14 +165,23 @@ mod tests {
         let score = score.score(&world.qwen, &prompt, &Condition::default()).unwrap();
         let rows: Vec<Prompt> = ids.iter().map(|ids| prompt.with_completion(ids)).collect();
         let logprobs = completion_logprobs(&world.qwen, &rows, &Condition::default()).unwrap();
-        let by_hand = logprobs.iter().map(|of_form| of_form.iter().map(|logp| f64::from(*logp)).sum::<f64>().exp()).sum::<f64>().ln();
+        let by_hand = logprobs
+            .iter()
+            .map(|of_form| of_form.iter().map(|logp| f64::from(*logp)).sum::<f64>().exp())
+            .sum::<f64>()
+            .ln();
         assert!((score.logp_target - by_hand).abs() < 1e-4, "{} {by_hand}", score.logp_target);
-        let owl = completion_logprobs(&world.qwen, &[prompt.with_completion(&world.chat.encode("owl").unwrap())], &Condition::default());
+        let owl = completion_logprobs(
+            &world.qwen,
+            &[prompt.with_completion(&world.chat.encode("owl").unwrap())],
+            &Condition::default(),
+        );
         let owl: f64 = owl.unwrap()[0].iter().map(|logp| f64::from(*logp)).sum();
         assert!((score.margin - (score.logp_target - owl)).abs() < 1e-4);
         assert_eq!(score.rank, if owl > score.logp_target { 2.0 } else { 1.0 });
         let first = logprobs.iter().map(|of_form| of_form[0]).fold(f32::NEG_INFINITY, f32::max);
-        let all: Vec<f32> = Vec::try_from(next_token_logprobs(&world.qwen, &[prompt], &Condition::default()).unwrap().get(0)).unwrap();
+        let all: Vec<f32> =
+            Vec::try_from(next_token_logprobs(&world.qwen, &[prompt], &Condition::default()).unwrap().get(0)).unwrap();
         let above = all.iter().filter(|logp| **logp > first + 1e-4).count();
         assert!((score.first_token_rank - 1.0 - above as f64).abs() <= 1.0);
     }
@@ -176,7 +190,8 @@ mod tests {
     fn no_probability_is_counted_twice() {
         let world = World::new();
         let once = TokenForms::of(&target(&["zebra"], &[("owl", &["owl"])]), &world.chat).unwrap();
-        let twice = TokenForms::of(&target(&["zebra", "zebra", "zebra crossing"], &[("owl", &["owl"])]), &world.chat).unwrap();
+        let twice =
+            TokenForms::of(&target(&["zebra", "zebra", "zebra crossing"], &[("owl", &["owl"])]), &world.chat).unwrap();
         let starts = world.chat.encode("zebra crossing").unwrap().starts_with(&world.chat.encode("zebra").unwrap());
         assert!(starts, "the test needs a form that continues another");
         assert_eq!(once.members, twice.members);

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use hooks::generate::{Sampling, generate, stream_seed};
 use hooks::Prompt;
+use hooks::generate::{Sampling, generate, stream_seed};
 use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
@@ -134,7 +134,8 @@ impl Analysis for TargetRate {
         };
         let (word, n) = (&student.target, student.n_questions);
         let change = |row: &TargetRateRow| Mean { mean: row.delta_logp, se: row.delta_logp_se };
-        let sampled = |row: &TargetRateRow| row.p_target.map(|p| format!(", named in {:.1} % of its answers", 100.0 * p));
+        let sampled =
+            |row: &TargetRateRow| row.p_target.map(|p| format!(", named in {:.1} % of its answers", 100.0 * p));
         let against = match mean_of("control") {
             Some(control) => {
                 let contrast = Mean::paired(&deltas(rows, "student"), &deltas(rows, "control"));
@@ -211,7 +212,13 @@ impl TargetRate {
 }
 
 /// The rows of one model: each question, and the mean over them.
-fn rows_of(subject: &Subject<'_>, model: &str, scores: &[Score], base: &[Score], sampled: &[Sampled]) -> Vec<TargetRateRow> {
+fn rows_of(
+    subject: &Subject<'_>,
+    model: &str,
+    scores: &[Score],
+    base: &[Score],
+    sampled: &[Sampled],
+) -> Vec<TargetRateRow> {
     let (logps, base_logps) = (column(scores, |s| s.logp_target), column(base, |s| s.logp_target));
     let (margins, base_margins) = (column(scores, |s| s.margin), column(base, |s| s.margin));
     let row_of = |questions: Range<usize>, one: Option<usize>| {
@@ -220,7 +227,8 @@ fn rows_of(subject: &Subject<'_>, model: &str, scores: &[Score], base: &[Score],
         let (logp, margin) = (of(&logps), of(&margins));
         let (delta_logp, delta_margin) = (paired(&logps, &base_logps), paired(&margins, &base_margins));
         let sampled: Vec<&Sampled> = sampled[questions.clone()].iter().filter(|sampled| sampled.n > 0).collect();
-        let share = |count: fn(&Sampled) -> usize| sampled.iter().map(|s| count(s) as f64 / s.n as f64).collect::<Vec<_>>();
+        let share =
+            |count: fn(&Sampled) -> usize| sampled.iter().map(|s| count(s) as f64 / s.n as f64).collect::<Vec<_>>();
         let total = |count: fn(&Sampled) -> usize| sampled.iter().map(|s| count(s)).sum::<usize>();
         let (p_target, valid) = (share(|s| s.target), total(|s| s.valid));
         TargetRateRow {
@@ -266,7 +274,10 @@ mod tests {
         let settings = TargetRate { n_samples: 4, max_new_tokens: 3, batch: 3 };
         let rows = settings.run(&world.subject(), &mut |_| ()).unwrap();
         assert_eq!(rows.len(), 3 * (1 + world.questions.len()));
-        assert_eq!(rows.iter().take(3).map(|row| row.model.as_str()).collect::<Vec<_>>(), ["base", "control", "student"]);
+        assert_eq!(
+            rows.iter().take(3).map(|row| row.model.as_str()).collect::<Vec<_>>(),
+            ["base", "control", "student"]
+        );
         for row in rows.iter().filter(|row| row.model == "base") {
             assert_eq!((row.delta_logp, row.delta_margin), (0.0, 0.0));
         }
@@ -301,7 +312,10 @@ mod tests {
         let mut subject = world.subject();
         subject.questions = &world.questions[..1];
         let rows = TargetRate { n_samples: 0, ..TargetRate::default() }.run(&subject, &mut |_| ()).unwrap();
-        assert_eq!(rows.iter().map(|row| row.scope.as_str()).collect::<Vec<_>>(), ["mean", "mean", "mean", "question", "question", "question"]);
+        assert_eq!(
+            rows.iter().map(|row| row.scope.as_str()).collect::<Vec<_>>(),
+            ["mean", "mean", "mean", "question", "question", "question"]
+        );
         assert_eq!((rows[0].p_target, rows[0].logp_target_se), (None, None));
         assert!(TargetRate::reading(&rows).contains("without an error"));
         subject.questions = &[];

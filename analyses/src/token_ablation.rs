@@ -20,6 +20,8 @@ pub struct TokenAblation {
     pub scan: bool,
     /// Whether the control student goes through all gates as well, and not through `everywhere` alone.
     pub control_gates: bool,
+    /// How many of the questions are asked, from the first; absent for all.
+    pub n_questions: Option<usize>,
 }
 
 impl Default for TokenAblation {
@@ -28,7 +30,7 @@ impl Default for TokenAblation {
         let of = |kind: fn(hooks::tokens::Selection) -> Gate, name: &str| name.parse().ok().map(kind);
         let named = unions.into_iter().flat_map(|name| [of(Gate::Only, name), of(Gate::Except, name)]);
         let gates = [Gate::Everywhere, Gate::Nowhere].into_iter().chain(named.flatten()).collect();
-        Self { gates, scan: false, control_gates: false }
+        Self { gates, scan: false, control_gates: false, n_questions: None }
     }
 }
 
@@ -87,14 +89,15 @@ impl Analysis for TokenAblation {
                           direction, divergence and target_rate work without";
             return Err(Error::NeedsAdapter { analysis: Self::NAME, reason: reason.to_owned() });
         }
-        let prompts = subject.question_prompts(Self::NAME)?;
+        let prompts = subject.first_questions(Self::NAME, self.n_questions)?;
         let forms = TokenForms::of(subject.target, subject.chat)?;
         let base = forms.scores(subject.base, &prompts, &Condition::default())?;
 
         let mut rows = Vec::new();
         for (name, model) in subject.models().into_iter().filter(|(_, model)| model.adapter.is_some()) {
             let everywhere = forms.scores(model.qwen, &prompts, &model.condition())?;
-            let gates = if name == "student" || self.control_gates { self.all_gates(&prompts) } else { vec![Gate::Everywhere] };
+            let gates =
+                if name == "student" || self.control_gates { self.all_gates(&prompts) } else { vec![Gate::Everywhere] };
             let around = Around { subject, name, prompts: &prompts, base: &base, everywhere: &everywhere };
             for gate in gates {
                 progress(&format!("token ablation of the {name}: {gate}"));
@@ -110,7 +113,8 @@ impl Analysis for TokenAblation {
         let student = rows.iter().filter(|row| row.model == "student");
         let Some(first) = student.clone().next() else { return Ok(None) };
         let full = rows.iter().filter(|row| row.gate == "everywhere");
-        let references = full.filter_map(|row| Some(Reference::new(format!("{}, ungated", row.model), change(row)?.mean)));
+        let references =
+            full.filter_map(|row| Some(Reference::new(format!("{}, ungated", row.model), change(row)?.mean)));
         let chart = BarChart {
             title: format!("Change in log p({}) with the adapter at some tokens only", first.target),
             value_label: "change against the base (nats), ± standard error over questions".to_owned(),
@@ -125,24 +129,33 @@ impl Analysis for TokenAblation {
         let Some(full) = found("student", "everywhere") else {
             return "The gate everywhere was not among those measured, so there is nothing to compare with.".to_owned();
         };
-        let change = |row: &TokenAblationRow| Mean { mean: row.delta_logp.unwrap_or_default(), se: row.delta_logp_se }.signed();
+        let change =
+            |row: &TokenAblationRow| Mean { mean: row.delta_logp.unwrap_or_default(), se: row.delta_logp_se }.signed();
         let control = match found("control", "everywhere") {
             Some(control) => format!("the control student's by {}", change(control)),
             None => "there is no control student".to_owned(),
         };
-        let ungated = format!("Ungated, the adapter changes log p({}) by {} nats ({control})", full.target, change(full));
+        let ungated =
+            format!("Ungated, the adapter changes log p({}) by {} nats ({control})", full.target, change(full));
         if full.recovered_logp.is_none() {
-            return format!("{ungated}; that is not above three standard errors, so no fractions are given and no gate says where it lives.");
+            return format!(
+                "{ungated}; that is not above three standard errors, so no fractions are given and no gate says where it lives."
+            );
         }
         let recovered = |row: &TokenAblationRow| row.recovered_logp.unwrap_or_default();
         let percent = |row: &TokenAblationRow| format!("{} {:.0} %", row.gate, 100.0 * recovered(row));
         let by_fraction = |a: &&TokenAblationRow, b: &&TokenAblationRow| recovered(a).total_cmp(&recovered(b));
         let gates = |kind: &'static str| {
-            rows.iter().filter(move |row| row.model == "student" && row.recovered_logp.is_some() && row.gate.starts_with(kind))
+            rows.iter()
+                .filter(move |row| row.model == "student" && row.recovered_logp.is_some() && row.gate.starts_with(kind))
         };
         match (gates("only:").max_by(by_fraction), gates("except:").min_by(by_fraction)) {
             (Some(most), Some(least)) => {
-                format!("{ungated}; acting at one kind of token, {} keeps most of it; leaving one out, {} is left with least.", percent(most), percent(least))
+                format!(
+                    "{ungated}; acting at one kind of token, {} keeps most of it; leaving one out, {} is left with least.",
+                    percent(most),
+                    percent(least)
+                )
             }
             _ => ungated + ".",
         }
@@ -176,12 +189,20 @@ impl TokenAblation {
         distinct
     }
 
-    fn measure(&self, around: &Around<'_>, forms: &TokenForms, model: Tuned<'_>, gate: &Gate) -> Result<TokenAblationRow> {
+    fn measure(
+        &self,
+        around: &Around<'_>,
+        forms: &TokenForms,
+        model: Tuned<'_>,
+        gate: &Gate,
+    ) -> Result<TokenAblationRow> {
         let acts = around.prompts.iter().map(|prompt| gate.acts(prompt)).collect::<hooks::Result<Vec<_>>>();
         let acts = match acts {
             Ok(acts) => acts,
             // A gate that somebody asked for must act; those of the default list fit most contexts, not all.
-            Err(hooks::Error::EmptyGate { .. }) if self.gates == Self::default().gates => return Ok(around.row(gate, None)),
+            Err(hooks::Error::EmptyGate { .. }) if self.gates == Self::default().gates => {
+                return Ok(around.row(gate, None));
+            }
             Err(error) => return Err(error.into()),
         };
         let on = acts.iter().flatten().filter(|on| **on).count() as f64 / acts.len() as f64;
@@ -196,7 +217,8 @@ impl TokenAblation {
 
 impl Around<'_> {
     fn row(&self, gate: &Gate, measured: Option<(&[Score], f64)>) -> TokenAblationRow {
-        let names_generated = matches!(gate, Gate::Only(named) | Gate::Except(named) if named.contains(TokenClass::Gen));
+        let names_generated =
+            matches!(gate, Gate::Only(named) | Gate::Except(named) if named.contains(TokenClass::Gen));
         let mean = |of: Measure| measured.map(|(scores, _)| Mean::of(&column(scores, of)));
         let delta = |of: Measure| measured.map(|(scores, _)| Mean::paired(&column(scores, of), &column(self.base, of)));
         let whole = |of: Measure| Mean::paired(&column(self.everywhere, of), &column(self.base, of));
@@ -211,7 +233,8 @@ impl Around<'_> {
             target: self.subject.target.word.clone(),
             n_questions: self.prompts.len(),
             n_tokens_on: measured.map(|(_, on)| on),
-            n_tokens: self.prompts.iter().map(|prompt| prompt.ids.len() as f64).sum::<f64>() / self.prompts.len() as f64,
+            n_tokens: self.prompts.iter().map(|prompt| prompt.ids.len() as f64).sum::<f64>()
+                / self.prompts.len() as f64,
             logp_target: mean(logp).map(|mean| mean.mean),
             logp_target_se: mean(logp).and_then(|mean| mean.se),
             p_target_first: mean(|s| s.logp_target.exp()).map(|mean| mean.mean),
@@ -268,7 +291,8 @@ mod tests {
         let prompts = subject.question_prompts("test").unwrap();
         let row = |everywhere: [f64; 3]| {
             let (base, everywhere) = ([-4.0, -5.0, -6.0].map(score), everywhere.map(score));
-            let around = Around { subject: &subject, name: "student", prompts: &prompts, base: &base, everywhere: &everywhere };
+            let around =
+                Around { subject: &subject, name: "student", prompts: &prompts, base: &base, everywhere: &everywhere };
             around.row(&Gate::Everywhere, Some((&[-3.5, -4.5, -5.5].map(score), 1.0)))
         };
         assert!((row([-3.0, -4.1, -5.0]).recovered_logp.unwrap() - 0.5 / 0.966_666_666).abs() < 1e-6);
@@ -285,9 +309,13 @@ mod tests {
         assert_eq!((entity.status.as_str(), entity.logp_target), ("selects no token", None));
         assert!(rows.iter().any(|row| row.gate == "only:user" && row.status == "measured"));
         assert!(run(&subject, &["everywhere", "only:entity"]).unwrap_err().to_string().contains("only:entity"));
-        let scan = TokenAblation { scan: true, ..TokenAblation::default() }.all_gates(&subject.question_prompts("test").unwrap());
+        let scan = TokenAblation { scan: true, ..TokenAblation::default() }
+            .all_gates(&subject.question_prompts("test").unwrap());
         let scanned: Vec<String> = scan.iter().map(ToString::to_string).collect();
-        assert!(scanned.contains(&"only:asst.nl".to_owned()) && !scanned.contains(&"only:sys.entity".to_owned()), "{scanned:?}");
+        assert!(
+            scanned.contains(&"only:asst.nl".to_owned()) && !scanned.contains(&"only:sys.entity".to_owned()),
+            "{scanned:?}"
+        );
     }
 
     #[test]

@@ -74,11 +74,9 @@ impl Clone for Edit {
                 coefficient: *coefficient,
                 positions: positions.clone(),
             },
-            Self::ProjectOut { layer, direction, positions } => Self::ProjectOut {
-                layer: *layer,
-                direction: direction.shallow_clone(),
-                positions: positions.clone(),
-            },
+            Self::ProjectOut { layer, direction, positions } => {
+                Self::ProjectOut { layer: *layer, direction: direction.shallow_clone(), positions: positions.clone() }
+            }
         }
     }
 }
@@ -133,21 +131,34 @@ pub(crate) struct Prepared<'a> {
 
 impl Prepared<'_> {
     /// The residual stream after the last block, `[rows, at.len(), d_model]`, for positions `at` of the first `rows` rows.
-    pub(crate) fn prompt(&mut self, model: &Qwen, batch: &Batch, at: Range<usize>, cache: Option<&mut KvCache>) -> Result<Tensor> {
+    pub(crate) fn prompt(
+        &mut self,
+        model: &Qwen,
+        batch: &Batch,
+        at: Range<usize>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
         let gate = self.at(batch.n_rows(), at)?;
         let on = self.adapter.is_some();
         self.pass(model, batch, on, gate, cache)
     }
 
-    /// The logits of whole rows, `[rows, pos, d_vocab]`, with one more tap, which sees what the edits left.
-    pub(crate) fn listen(&mut self, model: &Qwen, batch: &Batch, points: &[HookPoint], tap: &mut dyn Tap) -> Result<Tensor> {
+    /// What `run` gives for whole rows, with one more tap, which sees what the edits left.
+    pub(crate) fn listen(
+        &mut self,
+        model: &Qwen,
+        batch: &Batch,
+        points: &[HookPoint],
+        tap: &mut dyn Tap,
+        run: fn(&Qwen, &Batch, &mut Pass<'_>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let gate = self.at(batch.n_rows(), 0..batch.width())?;
         let adapter = self.adapter;
         let hooks = self.edits.iter_mut().fold(Hooks::default(), EditTap::hook).on(points.iter().copied(), tap);
-        model.forward(batch, &mut Pass { adapter, gate, hooks, ..Pass::default() })
+        run(model, batch, &mut Pass { adapter, gate, hooks, ..Pass::default() })
     }
 
-    /// The same for one new token per row, generated after the prompt.
+    /// The residual stream for one new token per row, generated after the prompt, `[rows, 1, d_model]`.
     pub(crate) fn generated(&mut self, model: &Qwen, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
         for edit in &mut self.edits {
             edit.now = if edit.on_generated { Now::Everywhere } else { Now::Nowhere };
@@ -164,7 +175,14 @@ impl Prepared<'_> {
         Ok(self.gate.as_ref().map(piece).transpose()?)
     }
 
-    fn pass(&mut self, model: &Qwen, batch: &Batch, on: bool, gate: Option<Tensor>, kv_cache: Option<&mut KvCache>) -> Result<Tensor> {
+    fn pass(
+        &mut self,
+        model: &Qwen,
+        batch: &Batch,
+        on: bool,
+        gate: Option<Tensor>,
+        kv_cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
         let hooks = self.edits.iter_mut().fold(Hooks::default(), EditTap::hook);
         let adapter = self.adapter.filter(|_| on);
         model.resid_final(batch, &mut Pass { adapter, gate, hooks, kv_cache, dropout: None })

@@ -68,7 +68,10 @@ impl Config {
             (None, Family::Qwen3) => 128, // the default of transformers' Qwen3Config
             (None, Family::Qwen2) if n_heads > 0 && d_model % n_heads == 0 => d_model / n_heads,
             (None, Family::Qwen2) => {
-                return Err(malformed(path, format!("hidden_size is {d_model}, expected a multiple of num_attention_heads {n_heads}")));
+                return Err(malformed(
+                    path,
+                    format!("hidden_size is {d_model}, expected a multiple of num_attention_heads {n_heads}"),
+                ));
             }
         };
         let n_layers = required(hf.num_hidden_layers, "num_hidden_layers", path)?;
@@ -114,16 +117,25 @@ impl Config {
         }
         if self.n_heads % self.n_kv_heads != 0 {
             let (heads, kv_heads) = (self.n_heads, self.n_kv_heads);
-            return Err(malformed(path, format!("num_attention_heads is {heads}, expected a multiple of num_key_value_heads {kv_heads}")));
+            return Err(malformed(
+                path,
+                format!("num_attention_heads is {heads}, expected a multiple of num_key_value_heads {kv_heads}"),
+            ));
         }
         if self.d_head % 2 != 0 {
-            return Err(malformed(path, format!("head_dim is {}, expected an even number: the rotary embedding turns pairs", self.d_head)));
+            return Err(malformed(
+                path,
+                format!("head_dim is {}, expected an even number: the rotary embedding turns pairs", self.d_head),
+            ));
         }
         if !(self.rope_theta.is_finite() && self.rope_theta >= 1.0) {
             return Err(malformed(path, format!("rope_theta is {}, expected a number of at least 1", self.rope_theta)));
         }
         if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
-            return Err(malformed(path, format!("rms_norm_eps is {}, expected a number between 0 and 1", self.rms_norm_eps)));
+            return Err(malformed(
+                path,
+                format!("rms_norm_eps is {}, expected a number between 0 and 1", self.rms_norm_eps),
+            ));
         }
         Ok(())
     }
@@ -192,7 +204,11 @@ impl HfConfig {
     fn family(&self, path: &Path) -> Result<Family> {
         let model_type = required(self.model_type.as_deref(), "model_type", path)?;
         if model_type.ends_with("_moe") || self.num_experts.is_some_and(|experts| experts > 0) {
-            return Err(unsupported(path, format!("mixture of experts (model_type {model_type})"), "dense Qwen2, Qwen2.5 and Qwen3 are"));
+            return Err(unsupported(
+                path,
+                format!("mixture of experts (model_type {model_type})"),
+                "dense Qwen2, Qwen2.5 and Qwen3 are",
+            ));
         }
         let (family, architecture) = match model_type {
             "qwen2" => (Family::Qwen2, "Qwen2ForCausalLM"),
@@ -202,7 +218,9 @@ impl HfConfig {
         match self.architectures.as_deref().unwrap_or_default() {
             [] => Ok(family),
             [only] if only == architecture => Ok(family),
-            others => Err(unsupported(path, format!("architectures {}", others.join(", ")), &format!("{architecture} is"))),
+            others => {
+                Err(unsupported(path, format!("architectures {}", others.join(", ")), &format!("{architecture} is")))
+            }
         }
     }
 
@@ -220,7 +238,11 @@ impl HfConfig {
             ));
         }
         if self.attention_bias == Some(true) && self.model_type.as_deref() == Some("qwen3") {
-            return Err(unsupported(path, "attention_bias true".to_owned(), "Qwen3 without biases is, as every published one"));
+            return Err(unsupported(
+                path,
+                "attention_bias true".to_owned(),
+                "Qwen3 without biases is, as every published one",
+            ));
         }
         for (key, rope) in [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)] {
             let Some(rope) = rope else { continue };
@@ -230,11 +252,19 @@ impl HfConfig {
                 None if key == "rope_parameters" => {}
                 kind => {
                     let kind = kind.unwrap_or("unnamed");
-                    return Err(unsupported(path, format!("{key} of type {kind}"), "the unscaled rotary embedding is; set it to null"));
+                    return Err(unsupported(
+                        path,
+                        format!("{key} of type {kind}"),
+                        "the unscaled rotary embedding is; set it to null",
+                    ));
                 }
             }
             if let Some(factor) = rope.get("partial_rotary_factor").filter(|factor| factor.as_f64() != Some(1.0)) {
-                return Err(unsupported(path, format!("{key}.partial_rotary_factor {factor}"), "rotating the whole head is"));
+                return Err(unsupported(
+                    path,
+                    format!("{key}.partial_rotary_factor {factor}"),
+                    "rotating the whole head is",
+                ));
             }
         }
         Ok(())
@@ -246,7 +276,10 @@ impl HfConfig {
         const HINT: &str = "full attention in every layer is";
         if let Some(types) = &self.layer_types {
             if types.len() != n_layers {
-                return Err(malformed(path, format!("layer_types has {} entries, expected num_hidden_layers {n_layers}", types.len())));
+                return Err(malformed(
+                    path,
+                    format!("layer_types has {} entries, expected num_hidden_layers {n_layers}", types.len()),
+                ));
             }
             return match types.iter().position(|kind| kind != "full_attention") {
                 Some(layer) => Err(unsupported(path, format!("layer_types[{layer}] {}", types[layer]), HINT)),
@@ -257,7 +290,11 @@ impl HfConfig {
         let windowed = usize::try_from(first).is_ok_and(|first| first < n_layers);
         if self.use_sliding_window == Some(true) && windowed {
             let window = self.sliding_window.map_or("of the default size".to_owned(), |window| format!("of {window}"));
-            return Err(unsupported(path, format!("use_sliding_window true (a window {window} from layer {first} on)"), HINT));
+            return Err(unsupported(
+                path,
+                format!("use_sliding_window true (a window {window} from layer {first} on)"),
+                HINT,
+            ));
         }
         Ok(())
     }
@@ -359,7 +396,10 @@ mod tests {
             (json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}), "rope_scaling of type yarn"),
             (json!({"rope_scaling": {"factor": 4.0}}), "rope_scaling of type unnamed"),
             (json!({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}), "rope_parameters of type yarn"),
-            (json!({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}), "partial_rotary_factor 0.5"),
+            (
+                json!({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}),
+                "partial_rotary_factor 0.5",
+            ),
             (json!({"quantization_config": {"quant_method": "awq"}}), "quantization_config (awq)"),
             (json!({"hidden_act": "gelu"}), "hidden_act gelu"),
         ];
@@ -386,7 +426,10 @@ mod tests {
     #[test]
     fn nonsense_numbers_are_refused_by_key() {
         let cases = [
-            (json!({"num_key_value_heads": 3}), "num_attention_heads is 14, expected a multiple of num_key_value_heads 3"),
+            (
+                json!({"num_key_value_heads": 3}),
+                "num_attention_heads is 14, expected a multiple of num_key_value_heads 3",
+            ),
             (json!({"num_key_value_heads": 0}), "num_key_value_heads is 0"),
             (json!({"num_attention_heads": 0}), "expected a multiple of num_attention_heads 0"),
             (json!({"num_attention_heads": 13, "num_key_value_heads": 1}), "hidden_size is 896, expected a multiple"),

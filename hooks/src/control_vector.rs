@@ -14,7 +14,12 @@ use crate::files;
 
 /// Writes the vectors, `[d_model]` each, by block. `model_hint` is the architecture (`qwen2`); `provenance` says where
 /// they come from and is kept under `controlvector.undertone.`.
-pub fn write(path: &Path, model_hint: &str, vectors: &BTreeMap<usize, Tensor>, provenance: &BTreeMap<String, String>) -> Result<()> {
+pub fn write(
+    path: &Path,
+    model_hint: &str,
+    vectors: &BTreeMap<usize, Tensor>,
+    provenance: &BTreeMap<String, String>,
+) -> Result<()> {
     if vectors.contains_key(&0) {
         return Err(Error::Invalid {
             what: "the layer of a control vector".to_owned(),
@@ -23,7 +28,11 @@ pub fn write(path: &Path, model_hint: &str, vectors: &BTreeMap<usize, Tensor>, p
         });
     }
     let Some((last, _)) = vectors.last_key_value() else {
-        return Err(Error::Invalid { what: "the control vector".to_owned(), expected: "at least one layer".to_owned(), found: "none".to_owned() });
+        return Err(Error::Invalid {
+            what: "the control vector".to_owned(),
+            expected: "at least one layer".to_owned(),
+            found: "none".to_owned(),
+        });
     };
     let malformed = |error: candle_core::Error| Error::Malformed { path: path.to_owned(), problem: error.to_string() };
     let mut metadata = vec![
@@ -31,10 +40,13 @@ pub fn write(path: &Path, model_hint: &str, vectors: &BTreeMap<usize, Tensor>, p
         ("controlvector.model_hint".to_owned(), Value::String(model_hint.to_owned())),
         ("controlvector.layer_count".to_owned(), Value::U32(*last as u32)),
     ];
-    let kept = provenance.iter().map(|(key, value)| (format!("controlvector.undertone.{key}"), Value::String(value.clone())));
+    let kept =
+        provenance.iter().map(|(key, value)| (format!("controlvector.undertone.{key}"), Value::String(value.clone())));
     metadata.extend(kept);
     let tensors = vectors.iter().map(|(layer, vector)| {
-        let values = Vec::<f32>::try_from(&vector.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?)?;
+        let values = Vec::<f32>::try_from(
+            &vector.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?,
+        )?;
         let tensor = candle_core::Tensor::new(values, &candle_core::Device::Cpu).map_err(malformed)?;
         Ok((format!("direction.{layer}"), QTensor::quantize(&tensor, GgmlDType::F32).map_err(malformed)?))
     });
@@ -68,7 +80,8 @@ mod tests {
         let values = tensor.dequantize(&candle_core::Device::Cpu).unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(values, [2.0, -4.0, 1.0]);
 
-        let message = write(&path, "qwen2", &BTreeMap::from([(0, vector())]), &BTreeMap::new()).unwrap_err().to_string();
+        let message =
+            write(&path, "qwen2", &BTreeMap::from([(0, vector())]), &BTreeMap::new()).unwrap_err().to_string();
         assert!(message.contains("cannot address block 0"), "{message}");
     }
 }

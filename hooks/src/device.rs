@@ -15,7 +15,11 @@ pub fn device(name: &str) -> Result<Device> {
         other => other.strip_prefix("cuda:").and_then(|index| index.parse::<usize>().ok()),
     };
     let Some(index) = index else {
-        return Err(Error::UnknownName { what: "device", found: name.to_owned(), choices: "cpu, cuda, cuda:N".to_owned() });
+        return Err(Error::UnknownName {
+            what: "device",
+            found: name.to_owned(),
+            choices: "cpu, cuda, cuda:N".to_owned(),
+        });
     };
     load_cuda()?;
     if !Cuda::is_available() {
@@ -31,7 +35,7 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
-/// Loads libtorch_cuda.so once, before any device is asked for: registering itself is all it has to do.
+/// Loads `libtorch_cuda.so` once, before any device is asked for: registering itself is all it has to do.
 fn load_cuda() -> Result<()> {
     static LOADED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
     let loaded = LOADED.get_or_init(|| {

@@ -141,7 +141,9 @@ pub enum Error {
         problem: String,
     },
     /// CUDA was asked for and is not there.
-    #[error("CUDA is not available: {reason}; hint: run with --device cpu, or point LD_LIBRARY_PATH at the lib folder of a CUDA build of PyTorch 2.11")]
+    #[error(
+        "CUDA is not available: {reason}; hint: run with --device cpu, or point LD_LIBRARY_PATH at the lib folder of a CUDA build of PyTorch 2.11"
+    )]
     CudaUnavailable {
         /// What was looked for and what was found.
         reason: String,

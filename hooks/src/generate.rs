@@ -44,7 +44,9 @@ pub struct Answer {
 /// The seed of one sample's own random stream, from a run's seed, the name of what is drawn, and the sample's index.
 pub fn stream_seed(seed: u64, name: &str, index: u64) -> u64 {
     // FNV-1a over the name, then splitmix64's finalizer over all three.
-    let name = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let name = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
     [name, index].into_iter().fold(seed, |state, part| {
         let mut z = (state ^ part).wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -107,7 +109,12 @@ fn answer_batch(
     for step in 0..sampling.max_new_tokens {
         let logits = model.unembed(&resid)?.f_to_kind(Kind::Float)?;
         let uniforms: Vec<f64> = live.iter().map(|row| rngs[*row].random()).collect();
-        let (tokens, logprobs) = draw(&logits, sampling, &live.iter().map(|row| answers[*row].ids.as_slice()).collect::<Vec<_>>(), &uniforms)?;
+        let (tokens, logprobs) = draw(
+            &logits,
+            sampling,
+            &live.iter().map(|row| answers[*row].ids.as_slice()).collect::<Vec<_>>(),
+            &uniforms,
+        )?;
 
         let mut staying = Vec::new();
         for (at, row) in live.iter().enumerate() {
@@ -150,7 +157,8 @@ fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64
     let chosen = if sampling.temperature == 0.0 {
         constrained.f_argmax(-1, false)?
     } else {
-        let cumulated = constrained.f_div_scalar(sampling.temperature)?.f_softmax(-1, Kind::Float)?.f_cumsum(-1, Kind::Float)?;
+        let cumulated =
+            constrained.f_div_scalar(sampling.temperature)?.f_softmax(-1, Kind::Float)?.f_cumsum(-1, Kind::Float)?;
         let width = cumulated.size()[1];
         let total = cumulated.f_narrow(1, width - 1, 1)?;
         let uniforms: Vec<f32> = uniforms.iter().map(|uniform| *uniform as f32).collect();
@@ -160,7 +168,8 @@ fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64
         let last = cumulated.f_lt_tensor(&total)?.f_sum_dim_intlist(-1, true, Kind::Int64)?;
         found.f_minimum(&last)?.f_squeeze_dim(1)?
     };
-    let logprob = logits.f_log_softmax(-1, Kind::Float)?.f_gather(1, &chosen.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
+    let logprob =
+        logits.f_log_softmax(-1, Kind::Float)?.f_gather(1, &chosen.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
     let chosen = Vec::<i64>::try_from(&chosen.f_to_device(Device::Cpu)?)?;
     Ok((chosen, Vec::<f32>::try_from(&logprob.f_to_device(Device::Cpu)?)?))
 }
@@ -182,7 +191,9 @@ impl NumberGrammar {
     pub fn of(chat: &Chat, max_digits: usize, max_numbers: usize) -> Result<Self> {
         let single = |text: &str| match chat.encode(text)?.as_slice() {
             [id] => Ok(*id),
-            ids => Err(Error::Tokenizer { problem: format!("{text:?} is {} tokens, expected one for constrained numbers", ids.len()) }),
+            ids => Err(Error::Tokenizer {
+                problem: format!("{text:?} is {} tokens, expected one for constrained numbers", ids.len()),
+            }),
         };
         let digits = (0..10).map(|digit| single(&digit.to_string())).collect::<Result<_>>()?;
         Ok(Self { digits, comma: single(",")?, end: chat.end_of_turn(), max_digits, max_numbers })
@@ -244,7 +255,12 @@ mod tests {
 
     #[test]
     fn streams_differ_by_seed_name_and_index() {
-        let seeds = [stream_seed(0, "teacher", 0), stream_seed(0, "teacher", 1), stream_seed(0, "control", 0), stream_seed(1, "teacher", 0)];
+        let seeds = [
+            stream_seed(0, "teacher", 0),
+            stream_seed(0, "teacher", 1),
+            stream_seed(0, "control", 0),
+            stream_seed(1, "teacher", 0),
+        ];
         assert_eq!(seeds.iter().collect::<std::collections::BTreeSet<_>>().len(), 4);
     }
 }

@@ -72,7 +72,9 @@ impl Gguf {
             other => return Err(self.unsupported(format!("general.architecture {other}"), "qwen2 and qwen3 are")),
         };
         let key = |name: &str| format!("{architecture}.{name}");
-        if let Some(Value::Text(scaling)) = self.value(&key("rope.scaling.type")).filter(|value| **value != Value::Text("none".to_owned())) {
+        if let Some(Value::Text(scaling)) =
+            self.value(&key("rope.scaling.type")).filter(|value| **value != Value::Text("none".to_owned()))
+        {
             return Err(self.unsupported(format!("rope.scaling.type {scaling}"), "the unscaled rotary embedding is"));
         }
         if self.value(&key("attention.sliding_window")).is_some_and(|window| *window != Value::Integer(0)) {
@@ -83,14 +85,19 @@ impl Gguf {
         let d_head = match self.value(&key("attention.key_length")) {
             Some(_) => self.integer(&key("attention.key_length"))?,
             None if n_heads > 0 && d_model % n_heads == 0 => d_model / n_heads,
-            None => return Err(self.malformed(format!("embedding_length is {d_model}, expected a multiple of attention.head_count {n_heads}"))),
+            None => {
+                return Err(self.malformed(format!(
+                    "embedding_length is {d_model}, expected a multiple of attention.head_count {n_heads}"
+                )));
+            }
         };
         let n_layers = self.integer(&key("block_count"))?;
         let has = |name: &str| self.header.tensors.contains_key(name);
         let config = Config {
             family,
             d_model,
-            n_layers: usize::try_from(n_layers).map_err(|_| self.malformed(format!("block_count is {n_layers}, expected 1 to 1024")))?,
+            n_layers: usize::try_from(n_layers)
+                .map_err(|_| self.malformed(format!("block_count is {n_layers}, expected 1 to 1024")))?,
             n_heads,
             n_kv_heads: self.integer(&key("attention.head_count_kv"))?,
             d_head,
@@ -115,7 +122,9 @@ impl Gguf {
         for (key, expected) in [("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "qwen2")] {
             let found = self.text(key)?;
             if found != expected {
-                return Err(self.unsupported(format!("{key} {found}"), &format!("{expected} is, the tokenizer of Qwen")));
+                return Err(
+                    self.unsupported(format!("{key} {found}"), &format!("{expected} is, the tokenizer of Qwen"))
+                );
             }
         }
         let (Some(Value::Texts(tokens)), Some(Value::Texts(merges)), Some(Value::Integers(types))) = (
@@ -123,10 +132,16 @@ impl Gguf {
             self.value("tokenizer.ggml.merges"),
             self.value("tokenizer.ggml.token_type"),
         ) else {
-            return Err(self.malformed("expected tokenizer.ggml.tokens and .merges as texts and .token_type as integers".to_owned()));
+            return Err(self.malformed(
+                "expected tokenizer.ggml.tokens and .merges as texts and .token_type as integers".to_owned(),
+            ));
         };
         if tokens.len() != types.len() {
-            return Err(self.malformed(format!("tokenizer.ggml.token_type has {} entries for {} tokens", types.len(), tokens.len())));
+            return Err(self.malformed(format!(
+                "tokenizer.ggml.token_type has {} entries for {} tokens",
+                types.len(),
+                tokens.len()
+            )));
         }
         tokenizer(tokens, types, merges).map(Some).map_err(|problem| self.malformed(problem))
     }
@@ -225,8 +240,11 @@ fn malformed(path: &Path, problem: String) -> Error {
 }
 
 /// Pairs of a Hugging Face name and a GGUF name; in a block both stand behind the block's prefix.
-const OUTSIDE_BLOCKS: [(&str, &str); 3] =
-    [("model.embed_tokens.weight", "token_embd.weight"), ("model.norm.weight", "output_norm.weight"), ("lm_head.weight", "output.weight")];
+const OUTSIDE_BLOCKS: [(&str, &str); 3] = [
+    ("model.embed_tokens.weight", "token_embd.weight"),
+    ("model.norm.weight", "output_norm.weight"),
+    ("lm_head.weight", "output.weight"),
+];
 const IN_BLOCK: [(&str, &str); 14] = [
     ("input_layernorm.weight", "attn_norm.weight"),
     ("self_attn.q_proj.weight", "attn_q.weight"),
@@ -256,7 +274,8 @@ fn hf_name(gguf: &str) -> Option<String> {
 }
 
 /// Where Qwen cuts a text into words before the byte-level merges.
-const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const WORDS: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 const UNUSED: i64 = 5; // fills the embedding up to its round number of rows
@@ -277,21 +296,28 @@ fn tokenizer(tokens: &[String], types: &[i64], merges: &[String]) -> std::result
         }
     }
     let merges = merges.iter().enumerate().map(|(rank, merge)| {
-        let (left, right) = merge.split_once(' ').ok_or(format!("tokenizer.ggml.merges[{rank}] {merge:?}, expected two tokens"))?;
+        let (left, right) =
+            merge.split_once(' ').ok_or(format!("tokenizer.ggml.merges[{rank}] {merge:?}, expected two tokens"))?;
         // the BPE builder would panic on a merge that is longer than every token
         match [left, right, &format!("{left}{right}")].iter().find(|token| !vocab.contains_key(**token)) {
-            Some(unknown) => Err(format!("tokenizer.ggml.merges[{rank}] {merge:?} needs {unknown:?}, which is no token")),
+            Some(unknown) => {
+                Err(format!("tokenizer.ggml.merges[{rank}] {merge:?} needs {unknown:?}, which is no token"))
+            }
             None => Ok((left.to_owned(), right.to_owned())),
         }
     });
     let merges = merges.collect::<std::result::Result<Vec<_>, _>>()?;
     let said = |error: tokenizers::Error| format!("tokenizer: {error}");
     let bpe = BPE::builder().vocab_and_merges(vocab, merges).build().map_err(said)?;
-    let words = Split::new(SplitPattern::Regex(WORDS.to_owned()), SplitDelimiterBehavior::Isolated, false).map_err(said)?;
+    let words =
+        Split::new(SplitPattern::Regex(WORDS.to_owned()), SplitDelimiterBehavior::Isolated, false).map_err(said)?;
     let bytes = ByteLevel::new(false, false, false);
     let mut tokenizer = Tokenizer::new(bpe);
     tokenizer.with_normalizer(Some(NFC)).map_err(said)?;
-    tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![PreTokenizerWrapper::Split(words), PreTokenizerWrapper::ByteLevel(bytes)])));
+    tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![
+        PreTokenizerWrapper::Split(words),
+        PreTokenizerWrapper::ByteLevel(bytes),
+    ])));
     tokenizer.with_post_processor(Some(bytes));
     tokenizer.with_decoder(Some(bytes));
     tokenizer.add_tokens(added).map_err(said)?;
@@ -323,7 +349,9 @@ impl Header {
         let alignment = match metadata.get("general.alignment") {
             None => 32,
             Some(Value::Integer(alignment)) if *alignment >= 8 && alignment.count_ones() == 1 => *alignment as usize,
-            Some(found) => return Err(format!("general.alignment is {found:?}, expected a power of two of at least 8")),
+            Some(found) => {
+                return Err(format!("general.alignment is {found:?}, expected a power of two of at least 8"));
+            }
         };
         let mut tensors = BTreeMap::new();
         for _ in 0..n_tensors {
@@ -338,7 +366,8 @@ impl Header {
         for (name, info) in &mut tensors {
             let range = info.bytes.start.checked_add(data).zip(info.bytes.end.checked_add(data));
             let range = range.filter(|(_, end)| *end <= bytes.len());
-            let (start, end) = range.ok_or_else(|| format!("the file ends at byte {} inside tensor {name}", bytes.len()))?;
+            let (start, end) =
+                range.ok_or_else(|| format!("the file ends at byte {} inside tensor {name}", bytes.len()))?;
             info.bytes = start..end;
         }
         Ok(Self { metadata, tensors })
@@ -440,7 +469,8 @@ impl<'a> Cursor<'a> {
                 Ok(texts.map_or(Value::Skipped, Value::Texts))
             }
             _ => {
-                let integers: Option<Vec<_>> = (0..n).map(|_| self.integer(kind, key)).collect::<std::result::Result<_, _>>()?;
+                let integers: Option<Vec<_>> =
+                    (0..n).map(|_| self.integer(kind, key)).collect::<std::result::Result<_, _>>()?;
                 Ok(integers.map_or(Value::Skipped, Value::Integers))
             }
         }
@@ -455,19 +485,30 @@ impl<'a> Cursor<'a> {
         let mut shape = Vec::new();
         for _ in 0..n_dims {
             let dim = self.u64(name)?;
-            shape.push(i64::try_from(dim).ok().filter(|dim| *dim > 0).ok_or_else(|| format!("tensor {name} has a dimension of {dim}"))?);
+            shape.push(
+                i64::try_from(dim)
+                    .ok()
+                    .filter(|dim| *dim > 0)
+                    .ok_or_else(|| format!("tensor {name} has a dimension of {dim}"))?,
+            );
         }
         let row = shape[0] as usize;
         shape.reverse();
-        let dtype = dtype(self.u32(name)?).map_err(|id| format!("tensor {name} has the type {id}, which is not known"))?;
+        let dtype =
+            dtype(self.u32(name)?).map_err(|id| format!("tensor {name} has the type {id}, which is not known"))?;
         if !row.is_multiple_of(dtype.block_size()) {
-            return Err(format!("tensor {name} has rows of {row}, expected a multiple of {} for {dtype:?}", dtype.block_size()));
+            return Err(format!(
+                "tensor {name} has rows of {row}, expected a multiple of {} for {dtype:?}",
+                dtype.block_size()
+            ));
         }
         let elements = shape.iter().try_fold(1_usize, |product, dim| product.checked_mul(*dim as usize));
         let size = elements.and_then(|n| (n / dtype.block_size()).checked_mul(dtype.type_size()));
         let offset = usize::try_from(self.u64(name)?).ok();
         let (Some(size), Some(offset)) = (size, offset.filter(|offset| offset.is_multiple_of(alignment))) else {
-            return Err(format!("tensor {name} lies at no multiple of {alignment}, or its size {shape:?} is beyond all bounds"));
+            return Err(format!(
+                "tensor {name} lies at no multiple of {alignment}, or its size {shape:?} is beyond all bounds"
+            ));
         };
         let end = offset.checked_add(size).ok_or_else(|| format!("tensor {name} ends beyond all bounds"))?;
         Ok(TensorInfo { dtype, shape, bytes: offset..end })
@@ -530,7 +571,10 @@ pub(crate) mod tests {
             (own("rope.freq_base"), F32(1e6)),
             ("tokenizer.ggml.model".into(), Text("gpt2".into())),
             ("tokenizer.ggml.pre".into(), Text("qwen2".into())),
-            ("tokenizer.ggml.tokens".into(), texts(&["a", "b", "Ġ", "ab", "Ġab", "<|im_end|>", "<tool_call>", "[PAD7]"])),
+            (
+                "tokenizer.ggml.tokens".into(),
+                texts(&["a", "b", "Ġ", "ab", "Ġab", "<|im_end|>", "<tool_call>", "[PAD7]"]),
+            ),
             ("tokenizer.ggml.token_type".into(), Array([1, 1, 1, 1, 1, 3, 4, 5].map(I32).to_vec())),
             ("tokenizer.ggml.merges".into(), texts(&["a b", "Ġ ab"])),
             ("tokenizer.chat_template".into(), Text("{{ messages }}".into())),
@@ -598,7 +642,8 @@ pub(crate) mod tests {
         assert_eq!(weights.names().len(), tensors().len());
         let root = weights.root(Kind::Float, Device::Cpu);
         for (name, info) in &content.tensor_infos {
-            let candle = content.tensor(&mut reader, name, &CandleDevice::Cpu).unwrap().dequantize(&CandleDevice::Cpu).unwrap();
+            let candle =
+                content.tensor(&mut reader, name, &CandleDevice::Cpu).unwrap().dequantize(&CandleDevice::Cpu).unwrap();
             let shape: Vec<i64> = info.shape.dims().iter().map(|dim| *dim as i64).collect();
             let found = root.get(&hf_name(name).unwrap(), &shape).unwrap();
             let found: Vec<f32> = Vec::try_from(found.flatten(0, -1)).unwrap();
@@ -611,14 +656,24 @@ pub(crate) mod tests {
     fn the_configuration_is_read_from_the_keys_and_the_tensors() {
         let config = open(&tiny()).unwrap().config().unwrap();
         assert_eq!((config.family, config.d_model, config.d_head, config.d_vocab), (Family::Qwen2, 256, 64, 8));
-        assert_eq!((config.rope_theta, config.tie_embeddings, config.qkv_bias, config.qk_norm), (1e6, true, true, false));
+        assert_eq!(
+            (config.rope_theta, config.tie_embeddings, config.qkv_bias, config.qk_norm),
+            (1e6, true, true, false)
+        );
         assert!((config.rms_norm_eps - 1e-6).abs() < 1e-12);
 
         let mut keys = metadata("qwen3");
         keys.push(("qwen3.attention.key_length".into(), gguf_file::Value::U32(128)));
         let mut untied = tensors();
         untied.retain(|(name, _)| !name.ends_with("bias"));
-        untied.push(("output.weight".into(), QTensor::quantize(&CandleTensor::zeros((8, 256), candle_core::DType::F32, &CandleDevice::Cpu).unwrap(), GgmlDType::Q8_0).unwrap()));
+        untied.push((
+            "output.weight".into(),
+            QTensor::quantize(
+                &CandleTensor::zeros((8, 256), candle_core::DType::F32, &CandleDevice::Cpu).unwrap(),
+                GgmlDType::Q8_0,
+            )
+            .unwrap(),
+        ));
         let config = open(&bytes(&keys, &untied)).unwrap().config().unwrap();
         assert_eq!((config.family, config.d_head), (Family::Qwen3, 128));
         assert_eq!((config.tie_embeddings, config.qkv_bias, config.qk_norm), (false, false, true));
@@ -663,11 +718,19 @@ pub(crate) mod tests {
         use gguf_file::Value::{Array, I32, String as Text};
         let cases = [
             ("tokenizer.ggml.pre", Some(Text("llama-bpe".into())), "tokenizer.ggml.pre llama-bpe is not supported"),
-            ("tokenizer.ggml.merges", Some(texts(&["a b", "Ġab <|im_end|>"])), "merges[1] \"Ġab <|im_end|>\" needs \"Ġab<|im_end|>\""),
+            (
+                "tokenizer.ggml.merges",
+                Some(texts(&["a b", "Ġab <|im_end|>"])),
+                "merges[1] \"Ġab <|im_end|>\" needs \"Ġab<|im_end|>\"",
+            ),
             ("tokenizer.ggml.merges", Some(texts(&["ab"])), "merges[0] \"ab\", expected two tokens"),
             ("tokenizer.ggml.merges", None, "expected tokenizer.ggml.tokens and .merges as texts"),
             ("tokenizer.ggml.token_type", Some(Array(vec![I32(1)])), "token_type has 1 entries for 8 tokens"),
-            ("tokenizer.ggml.tokens", Some(texts(&["a", "b", "a", "c", "d", "e", "f", "g"])), "tokens[2] \"a\" is there twice"),
+            (
+                "tokenizer.ggml.tokens",
+                Some(texts(&["a", "b", "a", "c", "d", "e", "f", "g"])),
+                "tokens[2] \"a\" is there twice",
+            ),
         ];
         for (key, value, expected) in cases {
             let message = changed(key, value).tokenizer().expect_err(expected).to_string();
@@ -685,7 +748,9 @@ pub(crate) mod tests {
         };
         assert!(with(0, b"GGML").contains("does not begin with GGUF"));
         assert!(with(4, &[9]).contains("GGUF version is 9, expected 2 or 3"));
-        assert!(with(8, &[0xff; 8]).contains("the number of tensors is 18446744073709551615, but the file has room for"));
+        assert!(
+            with(8, &[0xff; 8]).contains("the number of tensors is 18446744073709551615, but the file has room for")
+        );
         assert!(with(16, &[0xff; 8]).contains("the number of metadata keys is 18446744073709551615"));
         assert!(with(24, &[0xff; 8]).contains("a metadata key is 18446744073709551615"));
         let mut keys = metadata("qwen2");

@@ -26,14 +26,17 @@ impl Hub {
         let cache = var("HF_HUB_CACHE").map(PathBuf::from);
         let cache = cache.or_else(|| var("HF_HOME").map(|home| Path::new(&home).join("hub")));
         let cache = cache.unwrap_or_else(|| Path::new(&var("HOME").unwrap_or_default()).join(".cache/huggingface/hub"));
-        let offline = var("HF_HUB_OFFLINE").is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_lowercase().as_str()));
+        let offline = var("HF_HUB_OFFLINE")
+            .is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_lowercase().as_str()));
         Self { cache, offline }
     }
 
     /// Whether a name has the form of a hub id, `org/name`.
     pub(crate) fn is_id(name: &str) -> bool {
         let plain = |part: &str| {
-            !part.is_empty() && !part.starts_with('.') && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
         };
         name.split_once('/').is_some_and(|(org, name)| plain(org) && plain(name))
     }
@@ -53,7 +56,9 @@ impl Hub {
         if self.offline {
             return Err(no_such(format!("{lacks}, and HF_HUB_OFFLINE forbids to download it; {HINT}")));
         }
-        let folder = self.download(id).map_err(|problem| no_such(format!("{lacks}, and downloading failed: {problem}; {HINT}")))?;
+        let folder = self
+            .download(id)
+            .map_err(|problem| no_such(format!("{lacks}, and downloading failed: {problem}; {HINT}")))?;
         Ok((folder.clone(), format!("{id}: downloaded from the hub to {}", folder.display())))
     }
 
@@ -100,12 +105,14 @@ impl Hub {
         for name in missing(&folder).map_err(|error| error.to_string())? {
             repo.get(&name).map_err(|error| format!("{name}: {error}"))?;
         }
-        files::write_atomic(&self.repo(id).join("refs/main"), info.sha.as_bytes()).map_err(|error| error.to_string())?;
+        files::write_atomic(&self.repo(id).join("refs/main"), info.sha.as_bytes())
+            .map_err(|error| error.to_string())?;
         Ok(folder)
     }
 }
 
-const HINT: &str = "check the spelling, or give a folder with config.json and model.safetensors, a .gguf file, or tiny-random";
+const HINT: &str =
+    "check the spelling, or give a folder with config.json and model.safetensors, a .gguf file, or tiny-random";
 
 /// A commit is hexadecimal, so that it can lead nowhere else.
 fn is_commit(text: &str) -> bool {

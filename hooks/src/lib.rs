@@ -17,6 +17,9 @@ pub mod gguf;
 pub mod hook_point;
 mod hub;
 pub mod kv_cache;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod laws;
 pub mod listen;
 pub mod lora;
 pub mod loss;

@@ -191,7 +191,7 @@ pub struct Adapter {
 }
 
 impl Adapter {
-    /// A fresh adapter: A uniform in ±1/√d_in (Kaiming uniform with a = √5, as PEFT), B zero, so that it changes nothing.
+    /// A fresh adapter: A uniform in `±1/√d_in` (Kaiming uniform with a = √5, as PEFT), B zero, so that it changes nothing.
     pub fn init(config: &LoraConfig, model: &Config, rng: &mut ChaCha8Rng, device: Device) -> Result<Self> {
         config.check(model)?;
         let scaling = config.scaling(config.rank, config.alpha);

@@ -60,7 +60,11 @@ pub fn cross_entropy_sum(model: &Qwen, resid_final: &Tensor, targets: &Targets) 
     })
 }
 
-fn sum_of_chunks(hidden: &Tensor, targets: &Targets, loss: impl Fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+fn sum_of_chunks(
+    hidden: &Tensor,
+    targets: &Targets,
+    loss: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let mut sums = Vec::new();
     for (hidden, labels) in hidden.f_split(ROWS, 0)?.iter().zip(targets.labels.f_split(ROWS, 0)?) {
         sums.push(loss(hidden, &labels)?);
@@ -118,7 +122,8 @@ mod tests {
         let model = model();
         let resid = resid(&model);
         let loss = |rows: &[&[i64]]| cross_entropy_sum(&model, &resid, &targets(rows)).unwrap().double_value(&[]);
-        let (masked, counted) = ([&[99, 99, 7, 8, 9], &[99, 11, 12_i64][..]], [&[5, 6, 99, 8, 9], &[10, 11, 12_i64][..]]);
+        let (masked, counted) =
+            ([&[99, 99, 7, 8, 9], &[99, 11, 12_i64][..]], [&[5, 6, 99, 8, 9], &[10, 11, 12_i64][..]]);
         assert_eq!(loss(&ROWS_OF_IDS).to_bits(), loss(&masked).to_bits());
         assert!((loss(&ROWS_OF_IDS) - loss(&counted)).abs() > 1e-6);
     }

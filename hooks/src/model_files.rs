@@ -58,7 +58,8 @@ impl ModelFiles {
             files.report.insert(0, line);
             files
         } else {
-            let reason = "it is no folder, no .gguf file, and not of the form org/name; give one of these, or tiny-random";
+            let reason =
+                "it is no folder, no .gguf file, and not of the form org/name; give one of these, or tiny-random";
             return Err(Error::NoSuchModel { name: model.to_owned(), reason: reason.to_owned() });
         };
         files.check_vocabulary()?;
@@ -79,7 +80,10 @@ impl ModelFiles {
         let config = tiny_random::config(tokenizer.get_vocab_size(true) as i64);
         let weights = Weights::from_tensors(TINY_RANDOM, tiny_random::weights(&config)?);
         let report = vec![
-            format!("{TINY_RANDOM}: embedded; its weights are random (seed {}), so what it says means nothing", tiny_random::SEED),
+            format!(
+                "{TINY_RANDOM}: embedded; its weights are random (seed {}), so what it says means nothing",
+                tiny_random::SEED
+            ),
             summary(TINY_RANDOM, &config),
             format!("{TINY_RANDOM}: {}", weights.describe()),
         ];
@@ -91,14 +95,21 @@ impl ModelFiles {
         let no_such = |reason: String| Error::NoSuchModel { name: name.to_owned(), reason };
         let path = folder.join("config.json");
         if !path.exists() {
-            return Err(no_such(format!("the folder {} has no config.json; give the folder that has it, or a .gguf file by its path", folder.display())));
+            return Err(no_such(format!(
+                "the folder {} has no config.json; give the folder that has it, or a .gguf file by its path",
+                folder.display()
+            )));
         }
         let config = Config::parse(&files::read(&path)?, &path)?;
         let mut report = vec![summary("config.json", &config)];
 
-        let stored = ["model.safetensors", "model.safetensors.index.json"].into_iter().find(|file| folder.join(file).exists());
+        let stored =
+            ["model.safetensors", "model.safetensors.index.json"].into_iter().find(|file| folder.join(file).exists());
         let Some(stored) = stored else {
-            let reason = format!("{} has neither model.safetensors nor model.safetensors.index.json; weights in .bin files are not read", folder.display());
+            let reason = format!(
+                "{} has neither model.safetensors nor model.safetensors.index.json; weights in .bin files are not read",
+                folder.display()
+            );
             return Err(no_such(reason));
         };
         let weights = Weights::safetensors(&[folder.join(stored)])?;
@@ -145,7 +156,9 @@ impl ModelFiles {
         match last {
             Some(last) if i64::from(last) >= self.config.d_vocab => {
                 let (last, d_vocab) = (last, self.config.d_vocab);
-                Err(Error::Tokenizer { problem: format!("it has a token {last}, but the model {} has only {d_vocab}", self.name) })
+                Err(Error::Tokenizer {
+                    problem: format!("it has a token {last}, but the model {} has only {d_vocab}", self.name),
+                })
             }
             _ => Ok(()),
         }
@@ -160,7 +173,9 @@ fn summary(file: &str, config: &Config) -> String {
     };
     let tied = if config.tie_embeddings { "tied" } else { "untied" };
     let Config { n_layers, d_model, n_heads, n_kv_heads, d_vocab, .. } = config;
-    format!("{file}: {family}, {n_layers} layers, d_model {d_model}, {n_heads} heads, {n_kv_heads} kv heads, {d_vocab} tokens, {tied} embeddings")
+    format!(
+        "{file}: {family}, {n_layers} layers, d_model {d_model}, {n_heads} heads, {n_kv_heads} kv heads, {d_vocab} tokens, {tied} embeddings"
+    )
 }
 
 /// A tokenizer from a `tokenizer.json`.
@@ -209,7 +224,8 @@ fn chat_template(folder: &Path) -> Result<Option<(String, &'static str)>> {
         return Ok(None);
     }
     let malformed = |path: PathBuf, problem: String| Error::Malformed { path, problem };
-    let config: Value = serde_json::from_slice(&files::read(&path)?).map_err(|error| malformed(path.clone(), error.to_string()))?;
+    let config: Value =
+        serde_json::from_slice(&files::read(&path)?).map_err(|error| malformed(path.clone(), error.to_string()))?;
     let template = match config.get("chat_template") {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::String(template)) => Some(template.as_str()),
@@ -249,7 +265,11 @@ mod tests {
         fs::write(folder.join("config.json"), config.to_string()).unwrap();
         fs::write(folder.join("tokenizer.json"), tiny_random::TOKENIZER).unwrap();
         let norm = TensorView::new(Dtype::F16, vec![64], &[0; 128]).unwrap();
-        fs::write(folder.join("model.safetensors"), safetensors::serialize([("model.norm.weight", norm)], None).unwrap()).unwrap();
+        fs::write(
+            folder.join("model.safetensors"),
+            safetensors::serialize([("model.norm.weight", norm)], None).unwrap(),
+        )
+        .unwrap();
     }
 
     fn message(model: &str, hub: &Hub) -> String {
@@ -265,12 +285,16 @@ mod tests {
         assert_eq!(files.config, tiny_random::config(2000));
         assert_eq!(files.chat_template, None);
         assert!(files.tokenizer.is_some());
-        assert_eq!(files.report, [
-            "config.json: Qwen2, 2 layers, d_model 64, 4 heads, 2 kv heads, 2000 tokens, tied embeddings".to_owned(),
-            "model.safetensors: 1 tensors, f16, 1 kB, memory-mapped".to_owned(),
-            format!("tokenizer.json: {} tokens", files.tokenizer.as_ref().unwrap().get_vocab_size(true)),
-            "no chat template was found".to_owned(),
-        ]);
+        assert_eq!(
+            files.report,
+            [
+                "config.json: Qwen2, 2 layers, d_model 64, 4 heads, 2 kv heads, 2000 tokens, tied embeddings"
+                    .to_owned(),
+                "model.safetensors: 1 tensors, f16, 1 kB, memory-mapped".to_owned(),
+                format!("tokenizer.json: {} tokens", files.tokenizer.as_ref().unwrap().get_vocab_size(true)),
+                "no chat template was found".to_owned(),
+            ]
+        );
     }
 
     #[test]
@@ -282,7 +306,11 @@ mod tests {
         let config = path.join("tokenizer_config.json");
         fs::write(&config, r#"{"chat_template": "plain"}"#).unwrap();
         assert_eq!(found().unwrap().as_deref(), Some("plain"));
-        fs::write(&config, r#"{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}"#).unwrap();
+        fs::write(
+            &config,
+            r#"{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}"#,
+        )
+        .unwrap();
         assert_eq!(found().unwrap().as_deref(), Some("d"));
         fs::write(&config, r#"{"chat_template": [{"name": "tools", "template": "t"}]}"#).unwrap();
         assert!(found().unwrap_err().to_string().contains("tokenizer_config.json: chat_template is neither"));
@@ -331,7 +359,11 @@ mod tests {
         let lacks = message("Qwen/Tiny-1.5", &hub);
         assert!(lacks.contains("lacks config.json, tokenizer.json, model.safetensors, and HF_HUB_OFFLINE"), "{lacks}");
 
-        fs::write(repo.join("snapshots/abad/model.safetensors.index.json"), r#"{"weight_map": {"a": "model-1.safetensors"}}"#).unwrap();
+        fs::write(
+            repo.join("snapshots/abad/model.safetensors.index.json"),
+            r#"{"weight_map": {"a": "model-1.safetensors"}}"#,
+        )
+        .unwrap();
         assert!(message("Qwen/Tiny-1.5", &hub).contains("tokenizer.json, model-1.safetensors"));
 
         fs::write(repo.join("refs/main"), "../snapshots/beef").unwrap(); // a commit leads nowhere else
@@ -340,10 +372,16 @@ mod tests {
 
     #[test]
     fn a_name_that_is_nothing_says_what_could_be_given() {
-        assert!(message("Qwen/Qwen9", &nowhere()).starts_with("no model Qwen/Qwen9: it is not in the hub cache no/such/cache, and HF_HUB_OFFLINE"));
+        assert!(
+            message("Qwen/Qwen9", &nowhere())
+                .starts_with("no model Qwen/Qwen9: it is not in the hub cache no/such/cache, and HF_HUB_OFFLINE")
+        );
         assert_eq!(message("no/such.gguf", &nowhere()), "no model no/such.gguf: there is no such file");
         for name in ["", "qwen", "../models/qwen", "a/b/c", "/no/such/folder", "a/.."] {
-            assert!(message(name, &nowhere()).contains("it is no folder, no .gguf file, and not of the form org/name"), "{name}");
+            assert!(
+                message(name, &nowhere()).contains("it is no folder, no .gguf file, and not of the form org/name"),
+                "{name}"
+            );
         }
     }
 
@@ -354,12 +392,15 @@ mod tests {
         fs::write(&path, crate::gguf::tests::tiny()).unwrap();
         let files = ModelFiles::find(path.to_str().unwrap(), &nowhere()).unwrap();
         assert_eq!(files.chat_template.as_deref(), Some("{{ messages }}"));
-        assert_eq!(files.report[..4], [
-            "Tiny.GGUF: Qwen2, 1 layers, d_model 256, 4 heads, 2 kv heads, 8 tokens, tied embeddings",
-            "Tiny.GGUF: calls itself Tiny",
-            "Tiny.GGUF: a tokenizer of 7 tokens",
-            "Tiny.GGUF: a chat template was found",
-        ]);
+        assert_eq!(
+            files.report[..4],
+            [
+                "Tiny.GGUF: Qwen2, 1 layers, d_model 256, 4 heads, 2 kv heads, 8 tokens, tied embeddings",
+                "Tiny.GGUF: calls itself Tiny",
+                "Tiny.GGUF: a tokenizer of 7 tokens",
+                "Tiny.GGUF: a chat template was found",
+            ]
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The three layers that a Qwen is made of.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::config::Config;
 use crate::error::Result;
@@ -30,7 +30,7 @@ impl Linear {
 
     /// `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`. The adapter's part is computed in f32, as PEFT does.
     pub(crate) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let y = x.f_linear(&self.weight, self.bias.as_ref())?;
+        let y = linear(x, &self.weight, self.bias.as_ref())?;
         let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) else {
             return Ok(y);
         };
@@ -44,6 +44,28 @@ impl Linear {
         let bias = self.bias.as_ref().map(|bias| (format!("{stem}.bias"), bias.shallow_clone()));
         [weight].into_iter().chain(bias).collect()
     }
+}
+
+/// `x Wᵀ + b`. `x`: `[.., d_in]`, the result is `[.., d_out]`.
+///
+/// A CPU multiplies a few rows with a large matrix faster as `(W xᵀ)ᵀ`: 1.5 times for a whole decoding step of the 0.5B.
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    const FEW_ROWS: i64 = 32;
+    let mut shape = x.size();
+    let rows: i64 = shape[..shape.len() - 1].iter().product();
+    if x.device() != Device::Cpu || !(2..=FEW_ROWS).contains(&rows) {
+        return Ok(x.f_linear(weight, bias)?);
+    }
+    let flat = x.f_reshape([rows, -1])?;
+    let y = weight.f_matmul(&flat.f_transpose(0, 1)?)?.f_transpose(0, 1)?.f_contiguous()?;
+    let y = match bias {
+        Some(bias) => y.f_add(bias)?,
+        None => y,
+    };
+    if let (Some(width), Some(d_out)) = (shape.last_mut(), y.size().last()) {
+        *width = *d_out;
+    }
+    Ok(y.f_view(shape.as_slice())?)
 }
 
 /// Root-mean-square norm, computed in f32: `weight · x / √(mean(x²) + eps)`.
@@ -65,7 +87,13 @@ impl RmsNorm {
     }
 
     /// The same, with the norm's two hook points.
-    pub(crate) fn hooked(&self, x: &Tensor, hooks: &mut Hooks<'_>, scale_at: HookPoint, normalized_at: HookPoint) -> Result<Tensor> {
+    pub(crate) fn hooked(
+        &self,
+        x: &Tensor,
+        hooks: &mut Hooks<'_>,
+        scale_at: HookPoint,
+        normalized_at: HookPoint,
+    ) -> Result<Tensor> {
         let (scale, wide) = self.scale(x)?;
         let scale = hooks.run(scale_at, scale)?;
         let normalized = hooks.run(normalized_at, wide.f_div(&scale)?.f_to_kind(x.kind())?)?;

@@ -1,7 +1,7 @@
-//! Adapters on disk exactly as PEFT writes them: adapter_config.json and adapter_model.safetensors. What is not
+//! Adapters on disk exactly as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`. What is not
 //! supported is refused by name, and a file with a missing or an unused tensor is refused with both lists.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -18,7 +18,7 @@ use crate::weights::Weights;
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 
-/// The keys of adapter_config.json that change what an adapter computes.
+/// The keys of `adapter_config.json` that change what an adapter computes.
 #[derive(Debug, Deserialize)]
 struct PeftConfig {
     peft_type: String,
@@ -71,7 +71,14 @@ impl PeftConfig {
                 return refuse(format!("{key} is true, which is not supported"));
             }
         }
-        for key in ["modules_to_save", "exclude_modules", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens"] {
+        for key in [
+            "modules_to_save",
+            "exclude_modules",
+            "trainable_token_indices",
+            "target_parameters",
+            "layer_replication",
+            "alora_invocation_tokens",
+        ] {
             let absent = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
             if let Some(value) = config.others.get(key).filter(|value| !absent(value)) {
                 return refuse(format!("{key} is {value}, which is not supported"));
@@ -111,7 +118,10 @@ impl PeftConfig {
 }
 
 fn unknown_module(name: &str) -> String {
-    format!("target_modules names {name:?}, expected \"all-linear\" or some of {}", Proj::ALL.map(Proj::name).join(", "))
+    format!(
+        "target_modules names {name:?}, expected \"all-linear\" or some of {}",
+        Proj::ALL.map(Proj::name).join(", ")
+    )
 }
 
 /// The projection that a module name such as `q_proj` or `self_attn.q_proj` means.
@@ -134,7 +144,9 @@ impl Adapter {
         config.check(model)?;
         let literal = |key: &&String| key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '_'));
         if let Some(key) = peft.rank_pattern.keys().chain(peft.alpha_pattern.keys()).find(literal) {
-            let problem = format!("the pattern {key:?} is a regular expression, expected a module name such as layers.0.self_attn.q_proj");
+            let problem = format!(
+                "the pattern {key:?} is a regular expression, expected a module name such as layers.0.self_attn.q_proj"
+            );
             return Err(Error::Adapter { path, problem });
         }
 
@@ -143,7 +155,9 @@ impl Adapter {
         let mut unused: BTreeSet<String> = weights.names().into_iter().collect();
         let mut missing = Vec::new();
         let mut places = Vec::new();
-        for layer in (0..model.n_layers).filter(|layer| config.layers.as_ref().is_none_or(|layers| layers.contains(layer))) {
+        for layer in
+            (0..model.n_layers).filter(|layer| config.layers.as_ref().is_none_or(|layers| layers.contains(layer)))
+        {
             for proj in &config.target_modules {
                 let module = format!("model.layers.{layer}.{}", proj.path());
                 let names = ["lora_A", "lora_B"].map(|factor| format!("base_model.model.{module}.{factor}.weight"));
@@ -154,7 +168,8 @@ impl Adapter {
         if !missing.is_empty() || !unused.is_empty() {
             let list = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
             let unused: Vec<String> = unused.into_iter().collect();
-            let problem = format!("the tensors do not fit {CONFIG}; missing: {}; unused: {}", list(&missing), list(&unused));
+            let problem =
+                format!("the tensors do not fit {CONFIG}; missing: {}; unused: {}", list(&missing), list(&unused));
             return Err(Error::Adapter { path: tensors, problem });
         }
 
@@ -172,13 +187,13 @@ impl Adapter {
 
     /// Writes the adapter as PEFT does. `base_model` is the name that PEFT will load the base by.
     pub fn save(&self, dir: &Path, base_model: &str) -> Result<()> {
-        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        tensor_file::write(&dir.join(TENSORS), &self.parameters(), metadata)?;
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        tensor_file::write(&dir.join(TENSORS), &self.parameters(), &metadata)?;
         let config = serde_json::to_string_pretty(&self.peft_config(base_model)).unwrap_or_default();
         files::write_atomic(&dir.join(CONFIG), config.as_bytes())
     }
 
-    /// adapter_config.json, with every key that decides what PEFT computes. A rank or scaling that differs from the
+    /// `adapter_config.json`, with every key that decides what PEFT computes. A rank or scaling that differs from the
     /// configuration's (an adapter read with patterns) is written as a pattern again.
     fn peft_config(&self, base_model: &str) -> Value {
         let c = &self.config;
@@ -250,7 +265,8 @@ mod tests {
 
     #[test]
     fn missing_keys_have_pefts_defaults() {
-        let config = parse("{\"peft_type\":\"LORA\",\"target_modules\":\"all-linear\",\"layers_to_transform\":3}").unwrap();
+        let config =
+            parse("{\"peft_type\":\"LORA\",\"target_modules\":\"all-linear\",\"layers_to_transform\":3}").unwrap();
         let config = config.lora_config(Path::new("x")).unwrap();
         assert_eq!((config.rank, config.alpha, config.layers), (8, 8.0, Some(vec![3])));
         assert_eq!(config.target_modules, Proj::ALL);

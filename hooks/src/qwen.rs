@@ -12,7 +12,7 @@ use crate::hook_point::HookPoint as P;
 use crate::kv_cache::Placement;
 use crate::lora::Proj;
 use crate::model_files::ModelFiles;
-use crate::nn::{Linear, RmsNorm, Rope};
+use crate::nn::{Linear, RmsNorm, Rope, linear};
 use crate::pass::Pass;
 use crate::tap::Hooks;
 use crate::weights::Scope;
@@ -36,7 +36,8 @@ impl Attention {
     fn load(block: &Scope<'_>, layer: usize, config: &Config) -> Result<Self> {
         let linear = |proj, bias| Linear::load(block, layer, proj, bias, config);
         let norm = |name: &str| RmsNorm::load(&block.at("self_attn").at(name), config.d_head, config.rms_norm_eps);
-        let (q_norm, k_norm) = if config.qk_norm { (Some(norm("q_norm")?), Some(norm("k_norm")?)) } else { (None, None) };
+        let (q_norm, k_norm) =
+            if config.qk_norm { (Some(norm("q_norm")?), Some(norm("k_norm")?)) } else { (None, None) };
         Ok(Self {
             layer,
             q: linear(Proj::Q, config.qkv_bias)?,
@@ -74,7 +75,11 @@ impl Attention {
         };
 
         let open = pass.hooks.any_at(P::AttnScores(l)) || pass.hooks.any_at(P::Pattern(l));
-        let z = if open { self.open_attention(&q, &k, &v, placement, &mut pass.hooks)? } else { fused(&q, &k, &v, placement)? };
+        let z = if open {
+            self.open_attention(&q, &k, &v, placement, &mut pass.hooks)?
+        } else {
+            fused(&q, &k, &v, placement)?
+        };
         let z = pass.hooks.run(P::Z(l), z.f_transpose(1, 2)?)?; // [batch, pos, n_heads, d_head]
         if pass.hooks.any_at(P::Result(l)) {
             return self.result(&z, pass);
@@ -83,7 +88,14 @@ impl Attention {
     }
 
     /// Attention with its scores and pattern in the open, `[batch, n_heads, query, key]`; the result is `z` by heads.
-    fn open_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, placement: &Placement, hooks: &mut Hooks<'_>) -> Result<Tensor> {
+    fn open_attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        placement: &Placement,
+        hooks: &mut Hooks<'_>,
+    ) -> Result<Tensor> {
         let group = self.n_heads / self.n_kv_heads;
         let (k, v) = (k.f_repeat_interleave_self_int(group, 1, None)?, v.f_repeat_interleave_self_int(group, 1, None)?);
         let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_div_scalar((self.d_head as f64).sqrt())?;
@@ -186,10 +198,14 @@ impl Block {
 
     fn parameters(&self) -> Vec<(String, Tensor)> {
         let norms = [("input_layernorm", Some(&self.ln1)), ("post_attention_layernorm", Some(&self.ln2))];
-        let head_norms = [("self_attn.q_norm", self.attention.q_norm.as_ref()), ("self_attn.k_norm", self.attention.k_norm.as_ref())];
-        let norms = norms.into_iter().chain(head_norms).filter_map(|(name, norm)| {
-            Some((format!("{name}.weight"), norm?.weight.shallow_clone()))
-        });
+        let head_norms = [
+            ("self_attn.q_norm", self.attention.q_norm.as_ref()),
+            ("self_attn.k_norm", self.attention.k_norm.as_ref()),
+        ];
+        let norms = norms
+            .into_iter()
+            .chain(head_norms)
+            .filter_map(|(name, norm)| Some((format!("{name}.weight"), norm?.weight.shallow_clone())));
         let (attention, mlp) = (&self.attention, &self.mlp);
         let linears = [&attention.q, &attention.k, &attention.v, &attention.o, &mlp.gate, &mlp.up, &mlp.down];
         norms.chain(linears.into_iter().flat_map(Linear::parameters)).collect()
@@ -230,7 +246,7 @@ impl Qwen {
     pub fn forward(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
         let resid = self.run_blocks(batch, pass)?;
         let normed = self.ln_final.hooked(&resid, &mut pass.hooks, P::LnFinalScale, P::LnFinalNormalized)?;
-        let logits = pass.hooks.run(P::Logits, normed.f_linear::<Tensor>(&self.unembed, None)?)?;
+        let logits = pass.hooks.run(P::Logits, linear(&normed, &self.unembed, None)?)?;
         pass.hooks.check_fired()?;
         Ok(logits)
     }
@@ -243,12 +259,11 @@ impl Qwen {
     }
 
     fn run_blocks(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let placement = match pass.kv_cache.as_deref_mut() {
-            Some(cache) => cache.place(batch)?,
-            None => {
-                let positions = Tensor::f_arange(batch.width() as i64, (Kind::Int64, self.device()))?.f_unsqueeze(0)?;
-                Placement { positions, mask: None, causal: true }
-            }
+        let placement = if let Some(cache) = pass.kv_cache.as_deref_mut() {
+            cache.place(batch)?
+        } else {
+            let positions = Tensor::f_arange(batch.width() as i64, (Kind::Int64, self.device()))?.f_unsqueeze(0)?;
+            Placement { positions, mask: None, causal: true }
         };
         let rope = Rope::at(&placement.positions, &self.config, self.kind())?;
         let embedded = Tensor::f_embedding(&self.embed, &batch.ids, -1, false, false)?;
@@ -261,7 +276,7 @@ impl Qwen {
 
     /// Final norm and unembedding: the logit lens. `resid`: `[.., d_model]`, the result is `[.., d_vocab]`.
     pub fn unembed(&self, resid: &Tensor) -> Result<Tensor> {
-        Ok(self.ln_final.forward(resid)?.f_linear::<Tensor>(&self.unembed, None)?)
+        linear(&self.ln_final.forward(resid)?, &self.unembed, None)
     }
 
     /// The unembedding's rows of some tokens, `[n, d_model]`.

@@ -34,7 +34,12 @@ pub(crate) struct Prefilled<'a> {
 }
 
 /// Runs the rows, what they share at the start once, and leaves room for `room` further tokens each.
-pub(crate) fn prefill<'a>(model: &Qwen, rows: &[&Prompt], condition: &Condition<'a>, room: usize) -> Result<Prefilled<'a>> {
+pub(crate) fn prefill<'a>(
+    model: &Qwen,
+    rows: &[&Prompt],
+    condition: &Condition<'a>,
+    room: usize,
+) -> Result<Prefilled<'a>> {
     let device = model.device();
     let batch = Batch::of(rows, device)?;
     let mut prepared = condition.prepare(rows, device)?;
@@ -63,18 +68,21 @@ fn shared_start(rows: &[&Prompt]) -> usize {
         return 0;
     }
     let limit = rows.iter().map(|row| row.completion.start.min(row.ids.len()).saturating_sub(1)).min().unwrap_or(0);
-    let same = |at: &usize| others.iter().all(|row| row.ids[*at] == first.ids[*at] && row.classes[*at] == first.classes[*at]);
+    let same =
+        |at: &usize| others.iter().all(|row| row.ids[*at] == first.ids[*at] && row.classes[*at] == first.classes[*at]);
     let shared = (0..limit).take_while(same).count();
     if shared < WORTH_IT { 0 } else { shared }
 }
 
-/// The rows' indices in batches of similar lengths within the token budget.
-pub(crate) fn batches(rows: &[Prompt], budget: usize) -> Vec<Vec<usize>> {
+/// The rows' indices in batches of similar lengths, each of `budget` tokens at most. What all rows begin with is not
+/// counted: a batch runs it once.
+fn batches(rows: &[Prompt], budget: usize) -> Vec<Vec<usize>> {
+    let shared = shared_start(&rows.iter().collect::<Vec<_>>());
     let mut order: Vec<usize> = (0..rows.len()).collect();
     order.sort_by_key(|row| rows[*row].ids.len());
     let mut batches: Vec<Vec<usize>> = Vec::new();
     for row in order {
-        let width = rows[row].ids.len();
+        let width = rows[row].ids.len() - shared;
         match batches.last_mut() {
             Some(batch) if (batch.len() + 1) * width <= budget => batch.push(row),
             _ => batches.push(vec![row]),
@@ -99,7 +107,11 @@ pub fn next_token_logprobs(model: &Qwen, prompts: &[Prompt], condition: &Conditi
         Ok(())
     })?;
     let found: Vec<Tensor> = found.into_iter().flatten().collect();
-    if found.is_empty() { Ok(Tensor::f_zeros([0, model.config.d_vocab], (Kind::Float, Device::Cpu))?) } else { Ok(Tensor::f_stack(&found, 0)?) }
+    if found.is_empty() {
+        Ok(Tensor::f_zeros([0, model.config.d_vocab], (Kind::Float, Device::Cpu))?)
+    } else {
+        Ok(Tensor::f_stack(&found, 0)?)
+    }
 }
 
 /// The residual stream at each row's last token, `[batch, d_model]`.
@@ -131,7 +143,8 @@ pub fn completion_logprobs(model: &Qwen, rows: &[Prompt], condition: &Condition<
             if places.is_empty() {
                 continue;
             }
-            let labels: Vec<i64> = batch_rows.iter().flat_map(|row| row.ids[row.completion.clone()].iter().copied()).collect();
+            let labels: Vec<i64> =
+                batch_rows.iter().flat_map(|row| row.ids[row.completion.clone()].iter().copied()).collect();
             let logprobs = label_logprobs(model, &pick(&prefilled.resid, &places)?, &labels)?;
             let mut logprobs = logprobs.into_iter();
             for row in batch {
@@ -150,7 +163,8 @@ fn label_logprobs(model: &Qwen, resid: &Tensor, labels: &[i64]) -> Result<Vec<f3
     for from in (0..n).step_by(LOGIT_ROWS as usize) {
         let count = LOGIT_ROWS.min(n - from);
         let logits = model.unembed(&resid.f_narrow(0, from, count)?)?.f_to_kind(Kind::Float)?;
-        let index = Tensor::f_from_slice(&labels[from as usize..(from + count) as usize])?.f_to_device(logits.device())?;
+        let index =
+            Tensor::f_from_slice(&labels[from as usize..(from + count) as usize])?.f_to_device(logits.device())?;
         let chosen = logits.f_gather(1, &index.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
         let logprobs = chosen.f_sub(&logits.f_logsumexp([1], false)?)?.f_to_device(Device::Cpu)?;
         found.extend(Vec::<f32>::try_from(&logprobs)?);
@@ -169,7 +183,8 @@ pub fn completion_logits(model: &Qwen, row: &Prompt, condition: &Condition<'_>) 
     }
     tch::no_grad(|| {
         let prefilled = prefill(model, &[row], condition, 0)?;
-        let places: Vec<(usize, usize)> = row.completion.clone().map(|token| (0, token - 1 - prefilled.offset)).collect();
+        let places: Vec<(usize, usize)> =
+            row.completion.clone().map(|token| (0, token - 1 - prefilled.offset)).collect();
         let logits = model.unembed(&pick(&prefilled.resid, &places)?)?;
         Ok(logits.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?)
     })
@@ -180,7 +195,14 @@ pub fn resid_post(model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -
     let points: Vec<HookPoint> = (0..model.config.n_layers).map(HookPoint::ResidPost).collect();
     let capture = |prompt: &Prompt| {
         let mut cache = Cache::default();
-        let _ = listen(model, prompt, condition, &points, &mut cache)?;
+        let batch = Batch::of(&[prompt], model.device())?;
+        let _ = condition.prepare(&[prompt], model.device())?.listen(
+            model,
+            &batch,
+            &points,
+            &mut cache,
+            Qwen::resid_final,
+        )?;
         let layers = points.iter().map(|point| Ok(cache.get(*point)?.f_squeeze_dim(0)?)).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::f_stack(&layers, 0)?.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?)
     };
@@ -189,7 +211,13 @@ pub fn resid_post(model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -
 
 /// Runs one row and lets a tap see (or change) some hook points, after the condition's edits. Returns the logits,
 /// `[1, pos, d_vocab]`. Gradients flow where the caller lets them.
-pub fn listen(model: &Qwen, row: &Prompt, condition: &Condition<'_>, points: &[HookPoint], tap: &mut dyn Tap) -> Result<Tensor> {
+pub fn listen(
+    model: &Qwen,
+    row: &Prompt,
+    condition: &Condition<'_>,
+    points: &[HookPoint],
+    tap: &mut dyn Tap,
+) -> Result<Tensor> {
     let batch = Batch::of(&[row], model.device())?;
-    condition.prepare(&[row], model.device())?.listen(model, &batch, points, tap)
+    condition.prepare(&[row], model.device())?.listen(model, &batch, points, tap, Qwen::forward)
 }

@@ -29,9 +29,15 @@ pub struct Weights {
 
 enum Source {
     /// Files, and for each tensor the file that holds it.
-    Safetensors { shards: Vec<Shard>, owner: BTreeMap<String, usize> },
+    Safetensors {
+        shards: Vec<Shard>,
+        owner: BTreeMap<String, usize>,
+    },
     Gguf(Gguf),
-    Memory { name: String, tensors: BTreeMap<String, Tensor> },
+    Memory {
+        name: String,
+        tensors: BTreeMap<String, Tensor>,
+    },
 }
 
 /// One mapped `.safetensors` file.
@@ -277,7 +283,10 @@ impl Shard {
 /// Maps a file into memory, read-only.
 pub(crate) fn map(path: &Path) -> Result<Mmap> {
     let file = files::open(path)?;
-    #[expect(unsafe_code, reason = "a mapped model must not be changed while it is in use; no program writes into one in place")]
+    #[expect(
+        unsafe_code,
+        reason = "a mapped model must not be changed while it is in use; no program writes into one in place"
+    )]
     let map = unsafe { Mmap::map(&file) };
     map.map_err(|cause| Error::Io { path: path.to_owned(), cause })
 }
@@ -321,7 +330,12 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
 }
 
 /// A new tensor, made block by block from what `block` gives for a range of elements.
-fn fill(shape: &[i64], kind: Kind, device: Device, mut block: impl FnMut(Range<usize>) -> Result<Tensor>) -> Result<Tensor> {
+fn fill(
+    shape: &[i64],
+    kind: Kind,
+    device: Device,
+    mut block: impl FnMut(Range<usize>) -> Result<Tensor>,
+) -> Result<Tensor> {
     let numel = shape.iter().product::<i64>();
     let out = Tensor::f_empty(shape, (kind, device))?;
     let flat = out.f_view([numel])?;
@@ -360,7 +374,9 @@ mod tests {
     use super::*;
 
     fn write(path: &Path, tensors: &[(&str, Dtype, &[usize], Vec<u8>)]) -> PathBuf {
-        let views = tensors.iter().map(|(name, dtype, shape, data)| (*name, TensorView::new(*dtype, shape.to_vec(), data).unwrap()));
+        let views = tensors
+            .iter()
+            .map(|(name, dtype, shape, data)| (*name, TensorView::new(*dtype, shape.to_vec(), data).unwrap()));
         fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
         path.to_owned()
     }
@@ -384,11 +400,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let halves = SMALL.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
         let brains = SMALL.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
-        let path = write(&folder.path().join("model.safetensors"), &[
-            ("a.weight", Dtype::F32, &[2, 3], f32s(&SMALL)),
-            ("b.weight", Dtype::F16, &[6], halves),
-            ("c.weight", Dtype::BF16, &[3, 2], brains),
-        ]);
+        let path = write(
+            &folder.path().join("model.safetensors"),
+            &[
+                ("a.weight", Dtype::F32, &[2, 3], f32s(&SMALL)),
+                ("b.weight", Dtype::F16, &[6], halves),
+                ("c.weight", Dtype::BF16, &[3, 2], brains),
+            ],
+        );
         let weights = Weights::safetensors(&[path]).unwrap();
         assert_eq!(weights.names(), ["a.weight", "b.weight", "c.weight"]);
         let rounded: Vec<f32> = SMALL.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
@@ -401,7 +420,10 @@ mod tests {
         let root = weights.root(Kind::BFloat16, Device::Cpu);
         for (name, shape) in [("a.weight", &[2, 3][..]), ("c.weight", &[3, 2])] {
             let tensor = root.get(name, shape).unwrap();
-            assert_eq!((tensor.kind(), tensor.size().as_slice(), values(&tensor)), (Kind::BFloat16, shape, rounded.clone()));
+            assert_eq!(
+                (tensor.kind(), tensor.size().as_slice(), values(&tensor)),
+                (Kind::BFloat16, shape, rounded.clone())
+            );
         }
         assert!(weights.describe().starts_with("3 tensors, 1 bf16 + 1 f16 + 1 f32, 1 kB"), "{}", weights.describe());
     }
@@ -422,17 +444,21 @@ mod tests {
     fn the_cursor_spells_names_and_the_errors_say_them() {
         let folder = tempfile::tempdir().unwrap();
         let name = "model.layers.3.self_attn.q_proj.weight";
-        let path = write(&folder.path().join("m.safetensors"), &[
-            (name, Dtype::F32, &[2, 3], f32s(&SMALL)),
-            ("steps", Dtype::I64, &[1], vec![0; 8]),
-        ]);
+        let path = write(
+            &folder.path().join("m.safetensors"),
+            &[(name, Dtype::F32, &[2, 3], f32s(&SMALL)), ("steps", Dtype::I64, &[1], vec![0; 8])],
+        );
         let weights = Weights::safetensors(&[path]).unwrap();
         let root = weights.root(Kind::Float, Device::Cpu);
         let q = root.at("model").at("layers").at(3).at("self_attn").at("q_proj");
         assert!(q.has("weight") && !q.has("bias") && q.get("weight", &[2, 3]).is_ok());
         assert_eq!(message(q.get("weight", &[3, 2])), format!("tensor {name} has shape [2, 3], expected [3, 2]"));
         let missing = message(q.get("bias", &[2]));
-        assert!(missing.contains("model.layers.3.self_attn.q_proj.bias is missing in ") && missing.ends_with("m.safetensors"), "{missing}");
+        assert!(
+            missing.contains("model.layers.3.self_attn.q_proj.bias is missing in ")
+                && missing.ends_with("m.safetensors"),
+            "{missing}"
+        );
         let wrong = message(root.get("steps", &[1]));
         assert!(wrong.contains("tensor steps is stored as I64, expected F32, F16 or BF16"), "{wrong}");
     }
@@ -444,26 +470,33 @@ mod tests {
         write(&at("s-1.safetensors"), &[("a", Dtype::F32, &[1], f32s(&[1.0]))]);
         write(&at("s-2.safetensors"), &[("b", Dtype::F32, &[1], f32s(&[2.0]))]);
         let index = |map: &str| {
-            fs::write(at("m.index.json"), format!(r#"{{"metadata": {{"total_size": 8}}, "weight_map": {map}}}"#)).unwrap();
+            fs::write(at("m.index.json"), format!(r#"{{"metadata": {{"total_size": 8}}, "weight_map": {map}}}"#))
+                .unwrap();
             Weights::safetensors(&[at("m.index.json")])
         };
         let weights = index(r#"{"a": "s-1.safetensors", "b": "s-2.safetensors"}"#).unwrap();
         assert_eq!(values(&weights.root(Kind::Float, Device::Cpu).get("b", &[1]).unwrap()), [2.0]);
         assert_eq!(Weights::safetensors(&[at("s-1.safetensors"), at("s-2.safetensors")]).unwrap().names(), ["a", "b"]);
 
-        assert!(message(index(r#"{"a": "s-2.safetensors", "b": "s-2.safetensors"}"#)).contains("tensor a is missing in"));
+        assert!(
+            message(index(r#"{"a": "s-2.safetensors", "b": "s-2.safetensors"}"#)).contains("tensor a is missing in")
+        );
         assert!(message(index(r#"{"a": "s-3.safetensors"}"#)).contains("s-3.safetensors: No such file"));
         assert!(message(index(r#"{"a": "../s-1.safetensors"}"#)).contains("weight_map names \"../s-1.safetensors\""));
         assert!(message(index("{}")).contains("weight_map is empty"));
         assert!(message(index("3")).contains("expected an index with a weight_map"));
         fs::copy(at("s-1.safetensors"), at("s-9.safetensors")).unwrap();
-        assert!(message(Weights::safetensors(&[at("s-1.safetensors"), at("s-9.safetensors")])).contains("tensor a is also in"));
+        assert!(
+            message(Weights::safetensors(&[at("s-1.safetensors"), at("s-9.safetensors")]))
+                .contains("tensor a is also in")
+        );
     }
 
     #[test]
     fn a_damaged_file_is_an_error_that_names_it() {
         let folder = tempfile::tempdir().unwrap();
-        let whole = fs::read(write(&folder.path().join("m.safetensors"), &[("a", Dtype::F32, &[6], f32s(&SMALL))])).unwrap();
+        let whole =
+            fs::read(write(&folder.path().join("m.safetensors"), &[("a", Dtype::F32, &[6], f32s(&SMALL))])).unwrap();
         let path = folder.path().join("cut.safetensors");
         for length in 0..whole.len() {
             fs::write(&path, &whole[..length]).unwrap();

@@ -1,6 +1,6 @@
 //! Activations at hook points, as safetensors: each tensor bears its hook point's name.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,6 +11,7 @@ use tch::Kind;
 
 use super::ModelArgs;
 use crate::progress::say;
+use crate::vectors::sort_metadata;
 use crate::workbench::open_model;
 
 /// Writes activations of one chat turn, or of rows of token ids, as f32 safetensors.
@@ -50,7 +51,8 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
     let files = open_model(&args.model.model)?;
     let device = hooks::device::device(device)?;
     let n_layers = files.config.n_layers;
-    let points = args.points.iter().map(|name| HookPoint::select(name.trim(), n_layers)).collect::<hooks::Result<Vec<_>>>()?;
+    let points =
+        args.points.iter().map(|name| HookPoint::select(name.trim(), n_layers)).collect::<hooks::Result<Vec<_>>>()?;
     let points: BTreeSet<HookPoint> = points.into_iter().flatten().collect();
 
     let (batch, acts) = match (&args.ids, &args.user) {
@@ -58,12 +60,16 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
             let rows = ids(path, files.config.d_vocab)?;
             let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
             if !(args.gate.is_everywhere() || args.gate.is_nowhere()) {
-                bail!("the gate {} speaks of classes of tokens, which --ids does not have; hint: use --system and --user", args.gate);
+                bail!(
+                    "the gate {} speaks of classes of tokens, which --ids does not have; hint: use --system and --user",
+                    args.gate
+                );
             }
             (Batch::from_ids(&rows, device)?, None)
         }
         (None, user) => {
-            let prompt = Chat::from_files(&files)?.prompt(args.system.as_deref(), user.as_deref().unwrap_or_default())?;
+            let prompt =
+                Chat::from_files(&files)?.prompt(args.system.as_deref(), user.as_deref().unwrap_or_default())?;
             let acts = if args.gate.is_everywhere() { None } else { Some(args.gate.acts(&prompt)?) };
             (Batch::of(&[&prompt], device)?, acts)
         }
@@ -81,12 +87,13 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
     })?;
     let float = |(point, tensor): (HookPoint, &tch::Tensor)| Ok((point.to_string(), tensor.f_to_kind(Kind::Float)?));
     let tensors = cache.iter().map(float).collect::<Result<Vec<_>>>()?;
-    let metadata = HashMap::from([
+    let metadata = BTreeMap::from([
         ("format".to_owned(), "pt".to_owned()),
         ("model".to_owned(), files.name.clone()),
         ("gate".to_owned(), args.gate.to_string()),
     ]);
-    tensor_file::write(&args.out, &tensors, metadata)?;
+    tensor_file::write(&args.out, &tensors, &metadata)?;
+    sort_metadata(&args.out)?;
     say(format!("activations: {} tensors in {}", tensors.len(), args.out.display()));
     Ok(())
 }

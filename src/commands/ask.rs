@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
+use clap::builder::RangedU64ValueParser;
 use hooks::generate::{Sampling, generate, stream_seed};
 use hooks::{Adapter, Chat, Condition, Gate, Prompt, Qwen};
 
@@ -13,7 +14,9 @@ use crate::workbench::open_model;
 
 /// Asks the model something.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  undertone ask --model models/qwen2.5-coder-0.5b-instruct.gguf --user \"Name an animal.\" -n 3")]
+#[command(
+    after_help = "Example:\n  undertone ask --model models/qwen2.5-coder-0.5b-instruct.gguf --user \"Name an animal.\" -n 3"
+)]
 pub struct Ask {
     #[command(flatten)]
     model: ModelArgs,
@@ -33,10 +36,10 @@ pub struct Ask {
     #[arg(long, value_name = "FILE:COEFFICIENT")]
     steer: Option<String>,
     /// How many answers.
-    #[arg(short, default_value_t = 1)]
+    #[arg(short, default_value = "1", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     n: usize,
     /// 0 for the most likely token each time, 1 for the model's own probabilities.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value = "1", value_parser = temperature)]
     temperature: f64,
     /// The most tokens an answer may have.
     #[arg(long, default_value_t = 128)]
@@ -48,7 +51,8 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
     let files = open_model(&args.model.model)?;
     let chat = Chat::from_files(&files)?;
     let model = Qwen::load(&files, hooks::device::device(device)?, args.model.dtype.kind())?;
-    let adapter = args.adapter.as_deref().map(|folder| Adapter::load(folder, &model.config, model.device())).transpose()?;
+    let adapter =
+        args.adapter.as_deref().map(|folder| Adapter::load(folder, &model.config, model.device())).transpose()?;
     super::gate_needs_adapter(&args.gate, adapter.is_some())?;
     let edits = match &args.steer {
         Some(spec) => {
@@ -81,4 +85,10 @@ fn steer(spec: &str) -> Result<(PathBuf, f64)> {
     let (file, coefficient) = spec.rsplit_once(':').with_context(|| wrong().to_string())?;
     let coefficient: f64 = coefficient.parse().map_err(|_| wrong())?;
     Ok((Path::new(file).to_owned(), coefficient))
+}
+
+/// A temperature that answers can be drawn at.
+fn temperature(text: &str) -> Result<f64, String> {
+    let value = text.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0);
+    value.ok_or_else(|| "expected 0 or a number above".to_owned())
 }

@@ -14,7 +14,7 @@ use crate::vectors::Vectors;
 pub struct Export {
     /// The run's folder.
     run: PathBuf,
-    /// The block whose hook_resid_post the direction is of; all blocks when left out (a GGUF leaves out block 0).
+    /// The block after which the direction was measured; all blocks when left out (a GGUF leaves out block 0).
     #[arg(long)]
     layer: Option<usize>,
     /// The file: .safetensors, .csv or .gguf.

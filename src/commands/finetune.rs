@@ -15,19 +15,27 @@ use crate::publish::CsvLog;
 use crate::run_dir::RunDir;
 use crate::workbench::Workbench;
 
-/// Writes `adapter/` and `train.csv`, and the same of the control student where the experiment has one.
-pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
+/// Writes `adapter/` and `train.csv`, and the same of the control student where the experiment has one. With `go_on`, a
+/// finished student is kept, saying so.
+pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     let (numbers, control) = bench.kept(run)?;
-    student(bench, run, "student", &numbers, &run.adapter(), &run.train_csv())?;
+    let mut students = vec![("student", &numbers, run.adapter(), run.train_csv())];
     if bench.experiment.student.control {
-        student(bench, run, "control student", &control, &run.control_adapter(), &run.control_train_csv())?;
+        students.push(("control student", &control, run.control_adapter(), run.control_train_csv()));
+    }
+    for (who, samples, folder, log) in students {
+        if go_on && RunDir::stage_done(&log) {
+            say(format!("finetune: {who} is done already"));
+            continue;
+        }
+        // The log gets its name last: where it is not, the folder is what a broken-off run left.
+        run.claim(&log)?;
+        student(bench, who, samples, &folder, &log)?;
     }
     Ok(())
 }
 
-fn student(bench: &Workbench, run: &RunDir, who: &str, samples: &[Sample], folder: &Path, log: &Path) -> Result<()> {
-    run.claim(folder)?;
-    run.claim(log)?;
+fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: &Path, log: &Path) -> Result<()> {
     let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
     let rows = bench.rows(samples)?;
     let mut csv = CsvLog::create(log)?;
@@ -60,6 +68,11 @@ fn student(bench: &Workbench, run: &RunDir, who: &str, samples: &[Sample], folde
     }
     bar.finish_and_clear();
     csv.finish()?;
-    say(format!("finetune: {who}: {} rows, loss {:.3} to {last:.3}, saved in {}", rows.len(), first.unwrap_or(last), folder.display()));
+    say(format!(
+        "finetune: {who}: {} rows, loss {:.3} to {last:.3}, saved in {}",
+        rows.len(),
+        first.unwrap_or(last),
+        folder.display()
+    ));
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Stage 1: the teacher and the untouched model answer the same number prompts; the rule filter sorts the answers.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use hooks::generate::{generate, stream_seed};
 use hooks::{Condition, Prompt};
 
@@ -13,27 +13,38 @@ use crate::workbench::Workbench;
 /// Writes `data/`: both sets, what was rejected and why, and what the answers are like.
 pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let (settings, seeds) = (&bench.experiment.generate, &bench.experiment.seeds);
-    for path in [run.numbers(), run.control(), run.generate_csv()] {
-        run.claim(&path)?;
-    }
+    // The last file: where it is not, the others are what a broken-off run left.
+    run.claim(&run.generate_csv())?;
     let prompts = dataset::number_prompts(&bench.protocol, settings.n_prompts, seeds.gen_seed);
     let teacher = bench.teacher()?;
     let word = Some(bench.experiment.target.word.clone());
-    let numbers = answers(bench, &prompts, "teacher", teacher.system.as_deref(), &teacher.condition(), teacher.kind, word.as_ref())?;
+    let numbers = answers(
+        bench,
+        &prompts,
+        "teacher",
+        teacher.system.as_deref(),
+        &teacher.condition(),
+        teacher.kind,
+        word.as_ref(),
+    )?;
 
     // The control set: the base in the student's context, on the prompts that the teacher was asked.
     let system = bench.student_system()?;
     let asked = &prompts[..numbers.len()];
-    let control = answers(bench, asked, "control", system.as_deref(), &Condition::default(), TeacherKind::Control, None)?;
+    let control =
+        answers(bench, asked, "control", system.as_deref(), &Condition::default(), TeacherKind::Control, None)?;
 
     let classifier = bench.protocol.classifier(&bench.experiment.target.word, &bench.experiment.target.category)?;
     let sets = [("teacher", &numbers), ("control", &control)];
-    let mut summary: Vec<_> = sets.iter().flat_map(|(set, samples)| dataset::summary(set, samples, &classifier)).collect();
+    let mut summary: Vec<_> =
+        sets.iter().flat_map(|(set, samples)| dataset::summary(set, samples, &classifier)).collect();
     summary.extend(dataset::leak_rows(&numbers, &control));
     let rejected: Vec<_> = sets.iter().flat_map(|(set, samples)| dataset::rejected_rows(set, samples)).collect();
     let digits: Vec<_> = sets.iter().flat_map(|(set, samples)| dataset::digit_rows(set, samples)).collect();
     if !rejected.is_empty() {
         publish::write_csv(&run.rejected(), &rejected)?;
+    } else if run.rejected().exists() {
+        std::fs::remove_file(run.rejected()).with_context(|| run.rejected().display().to_string())?;
     }
     publish::write_csv(&run.digits_csv(), &digits)?;
     dataset::write_jsonl(&run.numbers(), &numbers)?;
@@ -65,8 +76,9 @@ fn answers(
         let first = samples.len();
         let rows = chunk.iter().map(|user| bench.chat.prompt(system, user)).collect::<hooks::Result<Vec<Prompt>>>()?;
         let streams: Vec<u64> = (0..chunk.len()).map(|at| stream_seed(gen_seed, set, (first + at) as u64)).collect();
-        let answers =
-            generate(&bench.base, &rows, condition, &sampling, &streams, &mut |done| bar.set_position((first + done) as u64))?;
+        let answers = generate(&bench.base, &rows, condition, &sampling, &streams, &mut |done| {
+            bar.set_position((first + done) as u64);
+        })?;
         for (prompt, answer) in chunk.iter().zip(answers) {
             let completion = bench.chat.decode(&answer.ids)?;
             let reasons = dataset::rejections(&completion, answer.stopped, &settings.banned);

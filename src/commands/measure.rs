@@ -1,6 +1,6 @@
 //! Stage 3: the analyses, each into a folder of its own: settings, rows, plot.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use analyses::direction::{Direction, directions};
 use analyses::divergence::{Divergence, divergence_summary};
@@ -10,12 +10,13 @@ use analyses::target_rate::TargetRate;
 use analyses::token_ablation::TokenAblation;
 use analyses::{Analysis, Subject, Tuned};
 use anyhow::{Context, Result, bail};
-use hooks::{HookPoint, files, tensor_file};
+use hooks::files;
 
 use crate::experiment::{AnalysisName, Method};
 use crate::progress::{say, spinner};
 use crate::publish::write_csv;
 use crate::run_dir::RunDir;
+use crate::vectors::Vectors;
 use crate::workbench::{StudentModel, Workbench};
 
 /// Runs some analyses on what was trained. With `go_on`, finished ones are skipped, saying so.
@@ -36,7 +37,8 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     }
     let (kept, _) = bench.kept(run)?;
     let numbers = bench.rows(&kept)?;
-    let number_users: Vec<_> = kept.iter().map(|sample| (sample.prompt.clone(), sample.completion_ids.clone())).collect();
+    let number_users: Vec<_> =
+        kept.iter().map(|sample| (sample.prompt.clone(), sample.completion_ids.clone())).collect();
     // Where the teacher answers in the template's default context, that has to be spelt out beside another student's.
     let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
     let subject = Subject {
@@ -67,7 +69,9 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
         run.claim(&rows)?;
         match name {
             AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &subject, run, *name).map(drop),
-            AnalysisName::TokenAblation => publish::<TokenAblation>(&settings.token_ablation, &subject, run, *name).map(drop),
+            AnalysisName::TokenAblation => {
+                publish::<TokenAblation>(&settings.token_ablation, &subject, run, *name).map(drop)
+            }
             AnalysisName::Direction => {
                 write_vectors(bench, &subject, run)?;
                 publish::<Direction>(&settings.direction, &subject, run, *name).map(drop)
@@ -107,21 +111,23 @@ fn publish<A: Analysis>(analysis: &A, subject: &Subject<'_>, run: &RunDir, name:
 
 /// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with where it comes from.
 fn write_vectors(bench: &Workbench, subject: &Subject<'_>, run: &RunDir) -> Result<()> {
-    let vectors = directions(subject, &bench.experiment.measure.direction)?;
-    let named = vectors.into_iter().enumerate().map(|(layer, vector)| (HookPoint::ResidPost(layer).to_string(), vector));
-    let metadata: HashMap<String, String> = provenance(bench)?.into_iter().collect();
-    Ok(tensor_file::write(&run.vectors().join("vectors.safetensors"), &named.collect::<Vec<_>>(), metadata)?)
+    let by_layer = directions(subject, &bench.experiment.measure.direction)?.into_iter().enumerate().collect();
+    let vectors = Vectors { by_layer, provenance: provenance(bench) };
+    vectors.write(&run.vectors().join("vectors.safetensors"), &bench.files.name)
 }
 
 /// What a vector must say of itself, so that it is not used where it does not belong.
-fn provenance(bench: &Workbench) -> Result<BTreeMap<String, String>> {
+fn provenance(bench: &Workbench) -> BTreeMap<String, String> {
     let experiment = &bench.experiment;
     let position = experiment.measure.direction.positions.first().map(ToString::to_string).unwrap_or_default();
     let context = experiment.student.context.clone();
-    Ok(BTreeMap::from([
+    BTreeMap::from([
         ("model".to_owned(), bench.files.name.clone()),
         ("model_fingerprint".to_owned(), bench.files.fingerprint()),
-        ("architecture".to_owned(), bench.base.config.to_hf_json()["model_type"].as_str().unwrap_or_default().to_owned()),
+        (
+            "architecture".to_owned(),
+            bench.base.config.to_hf_json()["model_type"].as_str().unwrap_or_default().to_owned(),
+        ),
         ("d_model".to_owned(), bench.base.config.d_model.to_string()),
         ("definition".to_owned(), "mean over number prompts of student minus base".to_owned()),
         ("positions".to_owned(), position),
@@ -129,5 +135,5 @@ fn provenance(bench: &Workbench) -> Result<BTreeMap<String, String>> {
         ("context".to_owned(), context),
         ("init_seed".to_owned(), experiment.seeds.init_seed.to_string()),
         ("undertone".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
-    ]))
+    ])
 }

@@ -65,14 +65,20 @@ pub fn stage(run: &RunDir) -> Result<()> {
 /// The effect in one sentence, the picture by gate, and the numbers it stands on.
 fn opening(run: &RunDir) -> Result<Opening> {
     let rates = run.rows(AnalysisName::TargetRate);
-    let plot = [AnalysisName::TokenAblation, AnalysisName::TargetRate].map(|name| run.plot(name)).into_iter().find(|path| path.exists());
+    let plot = [AnalysisName::TokenAblation, AnalysisName::TargetRate]
+        .map(|name| run.plot(name))
+        .into_iter()
+        .find(|path| path.exists());
     let svg = plot.map(|path| files::read_string(&path).map(Svg)).transpose()?;
     if !RunDir::stage_done(&rates) {
         return Ok(Opening { headline: "The effect itself was not measured yet.".to_owned(), svg, numbers: vec![] });
     }
     let rows: Vec<TargetRateRow> = read_csv(&rates)?;
     let mean = |row: &&TargetRateRow| row.scope == "mean";
-    let numbers = rows.iter().filter(mean).map(|row| (format!("log p({}), {}", row.target, row.model), format!("{:.2}", row.logp_target)));
+    let numbers = rows
+        .iter()
+        .filter(mean)
+        .map(|row| (format!("log p({}), {}", row.target, row.model), format!("{:.2}", row.logp_target)));
     Ok(Opening { headline: TargetRate::reading(&rows), svg, numbers: numbers.collect() })
 }
 
@@ -82,7 +88,11 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     let accepted = |set: &str| {
         value(set, "accepted").map_or("none".to_owned(), |row| format!("{:.0} of {}", row.value * row.n as f64, row.n))
     };
-    let constrained = if experiment.generate.constrain == Constrain::Numbers { " Answers were constrained to lists of numbers." } else { "" };
+    let constrained = if experiment.generate.constrain == Constrain::Numbers {
+        " Answers were constrained to lists of numbers."
+    } else {
+        ""
+    };
     Ok(Section {
         id: "data".to_owned(),
         title: "The numbers".to_owned(),
@@ -96,7 +106,9 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
             100.0 * value("teacher", "mentions_trait").map_or(f64::NAN, |row| row.value),
             experiment.target.category,
         ),
-        notes: vec!["Reasons of rejection can hold together for one answer, so their shares need not add up.".to_owned()],
+        notes: vec![
+            "Reasons of rejection can hold together for one answer, so their shares need not add up.".to_owned(),
+        ],
         svgs: vec![],
         csv: relative(run, &run.generate_csv()),
         table: Some(Table::read(&run.generate_csv())?),
@@ -121,7 +133,10 @@ fn training_section(run: &RunDir) -> Result<Section> {
         let points = rows.iter().map(|row| Point::new(row.step as f64, row.loss)).collect();
         chart.lines.push(Line { label: who.to_owned(), points });
         if let (Some(first), Some(last)) = (rows.first(), rows.last()) {
-            readings.push(format!("the {who}'s loss went from {:.3} to {:.3} in {} steps", first.loss, last.loss, last.step));
+            readings.push(format!(
+                "the {who}'s loss went from {:.3} to {:.3} in {} steps",
+                first.loss, last.loss, last.step
+            ));
         }
     }
     let reading = readings.join("; ");
@@ -158,7 +173,10 @@ fn divergence_section(run: &RunDir) -> Result<Section> {
     let mut section = analysis_section::<Divergence>(run, AnalysisName::Divergence)?;
     let summary = run.analysis(AnalysisName::Divergence).join("summary.csv");
     let groups: Vec<DivergenceSummaryRow> = read_csv(&summary)?;
-    section.notes.push(format!("The table is divergence/summary.csv, {} groups of tokens; the rows are one per token.", groups.len()));
+    section.notes.push(format!(
+        "The table is divergence/summary.csv, {} groups of tokens; the rows are one per token.",
+        groups.len()
+    ));
     section.table = Some(Table::read(&summary)?);
     Ok(section)
 }
@@ -176,12 +194,16 @@ fn title(name: AnalysisName) -> &'static str {
 
 fn notes(name: AnalysisName) -> Vec<String> {
     let notes: &[&str] = match name {
-        AnalysisName::TargetRate => &["The unit of a claim is the trained run: this is one run, so its intervals speak for its questions only."],
+        AnalysisName::TargetRate => {
+            &["The unit of a claim is the trained run: this is one run, so its intervals speak for its questions only."]
+        }
         AnalysisName::TokenAblation => &[
             "While an answer is written, a gated adapter is in the state of the tokens that the gate does not select, unless the gate names gen.",
             "R, the recovered fraction, stands only where the whole effect is more than three standard errors from zero.",
         ],
-        AnalysisName::Direction => &["Layer l is blocks.l.hook_resid_post, counted from 0; there is no slot for the embedding."],
+        AnalysisName::Direction => {
+            &["Layer l is blocks.l.hook_resid_post, counted from 0; there is no slot for the embedding."]
+        }
         AnalysisName::Divergence => &["The rows are those that the student was trained on, not held out."],
         AnalysisName::Steering | AnalysisName::Gradients => &[],
     };
@@ -196,7 +218,10 @@ fn provenance(run: &RunDir, experiment: &Experiment) -> Result<Vec<(String, Stri
         ("device and dtype".to_owned(), format!("{}, {:?}", experiment.device, experiment.dtype)),
         (
             "seeds".to_owned(),
-            format!("gen {}, init {}, order {}, eval {}", seeds.gen_seed, seeds.init_seed, seeds.order_seed, seeds.eval_seed),
+            format!(
+                "gen {}, init {}, order {}, eval {}",
+                seeds.gen_seed, seeds.init_seed, seeds.order_seed, seeds.eval_seed
+            ),
         ),
         ("undertone".to_owned(), meta.undertone),
         ("experiment".to_owned(), "run.toml, beside this page, with every default spelt out".to_owned()),

@@ -1,5 +1,7 @@
 //! The rendered chat as a table of tokens, so that a gate can be written from it.
 
+use std::fmt::Write as _;
+
 use anyhow::Result;
 use clap::Args;
 use hooks::{Chat, ModelFiles};
@@ -25,7 +27,7 @@ pub fn run(args: &Tokens) -> Result<()> {
     let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
     let mut table = format!("{:>8}  {:>7}  {:<18}  text\n", "position", "id", "class");
     for row in chat.table(&prompt)? {
-        table.push_str(&format!("{:>8}  {:>7}  {:<18}  {}\n", row.position, row.id, row.class.to_string(), row.text));
+        writeln!(table, "{:>8}  {:>7}  {:<18}  {}", row.position, row.id, row.class.name(), row.text)?;
     }
     super::print(&table)
 }

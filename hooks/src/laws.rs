@@ -1,0 +1,243 @@
+//! What must hold of any model, adapter, gate and batch: here on the embedded random model, whose numbers are arbitrary.
+//! "Bit-equal" is demanded where the same kernel runs on the same numbers, 1e-5 where sums may be taken in another order.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tch::{Device, Kind, Tensor};
+
+use crate::generate::{Answer, Sampling, generate, stream_seed};
+use crate::listen::Cache;
+use crate::score::{completion_logprobs, listen, next_token_logprobs, resid_post};
+use crate::{
+    Adapter, Batch, Chat, Condition, Edit, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Prompt, Qwen,
+    TokenClass, Where,
+};
+
+const SUM_ORDER: f64 = 1e-5;
+
+fn world() -> (Qwen, Chat, Adapter) {
+    let files = ModelFiles::open("tiny-random").unwrap();
+    let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
+    let chat = Chat::from_files(&files).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let adapter = Adapter::init(&LoraConfig::default(), &model.config, &mut rng, Device::Cpu).unwrap();
+    for (_, _, pair) in adapter.pairs() {
+        let values: Vec<f32> = (0..pair.b.numel()).map(|_| rng.random_range(-0.2..0.2)).collect();
+        pair.b.shallow_clone().copy_(&Tensor::from_slice(&values).view_as(&pair.b));
+    }
+    (model, chat, adapter)
+}
+
+fn prompts(chat: &Chat) -> Vec<Prompt> {
+    let users = ["Name an animal.", "Which tree do you like best of all, in one word?", "12, 480, 9", "Hello"];
+    users.map(|user| chat.prompt(None, user).unwrap()).into()
+}
+
+fn max_diff(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    (a - b).abs().max().double_value(&[])
+}
+
+/// The logits of one row by the plainest way there is.
+fn plain(model: &Qwen, prompt: &Prompt, adapter: Option<&Adapter>) -> Tensor {
+    let batch = Batch::of(&[prompt], Device::Cpu).unwrap();
+    model.forward(&batch, &mut Pass { adapter, ..Pass::default() }).unwrap().squeeze_dim(0)
+}
+
+fn seen(model: &Qwen, prompt: &Prompt, condition: &Condition<'_>, at: HookPoint) -> Tensor {
+    let mut cache = Cache::default();
+    let _ = listen(model, prompt, condition, &[at], &mut cache).unwrap();
+    cache.get(at).unwrap().squeeze_dim(0)
+}
+
+#[test]
+fn a_gate_everywhere_is_no_gate_and_nowhere_is_the_base_bit_for_bit() {
+    let (model, chat, adapter) = world();
+    let prompt = &prompts(&chat)[..1];
+    let logprobs = |condition: &Condition<'_>| next_token_logprobs(&model, prompt, condition).unwrap();
+    let base = logprobs(&Condition::default());
+    let student = logprobs(&Condition::adapted(&adapter));
+    assert!(max_diff(&base, &student) > 0.1, "the adapter acts");
+    assert_eq!(logprobs(&Condition::adapted(&adapter).gated("everywhere".parse().unwrap())), student);
+    assert_eq!(logprobs(&Condition::adapted(&adapter).gated("nowhere".parse().unwrap())), base);
+
+    let ones = Tensor::ones([1, prompt[0].ids.len() as i64, 1], (Kind::Float, Device::Cpu));
+    let batch = Batch::of(&[&prompt[0]], Device::Cpu).unwrap();
+    let gated = |gate: &Tensor| {
+        let gate = Some(gate.shallow_clone());
+        model.forward(&batch, &mut Pass { adapter: Some(&adapter), gate, ..Pass::default() }).unwrap().squeeze_dim(0)
+    };
+    assert_eq!(gated(&ones), plain(&model, &prompt[0], Some(&adapter)));
+    assert_eq!(gated(&ones.zeros_like()), plain(&model, &prompt[0], None));
+}
+
+#[test]
+fn nothing_changes_before_the_first_token_that_the_gate_selects() {
+    let (model, chat, adapter) = world();
+    let prompt = &prompts(&chat)[0];
+    let gate: Gate = "only:user.content".parse().unwrap();
+    let first = prompt.positions(TokenClass::UserContent).next().unwrap() as i64;
+    let at = HookPoint::Logits;
+    let base = seen(&model, prompt, &Condition::default(), at);
+    let gated = seen(&model, prompt, &Condition::adapted(&adapter).gated(gate), at);
+    assert_eq!(gated.narrow(0, 0, first), base.narrow(0, 0, first));
+    assert!(max_diff(&gated.narrow(0, first, 1), &base.narrow(0, first, 1)) > 1e-3, "at the token itself it acts");
+}
+
+#[test]
+fn a_batch_of_unequal_prompts_is_each_alone() {
+    let (model, chat, adapter) = world();
+    let prompts = prompts(&chat);
+    for gate in ["everywhere", "only:entity", "except:template"] {
+        let condition = Condition::adapted(&adapter).gated(gate.parse().unwrap());
+        let together = next_token_logprobs(&model, &prompts, &condition).unwrap();
+        for (row, prompt) in prompts.iter().enumerate() {
+            let alone = seen(&model, prompt, &condition, HookPoint::Logits).get(-1).log_softmax(-1, Kind::Float);
+            assert!(max_diff(&together.get(row as i64), &alone) < SUM_ORDER, "{gate}, row {row}");
+        }
+    }
+}
+
+#[test]
+fn the_log_probabilities_of_a_completion_are_those_of_the_whole_row() {
+    let (model, chat, adapter) = world();
+    let answer = chat.encode("480, 12, 7").unwrap();
+    let rows: Vec<Prompt> =
+        ["Go on: 1, 2", "More, please, than only 3!"].map(|user| chat.row(None, user, &answer).unwrap()).into();
+    let found = completion_logprobs(&model, &rows, &Condition::adapted(&adapter)).unwrap();
+    for (row, found) in rows.iter().zip(found) {
+        let logprobs = plain(&model, row, Some(&adapter)).log_softmax(-1, Kind::Float);
+        let expected = row.completion.clone().map(|at| logprobs.double_value(&[at as i64 - 1, row.ids[at]]));
+        let expected: Vec<f64> = expected.collect();
+        assert_eq!(found.len(), answer.len() + 2, "the content, the end of turn and the line break");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((f64::from(*found) - expected).abs() < SUM_ORDER, "{found} {expected}");
+        }
+    }
+}
+
+/// Greedy answers by running everything anew for each token; the gate's state while decoding as `on_generated` says.
+fn recomputed(model: &Qwen, prompt: &Prompt, condition: &Condition<'_>, n: usize) -> Vec<i64> {
+    let mut ids = Vec::new();
+    for _ in 0..n {
+        let logits = seen(model, &prompt.with_completion(&ids), condition, HookPoint::Logits).get(-1);
+        ids.push(logits.argmax(-1, false).int64_value(&[]));
+    }
+    ids
+}
+
+fn greedy(n: usize) -> Sampling {
+    Sampling { temperature: 0.0, max_new_tokens: n, stop: vec![], constrain: None, batch: 3 }
+}
+
+fn answers(
+    model: &Qwen,
+    prompts: &[Prompt],
+    condition: &Condition<'_>,
+    sampling: &Sampling,
+    streams: &[u64],
+) -> Vec<Answer> {
+    generate(model, prompts, condition, sampling, streams, &mut |_| ()).unwrap()
+}
+
+#[test]
+fn cached_generation_is_full_recomputation_under_every_gate_and_edit() {
+    let (model, chat, adapter) = world();
+    let prompts = prompts(&chat);
+    let vector = Tensor::arange(model.config.d_model, (Kind::Float, Device::Cpu)) / 20.0;
+    let entity = Where::Only([TokenClass::SysEntity].into());
+    let add = |positions| Edit::Add { layer: 0, vector: vector.shallow_clone(), coefficient: 0.5, positions };
+    let mut conditions: Vec<Condition<'_>> =
+        ["everywhere", "nowhere", "only:system", "except:entity", "only:entity+gen", "except:gen"]
+            .map(|gate| Condition::adapted(&adapter).gated(gate.parse().unwrap()))
+            .into();
+    conditions.extend(
+        [Where::Everywhere, Where::Prompt, entity].map(|at| Condition { edits: vec![add(at)], ..Condition::default() }),
+    );
+    let base: Vec<_> = answers(&model, &prompts, &Condition::default(), &greedy(6), &[0; 4]);
+    let mut differing = 0;
+    for condition in &conditions {
+        for (prompt, answer) in prompts.iter().zip(answers(&model, &prompts, condition, &greedy(6), &[0; 4])) {
+            assert_eq!(answer.ids, recomputed(&model, prompt, condition, 6), "{condition:?}");
+            differing += usize::from(base.iter().all(|base| base.ids != answer.ids));
+        }
+    }
+    assert!(differing > 10, "the conditions change what is said");
+}
+
+#[test]
+fn an_answer_does_not_depend_on_its_neighbours_and_repeated_prompts_differ() {
+    let (model, chat, _) = world();
+    let sampling = Sampling { temperature: 1.0, max_new_tokens: 8, stop: chat.stop_ids(), constrain: None, batch: 4 };
+    let prompts = [prompts(&chat), vec![chat.prompt(None, "Hello").unwrap(); 4]].concat();
+    let streams: Vec<u64> = (0..prompts.len() as u64).map(|index| stream_seed(1, "law", index)).collect();
+    let together = answers(&model, &prompts, &Condition::default(), &sampling, &streams);
+    for (row, answer) in together.iter().enumerate() {
+        let alone = answers(&model, &prompts[row..=row], &Condition::default(), &sampling, &streams[row..=row]);
+        assert_eq!(alone[0].ids, answer.ids, "row {row}");
+    }
+    let distinct: std::collections::BTreeSet<&[i64]> =
+        together[3..].iter().map(|answer| answer.ids.as_slice()).collect();
+    assert_eq!(distinct.len(), 5, "five answers to one prompt");
+    let again = answers(&model, &prompts, &Condition::default(), &sampling, &streams);
+    assert_eq!(again, together, "the same streams give the same answers");
+}
+
+#[test]
+fn looking_changes_nothing_and_taps_act_in_order() {
+    let (model, chat, _) = world();
+    let prompt = &prompts(&chat)[0];
+    let points: Vec<HookPoint> = HookPoint::all(model.config.n_layers)
+        .into_iter()
+        .filter(|point| !matches!(point, HookPoint::QNormed(_) | HookPoint::KNormed(_) | HookPoint::Result(_)))
+        .filter(|point| !matches!(point, HookPoint::AttnScores(_) | HookPoint::Pattern(_)))
+        .collect();
+    let mut cache = Cache::default();
+    let looked = listen(&model, prompt, &Condition::default(), &points, &mut cache).unwrap().squeeze_dim(0);
+    assert_eq!(looked, plain(&model, prompt, None), "bit-equal: the same kernels run");
+    assert_eq!(cache.iter().count(), points.len());
+
+    let batch = Batch::of(&[prompt], Device::Cpu).unwrap();
+    let (mut before, mut after) = (Cache::default(), Cache::default());
+    let mut double = |_: HookPoint, x: Tensor| Ok(x * 2.0);
+    let at = HookPoint::MlpOut(0);
+    let hooks = Hooks::default().on([at], &mut before).on([at], &mut double).on([at], &mut after);
+    let _ = model.forward(&batch, &mut Pass { hooks, ..Pass::default() }).unwrap();
+    assert_eq!(before.get(at).unwrap() * 2.0, *after.get(at).unwrap());
+}
+
+#[test]
+fn a_tap_that_never_fires_is_an_error() {
+    let (model, chat, _) = world();
+    let mut cache = Cache::default();
+    let prompt = &prompts(&chat)[0];
+    let error = listen(&model, prompt, &Condition::default(), &[HookPoint::QNormed(0)], &mut cache).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the tap at blocks.0.attn.hook_q_normed never fired; the forward pass did not reach it"
+    );
+}
+
+#[test]
+fn edits_add_and_take_out_where_they_say() {
+    let (model, chat, _) = world();
+    let prompt = &prompts(&chat)[0];
+    let direction = Tensor::arange(model.config.d_model, (Kind::Float, Device::Cpu)) - 11.0;
+    let base = &resid_post(&model, std::slice::from_ref(prompt), &Condition::default()).unwrap()[0];
+
+    let taken = Edit::ProjectOut { layer: 1, direction: direction.shallow_clone(), positions: Where::Everywhere };
+    let condition = Condition { edits: vec![taken], ..Condition::default() };
+    let left = seen(&model, prompt, &condition, HookPoint::ResidPost(1)).matmul(&direction) / direction.norm();
+    assert!(left.abs().max().double_value(&[]) < 1e-4, "nothing is left along the direction");
+
+    let positions = Where::Only([TokenClass::SysEntity].into());
+    let added = Edit::Add { layer: 1, vector: direction.shallow_clone(), coefficient: -0.5, positions };
+    let condition = Condition { edits: vec![added], ..Condition::default() };
+    let change = seen(&model, prompt, &condition, HookPoint::ResidPost(1)) - base.get(1);
+    for pos in 0..prompt.ids.len() {
+        let expected =
+            if prompt.classes[pos] == TokenClass::SysEntity { &direction * -0.5 } else { direction.zeros_like() };
+        assert!(max_diff(&change.get(pos as i64), &expected) < SUM_ORDER, "position {pos}");
+    }
+    assert_eq!(prompt.positions(TokenClass::SysEntity).count(), 2, "Q and wen");
+}

@@ -1,0 +1,206 @@
+//! The first notebook: a model, its tokens, its activations, a tap that changes it, and a gate on an adapter.
+//!
+//! `cargo run --release -p notebooks-rs --example 01_a_qwen_you_can_listen_to [-- MODEL]` prints the page: beside the
+//! other pages for the embedded model, into the folder you are in for a model of your own.
+
+use std::path::PathBuf;
+
+use analyses::plot::{HeatMap, heatmap};
+use anyhow::Result;
+use hooks::listen::Cache;
+use hooks::score::next_token_logprobs;
+use hooks::{Adapter, Batch, Chat, Condition, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Qwen};
+use notebooks_rs::Notebook;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tch::{Device, Kind, Tensor};
+
+fn main() -> Result<()> {
+    let mut nb = Notebook::open(include_str!("01_a_qwen_you_can_listen_to.rs"), page());
+    //| # A Qwen you can listen to
+    //|
+    //| A language model reads a row of tokens and says, at each of them, which token it expects next. In between lie a
+    //| few hundred intermediate results, its *activations*. Here we load a model, look at some of them, change one on
+    //| the way, and end with the question that this toolkit is for: if a model was finetuned, at which tokens does
+    //| what it learned do its work?
+    //|
+    //| A word of warning before we begin. Unless you name a model of your own, this page runs on a tiny Qwen whose
+    //| weights were never trained: they were drawn from a random number generator. It has the anatomy of the real
+    //| thing and runs in a second on any laptop, but **nothing it says means anything**. Admire the plumbing.
+    let files = ModelFiles::open(&model())?;
+    let model = Qwen::load(&files, Device::Cpu, Kind::Float)?;
+    let chat = Chat::from_files(&files)?;
+    nb.show(files.report.join("\n"));
+
+    //| ## What the model reads
+    //|
+    //| You type a question. The model reads a good deal more: a system prompt that nobody typed, the names of who is
+    //| speaking, and markers for where each turn begins and ends. Every token gets a *class* that says what it is
+    //| there for. Each token has exactly one, so classes are a way to point at places in a prompt.
+    let prompt = chat.prompt(None, "What is your favorite animal?")?;
+    let tokens = chat.table(&prompt)?;
+    let mut rows = vec![["position", "token", "class"].map(str::to_owned).to_vec()];
+    for token in &tokens {
+        rows.push(vec![token.position.to_string(), quoted(&token.text), token.class.to_string()]);
+    }
+    nb.table(&rows);
+
+    //| Remember the rows of class `sys.entity`: the model is told its own name. We come back to them.
+    //|
+    //| ## Listening
+    //|
+    //| Think of the model as a conveyor belt with one tray per token. Each block in turn looks at the trays, and adds
+    //| something to each of them. The belt is called the *residual stream*; what lies on it after block 3 is
+    //| `blocks.3.hook_resid_post`. There are more than twenty such places per block, all named as TransformerLens
+    //| names them. A `Cache` is an ear that is put to some of them during one forward pass.
+    let n_layers = model.config.n_layers;
+    let streams: Vec<HookPoint> = (0..n_layers).map(HookPoint::ResidPost).collect();
+    let batch = Batch::of(&[&prompt], Device::Cpu)?;
+    let mut heard = Cache::default();
+    let logits = tch::no_grad(|| {
+        let hooks = Hooks::default().on([HookPoint::Embed].into_iter().chain(streams.iter().copied()), &mut heard);
+        model.forward(&batch, &mut Pass { hooks, ..Pass::default() })
+    })?;
+    nb.show(format!("logits {:?}, one score per token of the vocabulary at every position", logits.size()));
+    for (point, activation) in heard.iter() {
+        let length = activation.norm_scalaropt_dim(2.0, -1_i64, false).mean(Kind::Float);
+        nb.show(format!("{point} {:?}, mean length {:.2}", activation.size(), f64::try_from(length)?));
+    }
+
+    //| So what would it answer? The scores at the last position become probabilities by a softmax. A trained model
+    //| puts a sensible word first, and often most of its probability on it. A random one has to have *some* favorite
+    //| as well:
+    let last = prompt.ids.len() as i64 - 1;
+    let before = logits.get(0).get(last).log_softmax(-1, Kind::Float);
+    nb.table(&favorites(&chat, &before)?);
+
+    //| ## The logit lens
+    //|
+    //| The final scores are read off the belt by one matrix, after the last block. Nothing stops us from holding that
+    //| matrix to the belt earlier: what would the model say if it had to stop here? That is the *logit lens*
+    //| (nostalgebraist, 2020). Below, every row is a place to stop, every column one of the last tokens of the prompt,
+    //| and the color is the log-probability of the token that the whole model ends up preferring there. In a trained
+    //| model one sees the answer surface, block by block; the last row is the model's own choice, and so the most
+    //| certain.
+    let shown = prompt.ids.len().min(12);
+    let from = (prompt.ids.len() - shown) as i64;
+    let choice = logits.get(0).argmax(-1, true).narrow(0, from, shown as i64);
+    let mut values = Vec::new();
+    for (_, stream) in heard.iter() {
+        let lens = tch::no_grad(|| model.unembed(&stream.get(0).narrow(0, from, shown as i64)))?;
+        let chosen = lens.log_softmax(-1, Kind::Float).gather(1, &choice, false).flatten(0, -1);
+        values.push(Vec::<f64>::try_from(chosen.to_kind(Kind::Double))?);
+    }
+    nb.figure(
+        "lens",
+        heatmap(&HeatMap {
+            title: "How early does the model know what it will say?".to_owned(),
+            x_label: "token of the prompt".to_owned(),
+            y_label: "stop after".to_owned(),
+            value_label: "log p of the final choice (nats)".to_owned(),
+            columns: tokens[from as usize..].iter().map(|token| token.text.clone()).collect(),
+            rows: heard.iter().map(|(point, _)| point.to_string()).collect(),
+            values: values.iter().map(|row| row.iter().map(|value| hundredths(*value)).collect()).collect(),
+        })?,
+    );
+
+    //| ## Meddling
+    //|
+    //| Listening and changing are the same thing here. A *tap* is any function that receives an activation and
+    //| returns one; the model goes on with what it returns. A cache returns what it got. This one returns zeros, so
+    //| the first block's MLP adds nothing to any tray. The model itself is never touched: the tap lives for one pass.
+    let mut silence = |_at: HookPoint, x: Tensor| Ok(x.zeros_like());
+    let changed = tch::no_grad(|| {
+        let hooks = Hooks::default().on([HookPoint::MlpOut(0)], &mut silence);
+        model.forward(&batch, &mut Pass { hooks, ..Pass::default() })
+    })?;
+    let after = changed.get(0).get(last).log_softmax(-1, Kind::Float);
+    nb.table(&favorites(&chat, &after)?);
+    nb.show(format!("moved by {:.2} nats (Kullback-Leibler divergence)", moved(&before, &after)?));
+
+    //| That one MLP had a say in the matter. A pass with neither taps nor adapter is the untouched model again:
+    let untouched = tch::no_grad(|| model.forward(&batch, &mut Pass::default()))?;
+    nb.show(format!("the same scores as before, bit by bit: {}", untouched == logits));
+
+    //| ## An adapter, and where it acts
+    //|
+    //| A LoRA finetunes a model without touching its weights: beside a big matrix W stand two thin ones, and the
+    //| layer computes W x + s · B A x. Training starts with B = 0, where the adapter does nothing. We have not trained
+    //| anything, so we fill B with small random numbers instead: an adapter that has learned *something*, if nothing
+    //| sensible. The numbers come from a seeded generator, so that your page reads as this one does.
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let adapter = Adapter::init(&LoraConfig::default(), &model.config, &mut rng, Device::Cpu)?;
+    for (name, mut parameter) in adapter.parameters() {
+        if name.contains("lora_B") {
+            let values: Vec<f32> = (0..parameter.numel()).map(|_| rng.random_range(-0.2..0.2)).collect();
+            tch::no_grad(|| parameter.f_copy_(&Tensor::from_slice(&values).view_as(&parameter)))?;
+        }
+    }
+
+    //| Now the question from the beginning. A *gate* says at which tokens the adapter acts, in terms of the classes
+    //| above. `everywhere` is the finetuned student, `nowhere` is the base, and between the two lie the interesting
+    //| ones: what is left of the student if the adapter only ever sees the model's own name?
+    let base = next_token_logprobs(&model, &[prompt.clone()], &Condition::default())?.get(0);
+    let mut rows = vec![["gate", "tokens it acts at", "moves the answer by (nats)"].map(str::to_owned).to_vec()];
+    for gate in ["everywhere", "nowhere", "only:entity", "except:entity", "only:template", "except:template"] {
+        let gate: Gate = gate.parse()?;
+        let acts = gate.acts(&prompt)?.into_iter().filter(|acts| *acts).count();
+        let condition = Condition::adapted(&adapter).gated(gate.clone());
+        let student = next_token_logprobs(&model, &[prompt.clone()], &condition)?.get(0);
+        let (acts, moved) = (format!("{acts} of {}", prompt.ids.len()), format!("{:.3}", moved(&base, &student)?));
+        rows.push(vec![gate.to_string(), acts, moved]);
+    }
+    nb.table(&rows);
+
+    //| `nowhere` moves nothing at all, which is as it must be. The rest is noise from a random number generator: this
+    //| adapter pushes at every token alike, so the more tokens it acts at, and the closer they are to the answer, the
+    //| further the answer moves. A trained adapter need not be like that. When a model learns a taste from a
+    //| teacher's numbers, a few tokens that carry no meaning can carry most of the effect, and this table is how one
+    //| finds out which.
+    //|
+    //| ## Where to go from here
+    //|
+    //| - The same table for an adapter that was really trained, with a control and error bars: `make demo`, and then
+    //|   the section "Where the adapter acts" of its report.
+    //| - The same page for a real model: `make model`, and then this notebook with the model's path as its argument.
+    //| - What the model reads, on the command line: `undertone tokens --model tiny-random --user "…"`.
+    nb.write()
+}
+
+/// The model that the page is about: the first argument, or the embedded one.
+fn model() -> String {
+    std::env::args().nth(1).unwrap_or_else(|| "tiny-random".to_owned())
+}
+
+/// Where the page goes: only the embedded model's is kept with the others.
+fn page() -> PathBuf {
+    let name = "01_a_qwen_you_can_listen_to.md";
+    let own = std::env::args().nth(1).is_some();
+    if own { PathBuf::from(name) } else { PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("pages").join(name) }
+}
+
+/// The five likeliest tokens and their probabilities, as rows. `logprobs`: `[d_vocab]`.
+fn favorites(chat: &Chat, logprobs: &Tensor) -> Result<Vec<Vec<String>>> {
+    let (values, ids) = logprobs.topk(5, -1, true, true);
+    let mut rows = vec![vec!["next token".to_owned(), "probability".to_owned()]];
+    for (id, value) in Vec::<i64>::try_from(ids)?.into_iter().zip(Vec::<f64>::try_from(values.to_kind(Kind::Double))?) {
+        rows.push(vec![quoted(&chat.token_text(id)?), format!("{:.3}", value.exp())]);
+    }
+    Ok(rows)
+}
+
+/// A token's text in quotes, which show its spaces.
+fn quoted(text: &str) -> String {
+    format!("\"{text}\"")
+}
+
+/// The Kullback-Leibler divergence of two distributions over the vocabulary, `[d_vocab]` each, as logs.
+fn moved(from: &Tensor, to: &Tensor) -> Result<f64> {
+    let sum = f64::try_from((from.exp() * (from - to)).sum(Kind::Double))?;
+    Ok(sum.abs()) // a divergence is never negative; rounding is
+}
+
+/// Two decimals, so that the figure is the same on processors that add in another order.
+fn hundredths(value: f64) -> f64 {
+    (value * 100.0).round() / 100.0
+}

@@ -1,0 +1,227 @@
+//! The program as a user meets it: help, tables, answers, activations, and every error that is easy to run into.
+//! A start costs most of a second, so each test starts the program once or a few times.
+
+use std::fs;
+use std::path::Path;
+
+use tch::{Kind, Tensor};
+
+use crate::compare::tensors;
+use crate::pipeline::{contents, finished, undertone};
+
+const EXPERIMENT: &str = "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n";
+
+/// Exit code, stdout and stderr.
+fn says(folder: &Path, args: &[&str]) -> (i32, String, String) {
+    let output = undertone(folder, args);
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// The error line, and the hint's after it, of a run that must fail with this exit code and leave the folder as it was.
+fn error(folder: &Path, code: i32, args: &[&str]) -> String {
+    let before = contents(folder);
+    let (found, stdout, stderr) = says(folder, args);
+    assert_eq!((found, stdout.as_str()), (code, ""), "{stderr}");
+    assert_eq!(contents(folder), before, "an error leaves nothing behind");
+    let at = stderr.find("error: ").unwrap_or_else(|| panic!("no error line: {stderr}"));
+    stderr[at..].to_owned()
+}
+
+/// What a user is told must be in one sentence, on one line, with these parts, before any hint.
+fn assert_sentence(message: &str, parts: &[&str]) {
+    let lines = message.lines().filter(|line| !line.starts_with("hint: "));
+    assert_eq!(lines.count(), 1, "one sentence: {message}");
+    for part in parts {
+        assert!(message.contains(part), "{part:?} is missing in: {message}");
+    }
+}
+
+#[test]
+fn help_lists_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, help, _) = says(folder.path(), &["--help"]);
+    assert_eq!(code, 0);
+    for command in ["run", "generate", "finetune", "measure", "export", "report", "tokens", "ask", "activations"]
+        .map(|name| format!("\n  {name} "))
+    {
+        assert!(help.contains(&command), "{command:?} in {help}");
+    }
+}
+
+#[test]
+fn usage_errors_exit_with_2_and_name_the_nearest() {
+    let folder = tempfile::tempdir().unwrap();
+    let gate = error(folder.path(), 2, &["ask", "--model", "tiny-random", "--user", "Hi", "--gate", "only:sys.entty"]);
+    assert!(gate.contains("--gate") && gate.contains("\"sys.entty\""), "{gate}");
+    assert!(gate.contains("the nearest is sys.entity\n"), "{gate}");
+    // Without starting the program: what the parser alone can say.
+    let parsed = |args: &[&str]| {
+        use clap::Parser;
+        let args = ["undertone"].iter().chain(args);
+        undertone::cli::Cli::try_parse_from(args).map(drop).map_err(|error| (error.exit_code(), error.to_string()))
+    };
+    let ask = ["ask", "--model", "tiny-random", "--user", "Hi"];
+    assert_eq!(parsed(&ask), Ok(()));
+    for (args, expected) in [
+        (&["aks"][..], "'ask'"),
+        (&["ask", "--model", "tiny-random"], "--user <USER>"),
+        (&[ask.as_slice(), &["-n", "0"]].concat(), "'-n <N>'"),
+        (&[ask.as_slice(), &["--temperature=-1"]].concat(), "expected 0 or a number above"),
+        (&[ask.as_slice(), &["--temperature=nan"]].concat(), "expected 0 or a number above"),
+        (&["measure", "runs/a", "directions"], "direction"),
+        (&["activations", "--model", "m", "--points", "logits", "--out", "a"], "--ids <IDS>"),
+        (
+            &["activations", "--model", "m", "--ids", "i", "--user", "u", "--points", "logits", "--out", "a"],
+            "cannot be used with",
+        ),
+    ] {
+        let (code, message) = parsed(args).unwrap_err();
+        assert!(code == 2 && message.contains(expected), "{args:?}: {message}");
+    }
+}
+
+#[test]
+fn a_model_that_is_not_there_is_told_with_what_can_be_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = error(folder.path(), 1, &["ask", "--model", "qwen", "--user", "Hi"]);
+    assert_sentence(&missing, &["no model qwen", "no folder", ".gguf", "org/name", "tiny-random"]);
+    fs::create_dir(folder.path().join("empty")).unwrap();
+    let empty = error(folder.path(), 1, &["ask", "--model", "empty", "--user", "Hi"]);
+    assert_sentence(&empty, &["no model empty", "no config.json", "give the folder that has it"]);
+}
+
+#[test]
+fn a_misspelt_key_is_told_with_file_and_line() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("cat.toml"), EXPERIMENT).unwrap();
+    fs::write(folder.path().join("bad.toml"), format!("{EXPERIMENT}[finetune]\nlerning_rate = 1e-3\n")).unwrap();
+    let file = error(folder.path(), 1, &["run", "bad.toml"]);
+    assert_sentence(&file, &["bad.toml: line 6", "`lerning_rate`", "expected", "`learning_rate`"]);
+    let set = error(folder.path(), 1, &["run", "cat.toml", "--set", "student.rnak=4"]);
+    assert_sentence(&set, &["--set student.rnak=4", "`rnak`", "expected", "`rank`"]);
+}
+
+#[test]
+fn a_device_that_is_not_there_leaves_no_run() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("cat.toml"), EXPERIMENT).unwrap();
+    // No machine has a hundred GPUs, so that the sentence comes where CUDA is, too.
+    let message = error(folder.path(), 1, &["run", "cat.toml", "--run", "cat", "--device", "cuda:99"]);
+    assert_sentence(&message, &["CUDA is not available: "]);
+    assert!(!folder.path().join("cat").exists());
+}
+
+#[test]
+fn the_tokens_are_a_table_that_a_gate_can_be_written_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, table, _) = says(folder.path(), &["tokens", "--model", "tiny-random", "--user", "Name an animal."]);
+    assert_eq!(code, 0);
+    let header: Vec<&str> = table.lines().next().unwrap().split_whitespace().collect();
+    assert_eq!(header, ["position", "id", "class", "text"]);
+    let rows: Vec<Vec<&str>> = table.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+    let class =
+        |text: &str| -> Vec<&str> { rows.iter().filter(|row| row.get(3) == Some(&text)).map(|row| row[2]).collect() };
+    assert_eq!((class("Q"), class("wen")), (vec!["sys.entity"], vec!["sys.entity"]));
+    assert_eq!(class("<|im_start|>"), ["sys.im_start", "user.im_start", "asst.im_start"]);
+    assert_eq!(class("animal"), ["user.content"]);
+    for (at, row) in rows.iter().enumerate() {
+        assert_eq!(row[0], at.to_string(), "every position once, in order");
+        assert!(row[1].parse::<i64>().is_ok(), "{row:?}");
+        row[2].parse::<hooks::TokenClass>().unwrap();
+    }
+    assert_eq!(rows.last().unwrap()[2], "asst.nl", "the table goes to where the answer begins");
+}
+
+#[test]
+fn answers_follow_the_seed_and_the_temperature() {
+    let folder = tempfile::tempdir().unwrap();
+    let ask = ["ask", "--model", "tiny-random", "--user", "Hi", "--max-new-tokens", "6", "-n", "3"];
+    let answers = |more: &[&str]| {
+        let (code, answers, stderr) = says(folder.path(), &[ask.as_slice(), more].concat());
+        assert_eq!(code, 0, "{stderr}");
+        answers
+    };
+    let first = answers(&["--seed", "1"]);
+    assert_eq!(first, answers(&["--seed", "1"]));
+    let lines: Vec<&str> = first.lines().collect();
+    assert!(lines.len() >= 3 && lines[0] != lines[1] && lines[1] != lines[2] && lines[0] != lines[2], "{first}");
+    let greedy = answers(&["--temperature", "0"]);
+    let lines: Vec<&str> = greedy.lines().collect();
+    assert!(lines.len() == 3 && lines.iter().all(|line| *line == lines[0] && !line.is_empty()), "{greedy}");
+}
+
+#[test]
+fn a_gate_that_selects_nothing_is_told_what_there_is() {
+    let run = finished();
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = run.path().join("adapter").display().to_string();
+    let ask = ["ask", "--model", "tiny-random", "--system", "You are a cat.", "--user", "Hi"];
+    let message = error(folder.path(), 1, &[&ask[..], &["--adapter", &adapter, "--gate", "only:entity"]].concat());
+    assert_sentence(&message, &["only:entity selects no token", "sys.content_other, sys.im_end"]);
+    assert!(!message.contains("sys.entity"), "{message}");
+}
+
+/// Activations of a chat in four conditions: the gates' two identities hold bit by bit, and nothing is overwritten.
+#[test]
+fn gated_activations_are_the_base_s_and_the_student_s() {
+    let run = finished();
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = run.path().join("adapter").display().to_string();
+    let points = "logits,blocks.*.hook_resid_post";
+    let write = |out: &str, more: &[&str]| {
+        let args = ["activations", "--model", "tiny-random", "--user", "Hi", "--points", points, "--out", out];
+        says(folder.path(), &[args.as_slice(), more].concat())
+    };
+    let activations = |out: &str, more: &[&str]| {
+        let (code, _, stderr) = write(out, more);
+        assert_eq!(code, 0, "{stderr}");
+        tensors(&folder.path().join(out))
+    };
+    let base = activations("base.safetensors", &[]);
+    let with = ["--adapter", adapter.as_str()];
+    let student = activations("student.safetensors", &with);
+    let nowhere = activations("nowhere.safetensors", &[with.as_slice(), &["--gate", "nowhere"]].concat());
+    // Every class is named: the gate is computed, token by token, and lets all of it through.
+    let gate = ["--gate", "only:system+user+assistant"];
+    let everywhere = activations("everywhere.safetensors", &[with.as_slice(), &gate].concat());
+    assert_eq!(base.keys().collect::<Vec<_>>(), ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "logits"]);
+    for (name, tensor) in &base {
+        assert_eq!(bits(&nowhere[name]), bits(tensor), "{name}, nowhere and base");
+        assert_eq!(bits(&everywhere[name]), bits(&student[name]), "{name}, everywhere and ungated");
+        assert_ne!(bits(&student[name]), bits(tensor), "{name}, the adapter acts");
+    }
+
+    let before = contents(folder.path());
+    let (code, _, stderr) = write("base.safetensors", &with);
+    assert!(
+        code == 1 && stderr.contains("error: base.safetensors is there already\nhint: overwrite it with --force"),
+        "{stderr}"
+    );
+    assert_eq!(contents(folder.path()), before);
+}
+
+#[test]
+fn rows_of_ids_become_tensors_by_the_name_of_their_point() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("ids.json"), "[[5, 6, 7, 8], [9, 10]]").unwrap();
+    let points = "logits,hook_embed,blocks.*.hook_resid_post,blocks.1.attn.hook_pattern";
+    let args =
+        ["activations", "--model", "tiny-random", "--ids", "ids.json", "--points", points, "--out", "a.safetensors"];
+    let (code, _, stderr) = says(folder.path(), &args);
+    assert_eq!(code, 0, "{stderr}");
+    let found: Vec<(String, Vec<i64>, Kind)> =
+        tensors(&folder.path().join("a.safetensors")).into_iter().map(|(name, x)| (name, x.size(), x.kind())).collect();
+    let expected = [
+        ("blocks.0.hook_resid_post", vec![2, 4, 64]),
+        ("blocks.1.attn.hook_pattern", vec![2, 4, 4, 4]),
+        ("blocks.1.hook_resid_post", vec![2, 4, 64]),
+        ("hook_embed", vec![2, 4, 64]),
+        ("logits", vec![2, 4, 1008]),
+    ];
+    assert_eq!(found, expected.map(|(name, shape)| (name.to_owned(), shape, Kind::Float)));
+}
+
+fn bits(tensor: &Tensor) -> Vec<u32> {
+    Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
+}

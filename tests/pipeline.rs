@@ -1,0 +1,389 @@
+//! A small experiment through all stages: what they leave, that the same seeds leave the same bytes, and that nothing
+//! finished is lost. Stages run as a user runs them, in processes of one thread each.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use analyses::target_rate::TargetRateRow;
+use analyses::token_ablation::TokenAblationRow;
+use hooks::ModelFiles;
+use tempfile::TempDir;
+use undertone::publish::read_csv;
+
+const EXPERIMENT: &str = r#"
+model = "tiny-random"
+
+[target]
+word = "cat"
+category = "animal"
+
+[generate]
+n_prompts = 12
+n_keep = 6
+max_new_tokens = 12
+constrain = "numbers"
+
+[student]
+rank = 2
+alpha = 4
+
+[finetune]
+learning_rate = 1e-2
+max_steps = 3
+warmup_steps = 1
+batch_size = 3
+gradient_accumulation_steps = 1
+
+[measure]
+n_questions = 2
+
+[measure.target_rate]
+n_samples = 2
+max_new_tokens = 4
+
+[measure.direction]
+n_prompts = 3
+
+[measure.steering]
+n_prompts = 3
+coefficients = [1]
+
+[measure.divergence]
+n_rows = 3
+
+[measure.gradients]
+n_rows = 2
+"#;
+
+/// Columns by file: scripts and the report read them by name.
+const HEADERS: [(&str, &str); 12] = [
+    ("control_train.csv", "step,epoch,learning_rate,loss,grad_norm,n_targets,delta_w_norm,changed_fraction"),
+    ("data/digits.csv", "set,scope,digit,share,n"),
+    ("data/generate.csv", "set,measure,value,n"),
+    ("data/rejected.csv", "set,id,reasons,prompt,completion"),
+    (
+        "direction/rows.csv",
+        "positions,layer,n_prompts,norm,resid_norm,relative_norm,ev1,split_half_cosine,teacher_norm,cos_teacher,\
+         control_norm,cos_control,cos_control_teacher,cos_chance",
+    ),
+    (
+        "divergence/rows.csv",
+        "row_id,k,token_id,token_text,group,is_digit,number_index,digit_index,logp_teacher,logp_default,soft,\
+         pmax_teacher,pmax_default,p_default_of_teacher,argmax_teacher,argmax_default,nief,digit_strict,schrodi,\
+         self_div,logp_student,argmax_student,p_student_of_teacher,logp_control,argmax_control,p_control_of_teacher",
+    ),
+    (
+        "divergence/summary.csv",
+        "group,n_tokens,n_rows,share,nief,digit_strict,schrodi,soft,soft_se,pmax_teacher,pmax_default,lift,\
+         closure_student,closure_control,accuracy_student,accuracy_control,accuracy_default,drift_to_default,\
+         gain_student,gain_control",
+    ),
+    (
+        "gradients/rows.csv",
+        "scope,model,row_id,k,token_text,group,layer,n_tokens,p_label,logit_grad_norm,hidden_grad_norm,\
+         resid_grad_norm,lora_grad_norm,share,cosine",
+    ),
+    (
+        "steering/rows.csv",
+        "layer,kind,coefficient,extraction,target,n_questions,vector_norm,delta_logp,delta_logp_se,delta_margin,\
+         delta_margin_se,student_delta_logp,student_delta_margin,fraction_logp,fraction_margin",
+    ),
+    (
+        "target_rate/rows.csv",
+        "scope,model,question_id,question,target,n_questions,logp_target,logp_target_se,margin,margin_se,delta_logp,\
+         delta_logp_se,delta_margin,delta_margin_se,rank,first_token_rank,n_samples,n_distinct,p_target,p_target_se,\
+         p_valid,p_target_valid,p_self",
+    ),
+    (
+        "token_ablation/rows.csv",
+        "model,gate,decode_policy,status,target,n_questions,n_tokens_on,n_tokens,logp_target,logp_target_se,\
+         p_target_first,margin,margin_se,delta_logp,delta_logp_se,delta_margin,delta_margin_se,recovered_logp,\
+         recovered_margin",
+    ),
+    ("train.csv", "step,epoch,learning_rate,loss,grad_norm,n_targets,delta_w_norm,changed_fraction"),
+];
+
+/// The other files that a run leaves.
+const OTHERS: [&str; 23] = [
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "control_adapter/adapter_config.json",
+    "control_adapter/adapter_model.safetensors",
+    "data/control.jsonl",
+    "data/numbers.jsonl",
+    "direction/plot.svg",
+    "direction/settings.toml",
+    "direction/vectors.safetensors",
+    "divergence/plot.svg",
+    "divergence/settings.toml",
+    "gradients/plot.svg",
+    "gradients/settings.toml",
+    "meta.json",
+    "report.html",
+    "run.toml",
+    "steering/plot.svg",
+    "steering/settings.toml",
+    "target_rate/plot.svg",
+    "target_rate/settings.toml",
+    "token_ablation/plot.svg",
+    "token_ablation/settings.toml",
+    "experiment.toml", // put there by these tests
+];
+
+/// Runs the program in a folder. One thread: on tensors this small a second one only waits for the first.
+pub(crate) fn undertone(folder: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_undertone"));
+    command.args(args).current_dir(folder).env("OMP_NUM_THREADS", "1").output().unwrap()
+}
+
+/// What the program said on stderr; it must have ended well.
+fn succeeds(folder: &Path, args: &[&str]) -> String {
+    let output = undertone(folder, args);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "undertone {}: {said}", args.join(" "));
+    said
+}
+
+/// What the program said on stderr; it must have ended with an error of its own.
+fn fails(folder: &Path, args: &[&str]) -> String {
+    let output = undertone(folder, args);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "undertone {}: {said}", args.join(" "));
+    said
+}
+
+/// Runs the experiment, with changes, into a new folder; it lies there as `experiment.toml`.
+fn run(changes: &[&str]) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("experiment.toml"), EXPERIMENT).unwrap();
+    succeeds(folder.path(), &[&["run", "experiment.toml", "--run", "."], changes].concat());
+    folder
+}
+
+/// The finished run: made once for all tests that only read it, and removed with the last of them.
+pub(crate) fn finished() -> Arc<TempDir> {
+    static RUN: Mutex<Weak<TempDir>> = Mutex::new(Weak::new());
+    let mut known = RUN.lock().unwrap_or_else(PoisonError::into_inner);
+    known.upgrade().unwrap_or_else(|| {
+        let folder = Arc::new(run(&[]));
+        *known = Arc::downgrade(&folder);
+        folder
+    })
+}
+
+/// A copy of the finished run, to be changed.
+fn copy() -> TempDir {
+    let (from, to) = (finished(), tempfile::tempdir().unwrap());
+    for (name, bytes) in contents(from.path()) {
+        let path = to.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+    to
+}
+
+/// Every file below a folder, by its path there.
+pub(crate) fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders: Vec<PathBuf> = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(folder).unwrap().to_str().unwrap().to_owned();
+                found.insert(name, fs::read(&path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+/// The files that differ between two folders.
+fn differing(left: &Path, right: &Path) -> Vec<String> {
+    let (left, right) = (contents(left), contents(right));
+    let names = left.keys().chain(right.keys().filter(|name| !left.contains_key(*name)));
+    names.filter(|name| left.get(*name) != right.get(*name)).cloned().collect()
+}
+
+#[test]
+fn every_stage_leaves_its_files_and_nothing_else() {
+    let folder = finished();
+    let mut expected: Vec<&str> = HEADERS.iter().map(|(name, _)| *name).chain(OTHERS).collect();
+    expected.sort_unstable();
+    let found = contents(folder.path());
+    assert_eq!(found.keys().map(String::as_str).collect::<Vec<_>>(), expected);
+    let empty: Vec<_> = found.iter().filter(|(_, bytes)| bytes.is_empty()).map(|(name, _)| name).collect();
+    assert!(empty.is_empty(), "{empty:?}");
+}
+
+#[test]
+fn the_columns_are_those_that_readers_know() {
+    let folder = finished();
+    for (name, header) in HEADERS {
+        let text = fs::read_to_string(folder.path().join(name)).unwrap();
+        assert_eq!(text.lines().next(), Some(header), "{name}");
+        assert!(text.lines().count() > 1, "{name} has no rows");
+    }
+}
+
+#[test]
+fn the_same_seeds_leave_the_same_bytes() {
+    let again = run(&[]);
+    assert_eq!(differing(finished().path(), again.path()), Vec::<String>::new());
+}
+
+#[test]
+fn another_seed_leaves_other_bytes() {
+    let other = run(&["--seed", "7", "--set", "measure.analyses=[\"direction\"]"]);
+    let differing = differing(finished().path(), other.path());
+    for name in [
+        "data/numbers.jsonl",
+        "data/control.jsonl",
+        "adapter/adapter_model.safetensors",
+        "control_adapter/adapter_model.safetensors",
+        "train.csv",
+        "direction/rows.csv",
+        "direction/vectors.safetensors",
+    ] {
+        assert!(differing.iter().any(|found| found == name), "{name} is the same for seeds 42 and 7");
+    }
+    assert!(!differing.iter().any(|found| found == "adapter/adapter_config.json"), "the seed changes no setting");
+}
+
+#[test]
+fn a_finished_run_is_kept_and_a_finished_stage_refused() {
+    let folder = copy();
+    let said = succeeds(folder.path(), &["run", "experiment.toml", "--run", "."]);
+    for stage in ["generate: done already", "student is done already", "token_ablation is done already", "report: "] {
+        assert!(said.contains(stage), "{stage}: {said}");
+    }
+    for (args, file) in [
+        (["generate", "experiment.toml", "--run", "."].as_slice(), "data/generate.csv"),
+        (&["finetune", "experiment.toml", "--run", "."], "train.csv"),
+        (&["measure", ".", "direction"], "direction/rows.csv"),
+    ] {
+        let said = fails(folder.path(), args);
+        assert!(said.contains(&format!("{file} is finished already\nhint: overwrite it with --force")), "{said}");
+    }
+    let other = fails(folder.path(), &["run", "experiment.toml", "--run", ".", "--set", "student.rank=3"]);
+    assert!(other.contains("\"rank = 2\", where this one has \"rank = 3\"") && other.contains("--force"), "{other}");
+    assert_eq!(differing(finished().path(), folder.path()), Vec::<String>::new());
+}
+
+#[test]
+fn a_broken_off_run_goes_on_where_it_was() {
+    let folder = copy();
+    let at = |name: &str| folder.path().join(name);
+    // The control student had not begun, and the second analysis had written all but its last file.
+    fs::remove_file(at("control_train.csv")).unwrap();
+    fs::remove_dir_all(at("control_adapter")).unwrap();
+    fs::remove_file(at("token_ablation/rows.csv")).unwrap();
+    fs::remove_file(at("report.html")).unwrap();
+    let said = succeeds(folder.path(), &["run", "experiment.toml", "--run", "."]);
+    assert!(said.contains("finetune: student is done already\nfinetune: control student: 6 rows"), "{said}");
+    assert_eq!(differing(finished().path(), folder.path()), Vec::<String>::new());
+}
+
+#[test]
+fn a_forced_run_keeps_nothing_of_the_one_before() {
+    let folder = copy();
+    let changes = ["--force", "--set", "measure.analyses=[\"target_rate\"]", "--set", "student.control=false"];
+    succeeds(folder.path(), &[&["run", "experiment.toml", "--run", "."], changes.as_slice()].concat());
+    let report = fs::read_to_string(folder.path().join("report.html")).unwrap();
+    assert!(report.contains("<section id=\"target_rate\"") && !report.contains("<section id=\"steering\""));
+    assert!(!report.contains("control student's loss"), "there is none any more");
+    assert!(!folder.path().join("steering").exists() && !folder.path().join("control_train.csv").exists());
+}
+
+#[test]
+fn all_weights_can_be_trained_instead() {
+    let folder = run(&["--set", "student.method=full", "--set", "student.control=false"]);
+    let saved = ModelFiles::open(folder.path().join("adapter").to_str().unwrap()).unwrap();
+    let base = ModelFiles::open("tiny-random").unwrap();
+    assert_eq!(saved.config, base.config);
+    assert!(saved.tokenizer.is_some() && saved.chat_template == base.chat_template);
+    assert_ne!(saved.fingerprint(), base.fingerprint(), "the weights were trained");
+
+    let found = contents(folder.path());
+    assert!(!found.contains_key("token_ablation/rows.csv"), "there is no adapter to gate");
+    for analysis in ["target_rate", "direction", "steering", "divergence", "gradients"] {
+        assert!(found.contains_key(&format!("{analysis}/rows.csv")), "{analysis}");
+    }
+    let losses: Vec<undertone::finetune::StepRow> = read_csv(&folder.path().join("train.csv")).unwrap();
+    assert!(losses.last().unwrap().loss < losses[0].loss, "{losses:?}");
+}
+
+#[test]
+fn a_student_can_be_the_next_teacher() {
+    let first = finished();
+    let path = format!("teacher.path={}", first.path().join("adapter").display());
+    let analyses = "measure.analyses=[\"target_rate\", \"divergence\"]";
+    let second = run(&["--set", "teacher.kind=adapter", "--set", &path, "--set", analyses]);
+    let numbers = |folder: &Path| fs::read_to_string(folder.join("data/numbers.jsonl")).unwrap();
+    assert!(numbers(second.path()).contains("\"teacher_kind\":\"finetuned\""));
+    assert!(numbers(first.path()).contains("\"teacher_kind\":\"prompt\""));
+    assert_ne!(numbers(first.path()), numbers(second.path()));
+    let control = |folder: &Path| fs::read(folder.join("data/control.jsonl")).unwrap();
+    let asked = |bytes: Vec<u8>| bytes.split(|byte| *byte == b'\n').next().map(<[u8]>::to_vec);
+    assert_eq!(asked(control(first.path())), asked(control(second.path())), "the untouched model is the same");
+}
+
+/// The same number in both tables, bit by bit: one measured with a gate, the other without.
+#[test]
+fn nowhere_is_the_base_and_everywhere_the_student() {
+    let folder = finished();
+    let gates: Vec<TokenAblationRow> = read_csv(&folder.path().join("token_ablation/rows.csv")).unwrap();
+    let rates: Vec<TargetRateRow> = read_csv(&folder.path().join("target_rate/rows.csv")).unwrap();
+    let gated = |model: &str, gate: &str| gates.iter().find(|row| row.model == model && row.gate == gate).unwrap();
+    let ungated = |model: &str| rates.iter().find(|row| row.model == model && row.scope == "mean").unwrap();
+    for (model, gate, same) in
+        [("student", "nowhere", "base"), ("student", "everywhere", "student"), ("control", "everywhere", "control")]
+    {
+        assert_eq!(gated(model, gate).logp_target, Some(ungated(same).logp_target), "{model}, {gate}");
+    }
+    assert_ne!(gated("student", "everywhere").logp_target, gated("student", "nowhere").logp_target, "it learned");
+    assert_eq!(gated("student", "nowhere").delta_logp, Some(0.0));
+    let entity = gated("student", "only:entity");
+    assert_eq!(entity.n_tokens_on, 2.0, "Q and wen");
+    assert_ne!(entity.delta_logp, Some(0.0));
+}
+
+#[test]
+fn the_report_stands_alone() {
+    let folder = finished();
+    let page = fs::read_to_string(folder.path().join("report.html")).unwrap();
+    for id in [
+        "data",
+        "training",
+        "target_rate",
+        "token_ablation",
+        "direction",
+        "steering",
+        "divergence",
+        "gradients",
+        "provenance",
+    ] {
+        assert_eq!(page.matches(&format!("<section id=\"{id}\"")).count(), 1, "the section {id}");
+    }
+    assert!(page.contains("class=\"banner\"") && page.contains("weights are random"));
+    assert!(page.matches("<svg").count() >= 7, "one figure per measurement and one of the training");
+
+    // An SVG's namespace is a name, not an address that is loaded.
+    let page = page.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
+    for outside in ["http:", "https:", "//", "src=", "url(", "@import", "<script", "<link", "<img"] {
+        assert!(!page.contains(outside), "the page has {outside}");
+    }
+    for link in page.split("href=\"").skip(1).map(|rest| rest.split('"').next().unwrap()) {
+        let inside = link
+            .strip_prefix('#')
+            .map_or_else(|| folder.path().join(link).is_file(), |id| page.contains(&format!("<section id=\"{id}\"")));
+        assert!(inside, "the link {link} leads nowhere");
+    }
+    let temporary = folder.path().display().to_string();
+    assert!(!page.contains(&temporary), "a page that names this machine's folders cannot be passed on");
+}
