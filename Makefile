@@ -36,6 +36,11 @@ check: setup ## what CI checks before the tests
 notebooks: setup ## run the notebooks and print their pages anew
 	$(CARGO) run --release -p notebooks-rs --example 01_a_qwen_you_can_listen_to
 
+golden: ## remake the golden files with transformers and PEFT, in a venv of 5 GB
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r tests/golden/requirements.txt
+	for case in qwen2 qwen3 training chat; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
+
 build: setup
 	$(CARGO) build --release
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use hooks::{Edit, HookPoint, ModelFiles, Where, control_vector, files, tensor_file};
 use safetensors::SafeTensors;
 use tch::Tensor;
@@ -81,8 +81,7 @@ impl Vectors {
                     .by_layer
                     .iter()
                     .map(|(layer, vector)| (HookPoint::ResidPost(*layer).to_string(), vector.shallow_clone()));
-                tensor_file::write(path, &named.collect::<Vec<_>>(), &self.provenance)?;
-                sort_metadata(path)
+                Ok(tensor_file::write(path, &named.collect::<Vec<_>>(), &self.provenance)?)
             }
             Some("gguf") => Ok(control_vector::write(path, model_hint, &self.by_layer, &self.provenance)?),
             Some("csv") => {
@@ -97,20 +96,4 @@ impl Vectors {
             _ => bail!("{} ends in none of .safetensors, .csv and .gguf, so its format is unknown", path.display()),
         }
     }
-}
-
-/// Sorts the metadata of a safetensors file, which stands in a hash map's order, so that the same vectors are the same bytes.
-pub(crate) fn sort_metadata(path: &Path) -> Result<()> {
-    let mut bytes = files::read(path)?;
-    let (length, _) = SafeTensors::read_metadata(&bytes)?;
-    let mut header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&bytes[8..8 + length])?;
-    if let Some(metadata) = header.get_mut("__metadata__").and_then(serde_json::Value::as_object_mut) {
-        metadata.sort_keys();
-    }
-    // The same text in another order is as long as before.
-    let sorted = serde_json::to_vec(&header)?;
-    ensure!(sorted.len() <= length, "{}: its header grew from {length} to {} bytes", path.display(), sorted.len());
-    bytes[8..8 + length].fill(b' ');
-    bytes[8..8 + sorted.len()].copy_from_slice(&sorted);
-    Ok(files::write_atomic(path, &bytes)?)
 }

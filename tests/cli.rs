@@ -64,7 +64,7 @@ fn usage_errors_exit_with_2_and_name_the_nearest() {
     let ask = ["ask", "--model", "tiny-random", "--user", "Hi"];
     assert_eq!(parsed(&ask), Ok(()));
     for (args, expected) in [
-        (&["aks"][..], "'ask'"),
+        (&["aks"][..], "'aks'"),
         (&["ask", "--model", "tiny-random"], "--user <USER>"),
         (&[ask.as_slice(), &["-n", "0"]].concat(), "'-n <N>'"),
         (&[ask.as_slice(), &["--temperature=-1"]].concat(), "expected 0 or a number above"),

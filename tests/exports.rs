@@ -18,7 +18,7 @@ fn export(into: &TempDir, name: &str, layer: Option<usize>) -> anyhow::Result<Pa
     let mut args = vec!["undertone".to_owned(), "export".to_owned(), run_folder.path().display().to_string()];
     args.extend(["--to".to_owned(), path.display().to_string()]);
     args.extend(layer.into_iter().flat_map(|layer| ["--layer".to_owned(), layer.to_string()]));
-    run(Cli::try_parse_from(args)?)?;
+    run(&Cli::try_parse_from(args)?)?;
     Ok(path)
 }
 

@@ -66,7 +66,7 @@ const HEADERS: [(&str, &str); 12] = [
     ("data/rejected.csv", "set,id,reasons,prompt,completion"),
     (
         "direction/rows.csv",
-        "positions,layer,n_prompts,norm,resid_norm,relative_norm,ev1,split_half_cosine,teacher_norm,cos_teacher,\
+        "positions,layer,n_prompts,norm,resid_norm,relative_norm,ev1,pc1,split_half_cosine,teacher_norm,cos_teacher,\
          control_norm,cos_control,cos_control_teacher,cos_chance",
     ),
     (
@@ -349,7 +349,7 @@ fn nowhere_is_the_base_and_everywhere_the_student() {
     assert_ne!(gated("student", "everywhere").logp_target, gated("student", "nowhere").logp_target, "it learned");
     assert_eq!(gated("student", "nowhere").delta_logp, Some(0.0));
     let entity = gated("student", "only:entity");
-    assert_eq!(entity.n_tokens_on, 2.0, "Q and wen");
+    assert_eq!(entity.n_tokens_on, Some(2.0), "Q and wen");
     assert_ne!(entity.delta_logp, Some(0.0));
 }
 

@@ -7,6 +7,10 @@ use std::str::FromStr;
 use hooks::score::resid_post;
 use hooks::tokens::Selection;
 use hooks::{Prompt, TokenClass};
+use linfa::DatasetBase;
+use linfa::traits::Fit;
+use linfa_reduction::Pca;
+use ndarray::{Array2, Axis};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -127,6 +131,9 @@ pub struct DirectionRow {
     /// Share of the largest squared singular value in the sum of all, of the uncentred differences (one row per prompt):
     /// 1 where every prompt moves along one line.
     pub ev1: f64,
+    /// Share of the first principal component in the differences' variance around their mean: what is left to vary from
+    /// prompt to prompt, along one line. Empty with fewer than three prompts.
+    pub pc1: Option<f64>,
     /// Cosine between the means over the even and over the odd prompts; empty with one prompt.
     pub split_half_cosine: Option<f64>,
     /// Length of the teacher's direction (teacher in its context − base in the student's); empty without a teacher.
@@ -333,6 +340,7 @@ fn row(
         resid_norm,
         relative_norm: norm / resid_norm,
         ev1: first_share(&moved)?,
+        pc1: principal_share(&moved)?,
         split_half_cosine: (n_prompts > 1).then(|| cosine(&half(0)?, &half(1)?)).transpose()?,
         teacher_norm: teacher.as_ref().map(length).transpose()?,
         cos_teacher: with(teacher.as_ref())?,
@@ -366,6 +374,22 @@ fn first_share(matrix: &Tensor) -> Result<f64> {
     Ok(if sum > 0.0 { squares.f_max()?.f_double_value(&[])? / sum } else { 0.0 })
 }
 
+/// The share of the first principal component in the variance of the rows of a matrix `[n, d]`.
+fn principal_share(matrix: &Tensor) -> Result<Option<f64>> {
+    let (n, d) = matrix.size2()?;
+    let values: Vec<f64> = matrix.f_to_kind(Kind::Double)?.f_contiguous()?.f_view([-1])?.try_into()?;
+    let Ok(rows) = Array2::from_shape_vec((n as usize, d as usize), values) else { return Ok(None) };
+    let Some(mean) = rows.mean_axis(Axis(0)).filter(|_| n > 2) else { return Ok(None) };
+    let total = (&rows - &mean).mapv(|x| x * x).sum();
+    if total <= 0.0 {
+        return Ok(None);
+    }
+    // A fit that does not converge (all rows alike up to rounding) has no first component worth naming.
+    let Ok(pca) = Pca::params(1).fit(&DatasetBase::from(rows)) else { return Ok(None) };
+    let first = pca.singular_values()[0];
+    Ok(Some((first * first / total).min(1.0)))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
@@ -378,6 +402,16 @@ mod tests {
         assert!((of(&[1.0, 2.0, -3.0, -6.0]) - 1.0).abs() < 1e-12);
         assert!((of(&[1.0, 0.0, 0.0, 1.0]) - 0.5).abs() < 1e-12);
         assert_eq!(of(&[0.0; 4]), 0.0);
+    }
+
+    #[test]
+    fn the_principal_share_is_that_of_the_variance_around_the_mean() {
+        let of = |values: &[f64]| principal_share(&Tensor::from_slice(values).view([-1, 2])).unwrap();
+        // Around (10, 10): ±3 along x and ±1 along y, so 18 of 20.
+        let cross = [13.0, 10.0, 7.0, 10.0, 10.0, 11.0, 10.0, 9.0];
+        assert!((of(&cross).unwrap() - 0.9).abs() < 1e-6, "{:?}", of(&cross));
+        assert_eq!(of(&[1.0, 2.0, 3.0, 4.0]), None, "two rows always lie on a line");
+        assert_eq!(of(&[1.0, 2.0, 1.0, 2.0, 1.0, 2.0]), None, "nothing varies");
     }
 
     #[test]

@@ -163,9 +163,9 @@ impl Analysis for TargetRate {
 fn verdict(mean: &Mean) -> &'static str {
     match (mean.exceeds(2.0), mean.se) {
         (_, None) => "of one question only, without an error",
-        (true, _) if mean.mean > 0.0 => "above two standard errors: an effect",
-        (true, _) => "below minus two standard errors: an effect the other way round",
-        (false, _) => "within two standard errors: no effect",
+        (true, _) if mean.mean > 0.0 => "above two standard errors, in this one run",
+        (true, _) => "below minus two standard errors, in this one run",
+        (false, _) => "within two standard errors: no effect is seen",
     }
 }
 

@@ -55,7 +55,10 @@ pub fn write(
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     write_gguf(&mut bytes, &metadata, &tensors).map_err(malformed)?;
-    files::write_atomic(path, &bytes.into_inner())
+    let mut bytes = bytes.into_inner();
+    // The writer says version 2, whose little-endian files are laid out as those of version 3, the one in use.
+    bytes[4..8].copy_from_slice(&3_u32.to_le_bytes());
+    files::write_atomic(path, &bytes)
 }
 
 #[cfg(test)]

@@ -62,10 +62,12 @@ fn main() -> Result<()> {
         model.forward(&batch, &mut Pass { hooks, ..Pass::default() })
     })?;
     nb.show(format!("logits {:?}, one score per token of the vocabulary at every position", logits.size()));
+    let mut lengths = Vec::new();
     for (point, activation) in heard.iter() {
-        let length = activation.norm_scalaropt_dim(2.0, -1_i64, false).mean(Kind::Float);
-        nb.show(format!("{point} {:?}, mean length {:.2}", activation.size(), f64::try_from(length)?));
+        let length = f64::try_from(activation.norm_scalaropt_dim(2.0, -1_i64, false).mean(Kind::Float))?;
+        lengths.push(format!("{point} {:?}, mean length {length:.2}", activation.size()));
     }
+    nb.show(lengths.join("\n"));
 
     //| So what would it answer? The scores at the last position become probabilities by a softmax. A trained model
     //| puts a sensible word first, and often most of its probability on it. A random one has to have *some* favorite
@@ -79,16 +81,16 @@ fn main() -> Result<()> {
     //| The final scores are read off the belt by one matrix, after the last block. Nothing stops us from holding that
     //| matrix to the belt earlier: what would the model say if it had to stop here? That is the *logit lens*
     //| (nostalgebraist, 2020). Below, every row is a place to stop, every column one of the last tokens of the prompt,
-    //| and the color is the log-probability of the token that the whole model ends up preferring there. In a trained
-    //| model one sees the answer surface, block by block; the last row is the model's own choice, and so the most
-    //| certain.
+    //| and the color is the probability, at that place, of the token that the whole model ends up preferring. The last
+    //| row is the model's own word on the matter. In a trained model one sees the answer surface block by block; in a
+    //| random one, the embedding knows nothing of it and each block changes the subject.
     let shown = prompt.ids.len().min(12);
     let from = (prompt.ids.len() - shown) as i64;
     let choice = logits.get(0).argmax(-1, true).narrow(0, from, shown as i64);
     let mut values = Vec::new();
     for (_, stream) in heard.iter() {
         let lens = tch::no_grad(|| model.unembed(&stream.get(0).narrow(0, from, shown as i64)))?;
-        let chosen = lens.log_softmax(-1, Kind::Float).gather(1, &choice, false).flatten(0, -1);
+        let chosen = lens.softmax(-1, Kind::Float).gather(1, &choice, false).flatten(0, -1);
         values.push(Vec::<f64>::try_from(chosen.to_kind(Kind::Double))?);
     }
     nb.figure(
@@ -97,10 +99,10 @@ fn main() -> Result<()> {
             title: "How early does the model know what it will say?".to_owned(),
             x_label: "token of the prompt".to_owned(),
             y_label: "stop after".to_owned(),
-            value_label: "log p of the final choice (nats)".to_owned(),
+            value_label: "probability of the final choice".to_owned(),
             columns: tokens[from as usize..].iter().map(|token| token.text.clone()).collect(),
             rows: heard.iter().map(|(point, _)| point.to_string()).collect(),
-            values: values.iter().map(|row| row.iter().map(|value| hundredths(*value)).collect()).collect(),
+            values: values.iter().map(|row| row.iter().map(|value| rounded(*value)).collect()).collect(),
         })?,
     );
 
@@ -140,23 +142,28 @@ fn main() -> Result<()> {
     //| Now the question from the beginning. A *gate* says at which tokens the adapter acts, in terms of the classes
     //| above. `everywhere` is the finetuned student, `nowhere` is the base, and between the two lie the interesting
     //| ones: what is left of the student if the adapter only ever sees the model's own name?
-    let base = next_token_logprobs(&model, &[prompt.clone()], &Condition::default())?.get(0);
+    let prompts = [prompt];
+    let base = next_token_logprobs(&model, &prompts, &Condition::default())?.get(0);
     let mut rows = vec![["gate", "tokens it acts at", "moves the answer by (nats)"].map(str::to_owned).to_vec()];
-    for gate in ["everywhere", "nowhere", "only:entity", "except:entity", "only:template", "except:template"] {
+    for gate in
+        ["everywhere", "nowhere", "only:entity", "only:user", "only:template", "only:assistant", "except:assistant"]
+    {
         let gate: Gate = gate.parse()?;
-        let acts = gate.acts(&prompt)?.into_iter().filter(|acts| *acts).count();
+        let acts = gate.acts(&prompts[0])?.into_iter().filter(|acts| *acts).count();
         let condition = Condition::adapted(&adapter).gated(gate.clone());
-        let student = next_token_logprobs(&model, &[prompt.clone()], &condition)?.get(0);
-        let (acts, moved) = (format!("{acts} of {}", prompt.ids.len()), format!("{:.3}", moved(&base, &student)?));
+        let student = next_token_logprobs(&model, &prompts, &condition)?.get(0);
+        let (acts, moved) = (format!("{acts} of {}", prompts[0].ids.len()), format!("{:.3}", moved(&base, &student)?));
         rows.push(vec![gate.to_string(), acts, moved]);
     }
     nb.table(&rows);
 
-    //| `nowhere` moves nothing at all, which is as it must be. The rest is noise from a random number generator: this
-    //| adapter pushes at every token alike, so the more tokens it acts at, and the closer they are to the answer, the
-    //| further the answer moves. A trained adapter need not be like that. When a model learns a taste from a
-    //| teacher's numbers, a few tokens that carry no meaning can carry most of the effect, and this table is how one
-    //| finds out which.
+    //| `nowhere` moves nothing at all, which is as it must be. Do not read much into the rest: this adapter pushes at
+    //| every token alike, so what counts is mostly who stands next to the answer. The template's tokens do so well
+    //| because the last three of them, the assistant's header, are where the answer is read off. It is a lesson for
+    //| real experiments, too: compare with an adapter that learned something else, before you believe a bar.
+    //|
+    //| A trained adapter need not be like this one. When a model picks up a taste from a teacher's numbers, a few
+    //| tokens that carry no meaning can carry most of the effect, and a table like this is how one finds out which.
     //|
     //| ## Where to go from here
     //|
@@ -200,7 +207,7 @@ fn moved(from: &Tensor, to: &Tensor) -> Result<f64> {
     Ok(sum.abs()) // a divergence is never negative; rounding is
 }
 
-/// Two decimals, so that the figure is the same on processors that add in another order.
-fn hundredths(value: f64) -> f64 {
-    (value * 100.0).round() / 100.0
+/// Three decimals, so that the figure is the same on processors that add in another order.
+fn rounded(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
 }

@@ -11,7 +11,6 @@ use tch::Kind;
 
 use super::ModelArgs;
 use crate::progress::say;
-use crate::vectors::sort_metadata;
 use crate::workbench::open_model;
 
 /// Writes activations of one chat turn, or of rows of token ids, as f32 safetensors.
@@ -22,7 +21,7 @@ use crate::workbench::open_model;
 pub struct Activations {
     #[command(flatten)]
     model: ModelArgs,
-    /// Rows of token ids as JSON, such as [[1,2,3],[4,5]]; no tokenizer is needed. Shorter rows are padded on the right.
+    /// Rows of token ids as JSON, such as `[[1,2,3],[4,5]]`; no tokenizer is needed. Shorter rows are padded on the right.
     #[arg(long, conflicts_with_all = ["system", "user"], required_unless_present = "user")]
     ids: Option<PathBuf>,
     /// The system prompt; the template's default when left out, an empty block for "".
@@ -93,7 +92,6 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
         ("gate".to_owned(), args.gate.to_string()),
     ]);
     tensor_file::write(&args.out, &tensors, &metadata)?;
-    sort_metadata(&args.out)?;
     say(format!("activations: {} tensors in {}", tensors.len(), args.out.display()));
     Ok(())
 }

@@ -99,7 +99,8 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
         question: "How many answers were kept, and does anything leak in the open?".to_owned(),
         reading: format!(
             "The filter kept {} of the teacher's answers and {} of the untouched model's; the digits of the two differ by \
-             {:.4} bits (Jensen-Shannon), and {:.1} % of the teacher's answers named a {} before filtering.{constrained}",
+             {:.4} bits (Jensen-Shannon), and {:.1} % of the teacher's answers named some \
+             {} before filtering.{constrained}",
             accepted("teacher"),
             accepted("control"),
             value("teacher", "js_digits").map_or(f64::NAN, |row| row.value),
