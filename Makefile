@@ -4,6 +4,9 @@ PYTHON ?= python3
 UNDERTONE := target/release/undertone
 REAL_MODEL := models/qwen2.5-coder-0.5b-instruct.gguf
 
+# Threads that wait by spinning slow each other down ten times where other work shares the cores.
+export OMP_WAIT_POLICY ?= passive
+
 ifdef LIBTORCH
 export LD_LIBRARY_PATH := $(LIBTORCH)/lib:$(LD_LIBRARY_PATH)
 endif

@@ -2,6 +2,8 @@
 //! write there, and nothing finished is overwritten unless that was asked for.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -57,6 +59,9 @@ impl RunDir {
                 );
             }
         }
+        if run.config().exists() {
+            run.forget()?; // what another experiment left is no part of this one
+        }
         // Writing the first file now is the proof that the folder can be written.
         files::write_atomic(&run.config(), resolved.as_bytes())
             .with_context(|| format!("the run folder {} cannot be written", root.display()))?;
@@ -98,6 +103,23 @@ impl RunDir {
     pub fn claim(&self, path: &Path) -> Result<()> {
         if Self::stage_done(path) && !self.force {
             bail!("{} is finished already; hint: overwrite it with --force", path.display());
+        }
+        Ok(())
+    }
+
+    /// Removes what says that a stage is done, so that a forced run that is broken off is not gone on with as if it were
+    /// whole, and the report shows nothing that the run did not measure.
+    pub fn forget(&self) -> Result<()> {
+        let files = [self.generate_csv(), self.train_csv(), self.control_train_csv(), self.report()];
+        let removed = files.into_iter().map(|path| (fs::remove_file(&path), path));
+        let folders = AnalysisName::ALL.map(|name| self.analysis(name));
+        let removed = removed.chain(folders.into_iter().map(|path| (fs::remove_dir_all(&path), path)));
+        for (result, path) in removed {
+            if let Err(error) = result
+                && error.kind() != ErrorKind::NotFound
+            {
+                return Err(error).with_context(|| path.display().to_string());
+            }
         }
         Ok(())
     }
@@ -252,8 +274,10 @@ mod tests {
         let message = RunDir::create(&root, &other, false).unwrap_err().to_string();
         assert!(message.contains("run.toml") && message.contains("--force"), "{message}");
         assert!(message.contains("rank = 8") && message.contains("rank = 4"), "{message}");
+        files::write_atomic(&run.train_csv(), b"x").unwrap();
         RunDir::create(&root, &other, true).unwrap();
         assert_eq!(run.experiment(&[]).unwrap(), other);
+        assert!(!RunDir::stage_done(&run.train_csv()), "the other experiment's training is not this one's");
     }
 
     #[test]

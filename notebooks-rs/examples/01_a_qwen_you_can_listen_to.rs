@@ -149,7 +149,8 @@ fn main() -> Result<()> {
         ["everywhere", "nowhere", "only:entity", "only:user", "only:template", "only:assistant", "except:assistant"]
     {
         let gate: Gate = gate.parse()?;
-        let acts = gate.acts(&prompts[0])?.into_iter().filter(|acts| *acts).count();
+        let Ok(acts) = gate.acts(&prompts[0]) else { continue }; // it names a class that this prompt does not have
+        let acts = acts.into_iter().filter(|acts| *acts).count();
         let condition = Condition::adapted(&adapter).gated(gate.clone());
         let student = next_token_logprobs(&model, &prompts, &condition)?.get(0);
         let (acts, moved) = (format!("{acts} of {}", prompts[0].ids.len()), format!("{:.3}", moved(&base, &student)?));
