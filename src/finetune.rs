@@ -197,6 +197,16 @@ pub struct StepRow {
     pub changed_fraction: Option<f64>,
 }
 
+/// The mean loss per target of the first and of the last quarter of the steps: single steps are noisy.
+pub fn first_and_last_quarter(rows: &[StepRow]) -> Option<(f64, f64)> {
+    let quarter = rows.len().div_ceil(4);
+    let mean = |rows: &[StepRow]| {
+        let targets: usize = rows.iter().map(|row| row.n_targets).sum();
+        rows.iter().map(|row| row.loss * row.n_targets as f64).sum::<f64>() / targets as f64
+    };
+    (!rows.is_empty()).then(|| (mean(&rows[..quarter]), mean(&rows[rows.len() - quarter..])))
+}
+
 /// How far a finetuning is and how fast; never written to a file, since no two runs share it.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
@@ -551,6 +561,24 @@ mod tests {
 
     fn apart(a: &[f32], b: &[f32]) -> f32 {
         a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    }
+
+    #[test]
+    fn quarters_are_means_over_targets() {
+        let row = |loss: f64, n_targets: usize| StepRow {
+            step: 1,
+            epoch: 0.0,
+            learning_rate: 0.0,
+            loss,
+            grad_norm: 0.0,
+            n_targets,
+            delta_w_norm: None,
+            changed_fraction: None,
+        };
+        let rows = [row(1.0, 3), row(5.0, 1), row(9.0, 7), row(9.0, 7), row(9.0, 7), row(2.0, 1), row(4.0, 1)];
+        assert_eq!(first_and_last_quarter(&rows), Some((2.0, 3.0)));
+        assert_eq!(first_and_last_quarter(&rows[..1]), Some((1.0, 1.0)));
+        assert_eq!(first_and_last_quarter(&[]), None);
     }
 
     #[test]

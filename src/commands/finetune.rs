@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::dataset::Sample;
 use crate::experiment::Method;
-use crate::finetune::{finetune_full, finetune_lora, save_full};
+use crate::finetune::{Progress, StepRow, finetune_full, finetune_lora, first_and_last_quarter, save_full};
 use crate::progress::{bar, say};
 use crate::publish::CsvLog;
 use crate::run_dir::RunDir;
@@ -40,13 +40,12 @@ fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: &Path, log:
     let rows = bench.rows(samples)?;
     let mut csv = CsvLog::create(log)?;
     let bar = bar(who, settings.total_steps(rows.len()));
-    let (mut first, mut last) = (None, f64::NAN);
-    let mut on_step = |row: &crate::finetune::StepRow, progress: &crate::finetune::Progress| {
+    let mut steps: Vec<StepRow> = Vec::new();
+    let mut on_step = |row: &StepRow, progress: &Progress| {
         bar.set_length(progress.total_steps);
         bar.set_position(progress.step);
         bar.set_prefix(format!("loss {:.3}, {:.0} tokens/s", row.loss, progress.tokens_per_second));
-        first.get_or_insert(row.loss);
-        last = row.loss;
+        steps.push(row.clone());
         csv.push(row)
     };
     let is_digit = |id| bench.chat.is_digit(id);
@@ -68,10 +67,10 @@ fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: &Path, log:
     }
     bar.finish_and_clear();
     csv.finish()?;
+    let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
     say(format!(
-        "finetune: {who}: {} rows, loss {:.3} to {last:.3}, saved in {}",
+        "finetune: {who}: {} rows, loss {first:.3} in the first quarter of the steps and {last:.3} in the last, saved in {}",
         rows.len(),
-        first.unwrap_or(last),
         folder.display()
     ));
     Ok(())

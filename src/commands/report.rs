@@ -14,7 +14,7 @@ use hooks::model_files::TINY_RANDOM;
 
 use crate::dataset::SummaryRow;
 use crate::experiment::{AnalysisName, Constrain, Experiment};
-use crate::finetune::StepRow;
+use crate::finetune::{StepRow, first_and_last_quarter};
 use crate::progress::say;
 use crate::publish::{Table, read_csv};
 use crate::report::{Opening, Report, Section, html};
@@ -133,10 +133,10 @@ fn training_section(run: &RunDir) -> Result<Section> {
         let rows: Vec<StepRow> = read_csv(&path)?;
         let points = rows.iter().map(|row| Point::new(row.step as f64, row.loss)).collect();
         chart.lines.push(Line { label: who.to_owned(), points });
-        if let (Some(first), Some(last)) = (rows.first(), rows.last()) {
+        if let Some((first, last)) = first_and_last_quarter(&rows) {
+            let n = rows.len();
             readings.push(format!(
-                "the {who}'s loss went from {:.3} to {:.3} in {} steps",
-                first.loss, last.loss, last.step
+                "over {n} steps the {who}'s loss went from {first:.3} (first quarter) to {last:.3} (last quarter)"
             ));
         }
     }
