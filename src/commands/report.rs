@@ -202,9 +202,12 @@ fn notes(name: AnalysisName) -> Vec<String> {
             "While an answer is written, a gated adapter is in the state of the tokens that the gate does not select, unless the gate names gen.",
             "R, the recovered fraction, stands only where the whole effect is more than three standard errors from zero.",
         ],
-        AnalysisName::Direction => {
-            &["Layer l is blocks.l.hook_resid_post, counted from 0; there is no slot for the embedding."]
-        }
+        AnalysisName::Direction => &[
+            "Layer l is blocks.l.hook_resid_post, counted from 0; there is no slot for the embedding.",
+            "The mean over all tokens contains the first one, whose residual stream is far longer than any other in trained \
+             models; where the teacher's prompt has another length than the student's, that alone makes a teacher's direction \
+             at \"all\". Read the cosine at \"last\".",
+        ],
         AnalysisName::Divergence => &["The rows are those that the student was trained on, not held out."],
         AnalysisName::Steering | AnalysisName::Gradients => &[],
     };
