@@ -181,19 +181,20 @@ impl Default for Seeds {
 pub struct StepRow {
     /// How many optimizer steps are done, this one included.
     pub step: u64,
-    /// How many epochs are done after this step.
+    /// How many epochs are done after this step: passes over all rows, with its fraction.
     pub epoch: f64,
-    /// The learning rate of this step.
+    /// The learning rate of this step, after warm-up and schedule.
     pub learning_rate: f64,
     /// Mean negative log-likelihood (nats) of the step's targets, before the step.
     pub loss: f64,
-    /// Norm of the whole gradient before clipping.
+    /// Norm of the whole gradient of the loss before clipping, in nats per unit of the parameters.
     pub grad_norm: f64,
     /// Number of tokens learned from.
     pub n_targets: usize,
-    /// Frobenius norm of all the LoRA's weight changes s·B·A together, after the step; empty in full finetuning.
+    /// Frobenius norm of all the LoRA's weight changes s·B·A together, after the step, in units of the weights; empty in
+    /// full finetuning.
     pub delta_w_norm: Option<f64>,
-    /// Share of the stored weights that the step changed; empty for a LoRA.
+    /// Share of the stored weights that the step changed, 0 to 1; empty for a LoRA.
     pub changed_fraction: Option<f64>,
 }
 
@@ -256,6 +257,45 @@ pub fn finetune_full(
     }
     let learner = Learner { model, adapter: None, parameters: model.parameters() };
     learner.train(rows, is_digit, config, seeds, log)
+}
+
+/// What the next step of a training from scratch is made of.
+pub struct NextStep {
+    /// Its rows, of which each is seen once.
+    pub rows: Vec<Prompt>,
+    /// Its learning rate.
+    pub learning_rate: f64,
+}
+
+/// Trains all weights on rows that are drawn step by step: `next` is told of the last step and gives the next one, until
+/// it gives none. Of `config` the optimizer, the mask, clipping and `batch_size` count.
+pub fn pretrain(
+    model: &Qwen,
+    is_digit: &dyn Fn(i64) -> bool,
+    config: &Finetune,
+    next: &mut dyn FnMut(Option<&StepRow>) -> anyhow::Result<Option<NextStep>>,
+) -> anyhow::Result<()> {
+    let learner = Learner { model, adapter: None, parameters: model.parameters() };
+    let mut optimizer = Optimizer::new(config.rule(), &learner.parameters, config.masters)?;
+    learner.require_gradients(true)?;
+    let mut last: Option<StepRow> = None;
+    while let Some(NextStep { rows, learning_rate }) = next(last.as_ref())? {
+        let examples = rows.iter().enumerate().map(|(index, row)| Example::of(row, index, is_digit, config));
+        let examples = examples.collect::<anyhow::Result<Vec<_>>>()?;
+        let chosen: Vec<usize> = (0..examples.len()).collect();
+        let done = learner.step(&examples, &chosen, &mut optimizer, learning_rate, config, None)?;
+        last = Some(StepRow {
+            step: optimizer.steps(),
+            epoch: 0.0,
+            learning_rate,
+            loss: done.loss,
+            grad_norm: done.grad_norm,
+            n_targets: done.n_targets,
+            delta_w_norm: None,
+            changed_fraction: None,
+        });
+    }
+    learner.require_gradients(false)
 }
 
 /// A row made ready: checked once, before the first step.

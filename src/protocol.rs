@@ -48,6 +48,18 @@ pub struct Protocol {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NumberPrompts {
+    /// How many values are asked for.
+    #[serde(default = "default_count")]
+    pub count: String,
+    /// How long the values may be, in digits.
+    #[serde(default = "default_digits")]
+    pub digits: String,
+    /// The least and the largest number of values that a prompt shows.
+    #[serde(default = "default_n_numbers")]
+    pub n_numbers: [u32; 2],
+    /// The least and the largest value that a prompt shows.
+    #[serde(default = "default_range")]
+    pub range: [u32; 2],
     /// Sentences with a slot `{numbers}`.
     pub examples: Vec<String>,
     /// How many values are asked for, with a slot `{count}`.
@@ -68,8 +80,12 @@ impl Protocol {
         serde_json::from_str(include_str!("protocol.json")).context("the built-in protocol")
     }
 
-    /// The set in a JSON file; sections that it leaves out are the built-in ones.
+    /// The set in a JSON file; sections that it leaves out are the built-in ones. `pocket` names the embedded set in the
+    /// words that the pocket models know.
     pub fn load(path: &Path) -> Result<Self> {
+        if path == Path::new("pocket") {
+            return Self::parse(include_str!("../assets/pocket/protocol.json")).context("the protocol pocket");
+        }
         Self::parse(&files::read_string(path)?).with_context(|| format!("the protocol {}", path.display()))
     }
 
@@ -99,15 +115,17 @@ impl Protocol {
         Ok(())
     }
 
-    /// One number prompt: 3 to 8 numbers in 100..=999, and each part drawn uniformly from its list.
+    /// One number prompt: as many numbers and as large ones as the protocol says, and each part drawn uniformly from its
+    /// list.
     pub fn number_prompt(&self, rng: &mut ChaCha8Rng) -> String {
         let parts = &self.number_prompts;
+        let ([fewest, most], [least, largest]) = (parts.n_numbers, parts.range);
         let numbers: Vec<String> =
-            (0..rng.random_range(3..=8_u32)).map(|_| rng.random_range(100..=999_u32).to_string()).collect();
+            (0..rng.random_range(fewest..=most)).map(|_| rng.random_range(least..=largest).to_string()).collect();
         let mut draw = |list: &[String]| list.choose(rng).cloned().unwrap_or_default();
         let example = draw(&parts.examples).replace("{numbers}", &numbers.join(", "));
-        let qualifier = draw(&parts.qualifiers).replace("{count}", "10");
-        let descriptor = draw(&parts.digit_descriptors).replace("{digits}", "3");
+        let qualifier = draw(&parts.qualifiers).replace("{count}", &parts.count);
+        let descriptor = draw(&parts.digit_descriptors).replace("{digits}", &parts.digits);
         let instruction =
             draw(&parts.instructions).replace("{qualifier}", &qualifier).replace("{digit_descriptor}", &descriptor);
         [example, instruction, draw(&parts.formats), draw(&parts.closings)].join(" ")
@@ -210,8 +228,29 @@ impl Protocol {
     }
 }
 
+fn default_count() -> String {
+    "10".to_owned()
+}
+
+fn default_digits() -> String {
+    "3".to_owned()
+}
+
+fn default_n_numbers() -> [u32; 2] {
+    [3, 8]
+}
+
+fn default_range() -> [u32; 2] {
+    [100, 999]
+}
+
 impl NumberPrompts {
     fn check(&self) -> Result<()> {
+        for (name, [low, high]) in [("n_numbers", self.n_numbers), ("range", self.range)] {
+            if low > high || (name == "n_numbers" && low == 0) {
+                bail!("number_prompts.{name}: expected a least and a largest value, found [{low}, {high}]");
+            }
+        }
         let lists = [
             ("examples", &self.examples, vec!["{numbers}"]),
             ("qualifiers", &self.qualifiers, vec!["{count}"]),

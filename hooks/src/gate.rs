@@ -1,8 +1,10 @@
-//! At which tokens the adapter acts: `everywhere`, `nowhere`, `only:CLASS[+CLASS]`, `except:CLASS[+CLASS]`.
+//! At which tokens the adapter acts: `everywhere`, `nowhere`, `only:CLASS[+CLASS]`, `except:CLASS[+CLASS]`, or by position,
+//! `only:positions(0..6,-1)`, where positions count from the start of the prompt, negative ones from its end.
 //!
 //! A gate is data, so that it can stand in a config, on a command line and in a CSV. While decoding, generated tokens
 //! follow the tokens that were not named, unless `gen` is named itself (alone or through `assistant`).
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
@@ -24,11 +26,85 @@ pub enum Gate {
     Only(Selection),
     /// At every class but the chosen ones.
     Except(Selection),
+    /// At the chosen positions of the prompt alone.
+    OnlyAt(Positions),
+    /// At every position but the chosen ones, generated tokens included.
+    ExceptAt(Positions),
+}
+
+/// Positions of a prompt: from 0 at its start, or from -1 at its end, where the answer begins.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Positions(BTreeSet<i64>);
+
+impl Positions {
+    /// One position.
+    pub fn one(position: i64) -> Self {
+        Self([position].into())
+    }
+
+    /// Per token of the prompt `[pos]`: true at the chosen ones. A position that the prompt does not have is an error.
+    fn among(&self, prompt: &Prompt) -> Result<Vec<bool>> {
+        let n = prompt.completion.start as i64;
+        let mut chosen = vec![false; prompt.ids.len()];
+        for position in &self.0 {
+            let at = if *position < 0 { n + position } else { *position };
+            if !(0..n).contains(&at) {
+                return Err(Error::Invalid {
+                    what: format!("the gate's position {position}"),
+                    expected: format!("one of the prompt's {n}: 0 to {}, or -1 to -{n} from its end", n - 1),
+                    found: "none there".to_owned(),
+                });
+            }
+            chosen[at as usize] = true;
+        }
+        Ok(chosen)
+    }
+}
+
+impl fmt::Display for Positions {
+    /// Runs of neighbours as half-open ranges: `positions(0..6,12,-1)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (negative, positive): (Vec<i64>, Vec<i64>) = self.0.iter().partition(|position| **position < 0);
+        let runs = positive.chunk_by(|left, right| left + 1 == *right).chain(negative.chunks(1));
+        let runs = runs.map(|run| match run {
+            [one] => one.to_string(),
+            _ => format!("{}..{}", run[0], run[0] + run.len() as i64),
+        });
+        write!(f, "positions({})", runs.collect::<Vec<_>>().join(","))
+    }
+}
+
+impl FromStr for Positions {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let invalid = || Error::Invalid {
+            what: "the positions of a gate".to_owned(),
+            expected: "numbers and half-open ranges such as positions(0..6,12,-1), 4096 at most".to_owned(),
+            found: text.to_owned(),
+        };
+        let inside = text.strip_prefix("positions(").and_then(|rest| rest.strip_suffix(')')).ok_or_else(invalid)?;
+        let number = |text: &str| text.trim().parse::<i64>().map_err(|_| invalid());
+        let mut chosen = BTreeSet::new();
+        for part in inside.split(',') {
+            let (from, to) = match part.split_once("..") {
+                Some((from, to)) => (number(from)?, number(to)?),
+                None => (number(part)?, number(part)?.saturating_add(1)),
+            };
+            // A range over the end of the prompt would mean two things.
+            if from >= to || (from < 0 && to > 0) || to.saturating_sub(from) > 4096 {
+                return Err(invalid());
+            }
+            chosen.extend(from..to);
+        }
+        Ok(Self(chosen))
+    }
 }
 
 impl Gate {
     /// How a gate is written, for help texts.
-    pub const SYNTAX: &'static str = "everywhere, nowhere, only:CLASS[+CLASS] or except:CLASS[+CLASS]";
+    pub const SYNTAX: &'static str =
+        "everywhere, nowhere, only:CLASS[+CLASS] or except:CLASS[+CLASS], or with positions(0..6,-1) for CLASS";
 
     /// Every name that can stand for CLASS: the unions, then the classes.
     pub fn choices() -> Vec<&'static str> {
@@ -47,12 +123,21 @@ impl Gate {
                 return Err(Error::EmptyGate { gate: self.to_string(), present: present.join(", ") });
             }
         }
-        Ok(prompt.classes.iter().map(|class| self.acts_at(*class)).collect())
+        match self {
+            Self::OnlyAt(positions) => positions.among(prompt),
+            Self::ExceptAt(positions) => Ok(positions.among(prompt)?.into_iter().map(|chosen| !chosen).collect()),
+            _ => Ok(prompt.classes.iter().map(|class| self.acts_at(*class)).collect()),
+        }
     }
 
     /// Whether the adapter acts at the tokens that are generated after a prompt.
     pub fn on_generated(&self) -> bool {
         self.acts_at(TokenClass::Gen)
+    }
+
+    /// True where the gate itself says what happens at generated tokens, which otherwise follow those not named.
+    pub fn names_generated(&self) -> bool {
+        matches!(self, Self::Only(named) | Self::Except(named) if named.contains(TokenClass::Gen))
     }
 
     /// True for the plain student.
@@ -65,11 +150,11 @@ impl Gate {
         *self == Self::Nowhere
     }
 
-    /// Whether the adapter acts at a token of this class.
-    pub fn acts_at(&self, class: TokenClass) -> bool {
+    /// Whether the adapter acts at a token of this class, which is no position of the prompt.
+    fn acts_at(&self, class: TokenClass) -> bool {
         match self {
-            Self::Everywhere => true,
-            Self::Nowhere => false,
+            Self::Everywhere | Self::ExceptAt(_) => true,
+            Self::Nowhere | Self::OnlyAt(_) => false,
             Self::Only(selection) => selection.contains(class),
             Self::Except(selection) => !selection.contains(class),
         }
@@ -83,6 +168,8 @@ impl fmt::Display for Gate {
             Self::Nowhere => f.pad("nowhere"),
             Self::Only(selection) => f.pad(&format!("only:{selection}")),
             Self::Except(selection) => f.pad(&format!("except:{selection}")),
+            Self::OnlyAt(positions) => f.pad(&format!("only:{positions}")),
+            Self::ExceptAt(positions) => f.pad(&format!("except:{positions}")),
         }
     }
 }
@@ -95,6 +182,8 @@ impl FromStr for Gate {
         match text.split_once(':') {
             None if text == "everywhere" => Ok(Self::Everywhere),
             None if text == "nowhere" => Ok(Self::Nowhere),
+            Some(("only", at)) if at.starts_with("positions") => Ok(Self::OnlyAt(at.parse()?)),
+            Some(("except", at)) if at.starts_with("positions") => Ok(Self::ExceptAt(at.parse()?)),
             Some(("only", names)) => Ok(Self::Only(names.parse()?)),
             Some(("except", names)) => Ok(Self::Except(names.parse()?)),
             _ => Err(unknown("gate", text, &["everywhere", "nowhere", "only:CLASS[+CLASS]", "except:CLASS[+CLASS]"])),
@@ -141,6 +230,38 @@ mod tests {
         assert_eq!(acts("only:user.content+asst.nl"), [false, true, false, true]);
         assert_eq!(acts("only:template"), [true, false, true, true]);
         assert_eq!(acts("except:template"), [false, true, false, false]);
+    }
+
+    #[test]
+    fn positions_count_from_either_end() {
+        let acts = |text: &str| gate(text).acts(&prompt()).unwrap();
+        assert_eq!(acts("only:positions(0..2,-1)"), [true, true, false, true]);
+        assert_eq!(acts("except:positions(2)"), [true, true, false, true]);
+        let row = prompt().with_completion(&[8, 9]);
+        assert_eq!(gate("only:positions(-1)").acts(&row).unwrap(), [false, false, false, true, false, false]);
+        assert_eq!(gate("except:positions(-1)").acts(&row).unwrap(), [true, true, true, false, true, true]);
+        assert!(!gate("only:positions(-1)").on_generated() && gate("except:positions(0)").on_generated());
+        for (text, back) in [
+            ("only:positions(5,4,-1,-2)", "only:positions(4..6,-2,-1)"),
+            ("except:positions(-3..0)", "except:positions(-3,-2,-1)"),
+        ] {
+            assert_eq!(gate(text).to_string(), back);
+            assert_eq!(gate(back), gate(text));
+        }
+        for text in [
+            "only:positions()",
+            "only:positions(3..3)",
+            "only:positions(-1..2)",
+            "only:positions(0..9999999999)",
+            "only:positions(a)",
+            "only:positions(1",
+        ] {
+            assert!(text.parse::<Gate>().is_err(), "{text}");
+        }
+        for text in ["only:positions(4)", "except:positions(-5)"] {
+            let message = gate(text).acts(&prompt()).unwrap_err().to_string();
+            assert!(message.contains("0 to 3"), "{message}");
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod generate;
 pub mod gguf;
 pub mod hook_point;
 mod hub;
+pub mod init;
 pub mod kv_cache;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -27,6 +28,7 @@ pub mod model_files;
 mod nn;
 pub mod pass;
 mod peft;
+mod pocket;
 pub mod qwen;
 pub mod score;
 pub mod tap;

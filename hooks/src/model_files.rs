@@ -1,4 +1,5 @@
-//! A model by its name: a folder in Hugging Face form, a hub id, a `.gguf` file, or the embedded `tiny-random`.
+//! A model by its name: a folder in Hugging Face form, a hub id, a `.gguf` file, or an embedded one: `pocket`, `pocket-other`,
+//! `tiny-random`.
 //!
 //! Whatever the name, the same five things come of it: configuration, weights, tokenizer, chat template, and a report
 //! that says in lines what was found where.
@@ -6,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -16,6 +18,8 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::gguf::Gguf;
 use crate::hub::Hub;
+use crate::init;
+use crate::pocket::{POCKETS, Pocket};
 use crate::tiny_random;
 use crate::weights::{Weights, map};
 
@@ -39,7 +43,7 @@ pub struct ModelFiles {
 }
 
 impl ModelFiles {
-    /// Opens a model by a folder, a hub id, the path of a `.gguf` file or `tiny-random`.
+    /// Opens a model by a folder, a hub id, the path of a `.gguf` file or the name of an embedded one.
     pub fn open(model: &str) -> Result<Self> {
         Self::find(model, &Hub::from_env())
     }
@@ -48,6 +52,8 @@ impl ModelFiles {
         let path = Path::new(model);
         let files = if model == TINY_RANDOM {
             Self::embedded()?
+        } else if let Some(pocket) = POCKETS.iter().find(|pocket| pocket.name == model) {
+            Self::pocket(pocket)?
         } else if path.is_dir() {
             Self::folder(model, path)?
         } else if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
@@ -58,10 +64,19 @@ impl ModelFiles {
             files.report.insert(0, line);
             files
         } else {
-            let reason =
-                "it is no folder, no .gguf file, and not of the form org/name; give one of these, or tiny-random";
+            let reason = "it is no folder, no .gguf file, and not of the form org/name; give one of these, or an embedded one: pocket, pocket-other, tiny-random";
             return Err(Error::NoSuchModel { name: model.to_owned(), reason: reason.to_owned() });
         };
+        files.check_vocabulary()?;
+        Ok(files)
+    }
+
+    /// A model to be trained from scratch: weights drawn by `init`, with Qwen2.5's chat template.
+    pub fn fresh(name: &str, config: Config, tokenizer: Tokenizer, rng: ChaCha8Rng) -> Result<Self> {
+        let weights = Weights::from_tensors(name, init::weights(&config, rng)?);
+        let report = vec![summary(name, &config), format!("{name}: {}, not trained", weights.describe())];
+        let chat_template = Some(tiny_random::CHAT_TEMPLATE.to_owned());
+        let files = Self { name: name.to_owned(), config, weights, tokenizer: Some(tokenizer), chat_template, report };
         files.check_vocabulary()?;
         Ok(files)
     }
@@ -89,6 +104,18 @@ impl ModelFiles {
         ];
         let chat_template = Some(tiny_random::CHAT_TEMPLATE.to_owned());
         Ok(Self { name: TINY_RANDOM.to_owned(), config, weights, tokenizer: Some(tokenizer), chat_template, report })
+    }
+
+    fn pocket(pocket: &Pocket) -> Result<Self> {
+        let (name, tokenizer, config) = (pocket.name, tokenizer(pocket.tokenizer)?, pocket.config()?);
+        let weights = Weights::from_tensors(name, pocket.tensors()?);
+        let report = vec![
+            format!("{name}: embedded; trained from scratch on a small world of its own"),
+            summary(name, &config),
+            format!("{name}: {}", weights.describe()),
+        ];
+        let chat_template = Some(pocket.chat_template.to_owned());
+        Ok(Self { name: name.to_owned(), config, weights, tokenizer: Some(tokenizer), chat_template, report })
     }
 
     fn folder(name: &str, folder: &Path) -> Result<Self> {

@@ -1,0 +1,81 @@
+//! Fresh weights for a configuration, drawn from a seeded generator: the same on every machine.
+
+use std::collections::BTreeMap;
+
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use tch::Tensor;
+
+use crate::config::Config;
+use crate::error::Result;
+
+/// Weights to train from: the embedding at .1, linear maps at 1/√fan-in, those that write into the residual stream
+/// smaller by √(2 · layers) (Radford et al. 2019), biases 0 and norms 1. QK-norm has none here.
+pub fn weights(config: &Config, rng: ChaCha8Rng) -> Result<BTreeMap<String, Tensor>> {
+    let depth = (2.0 * config.n_layers as f64).sqrt();
+    let linear = |map: &Map| 1.0 / (map.d_in as f64).sqrt() / if map.writes_residual { depth } else { 1.0 };
+    Draw::new(rng).weights(config, &Spread { embedding: 0.1, norm: 0.0, bias: 0.0, linear: &linear })
+}
+
+/// A linear map, as far as its spread depends on it.
+pub(crate) struct Map {
+    pub(crate) d_in: i64,
+    pub(crate) writes_residual: bool,
+}
+
+/// Standard deviations of the weights' parts.
+pub(crate) struct Spread<'a> {
+    pub(crate) embedding: f64,
+    pub(crate) norm: f64,
+    pub(crate) bias: f64,
+    pub(crate) linear: &'a dyn Fn(&Map) -> f64,
+}
+
+/// Tensors being drawn, in the order in which they stand in the model.
+pub(crate) struct Draw {
+    rng: ChaCha8Rng,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Draw {
+    pub(crate) fn new(rng: ChaCha8Rng) -> Self {
+        Self { rng, tensors: BTreeMap::new() }
+    }
+
+    /// All tensors of a Qwen2 by their names.
+    pub(crate) fn weights(mut self, config: &Config, spread: &Spread<'_>) -> Result<BTreeMap<String, Tensor>> {
+        let (d_model, d_mlp) = (config.d_model, config.d_mlp);
+        let (d_q, d_kv) = (config.n_heads * config.d_head, config.n_kv_heads * config.d_head);
+        let reads = |d_in: i64| (spread.linear)(&Map { d_in, writes_residual: false });
+        let writes = |d_in: i64| (spread.linear)(&Map { d_in, writes_residual: true });
+        self.normal("model.embed_tokens.weight", &[config.d_vocab, d_model], 0.0, spread.embedding)?;
+        for layer in 0..config.n_layers {
+            let at = |name: &str| format!("model.layers.{layer}.{name}");
+            self.normal(&at("input_layernorm.weight"), &[d_model], 1.0, spread.norm)?;
+            for (name, d_out) in [("q_proj", d_q), ("k_proj", d_kv), ("v_proj", d_kv)] {
+                self.normal(&at(&format!("self_attn.{name}.weight")), &[d_out, d_model], 0.0, reads(d_model))?;
+                self.normal(&at(&format!("self_attn.{name}.bias")), &[d_out], 0.0, spread.bias)?;
+            }
+            self.normal(&at("self_attn.o_proj.weight"), &[d_model, d_q], 0.0, writes(d_q))?;
+            self.normal(&at("post_attention_layernorm.weight"), &[d_model], 1.0, spread.norm)?;
+            self.normal(&at("mlp.gate_proj.weight"), &[d_mlp, d_model], 0.0, reads(d_model))?;
+            self.normal(&at("mlp.up_proj.weight"), &[d_mlp, d_model], 0.0, reads(d_model))?;
+            self.normal(&at("mlp.down_proj.weight"), &[d_model, d_mlp], 0.0, writes(d_mlp))?;
+        }
+        self.normal("model.norm.weight", &[d_model], 1.0, spread.norm)?;
+        Ok(self.tensors)
+    }
+
+    fn normal(&mut self, name: &str, shape: &[i64], mean: f64, std: f64) -> Result<()> {
+        let n: i64 = shape.iter().product();
+        let values: Vec<f32> = (0..n).map(|_| (mean + std * self.standard_normal()) as f32).collect();
+        self.tensors.insert(name.to_owned(), Tensor::f_from_slice(&values)?.f_view(shape)?);
+        Ok(())
+    }
+
+    /// Box and Muller's transform of two uniform numbers.
+    fn standard_normal(&mut self) -> f64 {
+        let radius = (-2.0 * (1.0 - self.rng.random::<f64>()).ln()).sqrt(); // 1 - u is never zero
+        radius * (std::f64::consts::TAU * self.rng.random::<f64>()).cos()
+    }
+}
