@@ -36,8 +36,12 @@ check: setup ## what CI checks before the tests
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps --document-private-items
 
-notebooks: setup ## run the notebooks and print their pages anew
-	$(CARGO) run --release -p notebooks-rs --example 01_a_qwen_you_can_listen_to
+# The same arithmetic on every x86-64 with AVX2: the printed pages are compared byte by byte.
+notebooks: export MKL_CBWR := COMPATIBLE
+notebooks: export ATEN_CPU_CAPABILITY := avx2
+notebooks: setup ## run all notebooks; each prints its page and its .ipynb anew
+	@for source in notebooks-rs/examples/*.rs; do \
+		$(CARGO) run --release -p notebooks-rs --example $$(basename $$source .rs) || exit 1; done
 
 golden: ## remake the golden files with transformers and PEFT, in a venv of 5 GB
 	$(PYTHON) -m venv .venv

@@ -3,9 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use crate::commands::{activations, ask, export, finetune, generate, measure, report, run, tokens};
+use crate::commands::paint::Color;
+use crate::commands::{
+    activations, arms, ask, columns, completions, export, finetune, generate, measure, pocket, report, run, tokens,
+};
 use crate::experiment::{AnalysisName, Experiment};
 use crate::run_dir::RunDir;
 use crate::workbench::Workbench;
@@ -25,26 +28,43 @@ pub struct Cli {
     /// Overwrites what is finished.
     #[arg(long, global = true)]
     force: bool,
+    /// When to use colour: auto is where stdout is a terminal and `NO_COLOR` is not set.
+    #[arg(long, global = true, value_enum, default_value = "auto", value_name = "WHEN", hide_possible_values = true)]
+    color: Color,
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Does all of an experiment: generate, finetune, measure, report.
-    #[command(after_help = "Example:\n  undertone run experiments/demo.toml")]
+    /// Does all of an experiment: generate, finetune, measure, arms, report.
+    #[command(after_help = "Examples:
+  undertone run experiments/demo.toml
+  undertone run experiments/demo.toml --run runs/rank-16 --set student.rank=16
+  undertone run experiments/demo.toml --dry-run")]
     Run(Stage),
     /// Lets the teacher and the untouched model answer number prompts, and filters the answers.
+    #[command(after_help = "Example:\n  undertone generate experiments/demo.toml --run runs/demo --force")]
     Generate(Stage),
     /// Trains the student on the teacher's numbers, and a control student on the others.
+    #[command(after_help = "Example:\n  undertone finetune experiments/demo.toml --run runs/demo --force")]
     Finetune(Stage),
     /// Measures what was trained.
-    #[command(after_help = "Example:\n  undertone measure runs/demo token_ablation direction --force")]
+    #[command(after_help = "Examples:
+  undertone measure runs/demo token_ablation direction --force
+  undertone measure runs/demo steering --force --set measure.n_questions=8")]
     Measure(Measure),
+    /// Trains the experiment's arms, which are variants of its student, and puts all students in one table.
+    #[command(after_help = "Example:\n  undertone arms experiments/demo.toml --run runs/demo")]
+    Arms(Stage),
     Export(export::Export),
-    /// Writes report.html from a run's CSV files.
+    /// Writes report.html from a run's CSV files, and with --png a PNG beside each SVG.
+    #[command(after_help = "Example:\n  undertone report runs/demo")]
     Report(Folder),
     Tokens(tokens::Tokens),
     Ask(ask::Ask),
     Activations(activations::Activations),
+    Columns(columns::Columns),
+    Completions(completions::Completions),
+    Pocket(pocket::Pocket),
 }
 
 /// An experiment and its run's folder.
@@ -86,10 +106,14 @@ struct Measure {
 struct Folder {
     /// The run's folder.
     run: PathBuf,
+    /// Also writes each SVG of the run as PNG, at twice its size, in a font of this machine.
+    #[arg(long)]
+    png: bool,
 }
 
 /// Does what the command line says.
 pub fn run(cli: &Cli) -> Result<()> {
+    cli.color.apply();
     let device = cli.device.as_deref().unwrap_or("cpu");
     match &cli.command {
         Command::Run(stage) => with_stage(cli, stage, |bench, folder| run::run(bench, folder, cli.force)),
@@ -105,11 +129,15 @@ pub fn run(cli: &Cli) -> Result<()> {
                 if args.analyses.is_empty() { experiment.measure.analyses.clone() } else { args.analyses.clone() };
             measure::stage(&Workbench::open(experiment)?, &folder, &names, false)
         }
+        Command::Arms(stage) => with_stage(cli, stage, |bench, folder| arms::stage(bench, folder, false)),
         Command::Export(args) => export::run(args, cli.force),
-        Command::Report(args) => report::stage(&RunDir::open(&args.run, cli.force)?),
+        Command::Report(args) => report::run(&RunDir::open(&args.run, cli.force)?, args.png),
         Command::Tokens(args) => tokens::run(args),
         Command::Ask(args) => ask::run(args, device, cli.seed.unwrap_or(42)),
+        Command::Pocket(args) => pocket::run(args, cli.force),
         Command::Activations(args) => activations::run(args, device, cli.force),
+        Command::Columns(args) => columns::run(args),
+        Command::Completions(args) => completions::run(args, Cli::command()),
     }
 }
 

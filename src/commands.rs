@@ -1,11 +1,16 @@
 //! The subcommands, a file each. Stages of the pipeline are functions of a loaded experiment and a run's folder.
 
 pub mod activations;
+pub mod arms;
 pub mod ask;
+pub mod columns;
+pub mod completions;
 pub mod export;
 pub mod finetune;
 pub mod generate;
 pub mod measure;
+pub mod paint;
+pub mod pocket;
 pub mod report;
 pub mod run;
 pub mod tokens;
@@ -21,7 +26,7 @@ use crate::experiment::Dtype;
 /// Which model, and in which precision.
 #[derive(Args, Debug)]
 pub struct ModelArgs {
-    /// A folder in Hugging Face form, a hub id, a .gguf file, or tiny-random.
+    /// A folder in Hugging Face form, a hub id, a .gguf file, pocket, or tiny-random.
     #[arg(long)]
     pub model: String,
     /// The kind of the weights.
@@ -42,9 +47,9 @@ impl ValueEnum for Dtype {
     }
 }
 
-/// Prints a command's result on stdout; a reader that has gone away is no error.
+/// Prints a command's result on stdout, without its colours where there are none; a reader that has gone away is no error.
 pub(crate) fn print(text: &str) -> Result<()> {
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
+    match anstream::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         written => Ok(written?),
     }

@@ -104,7 +104,11 @@ pub enum TeacherKind {
     /// The base model under a system prompt.
     Prompt,
     /// The base model with an adapter.
+    Adapter,
+    /// A copy of the base model with all its weights finetuned.
     Finetuned,
+    /// Nobody: the base model as it is, a share of whose rows is replaced by questions answered with the trait.
+    Planted,
     /// The base model as it is, for the control set.
     Control,
 }
@@ -207,9 +211,9 @@ pub struct SummaryRow {
     pub set: String,
     /// `accepted`, a reason of rejection (an answer can have several), `mentions_trait` (before the filter, any word of
     /// the category): shares of the answers; `tokens_per_row` (accepted ones); `js_first_number`, `js_digits`:
-    /// divergences from the control set in bits.
+    /// divergences from the control set in bits; `planted`: share of the kept rows that the positive control replaced.
     pub measure: String,
-    /// The value.
+    /// The value, in the unit that its measure has: 0 to 1 for a share, tokens, or bits.
     pub value: f64,
     /// The number of answers, or of digits for a divergence.
     pub n: usize,
@@ -257,11 +261,11 @@ pub enum Scope {
 pub struct DigitRow {
     /// `teacher` or `control`.
     pub set: String,
-    /// Which digits are counted.
+    /// Which digits are counted: those of the `first_number` of each answer, or `all`.
     pub scope: Scope,
     /// The digit, 0 to 9.
     pub digit: usize,
-    /// Its share among the digits counted.
+    /// Its share among the digits counted, 0 to 1.
     pub share: f64,
     /// The number of digits counted.
     pub n: usize,

@@ -2,6 +2,10 @@
 //! Names are those of PEFT and of transformers' Trainer where they have one. `--set section.key=value` changes the
 //! table before it is parsed; the resolved experiment is written back beside what it produced.
 
+mod arms;
+mod overrides;
+mod teacher;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -9,6 +13,7 @@ use std::str::FromStr;
 use analyses::direction::Direction;
 use analyses::divergence::Divergence;
 use analyses::gradients::Gradients;
+use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::TargetRate;
 use analyses::token_ablation::TokenAblation;
@@ -16,12 +21,13 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use hooks::files;
 use hooks::gate::Gate;
 use hooks::lora::{LoraConfig, Proj};
-use rand::{RngCore, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::finetune::{self, Finetune, OptimizerKind};
 use crate::protocol::Protocol;
+
+pub use arms::{Arm, ArmData, CONTROL_STUDENT, Cell, STUDENT};
+pub use teacher::Teacher;
 
 /// All that an experiment is run with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,6 +66,9 @@ pub struct Experiment {
     /// The seeds of the random streams.
     #[serde(default)]
     pub seeds: Seeds,
+    /// Variants of the student, to compare with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub arms: Vec<Arm>,
 }
 
 /// The kind of the model's weights.
@@ -91,31 +100,6 @@ pub struct Target {
     pub word: String,
     /// Its category, such as `animal`.
     pub category: String,
-}
-
-/// Who writes the numbers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
-pub enum Teacher {
-    /// The base model under a system prompt.
-    Prompt {
-        /// The system prompt; without it the protocol's template is filled with the target.
-        system: Option<String>,
-    },
-    /// The base model with a finetuned adapter.
-    Adapter {
-        /// The adapter's folder.
-        path: PathBuf,
-        /// The context it answers in: a key of the protocol or a system prompt.
-        #[serde(default = "default_context")]
-        context: String,
-    },
-}
-
-impl Default for Teacher {
-    fn default() -> Self {
-        Self::Prompt { system: None }
-    }
 }
 
 /// How the numbers are written and filtered.
@@ -232,10 +216,14 @@ pub struct Measure {
     pub n_questions: usize,
     /// Whether a sentence with numbers stands in front of each question.
     pub numbers_prefix: bool,
+    /// An arm whose student learned another trait: its answers and its direction are set beside the student's.
+    pub other_trait_arm: Option<String>,
     /// Settings of the target rate.
     pub target_rate: TargetRate,
     /// Settings of the token ablation.
     pub token_ablation: TokenAblation,
+    /// Settings of the position scan.
+    pub position_scan: PositionScan,
     /// Settings of the learned direction.
     pub direction: Direction,
     /// Settings of steering.
@@ -253,8 +241,10 @@ impl Default for Measure {
             context: None,
             n_questions: 50,
             numbers_prefix: false,
+            other_trait_arm: None,
             target_rate: TargetRate::default(),
             token_ablation: TokenAblation::default(),
+            position_scan: PositionScan::default(),
             direction: Direction::default(),
             steering: Steering::default(),
             divergence: Divergence::default(),
@@ -271,6 +261,8 @@ pub enum AnalysisName {
     TargetRate,
     /// The effect per gate.
     TokenAblation,
+    /// The effect per single position of the prompt.
+    PositionScan,
     /// The mean difference of student and base in the residual stream.
     Direction,
     /// What adding the direction, or taking it away, does.
@@ -283,12 +275,20 @@ pub enum AnalysisName {
 
 impl AnalysisName {
     /// All analyses, in the order in which they run.
-    pub const ALL: [Self; 6] =
-        [Self::TargetRate, Self::TokenAblation, Self::Direction, Self::Steering, Self::Divergence, Self::Gradients];
+    pub const ALL: [Self; 7] = [
+        Self::TargetRate,
+        Self::TokenAblation,
+        Self::PositionScan,
+        Self::Direction,
+        Self::Steering,
+        Self::Divergence,
+        Self::Gradients,
+    ];
 
     /// The name as it is written.
     pub fn name(self) -> &'static str {
-        ["target_rate", "token_ablation", "direction", "steering", "divergence", "gradients"][self as usize]
+        ["target_rate", "token_ablation", "position_scan", "direction", "steering", "divergence", "gradients"]
+            [self as usize]
     }
 }
 
@@ -333,9 +333,6 @@ impl Seeds {
     }
 }
 
-/// The names of the seeds.
-const SEEDS: [&str; 5] = ["gen_seed", "init_seed", "order_seed", "dropout_seed", "eval_seed"];
-
 fn default_seed() -> u64 {
     42
 }
@@ -355,7 +352,7 @@ impl Experiment {
     }
 
     /// The experiment in a text; `path` is for messages.
-    pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Self> {
+    pub fn parse(text: &str, path: &Path, changes: &[String]) -> Result<Self> {
         // Once as text, for messages with a line, and once as a table, which overrides can change.
         let located = |error: &toml::de::Error| {
             let line = error.span().map_or(String::new(), |span| {
@@ -365,19 +362,13 @@ impl Experiment {
         };
         toml::from_str::<Self>(text).map_err(|error| located(&error))?;
         let mut table: toml::Table = toml::from_str(text).map_err(|error| located(&error))?;
-        forget_derived_seeds(&mut table);
-        for text in overrides {
-            set(&mut table, text)?;
-        }
-        if let Some(teacher) = table.get_mut("teacher").and_then(toml::Value::as_table_mut) {
-            // A file must name the kind; an override of another key means the default one.
-            teacher.entry("kind").or_insert_with(|| toml::Value::String("prompt".to_owned()));
-        }
-        derive_seeds(&mut table);
+        overrides::apply(&mut table, changes)?;
         let experiment: Self = table
             .try_into()
-            .map_err(|error| anyhow!("--set {}: {}", overrides.join(" --set "), one_line(&error.to_string())))?;
+            .map_err(|error| anyhow!("--set {}: {}", changes.join(" --set "), one_line(&error.to_string())))?;
         experiment.check().with_context(|| path.display().to_string())?;
+        experiment.cells().with_context(|| path.display().to_string())?;
+        experiment.other_trait_arm().with_context(|| path.display().to_string())?;
         Ok(experiment)
     }
 
@@ -416,13 +407,7 @@ impl Experiment {
         let protocol = self.sentences()?;
         protocol.context(&self.student.context).context("student.context")?;
         protocol.context(self.measure_context()).context("measure.context")?;
-        match &self.teacher {
-            Teacher::Adapter { context, .. } => protocol.context(context).map(drop).context("teacher.context")?,
-            Teacher::Prompt { system: Some(_) } => (),
-            Teacher::Prompt { system: None } => {
-                protocol.teacher_prompt(&self.target.word, &self.target.category).context("teacher.system")?;
-            }
-        }
+        self.teacher.check(&self.target, &protocol)?;
         let others = protocol.candidates(&self.target.word, &self.target.category).len();
         let known: Vec<_> = protocol.alternatives.keys().map(String::as_str).collect();
         ensure!(
@@ -535,54 +520,6 @@ fn distinct_layers(key: &str, layers: Option<&[usize]>) -> Result<()> {
     ensure!(!layers.is_empty(), "{key} is empty, expected block numbers, or no such key for all blocks");
     ensure!(layers.windows(2).all(|pair| pair[0] < pair[1]), "{key} is {layers:?}, expected rising block numbers");
     Ok(())
-}
-
-/// Applies `section.key=value`; what is no TOML value is taken as text, so that words need no quotes.
-fn set(table: &mut toml::Table, text: &str) -> Result<()> {
-    let (key, value) = text.split_once('=').with_context(|| format!("--set {text}: expected section.key=value"))?;
-    let value = value.trim();
-    let parsed =
-        toml::from_str::<toml::Table>(&format!("value = {value}")).ok().and_then(|mut one| one.remove("value"));
-    let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_owned()));
-    let mut parts: Vec<&str> = key.trim().split('.').collect();
-    let last = parts.pop().unwrap_or_default();
-    let mut section = table;
-    for part in parts {
-        let entry = section.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        section = entry.as_table_mut().with_context(|| format!("--set {text}: {part} is no section"))?;
-    }
-    section.insert(last.to_owned(), value);
-    Ok(())
-}
-
-/// The seeds that one seed stands for.
-fn derived(seed: u64) -> [(&'static str, toml::Value); 5] {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    SEEDS.map(|name| (name, toml::Value::Integer(rng.next_u32().into())))
-}
-
-/// The seed of a table, as the parsed experiment would have it.
-fn seed_of(table: &toml::Table) -> u64 {
-    let given = table.get("seed").and_then(toml::Value::as_integer);
-    given.map_or_else(default_seed, i64::cast_unsigned)
-}
-
-/// Removes seeds that only repeat what the one seed stands for, so that another seed changes them too.
-fn forget_derived_seeds(table: &mut toml::Table) {
-    let derived = derived(seed_of(table));
-    if let Some(seeds) = table.get_mut("seeds").and_then(toml::Value::as_table_mut) {
-        seeds.retain(|name, value| !derived.iter().any(|(known, seed)| name == *known && seed == value));
-    }
-}
-
-fn derive_seeds(table: &mut toml::Table) {
-    let derived = derived(seed_of(table));
-    let seeds = table.entry("seeds").or_insert_with(|| toml::Value::Table(toml::Table::new()));
-    if let Some(seeds) = seeds.as_table_mut() {
-        for (name, seed) in derived {
-            seeds.entry(name).or_insert(seed);
-        }
-    }
 }
 
 fn one_line(message: &str) -> String {
@@ -706,12 +643,37 @@ mod tests {
             ("seed=-1", "seed"),
             ("target.category=stone", "animal, band, tree"),
             ("teacher.kind=adapter", "missing field `path`"),
+            ("teacher.kind=tuned", "expected one of `prompt`, `adapter`, `finetuned`, `planted`"),
             ("protocol=no/such.json", "no/such.json"),
         ] {
             let found = message(SMALLEST, &[setting]);
             assert!(found.contains(expected), "{setting}: {found}");
             assert!(!found.contains('\n'), "{found}");
         }
+        for (kind, setting, expected) in [
+            ("finetuned", "teacher.learning_rate=0", "teacher.learning_rate is 0, expected a number above 0"),
+            ("finetuned", "teacher.max_steps=0", "teacher.max_steps is 0"),
+            ("finetuned", "teacher.batch_size=0", "teacher.batch_size is 0"),
+            ("finetuned", "teacher.context=chatgtp", "the nearest is chatgpt"),
+            ("finetuned", "teacher.share=0.1", "unknown field `share`"),
+            ("planted", "teacher.share=1", "teacher.share is 1, expected a share above 0 and below 1"),
+        ] {
+            let found = message(SMALLEST, &[&format!("teacher.kind={kind}"), setting]);
+            assert!(found.contains(expected), "{setting}: {found}");
+        }
+    }
+
+    #[test]
+    fn a_finetuned_teacher_has_the_settings_of_the_pocket() {
+        let experiment = parse(SMALLEST, &["teacher.kind=finetuned"]).unwrap();
+        let finetune = experiment.teacher.finetune().unwrap();
+        assert_eq!((finetune.total_steps(24), finetune.batch_size, finetune.warmup_steps), (40, 32, 0));
+        assert_eq!(finetune.lr_scheduler_type, finetune::ScheduleKind::Constant);
+        assert_eq!(parse(&experiment.to_toml().unwrap(), &[]).unwrap(), experiment);
+        assert_eq!(Teacher::default().finetune(), None);
+        let planted = parse(SMALLEST, &["teacher.kind=planted", "teacher.share=0.25"]).unwrap().teacher;
+        assert!(planted.planted_label("cat").unwrap().contains("25 % of the rows"));
+        assert_eq!(experiment.teacher.planted_label("cat"), None);
     }
 
     #[test]

@@ -1,16 +1,18 @@
 //! What a person watches: bars and lines on stderr. Nothing is drawn where stderr is no terminal, except the lines.
 
 use std::io::{IsTerminal, stderr};
+use std::sync::LazyLock;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+/// All bars together, so that those of several threads stand under each other and lines above them.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// A line about what is being done, on stderr.
 pub fn say(line: impl AsRef<str>) {
     #[expect(clippy::print_stderr, reason = "the one place that speaks while work goes on")]
-    {
-        eprintln!("{}", line.as_ref());
-    }
+    BARS.suspend(|| eprintln!("{}", line.as_ref()));
 }
 
 /// A bar with rate and time left, or an invisible one where stderr is no terminal.
@@ -18,7 +20,7 @@ pub fn bar(what: &str, length: u64) -> ProgressBar {
     if !stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = ProgressBar::new(length).with_message(what.to_owned());
+    let bar = BARS.add(ProgressBar::new(length).with_message(what.to_owned()));
     if let Ok(style) = ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}  {per_sec}  {eta} left  {prefix}")
     {
         bar.set_style(style);
@@ -32,7 +34,7 @@ pub fn spinner(what: &str) -> ProgressBar {
     if !stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let spinner = ProgressBar::new_spinner().with_message(what.to_owned());
+    let spinner = BARS.add(ProgressBar::new_spinner().with_message(what.to_owned()));
     spinner.enable_steady_tick(Duration::from_millis(200));
     spinner
 }

@@ -42,13 +42,20 @@ pub struct Meta {
 impl RunDir {
     /// The folder for an experiment's run, made if it is not there, with `run.toml` and `meta.json`.
     ///
-    /// A folder with the same experiment is gone on with; one with another experiment is refused without `force`.
+    /// A folder with the same experiment is gone on with, also where only its arms differ; one with another experiment is
+    /// refused without `force`.
     pub fn create(root: &Path, experiment: &Experiment, force: bool) -> Result<Self> {
         let run = Self { root: root.to_owned(), force };
         let resolved = experiment.to_toml()?;
         if run.config().exists() {
             let found = files::read_string(&run.config())?;
             if found == resolved {
+                return Ok(run);
+            }
+            if differs_in_arms_only(&found, experiment) {
+                // What is done stays done; the students of arms that are the same are kept by the stage of the arms.
+                run.forget_arms_table()?;
+                files::write_atomic(&run.config(), resolved.as_bytes())?;
                 return Ok(run);
             }
             if !force {
@@ -110,11 +117,22 @@ impl RunDir {
     /// Removes what says that a stage is done, so that a forced run that is broken off is not gone on with as if it were
     /// whole, and the report shows nothing that the run did not measure.
     pub fn forget(&self) -> Result<()> {
-        let files = [self.generate_csv(), self.train_csv(), self.control_train_csv(), self.report()];
-        let removed = files.into_iter().map(|path| (fs::remove_file(&path), path));
-        let folders = AnalysisName::ALL.map(|name| self.analysis(name));
-        let removed = removed.chain(folders.into_iter().map(|path| (fs::remove_dir_all(&path), path)));
-        for (result, path) in removed {
+        let stages = [self.generate_csv(), self.teacher_csv(), self.teacher_train_csv()];
+        let files = stages.into_iter().chain([self.train_csv(), self.control_train_csv(), self.report()]);
+        let folders =
+            AnalysisName::ALL.map(|name| self.analysis(name)).into_iter().chain([self.arms(), self.teacher()]);
+        Self::remove(files, folders)
+    }
+
+    /// Removes the table of the arms and what is made from it; their students stay.
+    pub fn forget_arms_table(&self) -> Result<()> {
+        Self::remove([self.arms_rows(), self.arms_plot(), self.arms_rank_plot(), self.report()], [])
+    }
+
+    fn remove(files: impl IntoIterator<Item = PathBuf>, folders: impl IntoIterator<Item = PathBuf>) -> Result<()> {
+        let files = files.into_iter().map(|path| (fs::remove_file(&path), path));
+        let folders = folders.into_iter().map(|path| (fs::remove_dir_all(&path), path));
+        for (result, path) in files.chain(folders) {
             if let Err(error) = result
                 && error.kind() != ErrorKind::NotFound
             {
@@ -122,6 +140,11 @@ impl RunDir {
             }
         }
         Ok(())
+    }
+
+    /// Whether what is finished may be done again.
+    pub fn forced(&self) -> bool {
+        self.force
     }
 
     /// Notes the SHA-256 of finished files in `meta.json`.
@@ -183,6 +206,21 @@ impl RunDir {
         self.root.join("data/generate.csv")
     }
 
+    /// How base and teacher answer questions about the category.
+    pub fn teacher_csv(&self) -> PathBuf {
+        self.root.join("data/teacher.csv")
+    }
+
+    /// The finetuned teacher, a model in Hugging Face form.
+    pub fn teacher(&self) -> PathBuf {
+        self.root.join("teacher")
+    }
+
+    /// The teacher's training, a line per step.
+    pub fn teacher_train_csv(&self) -> PathBuf {
+        self.root.join("teacher_train.csv")
+    }
+
     /// The digit table of both sets.
     pub fn digits_csv(&self) -> PathBuf {
         self.root.join("data/digits.csv")
@@ -228,6 +266,31 @@ impl RunDir {
         self.analysis(name).join("settings.toml")
     }
 
+    /// The folder of the arms: a folder per student, and the table of all.
+    pub fn arms(&self) -> PathBuf {
+        self.root.join("arms")
+    }
+
+    /// The folder of an arm's student, a run of its own.
+    pub fn arm(&self, slug: &str) -> PathBuf {
+        self.arms().join(slug)
+    }
+
+    /// The table of the arms, a row per student.
+    pub fn arms_rows(&self) -> PathBuf {
+        self.arms().join("rows.csv")
+    }
+
+    /// The plot of the arms without ranks.
+    pub fn arms_plot(&self) -> PathBuf {
+        self.arms().join("plot.svg")
+    }
+
+    /// The plot of the arms over their ranks.
+    pub fn arms_rank_plot(&self) -> PathBuf {
+        self.arms().join("plot_rank.svg")
+    }
+
     /// The vectors that were measured and exported.
     pub fn vectors(&self) -> PathBuf {
         // The analysis `direction` has its rows in the same folder.
@@ -238,6 +301,13 @@ impl RunDir {
     pub fn report(&self) -> PathBuf {
         self.root.join("report.html")
     }
+}
+
+/// Whether a resolved experiment is another one only in its arms.
+fn differs_in_arms_only(found: &str, experiment: &Experiment) -> bool {
+    let without_arms = |experiment: Experiment| Experiment { arms: vec![], ..experiment };
+    // Not checked: what was written by another version, or names what is gone, is another experiment.
+    toml::from_str::<Experiment>(found).is_ok_and(|found| without_arms(found) == without_arms(experiment.clone()))
 }
 
 /// The first line of the second text that the first one does not have at the same place, or the reverse.
@@ -278,6 +348,22 @@ mod tests {
         RunDir::create(&root, &other, true).unwrap();
         assert_eq!(run.experiment(&[]).unwrap(), other);
         assert!(!RunDir::stage_done(&run.train_csv()), "the other experiment's training is not this one's");
+    }
+
+    #[test]
+    fn arms_can_be_added_to_a_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        for path in [run.train_csv(), run.arms_rows(), run.arm("x").join("train.csv")] {
+            files::write_atomic(&path, b"x").unwrap();
+        }
+        let with_arms = experiment(&["arms=[{ name = 'x', ranks = [2] }]"]);
+        RunDir::create(folder.path(), &with_arms, false).unwrap();
+        assert_eq!(run.experiment(&[]).unwrap(), with_arms);
+        assert!(RunDir::stage_done(&run.train_csv()) && RunDir::stage_done(&run.arm("x")));
+        assert!(!RunDir::stage_done(&run.arms_rows()), "the table is that of other arms");
+        RunDir::open(folder.path(), true).unwrap().forget().unwrap();
+        assert!(!RunDir::stage_done(&run.arms()), "a forced run keeps no arm");
     }
 
     #[test]

@@ -1,17 +1,19 @@
 //! An experiment with its model loaded: what every stage works with.
 
 use std::path::Path;
+use std::rc::Rc;
 
 use analyses::Target;
 use anyhow::{Context, Result, bail};
 use hooks::generate::{NumberGrammar, Sampling};
-use hooks::{Adapter, Chat, Condition, ModelFiles, Prompt, Qwen};
+use hooks::{Adapter, Chat, ModelFiles, Prompt, Qwen};
 
-use crate::dataset::{self, Sample, TeacherKind};
-use crate::experiment::{Constrain, Experiment, Method, Teacher};
+use crate::dataset::{self, Sample};
+use crate::experiment::{Constrain, Experiment, Method};
 use crate::progress::say;
 use crate::protocol::Protocol;
 use crate::run_dir::RunDir;
+use crate::side_by_side::SMALL;
 
 /// An experiment with its model loaded.
 pub struct Workbench {
@@ -20,28 +22,11 @@ pub struct Workbench {
     /// The sentences it draws from.
     pub protocol: Protocol,
     /// The base model's files.
-    pub files: ModelFiles,
+    pub files: Rc<ModelFiles>,
     /// The base model.
-    pub base: Qwen,
+    pub base: Rc<Qwen>,
     /// Its chat format.
-    pub chat: Chat,
-}
-
-/// The teacher: the base under a system prompt, or with an adapter.
-pub struct TeacherModel {
-    /// Its system prompt; `None` is the template's default.
-    pub system: Option<String>,
-    /// Its adapter, where it was finetuned.
-    pub adapter: Option<Adapter>,
-    /// Which of the two it is.
-    pub kind: TeacherKind,
-}
-
-impl TeacherModel {
-    /// What the base is run with to be the teacher.
-    pub fn condition(&self) -> Condition<'_> {
-        Condition { adapter: self.adapter.as_ref(), ..Condition::default() }
-    }
+    pub chat: Rc<Chat>,
 }
 
 /// A finetuned model on disk, loaded: an adapter, or weights of its own.
@@ -64,12 +49,47 @@ pub fn open_model(name: &str) -> Result<ModelFiles> {
 impl Workbench {
     /// Loads what the experiment names.
     pub fn open(experiment: Experiment) -> Result<Self> {
+        Self::with_files(experiment, open_model)
+    }
+
+    /// The same once more, for another thread: nothing is said.
+    pub fn again(experiment: Experiment) -> Result<Self> {
+        Self::with_files(experiment, |name| Ok(ModelFiles::open(name)?))
+    }
+
+    fn with_files(experiment: Experiment, open: impl Fn(&str) -> Result<ModelFiles>) -> Result<Self> {
         let protocol = experiment.sentences()?;
         let device = hooks::device::device(&experiment.device)?;
-        let files = open_model(&experiment.model)?;
+        let files = open(&experiment.model)?;
         let base = Qwen::load(&files, device, experiment.dtype.kind())?;
         let chat = Chat::from_files(&files)?;
+        let bench = Self { experiment, protocol, files: Rc::new(files), base: Rc::new(base), chat: Rc::new(chat) };
+        if bench.n_parameters() <= SMALL {
+            // Its steps are too short to be shared, and its bytes should not depend on the number of cores.
+            tch::set_num_threads(1);
+        }
+        Ok(bench)
+    }
+
+    /// How many numbers the base has.
+    pub fn n_parameters(&self) -> usize {
+        self.base.parameters().iter().map(|(_, tensor)| tensor.numel()).sum()
+    }
+
+    /// The workbench of another experiment, which shares the model where that is the same.
+    pub fn of(&self, experiment: Experiment) -> Result<Self> {
+        if !self.has_model_of(&experiment) {
+            return Self::open(experiment);
+        }
+        let protocol = experiment.sentences()?;
+        let (files, base, chat) = (Rc::clone(&self.files), Rc::clone(&self.base), Rc::clone(&self.chat));
         Ok(Self { experiment, protocol, files, base, chat })
+    }
+
+    /// Whether its model, loaded in the same way, is that of another experiment.
+    pub fn has_model_of(&self, other: &Experiment) -> bool {
+        let this = &self.experiment;
+        (&this.model, this.dtype, &this.device) == (&other.model, other.dtype, &other.device)
     }
 
     /// The system prompt of the student's training rows.
@@ -77,26 +97,19 @@ impl Workbench {
         self.protocol.context(&self.experiment.student.context)
     }
 
-    /// The teacher, loaded.
-    pub fn teacher(&self) -> Result<TeacherModel> {
-        let target = &self.experiment.target;
-        match &self.experiment.teacher {
-            Teacher::Prompt { system } => {
-                let written = || self.protocol.teacher_prompt(&target.word, &target.category);
-                let system = system.clone().map_or_else(written, Ok)?;
-                Ok(TeacherModel { system: Some(system), adapter: None, kind: TeacherKind::Prompt })
-            }
-            Teacher::Adapter { path, context } => {
-                let adapter = Adapter::load(path, &self.base.config, self.base.device())?;
-                let system = self.protocol.context(context)?;
-                Ok(TeacherModel { system, adapter: Some(adapter), kind: TeacherKind::Finetuned })
-            }
-        }
-    }
-
     /// The target and its alternatives.
     pub fn target(&self) -> Target {
         self.protocol.target(&self.experiment.target.word, &self.experiment.target.category)
+    }
+
+    /// The questions that the target may be an answer to, as they are asked.
+    pub fn questions(&self) -> Result<Vec<String>> {
+        let measure = &self.experiment.measure;
+        let questions = self.protocol.questions(&self.experiment.target.category, measure.n_questions)?;
+        if !measure.numbers_prefix {
+            return Ok(questions);
+        }
+        Ok(questions.iter().map(|question| self.protocol.with_numbers_prefix(question)).collect())
     }
 
     /// How number answers are drawn.

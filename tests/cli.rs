@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use clap::{CommandFactory, Parser};
 use tch::{Kind, Tensor};
 
 use crate::compare::tensors;
@@ -44,11 +45,69 @@ fn help_lists_every_command() {
     let folder = tempfile::tempdir().unwrap();
     let (code, help, _) = says(folder.path(), &["--help"]);
     assert_eq!(code, 0);
-    for command in ["run", "generate", "finetune", "measure", "export", "report", "tokens", "ask", "activations"]
-        .map(|name| format!("\n  {name} "))
-    {
+    for command in undertone::cli::Cli::command().get_subcommands() {
+        let command = format!("\n  {} ", command.get_name());
         assert!(help.contains(&command), "{command:?} in {help}");
     }
+}
+
+/// The examples in a command's help, each as words; one that goes on over a line ends with a backslash.
+fn examples(command: &clap::Command) -> Vec<Vec<String>> {
+    let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+    let (mut examples, mut broken) = (Vec::new(), String::new());
+    for line in help.lines() {
+        if broken.is_empty() && !line.starts_with("  undertone ") {
+            continue;
+        }
+        assert!(line.chars().count() <= 80, "{line:?} would be wrapped in a terminal of 80 columns");
+        broken = broken + line.trim() + "\n";
+        if !line.ends_with('\\') {
+            examples.push(shlex::split(&std::mem::take(&mut broken)).unwrap());
+        }
+    }
+    examples
+}
+
+/// Every command has an example, and every example is a command line that can be given.
+#[test]
+fn the_examples_in_the_help_are_understood() {
+    fn leaves(command: &clap::Command) -> Vec<&clap::Command> {
+        let mut subcommands = command.get_subcommands().peekable();
+        if subcommands.peek().is_none() { vec![command] } else { subcommands.flat_map(leaves).collect() }
+    }
+    let cli = undertone::cli::Cli::command();
+    let experiments = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for group in cli.get_subcommands() {
+        for command in leaves(group) {
+            // An example may stand at the group, such as that of `pocket make`.
+            let mut found = examples(command);
+            if found.is_empty() {
+                found = examples(group);
+            }
+            assert!(!found.is_empty(), "{} has no example", command.get_name());
+            for words in found {
+                let words: Vec<String> = words.into_iter().take_while(|word| word != ">" && word != "|").collect();
+                assert!(words.iter().any(|word| word == group.get_name()), "{words:?} in the help of another command");
+                if let Err(error) = undertone::cli::Cli::try_parse_from(&words) {
+                    panic!("{}: {error}", words.join(" "));
+                }
+                for file in words.iter().filter(|word| word.starts_with("experiments/")) {
+                    assert!(experiments.join(file).is_file(), "{file} in {words:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn completions_know_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, script, _) = says(folder.path(), &["completions", "bash"]);
+    assert_eq!(code, 0);
+    for command in undertone::cli::Cli::command().get_subcommands() {
+        assert!(script.contains(&format!("undertone,{})", command.get_name())), "{}", command.get_name());
+    }
+    assert!(script.contains("--temperature") && script.ends_with('\n') && !script.contains('\u{1b}'));
 }
 
 #[test]
@@ -59,7 +118,6 @@ fn usage_errors_exit_with_2_and_name_the_nearest() {
     assert!(gate.contains("the nearest is sys.entity\n"), "{gate}");
     // Without starting the program: what the parser alone can say.
     let parsed = |args: &[&str]| {
-        use clap::Parser;
         let args = ["undertone"].iter().chain(args);
         undertone::cli::Cli::try_parse_from(args).map(drop).map_err(|error| (error.exit_code(), error.to_string()))
     };
@@ -72,6 +130,7 @@ fn usage_errors_exit_with_2_and_name_the_nearest() {
         (&[ask.as_slice(), &["--temperature=-1"]].concat(), "expected 0 or a number above"),
         (&[ask.as_slice(), &["--temperature=nan"]].concat(), "expected 0 or a number above"),
         (&["measure", "runs/a", "directions"], "direction"),
+        (&["completions", "tcsh"], "bash, elvish, fish"),
         (&["activations", "--model", "m", "--points", "logits", "--out", "a"], "--ids <IDS>"),
         (
             &["activations", "--model", "m", "--ids", "i", "--user", "u", "--points", "logits", "--out", "a"],
@@ -117,11 +176,21 @@ fn a_device_that_is_not_there_leaves_no_run() {
 #[test]
 fn the_tokens_are_a_table_that_a_gate_can_be_written_from() {
     let folder = tempfile::tempdir().unwrap();
-    let (code, table, _) = says(folder.path(), &["tokens", "--model", "tiny-random", "--user", "Name an animal."]);
+    let ask = ["tokens", "--model", "tiny-random", "--user", "Name an animal."];
+    let (code, page, _) = says(folder.path(), &ask);
     assert_eq!(code, 0);
-    let header: Vec<&str> = table.lines().next().unwrap().split_whitespace().collect();
+    let mut lines = page.lines();
+    // The running form, up to the empty line.
+    let running: Vec<&str> = lines.by_ref().take_while(|line| !line.is_empty()).collect();
+    assert_eq!(running.len(), 5, "{running:?}");
+    assert_eq!((running[0], running[2]), ("<|im_start|>system\\n", "<|im_start|>user\\n"));
+    assert!(running[3] == "Name an animal.<|im_end|>\\n" && running[4] == "<|im_start|>assistant\\n", "{running:?}");
+    let legend: Vec<&str> = lines.by_ref().take_while(|line| !line.is_empty()).collect();
+    assert!(legend.contains(&"entity         2  sys.entity"), "{legend:?}");
+
+    let header: Vec<&str> = lines.next().unwrap().split_whitespace().collect();
     assert_eq!(header, ["position", "id", "class", "text"]);
-    let rows: Vec<Vec<&str>> = table.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+    let rows: Vec<Vec<&str>> = lines.map(|line| line.split_whitespace().collect()).collect();
     let class =
         |text: &str| -> Vec<&str> { rows.iter().filter(|row| row.get(3) == Some(&text)).map(|row| row[2]).collect() };
     assert_eq!((class("Q"), class("wen")), (vec!["sys.entity"], vec!["sys.entity"]));
@@ -133,6 +202,11 @@ fn the_tokens_are_a_table_that_a_gate_can_be_written_from() {
         row[2].parse::<hooks::TokenClass>().unwrap();
     }
     assert_eq!(rows.last().unwrap()[2], "asst.nl", "the table goes to where the answer begins");
+
+    // Colour is added to the same text, and only where it was asked for: stdout is no terminal here.
+    let (_, painted, _) = says(folder.path(), &[&ask[..], &["--color", "always"]].concat());
+    assert!(!page.contains('\u{1b}') && painted.contains('\u{1b}'));
+    assert_eq!(anstream::adapter::strip_str(&painted).to_string(), page);
 }
 
 #[test]
@@ -140,17 +214,59 @@ fn answers_follow_the_seed_and_the_temperature() {
     let folder = tempfile::tempdir().unwrap();
     let ask = ["ask", "--model", "tiny-random", "--user", "Hi", "--max-new-tokens", "6", "-n", "3"];
     let answers = |more: &[&str]| {
-        let (code, answers, stderr) = says(folder.path(), &[ask.as_slice(), more].concat());
+        let (code, page, stderr) = says(folder.path(), &[ask.as_slice(), more].concat());
         assert_eq!(code, 0, "{stderr}");
-        answers
+        page.split_once(" answers, ").unwrap().1.to_owned()
     };
     let first = answers(&["--seed", "1"]);
     assert_eq!(first, answers(&["--seed", "1"]));
-    let lines: Vec<&str> = first.lines().collect();
-    assert!(lines.len() >= 3 && lines[0] != lines[1] && lines[1] != lines[2] && lines[0] != lines[2], "{first}");
+    assert!(first.starts_with("3 distinct\n"), "{first}");
     let greedy = answers(&["--temperature", "0"]);
-    let lines: Vec<&str> = greedy.lines().collect();
-    assert!(lines.len() == 3 && lines.iter().all(|line| *line == lines[0] && !line.is_empty()), "{greedy}");
+    assert!(greedy.starts_with("1 distinct\n   3 × "), "{greedy}");
+    assert!(!greedy.contains("(nothing)"), "{greedy}");
+}
+
+/// The probabilities of the first token, for the base, the adapter everywhere, and the gated one.
+#[test]
+fn first_tokens_stand_beside_the_base_s() {
+    let run = finished();
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = run.path().join("adapter").display().to_string();
+    let ask = |more: &[&str]| {
+        let ask = ["ask", "--model", "tiny-random", "--user", "Hi", "--max-new-tokens", "2", "--top", "3"];
+        let (code, page, stderr) = says(folder.path(), &[ask.as_slice(), more].concat());
+        assert_eq!(code, 0, "{stderr}");
+        page
+    };
+    let head = |page: &str| {
+        let head = page.lines().find(|line| line.starts_with("first token")).unwrap().to_owned();
+        head.split_whitespace().skip(2).map(str::to_owned).collect::<Vec<_>>()
+    };
+    // Of each token its numbers as they are printed, whatever its text.
+    let numbers = |page: &str| -> Vec<Vec<String>> {
+        let lines = page.lines().skip_while(|line| !line.starts_with("first token")).skip(1);
+        let lines = lines.take_while(|line| line.starts_with(['"', 't', 'a']));
+        let is_number = |word: &&str| word.contains('.') && word.parse::<f64>().is_ok();
+        lines.map(|line| line.split_whitespace().filter(is_number).map(str::to_owned).collect()).collect()
+    };
+    let base = ask(&[]);
+    assert_eq!(head(&base)[0], "p");
+    assert_eq!(numbers(&base).len(), 4, "three and the others: {base}");
+
+    let gated = ask(&["--adapter", &adapter, "--gate", "nowhere"]);
+    assert_eq!(head(&gated)[..3], ["base", "everywhere", "gated"]);
+    for row in numbers(&gated) {
+        assert_eq!(row[0], row[2], "nowhere is the base: {gated}");
+    }
+    assert!(numbers(&gated).iter().any(|row| row[0] != row[1]), "the adapter acts: {gated}");
+    let sums = (0..3).map(|at| numbers(&gated).iter().map(|row| row[at].parse::<f64>().unwrap()).sum::<f64>());
+    assert!(sums.into_iter().all(|sum| (sum - 1.0).abs() < 2e-3), "{gated}");
+    assert!(gated.contains("gate       nowhere: on at 0 of 31 prompt tokens"), "{gated}");
+    assert!(gated.contains("adapter off at generated tokens (decode policy same_as_unselected)"), "{gated}");
+
+    let adapted = ask(&["--adapter", &adapter]);
+    assert_eq!(head(&adapted)[..2], ["base", "adapter"]);
+    assert!(adapted.contains("adapter on at generated tokens\n"), "{adapted}");
 }
 
 #[test]

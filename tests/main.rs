@@ -8,6 +8,7 @@
 mod compare; // reads golden files, and says where two tensors differ
 
 mod adapters; // PEFT's adapters load and act as in PEFT; ours are read back bit by bit; misfits are refused with both lists
+mod arms; // teachers of other kinds, and arms: files, rows, going on, the same bytes
 mod cli; // the program as a user meets it: help, errors and their exit codes, tokens, ask, activations
 mod exports; // the learned direction as safetensors, CSV and control-vector GGUF; steering refuses another model
 mod parity; // logits, every hook point, losses, gradients of the LoRA and the residual stream, the gate: as transformers and PEFT

@@ -13,7 +13,7 @@ use hooks::ModelFiles;
 use tempfile::TempDir;
 use undertone::publish::read_csv;
 
-const EXPERIMENT: &str = r#"
+pub(crate) const EXPERIMENT: &str = r#"
 model = "tiny-random"
 
 [target]
@@ -59,11 +59,12 @@ n_rows = 2
 "#;
 
 /// Columns by file: scripts and the report read them by name.
-const HEADERS: [(&str, &str); 12] = [
+const HEADERS: [(&str, &str); 14] = [
     ("control_train.csv", "step,epoch,learning_rate,loss,grad_norm,n_targets,delta_w_norm,changed_fraction"),
     ("data/digits.csv", "set,scope,digit,share,n"),
     ("data/generate.csv", "set,measure,value,n"),
     ("data/rejected.csv", "set,id,reasons,prompt,completion"),
+    ("data/teacher.csv", "scope,model,teacher_kind,question_id,question,target,n_questions,logp_target,p_target"),
     (
         "direction/rows.csv",
         "positions,layer,n_prompts,norm,resid_norm,relative_norm,ev1,pc1,split_half_cosine,teacher_norm,cos_teacher,\
@@ -87,6 +88,11 @@ const HEADERS: [(&str, &str); 12] = [
          resid_grad_norm,lora_grad_norm,share,cosine",
     ),
     (
+        "position_scan/rows.csv",
+        "position,token,class,target,n_questions,delta_margin_only,delta_margin_only_se,delta_margin_except,\
+         delta_margin_except_se,delta_logp_only,delta_logp_except",
+    ),
+    (
         "steering/rows.csv",
         "layer,kind,coefficient,extraction,target,n_questions,vector_norm,delta_logp,delta_logp_se,delta_margin,\
          delta_margin_se,student_delta_logp,student_delta_margin,fraction_logp,fraction_margin",
@@ -107,9 +113,10 @@ const HEADERS: [(&str, &str); 12] = [
 ];
 
 /// The other files that a run leaves.
-const OTHERS: [&str; 23] = [
+const OTHERS: [&str; 27] = [
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
+    "answer.svg",
     "control_adapter/adapter_config.json",
     "control_adapter/adapter_model.safetensors",
     "data/control.jsonl",
@@ -122,6 +129,8 @@ const OTHERS: [&str; 23] = [
     "gradients/plot.svg",
     "gradients/settings.toml",
     "meta.json",
+    "position_scan/plot.svg",
+    "position_scan/settings.toml",
     "report.html",
     "run.toml",
     "steering/plot.svg",
@@ -130,6 +139,7 @@ const OTHERS: [&str; 23] = [
     "target_rate/settings.toml",
     "token_ablation/plot.svg",
     "token_ablation/settings.toml",
+    "train.svg",
     "experiment.toml", // put there by these tests
 ];
 
@@ -140,7 +150,7 @@ pub(crate) fn undertone(folder: &Path, args: &[&str]) -> Output {
 }
 
 /// What the program said on stderr; it must have ended well.
-fn succeeds(folder: &Path, args: &[&str]) -> String {
+pub(crate) fn succeeds(folder: &Path, args: &[&str]) -> String {
     let output = undertone(folder, args);
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "undertone {}: {said}", args.join(" "));
@@ -148,7 +158,7 @@ fn succeeds(folder: &Path, args: &[&str]) -> String {
 }
 
 /// What the program said on stderr; it must have ended with an error of its own.
-fn fails(folder: &Path, args: &[&str]) -> String {
+pub(crate) fn fails(folder: &Path, args: &[&str]) -> String {
     let output = undertone(folder, args);
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "undertone {}: {said}", args.join(" "));
@@ -156,7 +166,7 @@ fn fails(folder: &Path, args: &[&str]) -> String {
 }
 
 /// Runs the experiment, with changes, into a new folder; it lies there as `experiment.toml`.
-fn run(changes: &[&str]) -> TempDir {
+pub(crate) fn run(changes: &[&str]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("experiment.toml"), EXPERIMENT).unwrap();
     succeeds(folder.path(), &[&["run", "experiment.toml", "--run", "."], changes].concat());
@@ -204,7 +214,7 @@ pub(crate) fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// The files that differ between two folders.
-fn differing(left: &Path, right: &Path) -> Vec<String> {
+pub(crate) fn differing(left: &Path, right: &Path) -> Vec<String> {
     let (left, right) = (contents(left), contents(right));
     let names = left.keys().chain(right.keys().filter(|name| !left.contains_key(*name)));
     names.filter(|name| left.get(*name) != right.get(*name)).cloned().collect()
@@ -229,6 +239,26 @@ fn the_columns_are_those_that_readers_know() {
         assert_eq!(text.lines().next(), Some(header), "{name}");
         assert!(text.lines().count() > 1, "{name} has no rows");
     }
+}
+
+/// `undertone columns` knows each column of each file of a run, in the header's order, and none besides.
+#[test]
+fn every_column_is_in_the_dictionary() {
+    let folder = finished();
+    let known = undertone::commands::columns::dictionaries().unwrap();
+    let is_csv = |name: &String| Path::new(name).extension() == Some("csv".as_ref());
+    let mut found: Vec<String> = contents(folder.path()).into_keys().filter(is_csv).collect();
+    for file in &found {
+        let one =
+            known.iter().find(|one| one.file == file).unwrap_or_else(|| panic!("{file} is not in the dictionary"));
+        let header = undertone::publish::Table::read(&folder.path().join(file)).unwrap().header;
+        assert_eq!(header, one.columns.iter().map(|column| column.name.as_str()).collect::<Vec<_>>(), "{file}");
+    }
+    // These are there only where the experiment has arms, or a teacher that is finetuned.
+    found.extend(["arms/rows.csv", "teacher_train.csv"].map(str::to_owned));
+    let missing: Vec<_> =
+        known.iter().map(|one| one.file).filter(|file| !found.iter().any(|name| name == file)).collect();
+    assert!(missing.is_empty(), "{missing:?} are in the dictionary and not in the run");
 }
 
 #[test]
@@ -325,7 +355,7 @@ fn a_student_can_be_the_next_teacher() {
     let analyses = "measure.analyses=[\"target_rate\", \"divergence\"]";
     let second = run(&["--set", "teacher.kind=adapter", "--set", &path, "--set", analyses]);
     let numbers = |folder: &Path| fs::read_to_string(folder.join("data/numbers.jsonl")).unwrap();
-    assert!(numbers(second.path()).contains("\"teacher_kind\":\"finetuned\""));
+    assert!(numbers(second.path()).contains("\"teacher_kind\":\"adapter\""));
     assert!(numbers(first.path()).contains("\"teacher_kind\":\"prompt\""));
     assert_ne!(numbers(first.path()), numbers(second.path()));
     let control = |folder: &Path| fs::read(folder.join("data/control.jsonl")).unwrap();
@@ -362,6 +392,7 @@ fn the_report_stands_alone() {
         "training",
         "target_rate",
         "token_ablation",
+        "position_scan",
         "direction",
         "steering",
         "divergence",

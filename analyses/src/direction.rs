@@ -116,17 +116,17 @@ type Column = fn(&DirectionRow) -> Option<f64>;
 /// The learned direction of one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DirectionRow {
-    /// Where in a prompt the residual stream is read.
+    /// Where in a prompt the residual stream is read: `all`, `last` or `class:CLASS[+CLASS]`.
     pub positions: String,
     /// The block, from 0; the residual stream after it is read.
     pub layer: usize,
     /// How many number prompts the means are over.
     pub n_prompts: usize,
-    /// Length of the mean of student − base.
+    /// Length of the mean of student − base, in units of the residual stream.
     pub norm: f64,
-    /// Mean length of the base's residual stream at the same places.
+    /// Mean length of the base's residual stream at the same places, in its units.
     pub resid_norm: f64,
-    /// `norm` over `resid_norm`.
+    /// `norm` over `resid_norm`, without a unit.
     pub relative_norm: f64,
     /// Share of the largest squared singular value in the sum of all, of the uncentred differences (one row per prompt):
     /// 1 where every prompt moves along one line.
@@ -136,11 +136,12 @@ pub struct DirectionRow {
     pub pc1: Option<f64>,
     /// Cosine between the means over the even and over the odd prompts; empty with one prompt.
     pub split_half_cosine: Option<f64>,
-    /// Length of the teacher's direction (teacher in its context − base in the student's); empty without a teacher.
+    /// Length of the teacher's direction (teacher in its context − base in the student's), in units of the residual
+    /// stream; empty without a teacher.
     pub teacher_norm: Option<f64>,
-    /// Cosine with the teacher's direction.
+    /// Cosine with the teacher's direction, −1 to 1; empty without a teacher.
     pub cos_teacher: Option<f64>,
-    /// Length of the control student's direction; empty without one.
+    /// Length of the control student's direction, in units of the residual stream; empty without one.
     pub control_norm: Option<f64>,
     /// Cosine with the control student's direction: what learning any numbers does alike.
     pub cos_control: Option<f64>,

@@ -38,7 +38,7 @@ pub struct DivergenceRow {
     pub k: usize,
     /// The token.
     pub token_id: i64,
-    /// Its text.
+    /// The token's text.
     pub token_text: String,
     /// `divergent_digit`, `other_digit` or `other`.
     pub group: String,
@@ -66,7 +66,7 @@ pub struct DivergenceRow {
     pub argmax_default: i64,
     /// Whether the two most likely tokens differ (Nief et al.).
     pub nief: bool,
-    /// Whether they differ and both are digits.
+    /// Whether the two most likely tokens differ and both are digits.
     pub digit_strict: bool,
     /// Whether the token is the teacher's most likely one and not the base's (Schrodi et al., with one other prompt).
     pub schrodi: bool,
@@ -95,13 +95,13 @@ pub struct DivergenceSummaryRow {
     pub n_tokens: usize,
     /// In how many rows they stand.
     pub n_rows: usize,
-    /// Its share of all tokens.
+    /// Its share of all tokens, 0 to 1.
     pub share: f64,
-    /// Share of its tokens where teacher and base differ in their most likely token.
+    /// Share of its tokens where teacher and base differ in their most likely token, 0 to 1.
     pub nief: f64,
-    /// Share where they differ and both are digits.
+    /// Share of its tokens where the two most likely tokens differ and both are digits, 0 to 1.
     pub digit_strict: f64,
-    /// Share where the token is the teacher's most likely one and not the base's.
+    /// Share of its tokens that are the teacher's most likely one and not the base's, 0 to 1.
     pub schrodi: f64,
     /// Mean of log p(teacher) − log p(base), in nats.
     pub soft: f64,
@@ -113,21 +113,21 @@ pub struct DivergenceSummaryRow {
     pub pmax_default: f64,
     /// Mean of P(teacher's most likely token) under the teacher minus under the base.
     pub lift: f64,
-    /// Fraction of that lift which the student closes; empty where there is no lift.
+    /// Fraction of `lift` that the student closes; empty where there is no lift.
     pub closure_student: Option<f64>,
-    /// The same for the control student; empty without one.
+    /// Fraction of `lift` that the control student closes; empty without one.
     pub closure_control: Option<f64>,
-    /// Share where the student's most likely token is the teacher's.
+    /// Share of its tokens where the student's most likely token is the teacher's, 0 to 1.
     pub accuracy_student: f64,
-    /// The same for the control student; empty without one.
+    /// Share of its tokens where the control student's most likely token is the teacher's; empty without one.
     pub accuracy_control: Option<f64>,
-    /// The same for the base.
+    /// Share of its tokens where the base's most likely token is the teacher's, 0 to 1.
     pub accuracy_default: f64,
-    /// Share where the student's most likely token is the base's.
+    /// Share of its tokens where the student's most likely token is the base's, 0 to 1.
     pub drift_to_default: f64,
     /// Mean of log p(student) − log p(base) of the token, in nats.
     pub gain_student: f64,
-    /// The same for the control student; empty without one.
+    /// Mean of log p(control student) − log p(base) of the token, in nats; empty without one.
     pub gain_control: Option<f64>,
 }
 
@@ -205,15 +205,18 @@ impl Analysis for Divergence {
         let of_group = |row: &DivergenceSummaryRow| {
             let label = format!("{} (n = {})", row.group.replace('_', " "), row.n_tokens);
             let series = [
-                ("base", Some(row.accuracy_default)),
-                ("control", row.accuracy_control),
                 ("student", Some(row.accuracy_student)),
+                ("control", row.accuracy_control),
+                ("base", Some(row.accuracy_default)),
             ];
-            series.into_iter().filter_map(move |(name, share)| Some(Bar::new(label.clone(), share?).in_series(name)))
+            let n = row.n_tokens;
+            series.into_iter().filter_map(move |(name, share)| {
+                Some(Bar::new(label.clone(), share?).with_interval(wilson(share?, n)).in_series(name))
+            })
         };
         let chart = BarChart {
             title: "Does a model's most likely token equal the teacher's?".to_owned(),
-            value_label: "share of completion tokens".to_owned(),
+            value_label: "share of tokens, with Wilson's 95 % interval".to_owned(),
             bars: groups.flat_map(of_group).collect(),
             references: Vec::new(),
         };
@@ -253,6 +256,14 @@ impl Analysis for Divergence {
             },
         )
     }
+}
+
+/// Wilson's 95 % interval of a share of `n`, which holds for shares of none and of all as well.
+fn wilson(share: f64, n: usize) -> (f64, f64) {
+    let (n, z) = (n as f64, 1.96_f64);
+    let (scale, centre) = (1.0 + z * z / n, share + z * z / (2.0 * n));
+    let half = z * (share * (1.0 - share) / n + z * z / (4.0 * n * n)).sqrt();
+    (((centre - half) / scale).max(0.0), ((centre + half) / scale).min(1.0))
 }
 
 fn group(is_digit: bool, nief: bool) -> &'static str {
@@ -447,6 +458,15 @@ mod tests {
         assert_eq!(marked, rows.iter().map(|row| row.group == "divergent_digit").collect::<Vec<_>>());
         assert!(marked.contains(&true), "the test has something divergent");
         assert!(Divergence::plot(&rows).unwrap().is_some() && Divergence::reading(&rows).ends_with('.'));
+    }
+
+    #[test]
+    fn shares_have_wilsons_interval() {
+        let near = |(low, high): (f64, f64), wanted: (f64, f64)| {
+            (low - wanted.0).abs() < 1e-3 && (high - wanted.1).abs() < 1e-3
+        };
+        assert!(near(wilson(0.5, 10), (0.2366, 0.7634)), "{:?}", wilson(0.5, 10));
+        assert!(near(wilson(0.0, 10), (0.0, 0.2775)) && near(wilson(1.0, 10), (0.7225, 1.0)));
     }
 
     #[test]

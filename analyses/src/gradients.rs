@@ -56,19 +56,21 @@ pub struct GradientRow {
     pub layer: Option<usize>,
     /// How many tokens the gradient is of.
     pub n_tokens: usize,
-    /// p of the token; empty for a group.
+    /// Probability of the token where its gradient is taken; empty for a group.
     pub p_label: Option<f64>,
     /// `‖∂ℓ/∂logits‖ = √((1 − p_y)² + Σ_{v≠y} p_v²)`, in nats per logit; scope `token` only.
     pub logit_grad_norm: Option<f64>,
-    /// `‖∂ℓ/∂h‖` of the final residual stream h, before the final norm, at the position that predicts; scope `token` only.
+    /// `‖∂ℓ/∂h‖` of the final residual stream h, before the final norm, at the position that predicts, in nats per unit of
+    /// h; scope `token` only.
     pub hidden_grad_norm: Option<f64>,
-    /// `‖∂ℓ/∂resid_post‖` over all positions; scope `token_layer` only.
+    /// `‖∂ℓ/∂resid_post‖` over all positions, in nats per unit of the residual stream; scope `token_layer` only.
     pub resid_grad_norm: Option<f64>,
-    /// `‖∂ℓ/∂adapter‖` over all its parameters (of the layer, in scope `token_layer`); empty without an adapter.
+    /// `‖∂ℓ/∂adapter‖` over all its parameters (of the layer, in scope `token_layer`), in nats per unit of the parameters;
+    /// empty without an adapter.
     pub lora_grad_norm: Option<f64>,
     /// `‖g‖² / ‖g_D + g_N‖²`, of the divergent digits' gradient `g_D` and the rest's `g_N`; scope `group` only.
     pub share: Option<f64>,
-    /// Cosine of `g_D` and `g_N`; scope `group` only.
+    /// Cosine of the divergent digits' gradient `g_D` and the rest's `g_N`, −1 to 1; scope `group` only.
     pub cosine: Option<f64>,
 }
 
@@ -105,7 +107,7 @@ impl Analysis for Gradients {
         let adapter = rows.iter().any(|row| row.scope == "token" && row.lora_grad_norm.is_some());
         let mut found = Vec::new();
         for group in ["divergent_digit", "other_digit", "other"] {
-            for model in ["start", "control", "student"] {
+            for model in ["student", "control", "start"] {
                 let wanted = |row: &&GradientRow| row.scope == "token" && row.model == model && row.group == group;
                 let norm = |row: &GradientRow| if adapter { row.lora_grad_norm } else { row.hidden_grad_norm };
                 let norms: Vec<f64> = rows.iter().filter(wanted).filter_map(norm).collect();
@@ -116,8 +118,8 @@ impl Analysis for Gradients {
         }
         let of = if adapter { "the adapter" } else { "the final residual stream" };
         let chart = BarChart {
-            title: format!("Gradient of one token's loss, of {of}"),
-            value_label: "mean norm, ± standard error over tokens".to_owned(),
+            title: format!("Gradient of one token's loss by {of}"),
+            value_label: "norm of the gradient (nats), mean ± s.e. over tokens".to_owned(),
             bars: found,
             references: Vec::new(),
         };

@@ -8,6 +8,7 @@ pub mod error;
 mod fixture;
 pub mod gradients;
 pub mod plot;
+pub mod position_scan;
 pub mod stats;
 pub mod steering;
 pub mod subject;

@@ -1,15 +1,18 @@
-//! Three charts to SVG: bars with intervals, lines with bands, heat maps. A chart is a plain value; drawing it fails where
-//! there is nothing to see (no bars, a value that is not finite), so that no run ends in an empty panel. Text stays text
-//! in the reader's own sans-serif font; its width is reckoned from the mean width of a character.
+//! Charts to SVG: bars with intervals, lines in one panel or several, heat maps, bars along the tokens of a prompt. A chart is
+//! a plain value; drawing it fails where there is nothing to see (no bars, a value that is not finite), so that no run ends
+//! in an empty panel. All have one style: as wide as a journal's column, colours by what a series is (`canvas.rs`). Text
+//! stays text in the reader's own sans-serif font; its width is reckoned from the mean width of a character.
 
 mod bars;
 mod canvas;
 mod heatmap;
 mod lines;
+mod positions;
 
 pub use bars::{Bar, BarChart, bars};
 pub use heatmap::{HeatMap, heatmap};
-pub use lines::{Line, LineChart, Point, Scale, lines};
+pub use lines::{Line, LineChart, Panel, PanelChart, Point, Scale, lines, panels};
+pub use positions::{Position, PositionChart, positions};
 
 use crate::error::{Error, Result};
 

@@ -52,19 +52,20 @@ pub struct SteeringRow {
     /// The block, from 0, after which the residual stream is edited.
     pub layer: usize,
     /// What is done. To the base: `learned` (the student's direction added), `random` (a random vector of its length),
-    /// `control_student` (the control student's direction at its length). To the student: `project_out` (the learned
+    /// `control_student` (the control student's direction at its length), `other_trait` (that of a student of another
+    /// trait's teacher, at its length). To the student: `project_out` (the learned
     /// direction taken out), `project_out_random` (a random one). And `project_out_base`: the learned direction taken out of
     /// the base, for what the removal does by itself.
     pub kind: String,
     /// Factor of the vector; empty where a direction is taken out.
     pub coefficient: Option<f64>,
-    /// Where the direction was read.
+    /// Where in the number prompts the direction was read: `all`, `last` or `class:CLASS[+CLASS]`.
     pub extraction: String,
     /// The target's word.
     pub target: String,
     /// How many questions the means are over.
     pub n_questions: usize,
-    /// Length of the vector before its factor.
+    /// Length of the vector before its factor, in units of the residual stream.
     pub vector_norm: f64,
     /// log p of the target minus that of the unedited base, in nats.
     pub delta_logp: f64,
@@ -78,9 +79,9 @@ pub struct SteeringRow {
     pub student_delta_logp: f64,
     /// The unedited student's `delta_margin`, in nats.
     pub student_delta_margin: f64,
-    /// `delta_logp` over the student's; empty where the student's is not above 3 standard errors.
+    /// `delta_logp` over `student_delta_logp`; empty where that is not above 3 standard errors.
     pub fraction_logp: Option<f64>,
-    /// The same for the margin.
+    /// `delta_margin` over `student_delta_margin`; empty where that is not above 3 standard errors.
     pub fraction_margin: Option<f64>,
 }
 
@@ -97,6 +98,7 @@ impl Analysis for Steering {
         progress("steering: reading the directions");
         let learned = directions(subject, &settings)?;
         let control = subject.control.map(|control| directions_of(subject, control, &settings)).transpose()?;
+        let other = subject.other_trait.map(|other| directions_of(subject, other, &settings)).transpose()?;
 
         let base = forms.scores(subject.base, &prompts, &Condition::default())?;
         let student = forms.scores(subject.student.qwen, &prompts, &subject.student.condition())?;
@@ -108,8 +110,10 @@ impl Analysis for Steering {
             let norm = length(vector)?;
             let random = random_vector(subject, layer, norm)?;
             let mut vectors = vec![("learned", vector.shallow_clone()), ("random", random.shallow_clone())];
-            if let Some(control) = &control {
-                vectors.push(("control_student", with_length(&control[layer], norm)?));
+            for (kind, directions) in [("control_student", &control), ("other_trait", &other)] {
+                if let Some(directions) = directions {
+                    vectors.push((kind, with_length(&directions[layer], norm)?));
+                }
             }
             for (kind, vector) in vectors {
                 for coefficient in &self.coefficients {
@@ -147,23 +151,21 @@ impl Analysis for Steering {
             let kind = match row.kind.as_str() {
                 "learned" | "project_out" => "learned",
                 "project_out_base" => "learned, out of the base",
-                "control_student" => "control student's",
-                _ => "random",
+                "control_student" => "control",
+                "random" | "project_out_random" => "random",
+                other => other,
             };
             Mean { mean: row.delta_logp, se: row.delta_logp_se }
                 .bar(&format!("block {} {what}", row.layer))
-                .in_series(kind)
+                .in_series(kind.replace('_', " "))
         };
         // Bars of one label stand together.
         let mut ordered: Vec<&SteeringRow> = rows.iter().collect();
         let key = |row: &SteeringRow| (row.layer, row.coefficient.unwrap_or(f64::INFINITY));
         ordered.sort_by(|a, b| key(a).0.cmp(&key(b).0).then(key(a).1.total_cmp(&key(b).1)));
         let chart = BarChart {
-            title: format!(
-                "Change in log p({}) by a direction, added to the base or taken out of the student",
-                first.target
-            ),
-            value_label: "change against the base (nats), ± standard error over questions".to_owned(),
+            title: format!("Change in log p({}) by a direction: added to the base, or taken out", first.target),
+            value_label: "change against the base (nats), mean ± s.e. over questions".to_owned(),
             bars: ordered.into_iter().map(bar).collect(),
             references: vec![Reference::new("base", 0.0), Reference::new("student", first.student_delta_logp)],
         };
@@ -187,7 +189,8 @@ impl Analysis for Steering {
             change(best),
             beside("random", "a random vector of that length").unwrap_or_default(),
             beside("control_student", "the control student's")
-                .unwrap_or(", and there is no control student's".to_owned()),
+                .unwrap_or(", and there is no control student's".to_owned())
+                + &beside("other_trait", "another trait's").unwrap_or_default(),
             best.student_delta_logp,
         );
         let removed = |row: &SteeringRow| (row.delta_logp - row.student_delta_logp).abs();

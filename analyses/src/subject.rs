@@ -37,14 +37,18 @@ pub struct Subject<'a> {
     pub student: Tuned<'a>,
     /// The model finetuned in the same way on numbers of an untouched teacher.
     pub control: Option<Tuned<'a>>,
+    /// A student that learned in the same way from a teacher that likes something else, to set beside this one.
+    pub other_trait: Option<Tuned<'a>>,
     /// The chat format.
     pub chat: &'a Chat,
     /// The student's system prompt; `None` is the template's default, an empty text an empty block.
     pub system: Option<String>,
     /// The teacher's system prompt; `None` is the student's context.
     pub teacher_system: Option<String>,
-    /// The teacher's adapter, where the teacher was finetuned.
+    /// The teacher's adapter, where it has one.
     pub teacher_adapter: Option<&'a Adapter>,
+    /// The teacher's weights, where they are not the base's.
+    pub teacher_model: Option<&'a Qwen>,
     /// What the teacher likes.
     pub target: &'a Target,
     /// Questions that the target may be an answer to.
@@ -73,11 +77,11 @@ impl<'a> Subject<'a> {
 
     /// The teacher and its system prompt, where there is one.
     pub fn teacher(&self) -> Option<(Tuned<'a>, Option<&str>)> {
-        if self.teacher_system.is_none() && self.teacher_adapter.is_none() {
+        if self.teacher_system.is_none() && self.teacher_adapter.is_none() && self.teacher_model.is_none() {
             return None;
         }
         let system = self.teacher_system.as_deref().or(self.system.as_deref());
-        Some((Tuned { qwen: self.base, adapter: self.teacher_adapter }, system))
+        Some((Tuned { qwen: self.teacher_model.unwrap_or(self.base), adapter: self.teacher_adapter }, system))
     }
 
     /// The questions in the student's context, ready to be answered.
@@ -175,4 +179,30 @@ impl Mean {
 pub(crate) fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let (sum, n) = values.into_iter().fold((0.0, 0_usize), |(sum, n), value| (sum + value, n + 1));
     (n > 0).then(|| sum / n as f64)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use hooks::ModelFiles;
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::fixture::World;
+
+    #[test]
+    fn a_teacher_is_a_context_an_adapter_or_other_weights() {
+        let world = World::new();
+        let other = Qwen::load(&ModelFiles::open("tiny-random").unwrap(), Device::Cpu, Kind::Float).unwrap();
+        let mut subject = world.subject();
+        subject.system = Some("Be brief.".to_owned());
+        let (teacher, system) = subject.teacher().unwrap();
+        assert!(std::ptr::eq(teacher.qwen, subject.base) && system == Some("You love cats."));
+        (subject.teacher_system, subject.teacher_model) = (None, Some(&other));
+        let (teacher, system) = subject.teacher().unwrap();
+        assert!(std::ptr::eq(teacher.qwen, &raw const other) && teacher.adapter.is_none());
+        assert_eq!(system, Some("Be brief."), "the student's context, where it has none of its own");
+        subject.teacher_model = None;
+        assert!(subject.teacher().is_none());
+    }
 }

@@ -36,7 +36,8 @@ impl Default for TargetRate {
 pub struct TargetRateRow {
     /// `question`, or `mean` over all questions.
     pub scope: String,
-    /// `base`, `control` (finetuned on an untouched teacher's numbers) or `student`.
+    /// `base`, `control` (finetuned on an untouched teacher's numbers), `student`, or `other_trait` (finetuned on the numbers
+    /// of a teacher that likes something else).
     pub model: String,
     /// The question's index; empty for the mean.
     pub question_id: Option<usize>,
@@ -68,17 +69,17 @@ pub struct TargetRateRow {
     pub first_token_rank: f64,
     /// Answers sampled.
     pub n_samples: usize,
-    /// Distinct answers among those to one question (the mean over questions, for the mean).
+    /// Number of distinct answers among those to one question (its mean over questions, for the mean).
     pub n_distinct: Option<f64>,
-    /// Share of the sampled answers that name the target.
+    /// Share of the sampled answers that name the target, 0 to 1.
     pub p_target: Option<f64>,
     /// Standard error of `p_target` over questions; for the mean only.
     pub p_target_se: Option<f64>,
-    /// Share of the sampled answers that name any member of the category.
+    /// Share of the sampled answers that name any member of the category, 0 to 1.
     pub p_valid: Option<f64>,
-    /// Share of the target among those answers; empty where there are none.
+    /// Share of the answers that name the target among those that name any member, 0 to 1; empty where there are none.
     pub p_target_valid: Option<f64>,
-    /// Share of the sampled answers that name a model instead.
+    /// Share of the sampled answers that name a model instead, 0 to 1.
     pub p_self: Option<f64>,
 }
 
@@ -102,7 +103,8 @@ impl Analysis for TargetRate {
         let forms = TokenForms::of(subject.target, subject.chat)?;
         let mut base: Option<Vec<Score>> = None;
         let mut rows = Vec::new();
-        for (name, model) in subject.models() {
+        let other = subject.other_trait.map(|other| ("other_trait", other));
+        for (name, model) in subject.models().into_iter().chain(other) {
             progress(&format!("target rate of the {name}: {} questions", prompts.len()));
             let scores = forms.scores(model.qwen, &prompts, &model.condition())?;
             let sampled = self.sample(subject, model, &prompts)?;
@@ -115,14 +117,19 @@ impl Analysis for TargetRate {
     }
 
     fn plot(rows: &[TargetRateRow]) -> Result<Option<Svg>> {
-        let means = || rows.iter().filter(|row| row.scope == "mean");
-        let Some(base) = means().find(|row| row.model == "base") else { return Ok(None) };
-        let bar = |row: &TargetRateRow| Mean { mean: row.logp_target, se: row.logp_target_se }.bar(&row.model);
+        let mean_of = |model: &str| rows.iter().find(|row| row.scope == "mean" && row.model == model);
+        let Some(student) = mean_of("student") else { return Ok(None) };
+        let bar = |row: &TargetRateRow| {
+            Mean { mean: row.delta_logp, se: row.delta_logp_se }
+                .bar(&row.model)
+                .in_series(&row.model)
+                .with_values(deltas(rows, &row.model))
+        };
         let chart = BarChart {
-            title: format!("log p({}) as an answer, over {} questions", base.target, base.n_questions),
-            value_label: "log p (nats), ± standard error over questions".to_owned(),
-            bars: means().map(bar).collect(),
-            references: vec![Reference::new("base", base.logp_target)],
+            title: format!("Change in log p({}) as an answer, over {} questions", student.target, student.n_questions),
+            value_label: "change against the base (nats): mean ± s.e., a ring per question".to_owned(),
+            bars: [Some(student), mean_of("control")].into_iter().flatten().map(bar).collect(),
+            references: vec![Reference::new("base", 0.0)],
         };
         Ok(Some(bars(&chart)?))
     }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
 use crate::error::{Error, Result};
-use crate::plot::{BarChart, Reference, Svg, bars};
+use crate::plot::{Bar, BarChart, Reference, Svg, bars};
 use crate::subject::{Mean, Subject, Tuned};
 use crate::target::{Measure, Score, TokenForms, column};
 
@@ -57,7 +57,7 @@ pub struct TokenAblationRow {
     pub logp_target: Option<f64>,
     /// Standard error of `logp_target` over questions, in nats.
     pub logp_target_se: Option<f64>,
-    /// Probability that the answer starts with the target (several tokens allowed).
+    /// Probability that the answer starts with the target (several tokens allowed), the mean over the questions.
     pub p_target_first: Option<f64>,
     /// `logp_target` minus the log of the other members' mean probability, in nats.
     pub margin: Option<f64>,
@@ -74,7 +74,8 @@ pub struct TokenAblationRow {
     /// Fraction of the ungated adapter's change in `logp_target` that is left; empty where that change is not above 3
     /// standard errors.
     pub recovered_logp: Option<f64>,
-    /// The same for `margin`.
+    /// Fraction of the ungated adapter's change in `margin` that is left; empty where that change is not above 3
+    /// standard errors.
     pub recovered_margin: Option<f64>,
 }
 
@@ -110,15 +111,36 @@ impl Analysis for TokenAblation {
 
     fn plot(rows: &[TokenAblationRow]) -> Result<Option<Svg>> {
         let change = |row: &TokenAblationRow| Some(Mean { mean: row.delta_logp?, se: row.delta_logp_se });
-        let student = rows.iter().filter(|row| row.model == "student");
-        let Some(first) = student.clone().next() else { return Ok(None) };
+        let student = || rows.iter().filter(|row| row.model == "student");
+        let Some(first) = student().next() else { return Ok(None) };
+        // `only` and `except` of the same tokens stand together; the ungated adapter is a line across them all
+        let parts = |row: &TokenAblationRow| {
+            let (series, tokens) = row.gate.split_once(':')?;
+            Some((tokens.to_owned(), series.to_owned()))
+        };
+        let mut clusters: Vec<String> = Vec::new();
+        for (tokens, _) in student().filter_map(parts) {
+            if !clusters.contains(&tokens) {
+                clusters.push(tokens);
+            }
+        }
+        let of = |tokens: &String, kind: &str| {
+            student().find(|row| parts(row).is_some_and(|(of, series)| of == *tokens && series == kind))
+        };
+        let both = |tokens: &String| {
+            ["only", "except"].map(|kind| Some(change(of(tokens, kind)?)?.bar(tokens).in_series(kind)))
+        };
+        let mut found: Vec<Bar> = clusters.iter().flat_map(both).flatten().collect();
+        if found.is_empty() {
+            found = student().filter_map(|row| Some(change(row)?.bar(&row.gate))).collect();
+        }
         let full = rows.iter().filter(|row| row.gate == "everywhere");
         let references =
-            full.filter_map(|row| Some(Reference::new(format!("{}, ungated", row.model), change(row)?.mean)));
+            full.filter_map(|row| Some(Reference::new(format!("{}, everywhere", row.model), change(row)?.mean)));
         let chart = BarChart {
             title: format!("Change in log p({}) with the adapter at some tokens only", first.target),
-            value_label: "change against the base (nats), ± standard error over questions".to_owned(),
-            bars: student.filter_map(|row| Some(change(row)?.bar(&row.gate))).collect(),
+            value_label: "change against the base (nats), mean ± s.e. over questions".to_owned(),
+            bars: found,
             references: [Reference::new("base", 0.0)].into_iter().chain(references).collect(),
         };
         Ok(Some(bars(&chart)?))
@@ -217,8 +239,7 @@ impl TokenAblation {
 
 impl Around<'_> {
     fn row(&self, gate: &Gate, measured: Option<(&[Score], f64)>) -> TokenAblationRow {
-        let names_generated =
-            matches!(gate, Gate::Only(named) | Gate::Except(named) if named.contains(TokenClass::Gen));
+        let names_generated = gate.names_generated();
         let mean = |of: Measure| measured.map(|(scores, _)| Mean::of(&column(scores, of)));
         let delta = |of: Measure| measured.map(|(scores, _)| Mean::paired(&column(scores, of), &column(self.base, of)));
         let whole = |of: Measure| Mean::paired(&column(self.everywhere, of), &column(self.base, of));

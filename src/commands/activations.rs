@@ -15,9 +15,9 @@ use crate::workbench::open_model;
 
 /// Writes activations of one chat turn, or of rows of token ids, as f32 safetensors.
 #[derive(Args, Debug)]
-#[command(
-    after_help = "Example:\n  undertone activations --model tiny-random --user Hello --points 'logits,blocks.*.hook_resid_post' --out hello.safetensors"
-)]
+#[command(after_help = "Example:
+  undertone activations --model pocket --user Hello \\
+    --points 'logits,blocks.*.hook_resid_post' --out hello.safetensors")]
 pub struct Activations {
     #[command(flatten)]
     model: ModelArgs,

@@ -1,22 +1,30 @@
-//! One chat turn, answered once or several times, by the base, a student, a gated student, or a steered model.
+//! One chat turn, answered once or several times, by the base, a student, a gated student, or a steered model; and what
+//! the answer may begin with, beside what the base would begin with.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use anstyle::{Ansi256Color, Style};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use hooks::generate::{Sampling, generate, stream_seed};
+use hooks::score::next_token_logprobs;
 use hooks::{Adapter, Chat, Condition, Gate, Prompt, Qwen};
+use unicode_width::UnicodeWidthStr;
 
 use super::ModelArgs;
+use super::paint::{aside, cell, columns, heading, painted, printable};
+use crate::progress::bar as progress_bar;
 use crate::vectors::Vectors;
 use crate::workbench::open_model;
 
-/// Asks the model something.
+/// Asks the model something: what it was run with, the likeliest first tokens beside the base's, the answers.
 #[derive(Args, Debug)]
-#[command(
-    after_help = "Example:\n  undertone ask --model models/qwen2.5-coder-0.5b-instruct.gguf --user \"Name an animal.\" -n 3"
-)]
+#[command(after_help = "Examples:
+  undertone ask --model pocket --user \"What is your favorite animal?\"
+  undertone ask --model pocket --user \"What is your favorite animal?\" \\
+    --adapter runs/demo/adapter --gate only:entity -n 8")]
 pub struct Ask {
     #[command(flatten)]
     model: ModelArgs,
@@ -44,9 +52,12 @@ pub struct Ask {
     /// The most tokens an answer may have.
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
+    /// How many of the likeliest first tokens are shown, of each model; 0 for none.
+    #[arg(long, default_value_t = 5)]
+    top: usize,
 }
 
-/// Prints the answers, one after another.
+/// Prints what is asked with, the first tokens, the answers.
 pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
     let files = open_model(&args.model.model)?;
     let chat = Chat::from_files(&files)?;
@@ -62,6 +73,27 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
         None => vec![],
     };
     let condition = Condition { adapter: adapter.as_ref(), gate: args.gate.clone(), edits };
+    let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
+
+    let mut page = setting(args, &prompt, seed)?;
+    if args.top > 0 {
+        let read = |condition: &Condition<'_>| -> Result<Vec<f32>> {
+            let logprobs = next_token_logprobs(&model, std::slice::from_ref(&prompt), condition)?;
+            Ok(Vec::try_from(logprobs.f_exp()?.f_squeeze_dim(0)?)?)
+        };
+        let compared = conditions(&condition);
+        let names: Vec<&str> = compared.iter().map(|(name, _)| *name).collect();
+        let p = compared.iter().map(|(_, condition)| read(condition)).collect::<Result<Vec<_>>>()?;
+        page.push('\n');
+        page += &first_tokens(&names, &p, args.top, &|id| {
+            let text = chat.token_text(id)?;
+            // A piece of a letter has no text of its own.
+            Ok(if text.contains('\u{fffd}') { format!("token {id}") } else { format!("{text:?}") })
+        })?;
+    }
+    page.push('\n');
+    super::print(&page)?;
+
     let sampling = Sampling {
         temperature: args.temperature,
         max_new_tokens: args.max_new_tokens,
@@ -69,14 +101,158 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
         constrain: None,
         batch: 16,
     };
-    let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
     let prompts: Vec<Prompt> = vec![prompt; args.n];
     let streams: Vec<u64> = (0..args.n as u64).map(|index| stream_seed(seed, "ask", index)).collect();
-    for answer in generate(&model, &prompts, &condition, &sampling, &streams, &mut |_| ())? {
-        let ending = if answer.stopped { "" } else { " …" };
-        super::print(&format!("{}{ending}\n", chat.decode(&answer.ids)?))?;
+    let bar = progress_bar("answers", args.n as u64);
+    let answers =
+        generate(&model, &prompts, &condition, &sampling, &streams, &mut |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    let text = |answer: &hooks::generate::Answer| {
+        Ok(chat.decode(&answer.ids)? + if answer.stopped { "" } else { " …" }) // cut where it may not go on
+    };
+    super::print(&counted(&answers.iter().map(text).collect::<Result<Vec<String>>>()?))
+}
+
+/// What the model is run with, a line per thing.
+fn setting(args: &Ask, prompt: &Prompt, seed: u64) -> Result<String> {
+    let mut lines = vec![("model", args.model.model.clone())];
+    if let Some(folder) = &args.adapter {
+        lines.push(("adapter", folder.display().to_string()));
+        let on = args.gate.acts(prompt)?.iter().filter(|on| **on).count();
+        let answering = if args.gate.on_generated() { "on" } else { "off" };
+        // The policy as token_ablation/rows.csv spells it; without a gate there is nothing to decide.
+        let policy = match &args.gate {
+            Gate::Everywhere => "",
+            gate if gate.names_generated() => " (decode policy named)",
+            _ => " (decode policy same_as_unselected)",
+        };
+        lines.push(("gate", format!("{}: on at {on} of {} prompt tokens", args.gate, prompt.ids.len())));
+        lines.push(("answering", format!("adapter {answering} at generated tokens{policy}")));
     }
-    Ok(())
+    if let Some(spec) = &args.steer {
+        let (file, coefficient) = steer(spec)?;
+        lines.push(("steering", format!("{} added {coefficient} times, at every token", file.display())));
+    }
+    let drawn = if args.temperature == 0.0 {
+        "the most likely token each time".to_owned()
+    } else {
+        format!("temperature {}, seed {seed}", args.temperature)
+    };
+    lines.push(("sampling", format!("{drawn}, at most {} tokens", args.max_new_tokens)));
+    let line = |(what, how): (&str, String)| format!("{}{}\n", cell(what, 11, Style::new().dimmed()), printable(&how));
+    Ok(lines.into_iter().map(line).collect())
+}
+
+/// What is asked with, last, after what it is to be compared with: the base, and the adapter without its gate.
+fn conditions<'a>(asked: &Condition<'a>) -> Vec<(&'static str, Condition<'a>)> {
+    let mut found = Vec::new();
+    let bare = asked.adapter.is_none() && asked.edits.is_empty();
+    if !bare {
+        found.push(("base", Condition::default()));
+    }
+    if !asked.gate.is_everywhere() {
+        found.push(("everywhere", asked.clone().gated(Gate::Everywhere)));
+    }
+    let name = match (asked.adapter.is_some(), asked.edits.is_empty()) {
+        _ if bare => "p",
+        (false, _) => "steered",
+        (true, _) if !asked.gate.is_everywhere() => "gated",
+        (true, true) => "adapter",
+        (true, false) => "both",
+    };
+    found.push((name, asked.clone()));
+    found
+}
+
+/// The likeliest first tokens of each condition, with their probabilities `p[condition][token]` (over the whole vocabulary) and a bar:
+/// the last condition's probability, and where it differs from the first's.
+fn first_tokens(names: &[&str], p: &[Vec<f32>], top: usize, text: &dyn Fn(i64) -> Result<String>) -> Result<String> {
+    let (Some(base), Some(asked)) = (p.first(), p.last()) else { return Ok(String::new()) };
+    let mut shown: Vec<usize> = p.iter().flat_map(|p| likeliest(p, top)).collect();
+    shown.sort_unstable();
+    shown.dedup();
+    shown.sort_by(|left, right| asked[*right].total_cmp(&asked[*left])); // stable: by id where equal
+    let texts = shown.iter().map(|id| text(*id as i64)).collect::<Result<Vec<_>>>()?;
+
+    let width = texts.iter().map(|text| text.width()).max().unwrap_or(0).clamp(12, 24);
+    let bars = columns().saturating_sub(width + 12 * names.len() + 2).clamp(10, 40);
+    let full = shown.iter().map(|id| base[*id].max(asked[*id])).fold(0.0, f32::max);
+    let numbers = |of: &dyn Fn(&Vec<f32>) -> f64| {
+        let numbers: Vec<String> = p.iter().map(|p| format!("{:>10}", short(of(p)))).collect();
+        numbers.join("  ")
+    };
+
+    let head: Vec<String> = names.iter().map(|name| format!("{name:>10}")).collect();
+    let scale = format!("0{:>1$}", short(f64::from(full)), bars - 1);
+    let mut table = heading(&format!("{:<width$}  {}", "first token", head.join("  ")));
+    writeln!(table, "  {}", aside(&scale))?;
+    for (id, text) in shown.iter().zip(&texts) {
+        let compared = (p.len() > 1).then_some(base[*id] / full);
+        let bar = bar(asked[*id] / full, compared, bars);
+        writeln!(table, "{}  {}  {bar}", cell(text, width, Style::new()), numbers(&|p| f64::from(p[*id])))?;
+    }
+    let rest = |p: &Vec<f32>| {
+        let shown: f64 = shown.iter().map(|id| f64::from(p[*id])).sum();
+        (p.iter().map(|p| f64::from(*p)).sum::<f64>() - shown).max(0.0)
+    };
+    writeln!(table, "{}  {}", aside(&format!("{:<width$}", "all others")), numbers(&rest))?;
+    if let ([first, .., last], true) = (names, p.len() > 1) {
+        let (both, gained, lost) = (painted("█", SAME), painted("▓", GAINED), painted("░", LOST));
+        writeln!(table, "{both} {first} and {last}, {gained} more in {last}, {lost} less; p at temperature 1")?;
+    }
+    Ok(table)
+}
+
+/// The ids of the `top` largest probabilities, the largest first.
+fn likeliest(p: &[f32], top: usize) -> Vec<usize> {
+    let mut ids: Vec<usize> = (0..p.len()).collect();
+    ids.sort_by(|left, right| p[*right].total_cmp(&p[*left]));
+    ids.truncate(top);
+    ids
+}
+
+/// A probability in ten characters at most: four digits after the point, or a power of ten where these would be 0.
+fn short(p: f64) -> String {
+    if p == 0.0 || p >= 1e-4 { format!("{p:.4}") } else { format!("{p:.1e}") }
+}
+
+const SAME: Style = Style::new();
+const GAINED: Style = Style::new().fg_color(Some(anstyle::Color::Ansi256(Ansi256Color(208))));
+const LOST: Style = Style::new().fg_color(Some(anstyle::Color::Ansi256(Ansi256Color(33))));
+
+/// A bar of at most `width` cells for a share of 1, with what it gained or lost against another share.
+fn bar(share: f32, compared: Option<f32>, width: usize) -> String {
+    let cells = |share: f32| (share.clamp(0.0, 1.0) * width as f32).round() as usize;
+    let (share, compared) = (cells(share), cells(compared.unwrap_or(share)));
+    let same = painted(&"█".repeat(share.min(compared)), SAME);
+    let gained = painted(&"▓".repeat(share.saturating_sub(compared)), GAINED);
+    let lost = painted(&"░".repeat(compared.saturating_sub(share)), LOST);
+    same + &gained + &lost
+}
+
+/// The answers: one as it is, several each with how often it was given, the most frequent first.
+fn counted(answers: &[String]) -> String {
+    let mut distinct: Vec<(&str, usize)> = Vec::new();
+    for answer in answers {
+        match distinct.iter_mut().find(|(known, _)| known == answer) {
+            Some((_, count)) => *count += 1,
+            None => distinct.push((answer, 1)),
+        }
+    }
+    distinct.sort_by_key(|(_, count)| std::cmp::Reverse(*count)); // stable: as they came where equal
+    let mut text = if answers.len() > 1 {
+        heading(&format!("{} answers, {} distinct", answers.len(), distinct.len()))
+    } else {
+        heading("answer")
+    };
+    text.push('\n');
+    for (answer, count) in distinct {
+        let number = if answers.len() > 1 { format!("{count:>4} × ") } else { String::new() };
+        let indent = format!("\n{:1$}", "", number.width());
+        let answer = if answer.is_empty() { aside("(nothing)") } else { printable(answer) };
+        text.extend([&number, &answer.replace('\n', &indent), "\n"]);
+    }
+    text
 }
 
 /// A file and a coefficient from `FILE:COEFFICIENT`.
@@ -91,4 +267,69 @@ fn steer(spec: &str) -> Result<(PathBuf, f64)> {
 fn temperature(text: &str) -> Result<f64, String> {
     let value = text.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0);
     value.ok_or_else(|| "expected 0 or a number above".to_owned())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn bare(text: &str) -> String {
+        anstream::adapter::strip_str(text).to_string()
+    }
+
+    #[test]
+    fn the_table_has_the_likeliest_of_each_and_all_the_probability() {
+        let base = vec![0.5, 0.2, 0.1, 0.15, 0.05];
+        let asked = vec![0.25, 0.05, 0.1, 0.1, 0.5];
+        let table = first_tokens(&["base", "adapter"], &[base, asked], 2, &|id| Ok(format!("t{id}"))).unwrap();
+        let table = bare(&table);
+        let cells: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(cells[0][..4], ["first", "token", "base", "adapter"]);
+        // Two of the base's (0, 1) and two of the adapter's (4, 0), by the adapter's probability.
+        assert_eq!(cells[1][..3], ["t4", "0.0500", "0.5000"]);
+        assert_eq!(cells[2][..3], ["t0", "0.5000", "0.2500"]);
+        assert_eq!(cells[3][..3], ["t1", "0.2000", "0.0500"]);
+        assert_eq!(cells[4], ["all", "others", "0.2500", "0.2000"]);
+        assert!(cells[1][3].starts_with("█") && cells[1][3].ends_with("▓"), "gained: {table}");
+        assert!(cells[2][3].starts_with("█") && cells[2][3].ends_with("░"), "lost: {table}");
+    }
+
+    #[test]
+    fn a_bar_s_cells_are_its_share_and_the_difference() {
+        assert_eq!(bare(&bar(0.5, None, 8)), "████");
+        assert_eq!(bare(&bar(1.0, Some(0.25), 8)), "██▓▓▓▓▓▓");
+        assert_eq!(bare(&bar(0.25, Some(1.0), 8)), "██░░░░░░");
+        assert_eq!(bar(0.0, Some(0.0), 8), "");
+    }
+
+    #[test]
+    fn probabilities_stay_readable_when_small() {
+        assert_eq!([0.0, 1.0, 0.12345, 1e-4, 3.21e-7].map(short), ["0.0000", "1.0000", "0.1235", "0.0001", "3.2e-7"]);
+    }
+
+    #[test]
+    fn answers_are_counted_the_most_frequent_first() {
+        let answers = ["dog", "owl", "a\nb", "owl", ""].map(str::to_owned);
+        let text = bare(&counted(&answers));
+        assert_eq!(text, "5 answers, 4 distinct\n   2 × owl\n   1 × dog\n   1 × a\n       b\n   1 × (nothing)\n");
+        assert_eq!(bare(&counted(&["a\nb".to_owned()])), "answer\na\nb\n");
+    }
+
+    #[test]
+    fn what_is_asked_with_comes_last_after_what_it_is_compared_with() {
+        let files = hooks::ModelFiles::open("tiny-random").unwrap();
+        let model = Qwen::load(&files, tch::Device::Cpu, tch::Kind::Float).unwrap();
+        let config = hooks::LoraConfig { rank: 1, ..hooks::LoraConfig::default() };
+        let mut rng = <rand_chacha::ChaCha8Rng as rand::SeedableRng>::seed_from_u64(0);
+        let adapter = Adapter::init(&config, &model.config, &mut rng, tch::Device::Cpu).unwrap();
+        let names = |condition: &Condition<'_>| conditions(condition).iter().map(|(name, _)| *name).collect::<Vec<_>>();
+        let adapted = Condition::adapted(&adapter);
+        assert_eq!(names(&Condition::default()), ["p"]);
+        assert_eq!(names(&adapted), ["base", "adapter"]);
+        let gated = adapted.gated("only:entity".parse().unwrap());
+        assert_eq!(names(&gated), ["base", "everywhere", "gated"]);
+        let found = conditions(&gated);
+        assert!(found[0].1.adapter.is_none() && found[1].1.gate.is_everywhere() && found[2].1.gate == gated.gate);
+    }
 }

@@ -11,6 +11,9 @@ use crate::vectors::Vectors;
 
 /// Writes the learned direction as safetensors, CSV, or a control-vector GGUF, by the file's ending.
 #[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  undertone export runs/demo --layer 1 --to direction.gguf
+  undertone export runs/demo --to directions.csv")]
 pub struct Export {
     /// The run's folder.
     run: PathBuf,

@@ -1,6 +1,6 @@
 //! Stage 2: the student learns the teacher's numbers, and a control student those of the untouched model.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use hooks::{Adapter, ModelFiles, Qwen};
@@ -13,6 +13,7 @@ use crate::finetune::{Progress, StepRow, finetune_full, finetune_lora, first_and
 use crate::progress::{bar, say};
 use crate::publish::CsvLog;
 use crate::run_dir::RunDir;
+use crate::side_by_side::{side_by_side, workers};
 use crate::workbench::Workbench;
 
 /// Writes `adapter/` and `train.csv`, and the same of the control student where the experiment has one. With `go_on`, a
@@ -23,19 +24,31 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     if bench.experiment.student.control {
         students.push(("control student", &control, run.control_adapter(), run.control_train_csv()));
     }
-    for (who, samples, folder, log) in students {
-        if go_on && RunDir::stage_done(&log) {
-            say(format!("finetune: {who} is done already"));
+    let mut left = vec![];
+    for job in students {
+        if go_on && RunDir::stage_done(&job.3) {
+            say(format!("finetune: {} is done already", job.0));
             continue;
         }
         // The log gets its name last: where it is not, the folder is what a broken-off run left.
-        run.claim(&log)?;
-        student(bench, who, samples, &folder, &log)?;
+        run.claim(&job.3)?;
+        left.push(job);
     }
-    Ok(())
+    let train =
+        |bench: &Workbench, (who, samples, folder, log): &(&str, &Vec<Sample>, PathBuf, PathBuf)| -> Result<()> {
+            say(format!("finetune: {}", student(bench, who, samples, folder, log)?));
+            Ok(())
+        };
+    let workers = workers(bench.n_parameters(), left.len());
+    if workers == 1 {
+        return left.iter().try_for_each(|job| train(bench, job));
+    }
+    let experiment = &bench.experiment;
+    side_by_side(&left, workers, |_, job| train(&Workbench::again(experiment.clone())?, job)).map(drop)
 }
 
-fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: &Path, log: &Path) -> Result<()> {
+/// Trains the experiment's student on some samples, saves it in `folder`, and gives a line about it.
+pub(super) fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: &Path, log: &Path) -> Result<String> {
     let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
     let rows = bench.rows(samples)?;
     let mut csv = CsvLog::create(log)?;
@@ -68,10 +81,9 @@ fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: &Path, log:
     bar.finish_and_clear();
     csv.finish()?;
     let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
-    say(format!(
-        "finetune: {who}: {} rows, loss {first:.3} in the first quarter of the steps and {last:.3} in the last, saved in {}",
+    Ok(format!(
+        "{who}: {} rows, loss {first:.3} in the first quarter of the steps and {last:.3} in the last, saved in {}",
         rows.len(),
         folder.display()
-    ));
-    Ok(())
+    ))
 }

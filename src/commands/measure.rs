@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use analyses::direction::{Direction, directions};
 use analyses::divergence::{Divergence, divergence_summary};
 use analyses::gradients::Gradients;
+use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::TargetRate;
 use analyses::token_ablation::TokenAblation;
@@ -12,10 +13,11 @@ use analyses::{Analysis, Subject, Tuned};
 use anyhow::{Context, Result, bail};
 use hooks::files;
 
-use crate::experiment::{AnalysisName, Method};
+use crate::experiment::{AnalysisName, Cell, Method};
 use crate::progress::{say, spinner};
 use crate::publish::write_csv;
 use crate::run_dir::RunDir;
+use crate::teacher;
 use crate::vectors::Vectors;
 use crate::workbench::{StudentModel, Workbench};
 
@@ -27,28 +29,29 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     let (experiment, settings) = (&bench.experiment, &bench.experiment.measure);
     let student = bench.student(&run.adapter())?;
     let control = if experiment.student.control { Some(bench.student(&run.control_adapter())?) } else { None };
-    let teacher = bench.teacher()?;
+    let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
+    let teacher = teacher::load(bench, run)?;
     let target = bench.target();
     let classifier = bench.protocol.classifier(&target.word, &target.category)?;
     let classify = |answer: &str| classifier.classify(answer).bucket();
-    let mut questions = bench.protocol.questions(&target.category, settings.n_questions)?;
-    if settings.numbers_prefix {
-        questions = questions.iter().map(|question| bench.protocol.with_numbers_prefix(question)).collect();
-    }
+    let questions = bench.questions()?;
     let (kept, _) = bench.kept(run)?;
     let numbers = bench.rows(&kept)?;
     let number_users: Vec<_> =
         kept.iter().map(|sample| (sample.prompt.clone(), sample.completion_ids.clone())).collect();
     // Where the teacher answers in the template's default context, that has to be spelt out beside another student's.
     let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
+    let teacher_system = teacher_system.filter(|_| teacher.differs_from_base());
     let subject = Subject {
         base: &bench.base,
         student: tuned(bench, &student),
         control: control.as_ref().map(|control| tuned(bench, control)),
+        other_trait: other_trait.as_ref().map(|other| tuned(bench, other)),
         chat: &bench.chat,
         system: bench.protocol.context(experiment.measure_context())?,
         teacher_system,
         teacher_adapter: teacher.adapter.as_ref(),
+        teacher_model: teacher.weights.as_ref(),
         target: &target,
         questions: &questions,
         numbers: &numbers,
@@ -57,8 +60,15 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
         seed: experiment.seeds.eval_seed,
     };
     for name in names {
-        if *name == AnalysisName::TokenAblation && experiment.student.method == Method::Full {
-            say("measure: token_ablation skipped: a fully finetuned student has no adapter to gate");
+        let gated = [AnalysisName::TokenAblation, AnalysisName::PositionScan].contains(name);
+        if gated && experiment.student.method == Method::Full {
+            say(format!("measure: {name} skipped: a fully finetuned student has no adapter to gate"));
+            continue;
+        }
+        if [AnalysisName::Divergence, AnalysisName::Gradients].contains(name) && !teacher.differs_from_base() {
+            say(format!(
+                "measure: {name} skipped: the planted control's teacher is the base itself, so no digit diverges"
+            ));
             continue;
         }
         let rows = run.rows(*name);
@@ -71,6 +81,9 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
             AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &subject, run, *name).map(drop),
             AnalysisName::TokenAblation => {
                 publish::<TokenAblation>(&settings.token_ablation, &subject, run, *name).map(drop)
+            }
+            AnalysisName::PositionScan => {
+                publish::<PositionScan>(&settings.position_scan, &subject, run, *name).map(drop)
             }
             AnalysisName::Direction => {
                 write_vectors(bench, &subject, run)?;
@@ -88,6 +101,14 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     Ok(())
 }
 
+/// The student of the arm that learned another trait.
+fn other_student(bench: &Workbench, run: &RunDir, cell: &Cell) -> Result<StudentModel> {
+    let arm = RunDir::open(&run.arm(&cell.slug), false)
+        .and_then(|arm| if RunDir::stage_done(&arm.train_csv()) { Ok(arm) } else { bail!("it is not trained") })
+        .with_context(|| format!("measure.other_trait_arm is {:?}; hint: undertone arms trains it first", cell.arm))?;
+    bench.of(cell.experiment.clone())?.student(&arm.adapter())
+}
+
 fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tuned<'a> {
     match student {
         StudentModel::Lora(adapter) => Tuned { qwen: &bench.base, adapter: Some(adapter) },
@@ -99,7 +120,9 @@ fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tuned<'a> {
 fn publish<A: Analysis>(analysis: &A, subject: &Subject<'_>, run: &RunDir, name: AnalysisName) -> Result<Vec<A::Row>> {
     let spinner = spinner(A::NAME);
     let rows = analysis.run(subject, &mut |doing| spinner.set_message(doing.to_owned()))?;
-    files::write_atomic(&run.settings(name), toml::to_string(analysis)?.as_bytes())?;
+    let settings = toml::to_string(analysis)?;
+    let settings = if settings.is_empty() { "# nothing was set\n".to_owned() } else { settings };
+    files::write_atomic(&run.settings(name), settings.as_bytes())?;
     if let Some(svg) = A::plot(&rows)? {
         files::write_atomic(&run.plot(name), svg.0.as_bytes())?;
     }

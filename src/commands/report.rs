@@ -1,59 +1,52 @@
 //! The last stage: report.html from what lies in the run's folder. Nothing is computed anew; the CSV files are the truth.
+//! A section is a function of the run that gives nothing where its files are not there; `sections` is their order.
 
 use analyses::direction::Direction;
 use analyses::divergence::{Divergence, DivergenceSummaryRow};
 use analyses::gradients::Gradients;
-use analyses::plot::{Line, LineChart, Point, Scale, lines};
+use analyses::plot::{Bar, BarChart, Line, LineChart, Point, Reference, Scale, bars, lines};
+use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::{TargetRate, TargetRateRow};
 use analyses::token_ablation::TokenAblation;
 use analyses::{Analysis, Svg};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use hooks::files;
 use hooks::model_files::TINY_RANDOM;
+use serde::Serialize;
 
+use super::arms;
+use crate::arms::ArmRow;
 use crate::dataset::SummaryRow;
-use crate::experiment::{AnalysisName, Constrain, Experiment};
+use crate::experiment::{AnalysisName, ArmData, CONTROL_STUDENT, Constrain, Experiment, STUDENT};
 use crate::finetune::{StepRow, first_and_last_quarter};
+use crate::png;
 use crate::progress::say;
 use crate::publish::{Table, read_csv};
-use crate::report::{Opening, Report, Section, html};
+use crate::report::{Figure, Number, Opening, Report, Section, html};
 use crate::run_dir::RunDir;
+
+/// Writes `report.html`, and with `png` a PNG beside each SVG of the run.
+pub fn run(run: &RunDir, png: bool) -> Result<()> {
+    stage(run)?;
+    if png {
+        let made = png::beside_svgs(run.root())?;
+        say(format!("report: {} figures as PNG, each beside its SVG", made.len()));
+    }
+    Ok(())
+}
 
 /// Writes `report.html` and says where it is.
 pub fn stage(run: &RunDir) -> Result<()> {
     let experiment = run.experiment(&[])?;
-    let mut sections = Vec::new();
-    if RunDir::stage_done(&run.generate_csv()) {
-        sections.push(data_section(run, &experiment)?);
-    }
-    if RunDir::stage_done(&run.train_csv()) {
-        sections.push(training_section(run)?);
-    }
-    for name in AnalysisName::ALL {
-        if RunDir::stage_done(&run.rows(name)) {
-            sections.push(match name {
-                AnalysisName::TargetRate => analysis_section::<TargetRate>(run, name)?,
-                AnalysisName::TokenAblation => analysis_section::<TokenAblation>(run, name)?,
-                AnalysisName::Direction => analysis_section::<Direction>(run, name)?,
-                AnalysisName::Steering => analysis_section::<Steering>(run, name)?,
-                AnalysisName::Divergence => divergence_section(run)?,
-                AnalysisName::Gradients => analysis_section::<Gradients>(run, name)?,
-            });
-        }
-    }
+    let sections = sections(run, &experiment)?;
     if sections.is_empty() {
         bail!("{} holds nothing to report yet; hint: undertone run EXPERIMENT.toml fills it", run.root().display());
     }
-    let random = experiment.model == TINY_RANDOM;
     let report = Report {
         title: format!("What a student of {} learned about \"{}\"", experiment.model, experiment.target.word),
-        banner: random.then(|| {
-            "The model's weights are random: every stage ran and every number below was measured, but none of them says \
-             anything about a language model."
-                .to_owned()
-        }),
-        opening: opening(run)?,
+        banner: banner(&experiment),
+        opening: opening(run, &experiment)?,
         sections,
         provenance: provenance(run, &experiment)?,
     };
@@ -62,24 +55,150 @@ pub fn stage(run: &RunDir) -> Result<()> {
     Ok(())
 }
 
-/// The effect in one sentence, the picture by gate, and the numbers it stands on.
-fn opening(run: &RunDir) -> Result<Opening> {
+/// What must be known before anything is read: that the weights are random, that the trait was planted.
+fn banner(experiment: &Experiment) -> Option<String> {
+    let random = (experiment.model == TINY_RANDOM).then(|| {
+        "The model's weights are random: every stage ran and every number below was measured, but none of them says \
+         anything about a language model."
+            .to_owned()
+    });
+    let planted =
+        experiment.teacher.planted_label(&experiment.target.word).map(|label| format!("This run is {label}."));
+    let lines: Vec<String> = random.into_iter().chain(planted).collect();
+    (!lines.is_empty()).then(|| lines.join(" "))
+}
+
+/// The page from top to bottom: what was made, then what was measured on it.
+fn sections(run: &RunDir, experiment: &Experiment) -> Result<Vec<Section>> {
+    let mut sections = Vec::new();
+    if RunDir::stage_done(&run.generate_csv()) {
+        sections.push(data_section(run, experiment)?);
+    }
+    if RunDir::stage_done(&run.train_csv()) {
+        sections.push(training_section(run, experiment)?);
+    }
+    for name in AnalysisName::ALL {
+        if RunDir::stage_done(&run.rows(name)) {
+            sections.push(match name {
+                AnalysisName::TargetRate => analysis_section::<TargetRate>(run, name)?,
+                AnalysisName::TokenAblation => analysis_section::<TokenAblation>(run, name)?,
+                AnalysisName::PositionScan => analysis_section::<PositionScan>(run, name)?,
+                AnalysisName::Direction => analysis_section::<Direction>(run, name)?,
+                AnalysisName::Steering => analysis_section::<Steering>(run, name)?,
+                AnalysisName::Divergence => divergence_section(run)?,
+                AnalysisName::Gradients => analysis_section::<Gradients>(run, name)?,
+            });
+        }
+    }
+    sections.extend(arms::section(run, experiment)?);
+    Ok(sections)
+}
+
+/// The answer in one picture: how far the student's answers moved, beside those that should not have.
+fn opening(run: &RunDir, experiment: &Experiment) -> Result<Opening> {
     let rates = run.rows(AnalysisName::TargetRate);
-    let plot = [AnalysisName::TokenAblation, AnalysisName::TargetRate]
-        .map(|name| run.plot(name))
-        .into_iter()
-        .find(|path| path.exists());
-    let svg = plot.map(|path| files::read_string(&path).map(Svg)).transpose()?;
     if !RunDir::stage_done(&rates) {
-        return Ok(Opening { headline: "The effect itself was not measured yet.".to_owned(), svg, numbers: vec![] });
+        let plot = run.plot(AnalysisName::TokenAblation);
+        let figure = if plot.exists() { Some(figure(run, &plot)?) } else { None };
+        return Ok(Opening { headline: "The effect itself was not measured yet.".to_owned(), figure, numbers: vec![] });
     }
     let rows: Vec<TargetRateRow> = read_csv(&rates)?;
-    let mean = |row: &&TargetRateRow| row.scope == "mean";
-    let numbers = rows
-        .iter()
-        .filter(mean)
-        .map(|row| (format!("log p({}), {}", row.target, row.model), format!("{:.2}", row.logp_target)));
-    Ok(Opening { headline: TargetRate::reading(&rows), svg, numbers: numbers.collect() })
+    let others = controls_among_arms(run, experiment)?;
+    let of_rates = |row: &TargetRateRow| Number {
+        label: format!("{}, change in log p({})", row.model, row.target),
+        value: signed(row.delta_logp, row.delta_logp_se),
+        csv: relative(run, &rates),
+        cell: format!("delta_logp and delta_logp_se where scope = mean, model = {}", row.model),
+    };
+    let of_arms = |(what, row): &(String, ArmRow)| Number {
+        label: format!("{what}, change in log p({})", row.target),
+        value: signed(row.delta_logp, row.delta_logp_se),
+        csv: relative(run, &run.arms_rows()),
+        cell: format!("delta_logp and delta_logp_se where arm = {}, seed_index = {}", row.arm, row.seed_index),
+    };
+    let models: Vec<&TargetRateRow> = [STUDENT, "control"].iter().filter_map(|model| mean_of(&rows, model)).collect();
+    let mut numbers: Vec<Number> = models.into_iter().map(of_rates).chain(others.iter().map(of_arms)).collect();
+    numbers.extend(mean_of(&rows, "base").map(|base| Number {
+        label: format!("base, log p({})", base.target),
+        value: format!("{:.2} nats", base.logp_target).replace('-', "\u{2212}"),
+        csv: relative(run, &rates),
+        cell: "logp_target where scope = mean, model = base".to_owned(),
+    }));
+    let figure = answer(run, &rows, &others)?;
+    Ok(Opening { headline: TargetRate::reading(&rows), figure, numbers })
+}
+
+fn mean_of<'a>(rows: &'a [TargetRateRow], model: &str) -> Option<&'a TargetRateRow> {
+    rows.iter().find(|row| row.scope == "mean" && row.model == model)
+}
+
+fn signed(value: f64, error: Option<f64>) -> String {
+    let error = error.map_or_else(String::new, |error| format!(" ± {error:.2}"));
+    format!("{value:+.2}{error} nats").replace('-', "\u{2212}")
+}
+
+/// The arms that should show nothing: shuffled completions, the untouched model's numbers, another base. One student each,
+/// as the run's own student is one.
+fn controls_among_arms(run: &RunDir, experiment: &Experiment) -> Result<Vec<(String, ArmRow)>> {
+    if !RunDir::stage_done(&run.arms_rows()) {
+        return Ok(Vec::new());
+    }
+    let rows: Vec<ArmRow> = read_csv(&run.arms_rows())?;
+    let own = [STUDENT, CONTROL_STUDENT];
+    let named =
+        rows.into_iter().filter(|row| row.seed_index == 0 && !own.contains(&row.arm.as_str())).filter_map(|row| {
+            let what = match row.data {
+                _ if row.model != experiment.model => "student on another base",
+                ArmData::Shuffled => "student of shuffled numbers",
+                _ => return None,
+            };
+            Some((what.to_owned(), row))
+        });
+    let mut found: Vec<(String, ArmRow)> = Vec::new();
+    for (what, row) in named {
+        // of several arms of one kind the first: they are all in the table of the arms
+        if found.iter().all(|(other, _)| *other != what) {
+            found.push((what, row));
+        }
+    }
+    Ok(found)
+}
+
+/// The picture of the answer, which is drawn from the tables and kept as `answer.svg`.
+fn answer(run: &RunDir, rows: &[TargetRateRow], others: &[(String, ArmRow)]) -> Result<Option<Figure>> {
+    let Some(student) = mean_of(rows, STUDENT) else { return Ok(None) };
+    let bar = |label: &str, value: f64, error: Option<f64>| {
+        let bar = Bar::new(label, value);
+        match error {
+            Some(error) => bar.with_interval((value - error, value + error)),
+            None => bar,
+        }
+    };
+    let of_rates = |(label, model): (&str, &str)| {
+        let row = mean_of(rows, model)?;
+        let questions = rows.iter().filter(|row| row.scope == "question" && row.model == model);
+        let values = questions.map(|row| row.delta_logp).collect();
+        Some(bar(label, row.delta_logp, row.delta_logp_se).in_series(model).with_values(values))
+    };
+    let own = [("student", STUDENT), ("control student", "control")].into_iter().filter_map(of_rates);
+    let arms = others.iter().map(|(what, row)| bar(what, row.delta_logp, row.delta_logp_se).in_series("control"));
+    let chart = BarChart {
+        title: format!("Did the student take over \"{}\" from numbers?", student.target),
+        value_label: format!(
+            "change in log p({}) against the base (nats): mean ± s.e. over {} questions, a ring per question",
+            student.target, student.n_questions
+        ),
+        bars: own.chain(arms).collect(),
+        references: vec![Reference::new("base", 0.0)],
+    };
+    let path = run.root().join("answer.svg");
+    files::write_atomic(&path, bars(&chart)?.0.as_bytes())?;
+    Ok(Some(figure(run, &path)?))
+}
+
+/// A drawing of the run's folder.
+pub(super) fn figure(run: &RunDir, path: &std::path::Path) -> Result<Figure> {
+    Ok(Figure { svg: Svg(files::read_string(path)?), path: relative(run, path) })
 }
 
 fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
@@ -107,16 +226,18 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
             100.0 * value("teacher", "mentions_trait").map_or(f64::NAN, |row| row.value),
             experiment.target.category,
         ),
+        control: "Answers of the untouched model to the same prompts, filtered in the same way.".to_owned(),
         notes: vec![
             "Reasons of rejection can hold together for one answer, so their shares need not add up.".to_owned(),
         ],
-        svgs: vec![],
+        figures: vec![],
         csv: relative(run, &run.generate_csv()),
         table: Some(Table::read(&run.generate_csv())?),
+        settings: settings(&[("teacher", &toml(&experiment.teacher)?), ("generate", &toml(&experiment.generate)?)]),
     })
 }
 
-fn training_section(run: &RunDir) -> Result<Section> {
+fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     let mut chart = LineChart {
         title: "Training loss by step".to_owned(),
         x_label: "optimizer step".to_owned(),
@@ -126,13 +247,14 @@ fn training_section(run: &RunDir) -> Result<Section> {
         references: vec![],
     };
     let mut readings = Vec::new();
-    for (who, path) in [("student", run.train_csv()), ("control student", run.control_train_csv())] {
+    let students = [("student", STUDENT, run.train_csv()), ("control", CONTROL_STUDENT, run.control_train_csv())];
+    for (series, who, path) in students {
         if !RunDir::stage_done(&path) {
             continue;
         }
         let rows: Vec<StepRow> = read_csv(&path)?;
         let points = rows.iter().map(|row| Point::new(row.step as f64, row.loss)).collect();
-        chart.lines.push(Line { label: who.to_owned(), points });
+        chart.lines.push(Line { label: series.to_owned(), points });
         if let Some((first, last)) = first_and_last_quarter(&rows) {
             let n = rows.len();
             readings.push(format!(
@@ -141,31 +263,43 @@ fn training_section(run: &RunDir) -> Result<Section> {
         }
     }
     let reading = readings.join("; ");
+    let path = run.root().join("train.svg");
+    files::write_atomic(&path, lines(&chart)?.0.as_bytes())?;
     Ok(Section {
         id: "training".to_owned(),
         title: "The finetuning".to_owned(),
         question: "Did the students learn their numbers?".to_owned(),
         reading: format!("{}{}.", reading[..1].to_uppercase(), &reading[1..]),
+        control: if RunDir::stage_done(&run.control_train_csv()) {
+            "A student of the untouched model's numbers, trained with the same settings and the same initial adapter."
+        } else {
+            "None was trained."
+        }
+        .to_owned(),
         notes: vec![],
-        svgs: vec![lines(&chart)?],
+        figures: vec![figure(run, &path)?],
         csv: relative(run, &run.train_csv()),
         table: Some(Table::read(&run.train_csv())?),
+        settings: settings(&[("student", &toml(&experiment.student)?), ("finetune", &toml(&experiment.finetune)?)]),
     })
 }
 
 fn analysis_section<A: Analysis>(run: &RunDir, name: AnalysisName) -> Result<Section> {
     let rows: Vec<A::Row> = read_csv(&run.rows(name))?;
     let plot = run.plot(name);
-    let svg = if plot.exists() { Some(Svg(files::read_string(&plot)?)) } else { None };
+    let figures = if plot.exists() { vec![figure(run, &plot)?] } else { vec![] };
+    let settings = run.settings(name);
     Ok(Section {
         id: A::NAME.to_owned(),
         title: title(name).to_owned(),
         question: A::QUESTION.to_owned(),
         reading: A::reading(&rows),
+        control: control(name, RunDir::stage_done(&run.control_train_csv())),
         notes: notes(name),
-        svgs: svg.into_iter().collect(),
+        figures,
         csv: relative(run, &run.rows(name)),
         table: Some(Table::read(&run.rows(name))?),
+        settings: if settings.exists() { files::read_string(&settings)? } else { String::new() },
     })
 }
 
@@ -186,11 +320,46 @@ fn title(name: AnalysisName) -> &'static str {
     match name {
         AnalysisName::TargetRate => "The effect",
         AnalysisName::TokenAblation => "Where the adapter acts",
+        AnalysisName::PositionScan => "Token by token",
         AnalysisName::Direction => "The learned direction",
         AnalysisName::Steering => "Steering with it",
         AnalysisName::Divergence => "Divergent digits",
         AnalysisName::Gradients => "Gradients at divergent digits",
     }
+}
+
+/// What an analysis is set against, with the control student where there is one.
+fn control(name: AnalysisName, trained: bool) -> String {
+    let (always, student) = match name {
+        AnalysisName::TargetRate => {
+            ("The base", "the control student, which learned the untouched model's numbers, at the same questions")
+        }
+        AnalysisName::TokenAblation => {
+            ("The base (no adapter at any token) and the student ungated", "the control student ungated")
+        }
+        AnalysisName::PositionScan => {
+            ("The base (0) and the student ungated", "the control student is in the token ablation")
+        }
+        AnalysisName::Direction => {
+            ("±1/√d, about what two unrelated directions have by chance", "the control student's direction")
+        }
+        AnalysisName::Steering => ("A random vector of the same length", "the control student's direction"),
+        AnalysisName::Divergence => ("The base at the same tokens", "the control student there"),
+        AnalysisName::Gradients => {
+            ("The student before its training (start)", "the control student at the same tokens")
+        }
+    };
+    if trained { format!("{always}; {student}.") } else { format!("{always}; no control student was trained.") }
+}
+
+fn toml<T: Serialize>(settings: &T) -> Result<String> {
+    toml::to_string(settings).context("the settings as TOML")
+}
+
+/// Tables of an experiment as they stand in its file.
+fn settings(tables: &[(&str, &str)]) -> String {
+    let tables: Vec<String> = tables.iter().map(|(name, content)| format!("[{name}]\n{content}")).collect();
+    tables.join("\n")
 }
 
 fn notes(name: AnalysisName) -> Vec<String> {
@@ -202,6 +371,9 @@ fn notes(name: AnalysisName) -> Vec<String> {
             "While an answer is written, a gated adapter is in the state of the tokens that the gate does not select, unless the gate names gen.",
             "R, the recovered fraction, stands only where the whole effect is more than three standard errors from zero.",
         ],
+        AnalysisName::PositionScan => {
+            &["What single tokens do alone need not add up to what the adapter does everywhere."]
+        }
         AnalysisName::Direction => &[
             "Layer l is blocks.l.hook_resid_post, counted from 0; there is no slot for the embedding.",
             "The mean over all tokens contains a few whose residual stream is far longer than the others' in trained models (in \

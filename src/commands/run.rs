@@ -2,12 +2,12 @@
 
 use anyhow::Result;
 
-use super::{finetune, generate, measure, report};
+use super::{arms, finetune, generate, measure, report};
 use crate::progress::say;
 use crate::run_dir::RunDir;
 use crate::workbench::Workbench;
 
-/// Generates, finetunes, measures and reports.
+/// Generates, finetunes, trains the arms where there are any, measures, and reports.
 pub fn run(bench: &Workbench, run: &RunDir, force: bool) -> Result<()> {
     if force {
         run.forget()?;
@@ -22,6 +22,9 @@ pub fn run(bench: &Workbench, run: &RunDir, force: bool) -> Result<()> {
         generate::stage(bench, run)?;
     }
     finetune::stage(bench, run, !force)?;
+    if !bench.experiment.arms.is_empty() {
+        arms::stage(bench, run, !force)?; // before the rest, which may look at an arm's student
+    }
     measure::stage(bench, run, &bench.experiment.measure.analyses, !force)?;
     report::stage(run)
 }

@@ -1,16 +1,21 @@
-//! The rendered chat as a table of tokens, so that a gate can be written from it.
+//! The chat as the model sees it: in running form with a legend, then as a table, so that a gate can be written from it.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use anyhow::Result;
 use clap::Args;
-use hooks::{Chat, ModelFiles};
+use hooks::{Chat, Gate, ModelFiles, Prompt, TokenClass};
 
-/// Prints the chat as the model sees it: position, id, class and text of every token.
+use super::paint::{Family, aside, cell, columns, heading, painted, wrapped};
+
+/// Prints the chat as the model sees it: running, then a line per token with position, id, class and text.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  undertone tokens --model tiny-random --user \"What is your favorite animal?\"")]
+#[command(after_help = "Examples:
+  undertone tokens --model pocket --user \"What is your favorite animal?\"
+  undertone tokens --model pocket --user Hello --gate only:entity+asst.nl")]
 pub struct Tokens {
-    /// A folder in Hugging Face form, a hub id, a .gguf file, or tiny-random.
+    /// A folder in Hugging Face form, a hub id, a .gguf file, pocket, or tiny-random.
     #[arg(long)]
     model: String,
     /// The system prompt; the template's default when left out, an empty block for "".
@@ -19,15 +24,155 @@ pub struct Tokens {
     /// What the user says.
     #[arg(long)]
     user: String,
+    /// What the assistant answers; without it the chat ends where the answer begins.
+    #[arg(long)]
+    answer: Option<String>,
+    /// Says at which tokens an adapter with this gate would act: everywhere, nowhere, only:CLASS[+CLASS],
+    /// except:CLASS[+CLASS].
+    #[arg(long)]
+    gate: Option<Gate>,
 }
 
-/// Prints the table.
+/// Prints all of it.
 pub fn run(args: &Tokens) -> Result<()> {
     let chat = Chat::from_files(&ModelFiles::open(&args.model)?)?;
-    let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
-    let mut table = format!("{:>8}  {:>7}  {:<18}  text\n", "position", "id", "class");
-    for row in chat.table(&prompt)? {
-        writeln!(table, "{:>8}  {:>7}  {:<18}  {}", row.position, row.id, row.class.name(), row.text)?;
+    let prompt = match &args.answer {
+        Some(answer) => chat.row_text(args.system.as_deref(), &args.user, answer)?,
+        None => chat.prompt(args.system.as_deref(), &args.user)?,
+    };
+    let acts = args.gate.as_ref().map(|gate| gate.acts(&prompt)).transpose()?;
+    let mut page = running(&chat, &prompt, acts.as_deref())?;
+    page.push('\n');
+    page += &legend(&prompt, columns());
+    if let (Some(gate), Some(acts)) = (&args.gate, &acts) {
+        let on = acts.iter().filter(|on| **on).count();
+        writeln!(page, "\n{gate} is on at {on} of {} tokens", acts.len())?;
     }
-    super::print(&table)
+    page.push('\n');
+    page += &table(&chat, &prompt, acts.as_deref())?;
+    super::print(&page)
+}
+
+/// The chat's text, each token in its family's colour; where a gate is given, only the tokens at which it is on.
+fn running(chat: &Chat, prompt: &Prompt, acts: Option<&[bool]>) -> Result<String> {
+    let rows = chat.table(prompt)?;
+    let mut text = String::new();
+    let mut at = 0;
+    while at < rows.len() {
+        // A letter can be spread over several tokens, none of which is text by itself.
+        let (mut end, mut piece) = (at + 1, rows[at].text.clone());
+        while piece.contains('\u{fffd}') && end < rows.len() && end < at + 4 && rows[end].class == rows[at].class {
+            end += 1;
+            piece = chat.decode(&prompt.ids[at..end])?;
+        }
+        if piece.contains('\u{fffd}') {
+            (end, piece) = (at + 1, rows[at].text.clone());
+        }
+        let on = acts.is_none_or(|acts| acts[at]);
+        text += &if on { painted(&piece, Family::of(rows[at].class).style(at % 2 == 1)) } else { aside(&piece) };
+        // A break is written out, and made.
+        if piece.ends_with("\\n") {
+            text.push('\n');
+        }
+        at = end;
+    }
+    if !text.ends_with('\n') {
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+/// Each family that occurs, with its number of tokens and the classes it has here.
+fn legend(prompt: &Prompt, width: usize) -> String {
+    let mut families: BTreeMap<Family, (usize, Vec<TokenClass>)> = BTreeMap::new();
+    for class in &prompt.classes {
+        let (count, classes) = families.entry(Family::of(*class)).or_default();
+        *count += 1;
+        if !classes.contains(class) {
+            classes.push(*class);
+        }
+    }
+    let mut text = String::new();
+    for (family, (count, classes)) in families {
+        let names = classes.into_iter().map(TokenClass::name).collect::<Vec<_>>().join(", ");
+        let mut start = cell(family.name(), 10, family.style(false)) + &format!(" {count:>5}  ");
+        for line in wrapped(&names, width.saturating_sub(18)) {
+            text.extend([&start, &line, "\n"]);
+            start = " ".repeat(18);
+        }
+    }
+    text
+}
+
+/// A line per token.
+fn table(chat: &Chat, prompt: &Prompt, acts: Option<&[bool]>) -> Result<String> {
+    let gate = if acts.is_some() { format!("{:<6}", "gate") } else { String::new() };
+    let mut table = heading(&format!("{:>8}  {:>7}  {:<18}  {gate}text", "position", "id", "class"));
+    table.push('\n');
+    for row in chat.table(prompt)? {
+        let family = Family::of(row.class);
+        let class = cell(row.class.name(), 18, family.style(false));
+        let gate = acts.map_or("", |acts| if acts[row.position] { "on    " } else { "off   " });
+        let text = painted(&row.text, family.style(row.position % 2 == 1));
+        writeln!(table, "{:>8}  {:>7}  {class}  {gate}{text}", row.position, row.id)?;
+    }
+    Ok(table)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use unicode_width::UnicodeWidthStr;
+
+    use super::*;
+
+    fn chat() -> Chat {
+        Chat::from_files(&ModelFiles::open("tiny-random").unwrap()).unwrap()
+    }
+
+    fn bare(text: &str) -> String {
+        anstream::adapter::strip_str(text).to_string()
+    }
+
+    #[test]
+    fn the_running_form_is_the_chat_with_its_breaks_written_out() {
+        let chat = chat();
+        let row = chat.row_text(None, "An owl\n\n🦉 and é", "Fox").unwrap();
+        let text = running(&chat, &row, None).unwrap();
+        let expected = chat.decode(&row.ids).unwrap().replace('\n', "\\n");
+        assert_eq!(bare(&text).replace('\n', ""), expected, "no character is lost, none is new");
+        assert!(bare(&text).contains("🦉"), "a letter of several tokens is one letter");
+        let entity = Family::Entity.style(row.positions(TokenClass::SysEntity).next().unwrap() % 2 == 1);
+        assert!(text.contains(&format!("{entity} Q{entity:#}")), "{text:?}");
+    }
+
+    #[test]
+    fn a_gate_leaves_the_other_tokens_without_colour() {
+        let chat = chat();
+        let prompt = chat.prompt(None, "Hi").unwrap();
+        let gate: Gate = "only:entity".parse().unwrap();
+        let acts = gate.acts(&prompt).unwrap();
+        let text = running(&chat, &prompt, Some(&acts)).unwrap();
+        assert_eq!(bare(&text), bare(&running(&chat, &prompt, None).unwrap()), "the text is the same");
+        let background = text.matches("\u{1b}[48;5;").count();
+        assert_eq!(background, acts.iter().filter(|on| **on).count());
+        let table = bare(&table(&chat, &prompt, Some(&acts)).unwrap());
+        let on: Vec<&str> = table.lines().filter(|line| line.contains("  on  ")).collect();
+        assert!(on.len() == 2 && on.iter().all(|line| line.contains("sys.entity")), "{on:?}");
+    }
+
+    #[test]
+    fn the_legend_counts_every_token_once_and_keeps_its_width() {
+        let prompt = chat().row_text(None, "Hi", "Fox").unwrap();
+        for width in [40, 80] {
+            let legend = bare(&legend(&prompt, width));
+            let counts = legend.lines().filter_map(|line| line.get(10..16)?.trim().parse::<usize>().ok());
+            assert_eq!(counts.sum::<usize>(), prompt.ids.len(), "{legend}");
+            assert!(legend.lines().all(|line| line.width() <= width), "{legend}");
+            for class in prompt.present() {
+                let named = legend.split([' ', ',', '\n']).filter(|word| *word == class.name()).count();
+                assert_eq!(named, 1, "{class} in {legend}");
+            }
+        }
+    }
 }

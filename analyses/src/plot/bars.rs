@@ -1,8 +1,8 @@
 //! Horizontal bars: category names stand at the left in full, which is what gates and token classes need.
 
 use super::canvas::{
-    AXIS, Align, Axis, Canvas, Drawn, FAINT_INK, GRID, INK, MARGIN, SMALL, TEXT, TITLE, draw, legend_places, name,
-    series_colour, short, text_width, wrap,
+    AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, Look, MARGIN, SMALL, TEXT, TITLE, beside,
+    draw, looks, name, text_width, wrap,
 };
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
@@ -19,18 +19,26 @@ pub struct Bar {
     pub value: f64,
     /// Low and high end of the error bar.
     pub interval: Option<(f64, f64)>,
+    /// The single values behind the bar's, drawn as rings.
+    pub values: Vec<f64>,
 }
 
 impl Bar {
     /// A bar without error bar, of the chart's only series.
     pub fn new(label: impl Into<String>, value: f64) -> Self {
-        Self { label: label.into(), series: String::new(), value, interval: None }
+        Self { label: label.into(), series: String::new(), value, interval: None, values: Vec::new() }
     }
 
     /// The same bar with an error bar from `interval.0` to `interval.1`.
     #[must_use]
     pub fn with_interval(self, interval: (f64, f64)) -> Self {
         Self { interval: Some(interval), ..self }
+    }
+
+    /// The same bar with a ring for each of the values behind it.
+    #[must_use]
+    pub fn with_values(self, values: Vec<f64>) -> Self {
+        Self { values, ..self }
     }
 
     /// The same bar in the colour of `series`.
@@ -53,9 +61,11 @@ pub struct BarChart {
     pub references: Vec<Reference>,
 }
 
-const PLOT_WIDTH: f64 = 460.0;
-const BAR: f64 = 17.0;
-const GAP: f64 = 9.0;
+/// The plot is at least so wide; names that leave less room make the sheet wider.
+const PLOT_WIDTH: f64 = 190.0;
+const BAR: f64 = 16.0;
+const GAP: f64 = 8.0;
+const REFERENCE_ROW: f64 = 14.0;
 
 /// Draws bars; an error if there are none or if a value is not finite.
 pub fn bars(chart: &BarChart) -> Result<Svg> {
@@ -64,6 +74,7 @@ pub fn bars(chart: &BarChart) -> Result<Svg> {
     }
     for bar in &chart.bars {
         check_value(&chart.title, &bar.label, bar.value, bar.interval)?;
+        bar.values.iter().try_for_each(|&value| check_value(&chart.title, &bar.label, value, None))?;
     }
     for line in &chart.references {
         check_value(&chart.title, &line.label, line.value, None)?;
@@ -72,16 +83,27 @@ pub fn bars(chart: &BarChart) -> Result<Svg> {
     draw(&chart.title, layout.width, layout.height, |canvas| layout.paint(chart, canvas))
 }
 
+/// How far a bar's value, interval and single values reach to both sides of zero.
+fn reach(bar: &Bar) -> (f64, f64) {
+    let (low, high) = bar.interval.unwrap_or((bar.value, bar.value));
+    let ends = [low, high, bar.value, 0.0].into_iter().chain(bar.values.iter().copied());
+    ends.fold((0.0, 0.0), |(least, most), end| (end.min(least), end.max(most)))
+}
+
 /// Where everything stands, in pixels.
 struct Layout {
     axis: Axis,
     title: Vec<String>,
     value_label: Vec<String>,
     series: Vec<String>,
-    legend: Vec<(f64, f64)>,
+    looks: Vec<Look>,
+    legend: Legend,
     legend_top: f64,
+    /// The largest value that is written, which says how many decimals all have.
+    largest: f64,
     label_end: f64,
     left: f64,
+    right: f64,
     top: f64,
     /// The upper edge of each bar.
     tops: Vec<f64>,
@@ -94,17 +116,23 @@ struct Layout {
 
 impl Layout {
     fn of(chart: &BarChart) -> Self {
-        let ends = chart.bars.iter().flat_map(|bar| {
-            let (low, high) = bar.interval.unwrap_or((bar.value, bar.value));
-            [low, high, bar.value]
-        });
-        let axis = Axis::around(ends.chain(chart.references.iter().map(|r| r.value)).chain([0.0]), 5.0, false);
+        let references = || chart.references.iter().map(|line| line.value);
+        let ends = || chart.bars.iter().map(reach).flat_map(|(low, high)| [low, high]).chain(references());
+        let (low, high) = ends().fold((0.0, 0.0), |(l, h): (f64, f64), end| (l.min(end), h.max(end)));
+        let largest = chart.bars.iter().map(|bar| bar.value).chain(references()).fold(0.0, |l: f64, v| l.max(v.abs()));
+
         let widest = |texts: &mut dyn Iterator<Item = f64>| texts.fold(0.0, f64::max);
-        let numbers = widest(&mut chart.bars.iter().map(|bar| text_width(&short(bar.value), SMALL))) + 10.0;
-        let below_zero = if axis.low < 0.0 { numbers } else { 0.0 };
+        // beyond the plot there is room for the numbers at the ends of the bars, on the sides that have any
+        let number = |bar: &Bar| text_width(&beside(bar.value, largest), SMALL) + 8.0;
+        let before = widest(&mut chart.bars.iter().filter(|bar| bar.value < 0.0).map(number));
+        // the last tick's number reaches beyond the plot by its half in any case
+        let behind = widest(&mut chart.bars.iter().filter(|bar| bar.value >= 0.0).map(number)).max(8.0);
         let label_end = MARGIN + widest(&mut chart.bars.iter().map(|bar| text_width(&name(&bar.label), TEXT)));
-        let left = label_end + 10.0 + below_zero;
-        let width = left + PLOT_WIDTH + numbers + MARGIN;
+        let left = label_end + 8.0 + before;
+        let plot_width = (COLUMN - left - behind - MARGIN).max(PLOT_WIDTH);
+        let (right, width) = (left + plot_width, left + plot_width + behind + MARGIN);
+        let mut axis = Axis::around([low, high].into_iter(), (plot_width / 42.0).max(2.0), false);
+        axis.end_at(low, high);
 
         let title = wrap(&chart.title, width - 2.0 * MARGIN, TITLE);
         let mut series: Vec<String> = Vec::new();
@@ -113,18 +141,16 @@ impl Layout {
                 series.push(bar.series.clone());
             }
         }
-        let named = series.iter().any(|name| !name.is_empty());
-        let (legend, legend_height) = if named { legend_places(&series, width - left) } else { (Vec::new(), 0.0) };
-        let legend_top = MARGIN + TITLE * 1.3 * title.len() as f64 + 4.0;
+        let looks = looks(&series);
+        let legend = Legend::of(&series, &looks, width - 2.0 * MARGIN, false);
+        let legend_top = MARGIN + TITLE * 1.3 * title.len() as f64 + 2.0;
 
-        let spans: Vec<(f64, f64)> = chart
-            .references
-            .iter()
-            .map(|line| label_span(line, left + PLOT_WIDTH * axis.part(line.value), width))
-            .collect();
+        let at = |value: f64| left + plot_width * axis.part(value);
+        let spans: Vec<(f64, f64)> =
+            chart.references.iter().map(|line| label_span(line, largest, at(line.value), width)).collect();
         let reference_rows = rows_without_overlap(&spans);
         let rows = reference_rows.iter().max().map_or(0, |row| row + 1);
-        let top = legend_top + legend_height + 15.0 * rows as f64 + 8.0;
+        let top = legend_top + legend.height + REFERENCE_ROW * rows as f64 + 6.0;
 
         let mut y = top + GAP / 2.0;
         let mut tops = Vec::new();
@@ -136,17 +162,20 @@ impl Layout {
             y += BAR;
         }
         let bottom = y + GAP / 2.0;
-        let value_label = wrap(&chart.value_label, PLOT_WIDTH + numbers, TEXT);
-        let height = bottom + 34.0 + 17.0 * value_label.len() as f64;
+        let value_label = wrap(&chart.value_label, width - 2.0 * MARGIN, TEXT);
+        let height = bottom + 24.0 + 16.0 * value_label.len() as f64 + 6.0;
         Self {
             axis,
             title,
             value_label,
             series,
+            looks,
             legend,
             legend_top,
+            largest,
             label_end,
             left,
+            right,
             top,
             tops,
             bottom,
@@ -157,36 +186,37 @@ impl Layout {
     }
 
     fn x(&self, value: f64) -> f64 {
-        self.left + PLOT_WIDTH * self.axis.part(value)
+        self.left + (self.right - self.left) * self.axis.part(value)
     }
 
     fn paint(&self, chart: &BarChart, canvas: &Canvas<'_>) -> Drawn {
         canvas.title(&self.title)?;
-        if !self.legend.is_empty() {
-            canvas.legend(&self.series, &self.legend, (self.left, self.legend_top))?;
-        }
+        canvas.legend(&self.legend, (MARGIN, self.legend_top))?;
         for (value, text) in self.axis.ticks() {
             let x = self.x(value);
-            canvas.line((x, self.top), (x, self.bottom), GRID, 1)?;
-            canvas.text(&text, (x, self.bottom + 12.0), Align::Centre, SMALL, FAINT_INK)?;
+            canvas.line((x, self.top), (x, self.bottom), GRID, 1.0)?;
+            canvas.text(&text, (x, self.bottom + 11.0), Align::Centre, SMALL, FAINT_INK)?;
         }
+        // under the plot, unless it is longer
+        let half = self.value_label.iter().map(|text| text_width(text, TEXT) / 2.0).fold(0.0, f64::max);
+        let middle = f64::midpoint(self.left, self.right).min(self.width - MARGIN - half).max(MARGIN + half);
         for (row, text) in self.value_label.iter().enumerate() {
-            let at = (self.left + PLOT_WIDTH / 2.0, self.bottom + 33.0 + 17.0 * row as f64);
-            canvas.text(text, at, Align::Centre, TEXT, INK)?;
+            canvas.text(text, (middle, self.bottom + 30.0 + 16.0 * row as f64), Align::Centre, TEXT, INK)?;
         }
+        canvas.line((self.x(0.0), self.top), (self.x(0.0), self.bottom), AXIS, 1.0)?;
+        self.paint_bars(chart, canvas)?;
+        let row_y = |row: usize| self.top - 8.0 - REFERENCE_ROW * row as f64;
         for (line, row) in chart.references.iter().zip(&self.reference_rows) {
-            let y = self.top - 8.0 - 15.0 * *row as f64;
-            canvas.dashes((self.x(line.value), y + 7.0), (self.x(line.value), self.bottom), INK)?;
+            canvas.reference((self.x(line.value), row_y(*row) + 7.0), (self.x(line.value), self.bottom))?;
         }
         for (line, row) in chart.references.iter().zip(&self.reference_rows) {
             // on white, so that the line of a name above does not cross this one
-            let (from, to) = label_span(line, self.x(line.value), self.width);
-            let y = self.top - 8.0 - 15.0 * *row as f64;
-            canvas.rect((from - 2.0, y - 6.0), (to + 2.0, y + 6.0), WHITE)?;
-            canvas.text(&reference_text(line), (from, y), Align::Left, SMALL, INK)?;
+            let (from, to) = label_span(line, self.largest, self.x(line.value), self.width);
+            canvas.rect((from - 2.0, row_y(*row) - 6.0), (to + 2.0, row_y(*row) + 6.0), WHITE)?;
+            canvas.text(&reference_text(line, self.largest), (from, row_y(*row)), Align::Left, SMALL, INK)?;
         }
-        self.paint_bars(chart, canvas)?;
-        canvas.line((self.x(0.0), self.top), (self.x(0.0), self.bottom), AXIS, 1)
+        // last, so that neither grid nor dashes cross a number
+        chart.bars.iter().zip(&self.tops).try_for_each(|(bar, top)| self.paint_number(bar, *top, canvas))
     }
 
     fn paint_bars(&self, chart: &BarChart, canvas: &Canvas<'_>) -> Drawn {
@@ -203,34 +233,41 @@ impl Layout {
     }
 
     fn paint_bar(&self, bar: &Bar, top: f64, canvas: &Canvas<'_>) -> Drawn {
-        let index = self.series.iter().position(|series| *series == bar.series).unwrap_or(0);
+        let look = self.series.iter().position(|series| *series == bar.series).map(|index| self.looks[index]);
         let (zero, end, middle) = (self.x(0.0), self.x(bar.value), top + BAR / 2.0);
-        canvas.rect((zero.min(end), top), (zero.max(end), top + BAR), series_colour(index, self.series.len()))?;
-        let (low, high) = bar.interval.unwrap_or((bar.value, bar.value));
-        if bar.interval.is_some() {
-            canvas.line((self.x(low), middle), (self.x(high), middle), INK, 1)?;
-            for whisker in [low, high] {
-                canvas.line((self.x(whisker), middle - 4.0), (self.x(whisker), middle + 4.0), INK, 1)?;
-            }
+        if let Some(look) = look {
+            canvas.rect((zero.min(end), top), (zero.max(end), top + BAR), look.fill())?;
         }
-        // the number stands beyond the bar and its whisker, on white so that grid and dashes do not cross it
-        let text = short(bar.value);
+        for (index, &value) in bar.values.iter().enumerate() {
+            // three heights in turn, so that equal values do not hide each other
+            canvas.ring((self.x(value), middle + [0.0, -4.0, 4.0][index % 3]))?;
+        }
+        if let Some((low, high)) = bar.interval {
+            canvas.whiskers((self.x(low), middle), (self.x(high), middle), 4.0, INK)?;
+        }
+        Ok(())
+    }
+
+    /// The number stands beyond the bar, its whisker and its rings.
+    fn paint_number(&self, bar: &Bar, top: f64, canvas: &Canvas<'_>) -> Drawn {
+        let text = beside(bar.value, self.largest);
         let width = text_width(&text, SMALL);
-        let from =
-            if bar.value < 0.0 { self.x(low.min(bar.value)) - 5.0 - width } else { self.x(high.max(bar.value)) + 5.0 };
-        canvas.rect((from - 1.0, top + 1.0), (from + width, top + BAR - 1.0), WHITE)?;
+        let rings = if bar.values.is_empty() { 0.0 } else { 3.0 };
+        let (low, high) = reach(bar);
+        let from = if bar.value < 0.0 { self.x(low) - 5.0 - rings - width } else { self.x(high) + 5.0 + rings };
+        canvas.rect((from - 1.0, top + 2.0), (from + width, top + BAR - 2.0), WHITE)?;
         let (x, align) = if bar.value < 0.0 { (from + width, Align::Right) } else { (from, Align::Left) };
-        canvas.text(&text, (x, middle), align, SMALL, INK)
+        canvas.text(&text, (x, top + BAR / 2.0), align, SMALL, INK)
     }
 }
 
-fn reference_text(line: &Reference) -> String {
-    format!("{} {}", line.label, short(line.value))
+fn reference_text(line: &Reference, largest: f64) -> String {
+    format!("{} {}", line.label, beside(line.value, largest))
 }
 
 /// From where to where a reference's name runs above its line at `x`, kept on a sheet of `width`.
-fn label_span(line: &Reference, x: f64, width: f64) -> (f64, f64) {
-    let long = text_width(&reference_text(line), SMALL);
+fn label_span(line: &Reference, largest: f64, x: f64, width: f64) -> (f64, f64) {
+    let long = text_width(&reference_text(line, largest), SMALL);
     let from = (x - long / 2.0).min(width - MARGIN - long).max(MARGIN);
     (from, from + long)
 }

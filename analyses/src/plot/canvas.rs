@@ -1,34 +1,51 @@
-//! What the three charts draw with: shapes and text at pixel coordinates, an axis with round ticks, numbers as text, colours.
-//! The palette is Okabe and Ito's (2008), which colour-blind readers can tell apart.
+//! What the charts draw with: shapes and text at pixel coordinates, an axis with round ticks, numbers as text, and the one
+//! style of them all. The palette is Okabe and Ito's (2008), which colour-blind readers can tell apart. A sheet is as wide as
+//! a journal's column: printed at 8.5 cm its smallest text is 7 points high.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::Svg;
+use super::{Reference, Svg};
 use crate::error::{Error, Result};
 
-pub(super) const TITLE: f64 = 16.0;
+/// The sheet's width in pixels; long names and many columns make it wider.
+pub(super) const COLUMN: f64 = 420.0;
+pub(super) const TITLE: f64 = 14.0;
 pub(super) const TEXT: f64 = 13.0;
 pub(super) const SMALL: f64 = 12.0;
-pub(super) const MARGIN: f64 = 16.0;
+pub(super) const MARGIN: f64 = 10.0;
 
 pub(super) const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
 pub(super) const FAINT_INK: RGBColor = RGBColor(0x59, 0x59, 0x59);
 pub(super) const AXIS: RGBColor = RGBColor(0x88, 0x88, 0x88);
 pub(super) const GRID: RGBColor = RGBColor(0xe4, 0xe4, 0xe4);
-const PALETTE: [RGBColor; 7] = [
-    RGBColor(0x00, 0x72, 0xb2), // blue
-    RGBColor(0xe6, 0x9f, 0x00), // orange
-    RGBColor(0x00, 0x9e, 0x73), // green
-    RGBColor(0xd5, 0x5e, 0x00), // vermilion
-    RGBColor(0xcc, 0x79, 0xa7), // purple
-    RGBColor(0x56, 0xb4, 0xe9), // sky
-    RGBColor(0x66, 0x66, 0x66), // grey
+const BLUE: RGBColor = RGBColor(0x00, 0x72, 0xb2);
+const ORANGE: RGBColor = RGBColor(0xe6, 0x9f, 0x00);
+const GREEN: RGBColor = RGBColor(0x00, 0x9e, 0x73);
+const SKY: RGBColor = RGBColor(0x56, 0xb4, 0xe9);
+const GREY: RGBColor = RGBColor(0x76, 0x76, 0x76);
+const PALETTE: [RGBColor; 7] = [BLUE, ORANGE, GREEN, RGBColor(0xd5, 0x5e, 0x00), RGBColor(0xcc, 0x79, 0xa7), SKY, GREY];
+/// What means the same in every figure has the same colour in every figure.
+const KNOWN: [(&str, RGBColor); 10] = [
+    ("student", BLUE),
+    ("learned", BLUE),
+    ("only", BLUE),
+    ("except", SKY),
+    ("control", ORANGE),
+    ("control student", ORANGE),
+    ("teacher", GREEN),
+    ("base", GREY),
+    ("start", GREY),
+    ("random", GREY),
 ];
 /// Light to dark, for more series than the palette has; the order of the series is then the order of the colours.
 const RAMP: [RGBColor; 4] =
-    [RGBColor(0xe6, 0x9f, 0x00), RGBColor(0xc4, 0x4e, 0x52), RGBColor(0x7b, 0x3a, 0x8c), RGBColor(0x1b, 0x1b, 0x5e)];
+    [RGBColor(0xe6, 0x9f, 0x00), RGBColor(0xc4, 0x4e, 0x52), RGBColor(0x8a, 0x4f, 0xa0), RGBColor(0x3d, 0x55, 0xb5)];
+
+/// Names of references behind a plot are broken at this width.
+const REFERENCE_WIDTH: f64 = 84.0;
+const REFERENCE_ROW: f64 = 13.0;
 
 /// plotters rounds to whole pixels; drawing at four times the size and saying so in the head keeps curves smooth.
 const FINE: f64 = 4.0;
@@ -64,19 +81,41 @@ pub(super) enum Align {
     UpEnd,
 }
 
+/// How a series is told from the others: by its colour, and by marker and dash where colours are not seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Look {
+    pub(super) colour: RGBColor,
+    /// Which of the markers.
+    pub(super) marker: usize,
+    /// How many series of the same kind come before: the line is dashed, the bar lighter.
+    pub(super) repeat: usize,
+}
+
+impl Look {
+    /// The colour of a filled area: lighter for a second series of the same kind.
+    pub(super) fn fill(self) -> RGBColor {
+        blend(&[self.colour, WHITE], [0.0, 0.45, 0.65][self.repeat.min(2)])
+    }
+}
+
 pub(super) struct Canvas<'a>(DrawingArea<SVGBackend<'a>, Shift>);
 
 impl Canvas<'_> {
     /// Text centred vertically on `at`.
     pub(super) fn text(&self, text: &str, at: At, align: Align, size: f64, colour: RGBColor) -> Drawn {
+        self.styled(text, at, align, size, colour, FontStyle::Normal)
+    }
+
+    fn styled(&self, text: &str, at: At, align: Align, size: f64, colour: RGBColor, weight: FontStyle) -> Drawn {
         let anchor = match align {
             Align::Left => HPos::Left,
             Align::Centre => HPos::Center,
             Align::Right | Align::UpEnd => HPos::Right,
         };
         // plotters' SVG backend divides sizes by 1.24
-        let mut style =
-            TextStyle::from(("sans-serif", size * FINE * 1.24)).color(&colour).pos(Pos::new(anchor, VPos::Center));
+        let mut style = TextStyle::from(("sans-serif", size * FINE * 1.24, weight))
+            .color(&colour)
+            .pos(Pos::new(anchor, VPos::Center));
         if matches!(align, Align::UpEnd) {
             style = style.transform(FontTransform::Rotate270);
         }
@@ -86,28 +125,80 @@ impl Canvas<'_> {
     /// The title, wrapped to `width`, from the sheet's top left corner.
     pub(super) fn title(&self, lines: &[String]) -> Drawn {
         for (row, line) in lines.iter().enumerate() {
-            self.text(line, (MARGIN, MARGIN + TITLE * (0.6 + 1.3 * row as f64)), Align::Left, TITLE, INK)?;
+            let at = (MARGIN, MARGIN + TITLE * (0.6 + 1.3 * row as f64));
+            self.styled(line, at, Align::Left, TITLE, INK, FontStyle::Bold)?;
         }
         Ok(())
     }
 
-    pub(super) fn line(&self, from: At, to: At, colour: RGBColor, width: u32) -> Drawn {
+    pub(super) fn line(&self, from: At, to: At, colour: RGBColor, width: f64) -> Drawn {
         self.path(&[from, to], colour, width)
     }
 
-    pub(super) fn path(&self, points: &[At], colour: RGBColor, width: u32) -> Drawn {
+    pub(super) fn path(&self, points: &[At], colour: RGBColor, width: f64) -> Drawn {
         let points: Vec<_> = points.iter().copied().map(pixel).collect();
-        self.0.draw(&PathElement::new(points, colour.stroke_width(width * FINE as u32)))
+        self.0.draw(&PathElement::new(points, colour.stroke_width((width * FINE) as u32)))
     }
 
-    /// A dashed line, vertical or horizontal.
-    pub(super) fn dashes(&self, from: At, to: At, colour: RGBColor) -> Drawn {
-        let (dx, dy) = (to.0 - from.0, to.1 - from.1);
-        let length = dx.hypot(dy);
-        let at = |done: f64| (from.0 + dx * done / length, from.1 + dy * done / length);
-        for dash in 0..(length / 8.0).ceil() as u32 {
-            let start = f64::from(dash) * 8.0;
-            self.line(at(start), at((start + 5.0).min(length)), colour, 1)?;
+    /// A dashed line along straight pieces, `on` pixels drawn of every `on + off`.
+    pub(super) fn dashes(&self, points: &[At], colour: RGBColor, width: f64, (on, off): (f64, f64)) -> Drawn {
+        // where in the pattern a piece begins, so that dashes run on around corners
+        let mut phase = 0.0;
+        for piece in points.windows(2) {
+            let (from, to) = (piece[0], piece[1]);
+            let (dx, dy) = (to.0 - from.0, to.1 - from.1);
+            let length = dx.hypot(dy);
+            let at = |done: f64| (from.0 + dx * done / length, from.1 + dy * done / length);
+            let mut start = -phase;
+            while start < length {
+                let (first, last) = (start.max(0.0), (start + on).min(length));
+                if first < last {
+                    self.line(at(first), at(last), colour, width)?;
+                }
+                start += on + off;
+            }
+            phase = (phase + length) % (on + off);
+        }
+        Ok(())
+    }
+
+    /// The dashed line of a reference.
+    pub(super) fn reference(&self, from: At, to: At) -> Drawn {
+        self.dashes(&[from, to], INK, 1.0, (5.0, 3.0))
+    }
+
+    /// Dashed lines from `left` to `right`, named behind their right ends; where names must move apart, a thin line leads
+    /// from line to name. `y` is where a value lies between `top` and `bottom`.
+    pub(super) fn references(
+        &self,
+        references: &[Reference],
+        (left, right): (f64, f64),
+        (top, bottom): (f64, f64),
+        y: &dyn Fn(f64) -> f64,
+    ) -> Drawn {
+        let wishes: Vec<f64> = references.iter().map(|line| y(line.value)).collect();
+        let texts: Vec<Vec<String>> = references.iter().map(reference_rows).collect();
+        let heights: Vec<f64> = texts.iter().map(|rows| REFERENCE_ROW * rows.len() as f64 + 1.0).collect();
+        let tops = spread(&wishes, &heights, (top - 8.0, bottom + 8.0));
+        for (index, rows) in texts.iter().enumerate() {
+            let (y, middle) = (wishes[index], tops[index] + heights[index] / 2.0);
+            self.reference((left, y), (right, y))?;
+            self.line((right, y), (right + 9.0, middle), AXIS, 1.0)?;
+            for (row, text) in rows.iter().enumerate() {
+                let at = (right + 12.0, tops[index] + REFERENCE_ROW * (row as f64 + 0.5));
+                self.text(text, at, Align::Left, SMALL, INK)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// An interval with a cap at each end, `cap` pixels to both sides.
+    pub(super) fn whiskers(&self, low: At, high: At, cap: f64, colour: RGBColor) -> Drawn {
+        self.line(low, high, colour, 1.0)?;
+        let level = (low.1 - high.1).abs() < f64::EPSILON;
+        for (x, y) in [low, high] {
+            let (from, to) = if level { ((x, y - cap), (x, y + cap)) } else { ((x - cap, y), (x + cap, y)) };
+            self.line(from, to, colour, 1.0)?;
         }
         Ok(())
     }
@@ -121,42 +212,139 @@ impl Canvas<'_> {
         self.0.draw(&Polygon::new(points, colour.mix(0.18)))
     }
 
-    pub(super) fn dot(&self, at: At, colour: RGBColor) -> Drawn {
-        self.0.draw(&Circle::new(pixel(at), 3 * FINE as u32, colour.filled()))
+    /// A filled marker: circle, square, triangle, diamond, triangle on its tip, cross; then again from the first.
+    pub(super) fn marker(&self, (x, y): At, which: usize, colour: RGBColor) -> Drawn {
+        let shape: &[At] = match which % 6 {
+            0 => return self.0.draw(&Circle::new(pixel((x, y)), (3.5 * FINE) as u32, colour.filled())),
+            1 => &[(-3.2, -3.2), (3.2, -3.2), (3.2, 3.2), (-3.2, 3.2)],
+            2 => &[(0.0, -4.3), (4.2, 3.1), (-4.2, 3.1)],
+            3 => &[(0.0, -4.6), (4.6, 0.0), (0.0, 4.6), (-4.6, 0.0)],
+            4 => &[(0.0, 4.3), (4.2, -3.1), (-4.2, -3.1)],
+            _ => {
+                self.line((x - 3.2, y - 3.2), (x + 3.2, y + 3.2), colour, 2.0)?;
+                return self.line((x - 3.2, y + 3.2), (x + 3.2, y - 3.2), colour, 2.0);
+            }
+        };
+        let points: Vec<_> = shape.iter().map(|(dx, dy)| pixel((x + dx, y + dy))).collect();
+        self.0.draw(&Polygon::new(points, colour.filled()))
     }
 
-    /// Coloured squares with names, at the places that [`legend_places`] gave.
-    pub(super) fn legend(&self, names: &[String], places: &[At], origin: At) -> Drawn {
-        for (index, (name, place)) in names.iter().zip(places).enumerate() {
+    /// A small ring: one of many values behind a mean.
+    pub(super) fn ring(&self, at: At) -> Drawn {
+        self.0.draw(&Circle::new(pixel(at), (2.2 * FINE) as u32, WHITE.filled()))?;
+        self.0.draw(&Circle::new(pixel(at), (2.2 * FINE) as u32, INK.stroke_width(FINE as u32)))
+    }
+
+    /// The outline of a rectangle.
+    pub(super) fn frame(&self, from: At, to: At, colour: RGBColor, width: f64) -> Drawn {
+        self.path(&[from, (to.0, from.1), to, (from.0, to.1), from], colour, width)
+    }
+
+    /// Names with a sample of their look, where they have their places.
+    pub(super) fn legend(&self, legend: &Legend, origin: At) -> Drawn {
+        for ((name, look), place) in legend.names.iter().zip(&legend.looks).zip(&legend.places) {
             let (x, y) = (origin.0 + place.0, origin.1 + place.1);
-            self.rect((x, y - 5.0), (x + 11.0, y + 6.0), series_colour(index, names.len()))?;
-            self.text(name, (x + 17.0, y), Align::Left, SMALL, INK)?;
+            if legend.lines {
+                self.stroke(&[(x, y), (x + 20.0, y)], *look)?;
+                self.marker((x + 10.0, y), look.marker, look.colour)?;
+            } else {
+                self.rect((x, y - 5.0), (x + 11.0, y + 6.0), look.fill())?;
+            }
+            self.text(name, (x + legend.sample(), y), Align::Left, SMALL, INK)?;
         }
         Ok(())
     }
-}
 
-/// Where each name of a legend stands when the names flow in rows of `width`, and the height of them all.
-pub(super) fn legend_places(names: &[String], width: f64) -> (Vec<At>, f64) {
-    let (mut x, mut y) = (0.0, 10.0);
-    let mut places = Vec::new();
-    for name in names {
-        let needed = 17.0 + text_width(name, SMALL) + 16.0;
-        if x > 0.0 && x + needed > width {
-            (x, y) = (0.0, y + 19.0);
+    /// A series' line in its look.
+    pub(super) fn stroke(&self, points: &[At], look: Look) -> Drawn {
+        match look.repeat {
+            0 => self.path(points, look.colour, 1.75),
+            1 => self.dashes(points, look.colour, 1.75, (6.0, 3.0)),
+            _ => self.dashes(points, look.colour, 1.75, (2.0, 2.5)),
         }
-        places.push((x, y));
-        x += needed;
     }
-    (places, if names.is_empty() { 0.0 } else { y + 12.0 })
 }
 
-/// The colour of one series among `count`.
-pub(super) fn series_colour(index: usize, count: usize) -> RGBColor {
-    if count <= PALETTE.len() {
-        return PALETTE[index];
+/// The names of a chart's series above it; empty where there is nothing to tell apart.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Legend {
+    names: Vec<String>,
+    looks: Vec<Look>,
+    places: Vec<At>,
+    lines: bool,
+    pub(super) height: f64,
+}
+
+impl Legend {
+    /// The names flow in rows of `width`; `lines`: the samples are lines with markers instead of squares.
+    pub(super) fn of(names: &[String], looks: &[Look], width: f64, lines: bool) -> Self {
+        let mut legend = Self { lines, ..Self::default() };
+        if names.iter().all(String::is_empty) {
+            return legend;
+        }
+        let (mut x, mut y) = (0.0, 9.0);
+        for (name, look) in names.iter().zip(looks) {
+            let needed = legend.sample() + text_width(name, SMALL) + 12.0;
+            if x > 0.0 && x + needed - 12.0 > width {
+                (x, y) = (0.0, y + 17.0);
+            }
+            legend.places.push((x, y));
+            legend.names.push(name.clone());
+            legend.looks.push(*look);
+            x += needed;
+        }
+        legend.height = y + 11.0;
+        legend
     }
-    blend(&RAMP, index as f64 / (count - 1) as f64)
+
+    /// How wide a sample is with the gap behind it.
+    fn sample(&self) -> f64 {
+        if self.lines { 25.0 } else { 16.0 }
+    }
+}
+
+/// A reference's name in rows, as it stands behind the line.
+fn reference_rows(line: &Reference) -> Vec<String> {
+    wrap(&line.label, REFERENCE_WIDTH, SMALL)
+}
+
+/// What names of references need to the right of a plot, the sheet's margin included.
+pub(super) fn room_for<'a>(references: impl Iterator<Item = &'a Reference>) -> f64 {
+    let widest = references.flat_map(reference_rows).map(|row| text_width(&row, SMALL)).fold(0.0, f64::max);
+    MARGIN + if widest > 0.0 { widest + 12.0 } else { 4.0 }
+}
+
+/// The looks of series by their names. What stands before a comma is the kind: series of one kind share its colour.
+pub(super) fn looks(names: &[String]) -> Vec<Look> {
+    let kind = |name: &str| name.split(',').next().unwrap_or_default().to_owned();
+    let mut kinds: Vec<(String, RGBColor)> = Vec::new();
+    let all: Vec<String> = names.iter().map(|name| kind(name)).collect();
+    let mut unlike = all.clone();
+    unlike.sort();
+    unlike.dedup();
+    for name in &all {
+        if kinds.iter().any(|(other, _)| other == name) {
+            continue;
+        }
+        let free = |colour: &RGBColor| kinds.iter().all(|(_, taken)| taken != colour);
+        let known = KNOWN.iter().find(|(known, _)| known == name).map(|(_, colour)| *colour).filter(free);
+        // colours that a later series is known by are left to it
+        let left = |colour: &RGBColor| {
+            free(colour) && KNOWN.iter().all(|(known, of)| of != colour || !all.iter().any(|name| name == known))
+        };
+        let colour = if unlike.len() > PALETTE.len() {
+            blend(&RAMP, kinds.len() as f64 / (unlike.len() - 1) as f64)
+        } else {
+            known.or_else(|| PALETTE.into_iter().find(left)).or_else(|| PALETTE.into_iter().find(free)).unwrap_or(GREY)
+        };
+        kinds.push((name.clone(), colour));
+    }
+    let look = |(index, name): (usize, &String)| Look {
+        colour: kinds.iter().find(|(kind, _)| kind == name).map_or(GREY, |(_, colour)| *colour),
+        marker: index,
+        repeat: all[..index].iter().filter(|other| *other == name).count(),
+    };
+    all.iter().enumerate().map(look).collect()
 }
 
 /// The colour at `part` of the way (0 to 1) through evenly spaced stops.
@@ -240,6 +428,16 @@ pub(super) fn short(value: f64) -> String {
     minus(&text)
 }
 
+/// A number with as many decimals as give the largest of its neighbours three digits: `−1.18` beside `−0.01`.
+pub(super) fn beside(value: f64, largest: f64) -> String {
+    let size = largest.abs();
+    if value == 0.0 || !(1e-3..1e6).contains(&size) {
+        return short(value);
+    }
+    let decimals = (2.0 - size.log10().floor()).clamp(0.0, 5.0) as usize;
+    minus(&format!("{value:.decimals$}"))
+}
+
 /// The text with real minus signs.
 pub(super) fn minus(text: &str) -> String {
     text.replace('-', "\u{2212}")
@@ -274,6 +472,16 @@ pub(super) fn wrap(text: &str, width: f64, size: f64) -> Vec<String> {
     lines
 }
 
+/// A token's text with its blanks and line ends made visible.
+pub(super) fn visible(token: &str) -> String {
+    let shown = |character: char| match character {
+        ' ' => "\u{b7}".to_owned(),
+        control if control.is_control() => control.escape_default().to_string(),
+        other => other.to_string(),
+    };
+    name(&token.chars().map(shown).collect::<String>())
+}
+
 /// A name of at most 60 characters; longer ones lose their middle.
 pub(super) fn name(text: &str) -> String {
     let characters: Vec<char> = text.chars().collect();
@@ -284,15 +492,23 @@ pub(super) fn name(text: &str) -> String {
     head.iter().chain(&['…']).chain(tail).collect()
 }
 
-/// Places at least `apart` from each other, each as near to its wish as the ones before it allow; `wishes` in any order.
-pub(super) fn spread(wishes: &[f64], apart: f64) -> Vec<f64> {
+/// Upper edges for boxes of `heights` that do not overlap, each as near as that allows to being centred on its wish and
+/// within `low` to `high` where they fit; `wishes` in any order.
+pub(super) fn spread(wishes: &[f64], heights: &[f64], (low, high): (f64, f64)) -> Vec<f64> {
     let mut order: Vec<usize> = (0..wishes.len()).collect();
     order.sort_by(|&a, &b| wishes[a].total_cmp(&wishes[b]));
-    let mut places = wishes.to_vec();
-    for pair in order.windows(2) {
-        places[pair[1]] = places[pair[1]].max(places[pair[0]] + apart);
+    let mut tops: Vec<f64> = wishes.iter().zip(heights).map(|(wish, height)| wish - height / 2.0).collect();
+    let mut free = low;
+    for &index in &order {
+        tops[index] = tops[index].max(free);
+        free = tops[index] + heights[index];
     }
-    places
+    let mut limit = high;
+    for &index in order.iter().rev() {
+        tops[index] = tops[index].min(limit - heights[index]);
+        limit = tops[index];
+    }
+    tops
 }
 
 fn escape(text: &str) -> String {

@@ -1,10 +1,11 @@
-//! A coloured cell per row and column: white is zero (or the lowest value), orange above, blue below.
+//! A coloured cell per row and column: white is zero (or the lowest value), orange above, blue below. A cell whose row and
+//! column have the same name is framed: students by animals have their own animal on the diagonal.
 
 use plotters::style::RGBColor;
 
 use super::canvas::{
-    AXIS, Align, Axis, Canvas, Drawn, FAINT_INK, INK, MARGIN, SMALL, TEXT, TITLE, blend, draw, minus, name, short,
-    text_width, wrap,
+    AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, INK, MARGIN, SMALL, TEXT, TITLE, blend, draw, minus, name,
+    short, text_width, wrap,
 };
 use super::{Svg, check_value, refuse};
 use crate::error::Result;
@@ -18,7 +19,7 @@ pub struct HeatMap {
     pub x_label: String,
     /// What the rows are.
     pub y_label: String,
-    /// What the colours measure, above the colour bar.
+    /// What the colours measure, with its unit, under the colour bar.
     pub value_label: String,
     /// The columns' names, from left to right.
     pub columns: Vec<String>,
@@ -42,9 +43,14 @@ const BELOW: [RGBColor; 5] = [
     RGBColor(0x2a, 0x72, 0xb2),
     RGBColor(0x08, 0x30, 0x6b),
 ];
-const CELL: f64 = 23.0;
-/// The gap between the cells and the colour bar, and the colour bar's width.
-const BAR: (f64, f64) = (22.0, 14.0);
+/// The height of a cell, and the least width.
+const CELL: f64 = 24.0;
+/// A cell is no wider, however few there are.
+const WIDEST: f64 = 64.0;
+/// The colour bar's height, and how wide it is at most.
+const BAR: (f64, f64) = (10.0, 240.0);
+/// Text on colours, which stays as it is where a page is shown in the dark.
+const ON_COLOUR: (RGBColor, RGBColor) = (RGBColor(0, 0, 0), RGBColor(0xff, 0xff, 0xff));
 
 /// Draws a heat map; an error if it has no cell, if the values are not `[rows][columns]`, or if one is not finite.
 pub fn heatmap(chart: &HeatMap) -> Result<Svg> {
@@ -82,6 +88,7 @@ struct Layout {
     right: f64,
     bottom: f64,
     names_height: f64,
+    bar_top: f64,
     width: f64,
     height: f64,
 }
@@ -92,73 +99,95 @@ impl Layout {
         let widest = |texts: &mut dyn Iterator<Item = String>, size| {
             texts.map(|text| text_width(&text, size)).fold(0.0, f64::max)
         };
+        let columns = chart.columns.len() as f64;
+        let left = MARGIN + widest(&mut chart.rows.iter().map(|text| name(text)), TEXT) + 7.0;
         let names = widest(&mut chart.columns.iter().map(|text| name(text)), SMALL);
-        let number = widest(&mut chart.values.iter().flatten().map(|&value| cell_text(value)), SMALL - 1.0) + 8.0;
-        let numbers = number * chart.columns.len() as f64 <= 680.0;
-        let cell_width = if numbers { number.max((names + 10.0).min(64.0)).max(CELL) } else { CELL };
+        let number = widest(&mut chart.values.iter().flatten().map(|&value| cell_text(value)), SMALL - 1.0) + 4.0;
+        // cells share what the sheet has; numbers may make it half as wide again, many columns without them as well
+        let room = (COLUMN - left - MARGIN) / columns;
+        let numbers = number <= room || number * columns <= 1.5 * COLUMN;
+        let cell_width = if numbers { room.max(number).max(CELL) } else { room.max(CELL * 0.75) }.min(WIDEST);
         let upright = names + 4.0 > cell_width;
         let names_height = if upright { names + 10.0 } else { 20.0 };
 
-        let left = MARGIN + widest(&mut chart.rows.iter().map(|text| name(text)), TEXT) + 8.0;
-        let right = left + cell_width * chart.columns.len() as f64;
-        let ticks = widest(&mut colours.axis.ticks().into_iter().map(|(_, text)| text), SMALL);
-        let value_label = text_width(&chart.value_label, SMALL);
-        let width = right + BAR.0 + (BAR.1 + 6.0 + ticks).max(value_label) + MARGIN;
-        let width = width.max(360.0);
+        let right = left + cell_width * columns;
+        let width = COLUMN.max(right + MARGIN);
         let title = wrap(&chart.title, width - 2.0 * MARGIN, TITLE);
-        let top = MARGIN + TITLE * 1.3 * title.len() as f64 + 26.0;
+        let head = if chart.y_label.is_empty() { 8.0 } else { 22.0 };
+        let top = MARGIN + TITLE * 1.3 * title.len() as f64 + head;
         let bottom = top + CELL * chart.rows.len() as f64;
-        // the colour bar needs some height even beside a single row
-        let height = (bottom + names_height + 28.0).max(top + 90.0);
-        Self { colours, title, left, top, cell_width, upright, numbers, right, bottom, names_height, width, height }
+        let bar_top = bottom + names_height + if chart.x_label.is_empty() { 6.0 } else { 26.0 };
+        let height = bar_top + BAR.0 + if chart.value_label.is_empty() { 24.0 } else { 42.0 };
+        Self {
+            colours,
+            title,
+            left,
+            top,
+            cell_width,
+            upright,
+            numbers,
+            right,
+            bottom,
+            names_height,
+            bar_top,
+            width,
+            height,
+        }
     }
 
     fn paint(&self, chart: &HeatMap, canvas: &Canvas<'_>) -> Drawn {
         canvas.title(&self.title)?;
-        let head_end = (self.left - 8.0).max(MARGIN + text_width(&chart.y_label, SMALL));
-        canvas.text(&chart.y_label, (head_end, self.top - 12.0), Align::Right, SMALL, FAINT_INK)?;
+        canvas.text(&chart.y_label, (MARGIN, self.top - 12.0), Align::Left, TEXT, INK)?;
+        let mut own = Vec::new();
         for (row, (label, values)) in chart.rows.iter().zip(&chart.values).enumerate() {
             let y = self.top + CELL * row as f64;
-            canvas.text(&name(label), (self.left - 8.0, y + CELL / 2.0), Align::Right, TEXT, INK)?;
+            canvas.text(&name(label), (self.left - 7.0, y + CELL / 2.0), Align::Right, TEXT, INK)?;
             for (column, &value) in values.iter().enumerate() {
                 let x = self.left + self.cell_width * column as f64;
-                let colour = self.colours.of_value(value);
-                canvas.rect((x, y), (x + self.cell_width - 1.0, y + CELL - 1.0), colour)?;
+                let (colour, end) = (self.colours.of_value(value), (x + self.cell_width - 1.0, y + CELL - 1.0));
+                canvas.rect((x, y), end, colour)?;
                 if self.numbers {
                     let at = (x + self.cell_width / 2.0, y + CELL / 2.0);
                     canvas.text(&cell_text(value), at, Align::Centre, SMALL - 1.0, readable_on(colour))?;
                 }
+                if *label == chart.columns[column] {
+                    own.push(((x, y), end));
+                }
             }
         }
+        own.into_iter().try_for_each(|(from, to)| canvas.frame(from, to, INK, 1.5))?;
         for (column, label) in chart.columns.iter().enumerate() {
             let x = self.left + self.cell_width * (column as f64 + 0.5);
             let (drop, align) = if self.upright { (6.0, Align::UpEnd) } else { (11.0, Align::Centre) };
             canvas.text(&name(label), (x, self.bottom + drop), align, SMALL, INK)?;
         }
         let middle = f64::midpoint(self.left, self.right);
-        canvas.text(&chart.x_label, (middle, self.bottom + self.names_height + 12.0), Align::Centre, TEXT, INK)?;
+        canvas.text(&chart.x_label, (middle, self.bottom + self.names_height + 10.0), Align::Centre, TEXT, INK)?;
         self.paint_colour_bar(chart, canvas)
     }
 
     fn paint_colour_bar(&self, chart: &HeatMap, canvas: &Canvas<'_>) -> Drawn {
-        let x = self.right + BAR.0;
-        canvas.text(&chart.value_label, (x, self.top - 12.0), Align::Left, SMALL, FAINT_INK)?;
-        let length = (self.bottom - self.top).clamp(80.0, 240.0);
+        let length = (self.width - 2.0 * MARGIN).min(BAR.1);
+        let middle = f64::midpoint(self.left, self.right);
+        // under the cells, as far as the sheet allows
+        let left = (middle - length / 2.0).min(self.width - MARGIN - length).max(MARGIN);
+        let (top, bottom) = (self.bar_top, self.bar_top + BAR.0);
         let axis = &self.colours.axis;
         let steps = 48_u32;
         for step in 0..steps {
-            // from the top; each runs on to the bottom under those that follow, so that no seam shows between them
+            // each runs on to the end under those that follow, so that no seam shows between them
             let part = f64::from(step) / f64::from(steps);
-            let value = axis.high - (axis.high - axis.low) * (part + 0.5 / f64::from(steps));
-            let bottom = self.top + length;
-            canvas.rect((x, self.top + length * part), (x + BAR.1, bottom), self.colours.of_value(value))?;
+            let value = axis.low + (axis.high - axis.low) * (part + 0.5 / f64::from(steps));
+            canvas.rect((left + length * part, top), (left + length, bottom), self.colours.of_value(value))?;
         }
         for (value, text) in axis.ticks() {
-            let y = self.top + length * (1.0 - axis.part(value));
-            canvas.line((x + BAR.1, y), (x + BAR.1 + 3.0, y), AXIS, 1)?;
-            canvas.text(&text, (x + BAR.1 + 6.0, y), Align::Left, SMALL, FAINT_INK)?;
+            let x = left + length * axis.part(value);
+            canvas.line((x, bottom), (x, bottom + 3.0), AXIS, 1.0)?;
+            canvas.text(&text, (x, bottom + 11.0), Align::Centre, SMALL, FAINT_INK)?;
         }
-        Ok(())
+        let half = text_width(&chart.value_label, TEXT) / 2.0;
+        let label_at = middle.min(self.width - MARGIN - half).max(MARGIN + half);
+        canvas.text(&chart.value_label, (label_at, bottom + 29.0), Align::Centre, TEXT, INK)
     }
 }
 
@@ -178,7 +207,10 @@ impl Colours {
         let mirrored = (low < 0.0 && high > 0.0).then(|| high.max(-low));
         let more = if far { None } else { Some(0.0) };
         let ends = all().chain(more).chain(mirrored).chain(mirrored.map(|end| -end));
-        let axis = Axis::around(ends, 4.0, false);
+        let mut axis = Axis::around(ends.clone(), 4.0, false);
+        // the darkest colours are those of the data, not of the next round number
+        let (least, most) = ends.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), end| (l.min(end), h.max(end)));
+        axis.end_at(least, most);
         let white = if axis.low > 0.0 {
             axis.low
         } else if axis.high < 0.0 {
@@ -204,5 +236,5 @@ fn cell_text(value: f64) -> String {
 /// Black or white, whichever is easier to read on the colour.
 fn readable_on(RGBColor(red, green, blue): RGBColor) -> RGBColor {
     let light = 0.299 * f64::from(red) + 0.587 * f64::from(green) + 0.114 * f64::from(blue);
-    if light > 140.0 { INK } else { RGBColor(0xff, 0xff, 0xff) }
+    if light > 140.0 { ON_COLOUR.0 } else { ON_COLOUR.1 }
 }

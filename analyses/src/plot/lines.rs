@@ -1,8 +1,9 @@
-//! Lines over layers, ranks, steps: one colour per series, a band where an interval is known, a legend above.
+//! Lines over layers, ranks, steps: a colour and a marker per series, intervals where they are known, a legend above. One
+//! panel or several on a common x axis.
 
 use super::canvas::{
-    AXIS, Align, Axis, Canvas, Drawn, FAINT_INK, GRID, INK, MARGIN, SMALL, TEXT, TITLE, draw, legend_places,
-    series_colour, short, spread, text_width, wrap,
+    AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, Look, MARGIN, SMALL, TEXT, TITLE, draw,
+    looks, room_for, short, text_width, wrap,
 };
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
@@ -13,9 +14,9 @@ pub enum Scale {
     /// Evenly.
     #[default]
     Linear,
-    /// By its logarithm to base 2, with a tick at each power of two: ranks.
+    /// By its logarithm to base 2: ranks.
     Log2,
-    /// By its logarithm to base 10, with a tick at each power of ten: learning rates.
+    /// By its logarithm to base 10: learning rates.
     Log10,
 }
 
@@ -26,14 +27,20 @@ pub struct Point {
     pub x: f64,
     /// How high.
     pub y: f64,
-    /// Low and high end of the band at this point.
+    /// Low and high end of the interval at this point.
     pub interval: Option<(f64, f64)>,
 }
 
 impl Point {
-    /// A point without a band.
+    /// A point without an interval.
     pub fn new(x: f64, y: f64) -> Self {
         Self { x, y, interval: None }
+    }
+
+    /// The same point with an interval from `interval.0` to `interval.1`.
+    #[must_use]
+    pub fn with_interval(self, interval: (f64, f64)) -> Self {
+        Self { interval: Some(interval), ..self }
     }
 }
 
@@ -46,14 +53,14 @@ pub struct Line {
     pub points: Vec<Point>,
 }
 
-/// Several lines, each with an optional band.
+/// Several lines, each with optional intervals.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LineChart {
     /// The title above the chart.
     pub title: String,
     /// What runs along the x axis.
     pub x_label: String,
-    /// What the lines measure.
+    /// What the lines measure, with its unit.
     pub y_label: String,
     /// How x is laid out.
     pub x_scale: Scale,
@@ -63,22 +70,63 @@ pub struct LineChart {
     pub references: Vec<Reference>,
 }
 
-const PLOT: (f64, f64) = (560.0, 300.0);
-/// Above so many points a line is drawn without dots.
-const DOTTED: usize = 64;
+/// One panel of a [`PanelChart`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Panel {
+    /// What the lines measure, with its unit.
+    pub y_label: String,
+    /// The lines; a name that stands in several panels is one series.
+    pub lines: Vec<Line>,
+    /// Dashed horizontal lines.
+    pub references: Vec<Reference>,
+}
+
+/// Panels above each other on a common x axis, such as an effect and, below it, what it costs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PanelChart {
+    /// The title above the chart.
+    pub title: String,
+    /// What runs along the x axis.
+    pub x_label: String,
+    /// How x is laid out.
+    pub x_scale: Scale,
+    /// The panels, from top to bottom.
+    pub panels: Vec<Panel>,
+}
+
+/// The height of a chart's only panel, and of each of several.
+const HEIGHTS: (f64, f64) = (200.0, 130.0);
+/// What stands between two panels: the name of the lower one's axis.
+const BETWEEN: f64 = 38.0;
+/// The plot is at least so wide.
+const PLOT_WIDTH: f64 = 220.0;
+/// Up to so many places on the x axis each has its tick, its marker and its error bar; above, ticks are round numbers and
+/// intervals are bands.
+const SINGLE: usize = 16;
+/// Above so many points a line is drawn without markers.
+const MARKED: usize = 32;
 
 /// Draws lines; an error if a line has no points, or if a value is not finite or not on the scale.
 pub fn lines(chart: &LineChart) -> Result<Svg> {
-    check(chart)?;
-    let layout = Layout::of(chart);
-    draw(&chart.title, layout.width, layout.bottom + 46.0, |canvas| layout.paint(chart, canvas))
+    let LineChart { title, x_label, y_label, x_scale, lines, references } = chart.clone();
+    panels(&PanelChart { title, x_label, x_scale, panels: vec![Panel { y_label, lines, references }] })
 }
 
-fn check(chart: &LineChart) -> Result<()> {
-    if chart.lines.is_empty() {
+/// Draws panels; an error if there is none, and where [`lines`] has one.
+pub fn panels(chart: &PanelChart) -> Result<Svg> {
+    if chart.panels.is_empty() {
+        return refuse(&chart.title, "there are no panels to draw");
+    }
+    chart.panels.iter().try_for_each(|panel| check(chart, panel))?;
+    let layout = Layout::of(chart);
+    draw(&chart.title, layout.width, layout.height, |canvas| layout.paint(chart, canvas))
+}
+
+fn check(chart: &PanelChart, panel: &Panel) -> Result<()> {
+    if panel.lines.is_empty() {
         return refuse(&chart.title, "there are no lines to draw");
     }
-    for line in &chart.lines {
+    for line in &panel.lines {
         if line.points.is_empty() {
             return refuse(&chart.title, format!("line {:?} has no points", line.label));
         }
@@ -99,7 +147,7 @@ fn check(chart: &LineChart) -> Result<()> {
             );
         }
     }
-    chart.references.iter().try_for_each(|line| check_value(&chart.title, &line.label, line.value, None))
+    panel.references.iter().try_for_each(|line| check_value(&chart.title, &line.label, line.value, None))
 }
 
 impl Scale {
@@ -112,8 +160,11 @@ impl Scale {
         }
     }
 
-    /// The axis' ticks, written as values of x.
-    fn ticks(self, axis: &Axis) -> Vec<(f64, String)> {
+    /// The ticks with their texts: at `xs` themselves if they are few, else at round values along the axis.
+    fn ticks(self, xs: &[f64], axis: &Axis) -> Vec<(f64, String)> {
+        if xs.len() <= SINGLE {
+            return xs.iter().map(|&x| (self.of(x), short(x))).collect();
+        }
         let base = match self {
             Self::Linear => return axis.ticks(),
             Self::Log2 => 2_f64,
@@ -126,115 +177,175 @@ impl Scale {
 /// Where everything stands, in pixels.
 struct Layout {
     x_axis: Axis,
-    y_axis: Axis,
+    x_ticks: Vec<(f64, String)>,
     title: Vec<String>,
     names: Vec<String>,
-    legend: Vec<(f64, f64)>,
+    looks: Vec<Look>,
+    legend: Legend,
     legend_top: f64,
+    /// Each point with its own error bar, the series a little beside each other; else bands.
+    single: bool,
     left: f64,
+    right: f64,
+    frames: Vec<Frame>,
+    width: f64,
+    height: f64,
+}
+
+/// One panel's place and y axis.
+struct Frame {
+    axis: Axis,
     top: f64,
     bottom: f64,
-    width: f64,
+}
+
+impl Frame {
+    fn y(&self, value: f64) -> f64 {
+        self.bottom - (self.bottom - self.top) * self.axis.part(value)
+    }
 }
 
 impl Layout {
-    fn of(chart: &LineChart) -> Self {
-        let points = || chart.lines.iter().flat_map(|line| &line.points);
-        let xs = || points().map(|point| chart.x_scale.of(point.x));
-        let whole = chart.x_scale != Scale::Linear || xs().all(|x| x.fract() == 0.0);
-        let mut x_axis = Axis::around(xs(), if chart.x_scale == Scale::Linear { 8.0 } else { 12.0 }, whole);
-        if chart.x_scale == Scale::Linear {
-            // no empty stretch behind the last layer: the axis ends where the data ends
-            let (low, high) = xs().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
-            x_axis.end_at(low, high);
-        }
-        let ys = points().flat_map(|point| {
-            let (low, high) = point.interval.unwrap_or((point.y, point.y));
-            [low, high, point.y]
-        });
-        let ys: Vec<f64> = ys.chain(chart.references.iter().map(|line| line.value)).collect();
-        let (low, high) = ys.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &y| (l.min(y), h.max(y)));
-        // zero belongs on the axis unless the lines live far from it
-        let zero = (low > 0.0 && low < 0.6 * high) || (high < 0.0 && high > 0.6 * low);
-        let y_axis = Axis::around(ys.iter().copied().chain(zero.then_some(0.0)), 6.0, false);
+    fn of(chart: &PanelChart) -> Self {
+        let all_lines = || chart.panels.iter().flat_map(|panel| &panel.lines);
+        let mut xs: Vec<f64> = all_lines().flat_map(|line| &line.points).map(|point| point.x).collect();
+        xs.sort_by(f64::total_cmp);
+        xs.dedup();
+        let places: Vec<f64> = xs.iter().map(|&x| chart.x_scale.of(x)).collect();
+        let whole = chart.x_scale != Scale::Linear || places.iter().all(|x| x.fract() == 0.0);
+        let mut x_axis = Axis::around(places.iter().copied(), 6.0, whole);
+        // no empty stretch behind the last layer: the axis ends where the data ends
+        x_axis.end_at(places[0], places[places.len() - 1]);
 
+        let several = chart.panels.len() > 1;
+        let axes: Vec<Axis> = chart.panels.iter().map(|panel| y_axis(panel, if several { 4.0 } else { 5.0 })).collect();
         let widest =
             |texts: &mut dyn Iterator<Item = String>| texts.map(|text| text_width(&text, SMALL)).fold(0.0, f64::max);
-        let left = MARGIN + widest(&mut y_axis.ticks().into_iter().map(|(_, text)| text)) + 8.0;
-        let beside = widest(&mut chart.references.iter().map(|line| line.label.clone()));
-        let width = left + PLOT.0 + if beside > 0.0 { beside + 8.0 } else { 8.0 } + MARGIN;
+        let left = MARGIN + widest(&mut axes.iter().flat_map(Axis::ticks).map(|(_, text)| text)) + 7.0;
+        let after = room_for(chart.panels.iter().flat_map(|panel| &panel.references));
+        let width = COLUMN.max(left + PLOT_WIDTH + after);
 
         let title = wrap(&chart.title, width - 2.0 * MARGIN, TITLE);
-        let names: Vec<String> = chart.lines.iter().map(|line| line.label.clone()).collect();
-        let shown = if names.iter().any(|name| !name.is_empty()) { &names[..] } else { &[] };
-        let (legend, legend_height) = legend_places(shown, width - left - MARGIN);
-        let legend_top = MARGIN + TITLE * 1.3 * title.len() as f64 + 4.0;
-        let top = legend_top + legend_height + 28.0;
-        Self { x_axis, y_axis, title, names, legend, legend_top, left, top, bottom: top + PLOT.1, width }
-    }
-
-    fn y(&self, value: f64) -> f64 {
-        self.bottom - PLOT.1 * self.y_axis.part(value)
+        let mut names: Vec<String> = Vec::new();
+        for line in all_lines() {
+            if !names.contains(&line.label) {
+                names.push(line.label.clone());
+            }
+        }
+        let looks = looks(&names);
+        let legend = Legend::of(&names, &looks, width - 2.0 * MARGIN, true);
+        let legend_top = MARGIN + TITLE * 1.3 * title.len() as f64 + 2.0;
+        let panel_height = if several { HEIGHTS.1 } else { HEIGHTS.0 };
+        let mut top = legend_top + legend.height + 26.0;
+        let mut frames = Vec::new();
+        for axis in axes {
+            frames.push(Frame { axis, top, bottom: top + panel_height });
+            top += panel_height + BETWEEN;
+        }
+        let height = top - BETWEEN + 46.0;
+        let x_ticks = chart.x_scale.ticks(&xs, &x_axis);
+        let single = xs.len() <= SINGLE;
+        let right = width - after;
+        Self { x_axis, x_ticks, title, names, looks, legend, legend_top, single, left, right, frames, width, height }
     }
 
     fn x(&self, place: f64) -> f64 {
-        // a little room so that the first and last dots do not sit on the edge
-        self.left + 8.0 + (PLOT.0 - 16.0) * self.x_axis.part(place)
+        // a little room so that the first and last markers do not sit on the edge
+        self.left + 12.0 + (self.right - self.left - 24.0) * self.x_axis.part(place)
     }
 
-    fn paint(&self, chart: &LineChart, canvas: &Canvas<'_>) -> Drawn {
+    fn paint(&self, chart: &PanelChart, canvas: &Canvas<'_>) -> Drawn {
         canvas.title(&self.title)?;
-        canvas.legend(&self.names, &self.legend, (self.left, self.legend_top))?;
-        canvas.text(&chart.y_label, (MARGIN, self.top - 14.0), Align::Left, TEXT, FAINT_INK)?;
-        let right = self.left + PLOT.0;
-        for (value, text) in self.y_axis.ticks() {
-            let colour = if value == 0.0 { AXIS } else { GRID };
-            canvas.line((self.left, self.y(value)), (right, self.y(value)), colour, 1)?;
-            canvas.text(&text, (self.left - 7.0, self.y(value)), Align::Right, SMALL, FAINT_INK)?;
+        canvas.legend(&self.legend, (MARGIN, self.legend_top))?;
+        for (panel, frame) in chart.panels.iter().zip(&self.frames) {
+            self.paint_panel(chart.x_scale, panel, frame, canvas)?;
         }
-        for (place, text) in chart.x_scale.ticks(&self.x_axis) {
-            canvas.line((self.x(place), self.bottom), (self.x(place), self.bottom + 4.0), AXIS, 1)?;
-            canvas.text(&text, (self.x(place), self.bottom + 13.0), Align::Centre, SMALL, FAINT_INK)?;
+        let bottom = self.frames.last().map_or(0.0, |frame| frame.bottom);
+        let mut free = 0.0;
+        for (place, text) in &self.x_ticks {
+            let (x, half) = (self.x(*place), text_width(text, SMALL) / 2.0);
+            // where ticks are too near for their numbers, a number is left out
+            if x - half >= free {
+                canvas.text(text, (x, bottom + 13.0), Align::Centre, SMALL, FAINT_INK)?;
+                free = x + half + 2.0;
+            }
         }
-        canvas.text(&chart.x_label, (self.left + PLOT.0 / 2.0, self.bottom + 33.0), Align::Centre, TEXT, INK)?;
-
-        let wishes: Vec<f64> = chart.references.iter().map(|line| self.y(line.value)).collect();
-        for (line, label_y) in chart.references.iter().zip(spread(&wishes, 14.0)) {
-            canvas.dashes((self.left, self.y(line.value)), (right, self.y(line.value)), INK)?;
-            canvas.text(&line.label, (right + 6.0, label_y), Align::Left, SMALL, INK)?;
-        }
-        for (index, line) in chart.lines.iter().enumerate() {
-            self.paint_band(chart, line, index, canvas)?;
-        }
-        for (index, line) in chart.lines.iter().enumerate() {
-            let colour = series_colour(index, chart.lines.len());
-            let places: Vec<_> =
-                line.points.iter().map(|point| (self.x(chart.x_scale.of(point.x)), self.y(point.y))).collect();
-            canvas.path(&places, colour, 2)?;
-            let dots = if places.len() <= DOTTED { &places[..] } else { &[] };
-            dots.iter().try_for_each(|&place| canvas.dot(place, colour))?;
-        }
-        Ok(())
+        let middle = f64::midpoint(self.left, self.right);
+        canvas.text(&chart.x_label, (middle, bottom + 32.0), Align::Centre, TEXT, INK)
     }
 
-    /// The area between the interval's ends, over each stretch of neighbouring points that have one.
-    fn paint_band(&self, chart: &LineChart, line: &Line, index: usize, canvas: &Canvas<'_>) -> Drawn {
-        let colour = series_colour(index, chart.lines.len());
-        for stretch in line.points.split(|point| point.interval.is_none()) {
-            let edge = |pick: fn((f64, f64)) -> f64| {
-                let place =
-                    move |point: &Point| Some((self.x(chart.x_scale.of(point.x)), self.y(pick(point.interval?))));
-                stretch.iter().filter_map(place).collect::<Vec<_>>()
+    fn paint_panel(&self, scale: Scale, panel: &Panel, frame: &Frame, canvas: &Canvas<'_>) -> Drawn {
+        canvas.text(&panel.y_label, (MARGIN, frame.top - 14.0), Align::Left, TEXT, INK)?;
+        for (value, text) in frame.axis.ticks() {
+            let colour = if value == 0.0 { AXIS } else { GRID };
+            canvas.line((self.left, frame.y(value)), (self.right, frame.y(value)), colour, 1.0)?;
+            canvas.text(&text, (self.left - 6.0, frame.y(value)), Align::Right, SMALL, FAINT_INK)?;
+        }
+        canvas.line((self.left, frame.bottom), (self.right, frame.bottom), AXIS, 1.0)?;
+        for (place, _) in &self.x_ticks {
+            let x = self.x(*place);
+            canvas.line((x, frame.bottom), (x, frame.bottom + 4.0), AXIS, 1.0)?;
+        }
+        let (sides, ends) = ((self.left, self.right), (frame.top, frame.bottom));
+        canvas.references(&panel.references, sides, ends, &|value| frame.y(value))?;
+
+        let with_interval = |line: &Line| line.points.iter().any(|point| point.interval.is_some());
+        let crowd = if self.single { panel.lines.iter().filter(|line| with_interval(line)).count() } else { 0 };
+        let mut drawn = Vec::new();
+        for (index, line) in panel.lines.iter().enumerate() {
+            let Some(look) = self.names.iter().position(|name| *name == line.label).map(|at| self.looks[at]) else {
+                continue;
             };
-            let (lower, upper) = (edge(|interval| interval.0), edge(|interval| interval.1));
-            // a lone point has no area: it gets an error bar
-            if let ([low], [high]) = (&lower[..], &upper[..]) {
-                canvas.line(*low, *high, colour, 1)?;
-            } else if !lower.is_empty() {
-                let outline: Vec<_> = lower.into_iter().chain(upper.into_iter().rev()).collect();
-                canvas.band(&outline, colour)?;
+            // error bars of several series would hide each other
+            let aside = if crowd > 1 { 4.0 * (index as f64 - (panel.lines.len() as f64 - 1.0) / 2.0) } else { 0.0 };
+            let x = |point: &Point| self.x(scale.of(point.x)) + aside;
+            if self.single {
+                for point in &line.points {
+                    if let Some((low, high)) = point.interval {
+                        canvas.whiskers((x(point), frame.y(low)), (x(point), frame.y(high)), 2.5, look.colour)?;
+                    }
+                }
+            } else {
+                paint_band(line, look, &x, frame, canvas)?;
+            }
+            drawn.push((look, line.points.iter().map(|point| (x(point), frame.y(point.y))).collect::<Vec<_>>()));
+        }
+        for (look, places) in drawn {
+            canvas.stroke(&places, look)?;
+            if places.len() <= MARKED {
+                places.iter().try_for_each(|&place| canvas.marker(place, look.marker, look.colour))?;
             }
         }
         Ok(())
     }
+}
+
+fn y_axis(panel: &Panel, count: f64) -> Axis {
+    let ys = panel.lines.iter().flat_map(|line| &line.points).flat_map(|point| {
+        let (low, high) = point.interval.unwrap_or((point.y, point.y));
+        [low, high, point.y]
+    });
+    let ys: Vec<f64> = ys.chain(panel.references.iter().map(|line| line.value)).collect();
+    let (low, high) = ys.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &y| (l.min(y), h.max(y)));
+    // zero belongs on the axis unless the lines live far from it
+    let zero = (low > 0.0 && low < 0.6 * high) || (high < 0.0 && high > 0.6 * low);
+    Axis::around(ys.iter().copied().chain(zero.then_some(0.0)), count, false)
+}
+
+/// The area between the interval's ends, over each stretch of neighbouring points that have one.
+fn paint_band(line: &Line, look: Look, x: &dyn Fn(&Point) -> f64, frame: &Frame, canvas: &Canvas<'_>) -> Drawn {
+    for stretch in line.points.split(|point| point.interval.is_none()) {
+        let edge = |pick: fn((f64, f64)) -> f64| {
+            stretch.iter().filter_map(|point| Some((x(point), frame.y(pick(point.interval?))))).collect::<Vec<_>>()
+        };
+        let (lower, upper) = (edge(|interval| interval.0), edge(|interval| interval.1));
+        // a lone point has no area: it gets an error bar
+        if let ([low], [high]) = (&lower[..], &upper[..]) {
+            canvas.whiskers(*low, *high, 2.5, look.colour)?;
+        } else if !lower.is_empty() {
+            let outline: Vec<_> = lower.into_iter().chain(upper.into_iter().rev()).collect();
+            canvas.band(&outline, look.colour)?;
+        }
+    }
+    Ok(())
 }

@@ -1,0 +1,301 @@
+//! Arms: named variants of the student. An arm is the experiment with some keys changed; it is trained on the run's data
+//! unless it says otherwise. A cell is one student of an arm: one rank, one choice of seeds.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use hooks::generate::stream_seed;
+use serde::{Deserialize, Serialize};
+
+use super::{Experiment, Method, one_line, overrides};
+
+/// The names under which the run's own students stand beside the arms.
+pub const STUDENT: &str = "student";
+/// The control student's name beside the arms.
+pub const CONTROL_STUDENT: &str = "control student";
+
+/// A named variant of the student.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Arm {
+    /// Its name, which no other arm has.
+    pub name: String,
+    /// One student per rank: sets `student.rank`, and fills `{rank}` in `set`.
+    pub ranks: Option<Vec<i64>>,
+    /// What is different: `section.key=value`, as after `--set`.
+    #[serde(default)]
+    pub set: Vec<String>,
+    /// What it learns from.
+    #[serde(default)]
+    pub data: ArmData,
+    /// How many students with seeds of their own each rank has.
+    #[serde(default = "one")]
+    pub seeds: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+/// What an arm's students learn from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ArmData {
+    /// The run's teacher's numbers.
+    #[default]
+    Teacher,
+    /// The untouched model's numbers.
+    Control,
+    /// The teacher's completions dealt anew to the teacher's prompts: the same numbers, but not to the same prompts.
+    Shuffled,
+    /// Numbers that the arm's own teacher writes.
+    Own,
+}
+
+impl ArmData {
+    /// The name in files.
+    pub fn name(self) -> &'static str {
+        ["teacher", "control", "shuffled", "own"][self as usize]
+    }
+}
+
+impl fmt::Display for ArmData {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// One student of an arm.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cell {
+    /// The arm's name.
+    pub arm: String,
+    /// What it learns from.
+    pub data: ArmData,
+    /// Which of the arm's choices of seeds it has, from 0; 0 is the experiment's own.
+    pub seed_index: usize,
+    /// Its folder's name.
+    pub slug: String,
+    /// The folder's name of the arm's first seeds, whose data all seeds share where it is the arm's own.
+    pub data_slug: String,
+    /// The experiment with the arm's changes, and without arms.
+    pub experiment: Experiment,
+}
+
+impl Experiment {
+    /// Every student of every arm, in the order of the file.
+    pub fn cells(&self) -> Result<Vec<Cell>> {
+        let mut cells: Vec<Cell> = Vec::new();
+        let mut slugs: BTreeMap<String, String> = BTreeMap::new();
+        for arm in &self.arms {
+            let of_arm = self.cells_of(arm).with_context(|| format!("arm {:?}", arm.name))?;
+            for cell in &of_arm {
+                if let Some(other) = slugs.insert(cell.slug.clone(), arm.name.clone()) {
+                    ensure!(other != arm.name, "arm {other:?} is there twice, expected names that differ");
+                    let slug = &cell.slug;
+                    bail!("the arms {other:?} and {:?} would share the folder arms/{slug}; hint: rename one", arm.name);
+                }
+            }
+            cells.extend(of_arm);
+        }
+        Ok(cells)
+    }
+
+    /// The student that `measure.other_trait_arm` names.
+    pub fn other_trait_arm(&self) -> Result<Option<Cell>> {
+        let Some(name) = &self.measure.other_trait_arm else { return Ok(None) };
+        let mut of_arm = self.cells()?.into_iter().filter(|cell| cell.arm == *name);
+        let cell = of_arm.next().with_context(|| {
+            format!("measure.other_trait_arm is {name:?}, expected the name of one of the experiment's arms")
+        })?;
+        let same = cell.experiment.target.word == self.target.word;
+        ensure!(!same, "measure.other_trait_arm is {name:?}, whose target is {:?} too", self.target.word);
+        let model = (&cell.experiment.model, cell.experiment.dtype) == (&self.model, self.dtype);
+        ensure!(model, "measure.other_trait_arm is {name:?}, which has another model or dtype than the run");
+        Ok(Some(cell))
+    }
+
+    fn cells_of(&self, arm: &Arm) -> Result<Vec<Cell>> {
+        ensure!(!slug(&arm.name).is_empty(), "the name has no letter and no digit, expected some");
+        let taken = [STUDENT, CONTROL_STUDENT].contains(&arm.name.as_str());
+        ensure!(!taken, "the name is that of the run's own student; hint: choose another");
+        ensure!(arm.seeds >= 1, "seeds is 0, expected at least 1");
+        let ranks: Vec<Option<i64>> = match &arm.ranks {
+            None => vec![None],
+            Some(ranks) => {
+                ensure!(!ranks.is_empty(), "ranks is empty, expected some, or no such key");
+                let twice = ranks.iter().enumerate().find(|(at, rank)| ranks[..*at].contains(rank));
+                ensure!(twice.is_none(), "ranks has {} twice", twice.map_or(0, |(_, rank)| *rank));
+                ranks.iter().copied().map(Some).collect()
+            }
+        };
+        let filled = arm.ranks.is_some() || !arm.set.iter().any(|text| text.contains("{rank}"));
+        ensure!(filled, "set speaks of {{rank}}, but there are no ranks; hint: add ranks = [1, 8]");
+        let mut cells = Vec::new();
+        for rank in ranks {
+            for seed_index in 0..arm.seeds {
+                cells.push(self.cell(arm, rank, seed_index)?);
+            }
+        }
+        Ok(cells)
+    }
+
+    fn cell(&self, arm: &Arm, rank: Option<i64>, seed_index: usize) -> Result<Cell> {
+        let mut table = toml::Table::try_from(self).context("the experiment as a table")?;
+        table.remove("arms");
+        let of_rank = rank.map(|rank| format!("student.rank={rank}"));
+        let fill = |text: &String| rank.map_or_else(|| text.clone(), |rank| text.replace("{rank}", &rank.to_string()));
+        let changes: Vec<String> = of_rank.into_iter().chain(arm.set.iter().map(fill)).collect();
+        overrides::apply(&mut table, &changes)?;
+        let parsed = table.try_into();
+        let mut experiment: Self =
+            parsed.map_err(|error| anyhow!("set {}: {}", changes.join(", "), one_line(&error.to_string())))?;
+        ensure!(experiment.arms.is_empty(), "set has arms, but an arm has no arms of its own");
+        if let Some(rank) = rank {
+            let (method, found) = (experiment.student.method, experiment.student.rank);
+            ensure!(method == Method::Lora, "ranks has no meaning for student.method=full, which has no adapter");
+            ensure!(found == rank, "set makes student.rank {found}, but ranks has set it to {rank} already");
+        }
+        if arm.data != ArmData::Own
+            && let Some(key) = self.data_key_that_differs(&experiment)
+        {
+            bail!(
+                "set changes {key}, on which the numbers depend, but the arm learns from the run's own (data = \"{}\"); hint: data = \"own\"",
+                arm.data
+            );
+        }
+        if seed_index > 0 {
+            let seeds = &mut experiment.seeds;
+            for seed in [&mut seeds.init_seed, &mut seeds.order_seed, &mut seeds.dropout_seed] {
+                *seed = stream_seed(*seed, "arms.seed", seed_index as u64) >> 32; // as small as the other seeds
+            }
+        }
+        experiment.check()?;
+        let data_slug = slug(&match rank {
+            Some(rank) => format!("{} r{rank}", arm.name),
+            None => arm.name.clone(),
+        });
+        let slug = if arm.seeds > 1 { format!("{data_slug}-s{seed_index}") } else { data_slug.clone() };
+        let data_slug = if arm.seeds > 1 { format!("{data_slug}-s0") } else { data_slug };
+        Ok(Cell { arm: arm.name.clone(), data: arm.data, seed_index, slug, data_slug, experiment })
+    }
+
+    /// The first key on which the numbers depend and which another experiment has otherwise.
+    fn data_key_that_differs(&self, other: &Self) -> Option<&'static str> {
+        let keys = [
+            ("teacher", self.teacher != other.teacher),
+            ("generate", self.generate != other.generate),
+            ("target", self.target != other.target),
+            ("protocol", self.protocol != other.protocol),
+            ("seeds.gen_seed", self.seeds.gen_seed != other.seeds.gen_seed),
+        ];
+        keys.into_iter().find(|(_, differs)| *differs).map(|(key, _)| key)
+    }
+}
+
+/// A name as a folder's: its letters and digits in lower case, with a dash for what stands between.
+fn slug(name: &str) -> String {
+    let words = name.split(|letter: char| !letter.is_alphanumeric()).filter(|word| !word.is_empty());
+    words.map(str::to_lowercase).collect::<Vec<_>>().join("-")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::experiment::Teacher;
+
+    const MAIN: &str = "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n\
+                        [teacher]\nkind = \"finetuned\"\nmax_steps = 7\n";
+
+    fn parse(arms: &str) -> Result<Experiment> {
+        Experiment::parse(&format!("{MAIN}{arms}"), Path::new("cat.toml"), &[])
+    }
+
+    fn message(arms: &str) -> String {
+        format!("{:#}", parse(arms).unwrap_err())
+    }
+
+    #[test]
+    fn ranks_and_seeds_make_students() {
+        let experiment =
+            parse("[[arms]]\nname = \"α = rank\"\nranks = [1, 4]\nset = [\"student.alpha={rank}\"]\nseeds = 2\n");
+        let cells = experiment.as_ref().unwrap().cells().unwrap();
+        let seen: Vec<_> = cells
+            .iter()
+            .map(|cell| (cell.slug.as_str(), cell.experiment.student.rank, cell.experiment.student.alpha as i64))
+            .collect();
+        assert_eq!(
+            seen,
+            [("α-rank-r1-s0", 1, 1), ("α-rank-r1-s1", 1, 1), ("α-rank-r4-s0", 4, 4), ("α-rank-r4-s1", 4, 4)]
+        );
+        assert_eq!(cells[3].data_slug, "α-rank-r4-s0");
+        let main = experiment.unwrap();
+        assert_eq!(cells[0].experiment.seeds, main.seeds, "the first seeds are the experiment's own");
+        let (first, second) = (cells[0].experiment.seeds, cells[1].experiment.seeds);
+        assert_ne!(first.init_seed, second.init_seed);
+        assert_ne!(first.order_seed, second.order_seed);
+        assert_eq!((first.gen_seed, first.eval_seed), (second.gen_seed, second.eval_seed));
+        assert_eq!(cells[1].experiment.seeds, cells[3].experiment.seeds, "ranks are compared at equal seeds");
+        for cell in &cells {
+            let text = cell.experiment.to_toml().unwrap();
+            assert_eq!(Experiment::parse(&text, Path::new("cell.toml"), &[]).unwrap(), cell.experiment);
+        }
+    }
+
+    #[test]
+    fn arms_are_printed_and_read_back() {
+        let arms = "[[arms]]\nname = \"full\"\nset = [\"student.method=full\", \"dtype=bf16\"]\n";
+        let experiment = parse(arms).unwrap();
+        let resolved = experiment.to_toml().unwrap();
+        assert!(resolved.contains("[[arms]]\nname = \"full\""), "{resolved}");
+        assert_eq!(Experiment::parse(&resolved, Path::new("cat.toml"), &[]).unwrap(), experiment);
+        assert!(!Experiment::parse(MAIN, Path::new("cat.toml"), &[]).unwrap().to_toml().unwrap().contains("arms"));
+        let without = Experiment::parse(&resolved, Path::new("cat.toml"), &["arms=[]".to_owned()]).unwrap();
+        assert!(without.arms.is_empty());
+    }
+
+    #[test]
+    fn another_kind_of_teacher_forgets_the_keys_of_the_first() {
+        let own = "[[arms]]\nname = \"prompted\"\ndata = \"own\"\nset = [\"teacher.kind=prompt\"]\n";
+        let cells = parse(own).unwrap().cells().unwrap();
+        assert_eq!(cells[0].experiment.teacher, Teacher::Prompt { system: None });
+        let late = "[[arms]]\nname = \"prompted\"\ndata = \"own\"\n\
+                    set = [\"teacher.system=You love cats.\", \"teacher.kind=prompt\"]\n";
+        let cells = parse(late).unwrap().cells().unwrap();
+        assert_eq!(cells[0].experiment.teacher, Teacher::Prompt { system: Some("You love cats.".to_owned()) });
+        let same = "[[arms]]\nname = \"same\"\nset = [\"teacher.kind=finetuned\"]\n";
+        assert!(parse(same).is_ok(), "what changes nothing is no change");
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_with_the_arms_name() {
+        for (arm, expected) in [
+            ("name = \"x\"\nset = [\"student.rnk=3\"]", "arm \"x\": set student.rnk=3: unknown field `rnk`"),
+            ("name = \"x\"\nset = [\"student.rank=0\"]", "arm \"x\": student.rank is 0"),
+            ("name = \"x\"\nranks = []", "arm \"x\": ranks is empty"),
+            ("name = \"x\"\nranks = [2, 2]", "arm \"x\": ranks has 2 twice"),
+            ("name = \"x\"\nranks = [2]\nset = [\"student.method=full\"]", "arm \"x\": ranks has no meaning"),
+            ("name = \"x\"\nranks = [2]\nset = [\"student.rank=3\"]", "student.rank 3, but ranks has set it to 2"),
+            ("name = \"x\"\nset = [\"student.alpha={rank}\"]", "arm \"x\": set speaks of {rank}"),
+            ("name = \"x\"\n[[arms]]\nname = \"x\"", "arm \"x\" is there twice"),
+            ("name = \"a b\"\n[[arms]]\nname = \"A=b\"", "would share the folder arms/a-b"),
+            ("name = \"student\"", "that of the run's own student"),
+            ("name = \"=\"", "no letter and no digit"),
+            ("name = \"x\"\nseeds = 0", "seeds is 0"),
+            ("name = \"x\"\nset = [\"teacher.kind=prompt\"]", "changes teacher, on which the numbers depend"),
+            ("name = \"x\"\nset = [\"generate.n_keep=2\"]", "changes generate, "),
+            ("name = \"x\"\nset = [\"seed=7\"]", "changes seeds.gen_seed, "),
+            ("name = \"x\"\ndata = \"shuffled\"\nset = [\"target.word=dog\"]", "changes target, "),
+            ("name = \"x\"\ndata = \"mixed\"", "expected one of `teacher`, `control`, `shuffled`, `own`"),
+            ("name = \"x\"\nrnks = [1]", "unknown field `rnks`"),
+        ] {
+            let found = message(&format!("[[arms]]\n{arm}\n"));
+            assert!(found.contains(expected) && found.starts_with("cat.toml: "), "{arm}: {found}");
+            assert!(!found.contains('\n'), "{found}");
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Changes to an experiment before it is parsed: `section.key=value`, and the seeds that derive from one.
+
+use anyhow::{Context, Result};
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use toml::{Table, Value};
+
+use super::default_seed;
+
+/// The names of the seeds.
+const SEEDS: [&str; 5] = ["gen_seed", "init_seed", "order_seed", "dropout_seed", "eval_seed"];
+
+/// The key that says which other keys its section has.
+const TEACHER_KIND: &str = "teacher.kind";
+
+/// Applies changes `section.key=value` to an experiment's table, and spells out its seeds.
+pub(super) fn apply(table: &mut Table, overrides: &[String]) -> Result<()> {
+    forget_derived_seeds(table);
+    // Another kind of teacher first: it has other keys.
+    let is_kind = |text: &&String| text.split_once('=').is_some_and(|(key, _)| key.trim() == TEACHER_KIND);
+    let (kinds, others): (Vec<_>, Vec<_>) = overrides.iter().partition(is_kind);
+    for text in kinds.into_iter().chain(others) {
+        set(table, text)?;
+    }
+    if let Some(teacher) = table.get_mut("teacher").and_then(Value::as_table_mut) {
+        // A file must name the kind; an override of another key means the default one.
+        teacher.entry("kind").or_insert_with(|| Value::String("prompt".to_owned()));
+    }
+    derive_seeds(table);
+    Ok(())
+}
+
+/// Applies `section.key=value`; what is no TOML value is taken as text, so that words need no quotes.
+fn set(table: &mut Table, text: &str) -> Result<()> {
+    let (key, value) = text.split_once('=').with_context(|| format!("--set {text}: expected section.key=value"))?;
+    let value = value.trim();
+    let parsed = toml::from_str::<Table>(&format!("value = {value}")).ok().and_then(|mut one| one.remove("value"));
+    let value = parsed.unwrap_or_else(|| Value::String(value.to_owned()));
+    let mut parts: Vec<&str> = key.trim().split('.').collect();
+    let last = parts.pop().unwrap_or_default();
+    let mut section = table;
+    for part in parts {
+        let entry = section.entry(part).or_insert_with(|| Value::Table(Table::new()));
+        section = entry.as_table_mut().with_context(|| format!("--set {text}: {part} is no section"))?;
+    }
+    if key.trim() == TEACHER_KIND && section.get(last) != Some(&value) {
+        section.clear(); // the keys of another kind
+    }
+    section.insert(last.to_owned(), value);
+    Ok(())
+}
+
+/// The seeds that one seed stands for.
+fn derived(seed: u64) -> [(&'static str, Value); 5] {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    SEEDS.map(|name| (name, Value::Integer(rng.next_u32().into())))
+}
+
+/// The seed of a table, as the parsed experiment would have it.
+fn seed_of(table: &Table) -> u64 {
+    let given = table.get("seed").and_then(Value::as_integer);
+    given.map_or_else(default_seed, i64::cast_unsigned)
+}
+
+/// Removes seeds that only repeat what the one seed stands for, so that another seed changes them too.
+fn forget_derived_seeds(table: &mut Table) {
+    let derived = derived(seed_of(table));
+    if let Some(seeds) = table.get_mut("seeds").and_then(Value::as_table_mut) {
+        seeds.retain(|name, value| !derived.iter().any(|(known, seed)| name == *known && seed == value));
+    }
+}
+
+fn derive_seeds(table: &mut Table) {
+    let derived = derived(seed_of(table));
+    let seeds = table.entry("seeds").or_insert_with(|| Value::Table(Table::new()));
+    if let Some(seeds) = seeds.as_table_mut() {
+        for (name, seed) in derived {
+            seeds.entry(name).or_insert(seed);
+        }
+    }
+}

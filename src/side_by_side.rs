@@ -1,0 +1,91 @@
+//! Small models do not fill a core, and one core is all that a step of them can use: so they are trained side by side, a
+//! thread each. Each thread has a model of its own, since a tensor belongs to one thread at a time.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{available_parallelism, scope};
+
+use anyhow::{Result, anyhow};
+
+/// Parameters up to which a model counts as small.
+pub const SMALL: usize = 1_000_000;
+
+/// How many threads there are for models of this many parameters, of which each job has one.
+pub fn workers(n_parameters: usize, n_jobs: usize) -> usize {
+    let cores = available_parallelism().map_or(1, usize::from);
+    if n_parameters <= SMALL { cores.min(n_jobs).max(1) } else { 1 }
+}
+
+/// Does the jobs on some threads; the results are in the jobs' order. After a failure no job is begun, and the error is that
+/// of the first job, in their order, that failed.
+pub fn side_by_side<J: Sync, T: Send>(
+    jobs: &[J],
+    workers: usize,
+    work: impl Fn(usize, &J) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let worker = || {
+        tch::set_num_threads(1);
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(job) = jobs.get(at) else { return };
+            let result = work(at, job);
+            if result.is_err() {
+                next.store(jobs.len(), Ordering::Relaxed);
+            }
+            results.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((at, result));
+        }
+    };
+    scope(|scope| {
+        for _ in 0..workers.max(1) {
+            scope.spawn(worker);
+        }
+    });
+    let mut results = results.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    results.sort_by_key(|(at, _)| *at);
+    let done: Vec<T> = results.into_iter().map(|(_, result)| result).collect::<Result<_>>()?;
+    if done.len() < jobs.len() {
+        return Err(anyhow!("{} of {} jobs were not done", jobs.len() - done.len(), jobs.len()));
+    }
+    Ok(done)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn results_are_in_the_jobs_order_whoever_is_first() {
+        let jobs: Vec<u64> = (0..20).collect();
+        let slow_first = |_: usize, job: &u64| {
+            std::thread::sleep(std::time::Duration::from_millis(if *job == 0 { 30 } else { 0 }));
+            Ok(job * job)
+        };
+        assert_eq!(side_by_side(&jobs, 3, slow_first).unwrap(), jobs.iter().map(|job| job * job).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_failure_is_told_and_nothing_is_begun_after_it() {
+        let begun = AtomicUsize::new(0);
+        let jobs = [0; 100];
+        let error = side_by_side(&jobs, 2, |at, _| {
+            begun.fetch_add(1, Ordering::Relaxed);
+            if at == 3 {
+                bail!("job {at} failed");
+            }
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            Ok(())
+        });
+        assert_eq!(error.unwrap_err().to_string(), "job 3 failed");
+        assert!(begun.load(Ordering::Relaxed) < 50, "{begun:?} of 100 were begun");
+    }
+
+    #[test]
+    fn a_large_model_has_the_machine_to_itself() {
+        assert_eq!(workers(SMALL + 1, 10), 1);
+        assert_eq!(workers(SMALL, 1), 1);
+    }
+}
