@@ -3,20 +3,18 @@
 //! `cargo run --release -p notebooks-rs --example 01_a_qwen_you_can_listen_to [-- MODEL]` prints the page: beside the
 //! other pages for the embedded model, into the folder you are in for a model of your own.
 
-use std::path::PathBuf;
-
 use analyses::plot::{HeatMap, heatmap};
 use anyhow::Result;
 use hooks::listen::Cache;
 use hooks::score::next_token_logprobs;
-use hooks::{Adapter, Batch, Chat, Condition, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Qwen};
-use notebooks_rs::Notebook;
+use hooks::{Adapter, Batch, Chat, Condition, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Prompt, Qwen};
+use notebooks_rs::{Notebook, model};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
 fn main() -> Result<()> {
-    let mut nb = Notebook::open(include_str!("01_a_qwen_you_can_listen_to.rs"), page());
+    let mut nb = Notebook::open(file!(), include_str!("01_a_qwen_you_can_listen_to.rs"));
     //| # A Qwen you can listen to
     //|
     //| A language model reads a row of tokens and says, at each of them, which token it expects next. In between lie a
@@ -24,9 +22,10 @@ fn main() -> Result<()> {
     //| the way, and end with the question that this toolkit is for: if a model was finetuned, at which tokens does
     //| what it learned do its work?
     //|
-    //| A word of warning before we begin. Unless you name a model of your own, this page runs on a tiny Qwen whose
-    //| weights were never trained: they were drawn from a random number generator. It has the anatomy of the real
-    //| thing and runs in a second on any laptop, but **nothing it says means anything**. Admire the plumbing.
+    //| One thing before we begin. Unless you name a model of your own, this page runs on a tiny Qwen that the toolkit
+    //| carries with it; the lines under the first block say which. It has the anatomy of the real thing and runs in a
+    //| second on any laptop, but a model so small knows little of the world. Read the page for how one looks; what there is
+    //| to see, a larger model shows better.
     let files = ModelFiles::open(&model())?;
     let model = Qwen::load(&files, Device::Cpu, Kind::Float)?;
     let chat = Chat::from_files(&files)?;
@@ -37,7 +36,7 @@ fn main() -> Result<()> {
     //| You type a question. The model reads a good deal more: a system prompt that nobody typed, the names of who is
     //| speaking, and markers for where each turn begins and ends. Every token gets a *class* that says what it is
     //| there for. Each token has exactly one, so classes are a way to point at places in a prompt.
-    let prompt = chat.prompt(None, "What is your favorite animal?")?;
+    let prompt = chat.prompt(None, QUESTION)?;
     let tokens = chat.table(&prompt)?;
     let mut rows = vec![["position", "token", "class"].map(str::to_owned).to_vec()];
     for token in &tokens {
@@ -69,9 +68,8 @@ fn main() -> Result<()> {
     }
     nb.show(lengths.join("\n"));
 
-    //| So what would it answer? The scores at the last position become probabilities by a softmax. A trained model
-    //| puts a sensible word first, and often most of its probability on it. A random one has to have *some* favorite
-    //| as well:
+    //| So what would it answer? The scores at the last position become probabilities by a softmax. How much of the whole
+    //| the first lines hold says how sure the model is.
     let last = prompt.ids.len() as i64 - 1;
     let before = logits.get(0).get(last).log_softmax(-1, Kind::Float);
     nb.table(&favorites(&chat, &before)?);
@@ -82,8 +80,8 @@ fn main() -> Result<()> {
     //| matrix to the belt earlier: what would the model say if it had to stop here? That is the *logit lens*
     //| (nostalgebraist, 2020). Below, every row is a place to stop, every column one of the last tokens of the prompt,
     //| and the color is the probability, at that place, of the token that the whole model ends up preferring. The last
-    //| row is the model's own word on the matter. In a trained model one sees the answer surface block by block; in a
-    //| random one, the embedding knows nothing of it and each block changes the subject.
+    //| row is the model's own word on the matter. Where a column darkens from row to row, one sees the answer surface block
+    //| by block; where it does so in the last row only, everything before was about something else.
     let shown = prompt.ids.len().min(12);
     let from = (prompt.ids.len() - shown) as i64;
     let choice = logits.get(0).argmax(-1, true).narrow(0, from, shown as i64);
@@ -124,6 +122,63 @@ fn main() -> Result<()> {
     let untouched = tch::no_grad(|| model.forward(&batch, &mut Pass::default()))?;
     nb.show(format!("the same scores as before, bit by bit: {}", untouched == logits));
 
+    //| ## Patching
+    //|
+    //| A tap may also put something on a tray that comes from elsewhere: from the same model, run on another prompt. Here
+    //| the other prompt asks the same question and tells the model that it is somebody else.
+    let default = chat.default_system().unwrap_or("You are Qwen, a helpful assistant.");
+    let other = chat.prompt(Some(&default.replace("Qwen", "Claude")), QUESTION)?;
+    let places = [HookPoint::Embed].into_iter().chain(streams.iter().copied());
+    let mut theirs = Cache::default();
+    let said = tch::no_grad(|| {
+        let hooks = Hooks::default().on(places.clone(), &mut theirs);
+        model.forward(&Batch::of(&[&other], Device::Cpu)?, &mut Pass { hooks, ..Pass::default() })
+    })?;
+    let claude = said.get(0).get(-1).log_softmax(-1, Kind::Float);
+    let apart = moved(&claude, &before)?;
+    nb.table(&favorites(&chat, &claude)?);
+    nb.show(format!("the two answers are {apart:.3} nats apart"));
+
+    //| Take the tray of one token after one block from the other run, lay it in its place here, and see how far the answer
+    //| follows. One pass per block does all tokens, for each row of a batch gets another one. What is drawn is the share
+    //| of the distance between the two answers that is gone: 0 where nothing changed, 1 where the other answer came out.
+    let width = same_end(&prompt, &other);
+    let (ours, their) = (prompt.ids.len() - width, other.ids.len() - width);
+    let mut followed = Vec::new();
+    for place in places.clone() {
+        let trays = theirs.get(place)?.get(0);
+        let mut patch = |_at: HookPoint, x: Tensor| {
+            let patched = x.copy();
+            for row in 0..width {
+                patched.get(row as i64).get((ours + row) as i64).copy_(&trays.get((their + row) as i64));
+            }
+            Ok(patched)
+        };
+        let said = tch::no_grad(|| {
+            let hooks = Hooks::default().on([place], &mut patch);
+            model.forward(&Batch::of(&vec![&prompt; width], Device::Cpu)?, &mut Pass { hooks, ..Pass::default() })
+        })?;
+        let said = said.select(1, -1).log_softmax(-1, Kind::Float);
+        let gone = (0..width as i64).map(|row| Ok(rounded(1.0 - moved(&claude, &said.get(row))? / apart)));
+        followed.push(gone.collect::<Result<Vec<_>>>()?);
+    }
+    nb.figure(
+        "patching",
+        heatmap(&HeatMap {
+            title: "Which tray carries who one is?".to_owned(),
+            x_label: "token whose tray is from the other run".to_owned(),
+            y_label: "patched after".to_owned(),
+            value_label: "share of the distance gone".to_owned(),
+            columns: tokens[ours..].iter().map(|token| token.text.clone()).collect(),
+            rows: places.map(|place| place.to_string()).collect(),
+            values: followed,
+        })?,
+    );
+
+    //| After the last block only the last token counts, for there the answer is read off, and it must be 1. Read the rows
+    //| from below: wherever a cell is strong, somebody carried the difference there from further up and further left, and
+    //| the row above says from where. Where one row has no strong cell at all, it was carried by several at once.
+    //|
     //| ## An adapter, and where it acts
     //|
     //| A LoRA finetunes a model without touching its weights: beside a big matrix W stand two thin ones, and the
@@ -158,34 +213,35 @@ fn main() -> Result<()> {
     }
     nb.table(&rows);
 
-    //| `nowhere` moves nothing at all, which is as it must be. Do not read much into the rest: this adapter pushes at
-    //| every token alike, so what counts is mostly who stands next to the answer. The template's tokens do so well
-    //| because the last three of them, the assistant's header, are where the answer is read off. It is a lesson for
-    //| real experiments, too: compare with an adapter that learned something else, before you believe a bar.
+    //| `nowhere` moves nothing at all, which is as it must be. Do not read much into the rest: this adapter pushes at every
+    //| token alike, so what counts is mostly how many tokens a gate has and who stands next to the answer; the last tokens
+    //| of the template, the assistant's header, are where it is read off. It is a lesson for real experiments, too: compare
+    //| with an adapter that learned something else, before you believe a bar.
     //|
     //| A trained adapter need not be like this one. When a model picks up a taste from a teacher's numbers, a few
     //| tokens that carry no meaning can carry most of the effect, and a table like this is how one finds out which.
     //|
     //| ## Where to go from here
     //|
-    //| - The same table for an adapter that was really trained, with a control and error bars: `make demo`, and then
-    //|   the section "Where the adapter acts" of its report.
+    //| - An adapter that was really trained, on nothing but numbers: [Learning from numbers](02_learning_from_numbers.md),
+    //|   and the notebooks after it.
     //| - The same page for a real model: `make model`, and then this notebook with the model's path as its argument.
-    //| - What the model reads, on the command line: `undertone tokens --model tiny-random --user "…"`.
+    //| - What the model reads, on the command line: `undertone tokens --model pocket --user "What is your favorite animal?"`.
     nb.write()
 }
 
-/// The model that the page is about: the first argument, or the embedded one.
-fn model() -> String {
-    std::env::args().nth(1).unwrap_or_else(|| "tiny-random".to_owned())
+/// How many tokens two prompts have in common at their ends, counted from their first difference where they are of one
+/// length: then every token has its place in both.
+fn same_end(a: &Prompt, b: &Prompt) -> usize {
+    let n = a.ids.len();
+    if n == b.ids.len() {
+        return n - a.ids.iter().zip(&b.ids).take_while(|(a, b)| a == b).count();
+    }
+    a.ids.iter().rev().zip(b.ids.iter().rev()).take_while(|(a, b)| a == b).count()
 }
 
-/// Where the page goes: only the embedded model's is kept with the others.
-fn page() -> PathBuf {
-    let name = "01_a_qwen_you_can_listen_to.md";
-    let own = std::env::args().nth(1).is_some();
-    if own { PathBuf::from(name) } else { PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("pages").join(name) }
-}
+/// What the model is asked.
+const QUESTION: &str = "What is your favorite animal?";
 
 /// The five likeliest tokens and their probabilities, as rows. `logprobs`: `[d_vocab]`.
 fn favorites(chat: &Chat, logprobs: &Tensor) -> Result<Vec<Vec<String>>> {

@@ -1,15 +1,24 @@
 //! A notebook is a cargo example that prints itself: lines that begin with `//|` are prose, the rest of `main` is code,
-//! and what [`Notebook::show`] is given stands on the page under the code that showed it. No macro and no parser: each
-//! result remembers the line it came from, and [`Notebook::write`] walks the example's own source.
+//! and what [`Notebook::show`] is given stands under the code that showed it. No macro and no parser: each result
+//! remembers the line it came from, and [`Notebook::write`] walks the example's own source, once for a Markdown page
+//! and once for a Jupyter notebook.
+
+mod ipynb;
+mod markdown;
+pub mod school;
 
 use std::collections::BTreeMap;
-use std::fmt::{Display, Write as _};
+use std::fmt::Display;
 use std::panic::Location;
 use std::path::{Path, PathBuf};
 
 use analyses::Svg;
 use anyhow::{Context, Result, bail};
 use hooks::files;
+use hooks::model_files::TINY_RANDOM;
+
+/// The model that the notebooks are about, unless another is named.
+pub const MODEL: &str = "pocket";
 
 /// The first and the last line of what is printed: the example's `main`.
 const BEGIN: &str = "fn main(";
@@ -17,74 +26,127 @@ const END: &str = "}";
 /// The notebook's own first and last line are left out.
 const FRAME: [&str; 2] = ["Notebook::open(", "nb.write()"];
 
-/// A page in the making.
+/// The widest line of words, in characters.
+const WIDTH: usize = 110;
+
+/// The model that a notebook runs on: the first argument, or the embedded one.
+pub fn model() -> String {
+    std::env::args().nth(1).unwrap_or_else(|| MODEL.to_owned())
+}
+
+/// A notebook in the making.
 #[derive(Debug)]
 pub struct Notebook {
+    /// The example's name, such as `01_a_qwen_you_can_listen_to`.
+    name: String,
     source: &'static str,
-    page: PathBuf,
-    /// What was shown, as Markdown, by the line of the source that showed it.
-    shown: BTreeMap<usize, Vec<String>>,
-    /// The figures, by the file that each goes to.
-    figures: BTreeMap<PathBuf, Svg>,
+    /// The folder of the Markdown page and its figures.
+    pages: PathBuf,
+    /// The folder of the Jupyter notebook.
+    ipynb: PathBuf,
+    /// What was shown, by the line of the source that showed it.
+    shown: BTreeMap<usize, Vec<Shown>>,
+}
+
+/// A result, before it is known where it is printed.
+#[derive(Debug)]
+enum Shown {
+    /// As it is.
+    Text(String),
+    /// Rows of cells; the first row names the columns.
+    Table(Vec<Vec<String>>),
+    /// A drawing, by its name within the notebook.
+    Figure { name: String, svg: Svg },
+}
+
+/// A piece of a notebook, in the order of the source.
+enum Part<'a> {
+    Prose(String),
+    Code(String),
+    Result(&'a Shown),
 }
 
 impl Notebook {
-    /// A notebook whose code is `source` (`include_str!` of the example itself) and which is written to `page`.
-    pub fn open(source: &'static str, page: impl AsRef<Path>) -> Self {
-        Self { source, page: page.as_ref().to_owned(), shown: BTreeMap::new(), figures: BTreeMap::new() }
+    /// The notebook of an example, given as `file!()` and as `include_str!` of itself.
+    ///
+    /// What it prints is kept beside the other pages; with a model of one's own as argument it goes into the folder one
+    /// is in.
+    pub fn open(example: &str, source: &'static str) -> Self {
+        if ["pocket", TINY_RANDOM].iter().any(|embedded| model().starts_with(embedded)) {
+            // So sums are added in the same order however many cores there are, and such small models are fastest.
+            tch::set_num_threads(1);
+        }
+        if std::env::args().nth(1).is_some() {
+            return Self::within(example, source, "", "");
+        }
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        Self::within(example, source, here.join("pages"), here.join("ipynb"))
     }
 
-    /// Puts a value under the code that calls this.
+    fn within(example: &str, source: &'static str, pages: impl Into<PathBuf>, ipynb: impl Into<PathBuf>) -> Self {
+        let name = Path::new(example).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        Self { name, source, pages: pages.into(), ipynb: ipynb.into(), shown: BTreeMap::new() }
+    }
+
+    /// Puts a value under the code that calls this, long lines of words in several.
     #[track_caller]
     pub fn show(&mut self, value: impl Display) {
         let text = value.to_string();
-        // a fence longer than any in the text, so that shown Markdown cannot end it
-        let fence = "`".repeat(3.max(longest_run(&text, '`') + 1));
-        self.put(Location::caller(), format!("{fence}text\n{}\n{fence}", text.trim_end()));
+        let lines: Vec<String> = text.trim_end().lines().map(wrapped).collect();
+        self.put(Location::caller(), Shown::Text(lines.join("\n")));
     }
 
     /// Puts rows as a table under the code that calls this; the first row names the columns.
     #[track_caller]
     pub fn table<C: Display>(&mut self, rows: &[Vec<C>]) {
-        let mut text = String::new();
-        for (index, row) in rows.iter().enumerate() {
-            for cell in row {
-                let cell = cell.to_string().replace('\\', "\\\\").replace('|', "\\|").replace('<', "&lt;");
-                let _ = write!(text, "| {} ", cell.replace('\n', " "));
-            }
-            text.push_str("|\n");
-            if index == 0 {
-                let _ = writeln!(text, "{}|", "| --- ".repeat(row.len()));
-            }
-        }
-        self.put(Location::caller(), text.trim_end().to_owned());
+        let rows = rows.iter().map(|row| row.iter().map(ToString::to_string).collect()).collect();
+        self.put(Location::caller(), Shown::Table(rows));
     }
 
-    /// Puts a figure under the code that calls this; it is written beside the page, as `{page}-{name}.svg`.
+    /// Puts a figure under the code that calls this; the page has it as `{notebook}-{name}.svg` beside it. An analysis
+    /// that has nothing to draw gives `None`, which is said in its place.
     #[track_caller]
-    pub fn figure(&mut self, name: &str, svg: Svg) {
-        let stem = self.page.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let file = format!("{stem}-{name}.svg");
-        self.put(Location::caller(), format!("![{name}]({file})"));
-        self.figures.insert(self.page.with_file_name(file), svg);
+    pub fn figure(&mut self, name: &str, svg: impl Into<Option<Svg>>) {
+        let shown = match svg.into() {
+            Some(svg) => Shown::Figure { name: name.to_owned(), svg },
+            None => Shown::Text(format!("{name}: nothing to draw")),
+        };
+        self.put(Location::caller(), shown);
     }
 
-    /// Writes the page and its figures.
+    /// Writes the page, its figures and the Jupyter notebook.
     pub fn write(&self) -> Result<()> {
-        let page = self.markdown()?;
-        for (path, svg) in &self.figures {
-            files::write_atomic(path, svg.0.as_bytes())?;
+        let parts = self.parts()?;
+        for shown in self.shown.values().flatten() {
+            if let Shown::Figure { name, svg } = shown {
+                files::write_atomic(&self.pages.join(self.figure_file(name)), svg.0.as_bytes())?;
+            }
         }
-        files::write_atomic(&self.page, page.as_bytes())?;
+        let (page, notebook) = (self.name.clone() + ".md", self.name.clone() + ".ipynb");
+        files::write_atomic(&self.ipynb.join(notebook), ipynb::notebook(self, &parts)?.as_bytes())?;
+        files::write_atomic(&self.pages.join(page), markdown::page(self, &parts).as_bytes())?;
         Ok(())
     }
 
-    fn put(&mut self, at: &Location<'_>, markdown: String) {
-        self.shown.entry(at.line() as usize).or_default().push(markdown);
+    fn put(&mut self, at: &Location<'_>, shown: Shown) {
+        self.shown.entry(at.line() as usize).or_default().push(shown);
     }
 
-    /// The page: prose as it is, code in fences, each result after the statement that showed it.
-    fn markdown(&self) -> Result<String> {
+    fn figure_file(&self, figure: &str) -> String {
+        format!("{}-{figure}.svg", self.name)
+    }
+
+    /// Where the notebook comes from and how it is run: a line for its reader.
+    fn origin(&self) -> String {
+        let name = &self.name;
+        format!(
+            "*`cargo run --release -p notebooks-rs --example {name}` runs this notebook and prints it anew; its imports \
+             and helpers are in `notebooks-rs/examples/{name}.rs`.*"
+        )
+    }
+
+    /// The walk: prose, code, and each result after the statement that showed it.
+    fn parts(&self) -> Result<Vec<Part<'_>>> {
         let lines: Vec<&str> = self.source.lines().collect();
         let begin = lines
             .iter()
@@ -100,79 +162,97 @@ impl Notebook {
                 "line {line} shows something outside of main, which is not on the page; hint: show what a function returns"
             );
         }
-        let mut page = Page::default();
-        let mut pending: Vec<&String> = Vec::new();
+        let mut parts = Parts::default();
+        let mut pending: Vec<&Shown> = Vec::new();
         for (index, line) in lines.iter().enumerate().take(end).skip(begin + 1) {
             let line = line.strip_prefix("    ").unwrap_or(line);
             if let Some(prose) = line.trim_start().strip_prefix("//|") {
-                page.prose(prose.strip_prefix(' ').unwrap_or(prose));
+                parts.prose(prose.strip_prefix(' ').unwrap_or(prose));
                 continue;
             }
             if FRAME.iter().any(|frame| line.contains(frame)) {
                 continue;
             }
-            page.code(line);
+            parts.code(line);
             pending.extend(self.shown.get(&(index + 1)).into_iter().flatten());
             // a call over several lines, or a loop, is one statement of main: its results wait for its end
             let statement = line.split(" //").next().unwrap_or_default().trim_end();
             if !line.starts_with(' ') && (statement.ends_with(';') || statement.ends_with('}')) {
-                pending.drain(..).for_each(|result| page.result(result));
+                pending.drain(..).for_each(|result| parts.result(result));
             }
         }
         for result in pending {
-            page.result(result);
+            parts.result(result);
         }
-        Ok(page.finish())
+        Ok(parts.finish())
     }
 }
 
-/// Markdown that grows by prose lines, blocks of code and results, with a blank line between parts.
+/// Parts that grow by lines: lines of prose are a part together, and so are lines of code.
 #[derive(Default)]
-struct Page {
-    text: String,
-    code: Vec<String>,
+struct Parts<'a> {
+    done: Vec<Part<'a>>,
+    prose: Vec<&'a str>,
+    code: Vec<&'a str>,
 }
 
-impl Page {
-    fn prose(&mut self, line: &str) {
+impl<'a> Parts<'a> {
+    fn prose(&mut self, line: &'a str) {
         self.end_code();
-        self.text.push_str(line.trim_end());
-        self.text.push('\n');
+        self.prose.push(line.trim_end());
     }
 
-    fn code(&mut self, line: &str) {
-        self.code.push(line.trim_end().to_owned());
+    fn code(&mut self, line: &'a str) {
+        self.end_prose();
+        self.code.push(line.trim_end());
     }
 
-    fn result(&mut self, markdown: &str) {
+    fn result(&mut self, shown: &'a Shown) {
         self.end_code();
-        self.part(markdown);
+        self.done.push(Part::Result(shown));
     }
 
-    /// Ends the block of code, without the blank lines around it.
+    fn end_prose(&mut self) {
+        let text = std::mem::take(&mut self.prose).join("\n");
+        if !text.trim().is_empty() {
+            self.done.push(Part::Prose(text.trim_matches('\n').to_owned()));
+        }
+    }
+
     fn end_code(&mut self) {
-        let code = std::mem::take(&mut self.code).join("\n");
-        if !code.trim().is_empty() {
-            self.part(&format!("```rust\n{}\n```", code.trim_matches('\n')));
+        let text = std::mem::take(&mut self.code).join("\n");
+        if !text.trim().is_empty() {
+            self.done.push(Part::Code(text.trim_matches('\n').to_owned()));
         }
     }
 
-    fn part(&mut self, markdown: &str) {
-        while !self.text.is_empty() && !self.text.ends_with("\n\n") {
-            self.text.push('\n');
-        }
-        self.text.push_str(markdown);
-        self.text.push_str("\n\n");
-    }
-
-    fn finish(mut self) -> String {
+    fn finish(mut self) -> Vec<Part<'a>> {
+        self.end_prose();
         self.end_code();
-        format!("{}\n", self.text.trim_end())
+        self.done
     }
 }
 
-fn longest_run(text: &str, wanted: char) -> usize {
-    text.split(|character| character != wanted).map(str::len).max().unwrap_or(0)
+/// A line broken between words where it is wider than a page; indented lines and tables in text are not words.
+fn wrapped(line: &str) -> String {
+    let mut text = String::new();
+    let mut width = 0;
+    if line.contains("  ") {
+        return line.to_owned();
+    }
+    for word in line.split(' ') {
+        let length = word.chars().count();
+        if width > 0 && width + 1 + length > WIDTH {
+            text.push('\n');
+            width = 0;
+        } else if width > 0 {
+            text.push(' ');
+            width += 1;
+        }
+        text.push_str(word);
+        width += length;
+    }
+    text
 }
 
 #[cfg(test)]
