@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 FOLDERS = ["notebooks-rs/pages", "notebooks-rs/ipynb"]
+COLOUR = re.compile(r"#[0-9A-F]{6}\b")  # of a heat map's cell, whose number is compared
 NUMBER = re.compile(r"[-+−]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 TOLERANCE = 0.03
 
@@ -25,6 +26,7 @@ def agree(left, right):
 
 def difference(committed, printed):
     """The first difference that is not one of last digits, or None."""
+    committed, printed = (COLOUR.sub("colour", text) for text in (committed, printed))
     if NUMBER.sub("#", committed) != NUMBER.sub("#", printed):
         for line, (left, right) in enumerate(zip(committed.splitlines(), printed.splitlines()), 1):
             if NUMBER.sub("#", left) != NUMBER.sub("#", right):

@@ -3,6 +3,7 @@
 
 pub mod arms;
 pub mod cli;
+pub mod closing;
 pub mod commands;
 pub mod dataset;
 pub mod experiment;

@@ -12,7 +12,7 @@ use crate::pocket::make::{BaseStepRow, Recipe, make};
 use crate::pocket::trial::{Base, CellRow, Settings, matrix, summary, trial};
 use crate::pocket::world::World;
 use crate::progress::{bar, say};
-use crate::publish::{CsvLog, write_csv};
+use crate::publish::{CsvLog, read_csv, write_csv};
 
 /// Makes a pocket model: a world of its own, a tokenizer, a base trained from nothing.
 #[derive(Args, Debug)]
@@ -96,11 +96,23 @@ fn run_trial(args: &Trial, force: bool) -> Result<()> {
     unfinished(&args.out.join("summary.csv"), force)?;
     let settings = Settings { n_prompts: args.n_prompts, ..Settings::default() };
     let bases = args.bases.iter().map(|name| Base::open(name)).collect::<Result<Vec<_>>>()?;
-    let (mut csv, start) = (CsvLog::create(&args.out.join("cells.csv"))?, Instant::now());
+    let cells = args.out.join("cells.csv");
+    let all = if cells.exists() && !force { read_csv(&cells)? } else { all_cells(&bases, &settings, &cells)? };
+    for base in &bases {
+        let svg = matrix(&all, &base.name)?;
+        let stem = base.name.rsplit('/').next().unwrap_or(&base.name);
+        files::write_atomic(&args.out.join(format!("{stem}.svg")), svg.0.as_bytes())?;
+    }
+    write_csv(&args.out.join("summary.csv"), &summary(&all))
+}
+
+/// Makes and scores all models; `path` gets the rows as they come.
+fn all_cells(bases: &[Base], settings: &Settings, path: &Path) -> Result<Vec<CellRow>> {
+    let (mut csv, start) = (CsvLog::create(path)?, Instant::now());
     let mut all: Vec<CellRow> = vec![];
     for (at, base) in bases.iter().enumerate() {
         let other = (bases.len() > 1).then(|| &bases[(at + 1) % bases.len()]);
-        trial(base, other, &settings, &mut |cells| {
+        trial(base, other, settings, &mut |cells| {
             for cell in cells {
                 csv.push(cell)?;
                 if cell.gate == "everywhere" && cell.learned_from == cell.animal {
@@ -121,12 +133,7 @@ fn run_trial(args: &Trial, force: bool) -> Result<()> {
         })?;
     }
     csv.finish()?;
-    for base in &bases {
-        let svg = matrix(&all, &base.name)?;
-        let stem = base.name.rsplit('/').next().unwrap_or(&base.name);
-        files::write_atomic(&args.out.join(format!("{stem}.svg")), svg.0.as_bytes())?;
-    }
-    write_csv(&args.out.join("summary.csv"), &summary(&all))
+    Ok(all)
 }
 
 fn unfinished(path: &Path, force: bool) -> Result<()> {

@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use super::{arms, finetune, generate, measure, report};
+use crate::closing::closing;
 use crate::progress::say;
 use crate::run_dir::RunDir;
 use crate::workbench::Workbench;
@@ -26,5 +27,11 @@ pub fn run(bench: &Workbench, run: &RunDir, force: bool) -> Result<()> {
         arms::stage(bench, run, !force)?; // before the rest, which may look at an arm's student
     }
     measure::stage(bench, run, &bench.experiment.measure.analyses, !force)?;
-    report::stage(run)
+    report::stage(run)?;
+    let lines = closing(run, &bench.experiment)?;
+    if !lines.is_empty() {
+        say(format!("\n{}\n", lines.join("\n")));
+    }
+    say(format!("Everything, with its controls and tables: {}", run.report().display()));
+    Ok(())
 }

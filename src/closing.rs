@@ -1,0 +1,123 @@
+//! What a run says at its end: a line for each question that it answered, for a person, from the CSV files alone.
+
+use analyses::divergence::DivergenceSummaryRow;
+use analyses::position_scan::PositionScanRow;
+use analyses::steering::SteeringRow;
+use analyses::target_rate::TargetRateRow;
+use analyses::token_ablation::TokenAblationRow;
+use anyhow::Result;
+use serde::de::DeserializeOwned;
+
+use crate::arms::ArmRow;
+use crate::experiment::{AnalysisName, CONTROL_STUDENT, Experiment, STUDENT};
+use crate::publish::read_csv;
+use crate::run_dir::RunDir;
+use crate::teacher::TeacherRow;
+
+/// The lines, one for what was made and one for each kind of question that was measured.
+pub fn closing(run: &RunDir, experiment: &Experiment) -> Result<Vec<String>> {
+    let word = &experiment.target.word;
+    let (rates, teacher): (Vec<TargetRateRow>, Vec<TeacherRow>) =
+        (rows(run, AnalysisName::TargetRate)?, there(&run.teacher_csv())?);
+    let lines = [
+        made(run, &teacher, word)?,
+        effect(&rates, word),
+        controls(&there(&run.arms_rows())?),
+        tokens(&rows(run, AnalysisName::TokenAblation)?, &rows(run, AnalysisName::PositionScan)?, word),
+        direction(run)?,
+    ];
+    Ok(lines.into_iter().flatten().collect())
+}
+
+fn made(run: &RunDir, teacher: &[TeacherRow], word: &str) -> Result<Option<String>> {
+    let p = |model: &str| teacher.iter().find(|row| row.scope == "mean" && row.model == model).map(|row| row.p_target);
+    let (Some(base), Some(taught)) = (p("base"), p("teacher")) else { return Ok(None) };
+    let rows: Vec<crate::finetune::StepRow> = there(&run.train_csv())?;
+    let learned = rows.last().map_or(String::new(), |step| {
+        format!("; the student learned from its numbers in {} steps, and from nothing else", step.step)
+    });
+    Ok(Some(format!(
+        "The teacher answers {word:?} with probability {taught:.2}, where the base does with {base:.2}{learned}."
+    )))
+}
+
+fn effect(rates: &[TargetRateRow], word: &str) -> Option<String> {
+    let mean = |model: &str| rates.iter().find(|row| row.scope == "mean" && row.model == model);
+    let (base, student) = (mean("base")?, mean("student")?);
+    let p = |model: &str| {
+        let of = || rates.iter().filter(|row| row.scope == "question" && row.model == model);
+        of().map(|row| row.logp_target.exp()).sum::<f64>() / of().count() as f64
+    };
+    let control = mean("control").map_or("without a control student".to_owned(), |control| {
+        format!("a student of the untouched base's numbers {:.2}", p(&control.model))
+    });
+    Some(format!(
+        "The student of numbers now answers {word:?} with probability {:.2} (the base {:.2}, {control}): {:+.2} nats.",
+        p(&student.model),
+        p(&base.model),
+        student.delta_logp,
+    ))
+}
+
+fn controls(arms: &[ArmRow]) -> Option<String> {
+    let student = arms.iter().find(|row| row.arm == STUDENT)?;
+    let own = [STUDENT, CONTROL_STUDENT];
+    let ranked = |row: &ArmRow| arms.iter().any(|other| other.arm == row.arm && other.rank != row.rank);
+    let others = arms.iter().filter(|row| !own.contains(&row.arm.as_str()) && row.target == student.target);
+    let single: Vec<String> =
+        others.clone().filter(|row| !ranked(row)).map(|row| format!("{} {:+.2}", row.arm, row.delta_margin)).collect();
+    let best = others.filter(|row| ranked(row)).max_by(|a, b| a.delta_margin.total_cmp(&b.delta_margin));
+    let best = best.map(|row| format!("; of the ranks most at {:?} {}", row.arm, row.rank.unwrap_or_default()));
+    Some(format!(
+        "Its margin moves by {:+.2} nats; other students': {}{}.",
+        student.delta_margin,
+        single.join(", "),
+        best.unwrap_or_default()
+    ))
+}
+
+fn tokens(gates: &[TokenAblationRow], scan: &[PositionScanRow], word: &str) -> Option<String> {
+    let left = |gate: &str| gates.iter().find(|row| row.model == "student" && row.gate == gate)?.recovered_logp;
+    let (only, except) = (left("only:system")?, left("except:system")?);
+    let most = scan.iter().filter(|row| !row.class.is_empty());
+    let most = most.min_by(|a, b| a.delta_margin_except.total_cmp(&b.delta_margin_except));
+    let most = most.map(|row| format!("; the one token it misses most is {:?}", row.token.trim()));
+    Some(format!(
+        "With the adapter at the system prompt alone {:.0} % of the change in log p({word}) is left, everywhere else {:.0} %{}.",
+        100.0 * only,
+        100.0 * except,
+        most.unwrap_or_default()
+    ))
+}
+
+fn direction(run: &RunDir) -> Result<Option<String>> {
+    let steering: Vec<SteeringRow> = rows(run, AnalysisName::Steering)?;
+    let learned = steering.iter().filter(|row| row.kind == "learned");
+    let Some(best) = learned.max_by(|a, b| a.delta_logp.abs().total_cmp(&b.delta_logp.abs())) else { return Ok(None) };
+    let same = |kind: &str| {
+        let beside =
+            |row: &&SteeringRow| row.kind == kind && (row.layer, row.coefficient) == (best.layer, best.coefficient);
+        steering.iter().find(beside).map(|row| format!("{:+.2}", row.delta_logp))
+    };
+    let named = [("random", "a random one"), ("control_student", "the control's"), ("other_trait", "another trait's")];
+    let beside: Vec<String> =
+        named.iter().filter_map(|(kind, name)| same(kind).map(|change| format!("{name} {change}"))).collect();
+    let divergence: Vec<DivergenceSummaryRow> = there(&run.analysis(AnalysisName::Divergence).join("summary.csv"))?;
+    let digits = divergence.iter().find(|row| row.group == "digits");
+    let digits = digits.map(|row| format!("; teacher and base diverge at {:.0} % of the digits", 100.0 * row.nief));
+    Ok(Some(format!(
+        "Its direction, added to the base, moves log p by {:+.2} nats ({}){}.",
+        best.delta_logp,
+        beside.join(", "),
+        digits.unwrap_or_default()
+    )))
+}
+
+fn rows<R: DeserializeOwned>(run: &RunDir, name: AnalysisName) -> Result<Vec<R>> {
+    there(&run.rows(name))
+}
+
+/// The rows of a file; none where it was not written.
+fn there<R: DeserializeOwned>(path: &std::path::Path) -> Result<Vec<R>> {
+    if RunDir::stage_done(path) { read_csv(path) } else { Ok(vec![]) }
+}
