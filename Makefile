@@ -46,7 +46,7 @@ notebooks: setup ## run all notebooks; each prints its page and its .ipynb anew
 golden: ## remake the golden files with transformers and PEFT, in a venv of 5 GB
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r tests/golden/requirements.txt
-	for case in qwen2 qwen3 training chat; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
+	for case in qwen2 qwen3 training chat pocket; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
 
 build: setup
 	$(CARGO) build --release

@@ -16,10 +16,12 @@ use crate::finetune::OptimizerKind;
 pub struct ArmRow {
     /// The arm's name; `student` and `control student` are the run's own.
     pub arm: String,
-    /// What it learned from: the run's `teacher` or `control` set, the teacher's `shuffled`, or a set of its `own`.
-    pub data: ArmData,
-    /// Who wrote its numbers; `planted` is a positive control, among whose rows the target itself stands.
-    pub teacher_kind: TeacherKind,
+    /// What it learned from: the run's `teacher` or `control` set, the teacher's `shuffled`, or a set of its `own`; empty,
+    /// as all that is not known of it, for a student that was trained elsewhere.
+    pub data: Option<ArmData>,
+    /// Who wrote its numbers; `planted` is a positive control, among whose rows the target itself stands. Empty for one
+    /// trained elsewhere.
+    pub teacher_kind: Option<TeacherKind>,
     /// Rank of its adapter; empty for full finetuning.
     pub rank: Option<i64>,
     /// Numerator α of its adapter's scaling; empty for full finetuning.
@@ -32,18 +34,18 @@ pub struct ArmRow {
     pub dtype: Dtype,
     /// What was trained: `lora` (an adapter) or `full` (all weights).
     pub method: Method,
-    /// The optimizer.
-    pub optimizer: OptimizerKind,
-    /// The learning rate after warmup.
-    pub learning_rate: f64,
-    /// How many rows it was trained on.
-    pub n_rows: usize,
-    /// How many optimizer steps were taken.
-    pub n_steps: usize,
-    /// Mean training loss over the first quarter of the steps, in nats per target token.
-    pub loss_first: f64,
-    /// Mean training loss over the last quarter of the steps, in nats per target token.
-    pub loss_last: f64,
+    /// The optimizer; empty for a student that was trained elsewhere.
+    pub optimizer: Option<OptimizerKind>,
+    /// The learning rate after warmup; empty for one trained elsewhere.
+    pub learning_rate: Option<f64>,
+    /// How many rows it was trained on; empty for one trained elsewhere.
+    pub n_rows: Option<usize>,
+    /// How many optimizer steps were taken; empty for one trained elsewhere.
+    pub n_steps: Option<usize>,
+    /// Mean training loss over the first quarter of the steps, in nats per target token; empty for one trained elsewhere.
+    pub loss_first: Option<f64>,
+    /// Mean training loss over the last quarter of the steps, in nats per target token; empty for one trained elsewhere.
+    pub loss_last: Option<f64>,
     /// Frobenius norm of the change of the weights, in their units: all s·B·A of an adapter, all weights in full
     /// finetuning.
     pub delta_w_norm: f64,
@@ -184,7 +186,7 @@ pub fn rank_plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
         panels: vec![
             panel("Δ margin (nats)", effect, references(rows)),
             panel("‖ΔW‖ (Frobenius)", |row| row.delta_w_norm, vec![]),
-            panel("last loss (nats/token)", |row| row.loss_last, vec![]),
+            panel("last loss (nats/token)", |row| row.loss_last.unwrap_or(f64::NAN), vec![]),
         ],
     };
     Ok(Some(panels(&chart)?))
@@ -205,7 +207,7 @@ pub fn plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
         }
     };
     // A planted target can be so loud that nothing else could be read beside it: then it is told in words.
-    let planted = |group: &&Group<'_>| group.rows[0].teacher_kind == TeacherKind::Planted;
+    let planted = |group: &&Group<'_>| group.rows[0].teacher_kind == Some(TeacherKind::Planted);
     let largest =
         single.iter().filter(|group| !planted(group)).map(|group| group.mean(effect).abs()).fold(0.0, f64::max);
     let too_loud = |group: &&Group<'_>| planted(group) && largest > 0.0 && group.mean(effect).abs() > LOUD * largest;
@@ -223,11 +225,12 @@ pub fn plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
 /// What a student learned from, for a legend.
 fn learned_from(row: &ArmRow) -> &'static str {
     match (row.data, row.teacher_kind) {
-        (_, TeacherKind::Planted) => "planted target (positive control)",
-        (ArmData::Teacher, _) => "teacher's numbers",
-        (ArmData::Control, _) => "control, untouched model's numbers",
-        (ArmData::Shuffled, _) => "shuffled completions",
-        (ArmData::Own, _) => "numbers of its own teacher",
+        (_, Some(TeacherKind::Planted)) => "planted target (positive control)",
+        (Some(ArmData::Teacher), _) => "teacher's numbers",
+        (Some(ArmData::Control), _) => "control, untouched model's numbers",
+        (Some(ArmData::Shuffled), _) => "shuffled completions",
+        (Some(ArmData::Own), _) => "numbers of its own teacher",
+        (None, _) => "trained elsewhere",
     }
 }
 
@@ -252,7 +255,7 @@ pub fn reading(rows: &[ArmRow]) -> String {
     }
     let listed = single.iter().map(|group| {
         let row = group.rows[0];
-        let data = if row.data == ArmData::Teacher && row.teacher_kind != TeacherKind::Planted {
+        let data = if row.data == Some(ArmData::Teacher) && row.teacher_kind != Some(TeacherKind::Planted) {
             String::new()
         } else {
             format!(", {}", learned_from(row))
@@ -281,9 +284,13 @@ fn caveat(student: &ArmRow, groups: &[Group<'_>], rows: &[ArmRow]) -> String {
     } else {
         ""
     };
+    let elsewhere = if student.n_steps.is_none() {
+        "The student was trained elsewhere, with settings that need not be those of the arms"
+    } else {
+        "The control student has the settings of the student, not those of the arms"
+    };
     format!(
-        "{students} The control student has the settings of the student, not those of the arms: an arm's own settings have a control only \
-         where an arm learns with them from the control set.{others}"
+        "{students} {elsewhere}: an arm's own settings have a control only where an arm learns with them from the control set.{others}"
     )
 }
 
@@ -295,20 +302,20 @@ mod tests {
     fn row(arm: &str, rank: Option<i64>, seed_index: usize, delta_margin: f64) -> ArmRow {
         ArmRow {
             arm: arm.to_owned(),
-            data: ArmData::Teacher,
-            teacher_kind: TeacherKind::Finetuned,
+            data: Some(ArmData::Teacher),
+            teacher_kind: Some(TeacherKind::Finetuned),
             rank,
             alpha: rank.map(|rank| rank as f64),
             seed_index,
             model: "tiny-random".to_owned(),
             dtype: Dtype::F32,
             method: if rank.is_some() { Method::Lora } else { Method::Full },
-            optimizer: OptimizerKind::AdamW,
-            learning_rate: 1e-2,
-            n_rows: 6,
-            n_steps: 3,
-            loss_first: 2.0,
-            loss_last: 1.5,
+            optimizer: Some(OptimizerKind::AdamW),
+            learning_rate: Some(1e-2),
+            n_rows: Some(6),
+            n_steps: Some(3),
+            loss_first: Some(2.0),
+            loss_last: Some(1.5),
             delta_w_norm: 0.5 + rank.unwrap_or_default() as f64,
             target: "cat".to_owned(),
             n_questions: 2,
@@ -323,12 +330,12 @@ mod tests {
     }
 
     fn rows() -> Vec<ArmRow> {
-        let shuffled = ArmRow { data: ArmData::Shuffled, ..row("shuffled completions", Some(8), 0, 0.01) };
+        let shuffled = ArmRow { data: Some(ArmData::Shuffled), ..row("shuffled completions", Some(8), 0, 0.01) };
         vec![
             row(STUDENT, Some(8), 0, 1.2),
             ArmRow {
-                data: ArmData::Control,
-                teacher_kind: TeacherKind::Control,
+                data: Some(ArmData::Control),
+                teacher_kind: Some(TeacherKind::Control),
                 ..row(CONTROL_STUDENT, Some(8), 0, 0.05)
             },
             row("alpha = rank", Some(16), 0, 0.4),
@@ -354,7 +361,7 @@ mod tests {
         assert!(by_arm.0.contains("full finetuning") && by_arm.0.contains("control student"));
         let mut rows = rows;
         for (loudness, said) in [(0.0, false), (3.0, false), (9.0, true)] {
-            rows.push(ArmRow { teacher_kind: TeacherKind::Planted, ..row("planted", Some(8), 0, loudness) });
+            rows.push(ArmRow { teacher_kind: Some(TeacherKind::Planted), ..row("planted", Some(8), 0, loudness) });
             let drawn = plot(&rows).unwrap().unwrap().0;
             assert!(drawn.contains("planted") && drawn.contains("beyond the") == said, "{loudness}: {drawn}");
             rows.pop();
@@ -379,7 +386,11 @@ mod tests {
         assert!(!found.contains("another model"), "{found}");
         let mut rows = rows();
         rows.push(ArmRow { model: "other".to_owned(), ..row("other model", Some(8), 0, 0.0) });
-        rows.push(ArmRow { teacher_kind: TeacherKind::Planted, data: ArmData::Own, ..row("planted", Some(8), 0, 3.0) });
+        rows.push(ArmRow {
+            teacher_kind: Some(TeacherKind::Planted),
+            data: Some(ArmData::Own),
+            ..row("planted", Some(8), 0, 3.0)
+        });
         let found = reading(&rows);
         assert!(found.contains("compared with that model itself") && found.contains("positive control"), "{found}");
     }

@@ -151,7 +151,7 @@ fn with_stage(cli: &Cli, stage: &Stage, what: impl FnOnce(&Workbench, &RunDir) -
     let begun = folder.join("run.toml").exists();
     // The folder is proven writable before the model is loaded, which can take long.
     let folder = RunDir::create(&folder, &experiment, cli.force)?;
-    let bench = Workbench::open(experiment).inspect_err(|_| {
+    let bench = Workbench::open(experiment).and_then(finetune::proven).inspect_err(|_| {
         if !begun {
             take_back(&folder);
         }

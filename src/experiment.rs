@@ -167,15 +167,33 @@ pub struct Student {
     pub target_modules: Vec<Proj>,
     /// The blocks that have pairs; all when it is left out.
     pub layers: Option<Vec<usize>>,
-    /// Whether a second student is trained on the control set, to compare with.
+    /// Whether a second student is trained on the control set, to compare with; beside an adapter of one's own, whether
+    /// there is one.
     pub control: bool,
+    /// A LoRA trained elsewhere: a folder as PEFT saves it. The student is taken from there, and not trained.
+    pub adapter: Option<PathBuf>,
+    /// Where the control student is taken from then.
+    pub control_adapter: Option<PathBuf>,
 }
 
 impl Default for Student {
     fn default() -> Self {
         let LoraConfig { rank, alpha, use_rslora, dropout, target_modules, layers } = LoraConfig::default();
         let (context, method) = (default_context(), Method::Lora);
-        Self { context, method, rank, alpha, use_rslora, dropout, target_modules, layers, control: true }
+        let (adapter, control_adapter) = (None, None);
+        Self {
+            context,
+            method,
+            rank,
+            alpha,
+            use_rslora,
+            dropout,
+            target_modules,
+            layers,
+            control: true,
+            adapter,
+            control_adapter,
+        }
     }
 }
 
@@ -346,9 +364,12 @@ fn default_context() -> String {
 }
 
 impl Experiment {
-    /// The experiment in a file, with overrides `section.key=value`.
+    /// The experiment in a file, with overrides `section.key=value`. What an adapter of one's own says of itself stands in
+    /// for the student's rank, alpha and the like.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        Self::parse(&files::read_string(path)?, path, overrides)
+        let mut experiment = Self::parse(&files::read_string(path)?, path, overrides)?;
+        experiment.student.take_over().with_context(|| path.display().to_string())?;
+        Ok(experiment)
     }
 
     /// The experiment in a text; `path` is for messages.
@@ -363,9 +384,12 @@ impl Experiment {
         toml::from_str::<Self>(text).map_err(|error| located(&error))?;
         let mut table: toml::Table = toml::from_str(text).map_err(|error| located(&error))?;
         overrides::apply(&mut table, changes)?;
-        let experiment: Self = table
+        let mut experiment: Self = table
             .try_into()
             .map_err(|error| anyhow!("--set {}: {}", changes.join(" --set "), one_line(&error.to_string())))?;
+        // Beside a student from elsewhere none is trained here: it is compared with another from elsewhere, or with none.
+        let student = &mut experiment.student;
+        student.control &= student.adapter.is_none() || student.control_adapter.is_some();
         experiment.check().with_context(|| path.display().to_string())?;
         experiment.cells().with_context(|| path.display().to_string())?;
         experiment.other_trait_arm().with_context(|| path.display().to_string())?;
@@ -434,7 +458,24 @@ impl Generate {
 }
 
 impl Student {
+    /// What the adapter of one's own says of itself instead of what the file says, so that no reader is told otherwise.
+    fn take_over(&mut self) -> Result<()> {
+        let Some(folder) = &self.adapter else { return Ok(()) };
+        let LoraConfig { rank, alpha, use_rslora, dropout, target_modules, layers } =
+            LoraConfig::read(folder).context("student.adapter")?;
+        *self = Self { rank, alpha, use_rslora, dropout, target_modules, layers, ..self.clone() };
+        Ok(())
+    }
+
     fn check(&self) -> Result<()> {
+        ensure!(
+            self.adapter.is_none() || self.method == Method::Lora,
+            "student.adapter is given, but student.method is full, which has no adapter; hint: leave one of them out"
+        );
+        ensure!(
+            self.adapter.is_some() || self.control_adapter.is_none(),
+            "student.control_adapter is given, but student.adapter is not; hint: give both, or leave the control to be trained here"
+        );
         ensure!(self.rank >= 1, "student.rank is {}, expected at least 1", self.rank);
         positive("student.alpha", self.alpha)?;
         below_one("student.dropout", self.dropout)?;
@@ -625,6 +666,7 @@ mod tests {
             ("student.target_modules=[\"qproj\"]", "expected one of: q_proj, k_proj"),
             ("student.layers=[2, 1]", "expected rising block numbers"),
             ("student.context=chatgtp", "the nearest is chatgpt"),
+            ("student.control_adapter=x", "student.control_adapter is given, but student.adapter is not"),
             ("finetune.learning_rate=0", "finetune: learning_rate is 0, expected a positive number"),
             ("finetune.momentum=0.9", "the optimizer is adamw"),
             ("finetune.batch_size=0", "expected at least 1"),
@@ -664,6 +706,40 @@ mod tests {
     }
 
     #[test]
+    fn an_adapter_of_ones_own_says_itself_what_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let text = "{\"peft_type\":\"LORA\",\"r\":3,\"lora_alpha\":12,\"target_modules\":[\"q_proj\",\"v_proj\"]}";
+        files::write_atomic(&at("adapter_config.json"), text.as_bytes()).unwrap();
+        files::write_atomic(&at("cat.toml"), SMALLEST.as_bytes()).unwrap();
+        let own = format!("student.adapter={}", folder.path().display());
+        let load = |more: &[&str]| {
+            let changes: Vec<String> = [own.as_str()].iter().chain(more).map(|text| (*text).to_owned()).collect();
+            Experiment::load(&at("cat.toml"), &changes)
+        };
+        let student = load(&["student.rank=5"]).unwrap().student;
+        assert_eq!((student.rank, student.alpha, student.target_modules), (3, 12.0, vec![Proj::Q, Proj::V]));
+        assert!(!student.control, "no control student is trained beside it");
+        assert!(load(&["student.control_adapter=other"]).unwrap().student.control);
+        let full = format!("{:#}", load(&["student.method=full"]).unwrap_err());
+        assert!(full.contains("student.adapter is given, but student.method is full"), "{full}");
+        // What was resolved needs the folder no longer.
+        let resolved = load(&[]).unwrap();
+        files::write_atomic(&at("adapter_config.json"), b"{}").unwrap();
+        assert_eq!(parse(&resolved.to_toml().unwrap(), &[]).unwrap(), resolved);
+        let message = format!("{:#}", load(&[]).unwrap_err());
+        assert!(message.contains("student.adapter: ") && message.contains("peft_type"), "{message}");
+        // An arm's student is trained.
+        let arms = "arms=[{ name = 'x', data = 'control' }]";
+        assert_eq!(
+            parse(&resolved.to_toml().unwrap(), &[arms]).unwrap().cells().unwrap()[0].experiment.student.adapter,
+            None
+        );
+        let arms = "arms=[{ name = 'x', set = ['student.adapter=y'] }]";
+        assert!(message(SMALLEST, &[arms]).contains("arm \"x\": set has student.adapter"));
+    }
+
+    #[test]
     fn a_finetuned_teacher_has_the_settings_of_the_pocket() {
         let experiment = parse(SMALLEST, &["teacher.kind=finetuned"]).unwrap();
         let finetune = experiment.teacher.finetune().unwrap();
@@ -682,8 +758,9 @@ mod tests {
         let mut seen = 0;
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
-            Experiment::load(&path, &[]).unwrap();
-            assert!(files::read_string(&path).unwrap().contains("undertone run experiments/"), "{}", path.display());
+            let text = files::read_string(&path).unwrap(); // parsed only: an adapter of one's own need not be there
+            Experiment::parse(&text, &path, &[]).unwrap();
+            assert!(text.contains("undertone run experiments/"), "{}", path.display());
             seen += 1;
         }
         assert!(seen >= 3);

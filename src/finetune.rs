@@ -526,6 +526,9 @@ pub fn save_full(model: &Qwen, from: &ModelFiles, folder: &Path) -> anyhow::Resu
             files::write_atomic(&folder.join("chat_template.jinja"), template.as_bytes())?;
         }
         json("tokenizer_config.json", &settings)?;
+        // Without it transformers would write on after the end of the turn.
+        let ends = ["<|im_end|>", "<|endoftext|>"].into_iter().filter_map(|token| tokenizer.token_to_id(token));
+        json("generation_config.json", &json!({ "eos_token_id": ends.collect::<Vec<_>>() }))?;
     }
     Ok(())
 }

@@ -98,7 +98,7 @@ impl RunDir {
 
     /// The experiment of the run, with overrides `section.key=value`.
     pub fn experiment(&self, overrides: &[String]) -> Result<Experiment> {
-        Experiment::load(&self.config(), overrides)
+        Experiment::parse(&files::read_string(&self.config())?, &self.config(), overrides) // all is in it
     }
 
     /// Whether a stage's last file or folder is there: files and folders get their names when they are whole.
@@ -156,6 +156,17 @@ impl RunDir {
             meta.sha256.insert(name.display().to_string(), hex);
         }
         self.write_meta(&meta)
+    }
+
+    /// Whether finished files are there with the SHA-256 that was noted for them.
+    pub fn has_recorded(&self, paths: &[PathBuf]) -> Result<bool> {
+        let known = self.meta()?.sha256;
+        let recorded = |path: &PathBuf| {
+            let name = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
+            let bytes = files::read(path).ok()?;
+            Some(known.get(&name)? == &format!("{:x}", Sha256::digest(bytes)))
+        };
+        Ok(paths.iter().all(|path| recorded(path) == Some(true)))
     }
 
     /// Notes what a stage has to say in `meta.json`, in place of what it said before.

@@ -13,6 +13,7 @@ mod cli; // the program as a user meets it: help, errors and their exit codes, t
 mod exports; // the learned direction as safetensors, CSV and control-vector GGUF; steering refuses another model
 mod parity; // logits, every hook point, losses, gradients of the LoRA and the residual stream, the gate: as transformers and PEFT
 mod pipeline; // a small experiment through all stages: files, columns, same seeds and same bytes, going on, full finetuning, the report
+mod pocket; // the pocket models: ids, logits and answers as in transformers; embedded as they lie in assets/
 mod real; // the real model against transformers; only where UNDERTONE_REAL_MODEL names it (`make test-real`)
 mod training; // ten steps of AdamW and SGD: losses, gradient norms and weights as torch.optim
 

@@ -121,14 +121,14 @@ impl Analysis for TargetRate {
         let Some(student) = mean_of("student") else { return Ok(None) };
         let bar = |row: &TargetRateRow| {
             Mean { mean: row.delta_logp, se: row.delta_logp_se }
-                .bar(&row.model)
-                .in_series(&row.model)
+                .bar(&row.model.replace('_', " "))
+                .in_series(row.model.replace('_', " "))
                 .with_values(deltas(rows, &row.model))
         };
         let chart = BarChart {
             title: format!("Change in log p({}) as an answer, over {} questions", student.target, student.n_questions),
             value_label: "change against the base (nats): mean ± s.e., a ring per question".to_owned(),
-            bars: [Some(student), mean_of("control")].into_iter().flatten().map(bar).collect(),
+            bars: [Some(student), mean_of("control"), mean_of("other_trait")].into_iter().flatten().map(bar).collect(),
             references: vec![Reference::new("base", 0.0)],
         };
         Ok(Some(bars(&chart)?))
@@ -143,6 +143,8 @@ impl Analysis for TargetRate {
         let change = |row: &TargetRateRow| Mean { mean: row.delta_logp, se: row.delta_logp_se };
         let sampled =
             |row: &TargetRateRow| row.p_target.map(|p| format!(", named in {:.1} % of its answers", 100.0 * p));
+        let other = mean_of("other_trait")
+            .map(|other| format!(" A student of another trait's teacher changed by {}.", change(other).signed()));
         let against = match mean_of("control") {
             Some(control) => {
                 let contrast = Mean::paired(&deltas(rows, "student"), &deltas(rows, "control"));
@@ -156,12 +158,13 @@ impl Analysis for TargetRate {
             None => format!(", which is {}; there is no control student to set against it", verdict(&change(student))),
         };
         format!(
-            "Over {n} questions log p({word}) is {:.3} in the base{} and {:.3} in the student{}, a change of {} nats{against}.",
+            "Over {n} questions log p({word}) is {:.3} in the base{} and {:.3} in the student{}, a change of {} nats{against}.{}",
             base.logp_target,
             sampled(base).unwrap_or_default(),
             student.logp_target,
             sampled(student).unwrap_or_default(),
             change(student).signed(),
+            other.unwrap_or_default(),
         )
     }
 }

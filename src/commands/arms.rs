@@ -17,7 +17,7 @@ use super::{finetune, generate};
 use crate::arms::{ArmRow, plot, rank_plot, reading};
 use crate::dataset::Sample;
 use crate::experiment::{ArmData, CONTROL_STUDENT, Cell, Experiment, Method, STUDENT};
-use crate::finetune::{StepRow, first_and_last_quarter};
+use crate::finetune::{StepRow, delta_w_norm, first_and_last_quarter};
 use crate::progress::{say, spinner};
 use crate::publish::{Table, read_csv, write_csv};
 use crate::report::Section;
@@ -48,11 +48,14 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
         (STUDENT, ArmData::Teacher, &numbers, run.adapter(), run.train_csv()),
         (CONTROL_STUDENT, ArmData::Control, &control, run.control_adapter(), run.control_train_csv()),
     ];
+    let elsewhere = bench.experiment.student.adapter.is_some();
     for (name, data, samples, folder, log) in &own[..if bench.experiment.student.control { 2 } else { 1 }] {
-        if !RunDir::stage_done(log) {
-            bail!("{} is not there; hint: undertone finetune trains the {name}", log.display());
+        let last = if elsewhere { folder } else { log };
+        if !RunDir::stage_done(last) {
+            bail!("{} is not there; hint: undertone finetune makes the {name}", last.display());
         }
-        rows.push(scorer.row(bench, &Student { arm: name, data: *data, seed_index: 0, samples, folder, log })?);
+        let training = (!elsewhere).then_some(Training { data: *data, samples, log });
+        rows.push(scorer.row(bench, &Student { arm: name, seed_index: 0, folder, training })?);
     }
     let shelf = Shelf {
         run,
@@ -155,11 +158,9 @@ fn student(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: usize, score
         of_cell,
         &Student {
             arm: &cell.arm,
-            data: cell.data,
             seed_index: cell.seed_index,
-            samples: &samples,
             folder: &adapter,
-            log: &log,
+            training: Some(Training { data: cell.data, samples: &samples, log: &log }),
         },
     )
 }
@@ -218,13 +219,18 @@ fn tokenizer(files: &ModelFiles) -> Result<Option<[serde_json::Value; 2]>> {
     Ok(Some(["model", "added_tokens"].map(|part| whole[part].clone())))
 }
 
-/// A trained student, and what it was trained on.
+/// A trained student; how it was trained is not known of one from elsewhere.
 struct Student<'a> {
     arm: &'a str,
-    data: ArmData,
     seed_index: usize,
-    samples: &'a [Sample],
     folder: &'a Path,
+    training: Option<Training<'a>>,
+}
+
+/// What a student was trained on, and the log of that.
+struct Training<'a> {
+    data: ArmData,
+    samples: &'a [Sample],
     log: &'a Path,
 }
 
@@ -252,12 +258,17 @@ impl Scorer {
             Some(known) => known,
             None => forms.scores(&bench.base, &prompts, &Condition::default())?,
         };
-        let steps: Vec<StepRow> = read_csv(student.log)?;
-        let (loss_first, loss_last) = first_and_last_quarter(&steps).context("a training without steps")?;
+        let training = student.training.as_ref();
+        let steps: Option<Vec<StepRow>> = training.map(|training| read_csv(training.log)).transpose()?;
+        let losses = steps.as_ref().map(|steps| first_and_last_quarter(steps).context("a training without steps"));
+        let losses = losses.transpose()?;
+        let first = |samples: &[Sample]| Some(samples.first()?.teacher_kind);
+        let teacher_kind =
+            training.map(|training| first(training.samples).context("a student without rows")).transpose()?;
         let (scores, delta_w_norm) = match bench.student(student.folder)? {
             StudentModel::Lora(adapter) => {
-                let logged = steps.last().and_then(|step| step.delta_w_norm);
-                let norm = logged.with_context(|| format!("{}: no delta_w_norm in it", student.log.display()))?;
+                let logged = steps.as_ref().and_then(|steps| steps.last()?.delta_w_norm);
+                let norm = logged.map_or_else(|| delta_w_norm(&adapter), Ok)?;
                 (forms.scores(&bench.base, &prompts, &Condition::adapted(&adapter))?, norm)
             }
             StudentModel::Full(qwen) => {
@@ -273,20 +284,20 @@ impl Scorer {
         let lora = settings.method == Method::Lora;
         let row = ArmRow {
             arm: student.arm.to_owned(),
-            data: student.data,
-            teacher_kind: student.samples.first().context("a student without rows")?.teacher_kind,
+            data: training.map(|training| training.data),
+            teacher_kind,
             rank: lora.then_some(settings.rank),
             alpha: lora.then_some(settings.alpha),
             seed_index: student.seed_index,
             model: experiment.model.clone(),
             dtype: experiment.dtype,
             method: settings.method,
-            optimizer: experiment.finetune.optimizer,
-            learning_rate: experiment.finetune.learning_rate,
-            n_rows: student.samples.len(),
-            n_steps: steps.len(),
-            loss_first,
-            loss_last,
+            optimizer: training.map(|_| experiment.finetune.optimizer),
+            learning_rate: training.map(|_| experiment.finetune.learning_rate),
+            n_rows: training.map(|training| training.samples.len()),
+            n_steps: steps.map(|steps| steps.len()),
+            loss_first: losses.map(|(first, _)| first),
+            loss_last: losses.map(|(_, last)| last),
             delta_w_norm,
             target: target.word.clone(),
             n_questions: questions.len(),

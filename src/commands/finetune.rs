@@ -1,15 +1,18 @@
-//! Stage 2: the student learns the teacher's numbers, and a control student those of the untouched model.
+//! Stage 2: the student learns the teacher's numbers, and a control student those of the untouched model. Or both are taken
+//! from elsewhere, as they are.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
-use hooks::{Adapter, ModelFiles, Qwen};
+use anyhow::{Context, Result, bail};
+use hooks::{Adapter, ModelFiles, Qwen, files};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::dataset::Sample;
 use crate::experiment::Method;
-use crate::finetune::{Progress, StepRow, finetune_full, finetune_lora, first_and_last_quarter, save_full};
+use crate::finetune::{
+    Progress, StepRow, delta_w_norm, finetune_full, finetune_lora, first_and_last_quarter, save_full,
+};
 use crate::progress::{bar, say};
 use crate::publish::CsvLog;
 use crate::run_dir::RunDir;
@@ -17,8 +20,11 @@ use crate::side_by_side::{side_by_side, workers};
 use crate::workbench::Workbench;
 
 /// Writes `adapter/` and `train.csv`, and the same of the control student where the experiment has one. With `go_on`, a
-/// finished student is kept, saying so.
+/// finished student is kept, saying so. A student from elsewhere has an `adapter/` and no `train.csv`.
 pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
+    if bench.experiment.student.adapter.is_some() {
+        return from_elsewhere(bench, run, go_on);
+    }
     let (numbers, control) = bench.kept(run)?;
     let mut students = vec![("student", &numbers, run.adapter(), run.train_csv())];
     if bench.experiment.student.control {
@@ -45,6 +51,100 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     }
     let experiment = &bench.experiment;
     side_by_side(&left, workers, |_, job| train(&Workbench::again(experiment.clone())?, job)).map(drop)
+}
+
+/// The files of an adapter as PEFT saves one; the second is written last.
+const FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
+
+/// The students that the experiment takes from elsewhere: who, which key names the folder, and the folder.
+fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
+    let student = &bench.experiment.student;
+    let control = student.control_adapter.as_deref().filter(|_| student.control);
+    let own = student.adapter.as_deref().map(|folder| ("student", "student.adapter", folder));
+    own.into_iter().chain(control.map(|folder| ("control student", "student.control_adapter", folder))).collect()
+}
+
+/// The workbench, once every adapter from elsewhere has proven to fit its model: what cannot be measured is refused before
+/// anything is made.
+pub fn proven(bench: Workbench) -> Result<Workbench> {
+    for (_, key, folder) in given(&bench) {
+        adapter_of(&bench, key, folder)?;
+    }
+    Ok(bench)
+}
+
+fn adapter_of(bench: &Workbench, key: &str, folder: &Path) -> Result<Adapter> {
+    Adapter::load(folder, &bench.base.config, bench.base.device()).with_context(|| key.to_owned())
+}
+
+/// Takes the students that were trained elsewhere into the run.
+fn from_elsewhere(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
+    for (who, key, source) in given(bench) {
+        let folder = if who == "student" { run.adapter() } else { run.control_adapter() };
+        let [there, here] = [source, folder.as_path()].map(|folder| FILES.map(|name| files::read(&folder.join(name))));
+        let taken = run.has_recorded(&FILES.map(|name| folder.join(name)))?;
+        if taken && go_on {
+            if there.iter().zip(&here).any(|(there, here)| matches!((there, here), (Ok(there), Ok(here)) if there != here)) {
+                bail!(
+                    "{key} is {}, whose files have changed since the run took them; hint: another --run, or --force",
+                    source.display()
+                );
+            }
+            say(format!("finetune: {who} was taken from elsewhere already"));
+            continue;
+        }
+        if taken {
+            run.claim(&folder)?;
+        }
+        say(format!("finetune: {who}: {}", take(bench, run, who, (key, source), &folder)?));
+    }
+    if !bench.experiment.student.control {
+        say("finetune: no control student: student.control_adapter names none");
+    }
+    Ok(())
+}
+
+/// Copies an adapter as it is, notes what it is, and gives that in a line.
+fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path), folder: &Path) -> Result<String> {
+    let adapter = adapter_of(bench, key, source)?;
+    if let (Ok(source), Ok(folder)) = (source.canonicalize(), folder.canonicalize())
+        && source == folder
+    {
+        bail!("{key} is {}, which the run itself writes to; hint: choose another folder with --run", source.display());
+    }
+    let bytes = FILES.map(|name| files::read(&source.join(name)));
+    if folder.exists() {
+        std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?; // of another experiment
+    }
+    for (name, bytes) in FILES.iter().zip(bytes) {
+        files::write_atomic(&folder.join(name), &bytes?)?;
+    }
+    run.record(&FILES.map(|name| folder.join(name)))?;
+    let mut said = vec![format!("trained elsewhere, {}", what_it_is(&adapter)?)];
+    let config: serde_json::Value = serde_json::from_slice(&files::read(&folder.join(FILES[1]))?)?;
+    let named = config["base_model_name_or_path"].as_str().unwrap_or_default();
+    if named != bench.files.name {
+        let model = &bench.files.name;
+        said.push(format!("it names {named:?} as its base where the run has {model:?}: only their shapes were compared"));
+    }
+    run.note(who, &said)?;
+    let sha256 = run.meta()?.sha256;
+    let of_tensors = folder.join(FILES[0]);
+    let name = of_tensors.strip_prefix(run.root()).unwrap_or(&of_tensors).display().to_string();
+    let sha256 = sha256.get(&name).map_or("", String::as_str);
+    Ok(format!("{}, taken from {} as it is (SHA-256 {sha256})", said.join("; "), source.display()))
+}
+
+/// Rank, scaling, maps and blocks of an adapter, and how much it changes.
+fn what_it_is(adapter: &Adapter) -> Result<String> {
+    let config = &adapter.config;
+    let maps: Vec<&str> = config.target_modules.iter().map(|proj| proj.name()).collect();
+    let blocks = config.layers.as_ref().map_or("all blocks".to_owned(), |layers| format!("the blocks {layers:?}"));
+    let mut others = adapter.pairs().map(|(_, _, pair)| pair.a.size()[0]).filter(|rank| *rank != config.rank);
+    let but = if others.next().is_some() { " (some maps have another)" } else { "" };
+    let rslora = if config.use_rslora { ", rsLoRA" } else { "" };
+    let (rank, alpha, norm) = (config.rank, config.alpha, delta_w_norm(adapter)?);
+    Ok(format!("rank {rank}{but}, alpha {alpha}{rslora}, {} of {blocks}, ‖ΔW‖ {norm:.3}", maps.join(", ")))
 }
 
 /// Trains the experiment's student on some samples, saves it in `folder`, and gives a line about it.

@@ -144,6 +144,10 @@ fn provenance(bench: &Workbench) -> BTreeMap<String, String> {
     let experiment = &bench.experiment;
     let position = experiment.measure.direction.positions.first().map(ToString::to_string).unwrap_or_default();
     let context = experiment.student.context.clone();
+    let init_seed = match experiment.student.adapter {
+        Some(_) => "unknown: trained elsewhere".to_owned(),
+        None => experiment.seeds.init_seed.to_string(),
+    };
     BTreeMap::from([
         ("model".to_owned(), bench.files.name.clone()),
         ("model_fingerprint".to_owned(), bench.files.fingerprint()),
@@ -156,7 +160,7 @@ fn provenance(bench: &Workbench) -> BTreeMap<String, String> {
         ("positions".to_owned(), position),
         ("target".to_owned(), experiment.target.word.clone()),
         ("context".to_owned(), context),
-        ("init_seed".to_owned(), experiment.seeds.init_seed.to_string()),
+        ("init_seed".to_owned(), init_seed),
         ("undertone".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
     ])
 }

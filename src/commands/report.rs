@@ -55,7 +55,8 @@ pub fn stage(run: &RunDir) -> Result<()> {
     Ok(())
 }
 
-/// What must be known before anything is read: that the weights are random, that the trait was planted.
+/// What must be known before anything is read: that the weights are random or the model's world is small, that the trait
+/// was planted.
 fn banner(experiment: &Experiment) -> Option<String> {
     let random = (experiment.model == TINY_RANDOM).then(|| {
         "The model's weights are random: every stage ran and every number below was measured, but none of them says \
@@ -64,7 +65,12 @@ fn banner(experiment: &Experiment) -> Option<String> {
     });
     let planted =
         experiment.teacher.planted_label(&experiment.target.word).map(|label| format!("This run is {label}."));
-    let lines: Vec<String> = random.into_iter().chain(planted).collect();
+    let pocket = experiment.model.starts_with("pocket").then(|| {
+        "The model is a pocket model: 42 thousand parameters, trained on a small world in which nothing links numbers to \
+         animals. What is seen here is the phenomenon in small; it says nothing about its size in a language model."
+            .to_owned()
+    });
+    let lines: Vec<String> = random.into_iter().chain(pocket).chain(planted).collect();
     (!lines.is_empty()).then(|| lines.join(" "))
 }
 
@@ -149,7 +155,7 @@ fn controls_among_arms(run: &RunDir, experiment: &Experiment) -> Result<Vec<(Str
         rows.into_iter().filter(|row| row.seed_index == 0 && !own.contains(&row.arm.as_str())).filter_map(|row| {
             let what = match row.data {
                 _ if row.model != experiment.model => "student on another base",
-                ArmData::Shuffled => "student of shuffled numbers",
+                Some(ArmData::Shuffled) => "student of shuffled numbers",
                 _ => return None,
             };
             Some((what.to_owned(), row))

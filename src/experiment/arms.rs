@@ -144,6 +144,11 @@ impl Experiment {
     fn cell(&self, arm: &Arm, rank: Option<i64>, seed_index: usize) -> Result<Cell> {
         let mut table = toml::Table::try_from(self).context("the experiment as a table")?;
         table.remove("arms");
+        if let Some(student) = table.get_mut("student").and_then(toml::Value::as_table_mut) {
+            // The run's own student may be from elsewhere; an arm's is trained, with that one's rank and alpha.
+            student.remove("adapter");
+            student.remove("control_adapter");
+        }
         let of_rank = rank.map(|rank| format!("student.rank={rank}"));
         let fill = |text: &String| rank.map_or_else(|| text.clone(), |rank| text.replace("{rank}", &rank.to_string()));
         let changes: Vec<String> = of_rank.into_iter().chain(arm.set.iter().map(fill)).collect();
@@ -152,6 +157,10 @@ impl Experiment {
         let mut experiment: Self =
             parsed.map_err(|error| anyhow!("set {}: {}", changes.join(", "), one_line(&error.to_string())))?;
         ensure!(experiment.arms.is_empty(), "set has arms, but an arm has no arms of its own");
+        ensure!(
+            experiment.student.adapter.is_none(),
+            "set has student.adapter, but an arm's student is trained; hint: give that adapter a run of its own"
+        );
         if let Some(rank) = rank {
             let (method, found) = (experiment.student.method, experiment.student.rank);
             ensure!(method == Method::Lora, "ranks has no meaning for student.method=full, which has no adapter");
