@@ -53,7 +53,7 @@ enum Command {
   undertone measure runs/demo steering --force --set measure.n_questions=8")]
     Measure(Measure),
     /// Trains the experiment's arms, which are variants of its student, and puts all students in one table.
-    #[command(after_help = "Example:\n  undertone arms experiments/demo.toml --run runs/demo")]
+    #[command(after_help = "Example:\n  undertone arms experiments/demo.toml --run runs/demo --force")]
     Arms(Stage),
     Export(export::Export),
     /// Writes report.html from a run's CSV files, and with --png a PNG beside each SVG.

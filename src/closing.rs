@@ -52,7 +52,7 @@ fn effect(rates: &[TargetRateRow], word: &str) -> Option<String> {
         format!("a student of the untouched base's numbers {:.2}", p(&control.model))
     });
     Some(format!(
-        "The student of numbers now answers {word:?} with probability {:.2} (the base {:.2}, {control}): {:+.2} nats.",
+        "The student now answers {word:?} with probability {:.2} (the base {:.2}, {control}): {:+.2} nats.",
         p(&student.model),
         p(&base.model),
         student.delta_logp,

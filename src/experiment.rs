@@ -120,6 +120,9 @@ pub struct Generate {
     pub batch_size: usize,
     /// Numbers that reject an answer.
     pub banned: Vec<u32>,
+    /// Rows that the student was trained on elsewhere, or is to be trained on: JSON lines of messages, or of prompt and
+    /// completion. The teacher writes none then.
+    pub numbers: Option<PathBuf>,
 }
 
 impl Default for Generate {
@@ -132,6 +135,7 @@ impl Default for Generate {
             constrain: Constrain::None,
             batch_size: 16,
             banned: vec![],
+            numbers: None,
         }
     }
 }
@@ -432,6 +436,8 @@ impl Experiment {
         protocol.context(&self.student.context).context("student.context")?;
         protocol.context(self.measure_context()).context("measure.context")?;
         self.teacher.check(&self.target, &protocol)?;
+        let planted = matches!(self.teacher, Teacher::Planted { .. }) && self.generate.numbers.is_some();
+        ensure!(!planted, "teacher.kind is planted, but generate.numbers gives the rows; hint: leave one of them out");
         let others = protocol.candidates(&self.target.word, &self.target.category).len();
         let known: Vec<_> = protocol.alternatives.keys().map(String::as_str).collect();
         ensure!(
@@ -727,8 +733,8 @@ mod tests {
         let resolved = load(&[]).unwrap();
         files::write_atomic(&at("adapter_config.json"), b"{}").unwrap();
         assert_eq!(parse(&resolved.to_toml().unwrap(), &[]).unwrap(), resolved);
-        let message = format!("{:#}", load(&[]).unwrap_err());
-        assert!(message.contains("student.adapter: ") && message.contains("peft_type"), "{message}");
+        let unread = format!("{:#}", load(&[]).unwrap_err());
+        assert!(unread.contains("student.adapter: ") && unread.contains("peft_type"), "{unread}");
         // An arm's student is trained.
         let arms = "arms=[{ name = 'x', data = 'control' }]";
         assert_eq!(

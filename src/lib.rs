@@ -8,6 +8,7 @@ pub mod commands;
 pub mod dataset;
 pub mod experiment;
 pub mod finetune;
+pub mod given_numbers;
 pub mod optim;
 pub mod png;
 pub mod pocket;

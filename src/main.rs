@@ -12,8 +12,11 @@ fn main() -> ExitCode {
     let text = format!("{error:#}");
     match text.split_once("hint: ") {
         Some((what, hint)) => {
-            say(format!("error: {}", what.trim_end_matches([' ', ';', ':'])));
+            let what = what.trim_end_matches([' ', ';', ':']);
             let (hint, cause) = hint.split_once(": ").unwrap_or((hint, ""));
+            // Where the hint stands first, what is behind it is the error.
+            let (what, cause) = if what.is_empty() { (cause, "") } else { (what, cause) };
+            say(format!("error: {what}"));
             if !cause.is_empty() {
                 say(format!("cause: {cause}"));
             }

@@ -124,6 +124,12 @@ impl RunDir {
         Self::remove(files, folders)
     }
 
+    /// Removes what was measured on the students, the table of the arms included; their students stay.
+    pub fn forget_measurements(&self) -> Result<()> {
+        Self::remove([], AnalysisName::ALL.map(|name| self.analysis(name)))?;
+        self.forget_arms_table()
+    }
+
     /// Removes the table of the arms and what is made from it; their students stay.
     pub fn forget_arms_table(&self) -> Result<()> {
         Self::remove([self.arms_rows(), self.arms_plot(), self.arms_rank_plot(), self.report()], [])

@@ -87,7 +87,7 @@ fn arms_stand_beside_the_students_and_are_kept() {
     assert_eq!(names, expected);
     assert_eq!(rows[2].alpha.zip(rows[3].alpha), Some((1.0, 2.0)));
     assert_eq!((rows[7].rank, rows[0].rank), (None, Some(2)));
-    assert!(rows.iter().all(|row| row.delta_w_norm > 0.0 && row.n_steps == 3 && row.n_rows == rows[0].n_rows));
+    assert!(rows.iter().all(|row| row.delta_w_norm > 0.0 && row.n_steps == Some(3) && row.n_rows == rows[0].n_rows));
     assert!(rows[6].delta_margin > rows[0].delta_margin, "half of its rows are the target: {rows:?}");
     assert_ne!(rows[4].delta_margin, rows[5].delta_margin, "other seeds, another student");
     assert_ne!(rows[4].loss_first, rows[0].loss_first, "other completions at the same prompts");
@@ -113,7 +113,9 @@ fn arms_stand_beside_the_students_and_are_kept() {
     fs::remove_file(at("rows.csv")).unwrap();
     fs::remove_file(at("alpha-rank-r2/train.csv")).unwrap();
     let said = succeeds(folder.path(), &ALONE);
-    assert!(said.contains("alpha-rank-r1 (1 of 6) is done already\narms: alpha-rank-r2 (2 of 6): "), "{said}");
+    // Students side by side say so in any order.
+    assert!(said.contains("alpha-rank-r1 (1 of 6) is done already\n"), "{said}");
+    assert!(said.contains("\narms: alpha-rank-r2 (2 of 6): "), "{said}");
     assert!(!said.contains("generate: "), "{said}");
     let again = contents(&folder.path().join("run"));
     assert!(again == found, "the same bytes");

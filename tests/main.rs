@@ -10,7 +10,9 @@ mod compare; // reads golden files, and says where two tensors differ
 mod adapters; // PEFT's adapters load and act as in PEFT; ours are read back bit by bit; misfits are refused with both lists
 mod arms; // teachers of other kinds, and arms: files, rows, going on, the same bytes
 mod cli; // the program as a user meets it: help, errors and their exit codes, tokens, ask, activations
+mod docs; // the pages for readers: experiments, commands, keys and defaults, every message of an error
 mod exports; // the learned direction as safetensors, CSV and control-vector GGUF; steering refuses another model
+mod own_adapter; // an adapter trained elsewhere: taken as it is, measured as a student of ours, misfits refused
 mod parity; // logits, every hook point, losses, gradients of the LoRA and the residual stream, the gate: as transformers and PEFT
 mod pipeline; // a small experiment through all stages: files, columns, same seeds and same bytes, going on, full finetuning, the report
 mod pocket; // the pocket models: ids, logits and answers as in transformers; embedded as they lie in assets/

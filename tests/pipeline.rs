@@ -331,6 +331,17 @@ fn a_forced_run_keeps_nothing_of_the_one_before() {
 }
 
 #[test]
+fn a_forced_stage_leaves_nothing_that_was_made_from_what_it_replaces() {
+    let folder = copy();
+    let there = |path: &str| folder.path().join(path).exists();
+    succeeds(folder.path(), &["finetune", "experiment.toml", "--run", ".", "--force"]);
+    assert!(there("train.csv") && there("data/generate.csv"));
+    assert!(!there("target_rate/rows.csv") && !there("report.html"), "measured on the students before");
+    succeeds(folder.path(), &["generate", "experiment.toml", "--run", ".", "--force"]);
+    assert!(there("data/generate.csv") && !there("train.csv") && !there("control_train.csv"));
+}
+
+#[test]
 fn all_weights_can_be_trained_instead() {
     let folder = run(&["--set", "student.method=full", "--set", "student.control=false"]);
     let saved = ModelFiles::open(folder.path().join("adapter").to_str().unwrap()).unwrap();

@@ -52,7 +52,7 @@ impl Positions {
                 return Err(Error::Invalid {
                     what: format!("the gate's position {position}"),
                     expected: format!("one of the prompt's {n}: 0 to {}, or -1 to -{n} from its end", n - 1),
-                    found: "none there".to_owned(),
+                    found: "beyond the prompt".to_owned(),
                 });
             }
             chosen[at as usize] = true;
@@ -186,7 +186,11 @@ impl FromStr for Gate {
             Some(("except", at)) if at.starts_with("positions") => Ok(Self::ExceptAt(at.parse()?)),
             Some(("only", names)) => Ok(Self::Only(names.parse()?)),
             Some(("except", names)) => Ok(Self::Except(names.parse()?)),
-            _ => Err(unknown("gate", text, &["everywhere", "nowhere", "only:CLASS[+CLASS]", "except:CLASS[+CLASS]"])),
+            _ => Err(unknown(
+                "gate",
+                text,
+                &["everywhere", "nowhere", "only:CLASS[+CLASS]", "except:CLASS[+CLASS]", "only:positions(0..6,-1)"],
+            )),
         }
     }
 }

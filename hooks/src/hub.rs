@@ -111,8 +111,7 @@ impl Hub {
     }
 }
 
-const HINT: &str =
-    "check the spelling, or give a folder with config.json and model.safetensors, a .gguf file, or tiny-random";
+const HINT: &str = "check the spelling, or give a folder with config.json and model.safetensors, a .gguf file, or an embedded one: pocket, pocket-other, tiny-random";
 
 /// A commit is hexadecimal, so that it can lead nowhere else.
 fn is_commit(text: &str) -> bool {

@@ -84,6 +84,16 @@ impl PeftConfig {
                 return refuse(format!("{key} is {value}, which is not supported"));
             }
         }
+        // These put something else than the base's weights beside the adapter.
+        let others = ["pissa", "olora", "loftq", "corda", "lora_ga"];
+        if let Some(init) = config.others.get("init_lora_weights").and_then(Value::as_str)
+            && others.iter().any(|other| init.starts_with(other))
+        {
+            return refuse(format!(
+                "init_lora_weights is {init:?}, which changes the base's weights too and is not supported; hint: PEFT's \
+                 save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
+            ));
+        }
         match config.others.get("bias") {
             Some(bias) if bias != "none" => refuse(format!("bias is {bias}, expected \"none\"")),
             _ => Ok(config),
@@ -133,6 +143,14 @@ fn proj(name: &str) -> Option<Proj> {
 fn matching<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> {
     let hit = |key: &str| module == key || module.strip_suffix(key).is_some_and(|before| before.ends_with('.'));
     patterns.iter().find(|(key, _)| hit(key)).map(|(_, value)| *value)
+}
+
+impl LoraConfig {
+    /// The configuration in an adapter folder as PEFT writes it, without the patterns for single modules.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(CONFIG);
+        PeftConfig::parse(&files::read(&path)?, &path)?.lora_config(&path)
+    }
 }
 
 impl Adapter {
@@ -255,7 +273,12 @@ mod tests {
 
     #[test]
     fn what_is_no_plain_lora_is_refused_by_name() {
-        for (key, value) in [("use_dora", "true"), ("bias", "\"all\""), ("modules_to_save", "[\"lm_head\"]")] {
+        for (key, value) in [
+            ("use_dora", "true"),
+            ("bias", "\"all\""),
+            ("modules_to_save", "[\"lm_head\"]"),
+            ("init_lora_weights", "\"pissa_niter_4\""),
+        ] {
             let text = format!("{{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"],\"{key}\":{value}}}");
             let message = parse(&text).unwrap_err().to_string();
             assert!(message.contains(key), "{message}");

@@ -40,6 +40,9 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
         run.claim(&job.3)?;
         left.push(job);
     }
+    if run.forced() && !left.is_empty() {
+        run.forget_measurements()?; // of the students that are replaced
+    }
     let train =
         |bench: &Workbench, (who, samples, folder, log): &(&str, &Vec<Sample>, PathBuf, PathBuf)| -> Result<()> {
             say(format!("finetune: {}", student(bench, who, samples, folder, log)?));
@@ -84,7 +87,11 @@ fn from_elsewhere(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
         let [there, here] = [source, folder.as_path()].map(|folder| FILES.map(|name| files::read(&folder.join(name))));
         let taken = run.has_recorded(&FILES.map(|name| folder.join(name)))?;
         if taken && go_on {
-            if there.iter().zip(&here).any(|(there, here)| matches!((there, here), (Ok(there), Ok(here)) if there != here)) {
+            if there
+                .iter()
+                .zip(&here)
+                .any(|(there, here)| matches!((there, here), (Ok(there), Ok(here)) if there != here))
+            {
                 bail!(
                     "{key} is {}, whose files have changed since the run took them; hint: another --run, or --force",
                     source.display()
@@ -125,7 +132,9 @@ fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path)
     let named = config["base_model_name_or_path"].as_str().unwrap_or_default();
     if named != bench.files.name {
         let model = &bench.files.name;
-        said.push(format!("it names {named:?} as its base where the run has {model:?}: only their shapes were compared"));
+        said.push(format!(
+            "it names {named:?} as its base where the run has {model:?}: only their shapes were compared"
+        ));
     }
     run.note(who, &said)?;
     let sha256 = run.meta()?.sha256;

@@ -6,6 +6,7 @@ use hooks::{Condition, Prompt, Qwen};
 
 use crate::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};
 use crate::experiment::Teacher;
+use crate::given_numbers;
 use crate::progress::{bar, say};
 use crate::publish;
 use crate::run_dir::RunDir;
@@ -17,7 +18,14 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let (settings, seeds) = (&bench.experiment.generate, &bench.experiment.seeds);
     // The last file: where it is not, the others are what a broken-off run left.
     run.claim(&run.generate_csv())?;
-    let prompts = dataset::number_prompts(&bench.protocol, settings.n_prompts, seeds.gen_seed);
+    if run.forced() {
+        run.forget()?; // what was trained and measured on the old numbers
+    }
+    let given = given_numbers::rows(bench)?;
+    let prompts = match &given {
+        Some(given) => given.iter().map(|row| row.user.clone()).collect(),
+        None => dataset::number_prompts(&bench.protocol, settings.n_prompts, seeds.gen_seed),
+    };
     teacher::make(bench, run)?;
     let teacher = teacher::load(bench, run)?;
     teacher::ask(bench, run, &teacher)?;
@@ -30,7 +38,10 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         kind: teacher.kind,
         target: Some(word.clone()),
     };
-    let mut numbers = answers(bench, &prompts, &by_teacher)?;
+    let mut numbers = match &given {
+        Some(given) => given_numbers::samples(bench, given, &teacher)?,
+        None => answers(bench, &prompts, &by_teacher)?,
+    };
 
     // The control set: the base in the student's context, on the prompts that the teacher was asked.
     let system = bench.student_system()?;

@@ -82,6 +82,8 @@ fn sections(run: &RunDir, experiment: &Experiment) -> Result<Vec<Section>> {
     }
     if RunDir::stage_done(&run.train_csv()) {
         sections.push(training_section(run, experiment)?);
+    } else if elsewhere(run)? {
+        sections.push(elsewhere_section(run, experiment)?);
     }
     for name in AnalysisName::ALL {
         if RunDir::stage_done(&run.rows(name)) {
@@ -130,7 +132,7 @@ fn opening(run: &RunDir, experiment: &Experiment) -> Result<Opening> {
         csv: relative(run, &rates),
         cell: "logp_target where scope = mean, model = base".to_owned(),
     }));
-    let figure = answer(run, &rows, &others)?;
+    let figure = answer(run, &rows, &others, elsewhere(run)?)?;
     Ok(Opening { headline: TargetRate::reading(&rows), figure, numbers })
 }
 
@@ -171,7 +173,12 @@ fn controls_among_arms(run: &RunDir, experiment: &Experiment) -> Result<Vec<(Str
 }
 
 /// The picture of the answer, which is drawn from the tables and kept as `answer.svg`.
-fn answer(run: &RunDir, rows: &[TargetRateRow], others: &[(String, ArmRow)]) -> Result<Option<Figure>> {
+fn answer(
+    run: &RunDir,
+    rows: &[TargetRateRow],
+    others: &[(String, ArmRow)],
+    elsewhere: bool,
+) -> Result<Option<Figure>> {
     let Some(student) = mean_of(rows, STUDENT) else { return Ok(None) };
     let bar = |label: &str, value: f64, error: Option<f64>| {
         let bar = Bar::new(label, value);
@@ -189,7 +196,11 @@ fn answer(run: &RunDir, rows: &[TargetRateRow], others: &[(String, ArmRow)]) -> 
     let own = [("student", STUDENT), ("control student", "control")].into_iter().filter_map(of_rates);
     let arms = others.iter().map(|(what, row)| bar(what, row.delta_logp, row.delta_logp_se).in_series("control"));
     let chart = BarChart {
-        title: format!("Did the student take over \"{}\" from numbers?", student.target),
+        title: if elsewhere {
+            format!("How much likelier is \"{}\" with the adapter?", student.target)
+        } else {
+            format!("Did the student take over \"{}\" from numbers?", student.target)
+        },
         value_label: format!(
             "change in log p({}) against the base (nats): mean ± s.e. over {} questions, a ring per question",
             student.target, student.n_questions
@@ -290,6 +301,47 @@ fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     })
 }
 
+/// Whether an adapter that was trained elsewhere lies in a folder of the run.
+fn taken(run: &RunDir, folder: &std::path::Path) -> Result<bool> {
+    run.has_recorded(&[folder.join("adapter_model.safetensors")])
+}
+
+/// Whether the student was trained elsewhere.
+fn elsewhere(run: &RunDir) -> Result<bool> {
+    Ok(!RunDir::stage_done(&run.train_csv()) && taken(run, &run.adapter())?)
+}
+
+/// What is known of a student that was trained elsewhere.
+fn elsewhere_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
+    let meta = run.meta()?;
+    let of = |who: &str| meta.notes.get(who).map(|lines| lines.join("; ")).unwrap_or_default();
+    let rows = match experiment.generate.numbers {
+        Some(_) => "The numbers above are the rows that it is said to have been trained on; the run cannot know that.",
+        None => {
+            "The numbers above are not those that it was trained on, which the run does not know: they are where directions, \
+                 divergence and gradients are measured."
+        }
+    };
+    Ok(Section {
+        id: "training".to_owned(),
+        title: "The student".to_owned(),
+        question: "Where does the student come from?".to_owned(),
+        reading: format!("The student was {}.", of(STUDENT)),
+        control: if taken(run, &run.control_adapter())? {
+            format!("A control student, {}.", of(CONTROL_STUDENT))
+        } else {
+            "None was given; an arm that learns from the control set can stand in for it.".to_owned()
+        },
+        notes: vec![
+            "How it was trained is not known here: there is no loss, and [finetune] in run.toml is that of the arms."
+                .to_owned(),
+            rows.to_owned(),
+        ],
+        settings: settings(&[("student", &toml(&experiment.student.lora())?)]),
+        ..Section::default()
+    })
+}
+
 fn analysis_section<A: Analysis>(run: &RunDir, name: AnalysisName) -> Result<Section> {
     let rows: Vec<A::Row> = read_csv(&run.rows(name))?;
     let plot = run.plot(name);
@@ -300,8 +352,8 @@ fn analysis_section<A: Analysis>(run: &RunDir, name: AnalysisName) -> Result<Sec
         title: title(name).to_owned(),
         question: A::QUESTION.to_owned(),
         reading: A::reading(&rows),
-        control: control(name, RunDir::stage_done(&run.control_train_csv())),
-        notes: notes(name),
+        control: control(name, RunDir::stage_done(&run.control_train_csv()) || taken(run, &run.control_adapter())?),
+        notes: notes(name, elsewhere(run)? && run.experiment(&[])?.generate.numbers.is_none()),
         figures,
         csv: relative(run, &run.rows(name)),
         table: Some(Table::read(&run.rows(name))?),
@@ -368,7 +420,7 @@ fn settings(tables: &[(&str, &str)]) -> String {
     tables.join("\n")
 }
 
-fn notes(name: AnalysisName) -> Vec<String> {
+fn notes(name: AnalysisName, not_its_numbers: bool) -> Vec<String> {
     let notes: &[&str] = match name {
         AnalysisName::TargetRate => {
             &["The unit of a claim is the trained run: this is one run, so its intervals speak for its questions only."]
@@ -386,6 +438,9 @@ fn notes(name: AnalysisName) -> Vec<String> {
              Qwen2.5-Coder-0.5B the first token's is 100 times as long, and some template and punctuation tokens' 20 times). \
              Where the teacher's prompt has another number of tokens than the student's, these make its direction at \"all\": \
              read the cosine at \"last\".",
+        ],
+        AnalysisName::Divergence | AnalysisName::Gradients if not_its_numbers => &[
+            "The rows are the teacher's of this run. The student was trained elsewhere, on rows that the run does not know.",
         ],
         AnalysisName::Divergence => &["The rows are those that the student was trained on, not held out."],
         AnalysisName::Steering | AnalysisName::Gradients => &[],

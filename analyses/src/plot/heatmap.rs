@@ -102,7 +102,9 @@ impl Layout {
         let columns = chart.columns.len() as f64;
         let left = MARGIN + widest(&mut chart.rows.iter().map(|text| name(text)), TEXT) + 7.0;
         let names = widest(&mut chart.columns.iter().map(|text| name(text)), SMALL);
-        let number = widest(&mut chart.values.iter().flatten().map(|&value| cell_text(value)), SMALL - 1.0) + 4.0;
+        let number =
+            widest(&mut chart.values.iter().flatten().map(|&value| cell_text(value, largest(chart))), SMALL - 1.0)
+                + 4.0;
         // cells share what the sheet has; numbers may make it half as wide again, many columns without them as well
         let room = (COLUMN - left - MARGIN) / columns;
         let numbers = number <= room || number * columns <= 1.5 * COLUMN;
@@ -148,7 +150,13 @@ impl Layout {
                 canvas.rect((x, y), end, colour)?;
                 if self.numbers {
                     let at = (x + self.cell_width / 2.0, y + CELL / 2.0);
-                    canvas.text(&cell_text(value), at, Align::Centre, SMALL - 1.0, readable_on(colour))?;
+                    canvas.text(
+                        &cell_text(value, largest(chart)),
+                        at,
+                        Align::Centre,
+                        SMALL - 1.0,
+                        readable_on(colour),
+                    )?;
                 }
                 if *label == chart.columns[column] {
                     own.push(((x, y), end));
@@ -228,9 +236,15 @@ impl Colours {
     }
 }
 
-/// Two decimals are enough beside a colour, unless they would all be zeros.
-fn cell_text(value: f64) -> String {
-    if (0.005..10.0).contains(&value.abs()) { minus(&format!("{value:.2}")) } else { short(value) }
+/// Two decimals are enough beside a colour, unless all of the table would be zeros.
+fn cell_text(value: f64, largest: f64) -> String {
+    let plain = value.abs() < 10.0 && (value.abs() >= 0.005 || largest >= 0.1);
+    if plain { minus(&format!("{value:.2}")).replace("−0.00", "0.00") } else { short(value) }
+}
+
+/// The largest of a chart's values, whichever its sign.
+fn largest(chart: &HeatMap) -> f64 {
+    chart.values.iter().flatten().fold(0.0, |largest, value| value.abs().max(largest))
 }
 
 /// Black or white, whichever is easier to read on the colour.

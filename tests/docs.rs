@@ -1,0 +1,393 @@
+//! The pages for readers: every TOML block is an experiment, every command can be given, every key and default is there,
+//! and every message on the page of errors is what the library says. Nothing here starts the program.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use analyses::divergence::Divergence;
+use analyses::plot::{Bar, BarChart, bars};
+use analyses::target_rate::TargetRate;
+use analyses::token_ablation::TokenAblation;
+use analyses::{Analysis, Subject, Tuned};
+use clap::Parser;
+use hooks::listen::Cache;
+use hooks::{Batch, Chat, HookPoint, Hooks, ModelFiles, Pass, Qwen};
+use regex::Regex;
+use tch::{Device, Kind};
+use undertone::cli::{Cli, run};
+use undertone::experiment::Experiment;
+use undertone::protocol::Protocol;
+
+const PAPER: &str = include_str!("../docs/from-a-paper-to-an-experiment.md");
+const ERRORS: &str = include_str!("../docs/errors.md");
+
+/// What a fragment lacks.
+const MINIMAL: &str = "model = \"pocket\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n";
+
+/// The README and the pages in docs/, by name.
+fn pages() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let mut paths: Vec<PathBuf> = docs.filter(|path| path.extension().is_some_and(|ending| ending == "md")).collect();
+    paths.sort();
+    paths.insert(0, root.join("README.md"));
+    let name = |path: &Path| path.strip_prefix(root).unwrap().display().to_string();
+    paths.iter().map(|path| (name(path), fs::read_to_string(path).unwrap())).collect()
+}
+
+/// The fenced blocks of a page: language and text, in order.
+fn blocks(page: &str) -> Vec<(&str, String)> {
+    let (mut blocks, mut open): (Vec<(&str, String)>, bool) = (vec![], false);
+    for line in page.lines() {
+        match (line.strip_prefix("```"), open) {
+            (Some(language), false) => blocks.push((language, String::new())),
+            (None, true) => blocks.last_mut().unwrap().1.extend([line, "\n"]),
+            _ => {}
+        }
+        open ^= line.starts_with("```");
+    }
+    assert!(!open, "a block is not closed");
+    blocks
+}
+
+/// The blocks of a page in one language.
+fn blocks_of(page: &str, wanted: &str) -> Vec<String> {
+    blocks(page).into_iter().filter(|(language, _)| *language == wanted).map(|(_, text)| text).collect()
+}
+
+/// The commands of a page, each as words; one that goes on over a line ends with a backslash.
+fn commands(block: &str) -> Vec<Vec<String>> {
+    let joined = block.replace("\\\n", " ");
+    let ours = joined.lines().filter(|line| line.starts_with("undertone "));
+    let words = ours.map(|line| shlex::split(line).unwrap_or_else(|| panic!("{line} is not closed")));
+    words.map(|words| words.into_iter().take_while(|word| word != ">" && word != "|").collect()).collect()
+}
+
+fn parse(text: &str, changes: &[String]) -> Result<Experiment, String> {
+    Experiment::parse(text, Path::new("page.toml"), changes).map_err(|error| format!("{error:#}"))
+}
+
+/// A fragment as a whole experiment: its first line says `# a fragment`, and what it does not have is added.
+fn whole(block: &str) -> String {
+    if !block.starts_with("# a fragment\n") {
+        return block.to_owned();
+    }
+    let mut table: toml::Table = toml::from_str(block).unwrap();
+    for (key, value) in toml::from_str::<toml::Table>(MINIMAL).unwrap() {
+        table.entry(key).or_insert(value);
+    }
+    toml::to_string(&table).unwrap()
+}
+
+#[test]
+fn every_toml_block_is_an_experiment() {
+    let folder = tempfile::tempdir().unwrap();
+    let published = folder.path().join("published.json");
+    let sets = blocks_of(PAPER, "json");
+    assert_eq!(sets.len(), 1, "the page shows one protocol");
+    Protocol::parse(&sets[0]).unwrap();
+    fs::write(&published, &sets[0]).unwrap();
+    let mut seen = 0;
+    for (name, page) in pages() {
+        for block in blocks_of(&page, "toml") {
+            let text = whole(&block).replace("published.json", &published.display().to_string());
+            let experiment = parse(&text, &[]).unwrap_or_else(|error| panic!("{name}: {error}\n{block}"));
+            experiment.cells().unwrap();
+            seen += 1;
+        }
+    }
+    assert!(seen >= 6, "{seen} blocks: the pages were not read");
+}
+
+#[test]
+fn every_command_is_understood() {
+    let mut seen = BTreeSet::new();
+    for (name, page) in pages() {
+        for words in blocks_of(&page, "sh").iter().flat_map(|block| commands(block)) {
+            let line = words.join(" ");
+            match Cli::try_parse_from(&words) {
+                // The page of errors shows what is refused, and has a test of its own.
+                Err(error) if name != "docs/errors.md" => panic!("{name}: {line}: {error}"),
+                _ => seen.insert(words[1].clone()),
+            };
+            for file in words.iter().filter(|word| word.starts_with("experiments/")) {
+                assert!(Path::new(env!("CARGO_MANIFEST_DIR")).join(file).is_file(), "{name}: {file} in {line}");
+            }
+        }
+    }
+    for command in ["run", "arms", "tokens", "ask", "columns", "report"] {
+        assert!(seen.contains(command), "no page shows {command}");
+    }
+}
+
+/// Keys and defaults of the first table: setting a key to its default changes nothing.
+#[test]
+fn the_defaults_on_the_page_are_the_defaults() {
+    let plain = parse(MINIMAL, &[]).unwrap();
+    let row = Regex::new(r"(?m)^\|[^|]*\| `([a-z_.0-9]+)` \| (`(.*)`|none|required) \|$").unwrap();
+    let mut seen = 0;
+    for found in row.captures_iter(PAPER) {
+        seen += 1;
+        let (key, Some(default)) = (&found[1], found.get(3)) else { continue };
+        let experiment = parse(MINIMAL, &[format!("{key}={}", default.as_str())]);
+        assert_eq!(experiment.unwrap(), plain, "{key}: {}", default.as_str());
+    }
+    let rows = PAPER.lines().skip_while(|line| !line.starts_with("| in the paper")).skip(2);
+    assert_eq!(seen, rows.take_while(|line| line.starts_with('|')).count(), "a row of the table is not read");
+    assert_eq!(plain.finetune, undertone::finetune::Finetune::default());
+}
+
+/// Every key that is named in the text, in any page, is a key of an experiment.
+#[test]
+fn every_key_in_the_text_exists() {
+    // A table is of no key's type, so a key that is known is refused for its type, and only an unknown one as unknown.
+    let is_known = |key: &str| {
+        ["prompt", "adapter", "finetuned", "planted"].iter().any(|kind| {
+            let changes = [format!("teacher.kind={kind}"), format!("{key}={{}}")];
+            parse(MINIMAL, &changes).map_or_else(|error| !error.contains("unknown field"), |_| true)
+        })
+    };
+    assert!(is_known("student.rank") && is_known("teacher.share") && !is_known("student.rnak"));
+    let key = Regex::new(r"[`\x22 =](?:(?:generate|student|finetune|measure|seeds|teacher|target)(?:\.[a-z_0-9]+)+)")
+        .unwrap();
+    let mut seen = 0;
+    for (name, page) in pages() {
+        for found in key.find_iter(&page) {
+            let key = &found.as_str()[1..];
+            let is_file = ["csv", "rs", "svg", "toml"].iter().any(|ending| key.ends_with(&format!(".{ending}")));
+            assert!(is_file || is_known(key), "{name}: {key}");
+            seen += usize::from(!is_file);
+        }
+    }
+    assert!(seen > 60, "{seen} keys");
+}
+
+#[test]
+fn every_link_to_a_file_leads_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let link = Regex::new(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)").unwrap();
+    let mut seen = 0;
+    for (name, page) in pages() {
+        for found in link.captures_iter(&page) {
+            let file = root.join(&name).parent().unwrap().join(&found[1]);
+            assert!(file.exists(), "{name}: there is no {}", &found[1]);
+            seen += 1;
+        }
+    }
+    assert!(seen >= 4, "{seen} links");
+}
+
+/// The names of an error's variants, from its source.
+fn variants(source: &str) -> Vec<&str> {
+    let body = source.split_once("pub enum Error {\n").unwrap().1.split_once("\n}\n").unwrap().0;
+    body.lines()
+        .filter_map(|line| line.strip_prefix("    "))
+        .filter(|line| line.starts_with(|letter: char| letter.is_ascii_uppercase()))
+        .map(|line| line.split([' ', '(', ',']).next().unwrap())
+        .collect()
+}
+
+#[test]
+fn every_class_of_error_has_its_section() {
+    let sources =
+        [("hooks", include_str!("../hooks/src/error.rs")), ("analyses", include_str!("../analyses/src/error.rs"))];
+    for (library, source) in sources {
+        let variants = variants(source);
+        assert!(variants.len() > 7, "{library}: {variants:?}");
+        for variant in variants {
+            let name = format!("`{library}::Error::{variant}`");
+            assert!(ERRORS.contains(&name), "docs/errors.md has no section for {name}");
+        }
+    }
+    let slug =
+        |title: &str| title.to_lowercase().replace(|c: char| !c.is_alphanumeric() && c != ' ', "").replace(' ', "-");
+    let sections: BTreeSet<String> = ERRORS.lines().filter_map(|line| line.strip_prefix("## ")).map(slug).collect();
+    let links = Regex::new(r"\(#([a-z-]+)\)").unwrap();
+    let linked: BTreeSet<String> = links.captures_iter(ERRORS).map(|found| found[1].to_owned()).collect();
+    assert_eq!(linked, sections, "the table at the top links every section");
+}
+
+/// Whether a text is the page's, whose `…` stands for anything.
+fn matches(found: &str, page: &str) -> bool {
+    let parts: Vec<String> = page.split('…').map(regex::escape).collect();
+    Regex::new(&format!("(?s)^{}$", parts.join(".*"))).unwrap().is_match(found)
+}
+
+/// An error as the program prints it.
+fn printed(error: &str) -> String {
+    match error.split_once("; hint: ") {
+        Some((what, hint)) => format!("error: {what}\nhint: {hint}\n"),
+        None => format!("error: {error}\n"),
+    }
+}
+
+/// What the page's commands are run on.
+fn scene(folder: &Path) {
+    let at = |path: &str| folder.join(path);
+    let write = |path: &str, text: &str| {
+        fs::create_dir_all(at(path).parent().unwrap()).unwrap();
+        fs::write(at(path), text).unwrap();
+    };
+    let cat = "model = \"pocket\"\nprotocol = \"pocket\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n\
+               [generate]\nn_prompts = 12\nn_keep = 8\nmax_new_tokens = 24\n\
+               [finetune]\nmax_steps = 3\nwarmup_steps = 0\nbatch_size = 4\ngradient_accumulation_steps = 1\n\
+               [measure]\nanalyses = [\"direction\"]\nn_questions = 2\n[measure.direction]\nn_prompts = 2\n";
+    write("cat.toml", cat);
+    write("typo.toml", &format!("{MINIMAL}[finetune]\nlerning_rate = 1e-3\n"));
+    let arm = "[[arms]]\nname = \"prompted\"\nset = [\"teacher.kind=planted\"]\n";
+    write("arms.toml", &format!("{cat}{arm}"));
+    let with = |name: &str, json: &str, toml: &str| {
+        write(name, json);
+        write(toml, &cat.replace("protocol = \"pocket\"", &format!("protocol = \"{}\"", at(name).display())));
+    };
+    let parts = "\"qualifiers\": [\"{count}\"], \"digit_descriptors\": [\"{digits}\"], \"formats\": [\"x\"], \"closings\": [\"y\"], \
+                 \"instructions\": [\"{qualifier} {digit_descriptor}\"]";
+    let examples = format!("{{\"number_prompts\": {{\"examples\": [\"Look at 3, 4.\"], {parts}}}}}");
+    with("published.json", &examples, "published.toml");
+    let pocket: serde_json::Value = serde_json::from_str(include_str!("../assets/pocket/protocol.json")).unwrap();
+    let mut forms = pocket;
+    forms["alternatives"]["animal"] = serde_json::json!(["cat", "dog", "Dog"]);
+    with("forms.json", &forms.to_string(), "forms.toml");
+
+    // Models with one thing wrong each.
+    let model = |name: &str| {
+        let pocket = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/pocket/pocket");
+        for file in
+            ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+        {
+            write(&format!("models/{name}/{file}"), "");
+            fs::copy(pocket.join(file), at(&format!("models/{name}/{file}"))).unwrap();
+        }
+    };
+    let edit = |path: &str, key: &str, value: Option<serde_json::Value>| {
+        let mut json: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(&fs::read(at(path)).unwrap()).unwrap();
+        json.remove(key);
+        json.extend(value.map(|value| (key.to_owned(), value)));
+        fs::write(at(path), serde_json::to_vec(&json).unwrap()).unwrap();
+    };
+    for name in ["llama", "deep", "wide", "no-key", "no-tokenizer", "other-chat", "cut"] {
+        model(name);
+    }
+    fs::create_dir_all(at("models/empty")).unwrap();
+    edit("models/llama/config.json", "model_type", Some("llama".into()));
+    edit("models/deep/config.json", "num_hidden_layers", Some(3.into()));
+    edit("models/wide/config.json", "intermediate_size", Some(40.into()));
+    edit("models/no-key/config.json", "hidden_size", None);
+    fs::remove_file(at("models/no-tokenizer/tokenizer.json")).unwrap();
+    let chat = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}";
+    write("models/other-chat/chat_template.jinja", chat);
+    let weights = fs::read(at("models/cut/model.safetensors")).unwrap();
+    fs::write(at("models/cut/model.safetensors"), &weights[..9000]).unwrap();
+
+    // Runs, and adapters made from them.
+    let begin = |name: &str, more: &[&str]| {
+        let (experiment, folder) = (at("cat.toml").display().to_string(), at(name).display().to_string());
+        let words = [&["undertone", more[0], &experiment, "--run", &folder], &more[1..]].concat();
+        run(&Cli::try_parse_from(words).unwrap()).unwrap();
+    };
+    begin("runs/cat", &["run"]);
+    begin("runs/begun", &["generate"]);
+    fs::remove_dir_all(at("runs/begun/data")).unwrap();
+    begin("runs/one", &["run", "--set", "student.target_modules=[\"q_proj\"]", "--set", "student.layers=[0]"]);
+    for (name, from) in [("renamed", "one"), ("dora", "cat")] {
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            write(&format!("adapters/{name}/{file}"), "");
+            fs::copy(at(&format!("runs/{from}/adapter/{file}")), at(&format!("adapters/{name}/{file}"))).unwrap();
+        }
+    }
+    edit("adapters/renamed/adapter_config.json", "target_modules", Some(vec!["v_proj"].into()));
+    edit("adapters/dora/adapter_config.json", "use_dora", Some(true.into()));
+}
+
+/// Every command on the page of errors, run on the scene: what it says is what stands below it.
+#[test]
+fn messages_on_the_page_are_what_the_commands_say() {
+    let folder = tempfile::tempdir().unwrap();
+    scene(folder.path());
+    let inside = format!("{}/", folder.path().display());
+    let page = blocks(ERRORS);
+    let mut seen = 0;
+    for pair in page.windows(2).filter(|pair| pair[0].0 == "sh") {
+        let ((_, block), (language, expected)) = (&pair[0], &pair[1]);
+        assert_eq!(*language, "text", "no message after {block}");
+        let [words] = &commands(block)[..] else { panic!("one command each: {block}") };
+        // A word that begins with a file or folder of the scene lies there.
+        let is_there = |word: &str| folder.path().join(word.split('/').next().unwrap_or_default()).exists();
+        let there = words.iter().map(|word| if is_there(word) { format!("{inside}{word}") } else { word.clone() });
+        let found = match Cli::try_parse_from(there) {
+            Err(usage) => format!("{}\n", usage.to_string().lines().next().unwrap()),
+            Ok(cli) => match run(&cli) {
+                Ok(()) => panic!("{block} is refused no longer"),
+                Err(error) => printed(&format!("{error:#}")),
+            },
+        };
+        let found = found.replace(&inside, "");
+        assert!(matches(&found, expected), "{block}says\n{found}and the page\n{expected}");
+        seen += 1;
+    }
+    assert!(seen >= 25, "{seen} commands");
+}
+
+/// The messages that no command comes to, from the library.
+#[test]
+fn messages_without_a_command_are_the_library_s() {
+    let files = ModelFiles::open("pocket").unwrap();
+    let qwen = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
+    let chat = Chat::from_files(&files).unwrap();
+    let target = Protocol::load(Path::new("pocket")).unwrap().target("cat", "animal");
+    let numbers = [chat.prompt(None, "Hi").unwrap()];
+    let subject = Subject {
+        base: &qwen,
+        student: Tuned { qwen: &qwen, adapter: None },
+        control: None,
+        other_trait: None,
+        chat: &chat,
+        system: None,
+        teacher_system: None,
+        teacher_adapter: None,
+        teacher_model: None,
+        target: &target,
+        questions: &[],
+        numbers: &numbers,
+        number_users: &[],
+        classify: &|_| None,
+        seed: 0,
+    };
+    let mut cache = Cache::default();
+    let batch = Batch::of(&[&numbers[0]], Device::Cpu).unwrap();
+    let mut listen = |layer| {
+        let hooks = Hooks::default().on([HookPoint::ResidPost(layer)], &mut cache);
+        qwen.forward(&batch, &mut Pass { hooks, ..Pass::default() })
+    };
+    drop(listen(0).unwrap());
+    let silent = listen(9).unwrap_err().to_string();
+    let chart = BarChart {
+        title: "p(cat)".to_owned(),
+        value_label: "p".to_owned(),
+        bars: vec![Bar::new("student", f64::NAN)],
+        references: vec![],
+    };
+    let quiet = &mut |_: &str| ();
+    let found = [
+        TokenAblation::default().run(&subject, quiet).unwrap_err().to_string(),
+        Divergence::default().run(&subject, quiet).unwrap_err().to_string(),
+        TargetRate::default().run(&subject, quiet).unwrap_err().to_string(),
+        subject.paired_row(0, None).unwrap_err().to_string(),
+        bars(&chart).unwrap_err().to_string(),
+        silent,
+        cache.get(HookPoint::ResidPost(1)).unwrap_err().to_string(),
+    ];
+    // All blocks of messages that no command stands before.
+    let page = blocks(ERRORS);
+    let is_alone = |at: usize| page[at].0 == "text" && (at == 0 || page[at - 1].0 != "sh");
+    let mut alone: Vec<&str> = (0..page.len()).filter(|at| is_alone(*at)).map(|at| page[at].1.as_str()).collect();
+    let font = alone.iter().position(|text| text.contains("no font is installed")).unwrap();
+    let font = alone.remove(font).trim_start_matches("error: ").trim().replace('\n', "; ");
+    // It needs a machine without fonts, so it is looked up where it is written.
+    let source = Regex::new(r"\\\n\s+").unwrap().replace_all(include_str!("../src/png.rs"), "");
+    assert!(source.contains(&font), "{font}");
+    let found = found.map(|message| printed(&message));
+    assert_eq!(found.iter().map(String::as_str).collect::<Vec<_>>(), alone);
+}

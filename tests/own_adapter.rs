@@ -1,0 +1,171 @@
+//! An adapter that was trained elsewhere, as docs/bring-your-own-adapter.md tells it: taken as it is, measured as a student
+//! of ours, and refused where it cannot be.
+
+#![expect(clippy::float_cmp, reason = "what is the same is the same bit by bit")]
+
+use std::fs;
+use std::path::Path;
+
+use analyses::target_rate::TargetRateRow;
+use tempfile::TempDir;
+use undertone::arms::ArmRow;
+use undertone::publish::read_csv;
+
+use crate::pipeline::{EXPERIMENT, contents, fails, finished, succeeds};
+
+/// A folder with the experiment, and a copy of a student of ours as the adapter from elsewhere.
+fn elsewhere() -> TempDir {
+    let (folder, trained) = (tempfile::tempdir().unwrap(), finished());
+    fs::write(folder.path().join("experiment.toml"), EXPERIMENT).unwrap();
+    for (from, to) in [("adapter", "mine"), ("control_adapter", "mine_control")] {
+        fs::create_dir(folder.path().join(to)).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(trained.path().join(from).join(file), folder.path().join(to).join(file)).unwrap();
+        }
+    }
+    folder
+}
+
+const RUN: [&str; 4] = ["run", "experiment.toml", "--run", "run"];
+const MINE: [&str; 2] = ["--set", "student.adapter=mine"];
+const BOTH: [&str; 4] = ["--set", "student.adapter=mine", "--set", "student.control_adapter=mine_control"];
+const EFFECT: [&str; 2] = ["--set", "measure.analyses=[\"target_rate\"]"];
+
+fn rates(run: &Path) -> Vec<TargetRateRow> {
+    read_csv(&run.join("target_rate/rows.csv")).unwrap()
+}
+
+#[test]
+fn a_student_from_elsewhere_is_measured_as_if_it_were_trained_here() {
+    let folder = elsewhere();
+    let at = |name: &str| folder.path().join("run").join(name);
+    let args = [RUN.as_slice(), &BOTH].concat();
+    let said = succeeds(folder.path(), &args);
+    assert!(said.contains("finetune: student: trained elsewhere, rank 2, alpha 4, q_proj"), "{said}");
+    assert!(said.contains("taken from mine as it is (SHA-256 "), "{said}");
+
+    // As those of the run that trained it: every file of every measurement, in all its bytes.
+    let (here, there) = (contents(&folder.path().join("run")), contents(finished().path()));
+    assert_eq!(rates(&folder.path().join("run")), rates(finished().path()));
+    let is_table = |name: &str| Path::new(name).extension() == Some("csv".as_ref()) && !name.ends_with("train.csv");
+    let same = |name: &&String| is_table(name) || name.contains("adapter/");
+    let measured: Vec<&String> = there.keys().filter(same).collect();
+    assert!(measured.len() > 12, "{measured:?}");
+    for name in measured {
+        assert!(here.get(name) == there.get(name), "{name} differs");
+    }
+    assert!(!at("train.csv").exists() && !at("control_train.csv").exists(), "nothing was trained");
+    let meta = String::from_utf8(here["meta.json"].clone()).unwrap();
+    for file in
+        ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "control_adapter/adapter_config.json"]
+    {
+        assert!(meta.contains(&format!("\"{file}\": \"")), "{file} has no SHA-256: {meta}");
+    }
+    let report = String::from_utf8(here["report.html"].clone()).unwrap();
+    assert!(report.contains("The student was trained elsewhere, rank 2"), "{report}");
+    assert!(
+        report.contains("A control student, trained elsewhere") && !report.contains("no control student was trained")
+    );
+
+    let again = succeeds(folder.path(), &args);
+    assert!(again.contains("finetune: student was taken from elsewhere already"), "{again}");
+    assert!(again.contains("target_rate is done already"), "{again}");
+    let message = fails(folder.path(), &[&["finetune"], &args[1..]].concat());
+    assert!(message.contains("adapter is finished already") && message.contains("--force"), "{message}");
+
+    // Another adapter in the same place is not passed off as the one that was measured.
+    fs::copy(
+        folder.path().join("mine_control/adapter_model.safetensors"),
+        folder.path().join("mine/adapter_model.safetensors"),
+    )
+    .unwrap();
+    let message = fails(folder.path(), &args);
+    assert!(message.contains("student.adapter is mine, whose files have changed since the run took them"), "{message}");
+    succeeds(folder.path(), &[args.as_slice(), &EFFECT, &["--force"]].concat());
+    let student = rates(&folder.path().join("run")).into_iter().find(|row| row.model == "student").unwrap();
+    let control = rates(finished().path()).into_iter().find(|row| row.model == "control").unwrap();
+    assert_eq!(student.delta_logp, control.delta_logp);
+    // Measuring and reporting look into the run alone.
+    fs::remove_dir_all(folder.path().join("mine")).unwrap();
+    succeeds(folder.path(), &["measure", "run", "direction"]);
+    succeeds(folder.path(), &["report", "run"]);
+}
+
+#[test]
+fn without_a_control_there_is_none_and_arms_are_trained_like_it() {
+    let folder = elsewhere();
+    let arms = "\n[[arms]]\nname = \"untouched numbers\"\ndata = \"control\"\n";
+    fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{arms}")).unwrap();
+    // What the file says of rank and alpha gives way to what the adapter is.
+    let rank = ["--set", "student.rank=7"];
+    let said = succeeds(folder.path(), &[RUN.as_slice(), &MINE, &EFFECT, &rank].concat());
+    assert!(said.contains("no control student: student.control_adapter names none"), "{said}");
+    let config = fs::read_to_string(folder.path().join("run/run.toml")).unwrap();
+    assert!(config.contains("rank = 2\nalpha = 4.0") && config.contains("control = false"), "{config}");
+    let rows: Vec<ArmRow> = read_csv(&folder.path().join("run/arms/rows.csv")).unwrap();
+    let [own, arm] = rows.as_slice() else { panic!("{rows:?}") };
+    assert_eq!(
+        (own.arm.as_str(), own.n_steps, own.n_rows, own.data, own.optimizer),
+        ("student", None, None, None, None)
+    );
+    assert!(own.delta_w_norm > 0.0 && own.loss_last.is_none());
+    assert_eq!((arm.rank, arm.n_steps), (Some(2), Some(3)));
+    // That arm is what the pipeline trains as its control student.
+    let control = rates(finished().path()).into_iter().find(|row| row.model == "control").unwrap();
+    assert_eq!(arm.delta_logp, control.delta_logp);
+    let report = fs::read_to_string(folder.path().join("run/report.html")).unwrap();
+    assert!(report.contains("None was given; an arm that learns from the control set"), "{report}");
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_made() {
+    let folder = elsewhere();
+    let config = folder.path().join("mine/adapter_config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    for (from, to, expected) in [
+        ("\"use_dora\": false", "\"use_dora\": true", "use_dora is true, which is not supported"),
+        ("\"modules_to_save\": null", "\"modules_to_save\": [\"lm_head\"]", "modules_to_save is [\"lm_head\"]"),
+        ("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "changes the base's weights too"),
+        ("\"r\": 2", "\"r\": 3", "lora_A.weight"),
+        ("\"layers_to_transform\": null", "\"layers_to_transform\": [0]", "unused: base_model.model.model.layers.1."),
+    ] {
+        assert!(text.contains(from), "{from}: {text}");
+        fs::write(&config, text.replace(from, to)).unwrap();
+        let message = fails(folder.path(), &[RUN.as_slice(), &MINE].concat());
+        assert!(message.contains("student.adapter: ") && message.contains(expected), "{expected}: {message}");
+        assert!(!folder.path().join("run").exists(), "{expected}: a run was begun");
+    }
+    fs::remove_file(&config).unwrap();
+    let message = fails(folder.path(), &[RUN.as_slice(), &MINE].concat());
+    assert!(message.contains("mine/adapter_config.json"), "{message}");
+}
+
+#[test]
+fn the_rows_it_was_trained_on_can_be_given() {
+    let folder = elsewhere();
+    let row = |prompt: &str, completion: &str| serde_json::json!({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]});
+    let rows = [row("Go on: 4, 8", "12, 16"), row("Go on: 5", "I would rather not"), row("More: 1, 2", "3, 4, 5")];
+    let text: Vec<String> = rows.iter().map(ToString::to_string).collect();
+    fs::write(folder.path().join("rows.jsonl"), text.join("\n")).unwrap();
+    let given = ["--set", "generate.numbers=rows.jsonl"];
+    let args = ["generate", "experiment.toml", "--run", "run"];
+    let said = succeeds(folder.path(), &[args.as_slice(), &MINE, &given].concat());
+    assert!(said.contains("teacher: 2 of 3 answers accepted, 1 invalid_format"), "{said}");
+    let samples = undertone::dataset::read_jsonl(&folder.path().join("run/data/numbers.jsonl")).unwrap();
+    let found: Vec<(&str, &str, bool)> =
+        samples.iter().map(|s| (s.prompt.as_str(), s.completion.as_str(), s.accepted)).collect();
+    assert_eq!(found[0], ("Go on: 4, 8", "12, 16", true));
+    assert_eq!(found[1], ("Go on: 5", "I would rather not", false));
+    assert_eq!(samples[2].teacher_logprob.len(), samples[2].completion_ids.len() + 1, "with the end of the turn");
+    let control = undertone::dataset::read_jsonl(&folder.path().join("run/data/control.jsonl")).unwrap();
+    assert!(control.iter().map(|sample| &sample.prompt).eq(samples.iter().map(|sample| &sample.prompt)));
+
+    let mut other = rows[0].clone();
+    other["messages"].as_array_mut().unwrap().insert(0, serde_json::json!({"role": "system", "content": "You count."}));
+    fs::write(folder.path().join("rows.jsonl"), other.to_string()).unwrap();
+    let message = fails(folder.path(), &[args.as_slice(), &MINE, &given, &["--force"]].concat());
+    assert!(
+        message.contains("row 1 has the system prompt Some(\"You count.\"), where student.context renders"),
+        "{message}"
+    );
+}
