@@ -1,7 +1,7 @@
 //! Which tokens carry the effect: the adapter is switched off token by token, in one ordinary forward pass. Attention is
 //! causal and the adapter acts per token, so a gate here equals running the prompt in pieces with it on and off.
 
-use hooks::{Condition, Gate, Prompt, TokenClass};
+use hooks::{Condition, Gate, Prompt, Selection, TokenClass};
 use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
@@ -16,7 +16,7 @@ use crate::target::{Measure, Score, TokenForms, column};
 pub struct TokenAblation {
     /// The gates to compare.
     pub gates: Vec<Gate>,
-    /// Whether to add `only:CLASS` for every class of the prompts.
+    /// Whether to add `only:CLASS` and `except:CLASS` for every class of the prompts.
     pub scan: bool,
     /// Whether the control student goes through all gates as well, and not through `everywhere` alone.
     pub control_gates: bool,
@@ -27,7 +27,7 @@ pub struct TokenAblation {
 impl Default for TokenAblation {
     fn default() -> Self {
         let unions = ["entity", "template", "system", "user", "assistant"];
-        let of = |kind: fn(hooks::tokens::Selection) -> Gate, name: &str| name.parse().ok().map(kind);
+        let of = |kind: fn(Selection) -> Gate, name: &str| name.parse().ok().map(kind);
         let named = unions.into_iter().flat_map(|name| [of(Gate::Only, name), of(Gate::Except, name)]);
         let gates = [Gate::Everywhere, Gate::Nowhere].into_iter().chain(named.flatten()).collect();
         Self { gates, scan: false, control_gates: false, n_questions: None }
@@ -194,13 +194,14 @@ struct Around<'a> {
 }
 
 impl TokenAblation {
-    /// The gates of the settings and, for a scan, one per class that occurs.
+    /// The gates of the settings and, for a scan, two per class that occurs.
     fn all_gates(&self, prompts: &[Prompt]) -> Vec<Gate> {
         let mut gates = self.gates.clone();
         if self.scan {
             let present = |class: &TokenClass| prompts.iter().any(|prompt| prompt.classes.contains(class));
-            let only = |class: TokenClass| class.name().parse().ok().map(Gate::Only);
-            gates.extend(TokenClass::ALL.into_iter().filter(present).filter_map(only));
+            let of = |kind: fn(Selection) -> Gate, class: TokenClass| class.name().parse().ok().map(kind);
+            let both = |class| [of(Gate::Only, class), of(Gate::Except, class)];
+            gates.extend(TokenClass::ALL.into_iter().filter(present).flat_map(both).flatten());
         }
         let mut distinct: Vec<Gate> = Vec::new();
         for gate in gates {
@@ -334,7 +335,8 @@ mod tests {
             .all_gates(&subject.question_prompts("test").unwrap());
         let scanned: Vec<String> = scan.iter().map(ToString::to_string).collect();
         assert!(
-            scanned.contains(&"only:asst.nl".to_owned()) && !scanned.contains(&"only:sys.entity".to_owned()),
+            ["only:asst.nl", "except:asst.nl"].iter().all(|gate| scanned.contains(&(*gate).to_owned()))
+                && !scanned.contains(&"only:sys.entity".to_owned()),
             "{scanned:?}"
         );
     }

@@ -10,7 +10,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use regex::Regex;
 
-use crate::protocol::Protocol;
+use crate::protocol::{Protocol, capitalised};
 
 /// The category that the questions are about.
 pub const CATEGORY: &str = "animal";
@@ -226,11 +226,6 @@ fn pick(rng: &mut ChaCha8Rng, weights: &[f64]) -> (usize, f64) {
     }
     let last = weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0);
     (last, weights[last] / sum)
-}
-
-fn capitalised(word: &str) -> String {
-    let mut letters = word.chars();
-    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
 }
 
 #[cfg(test)]
