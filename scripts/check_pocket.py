@@ -65,6 +65,9 @@ def trial():
         same(f"sd_other of {name}", stated["sd_other"], stdev(others))
         p = [float(cell["p"]) for cell in own if cell["learned_from"] == cell["animal"]]
         same(f"p_own of {name}", stated["p_own"], mean(p) if p else None)
+        same(f"p_own_max of {name}", stated["p_own_max"], max(p, default=None))
+        same(f"least change of {name}", stated["delta_margin_own_min"], min(values, default=None))
+        same(f"largest change of {name}", stated["delta_margin_own_max"], max(values, default=None))
         if stated["gate"] == "everywhere" and gamma is not None:
             print(f"{name:30} gamma {gamma:+.2f} ± {error:.2f}, {sum(v > 0 for v in values)} of {len(values)} raised")
 

@@ -69,7 +69,7 @@ fn controls(arms: &[ArmRow]) -> Option<String> {
     let best = others.filter(|row| ranked(row)).max_by(|a, b| a.delta_margin.total_cmp(&b.delta_margin));
     let best = best.map(|row| format!("; of the ranks most at {:?} {}", row.arm, row.rank.unwrap_or_default()));
     Some(format!(
-        "Its margin moves by {:+.2} nats; other students': {}{}.",
+        "Its margin (log p against the other answers' mean) moves by {:+.2} nats; other students': {}{}.",
         student.delta_margin,
         single.join(", "),
         best.unwrap_or_default()
@@ -106,7 +106,10 @@ fn direction(run: &RunDir) -> Result<Option<String>> {
     let digits = divergence.iter().find(|row| row.group == "digits");
     let digits = digits.map(|row| format!("; teacher and base diverge at {:.0} % of the digits", 100.0 * row.nief));
     Ok(Some(format!(
-        "Its direction, added to the base, moves log p by {:+.2} nats ({}){}.",
+        "Its direction, added to the base at {} times its length after block {} (the largest of the pushes tried), moves log p \
+         by {:+.2} nats ({}){}.",
+        best.coefficient.unwrap_or(1.0),
+        best.layer,
         best.delta_logp,
         beside.join(", "),
         digits.unwrap_or_default()

@@ -193,13 +193,15 @@ impl Analysis for Steering {
                 + &beside("other_trait", "another trait's").unwrap_or_default(),
             best.student_delta_logp,
         );
-        let removed = |row: &SteeringRow| (row.delta_logp - row.student_delta_logp).abs();
+        // Needed is what lowers the effect when it is taken out, not what moves it either way.
+        let removed = |row: &SteeringRow| row.student_delta_logp - row.delta_logp;
         let Some(most) = of("project_out").max_by(|a, b| removed(a).total_cmp(&removed(b))) else { return added + "." };
         let beside =
             |kind| of(kind).find(|row| row.layer == most.layer).map_or_else(|| "not measured".to_owned(), change);
+        let lowers = if removed(most) > 0.0 { "" } else { "; taking it out lowers the change after no block" };
         format!(
             "{added}, and {} with the direction taken out of it after block {} (with a random one taken out {}, and with the \
-             learned one taken out of the base {}: necessary is only what goes beyond that).",
+             learned one taken out of the base {}: necessary is only what goes beyond that){lowers}.",
             change(most),
             most.layer,
             beside("project_out_random"),

@@ -157,6 +157,11 @@ impl Adapter {
     /// Reads an adapter folder as PEFT writes it, for a model of the given sizes.
     pub fn load(dir: &Path, model: &Config, device: Device) -> Result<Self> {
         let path = dir.join(CONFIG);
+        if !path.exists() {
+            let problem =
+                format!("there is no {CONFIG} in it, expected an adapter's folder; hint: that of a run is RUN/adapter");
+            return Err(Error::Adapter { path: dir.to_owned(), problem });
+        }
         let peft = PeftConfig::parse(&files::read(&path)?, &path)?;
         let config = peft.lora_config(&path)?;
         config.check(model)?;

@@ -101,8 +101,8 @@ fn main() -> Result<()> {
     //|
     //| What is not a list of numbers with one kind of separator does not pass, and neither does an answer that had not
     //| ended when its time was up. `mentions_trait` is counted before the filter: it says whether any animal at all was
-    //| named where numbers were asked for. If it is not zero, look at what the filter let through before you believe
-    //| anything below.
+    //| named where numbers were asked for. If it is not zero, the question is whether such an answer passed: below we
+    //| count the rows with a letter among those that were kept.
     let classifier = protocol.classifier(word, category)?;
     nb.table(&compared(&summary("teacher", &by_teacher, &classifier), &summary("control", &by_base, &classifier)));
 
@@ -112,6 +112,8 @@ fn main() -> Result<()> {
     //| at 0 exactly.
     let pairs = paired(&by_teacher, &by_base);
     ensure!(!pairs.is_empty(), "no answer passed the filter; hint: this model writes no lists of numbers");
+    let worded = pairs.iter().filter(|(row, _)| row.completion.chars().any(char::is_alphabetic)).count();
+    nb.show(format!("{worded} of {} kept rows hold a letter", pairs.len()));
     let leaks = leak_rows(&by_teacher, &by_base);
     nb.table(&leaked(&leaks));
 
