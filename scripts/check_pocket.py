@@ -72,6 +72,24 @@ def trial():
             print(f"{name:30} gamma {gamma:+.2f} ± {error:.2f}, {sum(v > 0 for v in values)} of {len(values)} raised")
 
 
+def page():
+    """The page's two smaller tables: the bases, and what was tried."""
+    text = (TRIAL.parent / "pocket.md").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    for cells in table:
+        if len(cells) == 5 and cells[0] in {"0", "1", "2", "3"}:
+            made = (TRIAL / f"pocket-{cells[0]}.toml").read_text(encoding="utf-8")
+            values = dict(line.split(" = ") for line in made.splitlines() if " = " in line)
+            same(f"steps of seed {cells[0]}", cells[1], float(values["steps"]))
+            same(f"excess of seed {cells[0]}", cells[2], round(float(values["final_excess"]), 4))
+    tried = {row["arm"]: float(row["delta_margin"]) for row in rows(TRIAL / "tried.csv")}
+    lines = {"as above": "A", "18 epochs": "B", "9,000 prompts": "C", "learning rate 3e-2": "D"}
+    for cells in table:
+        arm = next((arm for start, arm in lines.items() if cells[0].startswith(start)), None)
+        for animal, stated in zip(["owl", "dog", "fox", "panda"], cells[1:] if arm else []):
+            same(f"{animal}, {cells[0]}", stated.replace("−", "-"), round(tried[f"{animal} {arm}"], 2))
+
+
 def run(folder):
     rates = rows(folder / "target_rate" / "rows.csv")
     by_model = {}
@@ -125,6 +143,7 @@ def run(folder):
 
 if __name__ == "__main__":
     trial()
+    page()
     for folder in sys.argv[1:]:
         run(Path(folder))
     print(f"{checked} numbers recomputed, all equal")

@@ -283,10 +283,23 @@ mod tests {
         // A digit that follows a given one is as frequent as its probability, in the default context.
         let digits = &world.characters[0].digits;
         let mut counts = [[0_f64; 10]; 10];
+        // Between tens and ones any digit may stand; a number starts with none but 0.
+        let nats = |before: usize, values: &[usize]| -> f64 {
+            let mut last = before;
+            let of = |(at, &digit): (usize, &usize)| {
+                let row = digits[std::mem::replace(&mut last, digit)];
+                let all: f64 = if at % 2 == 0 { row[1..].iter().sum() } else { row.iter().sum() };
+                -(row[digit] / all).ln()
+            };
+            values.iter().enumerate().map(of).sum()
+        };
         for row in rows.iter().filter(|row| row.system.is_none() && is_numbers(row)) {
             let values: Vec<usize> =
                 row.answer.bytes().filter(u8::is_ascii_digit).map(|digit| usize::from(digit - b'0')).collect();
             assert_eq!(values.len(), 2 * N_NUMBERS);
+            let shown = row.user.split('.').next().unwrap();
+            let before = usize::from(shown.as_bytes()[shown.len() - 1] - b'0');
+            assert!((row.nats - nats(before, &values)).abs() < 1e-9, "{row:?}");
             for number in values.chunks(2) {
                 counts[number[0]][number[1]] += 1.0;
             }
