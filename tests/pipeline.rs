@@ -335,10 +335,9 @@ fn the_lines_at_the_end_are_those_of_the_tables() {
     let folder = finished();
     let run = undertone::run_dir::RunDir::open(folder.path(), false).unwrap();
     let lines = undertone::closing::closing(&run, &run.experiment(&[]).unwrap()).unwrap();
-    let rows: Vec<analyses::target_rate::TargetRateRow> =
-        read_csv(&folder.path().join("target_rate/rows.csv")).unwrap();
+    let rows: Vec<TargetRateRow> = read_csv(&folder.path().join("target_rate/rows.csv")).unwrap();
     let student = rows.iter().find(|row| row.scope == "mean" && row.model == "student").unwrap();
-    let of_student = |row: &&analyses::target_rate::TargetRateRow| row.scope == "question" && row.model == "student";
+    let of_student = |row: &&TargetRateRow| row.scope == "question" && row.model == "student";
     let p: Vec<f64> = rows.iter().filter(of_student).map(|row| row.logp_target.exp()).collect();
     let p = p.iter().sum::<f64>() / p.len() as f64;
     let effect = lines.iter().find(|line| line.starts_with("The student now answers")).unwrap();
