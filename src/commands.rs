@@ -17,9 +17,10 @@ pub mod tokens;
 
 use std::io::Write;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use hooks::Gate;
+use hooks::edit::Planned;
+use hooks::{Edit, Gate, ModelFiles, Provenance};
 
 use crate::experiment::Dtype;
 
@@ -53,6 +54,16 @@ pub(crate) fn print(text: &str) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         written => Ok(written?),
     }
+}
+
+/// The edits of a command line, with their tensors.
+fn load_edits(edits: &[Planned], files: &ModelFiles) -> Result<Vec<Edit>> {
+    if edits.is_empty() {
+        return Ok(vec![]);
+    }
+    let here = Provenance::of(files);
+    let loaded = edits.iter().map(|edit| edit.load(&files.config, &here).with_context(|| format!("--edit {edit}")));
+    Ok(loaded.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
 /// Refuses a gate that nothing would pass through.

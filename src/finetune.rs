@@ -16,12 +16,13 @@ use serde_json::json;
 use tch::{Kind, Tensor};
 
 use hooks::gate::Gate;
+use hooks::gradient::gradients;
 use hooks::lora::{Adapter, Dropout};
 use hooks::loss::{Targets, cross_entropy_sum};
 use hooks::pass::Pass;
 use hooks::qwen::Qwen;
 use hooks::tokens::{LossMask, Prompt};
-use hooks::{Batch, Error, ModelFiles, condition, files, tensor_file};
+use hooks::{Batch, Error, ModelFiles, files, tensor_file};
 
 pub use crate::optim::ScheduleKind;
 use crate::optim::{Gradients, Optimizer, Rule, Schedule};
@@ -239,6 +240,7 @@ pub fn finetune_lora(
             "gate is nowhere, so nothing can be learned; set the gate of the finetuning to the tokens where the adapter acts"
         );
     }
+    config.gate.check(adapter)?;
     let learner = Learner { model, adapter: Some(adapter), parameters: adapter.parameters() };
     learner.train(rows, is_digit, config, seeds, log)
 }
@@ -302,7 +304,7 @@ pub fn pretrain(
 struct Example<'a> {
     ids: &'a [i64],
     mask: Vec<bool>,
-    acts: Option<Vec<bool>>, // where the adapter acts; everywhere if None
+    doses: Option<Vec<f32>>, // how strongly the adapter acts; 1 everywhere if None
     n_targets: usize,
     end: usize, // the last target: nothing from here on needs to be run
 }
@@ -312,15 +314,15 @@ impl<'a> Example<'a> {
         let mask = config.mask.targets(row, is_digit);
         let empty = || Error::EmptyLossMask { mask: config.mask.to_string(), row: index };
         let end = mask.iter().rposition(|counts| *counts).ok_or_else(empty)?;
-        let acts = if config.gate.is_everywhere() {
+        let doses = if config.gate.is_everywhere() {
             None
         } else {
-            let mut acts = config.gate.acts(row).with_context(|| format!("row {index} of the training data"))?;
-            acts.truncate(end);
-            Some(acts)
+            let mut doses = config.gate.doses(row).with_context(|| format!("row {index} of the training data"))?;
+            doses.truncate(end);
+            Some(doses)
         };
         let n_targets = mask.iter().filter(|counts| **counts).count();
-        Ok(Self { ids: &row.ids, mask, acts, n_targets, end })
+        Ok(Self { ids: &row.ids, mask, doses, n_targets, end })
     }
 }
 
@@ -437,13 +439,13 @@ impl Learner<'_> {
 
         let mut sums: Option<(Tensor, Gradients)> = None;
         for batch in rows.chunks(config.batch_size) {
-            let loss = self.loss_sum(batch, dropout.as_deref_mut())?.f_div_scalar(n_targets as f64)?;
-            let gradients = optimizer.gather(&Tensor::f_run_backward(&[&loss], &tensors, false, false)?)?;
+            let loss = self.loss_sum(batch, &config.gate, dropout.as_deref_mut())?.f_div_scalar(n_targets as f64)?;
+            let found = optimizer.gather(&gradients(&loss, &tensors, false)?)?;
             let loss = loss.f_detach()?;
             sums = Some(match sums {
-                None => (loss, gradients),
+                None => (loss, found),
                 Some((loss_so_far, mut gradients_so_far)) => {
-                    gradients_so_far.add(&gradients)?;
+                    gradients_so_far.add(&found)?;
                     (loss_so_far.f_add(&loss)?, gradients_so_far)
                 }
             });
@@ -466,12 +468,12 @@ impl Learner<'_> {
     }
 
     /// The summed loss of some rows run at once, a scalar with its graph.
-    fn loss_sum(&self, rows: &[&Example<'_>], dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
+    fn loss_sum(&self, rows: &[&Example<'_>], gate: &Gate, dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
         let device = self.model.device();
         let inputs: Vec<&[i64]> = rows.iter().map(|row| &row.ids[..row.end]).collect();
         let batch = Batch::from_ids(&inputs, device)?;
-        let acts: Option<Vec<Vec<bool>>> = rows.iter().map(|row| row.acts.clone()).collect();
-        let gate = acts.map(|acts| condition::mask(&acts, device)).transpose()?;
+        let doses: Option<Vec<Vec<f32>>> = rows.iter().map(|row| row.doses.clone()).collect();
+        let gate = doses.map(|doses| gate.spread(&doses, device)).transpose()?;
         let mut pass = Pass { adapter: self.adapter, gate, dropout, ..Pass::default() };
         let resid = self.model.resid_final(&batch, &mut pass)?; // [batch, pos, d_model]
 
@@ -558,6 +560,7 @@ mod tests {
                 classes: vec![TokenClass::UserContent; 4 + i % 3],
                 completion: 4 + i % 3..4 + i % 3,
                 content_end: 4 + i % 3,
+                ..Prompt::default()
             };
             bare.with_completion(&(0..2 + i as i64 % 4).map(|t| 30 + i as i64 + t).collect::<Vec<_>>())
         };

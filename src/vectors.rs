@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use hooks::{Edit, HookPoint, ModelFiles, Where, control_vector, files, tensor_file};
+use hooks::{Edit, HookPoint, ModelFiles, Provenance, control_vector, files, tensor_file};
 use safetensors::SafeTensors;
 use tch::Tensor;
 
@@ -53,13 +53,9 @@ impl Vectors {
             .with_context(|| format!("no vector of layer {layer}; there are those of layers {}", known()))
     }
 
-    /// Adds the vectors, `coefficient` times, at their layers and at every token; refused for another model than theirs.
+    /// Adds the vectors, `coefficient` times, at their layers and at every token; refused for another model or chat template than theirs.
     pub fn steer(&self, coefficient: f64, model: &ModelFiles) -> Result<Vec<Edit>> {
-        let here = model.fingerprint();
-        if let Some(theirs) = self.provenance.get("model_fingerprint").filter(|theirs| **theirs != here) {
-            let name = self.provenance.get("model").map_or("another model", String::as_str);
-            bail!("the vectors were learned on {name} (fingerprint {theirs}), not on {} ({here})", model.name);
-        }
+        Provenance::of(model).check("the vectors", &self.provenance)?;
         let edit = |(layer, vector): (&usize, &Tensor)| {
             let (width, d_model) = (vector.size(), model.config.d_model);
             if width != [d_model] || *layer >= model.config.n_layers {
@@ -68,7 +64,7 @@ impl Vectors {
                     model.config.n_layers
                 );
             }
-            Ok(Edit::Add { layer: *layer, vector: vector.shallow_clone(), coefficient, positions: Where::Everywhere })
+            Ok(Edit::add(*layer, vector, coefficient))
         };
         self.by_layer.iter().map(edit).collect()
     }

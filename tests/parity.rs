@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use hooks::listen::Cache;
 use hooks::loss::{Targets, cross_entropy_sum};
-use hooks::{Adapter, Batch, HookPoint, Hooks, ModelFiles, Pass, Qwen};
+use hooks::{Adapter, Batch, Doses, HookPoint, Hooks, ModelFiles, Pass, Qwen};
 
 use crate::compare::{BACKWARD, FORWARD, assert_close, difference, folder, tensors};
 
@@ -57,7 +57,7 @@ impl Case {
         [
             ("base", Pass::default()),
             ("adapter", Pass { adapter, ..Pass::default() }),
-            ("gated", Pass { adapter, gate: Some(self.gate()), ..Pass::default() }),
+            ("gated", Pass { adapter, gate: Some(Doses::of_tokens(self.gate())), ..Pass::default() }),
         ]
     }
 
@@ -200,8 +200,9 @@ fn gradients_of_the_lora_and_of_the_residual_stream() {
 fn a_gate_of_ones_is_the_student_and_one_of_zeros_the_base_bit_by_bit() {
     for case in Case::all() {
         let ones = Tensor::ones([2, case.batch.width() as i64, 1], (Kind::Float, Device::Cpu));
-        let gated =
-            |gate: Tensor| case.logits(Pass { adapter: Some(&case.adapter), gate: Some(gate), ..Pass::default() });
+        let gated = |gate: Tensor| {
+            case.logits(Pass { adapter: Some(&case.adapter), gate: Some(Doses::of_tokens(gate)), ..Pass::default() })
+        };
         assert_eq!(gated(ones.zeros_like()), case.logits(Pass::default()));
         assert_eq!(gated(ones), case.logits(Pass { adapter: Some(&case.adapter), ..Pass::default() }));
     }

@@ -94,7 +94,13 @@ fn rows() -> Vec<Prompt> {
         let ids = Vec::<i64>::try_from(golden["ids"].get(row as i64).narrow(0, 0, length)).unwrap();
         let (prompt, answer) = ids.split_at(ids.len() - N_COMPLETION);
         let (ids, at) = (prompt.to_vec(), prompt.len());
-        let bare = Prompt { classes: vec![TokenClass::UserContent; at], ids, completion: at..at, content_end: at };
+        let bare = Prompt {
+            classes: vec![TokenClass::UserContent; at],
+            ids,
+            completion: at..at,
+            content_end: at,
+            ..Prompt::default()
+        };
         bare.with_completion(answer)
     };
     lengths.into_iter().enumerate().map(row).collect()

@@ -4,6 +4,7 @@
 //! One forward pass per row keeps its graph; each sampled token is one exact backward pass over it.
 
 use hooks::generate::stream_seed;
+use hooks::gradient::gradients;
 use hooks::listen::Cache;
 use hooks::tap::{Hooks, Tap};
 use hooks::{Adapter, Batch, HookPoint, Pass, Prompt};
@@ -428,12 +429,7 @@ impl<'a> Graph<'a> {
     fn backward(&self, loss: &Tensor) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
         let parameters = self.watched.parameters.iter().map(|(_, tensor)| tensor);
         let inputs: Vec<&Tensor> = parameters.chain(&self.resid_post).collect();
-        let found = Tensor::f_run_backward(&[loss], &inputs, true, false)?;
-        // What a loss does not depend on has no gradient at all, rather than a zero one.
-        let defined = |(gradient, input): (Tensor, &&Tensor)| {
-            if gradient.defined() { Ok(gradient) } else { Ok(input.f_zeros_like()?) }
-        };
-        let mut lora = found.into_iter().zip(&inputs).map(defined).collect::<Result<Vec<Tensor>>>()?;
+        let mut lora = gradients(loss, &inputs, true)?;
         let resid = lora.split_off(self.watched.parameters.len());
         Ok((lora, resid))
     }

@@ -4,8 +4,7 @@
 //! (the assistant's header); what lies between differs from question to question and stands as one place, the user's
 //! content.
 
-use hooks::gate::Positions;
-use hooks::{Condition, Gate, Prompt, Qwen, TokenClass};
+use hooks::{Condition, Gate, Prompt, Qwen, TokenClass, Tokens};
 use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
@@ -176,13 +175,13 @@ fn places(subject: &Subject<'_>, prompts: &[Prompt]) -> Result<Vec<Place>> {
     let tail = tail.min(n - head);
     let mut places = Vec::new();
     let place = |position: i64, at: usize| -> Result<Place> {
-        let only = Positions::one(position);
+        let only = Tokens::position(position);
         Ok(Place {
             position: Some(position),
             token: subject.chat.token_text(first.ids[at])?,
             class: first.classes[at].name().to_owned(),
-            except: Gate::ExceptAt(only.clone()),
-            only: Gate::OnlyAt(only),
+            except: Gate::except(only.clone()),
+            only: Gate::only(only),
         })
     };
     for at in 0..head {
@@ -196,7 +195,7 @@ fn places(subject: &Subject<'_>, prompts: &[Prompt]) -> Result<Vec<Place>> {
     for at in n - tail..n {
         places.push(place(at as i64 - n as i64, at)?);
     }
-    let (only, except) = (Gate::Everywhere, Gate::Nowhere);
+    let (only, except) = (Gate::EVERYWHERE, Gate::NOWHERE);
     places.push(Place { position: None, token: "(everywhere)".to_owned(), class: String::new(), only, except });
     Ok(places)
 }

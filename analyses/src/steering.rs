@@ -2,7 +2,7 @@
 //! the student it should undo it. Beside both stand a random vector of the same length and the control student's direction.
 
 use hooks::generate::stream_seed;
-use hooks::{Condition, Edit, Where};
+use hooks::{Condition, Edit, Tokens};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -117,12 +117,7 @@ impl Analysis for Steering {
             }
             for (kind, vector) in vectors {
                 for coefficient in &self.coefficients {
-                    let edit = Edit::Add {
-                        layer,
-                        vector: vector.shallow_clone(),
-                        coefficient: *coefficient,
-                        positions: self.positions(),
-                    };
+                    let edit = Edit::add(layer, &vector, *coefficient).at_tokens(self.tokens());
                     let scores = forms.scores(subject.base, &prompts, &edited(subject.base(), edit))?;
                     rows.push(around.row(layer, kind, Some(*coefficient), norm, &scores));
                 }
@@ -135,8 +130,7 @@ impl Analysis for Steering {
                 ("project_out_base", base, vector),
             ];
             for (kind, model, direction) in directions.into_iter().filter(|_| norm > 0.0) {
-                let edit =
-                    Edit::ProjectOut { layer, direction: direction.shallow_clone(), positions: self.positions() };
+                let edit = Edit::project_out(layer, direction).at_tokens(self.tokens());
                 let scores = forms.scores(model.qwen, &prompts, &edited(model, edit))?;
                 rows.push(around.row(layer, kind, None, norm, &scores));
             }
@@ -233,8 +227,8 @@ impl Steering {
         Ok(spread)
     }
 
-    fn positions(&self) -> Where {
-        if self.prompt_only { Where::Prompt } else { Where::Everywhere }
+    fn tokens(&self) -> Option<Tokens> {
+        self.prompt_only.then(Tokens::prompt)
     }
 }
 
@@ -363,7 +357,7 @@ mod tests {
         let vector =
             directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap().remove(layer);
         let prompt = &subject.question_prompts("test").unwrap()[..1];
-        let edit = Edit::Add { layer, vector, coefficient: 1.0, positions: settings.positions() };
+        let edit = Edit::add(layer, &vector, 1.0).at_tokens(settings.tokens());
         let next =
             |model: Tuned<'_>, condition| hooks::score::next_token_logprobs(model.qwen, prompt, &condition).unwrap();
         let steered = next(subject.base(), edited(subject.base(), edit));

@@ -19,7 +19,7 @@ pub struct Tuned<'a> {
 impl<'a> Tuned<'a> {
     /// The model as finetuned: its adapter, if any, acts everywhere.
     pub fn condition(&self) -> Condition<'a> {
-        self.gated(Gate::Everywhere)
+        self.gated(Gate::EVERYWHERE)
     }
 
     /// The model with its adapter acting where the gate says.

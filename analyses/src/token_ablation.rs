@@ -27,9 +27,8 @@ pub struct TokenAblation {
 impl Default for TokenAblation {
     fn default() -> Self {
         let unions = ["entity", "template", "system", "user", "assistant"];
-        let of = |kind: fn(Selection) -> Gate, name: &str| name.parse().ok().map(kind);
-        let named = unions.into_iter().flat_map(|name| [of(Gate::Only, name), of(Gate::Except, name)]);
-        let gates = [Gate::Everywhere, Gate::Nowhere].into_iter().chain(named.flatten()).collect();
+        let named = unions.into_iter().filter_map(|name| name.parse().ok()).flat_map(both_ways);
+        let gates = [Gate::EVERYWHERE, Gate::NOWHERE].into_iter().chain(named).collect();
         Self { gates, scan: false, control_gates: false, n_questions: None }
     }
 }
@@ -98,7 +97,7 @@ impl Analysis for TokenAblation {
         for (name, model) in subject.models().into_iter().filter(|(_, model)| model.adapter.is_some()) {
             let everywhere = forms.scores(model.qwen, &prompts, &model.condition())?;
             let gates =
-                if name == "student" || self.control_gates { self.all_gates(&prompts) } else { vec![Gate::Everywhere] };
+                if name == "student" || self.control_gates { self.all_gates(&prompts) } else { vec![Gate::EVERYWHERE] };
             let around = Around { subject, name, prompts: &prompts, base: &base, everywhere: &everywhere };
             for gate in gates {
                 progress(&format!("token ablation of the {name}: {gate}"));
@@ -184,6 +183,11 @@ impl Analysis for TokenAblation {
     }
 }
 
+/// At these tokens alone, and at all others.
+fn both_ways(classes: Selection) -> [Gate; 2] {
+    [Gate::only(classes.clone()), Gate::except(classes)]
+}
+
 /// What a gate's scores are set against.
 struct Around<'a> {
     subject: &'a Subject<'a>,
@@ -199,9 +203,7 @@ impl TokenAblation {
         let mut gates = self.gates.clone();
         if self.scan {
             let present = |class: &TokenClass| prompts.iter().any(|prompt| prompt.classes.contains(class));
-            let of = |kind: fn(Selection) -> Gate, class: TokenClass| class.name().parse().ok().map(kind);
-            let both = |class| [of(Gate::Only, class), of(Gate::Except, class)];
-            gates.extend(TokenClass::ALL.into_iter().filter(present).flat_map(both).flatten());
+            gates.extend(TokenClass::ALL.into_iter().filter(present).map(Selection::from).flat_map(both_ways));
         }
         let mut distinct: Vec<Gate> = Vec::new();
         for gate in gates {
@@ -223,7 +225,7 @@ impl TokenAblation {
         let acts = match acts {
             Ok(acts) => acts,
             // A gate that somebody asked for must act; those of the default list fit most contexts, not all.
-            Err(hooks::Error::EmptyGate { .. }) if self.gates == Self::default().gates => {
+            Err(hooks::Error::EmptySelection { .. }) if self.gates == Self::default().gates => {
                 return Ok(around.row(gate, None));
             }
             Err(error) => return Err(error.into()),
@@ -240,7 +242,6 @@ impl TokenAblation {
 
 impl Around<'_> {
     fn row(&self, gate: &Gate, measured: Option<(&[Score], f64)>) -> TokenAblationRow {
-        let names_generated = gate.names_generated();
         let mean = |of: Measure| measured.map(|(scores, _)| Mean::of(&column(scores, of)));
         let delta = |of: Measure| measured.map(|(scores, _)| Mean::paired(&column(scores, of), &column(self.base, of)));
         let whole = |of: Measure| Mean::paired(&column(self.everywhere, of), &column(self.base, of));
@@ -250,7 +251,7 @@ impl Around<'_> {
         TokenAblationRow {
             model: self.name.to_owned(),
             gate: gate.to_string(),
-            decode_policy: if names_generated { "named" } else { "same_as_unselected" }.to_owned(),
+            decode_policy: gate.decode_policy().to_owned(),
             status: if measured.is_some() { "measured" } else { "selects no token" }.to_owned(),
             target: self.subject.target.word.clone(),
             n_questions: self.prompts.len(),
@@ -315,7 +316,7 @@ mod tests {
             let (base, everywhere) = ([-4.0, -5.0, -6.0].map(score), everywhere.map(score));
             let around =
                 Around { subject: &subject, name: "student", prompts: &prompts, base: &base, everywhere: &everywhere };
-            around.row(&Gate::Everywhere, Some((&[-3.5, -4.5, -5.5].map(score), 1.0)))
+            around.row(&Gate::EVERYWHERE, Some((&[-3.5, -4.5, -5.5].map(score), 1.0)))
         };
         assert!((row([-3.0, -4.1, -5.0]).recovered_logp.unwrap() - 0.5 / 0.966_666_666).abs() < 1e-6);
         assert_eq!(row([-3.0, -5.5, -5.9]).recovered_logp, None);

@@ -123,9 +123,7 @@ impl Chat {
     /// The chat up to where the answer starts. System `None` is the template's default, `Some("")` an empty turn.
     pub fn prompt(&self, system: Option<&str>, user: &str) -> Result<Prompt> {
         let turns = self.turns(system, user)?;
-        let (ids, classes) = self.tokenise(&self.proven(&turns, true)?)?;
-        let end = ids.len();
-        Ok(Prompt { ids, classes, completion: end..end, content_end: end })
+        self.tokenise(&self.proven(&turns, true)?)
     }
 
     /// A whole row: the prompt, the answer's tokens as they were sampled (never re-tokenised), `<|im_end|>` and a line
@@ -342,8 +340,8 @@ impl Chat {
         Ok(())
     }
 
-    /// The tokens of the pieces' whole text, tokenised once, and the class of each.
-    fn tokenise(&self, pieces: &[Piece<'_>]) -> Result<(Vec<i64>, Vec<TokenClass>)> {
+    /// The tokens of the pieces' whole text, tokenised once, and the class of each: a bare prompt.
+    fn tokenise(&self, pieces: &[Piece<'_>]) -> Result<Prompt> {
         let mut text = String::new();
         let mut spans = Vec::with_capacity(pieces.len());
         for piece in pieces {
@@ -352,7 +350,7 @@ impl Chat {
             spans.push((start..text.len(), piece.class));
         }
         let encoding = self.tokenizer.encode(&*text, false).map_err(said)?;
-        let ids = encoding.get_ids().iter().map(|id| i64::from(*id)).collect();
+        let ids: Vec<i64> = encoding.get_ids().iter().map(|id| i64::from(*id)).collect();
         let class = |(position, (start, end)): (usize, &(usize, usize))| {
             class_of(&(*start..*end), &spans).ok_or_else(|| Error::Tokenizer {
                 problem: format!(
@@ -362,7 +360,9 @@ impl Chat {
             })
         };
         let classes = encoding.get_offsets().iter().enumerate().map(class).collect::<Result<_>>()?;
-        Ok((ids, classes))
+        let offsets = encoding.get_offsets().iter().map(|(start, end)| *start..*end).collect();
+        let end = ids.len();
+        Ok(Prompt { ids, classes, completion: end..end, content_end: end, text, offsets })
     }
 }
 
@@ -511,7 +511,7 @@ mod tests {
         assert_eq!(runs[0], ("user.im_start".to_owned(), IM_START.to_owned()));
         assert_eq!(runs[runs.len() - 4..], expected(&header));
         let error = "only:entity".parse::<Gate>().unwrap().acts(&prompt).unwrap_err();
-        assert!(matches!(error, Error::EmptyGate { .. }), "{error}");
+        assert!(matches!(error, Error::EmptySelection { .. }), "{error}");
         let named = chat.prompt(Some(DEFAULT), "Hi").unwrap();
         assert!("only:entity".parse::<Gate>().unwrap().acts(&named).unwrap().contains(&true));
     }
@@ -702,7 +702,7 @@ mod tests {
                     golden.turns.iter().map(|(who, content)| Turn { role: role(who), content }).collect();
                 let pieces = chat.proven(&turns, golden.generation).unwrap();
                 assert_eq!(pieces.iter().map(|piece| piece.text).collect::<String>(), golden.text, "{name}");
-                assert_eq!(chat.tokenise(&pieces).unwrap().0, golden.ids, "{name}: {:?}", golden.text);
+                assert_eq!(chat.tokenise(&pieces).unwrap().ids, golden.ids, "{name}: {:?}", golden.text);
                 assert_eq!(chat.decode(&golden.ids).unwrap(), golden.text, "{name}");
 
                 // The same through what is public, for the shapes that it makes.

@@ -102,13 +102,23 @@ pub enum Error {
         /// What does not fit, with names.
         problem: String,
     },
-    /// A gate selects no token of a prompt.
-    #[error("gate {gate} selects no token of the prompt; it holds the classes {present}")]
-    EmptyGate {
-        /// The gate as written.
-        gate: String,
-        /// The classes that the prompt does have.
-        present: String,
+    /// Vectors or activations were read from another model, or under another chat template.
+    #[error("{what}: read from {found}, not from {here}")]
+    OtherModel {
+        /// The file, or what was read.
+        what: String,
+        /// What the file says.
+        found: String,
+        /// The model at hand.
+        here: String,
+    },
+    /// A gate or an edit selects no token of a prompt.
+    #[error("{what} selects no token of the prompt; {reason}")]
+    EmptySelection {
+        /// The gate or edit as written.
+        what: String,
+        /// What was looked for, or what the prompt does have.
+        reason: String,
     },
     /// A loss would be taken over no token at all.
     #[error("the loss mask {mask} selects no token of row {row}")]

@@ -1,176 +1,248 @@
-//! At which tokens the adapter acts: `everywhere`, `nowhere`, `only:CLASS[+CLASS]`, `except:CLASS[+CLASS]`, or by position,
-//! `only:positions(0..6,-1)`, where positions count from the start of the prompt, negative ones from its end.
+//! Where and how strongly an adapter acts: tokens × blocks × projections × a dose. A gate is data, so that it can stand in a
+//! config, on a command line and in a CSV.
 //!
-//! A gate is data, so that it can stand in a config, on a command line and in a CSV. While decoding, generated tokens
-//! follow the tokens that were not named, unless `gen` is named itself (alone or through `assistant`).
+//! ```text
+//! everywhere                                the plain student
+//! nowhere                                   the base
+//! only:entity                               at these tokens alone
+//! except:template                           at all tokens but these
+//! only:"Qwen"#2*layers(0..12)*modules(q,k)  in the cell of tokens, blocks and projections alone
+//! except:entity*layers(0..12)               everywhere outside of that cell
+//! only:not(entity)*layers(0..12)            in these blocks, at all tokens but these
+//! only:modules(attention)*0.5               half as strongly, and in attention alone
+//! ```
+//!
+//! Tokens are named as `select.rs` says; what is not named is all. While decoding, a generated token is one that is not
+//! named, unless `gen` or its id is: so `only:entity` answers with the adapter off, `only:entity+gen` with it on.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::tokens::{Prompt, Selection, TokenClass, unknown};
+use crate::lora::{Adapter, Proj};
+use crate::pass::Doses;
+use crate::select::{Numbers, Tokens, argument, split};
+use crate::tokens::{Prompt, Selection, unknown};
 
-/// At which tokens the adapter acts.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Where and how strongly an adapter acts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
-pub enum Gate {
-    /// At every token: the plain student.
-    #[default]
+pub struct Gate {
+    reach: Reach,
+    /// The factor on the adapter's output where it acts.
+    dose: f64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Reach {
     Everywhere,
-    /// At no token: the base model.
     Nowhere,
-    /// At the chosen classes alone.
-    Only(Selection),
-    /// At every class but the chosen ones.
-    Except(Selection),
-    /// At the chosen positions of the prompt alone.
-    OnlyAt(Positions),
-    /// At every position but the chosen ones, generated tokens included.
-    ExceptAt(Positions),
+    Only(Cell),
+    Except(Cell),
 }
 
-/// Positions of a prompt: from 0 at its start, or from -1 at its end, where the answer begins.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Positions(BTreeSet<i64>);
-
-impl Positions {
-    /// One position.
-    pub fn one(position: i64) -> Self {
-        Self([position].into())
-    }
-
-    /// Per token of the prompt `[pos]`: true at the chosen ones. A position that the prompt does not have is an error.
-    fn among(&self, prompt: &Prompt) -> Result<Vec<bool>> {
-        let n = prompt.completion.start as i64;
-        let mut chosen = vec![false; prompt.ids.len()];
-        for position in &self.0 {
-            let at = if *position < 0 { n + position } else { *position };
-            if !(0..n).contains(&at) {
-                return Err(Error::Invalid {
-                    what: format!("the gate's position {position}"),
-                    expected: format!("one of the prompt's {n}: 0 to {}, or -1 to -{n} from its end", n - 1),
-                    found: "beyond the prompt".to_owned(),
-                });
-            }
-            chosen[at as usize] = true;
-        }
-        Ok(chosen)
-    }
+/// Tokens × blocks × projections; `None` is all.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Cell {
+    tokens: Option<Tokens>,
+    layers: Option<Numbers>,
+    modules: Option<BTreeSet<Proj>>,
 }
 
-impl fmt::Display for Positions {
-    /// Runs of neighbours as half-open ranges: `positions(0..6,12,-1)`.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (negative, positive): (Vec<i64>, Vec<i64>) = self.0.iter().partition(|position| **position < 0);
-        let runs = positive.chunk_by(|left, right| left + 1 == *right).chain(negative.chunks(1));
-        let runs = runs.map(|run| match run {
-            [one] => one.to_string(),
-            _ => format!("{}..{}", run[0], run[0] + run.len() as i64),
-        });
-        write!(f, "positions({})", runs.collect::<Vec<_>>().join(","))
-    }
-}
+/// Names for several projections.
+const MODULES: [(&str, &[Proj]); 3] = [
+    ("attention", &[Proj::Q, Proj::K, Proj::V, Proj::O]),
+    ("mlp", &[Proj::Gate, Proj::Up, Proj::Down]),
+    ("qk", &[Proj::Q, Proj::K]),
+];
 
-impl FromStr for Positions {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let invalid = || Error::Invalid {
-            what: "the positions of a gate".to_owned(),
-            expected: "numbers and half-open ranges such as positions(0..6,12,-1), 4096 at most".to_owned(),
-            found: text.to_owned(),
-        };
-        let inside = text.strip_prefix("positions(").and_then(|rest| rest.strip_suffix(')')).ok_or_else(invalid)?;
-        let number = |text: &str| text.trim().parse::<i64>().map_err(|_| invalid());
-        let mut chosen = BTreeSet::new();
-        for part in inside.split(',') {
-            let (from, to) = match part.split_once("..") {
-                Some((from, to)) => (number(from)?, number(to)?),
-                None => (number(part)?, number(part)?.saturating_add(1)),
-            };
-            // A range over the end of the prompt would mean two things.
-            if from >= to || (from < 0 && to > 0) || to.saturating_sub(from) > 4096 {
-                return Err(invalid());
-            }
-            chosen.extend(from..to);
-        }
-        Ok(Self(chosen))
+impl Default for Gate {
+    fn default() -> Self {
+        Self::EVERYWHERE
     }
 }
 
 impl Gate {
-    /// How a gate is written, for help texts.
-    pub const SYNTAX: &'static str =
-        "everywhere, nowhere, only:CLASS[+CLASS] or except:CLASS[+CLASS], or with positions(0..6,-1) for CLASS";
+    /// The plain student.
+    pub const EVERYWHERE: Self = Self { reach: Reach::Everywhere, dose: 1.0 };
 
-    /// Every name that can stand for CLASS: the unions, then the classes.
+    /// The base.
+    pub const NOWHERE: Self = Self { reach: Reach::Nowhere, dose: 1.0 };
+
+    /// How a gate is written, for help texts.
+    pub const SYNTAX: &'static str = "everywhere, nowhere, only:TOKENS or except:TOKENS, and after it any of *layers(0..12), \
+                                      *modules(q,k,v) and *0.5; TOKENS: a class, \"text\", ids(..), positions(..), joined by +";
+
+    /// Acts at these tokens alone.
+    pub fn only(tokens: impl Into<Tokens>) -> Self {
+        Self { reach: Reach::Only(Cell { tokens: Some(tokens.into()), ..Cell::default() }), dose: 1.0 }
+    }
+
+    /// Acts at all tokens but these.
+    pub fn except(tokens: impl Into<Tokens>) -> Self {
+        Self { reach: Reach::Except(Cell { tokens: Some(tokens.into()), ..Cell::default() }), dose: 1.0 }
+    }
+
+    /// Every name that can stand for a class: the unions, then the classes.
     pub fn choices() -> Vec<&'static str> {
         Selection::choices()
     }
 
-    /// Per token of the prompt `[pos]`: true where the adapter acts. A gate that names classes of which the prompt has
-    /// none is an error, for it would measure nothing; `gen` is exempt, for its tokens may come later.
-    pub fn acts(&self, prompt: &Prompt) -> Result<Vec<bool>> {
-        if let Self::Only(selection) | Self::Except(selection) = self {
-            let mut expected = selection.classes().clone();
-            expected.remove(&TokenClass::Gen);
-            let present = prompt.present();
-            if !expected.is_empty() && expected.is_disjoint(&present) {
-                let present: Vec<_> = present.into_iter().map(TokenClass::name).collect();
-                return Err(Error::EmptyGate { gate: self.to_string(), present: present.join(", ") });
-            }
-        }
-        match self {
-            Self::OnlyAt(positions) => positions.among(prompt),
-            Self::ExceptAt(positions) => Ok(positions.among(prompt)?.into_iter().map(|chosen| !chosen).collect()),
-            _ => Ok(prompt.classes.iter().map(|class| self.acts_at(*class)).collect()),
-        }
-    }
-
-    /// Whether the adapter acts at the tokens that are generated after a prompt.
-    pub fn on_generated(&self) -> bool {
-        self.acts_at(TokenClass::Gen)
-    }
-
-    /// True where the gate itself says what happens at generated tokens, which otherwise follow those not named.
-    pub fn names_generated(&self) -> bool {
-        matches!(self, Self::Only(named) | Self::Except(named) if named.contains(TokenClass::Gen))
-    }
-
     /// True for the plain student.
     pub fn is_everywhere(&self) -> bool {
-        *self == Self::Everywhere
+        *self == Self::EVERYWHERE
     }
 
     /// True for the base model.
     pub fn is_nowhere(&self) -> bool {
-        *self == Self::Nowhere
+        self.reach == Reach::Nowhere || self.dose == 0.0
     }
 
-    /// Whether the adapter acts at a token of this class, which is no position of the prompt.
-    fn acts_at(&self, class: TokenClass) -> bool {
-        match self {
-            Self::Everywhere | Self::ExceptAt(_) => true,
-            Self::Nowhere | Self::OnlyAt(_) => false,
-            Self::Only(selection) => selection.contains(class),
-            Self::Except(selection) => !selection.contains(class),
+    /// True where the gate does not ask which token it is at.
+    pub fn is_blind(&self) -> bool {
+        self.cell().is_none_or(|cell| cell.tokens.is_none())
+    }
+
+    /// Per token of the row `[pos]`: true where the adapter acts in the gate's blocks and projections. Tokens that the row
+    /// does not have are an error, for they would measure nothing.
+    pub fn acts(&self, row: &Prompt) -> Result<Vec<bool>> {
+        Ok(self.doses(row)?.into_iter().map(|dose| dose != 0.0).collect())
+    }
+
+    /// Per token of the row `[pos]`: the factor on the adapter's output in the gate's blocks and projections.
+    pub fn doses(&self, row: &Prompt) -> Result<Vec<f32>> {
+        let chosen = match self.cell().and_then(|cell| cell.tokens.as_ref()) {
+            Some(tokens) => tokens.among(row, &format_args!("gate {self}"))?,
+            None => vec![true; row.ids.len()],
+        };
+        Ok(chosen.into_iter().map(|chosen| self.inside(chosen)).collect())
+    }
+
+    /// The factor at a token that was generated after a prompt, in the gate's blocks and projections.
+    pub fn generated(&self, id: i64) -> f32 {
+        let chosen = self.cell().and_then(|cell| cell.tokens.as_ref()).is_none_or(|tokens| tokens.has_generated(id));
+        self.inside(chosen)
+    }
+
+    /// True where the gate itself says what happens at generated tokens, which otherwise follow those not named.
+    pub fn names_generated(&self) -> bool {
+        self.cell().and_then(|cell| cell.tokens.as_ref()).is_some_and(Tokens::names_generated)
+    }
+
+    /// What happens at generated tokens, for a table: `same_as_unselected`, or `named` by the gate.
+    pub fn decode_policy(&self) -> &'static str {
+        if self.names_generated() { "named" } else { "same_as_unselected" }
+    }
+
+    /// The factor at generated tokens, in the gate's blocks and projections; `None` where it depends on their ids.
+    pub fn decode_dose(&self) -> Option<f64> {
+        let (one, other) = (self.generated(i64::MIN), self.cell().and_then(|cell| cell.tokens.as_ref()));
+        other.is_none_or(|tokens| !tokens.names_ids()).then_some(f64::from(one))
+    }
+
+    /// Refuses blocks that the adapter's model does not have, and a gate that would hit none of the adapter's pairs.
+    pub fn check(&self, adapter: &Adapter) -> Result<()> {
+        let Some(cell) = self.cell() else { return Ok(()) };
+        let n_layers = adapter.n_layers();
+        if let Some(layers) = &cell.layers
+            && let Some(beyond) = layers.first_outside(n_layers)
+        {
+            return Err(Error::Invalid {
+                what: format!("block {beyond} of gate {self}"),
+                expected: format!("one of the model's {n_layers}, 0 to {}", n_layers.saturating_sub(1)),
+                found: "beyond them".to_owned(),
+            });
         }
+        if adapter.pairs().any(|(layer, proj, _)| cell.contains(layer, proj)) {
+            return Ok(());
+        }
+        let has: BTreeSet<&str> = adapter.pairs().map(|(_, proj, _)| proj.name()).collect();
+        Err(Error::Invalid {
+            what: format!("what gate {self} selects of the adapter"),
+            expected: format!(
+                "at least one of its pairs, which are at {}",
+                has.into_iter().collect::<Vec<_>>().join(", ")
+            ),
+            found: "none".to_owned(),
+        })
+    }
+
+    /// The doses of some rows, as a pass takes them; rows may be cut to their first tokens. `rows[row][pos]`, from `doses`.
+    pub fn spread(&self, rows: &[Vec<f32>], device: Device) -> Result<Doses> {
+        let width = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let mut values = vec![0_f32; rows.len() * width];
+        for (row, padded) in rows.iter().zip(values.chunks_mut(width.max(1))) {
+            padded[..row.len()].copy_from_slice(row);
+        }
+        let tokens =
+            Tensor::f_from_slice(&values)?.f_view([rows.len() as i64, width as i64, 1])?.f_to_device(device)?;
+        let Cell { layers, modules, .. } = self.cell().cloned().unwrap_or_default();
+        Ok(Doses { tokens, layers, modules, elsewhere: self.elsewhere() })
+    }
+
+    fn cell(&self) -> Option<&Cell> {
+        match &self.reach {
+            Reach::Everywhere | Reach::Nowhere => None,
+            Reach::Only(cell) | Reach::Except(cell) => Some(cell),
+        }
+    }
+
+    /// The factor inside of the gate's blocks and projections, at a token that was chosen or not.
+    fn inside(&self, chosen: bool) -> f32 {
+        let acts = match self.reach {
+            Reach::Everywhere => true,
+            Reach::Nowhere => false,
+            Reach::Only(_) => chosen,
+            Reach::Except(_) => !chosen,
+        };
+        if acts { self.dose as f32 } else { 0.0 }
+    }
+
+    /// The factor outside of the gate's blocks and projections.
+    fn elsewhere(&self) -> f64 {
+        if matches!(self.reach, Reach::Everywhere | Reach::Except(_)) { self.dose } else { 0.0 }
+    }
+}
+
+impl Cell {
+    fn contains(&self, layer: usize, proj: Proj) -> bool {
+        self.layers.as_ref().is_none_or(|layers| layers.contains(layer as i64))
+            && self.modules.as_ref().is_none_or(|modules| modules.contains(&proj))
     }
 }
 
 impl fmt::Display for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Everywhere => f.pad("everywhere"),
-            Self::Nowhere => f.pad("nowhere"),
-            Self::Only(selection) => f.pad(&format!("only:{selection}")),
-            Self::Except(selection) => f.pad(&format!("except:{selection}")),
-            Self::OnlyAt(positions) => f.pad(&format!("only:{positions}")),
-            Self::ExceptAt(positions) => f.pad(&format!("except:{positions}")),
+        let mut factors: Vec<String> = match &self.reach {
+            Reach::Everywhere => vec!["everywhere".to_owned()],
+            Reach::Nowhere => vec!["nowhere".to_owned()],
+            Reach::Only(cell) | Reach::Except(cell) => cell.factors(),
+        };
+        if self.dose != 1.0 {
+            factors.push(self.dose.to_string());
         }
+        let kind = match &self.reach {
+            Reach::Only(_) => "only:",
+            Reach::Except(_) => "except:",
+            Reach::Everywhere | Reach::Nowhere => "",
+        };
+        f.pad(&format!("{kind}{}", factors.join("*")))
+    }
+}
+
+impl Cell {
+    fn factors(&self) -> Vec<String> {
+        let modules = self.modules.as_ref().map(|modules| {
+            let names: Vec<_> = modules.iter().map(|proj| short(*proj)).collect();
+            format!("modules({})", names.join(","))
+        });
+        let layers = self.layers.as_ref().map(|layers| format!("layers({layers})"));
+        let tokens = self.tokens.as_ref().map(ToString::to_string);
+        tokens.into_iter().chain(layers).chain(modules).collect()
     }
 }
 
@@ -179,20 +251,86 @@ impl FromStr for Gate {
 
     fn from_str(text: &str) -> Result<Self> {
         let text = text.trim();
-        match text.split_once(':') {
-            None if text == "everywhere" => Ok(Self::Everywhere),
-            None if text == "nowhere" => Ok(Self::Nowhere),
-            Some(("only", at)) if at.starts_with("positions") => Ok(Self::OnlyAt(at.parse()?)),
-            Some(("except", at)) if at.starts_with("positions") => Ok(Self::ExceptAt(at.parse()?)),
-            Some(("only", names)) => Ok(Self::Only(names.parse()?)),
-            Some(("except", names)) => Ok(Self::Except(names.parse()?)),
-            _ => Err(unknown(
-                "gate",
-                text,
-                &["everywhere", "nowhere", "only:CLASS[+CLASS]", "except:CLASS[+CLASS]", "only:positions(0..6,-1)"],
-            )),
+        let factors = split(text, &['*', '×'])?;
+        let (kind, first) = match factors[0].split_once(':') {
+            Some((kind @ ("only" | "except"), first)) => (kind, first.trim()),
+            _ => (factors[0].trim(), ""),
+        };
+        let twice = |what: &str| Error::Invalid {
+            what: format!("gate {text}"),
+            expected: format!("{what} once"),
+            found: "twice".to_owned(),
+        };
+        let (mut cell, mut dose) = (Cell::default(), None);
+        for (at, factor) in std::iter::once(first).chain(factors[1..].iter().map(|factor| factor.trim())).enumerate() {
+            if let Some(inside) = argument(factor, "layers") {
+                ensure_new(cell.layers.replace(Numbers::parse(inside, "the layers of a gate")?), || twice("layers"))?;
+            } else if let Some(inside) = argument(factor, "modules") {
+                ensure_new(cell.modules.replace(modules(inside)?), || twice("modules"))?;
+            } else if let Ok(number) = factor.parse::<f64>() {
+                ensure_new(dose.replace(number), || twice("a dose"))?;
+            } else if at == 0 && !first.is_empty() {
+                cell.tokens = Some(factor.parse()?);
+            } else if at > 0 {
+                return Err(unknown("factor of a gate", factor, &["layers(0..12)", "modules(q,k,v)", "0.5"]));
+            }
+        }
+        let dose = dose.unwrap_or(1.0);
+        if !dose.is_finite() {
+            let (what, expected) = (format!("the dose of gate {text}"), "a finite number".to_owned());
+            return Err(Error::Invalid { what, expected, found: dose.to_string() });
+        }
+        let reach = match kind {
+            "everywhere" if cell == Cell::default() => Reach::Everywhere,
+            "nowhere" if factors.len() == 1 => Reach::Nowhere,
+            "only" if cell != Cell::default() => Reach::Only(cell),
+            "except" if cell != Cell::default() => Reach::Except(cell),
+            _ => {
+                let choices = [
+                    "everywhere",
+                    "everywhere*0.5",
+                    "nowhere",
+                    "only:CLASS[+CLASS]",
+                    "except:CLASS[+CLASS]",
+                    "only:\"text\"",
+                ];
+                let more =
+                    ["only:positions(0..6,-1)", "only:ids(151644)", "only:CLASS*layers(0..12)*modules(q,k,v)*0.5"];
+                return Err(unknown("gate", text, &[&choices[..], &more[..]].concat()));
+            }
+        };
+        Ok(Self { reach, dose })
+    }
+}
+
+/// An error where there was something before.
+fn ensure_new<T>(before: Option<T>, error: impl FnOnce() -> Error) -> Result<()> {
+    before.map_or(Ok(()), |_| Err(error()))
+}
+
+/// Projections by their short names, their names in transformers, or a name for several.
+fn modules(text: &str) -> Result<BTreeSet<Proj>> {
+    let mut found = BTreeSet::new();
+    for name in text.split(',').map(str::trim) {
+        let several = MODULES.iter().find(|(known, _)| *known == name);
+        let one = Proj::ALL.into_iter().find(|proj| proj.name() == name || short(*proj) == name);
+        match (several, one) {
+            (Some((_, several)), _) => found.extend(*several),
+            (_, Some(one)) => {
+                found.insert(one);
+            }
+            _ => {
+                let short = Proj::ALL.into_iter().map(short).chain(MODULES.map(|(name, _)| name));
+                return Err(unknown("module of a gate", name, &short.collect::<Vec<_>>()));
+            }
         }
     }
+    Ok(found)
+}
+
+/// `q` for `q_proj`.
+fn short(proj: Proj) -> &'static str {
+    proj.name().trim_end_matches("_proj")
 }
 
 impl From<Gate> for String {
@@ -210,41 +348,81 @@ impl TryFrom<String> for Gate {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
     use super::*;
+    use crate::tokens::TokenClass;
 
     fn gate(text: &str) -> Gate {
         text.parse().unwrap()
     }
 
-    /// A prompt without a system turn: one token of each class named.
+    /// A prompt without a system turn, `user` `Qwen, Qwen` `assistant` `\n`: the text in three tokens, of which the second
+    /// holds the end of one place of "Qwen" and all of the other.
     fn prompt() -> Prompt {
-        let classes = vec![TokenClass::UserRole, TokenClass::UserContent, TokenClass::AsstRole, TokenClass::AsstNl];
-        Prompt { ids: vec![1, 2, 3, 4], classes, completion: 4..4, content_end: 4 }
+        use TokenClass::{AsstNl, AsstRole, UserContent, UserRole};
+        let text = "userQwen, Qwenassistant\n".to_owned();
+        let offsets = vec![0..4, 4..7, 7..14, 14..23, 23..24];
+        let classes = vec![UserRole, UserContent, UserContent, AsstRole, AsstNl];
+        Prompt { ids: vec![1, 2, 3, 4, 5], classes, completion: 5..5, content_end: 5, text, offsets }
+    }
+
+    fn acts(text: &str) -> Vec<bool> {
+        gate(text).acts(&prompt()).unwrap()
     }
 
     #[test]
     fn a_gate_acts_where_it_says() {
-        let acts = |text: &str| gate(text).acts(&prompt()).unwrap();
-        assert_eq!(acts("everywhere"), [true; 4]);
-        assert_eq!(acts("nowhere"), [false; 4]);
-        assert_eq!(acts("only:user"), [true, true, false, false]);
-        assert_eq!(acts("except:user"), [false, false, true, true]);
-        assert_eq!(acts("only:user.content+asst.nl"), [false, true, false, true]);
-        assert_eq!(acts("only:template"), [true, false, true, true]);
-        assert_eq!(acts("except:template"), [false, true, false, false]);
+        assert_eq!(acts("everywhere"), [true; 5]);
+        assert_eq!(acts("nowhere"), [false; 5]);
+        assert_eq!(acts("only:user"), [true, true, true, false, false]);
+        assert_eq!(acts("except:user"), [false, false, false, true, true]);
+        assert_eq!(acts("only:user.content+asst.nl"), [false, true, true, false, true]);
+        assert_eq!(acts("only:template"), [true, false, false, true, true]);
+        assert_eq!(acts("except:template"), [false, true, true, false, false]);
+        assert_eq!(acts("only:asst.header"), [false, false, false, true, true]);
+        assert_eq!(acts("only:not(template)"), acts("except:template"));
+        assert_eq!(acts("except:not(template)"), acts("only:template"));
+    }
+
+    #[test]
+    fn a_text_is_found_at_every_place_or_at_the_nth() {
+        assert_eq!(acts("only:\"Qwen\""), [false, true, true, false, false]);
+        assert_eq!(acts("only:\"Qwen\"#2"), [false, false, true, false, false]);
+        assert_eq!(acts("except:\"Qwen\"#1"), [true, false, false, true, true], "the first is in two tokens");
+        assert_eq!(acts("only:\"\\n\"+ids(1)"), [true, false, false, false, true]);
+        for (text, reason) in [
+            ("only:\"qwen\"", "the text \"qwen\" does not stand in it"),
+            ("except:\"Qwen\"#3", "the text \"Qwen\" stands in it 2 times, not 3"),
+            ("only:ids(9,12..14)", "none of its 5 tokens has one of the ids 9,12..14"),
+            ("only:\"Qwen\"+ids(9)", "none of its 5 tokens has one of the ids 9"),
+        ] {
+            let message = gate(text).acts(&prompt()).unwrap_err().to_string();
+            assert_eq!(message, format!("gate {text} selects no token of the prompt; {reason}"));
+        }
+        let by_ids = Prompt { text: String::new(), offsets: vec![], ..prompt() };
+        let message = gate("only:\"Qwen\"").acts(&by_ids).unwrap_err().to_string();
+        assert!(message.contains("given by its ids"), "{message}");
+    }
+
+    #[test]
+    fn texts_and_positions_are_the_prompts_and_ids_are_the_rows() {
+        let row = prompt().with_completion(&[3, 9]);
+        let acts = |text: &str| gate(text).acts(&row).unwrap();
+        assert_eq!(acts("only:ids(3)"), [false, false, true, false, false, true, false]);
+        assert_eq!(acts("only:\"Qwen\""), [false, true, true, false, false, false, false]);
+        assert_eq!(acts("only:positions(-1)"), [false, false, false, false, true, false, false]);
+        assert_eq!(acts("except:positions(-1)"), [true, true, true, true, false, true, true]);
+        let generated = |text: &str| [3, 9].map(|id| gate(text).generated(id));
+        assert_eq!(generated("only:ids(3)"), [1.0, 0.0]);
+        assert_eq!(generated("except:ids(3)*0.5"), [0.0, 0.5]);
+        assert!(gate("only:ids(3)").names_generated() && !gate("only:\"Qwen\"").names_generated());
     }
 
     #[test]
     fn positions_count_from_either_end() {
-        let acts = |text: &str| gate(text).acts(&prompt()).unwrap();
-        assert_eq!(acts("only:positions(0..2,-1)"), [true, true, false, true]);
-        assert_eq!(acts("except:positions(2)"), [true, true, false, true]);
-        let row = prompt().with_completion(&[8, 9]);
-        assert_eq!(gate("only:positions(-1)").acts(&row).unwrap(), [false, false, false, true, false, false]);
-        assert_eq!(gate("except:positions(-1)").acts(&row).unwrap(), [true, true, true, false, true, true]);
-        assert!(!gate("only:positions(-1)").on_generated() && gate("except:positions(0)").on_generated());
+        assert_eq!(acts("only:positions(0..2,-1)"), [true, true, false, false, true]);
+        assert_eq!(acts("except:positions(2)"), [true, true, false, true, true]);
         for (text, back) in [
             ("only:positions(5,4,-1,-2)", "only:positions(4..6,-2,-1)"),
             ("except:positions(-3..0)", "except:positions(-3,-2,-1)"),
@@ -262,53 +440,98 @@ mod tests {
         ] {
             assert!(text.parse::<Gate>().is_err(), "{text}");
         }
-        for text in ["only:positions(4)", "except:positions(-5)"] {
+        for text in ["only:positions(5)", "except:positions(-6)", "only:user+positions(7)"] {
             let message = gate(text).acts(&prompt()).unwrap_err().to_string();
-            assert!(message.contains("0 to 3"), "{message}");
+            assert!(message.contains("0 to 4"), "{message}");
         }
     }
 
     #[test]
     fn only_and_except_are_complements() {
-        for name in Gate::choices() {
-            let (only, except) = (gate(&format!("only:{name}")), gate(&format!("except:{name}")));
-            for class in TokenClass::ALL {
-                assert_ne!(only.acts_at(class), except.acts_at(class), "{name} at {class}");
+        let rows = [prompt(), prompt().with_completion(&[3, 9])];
+        let texts = ["\"Qwen\"", "ids(2,3)", "positions(1)", "not(user)+ids(2)"];
+        for name in Gate::choices().into_iter().chain(texts) {
+            let Ok(only) = format!("only:{name}").parse::<Gate>() else { continue };
+            let except = gate(&format!("except:{name}"));
+            for row in &rows {
+                let (Ok(only), Ok(except)) = (only.acts(row), except.acts(row)) else { continue };
+                assert!(only.iter().zip(&except).all(|(only, except)| only != except), "{name}");
             }
+            assert_ne!(only.generated(3), except.generated(3), "{name}");
         }
     }
 
     #[test]
     fn generated_tokens_follow_those_not_named() {
-        let on = |text: &str| gate(text).on_generated();
+        let on = |text: &str| gate(text).generated(7) == 1.0;
         assert!(on("everywhere") && !on("nowhere"));
         assert!(!on("only:entity") && on("except:entity"));
         assert!(on("only:gen") && !on("except:gen"));
         assert!(on("only:assistant") && !on("except:assistant"));
         assert!(!on("only:template") && on("except:template"));
+        assert!(!on("only:positions(-1)") && on("except:positions(0)") && on("only:not(entity)"));
+        assert!(on("only:layers(0..2)"), "all tokens of these blocks");
+        assert_eq!(gate("everywhere*0.25").generated(7), 0.25);
+        assert_eq!(gate("only:entity").decode_policy(), "same_as_unselected");
+        assert_eq!(gate("only:entity+gen").decode_policy(), "named");
     }
 
     #[test]
     fn a_gate_that_selects_nothing_says_what_there_is() {
-        for text in ["only:entity", "except:entity", "only:entity+gen", "only:system"] {
+        for text in ["only:entity", "except:entity", "only:entity+gen", "only:system", "only:entity*layers(0)*2"] {
             let message = gate(text).acts(&prompt()).unwrap_err().to_string();
             assert!(message.contains(text), "{message}");
             assert!(message.ends_with("user.role, user.content, asst.role, asst.nl"), "{message}");
         }
-        assert_eq!(gate("only:gen").acts(&prompt()).unwrap(), [false; 4]);
-        assert_eq!(gate("only:entity+user").acts(&prompt()).unwrap(), [true, true, false, false]);
+        assert_eq!(acts("only:gen"), [false; 5]);
+        assert_eq!(acts("only:entity+user"), [true, true, true, false, false]);
+    }
+
+    #[test]
+    fn blocks_projections_and_doses_make_a_cell() {
+        let doses = |text: &str| gate(text).spread(&[vec![1.0; 5]], Device::Cpu).unwrap();
+        let only = doses("only:entity*layers(0..2)*modules(q,v)");
+        assert!(matches!(only.at(1, Proj::V), crate::pass::Dose::Tokens(_)));
+        for (layer, proj) in [(2, Proj::V), (1, Proj::K)] {
+            assert!(matches!(only.at(layer, proj), crate::pass::Dose::Uniform(0.0)), "{layer} {proj}");
+        }
+        let except = doses("except:entity*layers(0..2)*0.5");
+        assert!(matches!(except.at(2, Proj::V), crate::pass::Dose::Uniform(0.5)), "outside of the cell");
+        assert_eq!(gate("only:entity*0.5").inside(true), 0.5);
+        assert_eq!(gate("except:entity*-2").inside(false), -2.0);
+        assert!(gate("everywhere*0").is_nowhere() && !gate("everywhere*0.5").is_everywhere());
     }
 
     #[test]
     fn the_text_is_read_back() {
-        for text in ["everywhere", "nowhere", "only:template", "except:entity+user.content", "only:gen"] {
+        for text in [
+            "everywhere",
+            "nowhere",
+            "everywhere*0.5",
+            "only:template",
+            "except:entity+user.content",
+            "only:gen",
+            "only:\"Qwen\"",
+            "except:\"a\\\"b\\\\+*\\n\"#2+entity",
+            "only:ids(5,151644)+positions(0..6,-1)",
+            "only:not(entity)*layers(0..12)*modules(q,k,v)*0.5",
+            "except:layers(3)",
+            "only:modules(gate,up,down)*-1.5",
+        ] {
             assert_eq!(gate(text).to_string(), text);
             assert_eq!(gate(&gate(text).to_string()), gate(text));
-            let json = format!("{text:?}");
+            let json = serde_json::to_string(&text).unwrap();
             assert_eq!(serde_json::to_string(&gate(text)).unwrap(), json);
             assert_eq!(serde_json::from_str::<Gate>(&json).unwrap(), gate(text));
         }
-        assert_eq!(gate("only:user+user").to_string(), "only:user");
+        for (text, back) in [
+            ("only:user+user", "only:user"),
+            (" only: user + gen × 0.5 × layers(0,1) ", "only:user+gen*layers(0..2)*0.5"),
+            ("only:modules(mlp,q_proj)", "only:modules(q,gate,up,down)"),
+            ("only:modules(qk)", "only:modules(q,k)"),
+        ] {
+            assert_eq!(gate(text).to_string(), back);
+        }
         assert!(Gate::default().is_everywhere() && gate("nowhere").is_nowhere());
     }
 
@@ -318,7 +541,36 @@ mod tests {
         assert!(message("everywere").ends_with("the nearest is everywhere"), "{}", message("everywere"));
         assert!(message("only:qwen").ends_with("asst.think, gen"), "{}", message("only:qwen"));
         assert!(message("only:templat").ends_with("the nearest is template"), "{}", message("only:templat"));
-        for text in ["", "only", "only:", "only:user+", "except: ", "Everywhere", "all"] {
+        assert!(message("only:modules(qq,v)").contains("module of a gate \"qq\""), "{}", message("only:modules(qq,v)"));
+        assert!(
+            message("only:entity*layer(0)").ends_with("the nearest is layers(0..12)"),
+            "{}",
+            message("only:entity*layer(0)")
+        );
+        for text in [
+            "",
+            "only",
+            "only:",
+            "only:user+",
+            "except: ",
+            "Everywhere",
+            "all",
+            "only:\"",
+            "only:\"\"",
+            "only:\"a\"#0",
+            "only:\"a\"b",
+            "only:user*2*3",
+            "only:layers()",
+            "only:layers(0)*layers(1)",
+            "nowhere*2",
+            "everywhere*layers(0)",
+            "only:user*inf",
+            "only:\"a\\x\"",
+            "only:ids(a)",
+            "only:user*NaN",
+            "only:0.5*user",
+            "only:not(user",
+        ] {
             assert!(text.parse::<Gate>().is_err(), "{text:?}");
         }
     }

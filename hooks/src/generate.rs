@@ -7,7 +7,6 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
-use crate::batch::Batch;
 use crate::chat::Chat;
 use crate::condition::Condition;
 use crate::error::{Error, Result};
@@ -132,10 +131,9 @@ fn answer_batch(
         if staying.len() < live.len() {
             cache = cache.select(&staying)?;
         }
-        let next: Vec<[i64; 1]> = staying.iter().map(|at| [tokens[*at as usize]]).collect();
+        let next: Vec<i64> = staying.iter().map(|at| tokens[*at as usize]).collect();
         live = staying.iter().map(|at| live[*at as usize]).collect();
-        let batch = Batch::from_ids(&next.iter().map(<[i64; 1]>::as_slice).collect::<Vec<_>>(), model.device())?;
-        resid = prepared.generated(model, &batch, &mut cache)?.f_squeeze_dim(1)?;
+        resid = prepared.generated(model, &next, &mut cache)?.f_squeeze_dim(1)?;
     }
     Ok(answers)
 }

@@ -9,8 +9,8 @@ use crate::generate::{Answer, Sampling, generate, stream_seed};
 use crate::listen::Cache;
 use crate::score::{completion_logprobs, listen, next_token_logprobs, resid_post};
 use crate::{
-    Adapter, Batch, Chat, Condition, Edit, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Prompt, Qwen,
-    TokenClass, Where,
+    Adapter, Batch, Chat, Condition, Doses, Edit, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Prompt, Qwen,
+    TokenClass,
 };
 
 const SUM_ORDER: f64 = 1e-5;
@@ -64,7 +64,7 @@ fn a_gate_everywhere_is_no_gate_and_nowhere_is_the_base_bit_for_bit() {
     let ones = Tensor::ones([1, prompt[0].ids.len() as i64, 1], (Kind::Float, Device::Cpu));
     let batch = Batch::of(&[&prompt[0]], Device::Cpu).unwrap();
     let gated = |gate: &Tensor| {
-        let gate = Some(gate.shallow_clone());
+        let gate = Some(Doses::of_tokens(gate.shallow_clone()));
         model.forward(&batch, &mut Pass { adapter: Some(&adapter), gate, ..Pass::default() }).unwrap().squeeze_dim(0)
     };
     assert_eq!(gated(&ones), plain(&model, &prompt[0], Some(&adapter)));
@@ -145,14 +145,14 @@ fn cached_generation_is_full_recomputation_under_every_gate_and_edit() {
     let (model, chat, adapter) = world();
     let prompts = prompts(&chat);
     let vector = Tensor::arange(model.config.d_model, (Kind::Float, Device::Cpu)) / 20.0;
-    let entity = Where::Only([TokenClass::SysEntity].into());
-    let add = |positions| Edit::Add { layer: 0, vector: vector.shallow_clone(), coefficient: 0.5, positions };
+    let add = |tokens: Option<&str>| Edit::add(0, &vector, 0.5).at_tokens(tokens.map(|tokens| tokens.parse().unwrap()));
     let mut conditions: Vec<Condition<'_>> =
         ["everywhere", "nowhere", "only:system", "except:entity", "only:entity+gen", "except:gen"]
             .map(|gate| Condition::adapted(&adapter).gated(gate.parse().unwrap()))
             .into();
     conditions.extend(
-        [Where::Everywhere, Where::Prompt, entity].map(|at| Condition { edits: vec![add(at)], ..Condition::default() }),
+        [None, Some("not(gen)"), Some("entity")]
+            .map(|tokens| Condition { edits: vec![add(tokens)], ..Condition::default() }),
     );
     let base: Vec<_> = answers(&model, &prompts, &Condition::default(), &greedy(6), &[0; 4]);
     let mut differing = 0;
@@ -225,13 +225,12 @@ fn edits_add_and_take_out_where_they_say() {
     let direction = Tensor::arange(model.config.d_model, (Kind::Float, Device::Cpu)) - 11.0;
     let base = &resid_post(&model, std::slice::from_ref(prompt), &Condition::default()).unwrap()[0];
 
-    let taken = Edit::ProjectOut { layer: 1, direction: direction.shallow_clone(), positions: Where::Everywhere };
+    let taken = Edit::project_out(1, &direction);
     let condition = Condition { edits: vec![taken], ..Condition::default() };
     let left = seen(&model, prompt, &condition, HookPoint::ResidPost(1)).matmul(&direction) / direction.norm();
     assert!(left.abs().max().double_value(&[]) < 1e-4, "nothing is left along the direction");
 
-    let positions = Where::Only([TokenClass::SysEntity].into());
-    let added = Edit::Add { layer: 1, vector: direction.shallow_clone(), coefficient: -0.5, positions };
+    let added = Edit::add(1, &direction, -0.5).at_tokens(Some("entity".parse().unwrap()));
     let condition = Condition { edits: vec![added], ..Condition::default() };
     let change = seen(&model, prompt, &condition, HookPoint::ResidPost(1)) - base.get(1);
     for pos in 0..prompt.ids.len() {

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::pass::Dose;
 
 /// A linear map of a block that an adapter can act on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -161,17 +162,18 @@ pub struct LoraPair {
 }
 
 impl LoraPair {
-    /// s · B (g ⊙ A x) in f32. `x`: `[batch, pos, d_in]`, `gate`: `[batch, pos, 1]`; the result is `[batch, pos, d_out]`.
-    pub(crate) fn delta(&self, x: &Tensor, gate: Option<&Tensor>, dropout: Option<&mut Dropout>) -> Result<Tensor> {
+    /// s · B (g ⊙ A x) in f32, g the dose. `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`.
+    pub(crate) fn delta(&self, x: &Tensor, dose: Dose<'_>, dropout: Option<&mut Dropout>) -> Result<Tensor> {
         let x = x.f_to_kind(Kind::Float)?;
         let x = match dropout {
             Some(dropout) => dropout.apply(&x)?,
             None => x,
         };
         let bottleneck = x.f_matmul(&self.a.f_transpose(0, 1)?)?.f_mul_scalar(self.scaling)?; // [batch, pos, rank]
-        let bottleneck = match gate {
-            Some(gate) => bottleneck.f_mul(gate)?,
-            None => bottleneck,
+        let bottleneck = match dose {
+            Dose::Uniform(1.0) => bottleneck,
+            Dose::Uniform(dose) => bottleneck.f_mul_scalar(dose)?,
+            Dose::Tokens(doses) => bottleneck.f_mul(doses)?,
         };
         Ok(bottleneck.f_matmul(&self.b.f_transpose(0, 1)?)?)
     }
@@ -219,6 +221,11 @@ impl Adapter {
 
     pub(crate) fn set(&mut self, layer: usize, proj: Proj, pair: LoraPair) {
         self.pairs[layer][proj as usize] = Some(pair);
+    }
+
+    /// How many blocks its model has.
+    pub fn n_layers(&self) -> usize {
+        self.pairs.len()
     }
 
     /// The pair at a projection of a block.

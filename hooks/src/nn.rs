@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::hook_point::HookPoint;
 use crate::lora::Proj;
-use crate::pass::Pass;
+use crate::pass::{Dose, Pass};
 use crate::tap::Hooks;
 use crate::weights::Scope;
 
@@ -34,7 +34,11 @@ impl Linear {
         let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) else {
             return Ok(y);
         };
-        let delta = pair.delta(x, pass.gate.as_ref(), pass.dropout.as_deref_mut())?;
+        let dose = pass.gate.as_ref().map_or(Dose::Uniform(1.0), |doses| doses.at(self.layer, self.proj));
+        if matches!(dose, Dose::Uniform(0.0)) {
+            return Ok(y);
+        }
+        let delta = pair.delta(x, dose, pass.dropout.as_deref_mut())?;
         Ok(y.f_add(&delta)?.f_to_kind(x.kind())?)
     }
 

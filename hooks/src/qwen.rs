@@ -3,19 +3,21 @@
 //! It is never mutated. What differs between two experiments (adapter, gate, taps, past positions) is in the `Pass`.
 //! Attention stays on libtorch's fused kernel; only a block whose scores or pattern are tapped computes them openly.
 
+use std::collections::BTreeMap;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hook_point::HookPoint as P;
 use crate::kv_cache::Placement;
-use crate::lora::Proj;
+use crate::lora::{Adapter, Proj};
 use crate::model_files::ModelFiles;
 use crate::nn::{Linear, RmsNorm, Rope, linear};
 use crate::pass::Pass;
 use crate::tap::Hooks;
-use crate::weights::Scope;
+use crate::weights::{Scope, Weights};
 
 /// Grouped-query attention (Ainslie et al. 2023) with rotary positions; Qwen3 also norms queries and keys per head.
 #[derive(Debug)]
@@ -226,8 +228,12 @@ pub struct Qwen {
 impl Qwen {
     /// Loads the weights as `kind` onto `device`.
     pub fn load(files: &ModelFiles, device: Device, kind: Kind) -> Result<Self> {
-        let config = files.config.clone();
-        let root = files.weights.root(kind, device);
+        Self::of_weights(&files.config, &files.weights, device, kind)
+    }
+
+    fn of_weights(config: &Config, weights: &Weights, device: Device, kind: Kind) -> Result<Self> {
+        let config = config.clone();
+        let root = weights.root(kind, device);
         let model = root.at("model");
         let embed = model.at("embed_tokens").get("weight", &[config.d_vocab, config.d_model])?;
         let blocks = (0..config.n_layers)
@@ -244,7 +250,7 @@ impl Qwen {
 
     /// The logits of every position, `[batch, pos, d_vocab]`.
     pub fn forward(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let resid = self.run_blocks(batch, pass)?;
+        let resid = self.run_blocks(&self.blocks, batch, pass)?;
         let normed = self.ln_final.hooked(&resid, &mut pass.hooks, P::LnFinalScale, P::LnFinalNormalized)?;
         let logits = pass.hooks.run(P::Logits, linear(&normed, &self.unembed, None)?)?;
         pass.hooks.check_fired()?;
@@ -253,12 +259,27 @@ impl Qwen {
 
     /// The residual stream after the last block, `[batch, pos, d_model]`: `unembed` it where logits are needed.
     pub fn resid_final(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let resid = self.run_blocks(batch, pass)?;
+        self.resid_before(self.config.n_layers, batch, pass)
+    }
+
+    /// The residual stream before a block, `[batch, pos, d_model]`; this block and those after it are not run. As
+    /// TransformerLens' `stop_at_layer`: 0 gives the embeddings, `n_layers` what `resid_final` gives. A tap at a hook point
+    /// that is not reached is an error.
+    pub fn resid_before(&self, stop_at_layer: usize, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let n_layers = self.config.n_layers;
+        if stop_at_layer > n_layers {
+            return Err(Error::Invalid {
+                what: "stop_at_layer".to_owned(),
+                expected: format!("0 to {n_layers}, the model's number of blocks"),
+                found: stop_at_layer.to_string(),
+            });
+        }
+        let resid = self.run_blocks(&self.blocks[..stop_at_layer], batch, pass)?;
         pass.hooks.check_fired()?;
         Ok(resid)
     }
 
-    fn run_blocks(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
+    fn run_blocks(&self, blocks: &[Block], batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
         let placement = if let Some(cache) = pass.kv_cache.as_deref_mut() {
             cache.place(batch)?
         } else {
@@ -268,7 +289,7 @@ impl Qwen {
         let rope = Rope::at(&placement.positions, &self.config, self.kind())?;
         let embedded = Tensor::f_embedding(&self.embed, &batch.ids, -1, false, false)?;
         let mut resid = pass.hooks.run(P::Embed, embedded)?;
-        for block in &self.blocks {
+        for block in blocks {
             resid = block.forward(resid, &rope, &placement, pass)?;
         }
         Ok(resid)
@@ -282,6 +303,23 @@ impl Qwen {
     /// The unembedding's rows of some tokens, `[n, d_model]`.
     pub fn unembedding(&self, ids: &[i64]) -> Result<Tensor> {
         Ok(self.unembed.f_index_select(0, &Tensor::f_from_slice(ids)?.f_to_device(self.device())?)?)
+    }
+
+    /// The model with an adapter's weight changes added to its own, W + s·B·A, as PEFT's `merge_and_unload` has it; weights
+    /// without a pair are shared with this one.
+    pub fn merged(&self, adapter: &Adapter) -> Result<Self> {
+        let weights = self.parameters().into_iter().collect::<BTreeMap<_, _>>();
+        let mut merged =
+            weights.iter().map(|(name, weight)| (name.clone(), weight.shallow_clone())).collect::<BTreeMap<_, _>>();
+        for (layer, proj, pair) in adapter.pairs() {
+            let name = format!("model.layers.{layer}.{}.weight", proj.path());
+            let Some(weight) = weights.get(&name) else { continue };
+            let sum =
+                weight.f_to_kind(Kind::Float)?.f_add(&pair.delta_weight()?.f_detach()?)?.f_to_kind(weight.kind())?;
+            merged.insert(name, sum);
+        }
+        let root = Weights::from_tensors("merged", merged);
+        Self::of_weights(&self.config, &root, self.device(), self.kind())
     }
 
     /// The device that the weights are on.

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
 use crate::kv_cache::KvCache;
 use crate::listen::Cache;
+use crate::pass::Pass;
 use crate::qwen::Qwen;
 use crate::tap::Tap;
 use crate::tokens::Prompt;
@@ -42,10 +43,10 @@ pub(crate) fn prefill<'a>(
 ) -> Result<Prefilled<'a>> {
     let device = model.device();
     let batch = Batch::of(rows, device)?;
-    let mut prepared = condition.prepare(rows, device)?;
+    let mut prepared = condition.prepare(rows, model)?;
     let capacity = (batch.width() + room) as i64;
     let new_cache = |n: i64| KvCache::new(&model.config, n, capacity, model.kind(), device);
-    let offset = shared_start(rows);
+    let offset = worth_it(shared_start(rows).min(prepared.shared));
     let (resid, cache) = if offset == 0 {
         let mut cache = new_cache(rows.len() as i64)?;
         (prepared.prompt(model, &batch, 0..batch.width(), Some(&mut cache))?, cache)
@@ -62,7 +63,6 @@ pub(crate) fn prefill<'a>(
 
 /// How many tokens all rows begin with, ids and classes alike, short of what any row's answer is read from.
 fn shared_start(rows: &[&Prompt]) -> usize {
-    const WORTH_IT: usize = 8;
     let [first, others @ ..] = rows else { return 0 };
     if others.is_empty() {
         return 0;
@@ -70,14 +70,18 @@ fn shared_start(rows: &[&Prompt]) -> usize {
     let limit = rows.iter().map(|row| row.completion.start.min(row.ids.len()).saturating_sub(1)).min().unwrap_or(0);
     let same =
         |at: &usize| others.iter().all(|row| row.ids[*at] == first.ids[*at] && row.classes[*at] == first.classes[*at]);
-    let shared = (0..limit).take_while(same).count();
-    if shared < WORTH_IT { 0 } else { shared }
+    (0..limit).take_while(same).count()
+}
+
+/// A shared start, where it is long enough to be run apart.
+fn worth_it(shared: usize) -> usize {
+    if shared < 8 { 0 } else { shared }
 }
 
 /// The rows' indices in batches of similar lengths, each of `budget` tokens at most. What all rows begin with is not
 /// counted: a batch runs it once.
 fn batches(rows: &[Prompt], budget: usize) -> Vec<Vec<usize>> {
-    let shared = shared_start(&rows.iter().collect::<Vec<_>>());
+    let shared = worth_it(shared_start(&rows.iter().collect::<Vec<_>>()));
     let mut order: Vec<usize> = (0..rows.len()).collect();
     order.sort_by_key(|row| rows[*row].ids.len());
     let mut batches: Vec<Vec<usize>> = Vec::new();
@@ -195,14 +199,7 @@ pub fn resid_post(model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -
     let points: Vec<HookPoint> = (0..model.config.n_layers).map(HookPoint::ResidPost).collect();
     let capture = |prompt: &Prompt| {
         let mut cache = Cache::default();
-        let batch = Batch::of(&[prompt], model.device())?;
-        let _ = condition.prepare(&[prompt], model.device())?.listen(
-            model,
-            &batch,
-            &points,
-            &mut cache,
-            Qwen::resid_final,
-        )?;
+        let _ = listen_rows(model, &[prompt], condition, &points, &mut cache, Qwen::resid_final)?;
         let layers = points.iter().map(|point| Ok(cache.get(*point)?.f_squeeze_dim(0)?)).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::f_stack(&layers, 0)?.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?)
     };
@@ -218,6 +215,19 @@ pub fn listen(
     points: &[HookPoint],
     tap: &mut dyn Tap,
 ) -> Result<Tensor> {
-    let batch = Batch::of(&[row], model.device())?;
-    condition.prepare(&[row], model.device())?.listen(model, &batch, points, tap, Qwen::forward)
+    listen_rows(model, &[row], condition, points, tap, Qwen::forward)
+}
+
+/// The same of several rows, padded on the right, and by `run`: `Qwen::forward`, `Qwen::resid_final` or, to stop early,
+/// `Qwen::resid_before`.
+pub fn listen_rows(
+    model: &Qwen,
+    rows: &[&Prompt],
+    condition: &Condition<'_>,
+    points: &[HookPoint],
+    tap: &mut dyn Tap,
+    run: impl FnOnce(&Qwen, &Batch, &mut Pass<'_>) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let batch = Batch::of(rows, model.device())?;
+    condition.prepare(rows, model)?.listen(model, &batch, points, tap, run)
 }

@@ -137,10 +137,23 @@ impl TryFrom<String> for TokenClass {
 }
 
 /// Names that stand for several classes (`entity` is the short name of one).
-const UNIONS: [&str; 5] = ["entity", "template", "system", "user", "assistant"];
+const UNIONS: [&str; 11] = [
+    "entity",
+    "template",
+    "system",
+    "user",
+    "assistant",
+    "sys.content",
+    "sys.header",
+    "user.header",
+    "asst.header",
+    "im_start",
+    "im_end",
+];
 
-/// Classes as a person chose them: `CLASS[+CLASS]`, each a class or one of the unions `entity`, `template`, `system`,
-/// `user`, `assistant`.
+/// Classes as a person chose them: `CLASS[+CLASS]`, each a class or a union: `entity`, `template`, the turns `system`,
+/// `user` and `assistant`, their parts `sys.content` and `sys.header`, `user.header`, `asst.header` (`<|im_start|>`, the
+/// role and its line break), and `im_start` and `im_end` of all turns of the prompt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Selection {
@@ -164,6 +177,14 @@ impl Selection {
         self.classes.contains(&class)
     }
 
+    /// These classes and others.
+    #[must_use]
+    pub fn with(&self, more: &Self) -> Self {
+        let mut names = self.names.clone();
+        names.extend(more.names.iter().filter(|name| !self.names.contains(name)));
+        Self { names, classes: &self.classes | &more.classes }
+    }
+
     fn is_in(class: TokenClass, name: &str) -> bool {
         match name {
             "entity" => class == TokenClass::SysEntity,
@@ -171,6 +192,12 @@ impl Selection {
             "system" => class.name().starts_with("sys."),
             "user" => class.name().starts_with("user."),
             "assistant" => class.name().starts_with("asst.") || class == TokenClass::Gen,
+            "sys.content" => matches!(class, TokenClass::SysEntity | TokenClass::SysContentOther),
+            "sys.header" => matches!(class, TokenClass::SysImStart | TokenClass::SysRole | TokenClass::SysNl),
+            "user.header" => matches!(class, TokenClass::UserImStart | TokenClass::UserRole | TokenClass::UserNl),
+            "asst.header" => matches!(class, TokenClass::AsstImStart | TokenClass::AsstRole | TokenClass::AsstNl),
+            "im_start" => class.name().ends_with(".im_start"),
+            "im_end" => class.name().ends_with(".im_end"),
             _ => class.name() == name,
         }
     }
@@ -201,6 +228,12 @@ impl fmt::Display for Selection {
     }
 }
 
+impl From<TokenClass> for Selection {
+    fn from(class: TokenClass) -> Self {
+        Self { names: vec![class.name()], classes: [class].into() }
+    }
+}
+
 impl From<Selection> for String {
     fn from(selection: Selection) -> Self {
         selection.to_string()
@@ -216,7 +249,7 @@ impl TryFrom<String> for Selection {
 }
 
 /// A rendered chat as tokens, each with its class, and where the answer starts.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prompt {
     /// The tokens.
     pub ids: Vec<i64>,
@@ -227,9 +260,19 @@ pub struct Prompt {
     pub completion: Range<usize>,
     /// Where the content of the completion ends.
     pub content_end: usize,
+    /// The text of the prompt, in which gates and edits look for words; empty where only ids are known.
+    pub text: String,
+    /// The bytes of that text that each token of the prompt stands for.
+    pub offsets: Vec<Range<usize>>,
 }
 
 impl Prompt {
+    /// A row of which the ids are all that is known: no completion, no text, and every token as if the user had said it.
+    pub fn of_ids(ids: Vec<i64>) -> Self {
+        let n = ids.len();
+        Self { classes: vec![TokenClass::UserContent; n], ids, completion: n..n, content_end: n, ..Self::default() }
+    }
+
     /// The prompt with these tokens as its answer, and nothing after them. An answer that was there is replaced.
     #[must_use]
     pub fn with_completion(&self, content_ids: &[i64]) -> Self {
@@ -239,7 +282,8 @@ impl Prompt {
         ids.extend_from_slice(content_ids);
         let mut classes = self.classes[..start].to_vec();
         classes.resize(end, TokenClass::Gen);
-        Self { ids, classes, completion: start..end, content_end: end }
+        let (text, offsets) = (self.text.clone(), self.offsets.clone());
+        Self { ids, classes, completion: start..end, content_end: end, text, offsets }
     }
 
     /// The positions of a class, ascending.
@@ -365,6 +409,7 @@ mod tests {
             classes: vec![UserContent, UserImEnd, AsstImStart, AsstRole, AsstNl, Gen, Gen, Gen, Gen, Gen],
             completion: 5..10,
             content_end: 8,
+            ..Prompt::default()
         }
     }
 
@@ -384,7 +429,13 @@ mod tests {
 
     #[test]
     fn the_first_token_is_never_a_target() {
-        let row = Prompt { ids: vec![50, 51], classes: vec![TokenClass::Gen; 2], completion: 0..2, content_end: 2 };
+        let row = Prompt {
+            ids: vec![50, 51],
+            classes: vec![TokenClass::Gen; 2],
+            completion: 0..2,
+            content_end: 2,
+            ..Prompt::default()
+        };
         for mask in LossMask::ALL {
             assert_eq!(mask.targets(&row, |_| true), [false, true], "{mask}");
         }

@@ -1,12 +1,16 @@
 //! Activations at hook points, as safetensors: each tensor bears its hook point's name.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use hooks::edit::Planned;
 use hooks::listen::Cache;
-use hooks::{Adapter, Batch, Chat, Gate, HookPoint, Hooks, Pass, Qwen, condition, files, tensor_file};
+use hooks::score::listen_rows;
+use hooks::{
+    Adapter, Chat, Condition, Gate, HookPoint, ModelFiles, Prompt, Provenance, Qwen, files, gradient, tensor_file,
+};
 use tch::Kind;
 
 use super::ModelArgs;
@@ -36,9 +40,21 @@ pub struct Activations {
     /// A LoRA as PEFT saves it.
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// At which tokens the adapter acts.
+    /// Where the adapter acts, as in undertone ask.
     #[arg(long, default_value = "everywhere")]
     gate: Gate,
+    /// An intervention, as in undertone ask; the points are seen after it.
+    #[arg(long = "edit", value_name = "EDIT")]
+    edits: Vec<Planned>,
+    /// An answer to the user, run after the prompt.
+    #[arg(long, conflicts_with = "ids")]
+    answer: Option<String>,
+    /// Also writes POINT.grad: the gradient, at each point, of the answer's summed −log p.
+    #[arg(long, requires = "answer", conflicts_with = "stop_at_layer")]
+    gradients: bool,
+    /// Runs no block from this one on, as in TransformerLens: 0 is the embeddings alone.
+    #[arg(long)]
+    stop_at_layer: Option<usize>,
     /// The file to write.
     #[arg(long)]
     out: PathBuf,
@@ -53,47 +69,72 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
     let points =
         args.points.iter().map(|name| HookPoint::select(name.trim(), n_layers)).collect::<hooks::Result<Vec<_>>>()?;
     let points: BTreeSet<HookPoint> = points.into_iter().flatten().collect();
+    let points: Vec<HookPoint> = points.into_iter().collect();
+    let edits = super::load_edits(&args.edits, &files)?;
 
-    let (batch, acts) = match (&args.ids, &args.user) {
-        (Some(path), _) => {
-            let rows = ids(path, files.config.d_vocab)?;
-            let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
-            if !(args.gate.is_everywhere() || args.gate.is_nowhere()) {
-                bail!(
-                    "the gate {} speaks of classes of tokens, which --ids does not have; hint: use --system and --user",
-                    args.gate
-                );
-            }
-            (Batch::from_ids(&rows, device)?, None)
-        }
-        (None, user) => {
-            let prompt =
-                Chat::from_files(&files)?.prompt(args.system.as_deref(), user.as_deref().unwrap_or_default())?;
-            let acts = if args.gate.is_everywhere() { None } else { Some(args.gate.acts(&prompt)?) };
-            (Batch::of(&[&prompt], device)?, acts)
-        }
-    };
+    let rows = rows(args, &files)?;
     let model = Qwen::load(&files, device, args.model.dtype.kind())?;
     let adapter = args.adapter.as_deref().map(|folder| Adapter::load(folder, &model.config, device)).transpose()?;
     super::gate_needs_adapter(&args.gate, adapter.is_some())?;
-    let gate = acts.map(|acts| condition::mask(&[acts], device)).transpose()?;
-    let adapter = adapter.as_ref().filter(|_| !args.gate.is_nowhere());
+    let condition = Condition { adapter: adapter.as_ref(), gate: args.gate.clone(), edits };
 
-    let mut cache = Cache::default();
-    tch::no_grad(|| {
-        let hooks = Hooks::default().on(points.iter().copied(), &mut cache);
-        model.forward(&batch, &mut Pass { adapter, gate, hooks, ..Pass::default() }).map(drop)
-    })?;
-    let float = |(point, tensor): (HookPoint, &tch::Tensor)| Ok((point.to_string(), tensor.f_to_kind(Kind::Float)?));
-    let tensors = cache.iter().map(float).collect::<Result<Vec<_>>>()?;
-    let metadata = BTreeMap::from([
-        ("format".to_owned(), "pt".to_owned()),
-        ("model".to_owned(), files.name.clone()),
-        ("gate".to_owned(), args.gate.to_string()),
-    ]);
+    let seen = if args.gradients {
+        let row = &rows[0];
+        let found = gradient::at_points(&model, row, &condition, &points, |logits| {
+            let completion = row.completion.start as i64..row.completion.end as i64;
+            let logprobs = logits.f_squeeze_dim(0)?.f_log_softmax(-1, Kind::Float)?;
+            let predicting = logprobs.f_narrow(0, completion.start - 1, completion.end - completion.start)?;
+            let labels = tch::Tensor::f_from_slice(&row.ids[row.completion.clone()])?.f_to_device(logits.device())?;
+            Ok(predicting.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_sum(Kind::Float)?.f_neg()?)
+        })?;
+        say(format!("activations: −log p of the answer is {:.6}", found.loss));
+        let gradients = found.gradients.into_iter().map(|(point, gradient)| (format!("{point}.grad"), gradient));
+        found.activations.into_iter().map(|(point, seen)| (point.to_string(), seen)).chain(gradients).collect()
+    } else {
+        let mut cache = Cache::default();
+        let rows: Vec<&Prompt> = rows.iter().collect();
+        let stop_at_layer = args.stop_at_layer.unwrap_or(n_layers);
+        let whole = args.stop_at_layer.is_none();
+        let _ = tch::no_grad(|| {
+            listen_rows(&model, &rows, &condition, &points, &mut cache, |model, batch, pass| {
+                if whole { model.forward(batch, pass) } else { model.resid_before(stop_at_layer, batch, pass) }
+            })
+        })?;
+        cache.iter().map(|(point, seen)| (point.to_string(), seen.shallow_clone())).collect::<Vec<_>>()
+    };
+    let float = |(name, tensor): (String, tch::Tensor)| Ok((name, tensor.f_to_kind(Kind::Float)?));
+    let tensors = seen.into_iter().map(float).collect::<Result<Vec<_>>>()?;
+    let mut metadata = Provenance::of(&files).metadata();
+    let lengths: Vec<String> = rows.iter().map(|row| row.ids.len().to_string()).collect();
+    metadata.insert("lengths".to_owned(), lengths.join(","));
+    if adapter.is_some() {
+        let said = [("gate", args.gate.to_string()), ("decode_policy", args.gate.decode_policy().to_owned())];
+        metadata.extend(said.map(|(key, value)| (key.to_owned(), value)));
+    }
+    let edits = args.edits.iter().enumerate().map(|(at, edit)| (format!("edit.{at}"), edit.to_string()));
+    metadata.extend(edits);
     tensor_file::write(&args.out, &tensors, &metadata)?;
     say(format!("activations: {} tensors in {}", tensors.len(), args.out.display()));
     Ok(())
+}
+
+/// The rows to run: one chat turn, or rows of token ids, of which neither classes nor text are known.
+fn rows(args: &Activations, files: &ModelFiles) -> Result<Vec<Prompt>> {
+    if let Some(path) = &args.ids {
+        if !args.gate.is_blind() || args.edits.iter().any(Planned::names_tokens) {
+            bail!(
+                "a gate or an edit speaks of tokens, whose classes and text --ids does not have; hint: use --system and --user"
+            );
+        }
+        return ids(path, files.config.d_vocab)?.into_iter().map(|ids| Ok(Prompt::of_ids(ids))).collect();
+    }
+    let (system, user) = (args.system.as_deref(), args.user.as_deref().unwrap_or_default());
+    let chat = Chat::from_files(files)?;
+    let row = match &args.answer {
+        Some(answer) => chat.row_text(system, user, answer)?,
+        None => chat.prompt(system, user)?,
+    };
+    Ok(vec![row])
 }
 
 /// Rows of token ids from a JSON file, each id within the vocabulary.

@@ -8,6 +8,7 @@ use anstyle::{Ansi256Color, Style};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
+use hooks::edit::Planned;
 use hooks::generate::{Sampling, generate, stream_seed};
 use hooks::score::next_token_logprobs;
 use hooks::{Adapter, Chat, Condition, Gate, Prompt, Qwen};
@@ -37,9 +38,14 @@ pub struct Ask {
     /// A LoRA as PEFT saves it.
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// At which tokens the adapter acts: everywhere, nowhere, only:CLASS[+CLASS], except:CLASS[+CLASS].
+    /// Where the adapter acts: everywhere, nowhere, only:TOKENS, except:TOKENS, and after it any of *layers(0..12),
+    /// *modules(q,k,v) and *0.5; TOKENS are classes, "text", ids(..) and positions(..), joined by +.
     #[arg(long, default_value = "everywhere")]
     gate: Gate,
+    /// An intervention, POINT[@TOKENS]: CHANGE, such as 'blocks.1.hook_mlp_out@entity: zero'; CHANGE is one of add(FILE, 4),
+    /// replace(FILE), mean(FILE), zero, scale(0.5), project_out(FILE), patch(FILE). Several act in their order.
+    #[arg(long = "edit", value_name = "EDIT")]
+    edits: Vec<Planned>,
     /// A file of exported directions and the factor they are added with at every token.
     #[arg(long, value_name = "FILE:COEFFICIENT")]
     steer: Option<String>,
@@ -65,13 +71,14 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
     let adapter =
         args.adapter.as_deref().map(|folder| Adapter::load(folder, &model.config, model.device())).transpose()?;
     super::gate_needs_adapter(&args.gate, adapter.is_some())?;
-    let edits = match &args.steer {
+    let mut edits = match &args.steer {
         Some(spec) => {
             let (file, coefficient) = steer(spec)?;
-            Vectors::read(&file)?.steer(coefficient, &files)?
+            Vectors::read(&file)?.steer(coefficient, &files).with_context(|| file.display().to_string())?
         }
         None => vec![],
     };
+    edits.extend(super::load_edits(&args.edits, &files)?);
     let condition = Condition { adapter: adapter.as_ref(), gate: args.gate.clone(), edits };
     let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
 
@@ -119,20 +126,14 @@ fn setting(args: &Ask, prompt: &Prompt, seed: u64) -> Result<String> {
     if let Some(folder) = &args.adapter {
         lines.push(("adapter", folder.display().to_string()));
         let on = args.gate.acts(prompt)?.iter().filter(|on| **on).count();
-        let answering = if args.gate.on_generated() { "on" } else { "off" };
-        // The policy as token_ablation/rows.csv spells it; without a gate there is nothing to decide.
-        let policy = match &args.gate {
-            Gate::Everywhere => "",
-            gate if gate.names_generated() => " (decode policy named)",
-            _ => " (decode policy same_as_unselected)",
-        };
         lines.push(("gate", format!("{}: on at {on} of {} prompt tokens", args.gate, prompt.ids.len())));
-        lines.push(("answering", format!("adapter {answering} at generated tokens{policy}")));
+        lines.push(("answering", answering(&args.gate)));
     }
     if let Some(spec) = &args.steer {
         let (file, coefficient) = steer(spec)?;
         lines.push(("steering", format!("{} added {coefficient} times, at every token", file.display())));
     }
+    lines.extend(args.edits.iter().map(|edit| ("edit", edit.to_string())));
     let drawn = if args.temperature == 0.0 {
         "the most likely token each time".to_owned()
     } else {
@@ -143,6 +144,19 @@ fn setting(args: &Ask, prompt: &Prompt, seed: u64) -> Result<String> {
     Ok(lines.into_iter().map(line).collect())
 }
 
+/// What the adapter does at generated tokens, with the policy as token_ablation/rows.csv spells it; without a gate there is
+/// nothing to decide.
+fn answering(gate: &Gate) -> String {
+    let dose = gate.decode_dose().map_or("by the token's id".to_owned(), |dose| match dose {
+        0.0 => "off".to_owned(),
+        1.0 => "on".to_owned(),
+        dose => format!("on, {dose} times"),
+    });
+    let policy =
+        if gate.is_everywhere() { String::new() } else { format!(" (decode policy {})", gate.decode_policy()) };
+    format!("adapter {dose} at generated tokens{policy}")
+}
+
 /// What is asked with, last, after what it is to be compared with: the base, and the adapter without its gate.
 fn conditions<'a>(asked: &Condition<'a>) -> Vec<(&'static str, Condition<'a>)> {
     let mut found = Vec::new();
@@ -151,7 +165,7 @@ fn conditions<'a>(asked: &Condition<'a>) -> Vec<(&'static str, Condition<'a>)> {
         found.push(("base", Condition::default()));
     }
     if !asked.gate.is_everywhere() {
-        found.push(("everywhere", asked.clone().gated(Gate::Everywhere)));
+        found.push(("everywhere", asked.clone().gated(Gate::EVERYWHERE)));
     }
     let name = match (asked.adapter.is_some(), asked.edits.is_empty()) {
         _ if bare => "p",

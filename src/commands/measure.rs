@@ -11,7 +11,7 @@ use analyses::target_rate::TargetRate;
 use analyses::token_ablation::TokenAblation;
 use analyses::{Analysis, Subject, Tuned};
 use anyhow::{Context, Result, bail};
-use hooks::files;
+use hooks::{Provenance, files};
 
 use crate::experiment::{AnalysisName, Cell, Method};
 use crate::progress::{say, spinner};
@@ -148,19 +148,18 @@ fn provenance(bench: &Workbench) -> BTreeMap<String, String> {
         Some(_) => "unknown: trained elsewhere".to_owned(),
         None => experiment.seeds.init_seed.to_string(),
     };
-    BTreeMap::from([
-        ("model".to_owned(), bench.files.name.clone()),
-        ("model_fingerprint".to_owned(), bench.files.fingerprint()),
+    let mut provenance = Provenance::of(&bench.files).metadata();
+    provenance.extend([
         (
             "architecture".to_owned(),
             bench.base.config.to_hf_json()["model_type"].as_str().unwrap_or_default().to_owned(),
         ),
-        ("d_model".to_owned(), bench.base.config.d_model.to_string()),
         ("definition".to_owned(), "mean over number prompts of student minus base".to_owned()),
         ("positions".to_owned(), position),
         ("target".to_owned(), experiment.target.word.clone()),
         ("context".to_owned(), context),
         ("init_seed".to_owned(), init_seed),
         ("undertone".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
-    ])
+    ]);
+    provenance
 }

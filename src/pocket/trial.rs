@@ -339,7 +339,7 @@ pub fn trial(
         students.extend(other.map(|other| ("cross", other, numbers)));
         for (model, base, numbers) in students {
             let (adapter, loss) = base.student(&numbers, settings)?;
-            let gates = if model == "student" { gates()? } else { vec![Gate::Everywhere] };
+            let gates = if model == "student" { gates()? } else { vec![Gate::EVERYWHERE] };
             for gate in gates {
                 let condition = Condition::adapted(&adapter).gated(gate);
                 let label = label(model, animal, numbers.len(), Some(loss));
