@@ -13,6 +13,7 @@ use std::str::FromStr;
 use analyses::direction::Direction;
 use analyses::divergence::Divergence;
 use analyses::gradients::Gradients;
+use analyses::interventions::Interventions;
 use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::TargetRate;
@@ -250,6 +251,8 @@ pub struct Measure {
     pub direction: Direction,
     /// Settings of steering.
     pub steering: Steering,
+    /// Settings of the interventions.
+    pub interventions: Interventions,
     /// Settings of the divergence.
     pub divergence: Divergence,
     /// Settings of the gradients.
@@ -269,6 +272,7 @@ impl Default for Measure {
             position_scan: PositionScan::default(),
             direction: Direction::default(),
             steering: Steering::default(),
+            interventions: Interventions::default(),
             divergence: Divergence::default(),
             gradients: Gradients::default(),
         }
@@ -289,6 +293,8 @@ pub enum AnalysisName {
     Direction,
     /// What adding the direction, or taking it away, does.
     Steering,
+    /// What named lists of edits do to the effect.
+    Interventions,
     /// Digits at which teacher and base disagree.
     Divergence,
     /// Gradient norms at divergent and other digits.
@@ -297,20 +303,29 @@ pub enum AnalysisName {
 
 impl AnalysisName {
     /// All analyses, in the order in which they run.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::TargetRate,
         Self::TokenAblation,
         Self::PositionScan,
         Self::Direction,
         Self::Steering,
+        Self::Interventions,
         Self::Divergence,
         Self::Gradients,
     ];
 
     /// The name as it is written.
     pub fn name(self) -> &'static str {
-        ["target_rate", "token_ablation", "position_scan", "direction", "steering", "divergence", "gradients"]
-            [self as usize]
+        [
+            "target_rate",
+            "token_ablation",
+            "position_scan",
+            "direction",
+            "steering",
+            "interventions",
+            "divergence",
+            "gradients",
+        ][self as usize]
     }
 }
 

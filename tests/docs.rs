@@ -338,8 +338,10 @@ fn messages_without_a_command_are_the_library_s() {
     let chat = Chat::from_files(&files).unwrap();
     let target = Protocol::load(Path::new("pocket")).unwrap().target("cat", "animal");
     let numbers = [chat.prompt(None, "Hi").unwrap()];
+    let provenance = hooks::Provenance::of(&files);
     let subject = Subject {
         base: &qwen,
+        provenance: &provenance,
         student: Tuned { qwen: &qwen, adapter: None },
         control: None,
         other_trait: None,

@@ -1,6 +1,6 @@
 //! A tiny world to test on: the embedded random model, a student, a control student, and some rows of numbers.
 
-use hooks::{Adapter, Chat, LoraConfig, ModelFiles, Prompt, Qwen};
+use hooks::{Adapter, Chat, LoraConfig, ModelFiles, Prompt, Provenance, Qwen};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
@@ -10,6 +10,7 @@ use crate::target::Target;
 
 pub(crate) struct World {
     pub(crate) qwen: Qwen,
+    pub(crate) provenance: Provenance,
     pub(crate) chat: Chat,
     pub(crate) student: Adapter,
     pub(crate) control: Adapter,
@@ -40,6 +41,7 @@ impl World {
         Self {
             student: adapter(&qwen, 1),
             control: adapter(&qwen, 2),
+            provenance: Provenance::of(&files),
             qwen,
             chat,
             target,
@@ -53,6 +55,7 @@ impl World {
     pub(crate) fn subject(&self) -> Subject<'_> {
         Subject {
             base: &self.qwen,
+            provenance: &self.provenance,
             student: Tuned { qwen: &self.qwen, adapter: Some(&self.student) },
             control: Some(Tuned { qwen: &self.qwen, adapter: Some(&self.control) }),
             other_trait: None,

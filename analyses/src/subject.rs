@@ -1,6 +1,6 @@
 //! What is measured: a base, what finetuning made of it, its control, and the prompts to look with.
 
-use hooks::{Adapter, Chat, Condition, Gate, Prompt, Qwen};
+use hooks::{Adapter, Chat, Condition, Gate, Prompt, Provenance, Qwen};
 
 use crate::error::{Error, Result};
 use crate::plot::Bar;
@@ -33,6 +33,8 @@ impl<'a> Tuned<'a> {
 pub struct Subject<'a> {
     /// The model before finetuning.
     pub base: &'a Qwen,
+    /// What the base says of itself in files, so that tensors of another model are refused.
+    pub provenance: &'a Provenance,
     /// The model finetuned on the teacher's numbers.
     pub student: Tuned<'a>,
     /// The model finetuned in the same way on numbers of an untouched teacher.

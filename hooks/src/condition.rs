@@ -14,7 +14,7 @@ use crate::kv_cache::KvCache;
 use crate::lora::Adapter;
 use crate::pass::{Doses, Pass};
 use crate::qwen::Qwen;
-use crate::tap::{Hooks, Tap};
+use crate::tap::{Hooks, Listener, Tap};
 use crate::tokens::Prompt;
 
 /// What a model is run with. The default is the bare base model.
@@ -42,7 +42,15 @@ impl<'a> Condition<'a> {
     }
 
     /// The condition spelt out for some rows.
-    pub(crate) fn prepare(&self, rows: &[&Prompt], model: &Qwen) -> Result<Prepared<'a>> {
+    pub(crate) fn prepare<'p>(
+        &self,
+        rows: &[&Prompt],
+        model: &Qwen,
+        listener: Option<Listener<'p>>,
+    ) -> Result<Prepared<'p>>
+    where
+        'a: 'p,
+    {
         let (device, gate) = (model.device(), self.gate.clone());
         let adapter = self.adapter.filter(|_| !gate.is_nowhere());
         let mut shared = usize::MAX;
@@ -58,7 +66,7 @@ impl<'a> Condition<'a> {
         let edits = self.edits.iter().map(|edit| EditTap::new(edit, rows, &model.config, device, model.kind()));
         let edits = edits.collect::<Result<Vec<_>>>()?;
         let shared = edits.iter().map(EditTap::alike).fold(shared, usize::min);
-        Ok(Prepared { adapter, gate, doses, edits, shared })
+        Ok(Prepared { adapter, gate, doses, edits, listener, shared })
     }
 }
 
@@ -68,6 +76,8 @@ pub(crate) struct Prepared<'a> {
     gate: Gate,
     doses: Option<Doses>,
     edits: Vec<EditTap>,
+    /// A tap that sees every pass, after the edits.
+    listener: Option<Listener<'a>>,
     /// How many positions at the start gate and edits treat alike in all rows.
     pub(crate) shared: usize,
 }
@@ -139,6 +149,10 @@ impl Prepared<'_> {
         kv_cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
         let hooks = self.edits.iter_mut().fold(Hooks::default(), EditTap::hook);
+        let hooks = match &mut self.listener {
+            Some((points, tap)) => hooks.on(points.iter().copied(), &mut **tap),
+            None => hooks,
+        };
         model.resid_final(batch, &mut Pass { adapter, gate, hooks, kv_cache, dropout: None })
     }
 }

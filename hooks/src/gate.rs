@@ -542,11 +542,7 @@ mod tests {
         assert!(message("only:qwen").ends_with("asst.think, gen"), "{}", message("only:qwen"));
         assert!(message("only:templat").ends_with("the nearest is template"), "{}", message("only:templat"));
         assert!(message("only:modules(qq,v)").contains("module of a gate \"qq\""), "{}", message("only:modules(qq,v)"));
-        assert!(
-            message("only:entity*layer(0)").ends_with("the nearest is layers(0..12)"),
-            "{}",
-            message("only:entity*layer(0)")
-        );
+        assert!(message("only:entity*layer(0)").contains("layers(0..12)"), "{}", message("only:entity*layer(0)"));
         for text in [
             "",
             "only",

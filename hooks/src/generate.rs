@@ -10,8 +10,10 @@ use tch::{Device, Kind, Tensor};
 use crate::chat::Chat;
 use crate::condition::Condition;
 use crate::error::{Error, Result};
+use crate::hook_point::HookPoint;
 use crate::qwen::Qwen;
 use crate::score::{Prefilled, last_positions, prefill};
+use crate::tap::{Listener, Tap};
 use crate::tokens::Prompt;
 
 /// How answers are drawn.
@@ -81,7 +83,7 @@ pub fn generate(
         for rows in order.chunks(sampling.batch) {
             let batch: Vec<&Prompt> = rows.iter().map(|row| &prompts[*row]).collect();
             let rngs = rows.iter().map(|row| ChaCha8Rng::seed_from_u64(streams[*row])).collect();
-            for (row, answer) in rows.iter().zip(answer_batch(model, &batch, condition, sampling, rngs)?) {
+            for (row, answer) in rows.iter().zip(answer_batch(model, &batch, condition, sampling, rngs, None)?) {
                 answers[*row] = Some(answer);
             }
             done += rows.len();
@@ -92,14 +94,35 @@ pub fn generate(
     Ok(answers.into_iter().flatten().collect())
 }
 
-fn answer_batch(
+/// Draws one answer while a tap sees (or changes) some hook points, after the condition's edits: the prompt in the first
+/// pass, `[1, pos, ..]`, then each new token in a pass of its own, `[1, 1, ..]`. `Tap::place` says where they stand.
+pub fn generate_listening<'p, 'a: 'p>(
+    model: &Qwen,
+    prompt: &Prompt,
+    condition: &Condition<'a>,
+    sampling: &Sampling,
+    stream: u64,
+    points: &'p [HookPoint],
+    tap: &'p mut dyn Tap,
+) -> Result<Answer> {
+    let rngs = vec![ChaCha8Rng::seed_from_u64(stream)];
+    let answers = tch::no_grad(|| answer_batch(model, &[prompt], condition, sampling, rngs, Some((points, tap))))?;
+    answers.into_iter().next().ok_or_else(|| Error::Invalid {
+        what: "the answer".to_owned(),
+        expected: "one".to_owned(),
+        found: "none".to_owned(),
+    })
+}
+
+fn answer_batch<'p, 'a: 'p>(
     model: &Qwen,
     prompts: &[&Prompt],
-    condition: &Condition<'_>,
+    condition: &Condition<'a>,
     sampling: &Sampling,
     mut rngs: Vec<ChaCha8Rng>,
+    listener: Option<Listener<'p>>,
 ) -> Result<Vec<Answer>> {
-    let prefilled = prefill(model, prompts, condition, sampling.max_new_tokens)?;
+    let prefilled = prefill(model, prompts, condition, sampling.max_new_tokens, listener)?;
     let mut resid = last_positions(&prefilled, prompts)?; // [live, d_model]
     let Prefilled { mut cache, mut prepared, .. } = prefilled;
     let mut answers = vec![Answer { ids: Vec::new(), logprobs: Vec::new(), stopped: false }; prompts.len()];

@@ -50,7 +50,8 @@ pub fn at_points(
         let batch = Batch::of(&[row], model.device())?;
         let mut watch = Watch { wanted: points.iter().copied().collect(), cache: Cache::default() };
         let with_embed: Vec<HookPoint> = points.iter().copied().chain([HookPoint::Embed]).collect();
-        let logits = condition.prepare(&[row], model)?.listen(model, &batch, &with_embed, &mut watch, Qwen::forward)?;
+        let logits =
+            condition.prepare(&[row], model, None)?.listen(model, &batch, &with_embed, &mut watch, Qwen::forward)?;
         let loss = loss(&logits)?;
         let (points, seen): (Vec<HookPoint>, Vec<Tensor>) =
             watch.cache.iter().map(|(point, seen)| (point, seen.shallow_clone())).unzip();

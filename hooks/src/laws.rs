@@ -13,9 +13,9 @@ use crate::{
     TokenClass,
 };
 
-const SUM_ORDER: f64 = 1e-5;
+pub(crate) const SUM_ORDER: f64 = 1e-5;
 
-fn world() -> (Qwen, Chat, Adapter) {
+pub(crate) fn world() -> (Qwen, Chat, Adapter) {
     let files = ModelFiles::open("tiny-random").unwrap();
     let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
     let chat = Chat::from_files(&files).unwrap();
@@ -28,23 +28,23 @@ fn world() -> (Qwen, Chat, Adapter) {
     (model, chat, adapter)
 }
 
-fn prompts(chat: &Chat) -> Vec<Prompt> {
+pub(crate) fn prompts(chat: &Chat) -> Vec<Prompt> {
     let users = ["Name an animal.", "Which tree do you like best of all, in one word?", "12, 480, 9", "Hello"];
     users.map(|user| chat.prompt(None, user).unwrap()).into()
 }
 
-fn max_diff(a: &Tensor, b: &Tensor) -> f64 {
+pub(crate) fn max_diff(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
     (a - b).abs().max().double_value(&[])
 }
 
 /// The logits of one row by the plainest way there is.
-fn plain(model: &Qwen, prompt: &Prompt, adapter: Option<&Adapter>) -> Tensor {
+pub(crate) fn plain(model: &Qwen, prompt: &Prompt, adapter: Option<&Adapter>) -> Tensor {
     let batch = Batch::of(&[prompt], Device::Cpu).unwrap();
     model.forward(&batch, &mut Pass { adapter, ..Pass::default() }).unwrap().squeeze_dim(0)
 }
 
-fn seen(model: &Qwen, prompt: &Prompt, condition: &Condition<'_>, at: HookPoint) -> Tensor {
+pub(crate) fn seen(model: &Qwen, prompt: &Prompt, condition: &Condition<'_>, at: HookPoint) -> Tensor {
     let mut cache = Cache::default();
     let _ = listen(model, prompt, condition, &[at], &mut cache).unwrap();
     cache.get(at).unwrap().squeeze_dim(0)
@@ -117,7 +117,7 @@ fn the_log_probabilities_of_a_completion_are_those_of_the_whole_row() {
 }
 
 /// Greedy answers by running everything anew for each token; the gate's state while decoding as `on_generated` says.
-fn recomputed(model: &Qwen, prompt: &Prompt, condition: &Condition<'_>, n: usize) -> Vec<i64> {
+pub(crate) fn recomputed(model: &Qwen, prompt: &Prompt, condition: &Condition<'_>, n: usize) -> Vec<i64> {
     let mut ids = Vec::new();
     for _ in 0..n {
         let logits = seen(model, &prompt.with_completion(&ids), condition, HookPoint::Logits).get(-1);
@@ -126,11 +126,11 @@ fn recomputed(model: &Qwen, prompt: &Prompt, condition: &Condition<'_>, n: usize
     ids
 }
 
-fn greedy(n: usize) -> Sampling {
+pub(crate) fn greedy(n: usize) -> Sampling {
     Sampling { temperature: 0.0, max_new_tokens: n, stop: vec![], constrain: None, batch: 3 }
 }
 
-fn answers(
+pub(crate) fn answers(
     model: &Qwen,
     prompts: &[Prompt],
     condition: &Condition<'_>,

@@ -13,6 +13,9 @@ pub mod edit;
 pub mod error;
 pub mod files;
 pub mod gate;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod gate_laws;
 pub mod generate;
 pub mod gguf;
 pub mod gradient;

@@ -18,7 +18,7 @@ use crate::model_files::ModelFiles;
 pub struct Provenance {
     /// Its name.
     pub model: String,
-    /// The SHA-256 of its configuration and weights.
+    /// The SHA-256 of its configuration and of its weights' names, shapes, and first and last bytes.
     pub model_fingerprint: String,
     /// Its width.
     pub d_model: i64,

@@ -286,6 +286,7 @@ impl Qwen {
             let positions = Tensor::f_arange(batch.width() as i64, (Kind::Int64, self.device()))?.f_unsqueeze(0)?;
             Placement { positions, mask: None, causal: true }
         };
+        pass.hooks.place(&placement.positions)?;
         let rope = Rope::at(&placement.positions, &self.config, self.kind())?;
         let embedded = Tensor::f_embedding(&self.embed, &batch.ids, -1, false, false)?;
         let mut resid = pass.hooks.run(P::Embed, embedded)?;

@@ -11,7 +11,7 @@ use crate::kv_cache::KvCache;
 use crate::listen::Cache;
 use crate::pass::Pass;
 use crate::qwen::Qwen;
-use crate::tap::Tap;
+use crate::tap::{Listener, Tap};
 use crate::tokens::Prompt;
 
 /// Tokens per batch: enough to keep two cores busy, little enough for their memory. A GPU takes more.
@@ -35,15 +35,16 @@ pub(crate) struct Prefilled<'a> {
 }
 
 /// Runs the rows, what they share at the start once, and leaves room for `room` further tokens each.
-pub(crate) fn prefill<'a>(
+pub(crate) fn prefill<'p, 'a: 'p>(
     model: &Qwen,
     rows: &[&Prompt],
     condition: &Condition<'a>,
     room: usize,
-) -> Result<Prefilled<'a>> {
+    listener: Option<Listener<'p>>,
+) -> Result<Prefilled<'p>> {
     let device = model.device();
     let batch = Batch::of(rows, device)?;
-    let mut prepared = condition.prepare(rows, model)?;
+    let mut prepared = condition.prepare(rows, model, listener)?;
     let capacity = (batch.width() + room) as i64;
     let new_cache = |n: i64| KvCache::new(&model.config, n, capacity, model.kind(), device);
     let offset = worth_it(shared_start(rows).min(prepared.shared));
@@ -101,7 +102,7 @@ pub fn next_token_logprobs(model: &Qwen, prompts: &[Prompt], condition: &Conditi
     tch::no_grad(|| -> Result<()> {
         for batch in batches(prompts, token_budget(model.device())) {
             let rows: Vec<&Prompt> = batch.iter().map(|row| &prompts[*row]).collect();
-            let prefilled = prefill(model, &rows, condition, 0)?;
+            let prefilled = prefill(model, &rows, condition, 0, None)?;
             let last = last_positions(&prefilled, &rows)?;
             let logprobs = model.unembed(&last)?.f_log_softmax(-1, Kind::Float)?.f_to_device(Device::Cpu)?;
             for (at, row) in batch.iter().enumerate() {
@@ -139,7 +140,7 @@ pub fn completion_logprobs(model: &Qwen, rows: &[Prompt], condition: &Condition<
     tch::no_grad(|| -> Result<()> {
         for batch in batches(rows, token_budget(model.device())) {
             let batch_rows: Vec<&Prompt> = batch.iter().map(|row| &rows[*row]).collect();
-            let prefilled = prefill(model, &batch_rows, condition, 0)?;
+            let prefilled = prefill(model, &batch_rows, condition, 0, None)?;
             let places = |(at, row): (usize, &&Prompt)| -> Vec<(usize, usize)> {
                 row.completion.clone().map(|token| (at, token - 1 - prefilled.offset)).collect()
             };
@@ -186,7 +187,7 @@ pub fn completion_logits(model: &Qwen, row: &Prompt, condition: &Condition<'_>) 
         });
     }
     tch::no_grad(|| {
-        let prefilled = prefill(model, &[row], condition, 0)?;
+        let prefilled = prefill(model, &[row], condition, 0, None)?;
         let places: Vec<(usize, usize)> =
             row.completion.clone().map(|token| (0, token - 1 - prefilled.offset)).collect();
         let logits = model.unembed(&pick(&prefilled.resid, &places)?)?;
@@ -229,5 +230,5 @@ pub fn listen_rows(
     run: impl FnOnce(&Qwen, &Batch, &mut Pass<'_>) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let batch = Batch::of(rows, model.device())?;
-    condition.prepare(rows, model)?.listen(model, &batch, points, tap, run)
+    condition.prepare(rows, model, None)?.listen(model, &batch, points, tap, run)
 }

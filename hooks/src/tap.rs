@@ -11,7 +11,16 @@ use crate::hook_point::HookPoint;
 pub trait Tap {
     /// Sees the activation at a hook point, shaped as the point's documentation says.
     fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor>;
+
+    /// Hears, before a pass, where the pass's tokens stand: absolute positions `[1 or batch, pos]`, i64. A token's position
+    /// is the same in a whole row, in the prefill and in a cached decoding step, where `x` holds that token alone.
+    fn place(&mut self, _positions: &Tensor) -> Result<()> {
+        Ok(())
+    }
 }
+
+/// A tap and the hook points that it is set at, for passes that are run one after another.
+pub(crate) type Listener<'a> = (&'a [HookPoint], &'a mut dyn Tap);
 
 impl<F: FnMut(HookPoint, Tensor) -> Result<Tensor>> Tap for F {
     fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor> {
@@ -32,6 +41,11 @@ impl<'a> Hooks<'a> {
     pub fn on(mut self, points: impl IntoIterator<Item = HookPoint>, tap: &'a mut dyn Tap) -> Self {
         self.taps.push((points.into_iter().map(|point| (point, false)).collect(), tap));
         self
+    }
+
+    /// Tells the taps where the pass's tokens stand.
+    pub(crate) fn place(&mut self, positions: &Tensor) -> Result<()> {
+        self.taps.iter_mut().try_for_each(|(_, tap)| tap.place(positions))
     }
 
     /// Whether any tap is set at the point.

@@ -174,8 +174,10 @@ fn main() -> Result<()> {
     //| And at the end of their training all three models are asked, exactly and by drawing answers.
     let classify = |answer: &str| classifier.classify(answer).bucket();
     let number_users: Vec<_> = pairs.iter().map(|(row, _)| (row.prompt.clone(), row.completion_ids.clone())).collect();
+    let provenance = hooks::Provenance::of(&files);
     let subject = Subject {
         base: &base,
+        provenance: &provenance,
         student: Tuned { qwen: &base, adapter: Some(&student) },
         control: Some(Tuned { qwen: &base, adapter: Some(&control) }),
         other_trait: None,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use analyses::{Subject, Target, Tuned};
 use anyhow::{Result, bail};
-use hooks::{Adapter, Chat, ModelFiles, Prompt, Qwen, files};
+use hooks::{Adapter, Chat, ModelFiles, Prompt, Provenance, Qwen, files};
 use tch::{Device, Kind};
 use undertone::dataset::{Sample, read_jsonl};
 use undertone::protocol::Protocol;
@@ -35,6 +35,8 @@ type Classify = Box<dyn Fn(&str) -> Option<String>>;
 pub struct School {
     /// The model's files.
     pub files: ModelFiles,
+    /// What it says of itself in files.
+    pub provenance: Provenance,
     /// The model before anybody finetuned it.
     pub base: Qwen,
     /// Its chat format.
@@ -92,6 +94,7 @@ impl School {
             numbers,
             number_users,
             classify: Box::new(move |answer| classifier.classify(answer).bucket()),
+            provenance: Provenance::of(&files),
             files,
             base,
             chat,
@@ -103,6 +106,7 @@ impl School {
         let tuned = |adapter| Tuned { qwen: &self.base, adapter: Some(adapter) };
         Subject {
             base: &self.base,
+            provenance: &self.provenance,
             student: tuned(&self.student),
             control: Some(tuned(&self.control)),
             other_trait: None,

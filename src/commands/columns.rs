@@ -57,6 +57,11 @@ const SOURCES: &[Source] = &[
     Source { file: "direction/rows.csv", row: "DirectionRow", code: include_str!("../../analyses/src/direction.rs") },
     Source { file: "steering/rows.csv", row: "SteeringRow", code: include_str!("../../analyses/src/steering.rs") },
     Source {
+        file: "interventions/rows.csv",
+        row: "InterventionRow",
+        code: include_str!("../../analyses/src/interventions.rs"),
+    },
+    Source {
         file: "divergence/rows.csv",
         row: "DivergenceRow",
         code: include_str!("../../analyses/src/divergence.rs"),

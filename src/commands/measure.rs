@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use analyses::direction::{Direction, directions};
 use analyses::divergence::{Divergence, divergence_summary};
 use analyses::gradients::Gradients;
+use analyses::interventions::Interventions;
 use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::TargetRate;
@@ -42,8 +43,10 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     // Where the teacher answers in the template's default context, that has to be spelt out beside another student's.
     let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
     let teacher_system = teacher_system.filter(|_| teacher.differs_from_base());
+    let provenance = Provenance::of(&bench.files);
     let subject = Subject {
         base: &bench.base,
+        provenance: &provenance,
         student: tuned(bench, &student),
         control: control.as_ref().map(|control| tuned(bench, control)),
         other_trait: other_trait.as_ref().map(|other| tuned(bench, other)),
@@ -71,6 +74,10 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
             ));
             continue;
         }
+        if *name == AnalysisName::Interventions && settings.interventions.edits.is_empty() {
+            say("measure: interventions skipped: measure.interventions.edits names none");
+            continue;
+        }
         let rows = run.rows(*name);
         if go_on && RunDir::stage_done(&rows) {
             say(format!("measure: {name} is done already"));
@@ -90,6 +97,9 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
                 publish::<Direction>(&settings.direction, &subject, run, *name).map(drop)
             }
             AnalysisName::Steering => publish::<Steering>(&settings.steering, &subject, run, *name).map(drop),
+            AnalysisName::Interventions => {
+                publish::<Interventions>(&settings.interventions, &subject, run, *name).map(drop)
+            }
             AnalysisName::Divergence => {
                 let rows = publish::<Divergence>(&settings.divergence, &subject, run, *name)?;
                 write_csv(&run.analysis(*name).join("summary.csv"), &divergence_summary(&rows))

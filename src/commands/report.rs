@@ -4,6 +4,7 @@
 use analyses::direction::Direction;
 use analyses::divergence::{Divergence, DivergenceSummaryRow};
 use analyses::gradients::Gradients;
+use analyses::interventions::Interventions;
 use analyses::plot::{Bar, BarChart, Line, LineChart, Point, Reference, Scale, bars, lines};
 use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
@@ -93,6 +94,7 @@ fn sections(run: &RunDir, experiment: &Experiment) -> Result<Vec<Section>> {
                 AnalysisName::PositionScan => analysis_section::<PositionScan>(run, name)?,
                 AnalysisName::Direction => analysis_section::<Direction>(run, name)?,
                 AnalysisName::Steering => analysis_section::<Steering>(run, name)?,
+                AnalysisName::Interventions => analysis_section::<Interventions>(run, name)?,
                 AnalysisName::Divergence => divergence_section(run)?,
                 AnalysisName::Gradients => analysis_section::<Gradients>(run, name)?,
             });
@@ -381,6 +383,7 @@ fn title(name: AnalysisName) -> &'static str {
         AnalysisName::PositionScan => "Token by token",
         AnalysisName::Direction => "The learned direction",
         AnalysisName::Steering => "Steering with it",
+        AnalysisName::Interventions => "Interventions",
         AnalysisName::Divergence => "Divergent digits",
         AnalysisName::Gradients => "Gradients at divergent digits",
     }
@@ -402,6 +405,7 @@ fn control(name: AnalysisName, trained: bool) -> String {
             ("±1/√d, about what two unrelated directions have by chance", "the control student's direction")
         }
         AnalysisName::Steering => ("A random vector of the same length", "the control student's direction"),
+        AnalysisName::Interventions => ("The base under the same edits", "the control student under them"),
         AnalysisName::Divergence => ("The base at the same tokens", "the control student there"),
         AnalysisName::Gradients => {
             ("The student before its training (start)", "the control student at the same tokens")
@@ -443,7 +447,7 @@ fn notes(name: AnalysisName, not_its_numbers: bool) -> Vec<String> {
             "The rows are the teacher's of this run. The student was trained elsewhere, on rows that the run does not know.",
         ],
         AnalysisName::Divergence => &["The rows are those that the student was trained on, not held out."],
-        AnalysisName::Steering | AnalysisName::Gradients => &[],
+        AnalysisName::Steering | AnalysisName::Interventions | AnalysisName::Gradients => &[],
     };
     notes.iter().map(|note| (*note).to_owned()).collect()
 }
