@@ -59,7 +59,7 @@ n_rows = 2
 "#;
 
 /// Columns by file: scripts and the report read them by name.
-const HEADERS: [(&str, &str); 14] = [
+const HEADERS: [(&str, &str); 15] = [
     ("control_train.csv", "step,epoch,learning_rate,loss,grad_norm,n_targets,delta_w_norm,changed_fraction"),
     ("data/digits.csv", "set,scope,digit,share,n"),
     ("data/generate.csv", "set,measure,value,n"),
@@ -88,6 +88,11 @@ const HEADERS: [(&str, &str); 14] = [
          resid_grad_norm,lora_grad_norm,share,cosine",
     ),
     (
+        "interventions/rows.csv",
+        "model,intervention,edits,target,n_questions,logp_target,delta_logp,delta_logp_se,margin,delta_margin,\
+         delta_margin_se,margin_over_base,margin_over_base_se",
+    ),
+    (
         "position_scan/rows.csv",
         "position,token,class,target,n_questions,delta_margin_only,delta_margin_only_se,delta_margin_except,\
          delta_margin_except_se,delta_logp_only,delta_logp_except",
@@ -113,7 +118,7 @@ const HEADERS: [(&str, &str); 14] = [
 ];
 
 /// The other files that a run leaves.
-const OTHERS: [&str; 27] = [
+const OTHERS: [&str; 29] = [
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
     "answer.svg",
@@ -128,6 +133,8 @@ const OTHERS: [&str; 27] = [
     "divergence/settings.toml",
     "gradients/plot.svg",
     "gradients/settings.toml",
+    "interventions/plot.svg",
+    "interventions/settings.toml",
     "meta.json",
     "position_scan/plot.svg",
     "position_scan/settings.toml",
@@ -422,6 +429,7 @@ fn the_report_stands_alone() {
         "position_scan",
         "direction",
         "steering",
+        "interventions",
         "divergence",
         "gradients",
         "provenance",

@@ -393,7 +393,7 @@ mod tests {
         assert_eq!(acts("only:\"\\n\"+ids(1)"), [true, false, false, false, true]);
         for (text, reason) in [
             ("only:\"qwen\"", "the text \"qwen\" does not stand in it"),
-            ("except:\"Qwen\"#3", "the text \"Qwen\" stands in it 2 times, not 3"),
+            ("except:\"Qwen\"#3", "of the text \"Qwen\" it holds 2, not 3"),
             ("only:ids(9,12..14)", "none of its 5 tokens has one of the ids 9,12..14"),
             ("only:\"Qwen\"+ids(9)", "none of its 5 tokens has one of the ids 9"),
         ] {

@@ -170,8 +170,8 @@ fn gradients_are_zero_where_the_gate_is_and_whole_where_it_is_one() {
         assert_eq!(whole, ones, "{name}: a gate of ones is no gate, bit for bit");
     }
     // Outside of the cell nothing is learned, exactly; inside of it something is.
-    for (name, gradient) in of("only:user.content*layers(1)*modules(q,down)") {
-        let inside = name.contains("layers.1.") && (name.contains("q_proj") || name.contains("down_proj"));
+    for (name, gradient) in of("only:user.content*layers(0)*modules(q,down)") {
+        let inside = name.contains("layers.0.") && (name.contains("q_proj") || name.contains("down_proj"));
         assert_eq!(gradient.abs().max().double_value(&[]) > 0.0, inside, "{name}");
     }
     for (name, gradient) in of("everywhere*0") {

@@ -107,7 +107,7 @@ fn text_at(row: &Prompt, text: &str, nth: Option<usize>) -> std::result::Result<
     if let Some(nth) = nth {
         let n = places.len();
         let place = places.get(nth - 1).copied();
-        places = vec![place.ok_or_else(|| format!("the text {text:?} stands in it {n} times, not {nth}"))?];
+        places = vec![place.ok_or_else(|| format!("of the text {text:?} it holds {n}, not {nth}"))?];
     }
     if places.is_empty() {
         return Err(format!("the text {text:?} does not stand in it"));
