@@ -51,7 +51,7 @@ def randomise(model, random: torch.Generator) -> None:
 
 def with_adapter(model, random: torch.Generator, **settings):
     """The model with a LoRA whose B is not zero, so that it acts."""
-    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **{"target_modules": PROJECTIONS, **settings})
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": PROJECTIONS, **settings})
     model = get_peft_model(model, config)
     for name, weight in model.named_parameters():
         if "lora_A" in name:
@@ -333,8 +333,8 @@ def save(tensors: dict, path: Path) -> None:
     assert path.stat().st_size < 300_000, f"{path} has {path.stat().st_size} bytes"
 
 
-def make_case(model, folder: Path, random: torch.Generator, max_shard_size: str = "1GB"):
-    """Writes the model, an adapter and everything that is expected of them into `folder`, and returns the adapted model."""
+def make_case(model, folder: Path, random: torch.Generator, max_shard_size: str = "1GB") -> None:
+    """Writes the model, an adapter and everything that is expected of them into `folder`."""
     randomise(model, random)
     model.eval()
     model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -377,7 +377,6 @@ def make_case(model, folder: Path, random: torch.Generator, max_shard_size: str 
 
     means = {name: expected[f"{name}.losses"].mean().item() for name in ("base", "adapter", "gated")}
     print(f"{folder.name}: standard deviation of the logits {base.std():.2f}, mean losses {means}")
-    return model, ids, mask
 
 
 def write_json(value, path: Path) -> None:
