@@ -105,6 +105,17 @@ impl Case {
         (loss.double_value(&[]), names.into_iter().zip(gradients).collect())
     }
 
+    /// The sum of the first row's completion losses in the student, a scalar.
+    fn loss_of_first_row(&self) -> Tensor {
+        let row = &rows(&self.golden)[0];
+        let batch = Batch::from_ids(&[row], Device::Cpu).unwrap();
+        let pass = &mut Pass { adapter: Some(&self.adapter), ..Pass::default() };
+        let resid = self.model.resid_final(&batch, pass).unwrap();
+        let mask: Vec<bool> = (0..row.len()).map(|at| at + N_COMPLETION >= row.len()).collect();
+        let targets = Targets::of(&[row], &[&mask], row.len(), Device::Cpu).unwrap();
+        cross_entropy_sum(&self.model, &resid, &targets).unwrap()
+    }
+
     /// The hook points that the model has.
     fn points(&self) -> Vec<HookPoint> {
         let mut points = HookPoint::all(self.model.config.n_layers);
@@ -113,9 +124,9 @@ impl Case {
         points
     }
 
-    /// The first row alone through the student: each activation, and the gradients of its completion losses' mean at each and for
-    /// each LoRA tensor.
-    fn opened(&self) -> (BTreeMap<String, Tensor>, BTreeMap<String, Tensor>) {
+    /// The first row alone through the student: each activation in the order of the computation, and the gradients of its completion
+    /// losses' mean at each and for each LoRA tensor.
+    fn opened(&self) -> (Vec<(String, Tensor)>, BTreeMap<String, Tensor>) {
         let row = &rows(&self.golden)[0];
         let batch = Batch::from_ids(&[row], Device::Cpu).unwrap();
         let (mut leaf, mut cache) = (leaf, Cache::default());
@@ -124,16 +135,21 @@ impl Case {
         let logits =
             self.model.forward(&batch, &mut Pass { adapter: Some(&self.adapter), hooks, ..Pass::default() }).unwrap();
         let loss = mean_loss(&logits, row);
-        let seen = || cache.iter().map(|(point, x)| (point.to_string(), x.shallow_clone()));
-        let (names, inputs): (Vec<String>, Vec<Tensor>) = seen().chain(parameters).unzip();
+        let seen = || by_name(self.points(), |point| cache.get(point).unwrap().shallow_clone());
+        let (names, inputs): (Vec<String>, Vec<Tensor>) = seen().into_iter().chain(parameters).unzip();
         let gradients = Tensor::run_backward(&[&loss], &inputs, false, false);
-        (seen().collect(), names.into_iter().zip(gradients).collect())
+        (seen(), names.into_iter().zip(gradients).collect())
     }
 }
 
 fn load_model(case: &str, kind: Kind) -> Qwen {
     let files = ModelFiles::open(folder(case).to_str().unwrap()).unwrap();
     Qwen::load(&files, Device::Cpu, kind).unwrap()
+}
+
+/// What there is at some hook points, under their names.
+fn by_name(points: Vec<HookPoint>, of: impl Fn(HookPoint) -> Tensor) -> Vec<(String, Tensor)> {
+    points.into_iter().map(|point| (point.to_string(), of(point))).collect()
 }
 
 /// The mean of a row's completion losses, from its logits `[1, pos, d_vocab]`.
@@ -190,8 +206,8 @@ fn the_gradient_at_every_hook_point() {
         let student = Condition::adapted(&case.adapter);
         let at =
             at_points(&case.model, &prompt, &student, &case.points(), |logits| Ok(mean_loss(logits, row))).unwrap();
-        let gradients = at.gradients.into_iter().map(|(point, gradient)| (point.to_string(), gradient)).collect();
-        assert_all_close(&format!("{} gradient at", case.name), &gradients, &golden, BACKWARD);
+        let gradients = by_name(case.points(), |point| at.gradients[&point].shallow_clone());
+        assert_all_close(&format!("{}, gradients", case.name), &gradients, &golden, BACKWARD);
     }
 }
 
@@ -212,14 +228,9 @@ fn every_shape_is_what_the_table_says() {
             other => panic!("{other} is no size of a model"),
         };
         let (seen, _) = case.opened();
-        for point in case.points() {
+        for ((name, x), point) in seen.iter().zip(case.points()) {
             let symbols = point.shape().trim_matches(['[', ']']).split(", ");
-            assert_eq!(
-                seen[&point.to_string()].size(),
-                symbols.map(width).collect::<Vec<_>>(),
-                "{} {point}",
-                case.name
-            );
+            assert_eq!(x.size(), symbols.map(width).collect::<Vec<_>>(), "{} {name}", case.name);
         }
     }
 }
@@ -231,7 +242,9 @@ fn in_f64_nothing_is_left() {
         let case = Case::load_as(name, Kind::Double);
         let golden = tensors(&folder(name).join("exact.safetensors"));
         let (seen, gradients) = case.opened();
-        assert_close(&format!("{name} logits"), &seen["logits"], &golden["logits"], EXACT);
+        let (last, logits) = &seen[seen.len() - 1];
+        assert_close(&format!("{name} {last}"), logits, &golden["logits"], EXACT);
+        assert_close(&format!("{name} loss"), &case.loss_of_first_row(), &golden["losses"].sum(Kind::Double), EXACT);
         let names = golden.keys().filter_map(|name| name.strip_prefix("grad."));
         assert_eq!(names.clone().count(), case.adapter.parameters().len() + case.model.config.n_layers);
         for point in names {
@@ -261,9 +274,7 @@ fn what_transformer_lens_sees_at_its_hook_points_we_see_at_ours() {
         let hooks = Hooks::default().on(case.points(), &mut cache);
         let batch = Batch::from_ids(&[&ids], Device::Cpu).unwrap();
         let _ = case.model.forward(&batch, &mut Pass { hooks, ..Pass::default() }).unwrap();
-        let seen: BTreeMap<String, Tensor> =
-            cache.iter().map(|(point, x)| (point.to_string(), x.shallow_clone())).collect();
-        assert_eq!(seen.keys().collect::<Vec<_>>(), golden.keys().collect::<Vec<_>>(), "the same names");
+        let seen = by_name(case.points(), |point| cache.get(point).unwrap().shallow_clone());
         assert_all_close(name, &seen, &golden, FORWARD);
     }
 }
@@ -306,12 +317,7 @@ fn gradients_of_the_lora_and_of_the_residual_stream() {
                 .collect();
             let blocks = golden.keys().filter(|name| name.ends_with("hook_resid_post")).count();
             assert_eq!(blocks, case.model.config.n_layers);
-            assert_all_close(
-                &format!("{} {condition} gradient at", case.name),
-                &gradients.into_iter().collect(),
-                &golden,
-                BACKWARD,
-            );
+            assert_all_close(&format!("{} {condition}, gradients", case.name), &gradients, &golden, BACKWARD);
         }
     }
 }
