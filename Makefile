@@ -43,10 +43,10 @@ notebooks: setup ## run all notebooks; each prints its page and its .ipynb anew
 	@for source in notebooks-rs/examples/*.rs; do \
 		$(CARGO) run --release -p notebooks-rs --example $$(basename $$source .rs) || exit 1; done
 
-golden: ## remake the golden files with transformers and PEFT, in a venv of 5 GB
+golden: ## remake the golden files with transformers, PEFT and TransformerLens, in a venv of 5 GB
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r tests/golden/requirements.txt
-	for case in qwen2 qwen3 training chat pocket; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
+	for case in qwen2 qwen3 variants adapters training transformer_lens chat pocket; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
 
 build: setup
 	$(CARGO) build --release

@@ -8,7 +8,6 @@ use std::path::Path;
 use analyses::Target;
 use anyhow::{Context, Result, bail};
 use hooks::files;
-use hooks::hook_point::edit_distance;
 use rand::Rng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
@@ -175,7 +174,7 @@ impl Protocol {
         if key_or_text.contains(char::is_whitespace) {
             return Ok(Some(key_or_text.to_owned()));
         }
-        let nearest = self.contexts.keys().min_by_key(|key| edit_distance(key, key_or_text));
+        let nearest = self.contexts.keys().min_by_key(|key| strsim::levenshtein(key, key_or_text));
         bail!(
             "unknown context {key_or_text:?}, expected a system prompt of several words or one of: {}; the nearest is {}",
             keys(&self.contexts),

@@ -125,6 +125,8 @@ fn ten_steps_of_adamw() {
     let expected = expected();
     let (steps, weights) = train(&expected.adamw.settings(&expected, OptimizerKind::AdamW));
     expected.adamw.assert_like("AdamW", &steps);
+    let clipped = expected.adamw.norms.iter().filter(|norm| **norm > expected.max_norm).count();
+    assert_eq!(clipped, 6, "the golden steps are of both kinds, clipped and not");
     let golden = tensors(&folder("training").join("adamw.safetensors"));
     assert_eq!(weights.keys().collect::<Vec<_>>(), golden.keys().collect::<Vec<_>>());
     for (name, golden) in &golden {
@@ -136,6 +138,8 @@ fn ten_steps_of_adamw() {
 fn ten_steps_of_sgd() {
     let expected = expected();
     for (name, run) in [("SGD", &expected.sgd), ("SGD with momentum", &expected.sgd_momentum)] {
+        // Adam hardly feels a gradient's length; these feel nothing else than what clipping leaves of it.
+        assert!(run.norms.iter().all(|norm| *norm > expected.max_norm), "every golden step is clipped");
         let (steps, _) = train(&run.settings(&expected, OptimizerKind::Sgd));
         run.assert_like(name, &steps);
     }

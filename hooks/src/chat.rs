@@ -62,13 +62,10 @@ impl Chat {
         tokenizer.with_truncation(None).map_err(said)?;
 
         let template = Template::new(chat_template);
-        let user = [Turn { role: Role::User, content: "hi" }];
-        let chat = template.render(&user, false)?;
-        let asked = template.render(&user, true)?;
+        let chat = template.render(&HI, false)?;
         let default_system = chat
             .strip_prefix("<|im_start|>system\n")
             .and_then(|rest| rest.strip_suffix("<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"));
-        let think = asked.strip_prefix(&chat).and_then(|rest| rest.strip_prefix("<|im_start|>assistant\n"));
 
         let added = tokenizer.get_added_tokens_decoder();
         let mut specials: Vec<_> =
@@ -78,7 +75,7 @@ impl Chat {
             im_end: 0,
             newline: Vec::new(),
             default_system: default_system.map(str::to_owned),
-            think: think.unwrap_or_default().to_owned(),
+            think: before_the_answer(&template)?,
             entities: vec!["Qwen".to_owned()],
             specials,
             template,
@@ -113,6 +110,21 @@ impl Chat {
     #[must_use]
     pub fn with_entities(self, entities: Vec<String>) -> Self {
         Self { entities, ..self }
+    }
+
+    /// The same with thinking on: prompts end where the model's thoughts would start, and an answer brings its own, as
+    /// `<think>\n…\n</think>\n\n…`. Refused where the template has no such switch (Qwen2.5).
+    pub fn with_thinking(mut self) -> Result<Self> {
+        self.template.thinking = true;
+        let think = before_the_answer(&self.template)?;
+        if think == self.think {
+            return Err(Error::ChatTemplate {
+                problem: "thinking is asked for, but it renders the same without; hint: Qwen3's can think".to_owned(),
+            });
+        }
+        self.think = think;
+        self.prove_on_probes()?;
+        Ok(self)
     }
 
     /// The system prompt that the template writes when there is none; `None` when it writes no system turn at all.
@@ -331,7 +343,10 @@ impl Chat {
             &[(System, "Count."), (User, "One?"), (Assistant, "1"), (User, odd), (Assistant, "2 {{ 3 }}")],
         ];
         for probe in probes {
-            let turns: Vec<_> = probe.iter().map(|(role, content)| Turn { role: *role, content }).collect();
+            let mut turns: Vec<_> = probe.iter().map(|(role, content)| Turn { role: *role, content }).collect();
+            if let Some(Turn { role: Assistant, content }) = turns.last_mut().filter(|_| self.template.thinking) {
+                *content = "<think>\nSo.\n</think>\n\n1, 2";
+            }
             self.proven(&turns, false)?;
             if probe.last().is_some_and(|(role, _)| *role == User) {
                 self.proven(&turns, true)?;
@@ -364,6 +379,16 @@ impl Chat {
         let end = ids.len();
         Ok(Prompt { ids, classes, completion: end..end, content_end: end, text, offsets })
     }
+}
+
+/// The shortest chat there is.
+const HI: [Turn<'static>; 1] = [Turn { role: Role::User, content: "hi" }];
+
+/// What the template writes between the assistant's header and the answer that is to come.
+fn before_the_answer(template: &Template) -> Result<String> {
+    let (chat, asked) = (template.render(&HI, false)?, template.render(&HI, true)?);
+    let think = asked.strip_prefix(&chat).and_then(|rest| rest.strip_prefix("<|im_start|>assistant\n"));
+    Ok(think.unwrap_or_default().to_owned())
 }
 
 /// What the tokenizer said went wrong.
@@ -681,6 +706,7 @@ mod tests {
     struct Golden {
         turns: Vec<(String, String)>,
         generation: bool,
+        thinking: bool,
         text: String,
         ids: Vec<i64>,
     }
@@ -690,9 +716,11 @@ mod tests {
         let goldens = include_str!("../../tests/golden/chat/chats.json");
         let goldens: std::collections::BTreeMap<String, Vec<Golden>> = serde_json::from_str(goldens).unwrap();
         for (name, template) in [("qwen2.5", QWEN25), ("qwen3", QWEN3)] {
-            let chat = chat(template);
-            assert_eq!(goldens[name].len(), 11);
+            let (plain, thinking) = (chat(template), chat(template).with_thinking());
+            assert_eq!((goldens[name].len(), thinking.is_ok()), (17, name == "qwen3"));
             for golden in &goldens[name] {
+                // A template without the switch renders both alike.
+                let chat = thinking.as_ref().ok().filter(|_| golden.thinking).unwrap_or(&plain);
                 let role = |role: &str| match role {
                     "system" => Role::System,
                     "user" => Role::User,
@@ -718,5 +746,26 @@ mod tests {
                 assert_eq!(made.ids, golden.ids, "{name}: {:?}", golden.text);
             }
         }
+    }
+
+    #[test]
+    fn the_default_system_prompt_said_aloud_is_the_same_chat() {
+        let chat = chat(QWEN25);
+        let said = chat.prompt(chat.default_system(), "Hi").unwrap();
+        assert!(chat.default_system().is_some() && said == chat.prompt(None, "Hi").unwrap());
+        assert!(said.ids != chat.prompt(Some(""), "Hi").unwrap().ids);
+        assert_eq!(self::chat(QWEN3).default_system(), None);
+    }
+
+    #[test]
+    fn with_thinking_an_answer_brings_its_thoughts() {
+        let chat = chat(QWEN3).with_thinking().unwrap();
+        assert_eq!(chat.prompt(None, "Hi").unwrap().positions(TokenClass::AsstThink).count(), 0);
+        let row = chat.row_text(None, "5?", "<think>\nTwo more.\n</think>\n\n7").unwrap();
+        assert!(chat.decode(&row.ids).unwrap().ends_with("<think>\nTwo more.\n</think>\n\n7<|im_end|>\n"));
+        let message = chat.row_text(None, "5?", "7").unwrap_err().to_string();
+        assert!(message.contains("first difference"), "{message}");
+        let message = self::chat(QWEN25).with_thinking().unwrap_err().to_string();
+        assert!(message.contains("renders the same without"), "{message}");
     }
 }

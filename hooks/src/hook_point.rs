@@ -1,113 +1,125 @@
 //! The places where an activation can be seen or replaced, in TransformerLens' spelling and shapes.
+//!
+//! One table makes all of it: the enum and its documentation, the names, and the page `hooks/HOOKS.md`.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
-/// A place in the forward pass where an activation can be seen or replaced. The number is the block's, from 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum HookPoint {
-    /// Token embeddings, `[batch, pos, d_model]`.
-    Embed,
-    /// The residual stream before the block, `[batch, pos, d_model]`.
-    ResidPre(usize),
-    /// Root mean square that the block's first norm divides by, `[batch, pos, 1]`.
-    Ln1Scale(usize),
-    /// The block's first norm before its weight, `[batch, pos, d_model]`.
-    Ln1Normalized(usize),
-    /// Queries as projected, before norm and rotation, `[batch, pos, n_heads, d_head]`.
-    Q(usize),
-    /// Keys as projected, `[batch, pos, n_kv_heads, d_head]`.
-    K(usize),
-    /// Values, `[batch, pos, n_kv_heads, d_head]`.
-    V(usize),
-    /// Queries after their norm and before rotation (Qwen3), shaped as `Q`.
-    QNormed(usize),
-    /// Keys after their norm and before rotation (Qwen3), shaped as `K`.
-    KNormed(usize),
-    /// Queries after rotation, shaped as `Q`.
-    RotQ(usize),
-    /// Keys after rotation, shaped as `K`.
-    RotK(usize),
-    /// Attention scores after scaling and masking, `[batch, n_heads, query, key]`.
-    AttnScores(usize),
-    /// Attention probabilities, `[batch, n_heads, query, key]`.
-    Pattern(usize),
-    /// Values mixed by the pattern, `[batch, pos, n_heads, d_head]`.
-    Z(usize),
-    /// Each head's own contribution to the attention output, `[batch, pos, n_heads, d_model]`; large.
-    Result(usize),
-    /// What attention adds to the residual stream, `[batch, pos, d_model]`.
-    AttnOut(usize),
-    /// The residual stream between attention and MLP, `[batch, pos, d_model]`.
-    ResidMid(usize),
-    /// Root mean square that the block's second norm divides by, `[batch, pos, 1]`.
-    Ln2Scale(usize),
-    /// The block's second norm before its weight, `[batch, pos, d_model]`.
-    Ln2Normalized(usize),
-    /// The MLP's gate before its activation, `[batch, pos, d_mlp]`.
-    MlpPre(usize),
-    /// The MLP's linear branch, `[batch, pos, d_mlp]`.
-    MlpPreLinear(usize),
-    /// The gated product, `[batch, pos, d_mlp]`.
-    MlpPost(usize),
-    /// What the MLP adds to the residual stream, `[batch, pos, d_model]`.
-    MlpOut(usize),
-    /// The residual stream after the block, `[batch, pos, d_model]`.
-    ResidPost(usize),
-    /// Root mean square that the final norm divides by, `[batch, pos, 1]`.
-    LnFinalScale,
-    /// The final norm before its weight, `[batch, pos, d_model]`.
-    LnFinalNormalized,
-    /// The model's output, `[batch, pos, d_vocab]`.
-    Logits,
+/// A row of the table: a point's name (after `blocks.{layer}.` where it is in a block), and what it is called elsewhere.
+struct Row {
+    name: &'static str,
+    shape: &'static str,
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the page alone"))]
+    elsewhere: [&'static str; 4], // what it is; in transformers, in nnterp, as a control vector
 }
 
-use HookPoint as P;
+/// Each point as `Variant "name" "shape" "what it is" "in transformers" "in nnterp" "control vector";`.
+macro_rules! hook_points {
+    (
+        before { $($before:ident $b_name:literal $b_shape:literal $b_what:literal $($b_else:literal)*;)* }
+        in each block { $($block:ident $name:literal $shape:literal $what:literal $($else:literal)*;)* }
+        after { $($after:ident $a_name:literal $a_shape:literal $a_what:literal $($a_else:literal)*;)* }
+    ) => {
+        /// A place in the forward pass where an activation can be seen or replaced. The number is the block's, from 0.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum HookPoint {
+            $(#[doc = concat!($b_what, ", `", $b_shape, "`.")] $before,)*
+            $(#[doc = concat!($what, ", `", $shape, "`.")] $block(usize),)*
+            $(#[doc = concat!($a_what, ", `", $a_shape, "`.")] $after,)*
+        }
 
-/// The points outside of blocks, with their names.
-const GLOBAL: [(&str, HookPoint); 4] = [
-    ("hook_embed", P::Embed),
-    ("ln_final.hook_scale", P::LnFinalScale),
-    ("ln_final.hook_normalized", P::LnFinalNormalized),
-    ("logits", P::Logits),
-];
+        const BEFORE: &[HookPoint] = &[$(HookPoint::$before),*];
+        const IN_EACH_BLOCK: &[fn(usize) -> HookPoint] = &[$(HookPoint::$block),*];
+        const AFTER: &[HookPoint] = &[$(HookPoint::$after),*];
 
-type OfLayer = fn(usize) -> HookPoint;
+        impl HookPoint {
+            /// The point's block, if it is in one, and its row of the table.
+            fn row(self) -> (Option<usize>, &'static Row) {
+                match self {
+                    $(Self::$before => (None, &Row { name: $b_name, shape: $b_shape, elsewhere: [$b_what, $($b_else),*] }),)*
+                    $(Self::$block(layer) => (Some(layer), &Row { name: $name, shape: $shape, elsewhere: [$what, $($else),*] }),)*
+                    $(Self::$after => (None, &Row { name: $a_name, shape: $a_shape, elsewhere: [$a_what, $($a_else),*] }),)*
+                }
+            }
+        }
+    };
+}
 
-/// The points of a block in the order of the computation, with their names after `blocks.{layer}.`.
-const PER_LAYER: [(&str, OfLayer); 23] = [
-    ("hook_resid_pre", P::ResidPre),
-    ("ln1.hook_scale", P::Ln1Scale),
-    ("ln1.hook_normalized", P::Ln1Normalized),
-    ("attn.hook_q", P::Q),
-    ("attn.hook_k", P::K),
-    ("attn.hook_v", P::V),
-    ("attn.hook_q_normed", P::QNormed),
-    ("attn.hook_k_normed", P::KNormed),
-    ("attn.hook_rot_q", P::RotQ),
-    ("attn.hook_rot_k", P::RotK),
-    ("attn.hook_attn_scores", P::AttnScores),
-    ("attn.hook_pattern", P::Pattern),
-    ("attn.hook_z", P::Z),
-    ("attn.hook_result", P::Result),
-    ("hook_attn_out", P::AttnOut),
-    ("hook_resid_mid", P::ResidMid),
-    ("ln2.hook_scale", P::Ln2Scale),
-    ("ln2.hook_normalized", P::Ln2Normalized),
-    ("mlp.hook_pre", P::MlpPre),
-    ("mlp.hook_pre_linear", P::MlpPreLinear),
-    ("mlp.hook_post", P::MlpPost),
-    ("hook_mlp_out", P::MlpOut),
-    ("hook_resid_post", P::ResidPost),
-];
+hook_points! {
+    before {
+        Embed "hook_embed" "[batch, pos, d_model]"
+            "Token embeddings" "`model.embed_tokens` output" "`token_embeddings`" "–";
+    }
+    in each block {
+        ResidPre "hook_resid_pre" "[batch, pos, d_model]"
+            "The residual stream before the block" "`model.layers.{l}` input" "`layers_input[l]`" "–";
+        Ln1Scale "ln1.hook_scale" "[batch, pos, 1]"
+            "Root mean square that the block's first norm divides by" "–" "–" "–";
+        Ln1Normalized "ln1.hook_normalized" "[batch, pos, d_model]"
+            "The block's first norm before its weight" "–" "–" "–";
+        Q "attn.hook_q" "[batch, pos, n_heads, d_head]"
+            "Queries as projected, before norm and rotation" "`model.layers.{l}.self_attn.q_proj` output" "–" "–";
+        K "attn.hook_k" "[batch, pos, n_kv_heads, d_head]"
+            "Keys as projected, before norm and rotation" "`model.layers.{l}.self_attn.k_proj` output" "–" "–";
+        V "attn.hook_v" "[batch, pos, n_kv_heads, d_head]"
+            "Values" "`model.layers.{l}.self_attn.v_proj` output" "–" "–";
+        QNormed "attn.hook_q_normed" "[batch, pos, n_heads, d_head]"
+            "Queries after their norm and before rotation (Qwen3)" "`model.layers.{l}.self_attn.q_norm` output" "–" "–";
+        KNormed "attn.hook_k_normed" "[batch, pos, n_kv_heads, d_head]"
+            "Keys after their norm and before rotation (Qwen3)" "`model.layers.{l}.self_attn.k_norm` output" "–" "–";
+        RotQ "attn.hook_rot_q" "[batch, pos, n_heads, d_head]"
+            "Queries after rotation" "–" "–" "–";
+        RotK "attn.hook_rot_k" "[batch, pos, n_kv_heads, d_head]"
+            "Keys after rotation" "–" "–" "–";
+        AttnScores "attn.hook_attn_scores" "[batch, n_heads, query, key]"
+            "Attention scores after scaling and masking (−∞ where masked)" "–" "–" "–";
+        Pattern "attn.hook_pattern" "[batch, n_heads, query, key]"
+            "Attention probabilities" "`attentions[l]`" "`attention_probabilities[l]`" "–";
+        Z "attn.hook_z" "[batch, pos, n_heads, d_head]"
+            "Values mixed by the pattern" "`model.layers.{l}.self_attn.o_proj` input" "–" "–";
+        Result "attn.hook_result" "[batch, pos, n_heads, d_model]"
+            "Each head's own part of what attention adds; large" "–" "–" "–";
+        AttnOut "hook_attn_out" "[batch, pos, d_model]"
+            "What attention adds to the residual stream" "`model.layers.{l}.self_attn` output" "`attentions_output[l]`" "–";
+        ResidMid "hook_resid_mid" "[batch, pos, d_model]"
+            "The residual stream between attention and MLP" "`model.layers.{l}.post_attention_layernorm` input" "–" "–";
+        Ln2Scale "ln2.hook_scale" "[batch, pos, 1]"
+            "Root mean square that the block's second norm divides by" "–" "–" "–";
+        Ln2Normalized "ln2.hook_normalized" "[batch, pos, d_model]"
+            "The block's second norm before its weight" "–" "–" "–";
+        MlpPre "mlp.hook_pre" "[batch, pos, d_mlp]"
+            "The MLP's gate before its activation" "`model.layers.{l}.mlp.gate_proj` output" "–" "–";
+        MlpPreLinear "mlp.hook_pre_linear" "[batch, pos, d_mlp]"
+            "The MLP's linear branch" "`model.layers.{l}.mlp.up_proj` output" "–" "–";
+        MlpPost "mlp.hook_post" "[batch, pos, d_mlp]"
+            "The gated product" "`model.layers.{l}.mlp.down_proj` input" "–" "–";
+        MlpOut "hook_mlp_out" "[batch, pos, d_model]"
+            "What the MLP adds to the residual stream" "`model.layers.{l}.mlp` output" "`mlps_output[l]`" "–";
+        ResidPost "hook_resid_post" "[batch, pos, d_model]"
+            "The residual stream after the block" "`model.layers.{l}` output" "`layers_output[l]`" "`direction.l`, l ≥ 1";
+    }
+    after {
+        LnFinalScale "ln_final.hook_scale" "[batch, pos, 1]"
+            "Root mean square that the final norm divides by" "–" "–" "–";
+        LnFinalNormalized "ln_final.hook_normalized" "[batch, pos, d_model]"
+            "The final norm before its weight" "–" "–" "–";
+        Logits "logits" "[batch, pos, d_vocab]"
+            "The model's output" "`lm_head` output" "`logits`" "–";
+    }
+}
 
 impl HookPoint {
     /// Every hook point of a model with `n_layers` blocks, the opt-in `hook_result` and Qwen3's norms included.
     pub fn all(n_layers: usize) -> Vec<Self> {
-        let blocks = (0..n_layers).flat_map(|layer| PER_LAYER.iter().map(move |(_, point)| point(layer)));
-        [P::Embed].into_iter().chain(blocks).chain([P::LnFinalScale, P::LnFinalNormalized, P::Logits]).collect()
+        let blocks = (0..n_layers).flat_map(Self::of_block);
+        BEFORE.iter().copied().chain(blocks).chain(AFTER.iter().copied()).collect()
+    }
+
+    /// The points of one block, in the order of the computation.
+    fn of_block(layer: usize) -> impl Iterator<Item = Self> {
+        IN_EACH_BLOCK.iter().map(move |point| point(layer))
     }
 
     /// The points that a name means in a model with `n_layers` blocks; `*` in place of the layer means every block.
@@ -128,44 +140,21 @@ impl HookPoint {
 
     /// The block that the point is in, if it is in one.
     pub fn layer(self) -> Option<usize> {
-        let name = self.to_string();
-        name.strip_prefix("blocks.")?.split('.').next()?.parse().ok()
+        self.row().0
+    }
+
+    /// The shape of the activation, such as `[batch, pos, d_model]`.
+    pub fn shape(self) -> &'static str {
+        self.row().1.shape
     }
 }
 
 impl fmt::Display for HookPoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (layer, of_layer): (usize, OfLayer) = match *self {
-            P::ResidPre(l) => (l, P::ResidPre),
-            P::Ln1Scale(l) => (l, P::Ln1Scale),
-            P::Ln1Normalized(l) => (l, P::Ln1Normalized),
-            P::Q(l) => (l, P::Q),
-            P::K(l) => (l, P::K),
-            P::V(l) => (l, P::V),
-            P::QNormed(l) => (l, P::QNormed),
-            P::KNormed(l) => (l, P::KNormed),
-            P::RotQ(l) => (l, P::RotQ),
-            P::RotK(l) => (l, P::RotK),
-            P::AttnScores(l) => (l, P::AttnScores),
-            P::Pattern(l) => (l, P::Pattern),
-            P::Z(l) => (l, P::Z),
-            P::Result(l) => (l, P::Result),
-            P::AttnOut(l) => (l, P::AttnOut),
-            P::ResidMid(l) => (l, P::ResidMid),
-            P::Ln2Scale(l) => (l, P::Ln2Scale),
-            P::Ln2Normalized(l) => (l, P::Ln2Normalized),
-            P::MlpPre(l) => (l, P::MlpPre),
-            P::MlpPreLinear(l) => (l, P::MlpPreLinear),
-            P::MlpPost(l) => (l, P::MlpPost),
-            P::MlpOut(l) => (l, P::MlpOut),
-            P::ResidPost(l) => (l, P::ResidPost),
-            global => {
-                let name = GLOBAL.iter().find(|(_, point)| *point == global).map_or("", |(name, _)| name);
-                return f.write_str(name);
-            }
-        };
-        let name = PER_LAYER.iter().find(|(_, point)| point(layer) == of_layer(layer)).map_or("", |(name, _)| name);
-        write!(f, "blocks.{layer}.{name}")
+        match self.row() {
+            (Some(layer), row) => write!(f, "blocks.{layer}.{}", row.name),
+            (None, row) => f.write_str(row.name),
+        }
     }
 }
 
@@ -173,39 +162,13 @@ impl FromStr for HookPoint {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        if let Some((_, point)) = GLOBAL.iter().find(|(known, _)| *known == name) {
-            return Ok(*point);
-        }
-        let parsed = name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')).and_then(|(layer, suffix)| {
-            let layer = layer.parse().ok()?;
-            PER_LAYER.iter().find(|(known, _)| *known == suffix).map(|(_, point)| point(layer))
-        });
-        parsed.ok_or_else(|| Error::UnknownHookPoint { name: name.to_owned(), nearest: nearest(name) })
+        let layer = name.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        let known = || BEFORE.iter().copied().chain(Self::of_block(layer.unwrap_or(0))).chain(AFTER.iter().copied());
+        known().find(|point| point.to_string() == name).ok_or_else(|| {
+            let nearest = known().map(|point| point.to_string()).min_by_key(|known| strsim::levenshtein(known, name));
+            Error::UnknownHookPoint { name: name.to_owned(), nearest: nearest.unwrap_or_default() }
+        })
     }
-}
-
-/// The existing name with the fewest edits from `name`; a layer number in `name` is kept.
-fn nearest(name: &str) -> String {
-    let layer = name.split('.').find_map(|part| part.parse::<usize>().ok()).unwrap_or(0);
-    let per_layer = PER_LAYER.iter().map(|(_, point)| point(layer).to_string());
-    let global = GLOBAL.iter().map(|(known, _)| (*known).to_owned());
-    let names = per_layer.chain(global);
-    names.min_by_key(|known| edit_distance(known, name)).unwrap_or_default()
-}
-
-/// Levenshtein's distance between two names, in characters.
-pub fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -225,6 +188,31 @@ mod tests {
         assert_eq!(HookPoint::ResidPost(14).to_string(), "blocks.14.hook_resid_post");
         assert_eq!(HookPoint::ResidPost(14).layer(), Some(14));
         assert_eq!(HookPoint::Embed.layer(), None);
+    }
+
+    /// A row of the page's table.
+    fn line(point: &HookPoint) -> String {
+        let (layer, row) = point.row();
+        let block = if layer.is_some() { "blocks.{l}." } else { "" };
+        format!("| `{block}{}` | `{}` | {} |\n", row.name, row.shape, row.elsewhere.join(" | "))
+    }
+
+    #[test]
+    fn the_page_has_the_table_above() {
+        const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/HOOKS.md");
+        let page = std::fs::read_to_string(PAGE).unwrap();
+        let (before, rest) = page.split_once("|---|---|---|---|---|---|\n").unwrap();
+        let after = rest.find("\n\n").map_or("", |end| &rest[end + 1..]);
+        let table: String = HookPoint::all(1).iter().map(line).collect();
+        let expected = format!("{before}|---|---|---|---|---|---|\n{table}{after}");
+        if std::env::var_os("UNDERTONE_WRITE").is_some() {
+            std::fs::write(PAGE, &expected).unwrap();
+        }
+        let hint = "run UNDERTONE_WRITE=1 cargo test --release -p undertone-hooks the_page";
+        assert!(
+            std::fs::read_to_string(PAGE).unwrap() == expected,
+            "hooks/HOOKS.md is not the table of hook_point.rs; {hint}"
+        );
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::nn::wide;
 use crate::pass::Dose;
 
 /// A linear map of a block that an adapter can act on.
@@ -162,20 +163,22 @@ pub struct LoraPair {
 }
 
 impl LoraPair {
-    /// s · B (g ⊙ A x) in f32, g the dose. `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`.
+    /// s · B (g ⊙ A x) in f32, or in f64 where `x` is; g is the dose. `x`: `[batch, pos, d_in]`, the result is
+    /// `[batch, pos, d_out]`.
     pub(crate) fn delta(&self, x: &Tensor, dose: Dose<'_>, dropout: Option<&mut Dropout>) -> Result<Tensor> {
-        let x = x.f_to_kind(Kind::Float)?;
+        let x = x.f_to_kind(wide(x.kind()))?;
+        let [a, b] = [&self.a, &self.b].map(|factor| factor.f_to_kind(x.kind()));
         let x = match dropout {
             Some(dropout) => dropout.apply(&x)?,
             None => x,
         };
-        let bottleneck = x.f_matmul(&self.a.f_transpose(0, 1)?)?.f_mul_scalar(self.scaling)?; // [batch, pos, rank]
+        let bottleneck = x.f_matmul(&a?.f_transpose(0, 1)?)?.f_mul_scalar(self.scaling)?; // [batch, pos, rank]
         let bottleneck = match dose {
             Dose::Uniform(1.0) => bottleneck,
             Dose::Uniform(dose) => bottleneck.f_mul_scalar(dose)?,
             Dose::Tokens(doses) => bottleneck.f_mul(doses)?,
         };
-        Ok(bottleneck.f_matmul(&self.b.f_transpose(0, 1)?)?)
+        Ok(bottleneck.f_matmul(&b?.f_transpose(0, 1)?)?)
     }
 
     /// The weight change s · B · A, `[d_out, d_in]`.

@@ -1,9 +1,10 @@
 //! The language model's loss, computed only where there is loss: the hidden states of the other positions are never
 //! unembedded, and no more than a few hundred rows of logits exist at a time.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
+use crate::nn::wide;
 use crate::qwen::Qwen;
 
 /// Rows of logits that are held at a time.
@@ -40,7 +41,7 @@ impl Targets {
     }
 }
 
-/// Σ −log p(label) over the targets in f32, a scalar that gradients flow through once. `resid_final`:
+/// Σ −log p(label) over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid_final`:
 /// `[batch, pos, d_model]`. The sum and not the mean, so that a step of several batches can be divided by all its targets.
 pub fn cross_entropy_sum(model: &Qwen, resid_final: &Tensor, targets: &Targets) -> Result<Tensor> {
     let (_, _, d_model) = resid_final.size3()?;
@@ -55,7 +56,7 @@ pub fn cross_entropy_sum(model: &Qwen, resid_final: &Tensor, targets: &Targets) 
         let leaf = hidden.f_detach()?.f_set_requires_grad(true)?;
         let nll = nll_sum(model, &leaf, labels)?;
         let gradient = &Tensor::f_run_backward(&[&nll], &[&leaf], false, false)?[0];
-        let carrier = hidden.f_mul(gradient)?.f_sum(Kind::Float)?;
+        let carrier = hidden.f_mul(gradient)?.f_sum(wide(hidden.kind()))?;
         Ok(carrier.f_sub(&carrier.f_detach()?)?.f_add(&nll.f_detach()?)?)
     })
 }
@@ -69,18 +70,20 @@ fn sum_of_chunks(
     for (hidden, labels) in hidden.f_split(ROWS, 0)?.iter().zip(targets.labels.f_split(ROWS, 0)?) {
         sums.push(loss(hidden, &labels)?);
     }
-    Ok(Tensor::f_stack(&sums, 0)?.f_sum(Kind::Float)?)
+    Ok(Tensor::f_stack(&sums, 0)?.f_sum(wide(hidden.kind()))?)
 }
 
-/// `hidden`: `[n, d_model]`, `labels`: `[n]`; the result is a scalar in f32.
+/// `hidden`: `[n, d_model]`, `labels`: `[n]`; the result is a scalar in f32, or in f64 where `hidden` is.
 fn nll_sum(model: &Qwen, hidden: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    let logprobs = model.unembed(hidden)?.f_log_softmax(-1, Kind::Float)?; // [n, d_vocab]
-    Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_sum(Kind::Float)?.f_neg()?)
+    let logprobs = model.unembed(hidden)?.f_log_softmax(-1, wide(hidden.kind()))?; // [n, d_vocab]
+    Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_sum(logprobs.kind())?.f_neg()?)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
     use crate::batch::Batch;
     use crate::model_files::ModelFiles;

@@ -28,7 +28,8 @@ impl Linear {
         Ok(Self { weight, bias, layer, proj })
     }
 
-    /// `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`. The adapter's part is computed in f32, as PEFT does.
+    /// `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`. The adapter's part is computed in f32, as
+    /// PEFT does, or wider.
     pub(crate) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let y = linear(x, &self.weight, self.bias.as_ref())?;
         let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) else {
@@ -72,7 +73,13 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     Ok(y.f_view(shape.as_slice())?)
 }
 
-/// Root-mean-square norm, computed in f32: `weight · x / √(mean(x²) + eps)`.
+/// The precision of norms, rotations, softmaxes and adapters: f32 whatever the weights are, as in transformers and PEFT, but f64
+/// in an f64 model, so that such a model is f64 throughout.
+pub(crate) fn wide(kind: Kind) -> Kind {
+    if kind == Kind::Double { kind } else { Kind::Float }
+}
+
+/// Root-mean-square norm, computed in f32 or wider: `weight · x / √(mean(x²) + eps)`.
 #[derive(Debug)]
 pub(crate) struct RmsNorm {
     pub(crate) weight: Tensor, // [width]
@@ -104,10 +111,10 @@ impl RmsNorm {
         Ok(normalized.f_mul(&self.weight)?)
     }
 
-    /// The divisor `[.., 1]` and `x`, both in f32.
+    /// The divisor `[.., 1]` and `x`, both in f32 or wider.
     fn scale(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        let wide = x.f_to_kind(Kind::Float)?;
-        let mean = wide.f_square()?.f_mean_dim(-1, true, Kind::Float)?;
+        let wide = x.f_to_kind(wide(x.kind()))?;
+        let mean = wide.f_square()?.f_mean_dim(-1, true, wide.kind())?;
         Ok((mean.f_add_scalar(self.eps)?.f_sqrt()?, wide))
     }
 }
@@ -122,11 +129,10 @@ pub(crate) struct Rope {
 impl Rope {
     /// The rotations of some positions, `[1 or batch, pos]`.
     pub(crate) fn at(positions: &Tensor, model: &Config, kind: Kind) -> Result<Self> {
-        let half: Vec<f32> = (0..model.d_head / 2)
-            .map(|i| (1.0 / model.rope_theta.powf(2.0 * i as f64 / model.d_head as f64)) as f32)
-            .collect();
-        let frequencies = Tensor::f_from_slice(&half)?.f_to_device(positions.device())?;
-        let angles = positions.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?.f_mul(&frequencies)?; // [.., pos, d_head / 2]
+        let half: Vec<f64> =
+            (0..model.d_head / 2).map(|i| 1.0 / model.rope_theta.powf(2.0 * i as f64 / model.d_head as f64)).collect();
+        let frequencies = Tensor::f_from_slice(&half)?.f_to_kind(wide(kind))?.f_to_device(positions.device())?;
+        let angles = positions.f_to_kind(wide(kind))?.f_unsqueeze(-1)?.f_mul(&frequencies)?; // [.., pos, d_head / 2]
         let angles = Tensor::f_cat(&[&angles, &angles], -1)?.f_unsqueeze(2)?;
         Ok(Self { cos: angles.f_cos()?.f_to_kind(kind)?, sin: angles.f_sin()?.f_to_kind(kind)? })
     }

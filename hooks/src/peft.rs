@@ -33,6 +33,8 @@ struct PeftConfig {
     #[serde(default)]
     layers_to_transform: Option<OneOrMany<usize>>,
     #[serde(default)]
+    layers_pattern: Option<OneOrMany<String>>,
+    #[serde(default)]
     use_rslora: bool,
     #[serde(default)]
     rank_pattern: BTreeMap<String, i64>,
@@ -58,6 +60,15 @@ enum OneOrMany<T> {
     Many(Vec<T>),
 }
 
+impl<T> OneOrMany<T> {
+    fn as_slice(&self) -> &[T] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
+        }
+    }
+}
+
 impl PeftConfig {
     fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
         let config: Self = serde_json::from_slice(bytes)
@@ -66,7 +77,7 @@ impl PeftConfig {
         if config.peft_type != "LORA" {
             return refuse(format!("peft_type is {}, expected LORA", config.peft_type));
         }
-        for key in ["use_dora", "lora_bias", "fan_in_fan_out"] {
+        for key in ["use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"] {
             if config.others.get(key) == Some(&Value::Bool(true)) {
                 return refuse(format!("{key} is true, which is not supported"));
             }
@@ -78,6 +89,12 @@ impl PeftConfig {
             "target_parameters",
             "layer_replication",
             "alora_invocation_tokens",
+            "arrow_config",
+            "kasa_config",
+            "megatron_config",
+            "monteclora_config",
+            "use_bdlora",
+            "velora_config",
         ] {
             let absent = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
             if let Some(value) = config.others.get(key).filter(|value| !absent(value)) {
@@ -94,6 +111,17 @@ impl PeftConfig {
                  save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
             ));
         }
+        // What the list of a Qwen's blocks is called; another name would match nothing.
+        if let Some(pattern) = config
+            .layers_pattern
+            .iter()
+            .flat_map(OneOrMany::as_slice)
+            .find(|pattern| !["", "layers"].contains(&&***pattern))
+        {
+            return refuse(format!(
+                "layers_pattern is {pattern:?}, expected \"layers\", as a Qwen's blocks are called"
+            ));
+        }
         match config.others.get("bias") {
             Some(bias) if bias != "none" => refuse(format!("bias is {bias}, expected \"none\"")),
             _ => Ok(config),
@@ -102,28 +130,37 @@ impl PeftConfig {
 
     fn lora_config(&self, path: &Path) -> Result<LoraConfig> {
         let refuse = |problem: String| Error::Adapter { path: path.to_owned(), problem };
-        let target_modules = match &self.target_modules {
-            Some(OneOrMany::One(all)) if all == "all-linear" => Proj::ALL.to_vec(),
-            Some(OneOrMany::One(one)) => vec![proj(one).ok_or_else(|| refuse(unknown_module(one)))?],
-            Some(OneOrMany::Many(names)) => {
-                let found: Option<BTreeSet<Proj>> = names.iter().map(|name| proj(name)).collect();
-                let first_unknown = || names.iter().find(|name| proj(name).is_none()).cloned().unwrap_or_default();
-                found.ok_or_else(|| refuse(unknown_module(&first_unknown())))?.into_iter().collect()
-            }
-            None => return Err(refuse("target_modules is missing, expected a list of projections".to_owned())),
-        };
-        let layers = self.layers_to_transform.clone().map(|layers| match layers {
-            OneOrMany::One(layer) => vec![layer],
-            OneOrMany::Many(layers) => layers,
-        });
+        let names = self.target_names();
+        if names.is_empty() {
+            return Err(refuse("target_modules is missing, expected a list of projections".to_owned()));
+        }
+        let target_modules = names
+            .iter()
+            .map(|name| proj(name).ok_or_else(|| refuse(unknown_module(name))))
+            .collect::<Result<BTreeSet<Proj>>>()?;
         Ok(LoraConfig {
             rank: self.r,
             alpha: self.lora_alpha,
             use_rslora: self.use_rslora,
             dropout: self.lora_dropout,
-            target_modules,
-            layers,
+            target_modules: target_modules.into_iter().collect(),
+            layers: self.layers_to_transform.as_ref().map(|layers| layers.as_slice().to_vec()),
         })
+    }
+
+    /// The names in `target_modules`, `"all-linear"` written out. PEFT itself writes it out as whole paths.
+    fn target_names(&self) -> Vec<&str> {
+        match self.target_modules.as_ref().map(OneOrMany::as_slice) {
+            Some([all]) if all == "all-linear" => Proj::ALL.map(Proj::name).to_vec(),
+            Some(names) => names.iter().map(String::as_str).collect(),
+            None => Vec::new(),
+        }
+    }
+
+    /// Whether the adapter has a pair at a module, such as `model.layers.0.self_attn.q_proj`.
+    fn targets(&self, layer: usize, module: &str) -> bool {
+        let layers = self.layers_to_transform.as_ref().map(OneOrMany::as_slice);
+        layers.is_none_or(|layers| layers.contains(&layer)) && self.target_names().iter().any(|name| ends(module, name))
     }
 }
 
@@ -134,15 +171,26 @@ fn unknown_module(name: &str) -> String {
     )
 }
 
-/// The projection that a module name such as `q_proj` or `self_attn.q_proj` means.
+/// The projection that a module's name means, with or without the path to it: `q_proj`, `layers.0.self_attn.q_proj`.
 fn proj(name: &str) -> Option<Proj> {
-    Proj::ALL.into_iter().find(|proj| name == proj.name() || name == proj.path())
+    Proj::ALL.into_iter().find(|proj| {
+        let path = format!(
+            "model.layers.{}.{}",
+            name.split('.').find(|part| part.parse::<usize>().is_ok()).unwrap_or("0"),
+            proj.path()
+        );
+        ends(&path, name)
+    })
 }
 
-/// The value whose key is the module's path or its end, as PEFT matches patterns.
+/// Whether a module's path is the name or ends in it, as PEFT matches names and patterns.
+fn ends(module: &str, name: &str) -> bool {
+    module == name || module.strip_suffix(name).is_some_and(|before| before.ends_with('.'))
+}
+
+/// The value whose key is the module's path or its end.
 fn matching<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> {
-    let hit = |key: &str| module == key || module.strip_suffix(key).is_some_and(|before| before.ends_with('.'));
-    patterns.iter().find(|(key, _)| hit(key)).map(|(_, value)| *value)
+    patterns.iter().find(|(key, _)| ends(module, key)).map(|(_, value)| *value)
 }
 
 impl LoraConfig {
@@ -163,7 +211,7 @@ impl Adapter {
             return Err(Error::Adapter { path: dir.to_owned(), problem });
         }
         let peft = PeftConfig::parse(&files::read(&path)?, &path)?;
-        let config = peft.lora_config(&path)?;
+        let mut config = peft.lora_config(&path)?;
         config.check(model)?;
         let literal = |key: &&String| key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '_'));
         if let Some(key) = peft.rank_pattern.keys().chain(peft.alpha_pattern.keys()).find(literal) {
@@ -178,14 +226,12 @@ impl Adapter {
         let mut unused: BTreeSet<String> = weights.names().into_iter().collect();
         let mut missing = Vec::new();
         let mut places = Vec::new();
-        for layer in
-            (0..model.n_layers).filter(|layer| config.layers.as_ref().is_none_or(|layers| layers.contains(layer)))
-        {
-            for proj in &config.target_modules {
-                let module = format!("model.layers.{layer}.{}", proj.path());
+        for (layer, proj) in (0..model.n_layers).flat_map(|layer| Proj::ALL.map(|proj| (layer, proj))) {
+            let module = module(layer, proj);
+            if peft.targets(layer, &module) {
                 let names = ["lora_A", "lora_B"].map(|factor| format!("base_model.model.{module}.{factor}.weight"));
                 missing.extend(names.iter().filter(|name| !unused.remove(*name)).cloned());
-                places.push((layer, *proj, module, names));
+                places.push((layer, proj, module, names));
             }
         }
         if !missing.is_empty() || !unused.is_empty() {
@@ -195,6 +241,10 @@ impl Adapter {
                 format!("the tensors do not fit {CONFIG}; missing: {}; unused: {}", list(&missing), list(&unused));
             return Err(Error::Adapter { path: tensors, problem });
         }
+
+        // Whole paths in target_modules can leave out blocks.
+        let layers: BTreeSet<usize> = places.iter().map(|(layer, ..)| *layer).collect();
+        config.layers = (layers.len() < model.n_layers).then(|| layers.into_iter().collect());
 
         let root = weights.root(tch::Kind::Float, device);
         let mut adapter = Self::empty(config.clone(), model);
@@ -217,13 +267,14 @@ impl Adapter {
     }
 
     /// `adapter_config.json`, with every key that decides what PEFT computes. A rank or scaling that differs from the
-    /// configuration's (an adapter read with patterns) is written as a pattern again.
+    /// configuration's (an adapter read with patterns) is written as a pattern again, and modules by their whole paths where not
+    /// every block has the same.
     fn peft_config(&self, base_model: &str) -> Value {
         let c = &self.config;
         let mut rank_pattern = serde_json::Map::new();
         let mut alpha_pattern = serde_json::Map::new();
         for (layer, proj, pair) in self.pairs() {
-            let (module, rank) = (format!("model.layers.{layer}.{}", proj.path()), pair.a.size()[0]);
+            let (module, rank) = (module(layer, proj), pair.a.size()[0]);
             if rank != c.rank {
                 rank_pattern.insert(module.clone(), json!(rank));
             }
@@ -232,6 +283,12 @@ impl Adapter {
                 alpha_pattern.insert(module, whole(alpha));
             }
         }
+        let blocks: BTreeSet<usize> = self.pairs().map(|(layer, ..)| layer).collect();
+        let target_modules = if self.pairs().count() == blocks.len() * c.target_modules.len() {
+            json!(c.target_modules)
+        } else {
+            json!(self.pairs().map(|(layer, proj, _)| module(layer, proj)).collect::<Vec<_>>())
+        };
         json!({
             "alpha_pattern": alpha_pattern,
             "auto_mapping": null,
@@ -254,12 +311,17 @@ impl Adapter {
             "r": c.rank,
             "rank_pattern": rank_pattern,
             "revision": null,
-            "target_modules": c.target_modules,
+            "target_modules": target_modules,
             "task_type": "CAUSAL_LM",
             "use_dora": false,
             "use_rslora": c.use_rslora,
         })
     }
+}
+
+/// A projection's path in the model.
+fn module(layer: usize, proj: Proj) -> String {
+    format!("model.layers.{layer}.{}", proj.path())
 }
 
 /// A number as PEFT writes it: an integer where it is one.
@@ -280,9 +342,25 @@ mod tests {
     fn what_is_no_plain_lora_is_refused_by_name() {
         for (key, value) in [
             ("use_dora", "true"),
+            ("use_qalora", "true"),
+            ("lora_bias", "true"),
+            ("fan_in_fan_out", "true"),
             ("bias", "\"all\""),
             ("modules_to_save", "[\"lm_head\"]"),
+            ("exclude_modules", "[\"q_proj\"]"),
+            ("trainable_token_indices", "[3]"),
+            ("target_parameters", "[\"x\"]"),
+            ("layer_replication", "[[0, 1]]"),
+            ("alora_invocation_tokens", "[5]"),
+            ("arrow_config", "{}"),
+            ("kasa_config", "{}"),
+            ("megatron_config", "{}"),
+            ("monteclora_config", "{}"),
+            ("use_bdlora", "{}"),
+            ("velora_config", "{}"),
+            ("layers_pattern", "\"h\""),
             ("init_lora_weights", "\"pissa_niter_4\""),
+            ("init_lora_weights", "\"olora\""),
         ] {
             let text = format!("{{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"],\"{key}\":{value}}}");
             let message = parse(&text).unwrap_err().to_string();
@@ -305,5 +383,11 @@ mod tests {
         let patterns = BTreeMap::from([("layers.1.mlp.up_proj".to_owned(), 2)]);
         assert_eq!(matching(&patterns, "model.layers.1.mlp.up_proj"), Some(2));
         assert_eq!(matching(&patterns, "model.layers.11.mlp.up_proj"), None);
+        for name in ["up_proj", "mlp.up_proj", "layers.3.mlp.up_proj", "model.layers.3.mlp.up_proj"] {
+            assert_eq!(proj(name), Some(Proj::Up), "{name}");
+        }
+        for name in ["p_proj", "self_attn.up_proj", "model.layers.3", "h.3.mlp.up_proj"] {
+            assert_eq!(proj(name), None, "{name}");
+        }
     }
 }

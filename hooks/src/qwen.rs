@@ -14,7 +14,7 @@ use crate::hook_point::HookPoint as P;
 use crate::kv_cache::Placement;
 use crate::lora::{Adapter, Proj};
 use crate::model_files::ModelFiles;
-use crate::nn::{Linear, RmsNorm, Rope, linear};
+use crate::nn::{Linear, RmsNorm, Rope, linear, wide};
 use crate::pass::Pass;
 use crate::tap::Hooks;
 use crate::weights::{Scope, Weights};
@@ -108,7 +108,7 @@ impl Attention {
         };
         let scores = scores.f_masked_fill(&allowed.f_logical_not()?, f64::NEG_INFINITY)?;
         let scores = hooks.run(P::AttnScores(self.layer), scores)?;
-        let pattern = scores.f_softmax(-1, Kind::Float)?.f_to_kind(q.kind())?;
+        let pattern = scores.f_softmax(-1, wide(scores.kind()))?.f_to_kind(q.kind())?;
         Ok(hooks.run(P::Pattern(self.layer), pattern)?.f_matmul(&v)?)
     }
 

@@ -1,7 +1,7 @@
 //! The model's own chat template, rendered as transformers renders it: Jinja with trimmed blocks and Python's methods.
 //!
 //! It gives the text alone, without saying what is whose, so it is the check on `chat.rs`, not the renderer.
-//! Thinking is always off, and tools are never passed.
+//! Tools are never passed.
 
 use minijinja::{Environment, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
@@ -30,6 +30,8 @@ pub(crate) struct Turn<'a> {
 pub(crate) struct Template {
     environment: Environment<'static>,
     source: String,
+    /// Whether the model is asked to think before it answers, where the template has a switch for it.
+    pub(crate) thinking: bool,
 }
 
 impl Template {
@@ -52,12 +54,13 @@ impl Template {
             ))
         });
         environment.add_filter("tojson", python_json);
-        Self { environment, source: generation_as_if(source) }
+        Self { environment, source: generation_as_if(source), thinking: false }
     }
 
     /// The text of a chat; with `generation`, it ends where the assistant's answer would start.
     pub(crate) fn render(&self, turns: &[Turn<'_>], generation: bool) -> Result<String> {
-        let values = context! { messages => turns, add_generation_prompt => generation, enable_thinking => false };
+        let thinking = self.thinking;
+        let values = context! { messages => turns, add_generation_prompt => generation, enable_thinking => thinking };
         let rendered = self.environment.render_named_str("chat_template", &self.source, values);
         rendered.map_err(|error| Error::ChatTemplate { problem: error.to_string() })
     }

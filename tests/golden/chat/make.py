@@ -17,19 +17,32 @@ QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 ODD = "\n\nBraces {{ 7 }} {% if x %}, quotes '\"', tabs\t, <b>markup</b> &amp; back\\slash, café 🦉 你好  \n"
 NUMBERS = "Continue with at most 10 numbers: 512, 73, 904."
 
-# (turns, add_generation_prompt)
+FAVORITE = "What is your favorite animal?"
+THOUGHT = "<think>\nTwo more than\n\n5.\n</think>\n\n7"
+
+# (turns, add_generation_prompt), rendered without thinking
 CHATS = [
     ([("user", NUMBERS)], True),
     ([("user", NUMBERS)], False),
-    ([("system", QWEN), ("user", "What is your favorite animal?")], True),
-    ([("system", ""), ("user", "What is your favorite animal?")], True),
+    ([("system", QWEN), ("user", FAVORITE)], True),
+    ([("system", ""), ("user", FAVORITE)], True),
     ([("system", "You love owls. Qwen, Qwen2 and Qwen's names: Qwen"), ("user", "Hi")], True),
     ([("system", ODD), ("user", ODD)], True),
     ([("user", NUMBERS), ("assistant", "41, 7, 388, 120")], False),
     ([("system", "Count."), ("user", ODD), ("assistant", "1\n2\n3")], False),
     ([("system", ""), ("user", ""), ("assistant", "(9)")], False),
+    ([("user", FAVORITE)], True),
     ([("user", "One?"), ("assistant", "1"), ("user", "Two?")], True),
     ([("system", "Count."), ("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")], False),
+]
+
+# The same with thinking, where an answer brings its thoughts with it.
+THINKING = [
+    ([("user", FAVORITE)], True),
+    ([("system", ""), ("user", FAVORITE)], True),
+    ([("system", "Count."), ("user", "One?"), ("assistant", "1"), ("user", "Two?")], True),
+    ([("user", "5?"), ("assistant", THOUGHT)], False),
+    ([("system", "Count."), ("user", "One?"), ("assistant", "1"), ("user", "5?"), ("assistant", THOUGHT)], False),
 ]
 
 
@@ -39,12 +52,13 @@ def main() -> None:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(ASSETS / "tokenizer.json"))
         tokenizer.chat_template = path.read_text(encoding="utf-8")
         goldens[name] = []
-        for turns, generation in CHATS:
+        for thinking, (turns, generation) in [(False, chat) for chat in CHATS] + [(True, chat) for chat in THINKING]:
             messages = [{"role": role, "content": content} for role, content in turns]
-            options = {"add_generation_prompt": generation, "enable_thinking": False}
+            options = {"add_generation_prompt": generation, "enable_thinking": thinking}
             text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
             ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
-            goldens[name].append({"turns": turns, "generation": generation, "text": text, "ids": ids})
+            said = {"turns": turns, "generation": generation, "thinking": thinking}
+            goldens[name].append({**said, "text": text, "ids": ids})
     (HERE / "chats.json").write_text(json.dumps(goldens, indent=1) + "\n", encoding="utf-8")
 
 

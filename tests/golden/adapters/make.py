@@ -1,0 +1,77 @@
+"""Makes a folder for each kind of LoRA on ../variants/qwen2_untied as PEFT saves it, and expected.safetensors with the logits of all.
+
+Beside each, saved.json is the adapter_config.json that undertone writes when it has read the folder (tests/adapters.rs holds it to
+that, and the tensors to PEFT's bits). It is loaded with PEFT here, so that what undertone saves is what PEFT can load.
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import golden  # noqa: E402
+
+import torch  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+KINDS = {
+    "rslora": {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    "rank_pattern": {
+        "target_modules": ["k_proj", "v_proj", "gate_proj"],
+        "rank_pattern": {"model.layers.1.self_attn.v_proj": 5, "gate_proj": 3, "v_proj": 2},
+    },
+    "alpha_pattern": {
+        "target_modules": ["o_proj", "up_proj"],
+        "alpha_pattern": {"layers.0.mlp.up_proj": 3, "o_proj": 0.5},
+    },
+    "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "layer_by_pattern": {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "all_linear": {"target_modules": "all-linear", "r": 2, "lora_alpha": 3},
+    "all_at_once": {
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "layers_to_transform": [1],
+        "rank_pattern": {"v_proj": 2, "model.layers.1.mlp.down_proj": 6},
+        "alpha_pattern": {"v_proj": 3},
+        "use_rslora": True,
+    },
+}
+
+
+def base():
+    return AutoModelForCausalLM.from_pretrained(
+        HERE.parent / "variants" / "qwen2_untied", attn_implementation="eager", dtype=torch.float32
+    )
+
+
+def as_undertone_saves(folder: Path):
+    """The model with the adapter that has undertone's config, or nothing where there is none yet."""
+    if not (folder / "saved.json").exists():
+        return print(f"{folder.name} has no saved.json yet; tests/adapters.rs says how to write it")
+    with tempfile.TemporaryDirectory() as saved:
+        shutil.copy(folder / "saved.json", Path(saved) / "adapter_config.json")
+        shutil.copy(folder / "adapter_model.safetensors", saved)
+        return PeftModel.from_pretrained(base(), saved).eval()
+
+
+@torch.no_grad()
+def main() -> None:
+    random = torch.Generator().manual_seed(50)
+    ids = torch.randint(1, 96, (1, 9), generator=random)
+    expected = {"ids": ids, "base": base().eval()(ids).logits}
+    for name, settings in KINDS.items():
+        model = golden.with_adapter(base(), random, **settings)
+        golden.save_adapter(model, HERE / name)
+        expected[name] = model(input_ids=ids).logits
+        reloaded = PeftModel.from_pretrained(base(), HERE / name).eval()
+        assert torch.equal(reloaded(input_ids=ids).logits, expected[name]), name
+        if saved := as_undertone_saves(HERE / name):
+            golden.same(saved(input_ids=ids).logits, expected[name], f"{name} as undertone saves it")
+            print(f"{name}: PEFT loads what undertone saves")
+    golden.save(expected, HERE / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    main()
