@@ -319,6 +319,49 @@ fn gated_activations_are_the_base_s_and_the_student_s() {
     assert!(contents(folder.path()) == before, "a refused command changes nothing");
 }
 
+/// Two runs of equal length: one is stopped early, one is patched into the other, and one is differentiated.
+#[test]
+fn activations_stop_early_patch_each_other_and_have_gradients() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |user: &str, points: &str, out: &str, more: &[&str]| {
+        let args = ["activations", "--model", "tiny-random", "--user", user, "--points", points, "--out", out];
+        says(folder.path(), &[args.as_slice(), more].concat())
+    };
+    let activations = |user: &str, points: &str, out: &str, more: &[&str]| {
+        let (code, _, stderr) = write(user, points, out, more);
+        assert_eq!(code, 0, "{stderr}");
+        tensors(&folder.path().join(out))
+    };
+    let other = activations("Hi!", "logits,blocks.*.hook_resid_post", "other.safetensors", &[]);
+    let early = activations("Hi!", "blocks.0.hook_resid_post", "early.safetensors", &["--stop-at-layer", "1"]);
+    assert_eq!(bits(&early["blocks.0.hook_resid_post"]), bits(&other["blocks.0.hook_resid_post"]));
+    let edit = ["--edit", "blocks.1.hook_resid_post: patch(other.safetensors)"];
+    let patched = activations("Hi?", "logits", "patched.safetensors", &edit);
+    assert_eq!(bits(&patched["logits"]), bits(&other["logits"]), "the whole stream is the other run's");
+
+    let answer = ["--answer", "7", "--gradients"];
+    let found = activations("Hi!", "blocks.0.attn.hook_z,logits", "gradients.safetensors", &answer);
+    for point in ["blocks.0.attn.hook_z", "logits"] {
+        let (seen, gradient) = (&found[point], &found[&format!("{point}.grad")]);
+        assert_eq!(seen.size(), gradient.size(), "{point}");
+        assert!(gradient.abs().max().double_value(&[]) > 0.0, "{point}");
+    }
+    // The gradient at the logits is p - 1 at the answer's tokens: each row that predicts one sums to zero.
+    assert!(found["logits.grad"].sum_dim_intlist(-1, false, Kind::Float).abs().max().double_value(&[]) < 1e-5);
+
+    for (points, more, part) in [
+        ("blocks.1.hook_resid_post", vec!["--stop-at-layer", "1"], "never fired"),
+        ("logits", vec!["--stop-at-layer", "9"], "stop_at_layer is 9, expected 0 to 2"),
+        ("logits", vec!["--edit", "blocks.0.hook_mlp_out@\"Llama\": zero"], "the text \"Llama\" does not stand in it"),
+        ("logits", vec!["--edit", "blocks.0.hook_embed: patch(no.safetensors)"], "the nearest name is"),
+        ("logits", vec!["--edit", "hook_embed: patch(no.safetensors)"], "no.safetensors"),
+    ] {
+        let (code, _, stderr) = write("Hi!", points, "refused.safetensors", &more);
+        assert!(code != 0 && stderr.contains(part), "{more:?}: {stderr}");
+        assert!(!folder.path().join("refused.safetensors").exists(), "{more:?}");
+    }
+}
+
 #[test]
 fn rows_of_ids_become_tensors_by_the_name_of_their_point() {
     let folder = tempfile::tempdir().unwrap();

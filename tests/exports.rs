@@ -115,7 +115,10 @@ fn vectors_steer_their_own_model_only() {
     assert_eq!(vectors.steer(2.0, &own).unwrap().len(), 2);
     let other = ModelFiles::open(folder("qwen2").to_str().unwrap()).unwrap();
     let error = vectors.steer(2.0, &other).unwrap_err().to_string();
-    assert!(error.contains("the vectors: read from tiny-random (model_fingerprint") && error.contains(&other.name), "{error}");
+    assert!(
+        error.contains("the vectors: read from tiny-random (model_fingerprint") && error.contains(&other.name),
+        "{error}"
+    );
 }
 
 #[test]

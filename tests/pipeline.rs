@@ -51,6 +51,9 @@ n_prompts = 3
 n_prompts = 3
 coefficients = [1]
 
+[measure.interventions.edits]
+none = ["blocks.*.hook_mlp_out: zero", 'blocks.0.hook_resid_post@"Qwen": scale(2)']
+
 [measure.divergence]
 n_rows = 3
 

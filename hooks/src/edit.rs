@@ -22,6 +22,7 @@ use tch::{Device, Kind, Tensor};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint as P;
+use crate::nn::wide;
 use crate::provenance::{Provenance, TensorFile};
 use crate::select::{Tokens, argument, split};
 use crate::tap::{Hooks, Tap};
@@ -110,7 +111,7 @@ impl Edit {
             Change::Patch(tensor) => (tensor, 1),
             Change::Zero | Change::Scale(_) => return Ok(()),
         };
-        let Some(expected) = token_shape(at, model) else {
+        let Some(expected) = at.token_shape(model) else {
             let expected = "zero or scale: what is there has a row for every query, not a vector for every token";
             return invalid(format!("the edit at {at}"), expected.to_owned(), "a tensor".to_owned());
         };
@@ -130,20 +131,6 @@ impl Edit {
             return invalid(format!("the direction to take out at {at}"), expected, "zero".to_owned());
         }
         Ok(())
-    }
-}
-
-/// The shape of an activation at one token; `None` for scores and pattern, whose width grows with the keys.
-fn token_shape(at: P, model: &Config) -> Option<Vec<i64>> {
-    match at {
-        P::AttnScores(_) | P::Pattern(_) => None,
-        P::Ln1Scale(_) | P::Ln2Scale(_) | P::LnFinalScale => Some(vec![1]),
-        P::Q(_) | P::QNormed(_) | P::RotQ(_) | P::Z(_) => Some(vec![model.n_heads, model.d_head]),
-        P::K(_) | P::V(_) | P::KNormed(_) | P::RotK(_) => Some(vec![model.n_kv_heads, model.d_head]),
-        P::Result(_) => Some(vec![model.n_heads, model.d_model]),
-        P::MlpPre(_) | P::MlpPreLinear(_) | P::MlpPost(_) => Some(vec![model.d_mlp]),
-        P::Logits => Some(vec![model.d_vocab]),
-        _ => Some(vec![model.d_model]),
     }
 }
 
@@ -168,7 +155,7 @@ enum Now {
 impl EditTap {
     pub(crate) fn new(edit: &Edit, rows: &[&Prompt], model: &Config, device: Device, kind: Kind) -> Result<Self> {
         edit.check(model)?;
-        let kind = at_least_f32(kind);
+        let kind = wide(kind);
         // What another run had covers positions of the prompt alone.
         let tokens = match (&edit.tokens, &edit.change) {
             (None, Change::Patch(_)) => Some(Tokens::prompt()),
@@ -178,14 +165,14 @@ impl EditTap {
             || format!("the edit at {}@{}", edit.at, tokens.as_ref().map_or(String::new(), ToString::to_string));
         let chosen = tokens.as_ref().map(|tokens| rows.iter().map(|row| tokens.among(row, &named())).collect());
         let chosen: Option<Vec<Vec<bool>>> = chosen.transpose()?;
-        let wide = |tensor: &Tensor| tensor.f_to_device(device)?.f_to_kind(kind)?.f_flatten(0, -1);
+        let flat = |tensor: &Tensor| tensor.f_to_device(device)?.f_to_kind(kind)?.f_flatten(0, -1);
         let change = match &edit.change {
             Change::Add { vector, coefficient } => {
-                Change::Add { vector: wide(vector)?.f_mul_scalar(*coefficient)?, coefficient: 1.0 }
+                Change::Add { vector: flat(vector)?.f_mul_scalar(*coefficient)?, coefficient: 1.0 }
             }
-            Change::Replace(value) => Change::Replace(wide(value)?),
+            Change::Replace(value) => Change::Replace(flat(value)?),
             Change::ProjectOut(direction) => {
-                let direction = wide(direction)?;
+                let direction = flat(direction)?;
                 Change::ProjectOut(direction.f_div(&direction.f_norm()?)?)
             }
             Change::Patch(source) => {
@@ -258,11 +245,6 @@ pub(crate) fn alike<T: PartialEq>(rows: &[Vec<T>]) -> usize {
     (0..first.len()).take_while(|at| others.iter().all(|row| row.get(*at) == first.get(*at))).count()
 }
 
-/// The precision that edits are computed in.
-fn at_least_f32(kind: Kind) -> Kind {
-    if kind == Kind::Double { kind } else { Kind::Float }
-}
-
 impl Tap for EditTap {
     fn tap(&mut self, at: P, x: Tensor) -> Result<Tensor> {
         let (chosen, from) = match &self.now {
@@ -274,17 +256,17 @@ impl Tap for EditTap {
         let by_query = matches!(at, P::AttnScores(_) | P::Pattern(_));
         let by_token = if by_query { x.f_transpose(1, 2)? } else { x.shallow_clone() };
         let shape = by_token.size();
-        let wide = by_token.f_reshape([shape[0], shape[1], -1])?.f_to_kind(at_least_f32(x.kind()))?; // [batch, pos, width]
+        let h = by_token.f_reshape([shape[0], shape[1], -1])?.f_to_kind(wide(x.kind()))?; // [batch, pos, width]
         let changed = match &self.change {
-            Change::Add { vector, .. } => wide.f_add(vector)?,
-            Change::Replace(value) => value.f_expand_as(&wide)?,
-            Change::Zero => wide.f_zeros_like()?,
-            Change::Scale(factor) => wide.f_mul_scalar(*factor)?,
-            Change::ProjectOut(unit) => wide.f_add(&wide.f_matmul(unit)?.f_unsqueeze(-1)?.f_mul(unit)?.f_neg()?)?,
-            Change::Patch(source) => source.f_narrow(0, from as i64, shape[1])?.f_unsqueeze(0)?.f_expand_as(&wide)?,
+            Change::Add { vector, .. } => h.f_add(vector)?,
+            Change::Replace(value) => value.f_expand_as(&h)?,
+            Change::Zero => h.f_zeros_like()?,
+            Change::Scale(factor) => h.f_mul_scalar(*factor)?,
+            Change::ProjectOut(unit) => h.f_add(&h.f_matmul(unit)?.f_unsqueeze(-1)?.f_mul(unit)?.f_neg()?)?,
+            Change::Patch(source) => source.f_narrow(0, from as i64, shape[1])?.f_unsqueeze(0)?.f_expand_as(&h)?,
         };
         let changed = match chosen {
-            Some(chosen) => changed.f_where_self(chosen, &wide)?,
+            Some(chosen) => changed.f_where_self(chosen, &h)?,
             None => changed,
         };
         let changed = changed.f_reshape(shape.as_slice())?.f_to_kind(x.kind())?;
@@ -404,12 +386,8 @@ impl FromStr for Planned {
             [points, tokens] => (points.trim(), Some(tokens.parse()?)),
             _ => return Err(invalid("@ once, between hook point and tokens")),
         };
-        P::select(points, usize::MAX.min(1 << 16)).map(drop).or_else(|error| {
-            // A star is asked of the model later; here its name is.
-            points
-                .strip_prefix("blocks.*.")
-                .map_or(Err(error), |rest| format!("blocks.0.{rest}").parse::<P>().map(drop))
-        })?;
+        // Its name is asked for now, and whether the model has the block when it is loaded.
+        points.replacen("blocks.*.", "blocks.0.", 1).parse::<P>()?;
         let change = change.trim();
         let number = |text: &str| {
             let number = text.trim().parse().ok().filter(|number: &f64| number.is_finite());
@@ -461,5 +439,111 @@ impl TryFrom<String> for Planned {
 
     fn try_from(text: String) -> Result<Self> {
         text.parse()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::model_files::ModelFiles;
+    use crate::tensor_file;
+
+    #[test]
+    fn the_text_is_read_back() {
+        for text in [
+            "blocks.3.hook_resid_post: add(cat.safetensors, 4)",
+            "blocks.*.hook_mlp_out@entity: zero",
+            "blocks.2.attn.hook_z@\"Qwen: @\"#2: mean(some folder/other.safetensors)",
+            "hook_embed@positions(0..6)+user.content: patch(other.safetensors)",
+            "blocks.0.attn.hook_pattern@not(gen): scale(-0.5)",
+            "blocks.1.hook_resid_mid: project_out(a,b.safetensors)",
+            "blocks.1.hook_attn_out: replace(a.safetensors)",
+        ] {
+            let planned: Planned = text.parse().unwrap();
+            assert_eq!(planned.to_string(), text);
+            assert_eq!(serde_json::from_str::<Planned>(&serde_json::to_string(&planned).unwrap()).unwrap(), planned);
+        }
+        assert_eq!(
+            "hook_embed:add(v.safetensors)".parse::<Planned>().unwrap().to_string(),
+            "hook_embed: add(v.safetensors, 1)"
+        );
+    }
+
+    #[test]
+    fn a_misspelt_edit_is_told_what_there_is() {
+        let refused = |text: &str| text.parse::<Planned>().unwrap_err().to_string();
+        for (text, part) in [
+            ("blocks.0.hook_mlp_uot: zero", "the nearest name is blocks.0.hook_mlp_out"),
+            ("blocks.*.hook_mlp_uot: zero", "the nearest name is blocks.0.hook_mlp_out"),
+            ("blocks.0.hook_mlp_out@entty: zero", "the nearest is entity"),
+            ("blocks.0.hook_mlp_out: zreo", "the nearest is zero"),
+            ("blocks.0.hook_mlp_out: scale(a)", "a finite number"),
+            ("blocks.0.hook_mlp_out: scale(inf)", "a finite number"),
+            ("blocks.0.hook_mlp_out: add()", "the name of a safetensors file"),
+            ("blocks.0.hook_mlp_out", "POINT[@TOKENS]: CHANGE"),
+            ("blocks.0.hook_mlp_out@a@b: zero", "@ once"),
+        ] {
+            assert!(refused(text).contains(part), "{text}: {}", refused(text));
+        }
+    }
+
+    /// Tensors on disk, with metadata in place of the model's own where there is any.
+    fn file(tensors: &[(&str, Tensor)], other: &[(&str, &str)]) -> (tempfile::TempDir, String) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.safetensors");
+        let named: Vec<_> = tensors.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.shallow_clone())).collect();
+        let mut metadata = Provenance::of(&ModelFiles::open("tiny-random").unwrap()).metadata();
+        metadata.extend(other.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+        tensor_file::write(&path, &named, &metadata).unwrap();
+        (folder, path.display().to_string())
+    }
+
+    fn load(text: &str) -> Result<Vec<Edit>> {
+        let files = ModelFiles::open("tiny-random").unwrap();
+        text.parse::<Planned>().unwrap().load(&files.config, &Provenance::of(&files))
+    }
+
+    #[test]
+    fn tensors_are_read_under_the_hook_points_names_and_means_leave_padding_out() {
+        let d_model = ModelFiles::open("tiny-random").unwrap().config.d_model;
+        let row = |value: f64| Tensor::full([d_model], value, (Kind::Float, Device::Cpu));
+        let captured = Tensor::stack(&[row(1.0), row(3.0), row(5.0), row(99.0)], 0).view([2, 2, d_model]);
+        let (_folder, path) = file(&[("blocks.1.hook_resid_post", captured)], &[("lengths", "2,1")]);
+        let edits = load(&format!("blocks.1.hook_resid_post: mean({path})")).unwrap();
+        let Change::Replace(mean) = &edits[0].change else { panic!("{edits:?}") };
+        assert_eq!(*mean, row(3.0), "of 1, 3 and 5, not of the padding");
+
+        let error = load(&format!("blocks.*.hook_resid_post: mean({path})")).unwrap_err().to_string();
+        assert!(error.contains("has no tensor blocks.0.hook_resid_post; it has blocks.1.hook_resid_post"), "{error}");
+        let error = load(&format!("blocks.1.hook_resid_post: patch({path})")).unwrap_err().to_string();
+        assert!(error.contains("expected one row, [1, pos, ..]"), "{error}");
+        let error = load(&format!("blocks.1.hook_resid_post: replace({path})")).unwrap_err().to_string();
+        assert!(error.contains(&format!("is [2, 2, {d_model}], expected [{d_model}]")), "{error}");
+        let (_folder, path) = file(&[("blocks.1.hook_resid_post", row(1.0))], &[("lengths", "2,1")]);
+        let error = load(&format!("blocks.1.hook_resid_post: mean({path})")).unwrap_err().to_string();
+        assert!(error.contains("expected rows and tokens"), "{error}");
+        let (_folder, path) = file(&[("blocks.1.hook_resid_post", row(1.0).view([1, 1, -1]))], &[("lengths", "2")]);
+        let error = load(&format!("blocks.1.hook_resid_post: mean({path})")).unwrap_err().to_string();
+        assert!(error.contains("its lengths are [2]"), "{error}");
+    }
+
+    #[test]
+    fn tensors_of_another_model_width_or_template_are_refused() {
+        let files = ModelFiles::open("tiny-random").unwrap();
+        let vector = Tensor::ones([files.config.d_model], (Kind::Float, Device::Cpu));
+        let of = |other: &[(&str, &str)]| {
+            let (_folder, path) = file(&[("blocks.0.hook_resid_post", vector.shallow_clone())], other);
+            load(&format!("blocks.0.hook_resid_post: add({path}, 2)")).map_err(|error| error.to_string())
+        };
+        assert_eq!(of(&[]).unwrap().len(), 1);
+        for (key, value) in [("model_fingerprint", "f00"), ("d_model", "7"), ("chat_template", "c0ffee")] {
+            let error = of(&[("model", "some/other"), (key, value)]).unwrap_err();
+            assert!(error.contains(&format!("read from some/other ({key} {value}), not from tiny-random")), "{error}");
+        }
+        let nameless: BTreeMap<String, String> = BTreeMap::new();
+        assert!(Provenance::of(&files).check("v", &nameless).is_ok(), "what a file does not say cannot be compared");
     }
 }

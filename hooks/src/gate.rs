@@ -184,6 +184,12 @@ impl Gate {
         Ok(Doses { tokens, layers, modules, elsewhere: self.elsewhere() })
     }
 
+    /// Whether the dose is another than 1, exactly.
+    #[expect(clippy::float_cmp, reason = "a dose that is written is compared as it is written")]
+    fn has_dose(&self) -> bool {
+        self.dose != 1.0
+    }
+
     fn cell(&self) -> Option<&Cell> {
         match &self.reach {
             Reach::Everywhere | Reach::Nowhere => None,
@@ -222,9 +228,7 @@ impl fmt::Display for Gate {
             Reach::Nowhere => vec!["nowhere".to_owned()],
             Reach::Only(cell) | Reach::Except(cell) => cell.factors(),
         };
-        if self.dose != 1.0 {
-            factors.push(self.dose.to_string());
-        }
+        factors.extend(self.has_dose().then(|| self.dose.to_string()));
         let kind = match &self.reach {
             Reach::Only(_) => "only:",
             Reach::Except(_) => "except:",

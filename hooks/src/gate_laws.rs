@@ -12,7 +12,8 @@ use crate::laws::{SUM_ORDER, answers, greedy, max_diff, plain, prompts, recomput
 use crate::listen::Cache;
 use crate::score::{listen, next_token_logprobs};
 use crate::{
-    Adapter, Batch, Chat, Condition, Doses, Gate, HookPoint, Hooks, KvCache, Pass, Proj, Prompt, Qwen, Result, Tap,
+    Adapter, Batch, Chat, Condition, Doses, Gate, HookPoint, Hooks, KvCache, ModelFiles, Pass, Proj, Prompt, Qwen,
+    Result, Tap,
 };
 
 /// Gates of every kind, each of which acts at some tokens of the prompts and not at others.
@@ -55,7 +56,7 @@ fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> A
 /// adapter that is switched as a whole, its pairs on or off. No gate is in it.
 fn chunked(model: &Qwen, row: &Prompt, adapter: &Adapter, gate: &Gate) -> Tensor {
     let states = gate.doses(row).unwrap();
-    let doses = gate.spread(&[states.clone()], Device::Cpu).unwrap();
+    let doses = gate.spread(std::slice::from_ref(&states), Device::Cpu).unwrap();
     let with = |state: f32| {
         part(model, adapter, |layer, proj| match doses.at(layer, proj) {
             crate::Dose::Tokens(_) => f64::from(state),
@@ -154,9 +155,9 @@ fn lora_gradients(model: &Qwen, row: &Prompt, adapter: &Adapter, gate: &Gate) ->
 
 fn completion_loss(logits: &Tensor, row: &Prompt) -> Tensor {
     let (start, n) = (row.completion.start as i64, row.completion.len() as i64);
-    let logprobs = logits.squeeze_dim(0).log_softmax(-1, Kind::Float).narrow(0, start - 1, n);
+    let logprobs = logits.squeeze_dim(0).log_softmax(-1, logits.kind()).narrow(0, start - 1, n);
     let labels = Tensor::from_slice(&row.ids[row.completion.clone()]);
-    -logprobs.gather(1, &labels.unsqueeze(1), false).sum(Kind::Float)
+    -logprobs.gather(1, &labels.unsqueeze(1), false).sum(logits.kind())
 }
 
 #[test]
@@ -231,6 +232,52 @@ fn the_gradients_of_single_tokens_add_up_to_the_whole() {
     }
 }
 
+/// Central differences in f64, where rounding leaves 1e-10 of them.
+#[test]
+fn the_gradients_of_a_gated_lora_are_finite_differences() {
+    let files = ModelFiles::open("tiny-random").unwrap();
+    let model = Qwen::load(&files, Device::Cpu, Kind::Double).unwrap();
+    let (_, chat, adapter) = world();
+    let row = chat.row(None, "Go on: 1, 2", &chat.encode("480").unwrap()).unwrap();
+    let mut exact = Adapter::empty(adapter.config.clone(), &model.config);
+    for (layer, proj, pair) in adapter.pairs() {
+        let [a, b] = [&pair.a, &pair.b].map(|factor| factor.to_kind(Kind::Double));
+        exact.set(layer, proj, crate::LoraPair { a, b, scaling: pair.scaling });
+    }
+    for text in ["everywhere", "except:entity*0.5", "only:user+gen*layers(0)*modules(v,down)*-2"] {
+        let gate = gate(&chat, text);
+        let doses = gate.doses(&row).unwrap();
+        let loss = || {
+            let batch = Batch::of(&[&row], Device::Cpu).unwrap();
+            let gate = Some(gate.spread(std::slice::from_ref(&doses), Device::Cpu).unwrap());
+            let pass = &mut Pass { adapter: Some(&exact), gate, ..Pass::default() };
+            completion_loss(&model.forward(&batch, pass).unwrap(), &row).double_value(&[])
+        };
+        let mut compared = 0;
+        for (name, gradient) in lora_gradients(&model, &row, &exact, &gate) {
+            if !(name.contains("layers.0") && (name.contains("v_proj") || name.contains("down_proj"))) {
+                continue;
+            }
+            let parameter = exact.parameters().into_iter().find(|(known, _)| *known == name).unwrap().1;
+            let flat = parameter.view([-1]);
+            for at in [0, flat.size()[0] / 2, flat.size()[0] - 1] {
+                let entry = flat.narrow(0, at, 1);
+                let (value, step) = (entry.double_value(&[0]), 1e-5);
+                let at_value = |value: f64| {
+                    let _ = entry.shallow_clone().fill_(value);
+                    loss()
+                };
+                let slope = (at_value(value + step) - at_value(value - step)) / (2.0 * step);
+                let _ = entry.shallow_clone().fill_(value);
+                let ours = gradient.view([-1]).double_value(&[at]);
+                assert!((ours - slope).abs() < 1e-7 * slope.abs().max(1e-2), "{text} {name} {at}: {ours} {slope}");
+                compared += usize::from(slope.abs() > 1e-6);
+            }
+        }
+        assert!(compared > 6, "{text}: {compared} slopes are not zero");
+    }
+}
+
 /// The gate is a factor in the graph: its own derivative is that of the loss by the dose.
 #[test]
 fn the_dose_has_a_gradient() {
@@ -281,6 +328,9 @@ fn merged_weights_are_the_adapter() {
     assert!(ours.iter().zip(&theirs).all(|(ours, theirs)| ours.0 == theirs.0));
 }
 
+/// What an edit makes of an activation at one token.
+type Expected<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
+
 /// An edit's effect at its own hook point, beside the activation without it, `[pos, ..]`.
 fn edited(model: &Qwen, prompt: &Prompt, at: HookPoint, edit: Edit) -> (Tensor, Tensor) {
     let before = seen(model, prompt, &Condition::default(), at);
@@ -302,7 +352,6 @@ fn every_kind_of_edit_does_what_it_says_at_its_tokens_and_nothing_elsewhere() {
         let value = Tensor::arange(like.numel() as i64, (Kind::Float, Device::Cpu)).view_as(&like) / 100.0 - 0.3;
         let unit = &value / value.norm();
         let along = |x: &Tensor| (x * &unit).sum(Kind::Float) * &unit;
-        type Expected<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
         let mut kinds: Vec<(Change, Expected<'_>)> =
             vec![(Change::Zero, Box::new(Tensor::zeros_like)), (Change::Scale(-2.0), Box::new(|x| x * -2.0))];
         if at != Pattern(1) {

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::config::Config;
 use crate::error::{Error, Result};
 
 /// A row of the table: a point's name (after `blocks.{layer}.` where it is in a block), and what it is called elsewhere.
@@ -136,6 +137,21 @@ impl HookPoint {
             }),
             _ => Ok(vec![point]),
         }
+    }
+
+    /// The shape of the activation at one token; `None` for scores and pattern, which have a row for every query.
+    pub fn token_shape(self, model: &Config) -> Option<Vec<i64>> {
+        let of_token = self.row().1.shape.strip_prefix("[batch, pos, ")?.trim_end_matches(']');
+        let width = |name: &str| match name {
+            "d_model" => Some(model.d_model),
+            "n_heads" => Some(model.n_heads),
+            "n_kv_heads" => Some(model.n_kv_heads),
+            "d_head" => Some(model.d_head),
+            "d_mlp" => Some(model.d_mlp),
+            "d_vocab" => Some(model.d_vocab),
+            number => number.parse().ok(),
+        };
+        of_token.split(", ").map(width).collect()
     }
 
     /// The block that the point is in, if it is in one.

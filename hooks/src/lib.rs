@@ -14,7 +14,7 @@ pub mod error;
 pub mod files;
 pub mod gate;
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::float_cmp)]
 mod gate_laws;
 pub mod generate;
 pub mod gguf;

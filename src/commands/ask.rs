@@ -42,8 +42,8 @@ pub struct Ask {
     /// *modules(q,k,v) and *0.5; TOKENS are classes, "text", ids(..) and positions(..), joined by +.
     #[arg(long, default_value = "everywhere")]
     gate: Gate,
-    /// An intervention, POINT[@TOKENS]: CHANGE, such as 'blocks.1.hook_mlp_out@entity: zero'; CHANGE is one of add(FILE, 4),
-    /// replace(FILE), mean(FILE), zero, scale(0.5), project_out(FILE), patch(FILE). Several act in their order.
+    /// An intervention, POINT[@TOKENS]: CHANGE, such as `blocks.1.hook_mlp_out@entity: zero`; CHANGE is one of add(FILE, 4),
+    /// replace(FILE), mean(FILE), zero, scale(0.5), `project_out(FILE)`, patch(FILE). Several act in their order.
     #[arg(long = "edit", value_name = "EDIT")]
     edits: Vec<Planned>,
     /// A file of exported directions and the factor they are added with at every token.
@@ -144,7 +144,7 @@ fn setting(args: &Ask, prompt: &Prompt, seed: u64) -> Result<String> {
     Ok(lines.into_iter().map(line).collect())
 }
 
-/// What the adapter does at generated tokens, with the policy as token_ablation/rows.csv spells it; without a gate there is
+/// What the adapter does at generated tokens, with the policy as `token_ablation/rows.csv` spells it; without a gate there is
 /// nothing to decide.
 fn answering(gate: &Gate) -> String {
     let dose = gate.decode_dose().map_or("by the token's id".to_owned(), |dose| match dose {
