@@ -35,6 +35,7 @@ pub mod tap;
 mod template;
 pub mod tensor_file;
 mod tiny_random;
+pub mod tokenizer_file;
 pub mod tokens;
 pub mod weights;
 

@@ -18,9 +18,17 @@ use crate::weights::Weights;
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 
-/// The keys of `adapter_config.json` that change what an adapter computes.
-#[derive(Debug, Deserialize)]
+/// An `adapter_config.json`, checked: the configuration, and what it says of single modules.
+#[derive(Debug)]
 struct PeftConfig {
+    lora: LoraConfig,
+    rank_pattern: BTreeMap<String, i64>,
+    alpha_pattern: BTreeMap<String, f64>,
+}
+
+/// The keys of `adapter_config.json` that change what an adapter computes.
+#[derive(Deserialize)]
+struct Keys {
     peft_type: String,
     #[serde(default = "default_rank")]
     r: i64,
@@ -59,15 +67,39 @@ enum OneOrMany<T> {
 }
 
 impl PeftConfig {
+    /// Reads the bytes of an `adapter_config.json`; `path` is for messages.
     fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        let config: Self = serde_json::from_slice(bytes)
-            .map_err(|error| Error::Adapter { path: path.to_owned(), problem: error.to_string() })?;
-        let refuse = |problem: String| Err(Error::Adapter { path: path.to_owned(), problem });
-        if config.peft_type != "LORA" {
-            return refuse(format!("peft_type is {}, expected LORA", config.peft_type));
+        let refused = |problem: String| Error::Adapter { path: path.to_owned(), problem };
+        let keys: Keys = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
+        keys.refuse().map_err(refused)?;
+        let lora = keys.lora_config().map_err(refused)?;
+        lora.check_numbers().map_err(|error| refused(error.to_string()))?;
+        let patterns = keys.rank_pattern.keys().chain(keys.alpha_pattern.keys());
+        let literal = |key: &&String| key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '_'));
+        if let Some(key) = patterns.clone().find(literal) {
+            return Err(refused(format!(
+                "the pattern {key:?} is a regular expression, expected a module name such as layers.0.self_attn.q_proj"
+            )));
+        }
+        if let Some((key, rank)) = keys.rank_pattern.iter().find(|(_, rank)| **rank < 1) {
+            return Err(refused(format!("rank_pattern has {rank} for {key}, expected at least 1")));
+        }
+        if let Some((key, alpha)) = keys.alpha_pattern.iter().find(|(_, alpha)| **alpha <= 0.0) {
+            return Err(refused(format!("alpha_pattern has {alpha} for {key}, expected a positive number")));
+        }
+        Ok(Self { lora, rank_pattern: keys.rank_pattern, alpha_pattern: keys.alpha_pattern })
+    }
+}
+
+impl Keys {
+    /// Refuses every key that asks for something else than a plain LoRA.
+    fn refuse(&self) -> std::result::Result<(), String> {
+        let refuse = Err;
+        if self.peft_type != "LORA" {
+            return refuse(format!("peft_type is {}, expected LORA", self.peft_type));
         }
         for key in ["use_dora", "lora_bias", "fan_in_fan_out"] {
-            if config.others.get(key) == Some(&Value::Bool(true)) {
+            if self.others.get(key) == Some(&Value::Bool(true)) {
                 return refuse(format!("{key} is true, which is not supported"));
             }
         }
@@ -80,13 +112,13 @@ impl PeftConfig {
             "alora_invocation_tokens",
         ] {
             let absent = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-            if let Some(value) = config.others.get(key).filter(|value| !absent(value)) {
+            if let Some(value) = self.others.get(key).filter(|value| !absent(value)) {
                 return refuse(format!("{key} is {value}, which is not supported"));
             }
         }
         // These put something else than the base's weights beside the adapter.
         let others = ["pissa", "olora", "loftq", "corda", "lora_ga"];
-        if let Some(init) = config.others.get("init_lora_weights").and_then(Value::as_str)
+        if let Some(init) = self.others.get("init_lora_weights").and_then(Value::as_str)
             && others.iter().any(|other| init.starts_with(other))
         {
             return refuse(format!(
@@ -94,23 +126,22 @@ impl PeftConfig {
                  save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
             ));
         }
-        match config.others.get("bias") {
+        match self.others.get("bias") {
             Some(bias) if bias != "none" => refuse(format!("bias is {bias}, expected \"none\"")),
-            _ => Ok(config),
+            _ => Ok(()),
         }
     }
 
-    fn lora_config(&self, path: &Path) -> Result<LoraConfig> {
-        let refuse = |problem: String| Error::Adapter { path: path.to_owned(), problem };
+    fn lora_config(&self) -> std::result::Result<LoraConfig, String> {
         let target_modules = match &self.target_modules {
             Some(OneOrMany::One(all)) if all == "all-linear" => Proj::ALL.to_vec(),
-            Some(OneOrMany::One(one)) => vec![proj(one).ok_or_else(|| refuse(unknown_module(one)))?],
+            Some(OneOrMany::One(one)) => vec![proj(one).ok_or_else(|| unknown_module(one))?],
             Some(OneOrMany::Many(names)) => {
                 let found: Option<BTreeSet<Proj>> = names.iter().map(|name| proj(name)).collect();
                 let first_unknown = || names.iter().find(|name| proj(name).is_none()).cloned().unwrap_or_default();
-                found.ok_or_else(|| refuse(unknown_module(&first_unknown())))?.into_iter().collect()
+                found.ok_or_else(|| unknown_module(&first_unknown()))?.into_iter().collect()
             }
-            None => return Err(refuse("target_modules is missing, expected a list of projections".to_owned())),
+            None => return Err("target_modules is missing, expected a list of projections".to_owned()),
         };
         let layers = self.layers_to_transform.clone().map(|layers| match layers {
             OneOrMany::One(layer) => vec![layer],
@@ -149,7 +180,12 @@ impl LoraConfig {
     /// The configuration in an adapter folder as PEFT writes it, without the patterns for single modules.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG);
-        PeftConfig::parse(&files::read(&path)?, &path)?.lora_config(&path)
+        Self::parse(&files::read(&path)?, &path)
+    }
+
+    /// The same from the bytes of an `adapter_config.json`; `path` is for messages.
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        Ok(PeftConfig::parse(bytes, path)?.lora)
     }
 }
 
@@ -163,17 +199,14 @@ impl Adapter {
             return Err(Error::Adapter { path: dir.to_owned(), problem });
         }
         let peft = PeftConfig::parse(&files::read(&path)?, &path)?;
-        let config = peft.lora_config(&path)?;
+        let config = peft.lora;
         config.check(model)?;
-        let literal = |key: &&String| key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '_'));
-        if let Some(key) = peft.rank_pattern.keys().chain(peft.alpha_pattern.keys()).find(literal) {
-            let problem = format!(
-                "the pattern {key:?} is a regular expression, expected a module name such as layers.0.self_attn.q_proj"
-            );
-            return Err(Error::Adapter { path, problem });
-        }
 
         let tensors = dir.join(TENSORS);
+        if let Some(pickle) = files::pickle(dir).filter(|_| !tensors.exists()) {
+            let problem = format!("there is no {TENSORS} in it, but {pickle}; {}", files::NO_PICKLE);
+            return Err(Error::Adapter { path: dir.to_owned(), problem });
+        }
         let weights = Weights::safetensors(std::slice::from_ref(&tensors))?;
         let mut unused: BTreeSet<String> = weights.names().into_iter().collect();
         let mut missing = Vec::new();
@@ -294,8 +327,7 @@ mod tests {
     #[test]
     fn missing_keys_have_pefts_defaults() {
         let config =
-            parse("{\"peft_type\":\"LORA\",\"target_modules\":\"all-linear\",\"layers_to_transform\":3}").unwrap();
-        let config = config.lora_config(Path::new("x")).unwrap();
+            parse("{\"peft_type\":\"LORA\",\"target_modules\":\"all-linear\",\"layers_to_transform\":3}").unwrap().lora;
         assert_eq!((config.rank, config.alpha, config.layers), (8, 8.0, Some(vec![3])));
         assert_eq!(config.target_modules, Proj::ALL);
     }

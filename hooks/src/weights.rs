@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Bytes};
 use crate::gguf::Gguf;
 
 /// How many elements are converted at a time: a multiple of every quantised block's size.
@@ -40,10 +40,10 @@ enum Source {
     },
 }
 
-/// One mapped `.safetensors` file.
+/// One `.safetensors` file.
 struct Shard {
     path: PathBuf,
-    map: Mmap,
+    file: Bytes,
     data: usize, // where the tensors begin
     header: Metadata,
 }
@@ -55,15 +55,26 @@ impl Weights {
         let mut promised = BTreeMap::new(); // tensor → file, as the index says
         for path in paths {
             if path.extension().is_some_and(|extension| extension == "json") {
-                let weight_map = weight_map(path)?;
+                let weight_map = parse_index(&files::read(path)?, path)?;
                 for name in weight_map.values().collect::<BTreeSet<_>>() {
-                    shards.push(Shard::open(&path.with_file_name(name))?);
+                    let path = path.with_file_name(name);
+                    shards.push(Shard::parse(Box::new(map(&path)?), &path)?);
                 }
                 promised.extend(weight_map.into_iter().map(|(tensor, file)| (tensor, path.with_file_name(file))));
             } else {
-                shards.push(Shard::open(path)?);
+                shards.push(Shard::parse(Box::new(map(path)?), path)?);
             }
         }
+        Self::of_shards(shards, promised)
+    }
+
+    /// The tensors in the bytes of one `.safetensors` file, mapped or in memory; `path` is for messages.
+    pub fn parse(file: impl AsRef<[u8]> + Send + Sync + 'static, path: &Path) -> Result<Self> {
+        Self::of_shards(vec![Shard::parse(Box::new(file), path)?], BTreeMap::new())
+    }
+
+    /// Shards of which no two hold the same tensor, and which hold each that an index promises where it says.
+    fn of_shards(shards: Vec<Shard>, promised: BTreeMap<String, PathBuf>) -> Result<Self> {
         let mut owner = BTreeMap::new();
         for (index, shard) in shards.iter().enumerate() {
             for name in shard.header.offset_keys() {
@@ -120,7 +131,9 @@ impl Weights {
             many => many.iter().map(|(dtype, n)| format!("{n} {dtype}")).collect::<Vec<_>>().join(" + "),
         };
         let (bytes, how) = match &self.source {
-            Source::Safetensors { shards, .. } => (shards.iter().map(|shard| shard.map.len()).sum(), "memory-mapped"),
+            Source::Safetensors { shards, .. } => {
+                (shards.iter().map(|shard| (*shard.file).as_ref().len()).sum(), "memory-mapped")
+            }
             Source::Gguf(gguf) => (gguf.len(), "memory-mapped, dequantised on loading"),
             Source::Memory { tensors, .. } => (tensors.values().map(bytes_of).sum(), "in memory"),
         };
@@ -169,7 +182,7 @@ impl Weights {
     }
 
     /// The shape of a tensor, if there is such a tensor.
-    fn shape(&self, name: &str) -> Option<Vec<i64>> {
+    pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
         match &self.source {
             Source::Safetensors { shards, owner } => {
                 let info = shards[*owner.get(name)?].header.info(name)?;
@@ -265,18 +278,25 @@ struct Stored<'a> {
 }
 
 impl Shard {
-    fn open(path: &Path) -> Result<Self> {
-        let map = map(path)?;
-        let (header_length, header) = SafeTensors::read_metadata(&map).map_err(|error| Error::Malformed {
-            path: path.to_owned(),
-            problem: format!("expected a safetensors file: {error}"),
+    fn parse(file: Bytes, path: &Path) -> Result<Self> {
+        let (header_length, header) = SafeTensors::read_metadata((*file).as_ref()).map_err(|error| {
+            Error::Malformed { path: path.to_owned(), problem: format!("expected a safetensors file: {error}") }
         })?;
-        Ok(Self { path: path.to_owned(), map, data: 8 + header_length, header }) // 8 bytes of header length come first
+        for (name, info) in header.tensors() {
+            if info.shape.iter().try_fold(1_i64, |numel, dim| numel.checked_mul(i64::try_from(*dim).ok()?)).unwrap_or(0)
+                == 0
+            {
+                let problem =
+                    format!("tensor {name} has the shape {:?}, expected dimensions of at least 1", info.shape);
+                return Err(Error::Malformed { path: path.to_owned(), problem });
+            }
+        }
+        Ok(Self { path: path.to_owned(), file, data: 8 + header_length, header }) // 8 bytes of header length come first
     }
 
     fn bytes(&self, info: &TensorInfo) -> &[u8] {
         let (start, end) = info.data_offsets; // the header was checked against the file's length
-        &self.map[self.data + start..self.data + end]
+        &(*self.file).as_ref()[self.data + start..self.data + end]
     }
 }
 
@@ -293,17 +313,17 @@ pub(crate) fn map(path: &Path) -> Result<Mmap> {
 
 /// The files that an index names.
 pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
-    Ok(weight_map(index)?.into_values().collect())
+    Ok(parse_index(&files::read(index)?, index)?.into_values().collect())
 }
 
-/// The file of each tensor, as an index says.
-fn weight_map(path: &Path) -> Result<BTreeMap<String, String>> {
+/// The file of each tensor, as the bytes of a `.safetensors.index.json` say; all lie beside it. `path` is for messages.
+pub fn parse_index(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
     let malformed = |problem: String| Error::Malformed { path: path.to_owned(), problem };
-    let index: Index = serde_json::from_slice(&files::read(path)?)
+    let index: Index = serde_json::from_slice(bytes)
         .map_err(|error| malformed(format!("expected an index with a weight_map: {error}")))?;
     if index.weight_map.is_empty() {
         return Err(malformed("weight_map is empty".to_owned()));
