@@ -765,6 +765,28 @@ pub(crate) mod tests {
         assert!(message.contains("inside tensor model.layers.0.mlp.down_proj.weight"), "{message}");
     }
 
+    #[test]
+    fn tensors_on_one_another_are_refused() {
+        let file = bytes(&Vec::new(), &tensors()[1..4]); // three of [256] in f32, one behind the other
+        let name = b"blk.0.ffn_norm.weight";
+        let entry = file.windows(name.len()).position(|window| window == name).unwrap();
+        let offset = entry + name.len() + 4 + 8 + 4; // behind the number of dimensions, the dimension and the type
+        let moved = |to: u64| {
+            let mut file = file.clone();
+            assert_eq!(file[offset..offset + 8], 2048_u64.to_le_bytes());
+            file[offset..offset + 8].copy_from_slice(&to.to_le_bytes());
+            open(&file).err().map(|error| error.to_string())
+        };
+        assert_eq!(moved(2048), None);
+        for to in [0, 992, 1024, 2016] {
+            let message = moved(to).expect("an error");
+            assert!(message.contains("share bytes") && message.contains("post_attention_layernorm"), "{to}: {message}");
+        }
+        assert!(
+            moved(2080).expect("an error").contains("inside tensor model.layers.0.post_attention_layernorm.weight")
+        );
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(300))]
 

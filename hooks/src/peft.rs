@@ -325,6 +325,40 @@ mod tests {
     }
 
     #[test]
+    fn numbers_that_no_adapter_has_are_refused_by_their_key() {
+        for (key, value, expected) in [
+            ("r", "0", "the LoRA rank is 0"),
+            ("r", "-9223372036854775808", "the LoRA rank is -9223372036854775808"),
+            ("lora_alpha", "-1", "the LoRA alpha is -1"),
+            ("lora_alpha", "1e999", "number out of range"),
+            ("lora_dropout", "1.0", "the LoRA dropout is 1"),
+            ("layers_to_transform", "[]", "the layers of the LoRA is none"),
+            ("rank_pattern", "{\"q_proj\":0}", "rank_pattern has 0 for q_proj"),
+            ("alpha_pattern", "{\"q_proj\":-0.5}", "alpha_pattern has -0.5 for q_proj"),
+            ("rank_pattern", "{\".*q_proj\":1}", "the pattern \".*q_proj\" is a regular expression"),
+        ] {
+            let text = format!("{{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"],\"{key}\":{value}}}");
+            let message = parse(&text).unwrap_err().to_string();
+            assert!(message.starts_with("adapter_config.json: ") && message.contains(expected), "{message}");
+        }
+        let empty = parse("{\"peft_type\":\"LORA\",\"target_modules\":[]}").unwrap_err().to_string();
+        assert!(empty.contains("target_modules is none"), "{empty}");
+    }
+
+    #[test]
+    fn a_folder_of_pickles_is_told_from_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = "{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"]}";
+        files::write_atomic(&folder.path().join(CONFIG), config.as_bytes()).unwrap();
+        let model = crate::tiny_random::config(100);
+        let load = || Adapter::load(folder.path(), &model, Device::Cpu).unwrap_err().to_string();
+        assert!(load().contains("adapter_model.safetensors: No such file"), "{}", load());
+        files::write_atomic(&folder.path().join("adapter_model.bin"), b"\x80\x02").unwrap();
+        let message = load();
+        assert!(message.contains("but adapter_model.bin; a pickle runs the code that is in it"), "{message}");
+    }
+
+    #[test]
     fn missing_keys_have_pefts_defaults() {
         let config =
             parse("{\"peft_type\":\"LORA\",\"target_modules\":\"all-linear\",\"layers_to_transform\":3}").unwrap().lora;

@@ -226,7 +226,7 @@ mod tests {
         assert!(plain.len() > 3);
         assert_eq!(ids(&json), plain);
         for merge in json["model"]["merges"].as_array_mut().unwrap() {
-            *merge = match merge {
+            *merge = match &*merge {
                 Value::String(both) => json!(both.split_once(' ').unwrap()),
                 pair => json!(format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap())),
             };

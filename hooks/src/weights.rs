@@ -502,7 +502,18 @@ mod tests {
             message(index(r#"{"a": "s-2.safetensors", "b": "s-2.safetensors"}"#)).contains("tensor a is missing in")
         );
         assert!(message(index(r#"{"a": "s-3.safetensors"}"#)).contains("s-3.safetensors: No such file"));
-        assert!(message(index(r#"{"a": "../s-1.safetensors"}"#)).contains("weight_map names \"../s-1.safetensors\""));
+        for outside in [
+            "../s-1.safetensors",
+            "/s-1.safetensors",
+            "deep/s-1.safetensors",
+            "..\\\\s-1.safetensors",
+            "",
+            "..",
+            "s-1.bin",
+        ] {
+            let refused = message(index(&format!(r#"{{"a": "{outside}"}}"#)));
+            assert!(refused.contains("weight_map names \"") && refused.contains("beside it"), "{outside}: {refused}");
+        }
         assert!(message(index("{}")).contains("weight_map is empty"));
         assert!(message(index("3")).contains("expected an index with a weight_map"));
         fs::copy(at("s-1.safetensors"), at("s-9.safetensors")).unwrap();
@@ -527,6 +538,35 @@ mod tests {
         huge[..8].fill(0xff);
         fs::write(&path, &huge).unwrap();
         assert!(Weights::safetensors(&[path]).is_err());
+    }
+
+    #[test]
+    fn what_a_header_cannot_mean_is_refused() {
+        let of = |header: &str, data: usize| {
+            let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat();
+            Weights::parse(bytes, Path::new("m.safetensors")).map(|weights| weights.names().len())
+        };
+        let tensor = |name: &str, dtype: &str, shape: &str, from: usize, to: usize| {
+            format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}"#)
+        };
+        let (a, b) = (tensor("a", "F32", "[2]", 0, 8), tensor("b", "F32", "[1]", 8, 12));
+        assert_eq!(of(&format!("{{{a},{b}}}"), 12).unwrap(), 2);
+        for (header, data) in [
+            (format!("{{{a},{}}}", tensor("b", "F32", "[2]", 0, 8)), 8), // on one another
+            (format!("{{{a},{}}}", tensor("b", "F32", "[1]", 12, 16)), 16), // a gap
+            (format!("{{{a},{b}}}"), 11),
+            (format!("{{{a},{b}}}"), 13),
+            (format!("{{{}}}", tensor("a", "F32", "[3]", 0, 8)), 8),
+            (format!("{{{}}}", tensor("a", "F32", "[-2]", 0, 8)), 8),
+            (format!("{{{}}}", tensor("a", "PICKLE", "[2]", 0, 8)), 8),
+            (format!("{{{}}}", tensor("a", "F32", "[4611686018427387904,4]", 0, 0)), 0),
+        ] {
+            assert!(message(of(&header, data)).starts_with("m.safetensors: expected a safetensors file: "), "{header}");
+        }
+        for shape in ["[0]", "[2,0]", "[0,9223372036854775807]"] {
+            let refused = message(of(&format!("{{{}}}", tensor("a", "F32", shape, 0, 0)), 0));
+            assert!(refused.contains("tensor a has the shape [") && refused.contains("at least 1"), "{refused}");
+        }
     }
 
     #[test]
