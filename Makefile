@@ -2,6 +2,7 @@
 CARGO ?= cargo
 PYTHON ?= python3
 UNDERTONE := target/release/undertone
+FUZZ_SECONDS ?= 450
 REAL_MODEL := models/qwen2.5-coder-0.5b-instruct.gguf
 
 # Threads that wait by spinning slow each other down ten times where other work shares the cores.
@@ -11,7 +12,7 @@ ifdef LIBTORCH
 export LD_LIBRARY_PATH := $(LIBTORCH)/lib:$(LD_LIBRARY_PATH)
 endif
 
-.PHONY: help demo test real model test-real check notebooks golden setup build clean-runs
+.PHONY: help demo test real model test-real check notebooks golden fuzz fuzz-corpus setup build clean-runs
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -47,6 +48,15 @@ golden: ## remake the golden files with transformers, PEFT and TransformerLens, 
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r tests/golden/requirements.txt
 	for case in qwen2 qwen3 variants adapters training transformer_lens chat pocket; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
+
+fuzz: setup ## every reader of files under libFuzzer, FUZZ_SECONDS each (450); prints a table
+	$(PYTHON) scripts/fuzz.py --seconds $(FUZZ_SECONDS)
+
+fuzz-corpus: setup ## each fuzz target once on its saved inputs
+	$(CARGO) build --release -p undertone-fuzz
+	@for target in $$(ls fuzz/corpus); do \
+		target/release/$$target fuzz/corpus/$$target/* >target/fuzz.log 2>&1 || { cat target/fuzz.log; exit 1; }; \
+		echo "$$target: $$(ls fuzz/corpus/$$target | wc -l) saved inputs read"; done
 
 build: setup
 	$(CARGO) build --release

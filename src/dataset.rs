@@ -142,17 +142,27 @@ pub struct Sample {
 
 /// The samples in a JSON-lines file; an error names the file and the line.
 pub fn read_jsonl(path: &Path) -> Result<Vec<Sample>> {
-    parse_jsonl(&files::read_string(path)?).with_context(|| path.display().to_string())
+    parse_jsonl(&files::read(path)?, path)
 }
 
-/// The samples in a text of JSON lines; an error names the line.
-pub fn parse_jsonl(text: &str) -> Result<Vec<Sample>> {
+/// The samples in the bytes of a JSON-lines file; an error names the line, and `path`.
+pub fn parse_jsonl(bytes: &[u8], path: &Path) -> Result<Vec<Sample>> {
+    parse_lines(files::text(bytes, path)?).with_context(|| path.display().to_string())
+}
+
+fn parse_lines(text: &str) -> Result<Vec<Sample>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let samples = lines.map(|(index, line)| {
         let sample: Sample = serde_json::from_str(line).with_context(|| format!("line {}", index + 1))?;
         let (ids, logprobs) = (sample.completion_ids.len(), sample.teacher_logprob.len());
         if logprobs != ids && logprobs != ids + 1 {
             bail!("line {}: teacher_logprob has {logprobs} entries, expected {ids} or {}", index + 1, ids + 1);
+        }
+        if let Some(id) = sample.completion_ids.iter().find(|id| **id < 0) {
+            bail!("line {}: completion_ids has {id}, expected tokens, which count from 0", index + 1);
+        }
+        if let Some(logprob) = sample.teacher_logprob.iter().find(|logprob| !logprob.is_finite()) {
+            bail!("line {}: teacher_logprob has {logprob}, expected a finite number", index + 1);
         }
         Ok(sample)
     });
@@ -440,13 +450,19 @@ mod tests {
     #[test]
     fn a_bad_line_is_named() {
         let good = serde_json::to_string(&sample(0, "1, 2")).unwrap();
-        let message = |text: &str| format!("{:#}", parse_jsonl(text).unwrap_err());
+        let message = |text: &str| format!("{:#}", parse_lines(text).unwrap_err());
         assert!(message(&format!("{good}\n\n{{\"id\": 1}}\n")).starts_with("line 3: missing field `prompt`"));
         assert!(message(&good.replace("\"gen_seed\"", "\"seed\"")).contains("unknown field `seed`"));
-        assert!(parse_jsonl(&good.replace("-2.5,", "")).is_ok(), "without the end of the turn");
+        assert!(parse_lines(&good.replace("-2.5,", "")).is_ok(), "without the end of the turn");
         assert!(
             message(&good.replace("-2.5,-0.3", "-2.5,-0.3,-0.4")).contains("line 1: teacher_logprob has 4 entries")
         );
+        assert!(message(&good.replace("[4,", "[-4,")).starts_with("line 1: completion_ids has -4, expected tokens"));
+        assert!(
+            message(&good.replace("-2.5", "-1e39")).starts_with("line 1: teacher_logprob has -inf, expected a finite")
+        );
+        let no_text = format!("{:#}", parse_jsonl(b"\xff", Path::new("a.jsonl")).unwrap_err());
+        assert!(no_text.starts_with("a.jsonl: expected UTF-8 text"), "{no_text}");
         assert!(message("\n").contains("no sample"));
         let mut endless = sample(0, "1, 2");
         endless.teacher_logprob[1] = f32::NEG_INFINITY;

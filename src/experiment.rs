@@ -387,11 +387,16 @@ impl Experiment {
     /// for the student's rank, alpha and the like.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let mut experiment = Self::parse(&files::read_string(path)?, path, overrides)?;
+        experiment.check_sentences().with_context(|| path.display().to_string())?;
+        for cell in experiment.cells()? {
+            cell.experiment.check_sentences().with_context(|| format!("{}: arm {:?}", path.display(), cell.arm))?;
+        }
         experiment.student.take_over().with_context(|| path.display().to_string())?;
         Ok(experiment)
     }
 
-    /// The experiment in a text; `path` is for messages.
+    /// The experiment in a text; `path` is for messages. Nothing is read but the text, so what a protocol file of one's own
+    /// would have to hold is checked by [`Self::load`].
     pub fn parse(text: &str, path: &Path, changes: &[String]) -> Result<Self> {
         // Once as text, for messages with a line, and once as a table, which overrides can change.
         let located = |error: &toml::de::Error| {
@@ -447,12 +452,20 @@ impl Experiment {
         self.student.check()?;
         check_finetune(&self.finetune)?;
         self.measure.check()?;
+        let planted = matches!(self.teacher, Teacher::Planted { .. }) && self.generate.numbers.is_some();
+        ensure!(!planted, "teacher.kind is planted, but generate.numbers gives the rows; hint: leave one of them out");
+        match &self.protocol {
+            Some(path) if !Protocol::is_embedded(path) => Ok(()),
+            _ => self.check_sentences(),
+        }
+    }
+
+    /// What the experiment needs of the sentences.
+    fn check_sentences(&self) -> Result<()> {
         let protocol = self.sentences()?;
         protocol.context(&self.student.context).context("student.context")?;
         protocol.context(self.measure_context()).context("measure.context")?;
         self.teacher.check(&self.target, &protocol)?;
-        let planted = matches!(self.teacher, Teacher::Planted { .. }) && self.generate.numbers.is_some();
-        ensure!(!planted, "teacher.kind is planted, but generate.numbers gives the rows; hint: leave one of them out");
         let others = protocol.candidates(&self.target.word, &self.target.category).len();
         let known: Vec<_> = protocol.alternatives.keys().map(String::as_str).collect();
         ensure!(
@@ -707,7 +720,6 @@ mod tests {
             ("target.category=stone", "animal, band, tree"),
             ("teacher.kind=adapter", "missing field `path`"),
             ("teacher.kind=tuned", "expected one of `prompt`, `adapter`, `finetuned`, `planted`"),
-            ("protocol=no/such.json", "no/such.json"),
         ] {
             let found = message(SMALLEST, &[setting]);
             assert!(found.contains(expected), "{setting}: {found}");
@@ -758,6 +770,27 @@ mod tests {
         );
         let arms = "arms=[{ name = 'x', set = ['student.adapter=y'] }]";
         assert!(message(SMALLEST, &[arms]).contains("arm \"x\": set has student.adapter"));
+    }
+
+    #[test]
+    fn sentences_of_ones_own_are_looked_at_when_the_experiment_is_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        files::write_atomic(&at("cat.toml"), SMALLEST.as_bytes()).unwrap();
+        files::write_atomic(&at("own.json"), br#"{"contexts": {"qwen_default": null, "mine": "You are mine."}}"#)
+            .unwrap();
+        let load = |file: &str, more: &[&str]| {
+            let protocol = format!("protocol={}", at(file).display());
+            let changes = [protocol.as_str()].iter().chain(more).map(|text| (*text).to_owned()).collect::<Vec<_>>();
+            Experiment::load(&at("cat.toml"), &changes).map_err(|error| format!("{error:#}"))
+        };
+        assert!(load("none.json", &[]).unwrap_err().contains("none.json: No such file"));
+        assert!(load("own.json", &["student.context=mine"]).is_ok());
+        assert!(load("own.json", &["student.context=yours"]).unwrap_err().contains("student.context: unknown context"));
+        let arm = "arms=[{ name = 'x', set = ['student.context=yours'] }]";
+        let refused = load("own.json", &[arm]).unwrap_err();
+        assert!(refused.contains("cat.toml: arm \"x\": student.context: unknown context"), "{refused}");
+        assert!(parse(SMALLEST, &["protocol=no/such.json"]).is_ok(), "the text alone is parsed");
     }
 
     #[test]

@@ -58,7 +58,7 @@ impl Text {
 pub fn rows(bench: &Workbench) -> Result<Option<Vec<Row>>> {
     let settings = &bench.experiment.generate;
     let Some(path) = &settings.numbers else { return Ok(None) };
-    let mut rows = parse(&files::read_string(path)?).with_context(|| at(path))?;
+    let mut rows = parse(&files::read(path)?, path).context("generate.numbers")?;
     rows.truncate(settings.n_prompts);
     let own = bench.student_system()?;
     let rendered = own.as_deref().or(bench.chat.default_system());
@@ -80,8 +80,12 @@ fn at(path: &Path) -> String {
     format!("generate.numbers, {}", path.display())
 }
 
-/// The rows in a text of JSON lines; an error names the line.
-pub fn parse(text: &str) -> Result<Vec<Row>> {
+/// The rows in the bytes of a JSON-lines file; an error names the line, and `path`.
+pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
+    parse_lines(files::text(bytes, path)?).with_context(|| path.display().to_string())
+}
+
+fn parse_lines(text: &str) -> Result<Vec<Row>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let rows = lines.map(|(index, line)| row(line).with_context(|| format!("line {}", index + 1)));
     let rows = rows.collect::<Result<Vec<Row>>>()?;
@@ -152,14 +156,14 @@ mod tests {
             format!("{{\"prompt\": [{user}], \"completion\": [{assistant}]}}"),
             r#"{"prompt": "Go on: 1, 2", "completion": "3, 4"}"#.to_owned(),
         ] {
-            assert_eq!(parse(&format!("\n{line}\n")).unwrap(), std::slice::from_ref(&plain), "{line}");
+            assert_eq!(parse_lines(&format!("\n{line}\n")).unwrap(), std::slice::from_ref(&plain), "{line}");
         }
         let with = Row { system: Some("You count.".to_owned()), ..plain };
         for line in [
             format!("{{\"messages\": [{system}, {user}, {assistant}]}}"),
             format!("{{\"prompt\": [{system}, {user}], \"completion\": [{assistant}]}}"),
         ] {
-            assert_eq!(parse(&line).unwrap(), std::slice::from_ref(&with), "{line}");
+            assert_eq!(parse_lines(&line).unwrap(), std::slice::from_ref(&with), "{line}");
         }
     }
 
@@ -173,9 +177,9 @@ mod tests {
             (r#"{"messages": [{"role": "user", "content": "a"}]}"#, "the turns are user, expected"),
             ("1, 2", "line 3: "),
         ] {
-            let message = format!("{:#}", parse(&format!("{good}\n\n{line}")).unwrap_err());
+            let message = format!("{:#}", parse_lines(&format!("{good}\n\n{line}")).unwrap_err());
             assert!(message.contains(expected), "{line}: {message}");
         }
-        assert!(parse("\n").unwrap_err().to_string().contains("no row"));
+        assert!(parse_lines("\n").unwrap_err().to_string().contains("no row"));
     }
 }

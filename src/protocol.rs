@@ -17,6 +17,9 @@ use serde::{Deserialize, Serialize};
 /// The key under which a list serves every category that has none of its own.
 const ANY: &str = "any";
 
+/// Most numbers that a prompt may show.
+const MOST_NUMBERS: u32 = 1000;
+
 /// All sentences that an experiment draws from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -82,10 +85,15 @@ impl Protocol {
     /// The set in a JSON file; sections that it leaves out are the built-in ones. `pocket` names the embedded set in the
     /// words that the pocket models know.
     pub fn load(path: &Path) -> Result<Self> {
-        if path == Path::new("pocket") {
+        if Self::is_embedded(path) {
             return Self::parse(include_str!("../assets/pocket/protocol.json")).context("the protocol pocket");
         }
         Self::parse(&files::read_string(path)?).with_context(|| format!("the protocol {}", path.display()))
+    }
+
+    /// Whether a path names the embedded set instead of a file.
+    pub fn is_embedded(path: &Path) -> bool {
+        path == Path::new("pocket")
     }
 
     /// The set in a JSON text; sections that it leaves out are the built-in ones.
@@ -248,6 +256,9 @@ impl NumberPrompts {
         for (name, [low, high]) in [("n_numbers", self.n_numbers), ("range", self.range)] {
             if low > high || (name == "n_numbers" && low == 0) {
                 bail!("number_prompts.{name}: expected a least and a largest value, found [{low}, {high}]");
+            }
+            if name == "n_numbers" && high > MOST_NUMBERS {
+                bail!("number_prompts.n_numbers: expected {MOST_NUMBERS} at most, found {high}");
             }
         }
         let lists = [

@@ -5,6 +5,9 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
+/// A file's bytes, mapped or in memory.
+pub(crate) type Bytes = Box<dyn AsRef<[u8]> + Send + Sync>;
+
 fn at(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
     move |cause| Error::Io { path: path.to_owned(), cause }
 }
@@ -16,8 +19,29 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
 
 /// The text of a file, which must be UTF-8.
 pub fn read_string(path: &Path) -> Result<String> {
-    String::from_utf8(read(path)?)
+    text(&read(path)?, path).map(str::to_owned)
+}
+
+/// The text in the bytes of a file, which must be UTF-8; `path` is for messages.
+pub fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
+    std::str::from_utf8(bytes)
         .map_err(|error| Error::Malformed { path: path.to_owned(), problem: format!("expected UTF-8 text: {error}") })
+}
+
+/// Why weights in pickles are refused, and what to do instead.
+pub const NO_PICKLE: &str = "a pickle runs the code that is in it when it is read, so it never is; hint: where you trust it, \
+    load it in Python and call save_pretrained(FOLDER, safe_serialization=True)";
+
+/// The name of a file of pickled weights in a folder, if there is one.
+pub(crate) fn pickle(folder: &Path) -> Option<String> {
+    let names = fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.filter(|name| is_pickle(Path::new(name))).min()
+}
+
+/// Whether a name is that of pickled weights.
+pub fn is_pickle(path: &Path) -> bool {
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    ["bin", "pt", "pth", "ckpt", "pkl"].iter().any(|pickled| extension.eq_ignore_ascii_case(pickled))
 }
 
 /// Opens a file for reading.

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 
 use candle_core::CpuStorage;
 use candle_core::quantized::GgmlDType;
-use memmap2::Mmap;
 use tch::Tensor;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::NFC;
@@ -22,11 +21,13 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use crate::config::{Config, Family};
 use crate::error::{Error, Result};
+use crate::files::Bytes;
+use crate::tokenizer_file::{WORDS, check_merge};
 
 /// An open GGUF file: its header in memory, its tensors still on disk.
 pub struct Gguf {
     path: PathBuf,
-    map: Mmap,
+    file: Bytes,
     header: Header,
 }
 
@@ -57,10 +58,10 @@ pub(crate) struct TensorInfo {
 }
 
 impl Gguf {
-    /// Reads the header of a mapped file; `path` is for messages.
-    pub fn parse(map: Mmap, path: &Path) -> Result<Self> {
-        let header = Header::read(&map).map_err(|problem| malformed(path, problem))?;
-        Ok(Self { path: path.to_owned(), map, header })
+    /// Reads the header in the bytes of a file, mapped or in memory; `path` is for messages.
+    pub fn parse(file: impl AsRef<[u8]> + Send + Sync + 'static, path: &Path) -> Result<Self> {
+        let header = Header::read(file.as_ref()).map_err(|problem| malformed(path, problem))?;
+        Ok(Self { path: path.to_owned(), file: Box::new(file), header })
     }
 
     /// The model's numbers, from the keys `qwen2.*` or `qwen3.*` and from which tensors there are.
@@ -168,12 +169,12 @@ impl Gguf {
 
     /// How many bytes the file has.
     pub(crate) fn len(&self) -> usize {
-        self.map.len()
+        (*self.file).as_ref().len()
     }
 
     /// The stored bytes of a tensor.
     pub(crate) fn bytes(&self, info: &TensorInfo) -> &[u8] {
-        &self.map[info.bytes.clone()]
+        &(*self.file).as_ref()[info.bytes.clone()]
     }
 
     /// Some elements of a tensor as f32, in one dimension. The range begins and ends at multiples of 256 or at the
@@ -273,9 +274,6 @@ fn hf_name(gguf: &str) -> Option<String> {
     Some(format!("model.layers.{layer}.{hf}"))
 }
 
-/// Where Qwen cuts a text into words before the byte-level merges.
-const WORDS: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 const UNUSED: i64 = 5; // fills the embedding up to its round number of rows
@@ -298,12 +296,11 @@ fn tokenizer(tokens: &[String], types: &[i64], merges: &[String]) -> std::result
     let merges = merges.iter().enumerate().map(|(rank, merge)| {
         let (left, right) =
             merge.split_once(' ').ok_or(format!("tokenizer.ggml.merges[{rank}] {merge:?}, expected two tokens"))?;
-        // the BPE builder would panic on a merge that is longer than every token
-        match [left, right, &format!("{left}{right}")].iter().find(|token| !vocab.contains_key(**token)) {
-            Some(unknown) => {
+        match check_merge(left, right, |token| vocab.contains_key(token)) {
+            Err(unknown) => {
                 Err(format!("tokenizer.ggml.merges[{rank}] {merge:?} needs {unknown:?}, which is no token"))
             }
-            None => Ok((left.to_owned(), right.to_owned())),
+            Ok(()) => Ok((left.to_owned(), right.to_owned())),
         }
     });
     let merges = merges.collect::<std::result::Result<Vec<_>, _>>()?;
@@ -369,6 +366,13 @@ impl Header {
             let (start, end) =
                 range.ok_or_else(|| format!("the file ends at byte {} inside tensor {name}", bytes.len()))?;
             info.bytes = start..end;
+        }
+        // Tensors on one another would let a small file stand for a model as large as it likes.
+        let mut places: Vec<_> = tensors.iter().map(|(name, info)| (info.bytes.clone(), name)).collect();
+        places.sort_by_key(|(place, _)| place.start);
+        if let Some(pair) = places.windows(2).find(|pair| pair[0].0.end > pair[1].0.start) {
+            let (first, second) = (pair[0].1, pair[1].1);
+            return Err(format!("the tensors {first} and {second} share bytes, expected each to have its own"));
         }
         Ok(Self { metadata, tensors })
     }
@@ -759,6 +763,28 @@ pub(crate) mod tests {
         assert!(message.contains("general.alignment is Integer(0)"), "{message}");
         let message = open(&file[..file.len() - 1000]).err().unwrap().to_string();
         assert!(message.contains("inside tensor model.layers.0.mlp.down_proj.weight"), "{message}");
+    }
+
+    #[test]
+    fn tensors_on_one_another_are_refused() {
+        let file = bytes(&Vec::new(), &tensors()[1..4]); // three of [256] in f32, one behind the other
+        let name = b"blk.0.ffn_norm.weight";
+        let entry = file.windows(name.len()).position(|window| window == name).unwrap();
+        let offset = entry + name.len() + 4 + 8 + 4; // behind the number of dimensions, the dimension and the type
+        let moved = |to: u64| {
+            let mut file = file.clone();
+            assert_eq!(file[offset..offset + 8], 2048_u64.to_le_bytes());
+            file[offset..offset + 8].copy_from_slice(&to.to_le_bytes());
+            open(&file).err().map(|error| error.to_string())
+        };
+        assert_eq!(moved(2048), None);
+        for to in [0, 992, 1024, 2016] {
+            let message = moved(to).expect("an error");
+            assert!(message.contains("share bytes") && message.contains("post_attention_layernorm"), "{to}: {message}");
+        }
+        assert!(
+            moved(2080).expect("an error").contains("inside tensor model.layers.0.post_attention_layernorm.weight")
+        );
     }
 
     proptest! {

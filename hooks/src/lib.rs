@@ -42,6 +42,7 @@ pub mod tap;
 mod template;
 pub mod tensor_file;
 mod tiny_random;
+pub mod tokenizer_file;
 pub mod tokens;
 pub mod weights;
 

@@ -126,9 +126,15 @@ impl LoraConfig {
 
     /// Refuses ranks, α and layers that no adapter can have in this model.
     pub fn check(&self, model: &Config) -> Result<()> {
-        let invalid = |what: &str, expected: &str, found: String| {
-            Err(Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found })
-        };
+        self.check_numbers()?;
+        match self.layers.iter().flatten().find(|layer| **layer >= model.n_layers) {
+            Some(layer) => invalid("a layer of the LoRA", &format!("0 to {}", model.n_layers - 1), layer.to_string()),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses what no adapter of any model can have.
+    pub(crate) fn check_numbers(&self) -> Result<()> {
         if self.rank < 1 {
             return invalid("the LoRA rank", "at least 1", self.rank.to_string());
         }
@@ -141,14 +147,15 @@ impl LoraConfig {
         if self.target_modules.is_empty() {
             return invalid("target_modules", "at least one projection", "none".to_owned());
         }
-        match self.layers.iter().flatten().find(|layer| **layer >= model.n_layers) {
-            Some(layer) => invalid("a layer of the LoRA", &format!("0 to {}", model.n_layers - 1), layer.to_string()),
-            None if self.layers.as_ref().is_some_and(Vec::is_empty) => {
-                invalid("the layers of the LoRA", "at least one", "none".to_owned())
-            }
-            None => Ok(()),
+        if self.layers.as_ref().is_some_and(Vec::is_empty) {
+            return invalid("the layers of the LoRA", "at least one", "none".to_owned());
         }
+        Ok(())
     }
+}
+
+fn invalid(what: &str, expected: &str, found: String) -> Result<()> {
+    Err(Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found })
 }
 
 /// The two factors at one projection.

@@ -4,11 +4,9 @@
 //! Whatever the name, the same five things come of it: configuration, weights, tokenizer, chat template, and a report
 //! that says in lines what was found where.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rand_chacha::ChaCha8Rng;
-use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
@@ -21,6 +19,7 @@ use crate::hub::Hub;
 use crate::init;
 use crate::pocket::{POCKETS, Pocket};
 use crate::tiny_random;
+use crate::tokenizer_file;
 use crate::weights::{Weights, map};
 
 /// The name of the embedded model.
@@ -58,6 +57,8 @@ impl ModelFiles {
             Self::folder(model, path)?
         } else if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
             Self::gguf(model, path)?
+        } else if files::is_pickle(path) {
+            return Err(Error::NoSuchModel { name: model.to_owned(), reason: files::NO_PICKLE.to_owned() });
         } else if Hub::is_id(model) {
             let (folder, line) = hub.fetch(model)?;
             let mut files = Self::folder(model, &folder)?;
@@ -91,7 +92,7 @@ impl ModelFiles {
     }
 
     fn embedded() -> Result<Self> {
-        let tokenizer = tokenizer(tiny_random::TOKENIZER)?;
+        let tokenizer = tokenizer_file::parse(tiny_random::TOKENIZER, Path::new("tokenizer.json"))?;
         let config = tiny_random::config(tokenizer.get_vocab_size(true) as i64);
         let weights = Weights::from_tensors(TINY_RANDOM, tiny_random::weights(&config)?);
         let report = vec![
@@ -107,7 +108,8 @@ impl ModelFiles {
     }
 
     fn pocket(pocket: &Pocket) -> Result<Self> {
-        let (name, tokenizer, config) = (pocket.name, tokenizer(pocket.tokenizer)?, pocket.config()?);
+        let (name, config) = (pocket.name, pocket.config()?);
+        let tokenizer = tokenizer_file::parse(pocket.tokenizer, Path::new("tokenizer.json"))?;
         let weights = Weights::from_tensors(name, pocket.tensors()?);
         let report = vec![
             format!("{name}: embedded; trained from scratch on a small world of its own"),
@@ -133,17 +135,17 @@ impl ModelFiles {
         let stored =
             ["model.safetensors", "model.safetensors.index.json"].into_iter().find(|file| folder.join(file).exists());
         let Some(stored) = stored else {
-            let reason = format!(
-                "{} has neither model.safetensors nor model.safetensors.index.json; weights in .bin files are not read",
-                folder.display()
-            );
-            return Err(no_such(reason));
+            let lacks = format!("{} has neither model.safetensors nor model.safetensors.index.json", folder.display());
+            return Err(no_such(match files::pickle(folder) {
+                Some(pickle) => format!("{lacks}, but {pickle}; {}", files::NO_PICKLE),
+                None => lacks,
+            }));
         };
         let weights = Weights::safetensors(&[folder.join(stored)])?;
         report.push(format!("{stored}: {}", weights.describe()));
 
         let path = folder.join("tokenizer.json");
-        let tokenizer = if path.exists() { Some(tokenizer(&files::read(&path)?)?) } else { None };
+        let tokenizer = if path.exists() { Some(tokenizer_file::parse(&files::read(&path)?, &path)?) } else { None };
         report.push(match &tokenizer {
             Some(tokenizer) => format!("tokenizer.json: {} tokens", tokenizer.get_vocab_size(true)),
             None => "no tokenizer.json was found".to_owned(),
@@ -205,41 +207,6 @@ fn summary(file: &str, config: &Config) -> String {
     )
 }
 
-/// A tokenizer from a `tokenizer.json`.
-fn tokenizer(bytes: &[u8]) -> Result<Tokenizer> {
-    let problem = |problem: String| Error::Tokenizer { problem: format!("tokenizer.json: {problem}") };
-    if let Some(merge) = overlong_merge(bytes) {
-        return Err(problem(format!("the merge {merge:?} is longer than every token")));
-    }
-    Tokenizer::from_bytes(bytes).map_err(|error| problem(error.to_string()))
-}
-
-/// A merge whose result no token could hold: the tokenizers crate would panic on it. Any other fault it reports itself.
-fn overlong_merge(bytes: &[u8]) -> Option<String> {
-    #[derive(Deserialize)]
-    struct File {
-        model: Bpe,
-    }
-    #[derive(Deserialize)]
-    struct Bpe {
-        vocab: BTreeMap<String, u32>,
-        merges: Vec<Merge>,
-    }
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Merge {
-        Pair(String, String),
-        Spaced(String),
-    }
-    let File { model } = serde_json::from_slice(bytes).ok()?;
-    let longest = model.vocab.keys().map(String::len).max().unwrap_or(0);
-    let merges = model.merges.into_iter().map(|merge| match merge {
-        Merge::Pair(left, right) => format!("{left} {right}"),
-        Merge::Spaced(both) => both,
-    });
-    merges.into_iter().find(|merge| merge.len() > longest + 1)
-}
-
 /// The chat template and the file that it was found in. `chat_template.jinja` is the newer place and goes first.
 fn chat_template(folder: &Path) -> Result<Option<(String, &'static str)>> {
     let path = folder.join("chat_template.jinja");
@@ -250,9 +217,14 @@ fn chat_template(folder: &Path) -> Result<Option<(String, &'static str)>> {
     if !path.exists() {
         return Ok(None);
     }
-    let malformed = |path: PathBuf, problem: String| Error::Malformed { path, problem };
-    let config: Value =
-        serde_json::from_slice(&files::read(&path)?).map_err(|error| malformed(path.clone(), error.to_string()))?;
+    let template = parse_tokenizer_config(&files::read(&path)?, &path)?;
+    Ok(template.map(|template| (template, "tokenizer_config.json")))
+}
+
+/// The chat template in the bytes of a `tokenizer_config.json`, if it has one; `path` is for messages.
+pub fn parse_tokenizer_config(bytes: &[u8], path: &Path) -> Result<Option<String>> {
+    let malformed = |problem: String| Error::Malformed { path: path.to_owned(), problem };
+    let config: Value = serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
     let template = match config.get("chat_template") {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::String(template)) => Some(template.as_str()),
@@ -262,8 +234,8 @@ fn chat_template(folder: &Path) -> Result<Option<(String, &'static str)>> {
         }
     };
     match template {
-        Some(template) => Ok(Some((template.to_owned(), "tokenizer_config.json"))),
-        None => Err(malformed(path, "chat_template is neither a text nor a list with the name default".to_owned())),
+        Some(template) => Ok(Some(template.to_owned())),
+        None => Err(malformed("chat_template is neither a text nor a list with the name default".to_owned())),
     }
 }
 
@@ -361,11 +333,16 @@ mod tests {
         write_model(path);
         fs::write(path.join("tokenizer.json"), "{").unwrap();
         assert!(message(name, &nowhere()).starts_with("tokenizer: tokenizer.json: "));
-        let long = r#"{"model": {"type": "BPE", "vocab": {"ab": 0, "c": 1}, "merges": [["ab", "c"]]}}"#;
-        fs::write(path.join("tokenizer.json"), long).unwrap();
-        assert!(message(name, &nowhere()).contains("the merge \"ab c\" is longer than every token"));
         fs::remove_file(path.join("model.safetensors")).unwrap();
-        assert!(message(name, &nowhere()).contains("has neither model.safetensors nor"));
+        assert!(message(name, &nowhere()).ends_with("has neither model.safetensors nor model.safetensors.index.json"));
+        fs::write(path.join("pytorch_model.bin"), "").unwrap();
+        let pickled = message(name, &nowhere());
+        assert!(
+            pickled.contains("but pytorch_model.bin; a pickle runs the code") && pickled.contains("save_pretrained"),
+            "{pickled}"
+        );
+        let pickled = message("some/model.pt", &nowhere());
+        assert!(pickled.starts_with("no model some/model.pt: a pickle runs the code that is in it"), "{pickled}");
     }
 
     #[test]

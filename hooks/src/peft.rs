@@ -18,9 +18,16 @@ use crate::weights::Weights;
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 
+/// An `adapter_config.json`, checked: the configuration, and the keys that speak of single modules.
+#[derive(Debug)]
+struct PeftConfig {
+    lora: LoraConfig,
+    keys: Keys,
+}
+
 /// The keys of `adapter_config.json` that change what an adapter computes.
 #[derive(Debug, Deserialize)]
-struct PeftConfig {
+struct Keys {
     peft_type: String,
     #[serde(default = "default_rank")]
     r: i64,
@@ -70,15 +77,39 @@ impl<T> OneOrMany<T> {
 }
 
 impl PeftConfig {
+    /// Reads the bytes of an `adapter_config.json`; `path` is for messages.
     fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        let config: Self = serde_json::from_slice(bytes)
-            .map_err(|error| Error::Adapter { path: path.to_owned(), problem: error.to_string() })?;
-        let refuse = |problem: String| Err(Error::Adapter { path: path.to_owned(), problem });
-        if config.peft_type != "LORA" {
-            return refuse(format!("peft_type is {}, expected LORA", config.peft_type));
+        let refused = |problem: String| Error::Adapter { path: path.to_owned(), problem };
+        let keys: Keys = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
+        keys.refuse().map_err(refused)?;
+        let lora = keys.lora_config().map_err(refused)?;
+        lora.check_numbers().map_err(|error| refused(error.to_string()))?;
+        let patterns = keys.rank_pattern.keys().chain(keys.alpha_pattern.keys());
+        let literal = |key: &&String| key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '_'));
+        if let Some(key) = patterns.clone().find(literal) {
+            return Err(refused(format!(
+                "the pattern {key:?} is a regular expression, expected a module name such as layers.0.self_attn.q_proj"
+            )));
+        }
+        if let Some((key, rank)) = keys.rank_pattern.iter().find(|(_, rank)| **rank < 1) {
+            return Err(refused(format!("rank_pattern has {rank} for {key}, expected at least 1")));
+        }
+        if let Some((key, alpha)) = keys.alpha_pattern.iter().find(|(_, alpha)| **alpha <= 0.0) {
+            return Err(refused(format!("alpha_pattern has {alpha} for {key}, expected a positive number")));
+        }
+        Ok(Self { lora, keys })
+    }
+}
+
+impl Keys {
+    /// Refuses every key that asks for something else than a plain LoRA.
+    fn refuse(&self) -> std::result::Result<(), String> {
+        let refuse = Err;
+        if self.peft_type != "LORA" {
+            return refuse(format!("peft_type is {}, expected LORA", self.peft_type));
         }
         for key in ["use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"] {
-            if config.others.get(key) == Some(&Value::Bool(true)) {
+            if self.others.get(key) == Some(&Value::Bool(true)) {
                 return refuse(format!("{key} is true, which is not supported"));
             }
         }
@@ -97,13 +128,13 @@ impl PeftConfig {
             "velora_config",
         ] {
             let absent = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-            if let Some(value) = config.others.get(key).filter(|value| !absent(value)) {
+            if let Some(value) = self.others.get(key).filter(|value| !absent(value)) {
                 return refuse(format!("{key} is {value}, which is not supported"));
             }
         }
         // These put something else than the base's weights beside the adapter.
         let others = ["pissa", "olora", "loftq", "corda", "lora_ga"];
-        if let Some(init) = config.others.get("init_lora_weights").and_then(Value::as_str)
+        if let Some(init) = self.others.get("init_lora_weights").and_then(Value::as_str)
             && others.iter().any(|other| init.starts_with(other))
         {
             return refuse(format!(
@@ -112,32 +143,25 @@ impl PeftConfig {
             ));
         }
         // What the list of a Qwen's blocks is called; another name would match nothing.
-        if let Some(pattern) = config
-            .layers_pattern
-            .iter()
-            .flat_map(OneOrMany::as_slice)
-            .find(|pattern| !["", "layers"].contains(&&***pattern))
-        {
+        let patterns = self.layers_pattern.iter().flat_map(OneOrMany::as_slice);
+        if let Some(pattern) = patterns.clone().find(|pattern| !["", "layers"].contains(&&***pattern)) {
             return refuse(format!(
                 "layers_pattern is {pattern:?}, expected \"layers\", as a Qwen's blocks are called"
             ));
         }
-        match config.others.get("bias") {
+        match self.others.get("bias") {
             Some(bias) if bias != "none" => refuse(format!("bias is {bias}, expected \"none\"")),
-            _ => Ok(config),
+            _ => Ok(()),
         }
     }
 
-    fn lora_config(&self, path: &Path) -> Result<LoraConfig> {
-        let refuse = |problem: String| Error::Adapter { path: path.to_owned(), problem };
+    fn lora_config(&self) -> std::result::Result<LoraConfig, String> {
         let names = self.target_names();
         if names.is_empty() {
-            return Err(refuse("target_modules is missing, expected a list of projections".to_owned()));
+            return Err("target_modules is missing, expected a list of projections".to_owned());
         }
-        let target_modules = names
-            .iter()
-            .map(|name| proj(name).ok_or_else(|| refuse(unknown_module(name))))
-            .collect::<Result<BTreeSet<Proj>>>()?;
+        let target_modules = names.iter().map(|name| proj(name).ok_or_else(|| unknown_module(name)));
+        let target_modules = target_modules.collect::<std::result::Result<BTreeSet<Proj>, _>>()?;
         Ok(LoraConfig {
             rank: self.r,
             alpha: self.lora_alpha,
@@ -197,7 +221,12 @@ impl LoraConfig {
     /// The configuration in an adapter folder as PEFT writes it, without the patterns for single modules.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG);
-        PeftConfig::parse(&files::read(&path)?, &path)?.lora_config(&path)
+        Self::parse(&files::read(&path)?, &path)
+    }
+
+    /// The same from the bytes of an `adapter_config.json`; `path` is for messages.
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        Ok(PeftConfig::parse(bytes, path)?.lora)
     }
 }
 
@@ -210,18 +239,14 @@ impl Adapter {
                 format!("there is no {CONFIG} in it, expected an adapter's folder; hint: that of a run is RUN/adapter");
             return Err(Error::Adapter { path: dir.to_owned(), problem });
         }
-        let peft = PeftConfig::parse(&files::read(&path)?, &path)?;
-        let mut config = peft.lora_config(&path)?;
+        let PeftConfig { lora: mut config, keys: peft } = PeftConfig::parse(&files::read(&path)?, &path)?;
         config.check(model)?;
-        let literal = |key: &&String| key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '_'));
-        if let Some(key) = peft.rank_pattern.keys().chain(peft.alpha_pattern.keys()).find(literal) {
-            let problem = format!(
-                "the pattern {key:?} is a regular expression, expected a module name such as layers.0.self_attn.q_proj"
-            );
-            return Err(Error::Adapter { path, problem });
-        }
 
         let tensors = dir.join(TENSORS);
+        if let Some(pickle) = files::pickle(dir).filter(|_| !tensors.exists()) {
+            let problem = format!("there is no {TENSORS} in it, but {pickle}; {}", files::NO_PICKLE);
+            return Err(Error::Adapter { path: dir.to_owned(), problem });
+        }
         let weights = Weights::safetensors(std::slice::from_ref(&tensors))?;
         let mut unused: BTreeSet<String> = weights.names().into_iter().collect();
         let mut missing = Vec::new();
@@ -372,10 +397,43 @@ mod tests {
     #[test]
     fn missing_keys_have_pefts_defaults() {
         let config =
-            parse("{\"peft_type\":\"LORA\",\"target_modules\":\"all-linear\",\"layers_to_transform\":3}").unwrap();
-        let config = config.lora_config(Path::new("x")).unwrap();
+            parse("{\"peft_type\":\"LORA\",\"target_modules\":\"all-linear\",\"layers_to_transform\":3}").unwrap().lora;
         assert_eq!((config.rank, config.alpha, config.layers), (8, 8.0, Some(vec![3])));
         assert_eq!(config.target_modules, Proj::ALL);
+    }
+
+    #[test]
+    fn numbers_that_no_adapter_has_are_refused_by_their_key() {
+        for (key, value, expected) in [
+            ("r", "0", "the LoRA rank is 0"),
+            ("r", "-9223372036854775808", "the LoRA rank is -9223372036854775808"),
+            ("lora_alpha", "-1", "the LoRA alpha is -1"),
+            ("lora_alpha", "1e999", "number out of range"),
+            ("lora_dropout", "1.0", "the LoRA dropout is 1"),
+            ("layers_to_transform", "[]", "the layers of the LoRA is none"),
+            ("rank_pattern", "{\"q_proj\":0}", "rank_pattern has 0 for q_proj"),
+            ("alpha_pattern", "{\"q_proj\":-0.5}", "alpha_pattern has -0.5 for q_proj"),
+            ("rank_pattern", "{\".*q_proj\":1}", "the pattern \".*q_proj\" is a regular expression"),
+        ] {
+            let text = format!("{{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"],\"{key}\":{value}}}");
+            let message = parse(&text).unwrap_err().to_string();
+            assert!(message.starts_with("adapter_config.json: ") && message.contains(expected), "{message}");
+        }
+        let empty = parse("{\"peft_type\":\"LORA\",\"target_modules\":[]}").unwrap_err().to_string();
+        assert!(empty.contains("target_modules is missing"), "{empty}");
+    }
+
+    #[test]
+    fn a_folder_of_pickles_is_told_from_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = "{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"]}";
+        files::write_atomic(&folder.path().join(CONFIG), config.as_bytes()).unwrap();
+        let model = crate::tiny_random::config(100);
+        let load = || Adapter::load(folder.path(), &model, Device::Cpu).unwrap_err().to_string();
+        assert!(load().contains("adapter_model.safetensors: No such file"), "{}", load());
+        files::write_atomic(&folder.path().join("adapter_model.bin"), b"\x80\x02").unwrap();
+        let message = load();
+        assert!(message.contains("but adapter_model.bin; a pickle runs the code that is in it"), "{message}");
     }
 
     #[test]

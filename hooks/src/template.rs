@@ -25,6 +25,9 @@ pub(crate) struct Turn<'a> {
     pub(crate) content: &'a str,
 }
 
+/// How many instructions of Jinja's a template may take; Qwen's take some hundreds for a chat of a few turns.
+const FUEL: u64 = 50_000;
+
 /// A chat template that can be rendered.
 #[derive(Debug)]
 pub(crate) struct Template {
@@ -39,7 +42,15 @@ impl Template {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(unknown_method_callback);
+        // A template is a program of strangers: it gets so many steps, and nothing that makes a text as long as a number says.
+        environment.set_fuel(Some(FUEL));
+        for filter in ["batch", "format", "indent", "slice"] {
+            environment.remove_filter(filter);
+        }
+        environment.set_unknown_method_callback(|state, value, method, args| match method {
+            "format" => Err(ErrorKind::UnknownMethod.into()),
+            _ => unknown_method_callback(state, value, method, args),
+        });
         environment.add_function(
             "raise_exception",
             |message: String| -> std::result::Result<Value, minijinja::Error> {
@@ -158,5 +169,26 @@ mod tests {
         assert!(message("{{ raise_exception('only two turns') }}").contains("only two turns"));
         assert!(message("{{ strftime_now('%d') }}").contains("today's date"));
         assert!(message("{% for %}").contains("chat template: "));
+    }
+
+    #[test]
+    fn a_template_has_so_many_steps_and_makes_no_text_as_long_as_a_number_says() {
+        let message = |source: &str| render(source).unwrap_err().to_string();
+        let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}";
+        assert!(message(endless).contains("engine ran out of fuel"), "{}", message(endless));
+        assert!(message("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").contains("recursion limit"));
+        for source in [
+            "{{ 'a'|indent(18446744073709551615, true) }}",
+            "{{ messages|batch(18446744073709551615) }}",
+            "{{ messages|slice(18446744073709551615) }}",
+            "{{ '%18446744073709551615d'|format(1) }}",
+            "{{ '{:18446744073709551615}'.format('a') }}",
+            "{{ 'ab' * 999999999999 }}",
+        ] {
+            assert!(render(source).is_err(), "{source}");
+        }
+        let deep = |n: usize| format!("{{{{ {}1{} }}}}", "(".repeat(n), ")".repeat(n));
+        assert_eq!(render(&deep(10)).unwrap(), "1");
+        assert!(message(&deep(100_000)).contains("chat template: "));
     }
 }

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Bytes};
 use crate::gguf::Gguf;
 
 /// How many elements are converted at a time: a multiple of every quantised block's size.
@@ -40,10 +40,10 @@ enum Source {
     },
 }
 
-/// One mapped `.safetensors` file.
+/// One `.safetensors` file.
 struct Shard {
     path: PathBuf,
-    map: Mmap,
+    file: Bytes,
     data: usize, // where the tensors begin
     header: Metadata,
 }
@@ -55,15 +55,26 @@ impl Weights {
         let mut promised = BTreeMap::new(); // tensor → file, as the index says
         for path in paths {
             if path.extension().is_some_and(|extension| extension == "json") {
-                let weight_map = weight_map(path)?;
+                let weight_map = parse_index(&files::read(path)?, path)?;
                 for name in weight_map.values().collect::<BTreeSet<_>>() {
-                    shards.push(Shard::open(&path.with_file_name(name))?);
+                    let path = path.with_file_name(name);
+                    shards.push(Shard::parse(Box::new(map(&path)?), &path)?);
                 }
                 promised.extend(weight_map.into_iter().map(|(tensor, file)| (tensor, path.with_file_name(file))));
             } else {
-                shards.push(Shard::open(path)?);
+                shards.push(Shard::parse(Box::new(map(path)?), path)?);
             }
         }
+        Self::of_shards(shards, promised)
+    }
+
+    /// The tensors in the bytes of one `.safetensors` file, mapped or in memory; `path` is for messages.
+    pub fn parse(file: impl AsRef<[u8]> + Send + Sync + 'static, path: &Path) -> Result<Self> {
+        Self::of_shards(vec![Shard::parse(Box::new(file), path)?], BTreeMap::new())
+    }
+
+    /// Shards of which no two hold the same tensor, and which hold each that an index promises where it says.
+    fn of_shards(shards: Vec<Shard>, promised: BTreeMap<String, PathBuf>) -> Result<Self> {
         let mut owner = BTreeMap::new();
         for (index, shard) in shards.iter().enumerate() {
             for name in shard.header.offset_keys() {
@@ -120,7 +131,9 @@ impl Weights {
             many => many.iter().map(|(dtype, n)| format!("{n} {dtype}")).collect::<Vec<_>>().join(" + "),
         };
         let (bytes, how) = match &self.source {
-            Source::Safetensors { shards, .. } => (shards.iter().map(|shard| shard.map.len()).sum(), "memory-mapped"),
+            Source::Safetensors { shards, .. } => {
+                (shards.iter().map(|shard| (*shard.file).as_ref().len()).sum(), "memory-mapped")
+            }
             Source::Gguf(gguf) => (gguf.len(), "memory-mapped, dequantised on loading"),
             Source::Memory { tensors, .. } => (tensors.values().map(bytes_of).sum(), "in memory"),
         };
@@ -169,7 +182,7 @@ impl Weights {
     }
 
     /// The shape of a tensor, if there is such a tensor.
-    fn shape(&self, name: &str) -> Option<Vec<i64>> {
+    pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
         match &self.source {
             Source::Safetensors { shards, owner } => {
                 let info = shards[*owner.get(name)?].header.info(name)?;
@@ -265,18 +278,25 @@ struct Stored<'a> {
 }
 
 impl Shard {
-    fn open(path: &Path) -> Result<Self> {
-        let map = map(path)?;
-        let (header_length, header) = SafeTensors::read_metadata(&map).map_err(|error| Error::Malformed {
-            path: path.to_owned(),
-            problem: format!("expected a safetensors file: {error}"),
+    fn parse(file: Bytes, path: &Path) -> Result<Self> {
+        let (header_length, header) = SafeTensors::read_metadata((*file).as_ref()).map_err(|error| {
+            Error::Malformed { path: path.to_owned(), problem: format!("expected a safetensors file: {error}") }
         })?;
-        Ok(Self { path: path.to_owned(), map, data: 8 + header_length, header }) // 8 bytes of header length come first
+        for (name, info) in header.tensors() {
+            if info.shape.iter().try_fold(1_i64, |numel, dim| numel.checked_mul(i64::try_from(*dim).ok()?)).unwrap_or(0)
+                == 0
+            {
+                let problem =
+                    format!("tensor {name} has the shape {:?}, expected dimensions of at least 1", info.shape);
+                return Err(Error::Malformed { path: path.to_owned(), problem });
+            }
+        }
+        Ok(Self { path: path.to_owned(), file, data: 8 + header_length, header }) // 8 bytes of header length come first
     }
 
     fn bytes(&self, info: &TensorInfo) -> &[u8] {
         let (start, end) = info.data_offsets; // the header was checked against the file's length
-        &self.map[self.data + start..self.data + end]
+        &(*self.file).as_ref()[self.data + start..self.data + end]
     }
 }
 
@@ -293,17 +313,17 @@ pub(crate) fn map(path: &Path) -> Result<Mmap> {
 
 /// The files that an index names.
 pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
-    Ok(weight_map(index)?.into_values().collect())
+    Ok(parse_index(&files::read(index)?, index)?.into_values().collect())
 }
 
-/// The file of each tensor, as an index says.
-fn weight_map(path: &Path) -> Result<BTreeMap<String, String>> {
+/// The file of each tensor, as the bytes of a `.safetensors.index.json` say; all lie beside it. `path` is for messages.
+pub fn parse_index(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
     let malformed = |problem: String| Error::Malformed { path: path.to_owned(), problem };
-    let index: Index = serde_json::from_slice(&files::read(path)?)
+    let index: Index = serde_json::from_slice(bytes)
         .map_err(|error| malformed(format!("expected an index with a weight_map: {error}")))?;
     if index.weight_map.is_empty() {
         return Err(malformed("weight_map is empty".to_owned()));
@@ -482,7 +502,18 @@ mod tests {
             message(index(r#"{"a": "s-2.safetensors", "b": "s-2.safetensors"}"#)).contains("tensor a is missing in")
         );
         assert!(message(index(r#"{"a": "s-3.safetensors"}"#)).contains("s-3.safetensors: No such file"));
-        assert!(message(index(r#"{"a": "../s-1.safetensors"}"#)).contains("weight_map names \"../s-1.safetensors\""));
+        for outside in [
+            "../s-1.safetensors",
+            "/s-1.safetensors",
+            "deep/s-1.safetensors",
+            "..\\\\s-1.safetensors",
+            "",
+            "..",
+            "s-1.bin",
+        ] {
+            let refused = message(index(&format!(r#"{{"a": "{outside}"}}"#)));
+            assert!(refused.contains("weight_map names \"") && refused.contains("beside it"), "{outside}: {refused}");
+        }
         assert!(message(index("{}")).contains("weight_map is empty"));
         assert!(message(index("3")).contains("expected an index with a weight_map"));
         fs::copy(at("s-1.safetensors"), at("s-9.safetensors")).unwrap();
@@ -507,6 +538,35 @@ mod tests {
         huge[..8].fill(0xff);
         fs::write(&path, &huge).unwrap();
         assert!(Weights::safetensors(&[path]).is_err());
+    }
+
+    #[test]
+    fn what_a_header_cannot_mean_is_refused() {
+        let of = |header: &str, data: usize| {
+            let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat();
+            Weights::parse(bytes, Path::new("m.safetensors")).map(|weights| weights.names().len())
+        };
+        let tensor = |name: &str, dtype: &str, shape: &str, from: usize, to: usize| {
+            format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}"#)
+        };
+        let (a, b) = (tensor("a", "F32", "[2]", 0, 8), tensor("b", "F32", "[1]", 8, 12));
+        assert_eq!(of(&format!("{{{a},{b}}}"), 12).unwrap(), 2);
+        for (header, data) in [
+            (format!("{{{a},{}}}", tensor("b", "F32", "[2]", 0, 8)), 8), // on one another
+            (format!("{{{a},{}}}", tensor("b", "F32", "[1]", 12, 16)), 16), // a gap
+            (format!("{{{a},{b}}}"), 11),
+            (format!("{{{a},{b}}}"), 13),
+            (format!("{{{}}}", tensor("a", "F32", "[3]", 0, 8)), 8),
+            (format!("{{{}}}", tensor("a", "F32", "[-2]", 0, 8)), 8),
+            (format!("{{{}}}", tensor("a", "PICKLE", "[2]", 0, 8)), 8),
+            (format!("{{{}}}", tensor("a", "F32", "[4611686018427387904,4]", 0, 0)), 0),
+        ] {
+            assert!(message(of(&header, data)).starts_with("m.safetensors: expected a safetensors file: "), "{header}");
+        }
+        for shape in ["[0]", "[2,0]", "[0,9223372036854775807]"] {
+            let refused = message(of(&format!("{{{}}}", tensor("a", "F32", shape, 0, 0)), 0));
+            assert!(refused.contains("tensor a has the shape [") && refused.contains("at least 1"), "{refused}");
+        }
     }
 
     #[test]

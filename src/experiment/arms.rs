@@ -15,6 +15,9 @@ pub const STUDENT: &str = "student";
 /// The control student's name beside the arms.
 pub const CONTROL_STUDENT: &str = "control student";
 
+/// How many students the arms of an experiment may have.
+const MOST_STUDENTS: usize = 1000;
+
 /// A named variant of the student.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -86,6 +89,9 @@ pub struct Cell {
 impl Experiment {
     /// Every student of every arm, in the order of the file.
     pub fn cells(&self) -> Result<Vec<Cell>> {
+        let students = |arm: &Arm| arm.ranks.as_ref().map_or(1, Vec::len).saturating_mul(arm.seeds);
+        let all = self.arms.iter().map(students).fold(0, usize::saturating_add);
+        ensure!(all <= MOST_STUDENTS, "the arms have {all} students, expected {MOST_STUDENTS} at most");
         let mut cells: Vec<Cell> = Vec::new();
         let mut slugs: BTreeMap<String, String> = BTreeMap::new();
         for arm in &self.arms {
@@ -295,6 +301,8 @@ mod tests {
             ("name = \"student\"", "that of the run's own student"),
             ("name = \"=\"", "no letter and no digit"),
             ("name = \"x\"\nseeds = 0", "seeds is 0"),
+            ("name = \"x\"\nseeds = 1001", "the arms have 1001 students, expected 1000 at most"),
+            ("name = \"x\"\nranks = [1, 2]\nseeds = 9223372036854775807", "expected 1000 at most"),
             ("name = \"x\"\nset = [\"teacher.kind=prompt\"]", "changes teacher, on which the numbers depend"),
             ("name = \"x\"\nset = [\"generate.n_keep=2\"]", "changes generate, "),
             ("name = \"x\"\nset = [\"seed=7\"]", "changes seeds.gen_seed, "),

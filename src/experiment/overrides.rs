@@ -1,6 +1,6 @@
 //! Changes to an experiment before it is parsed: `section.key=value`, and the seeds that derive from one.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use toml::{Table, Value};
@@ -37,6 +37,8 @@ fn set(table: &mut Table, text: &str) -> Result<()> {
     let parsed = toml::from_str::<Table>(&format!("value = {value}")).ok().and_then(|mut one| one.remove("value"));
     let value = parsed.unwrap_or_else(|| Value::String(value.to_owned()));
     let mut parts: Vec<&str> = key.trim().split('.').collect();
+    // No key lies deeper, and a table as deep as a key is long could not even be dropped.
+    ensure!(parts.len() <= 8, "--set {}...: expected section.key=value", text.chars().take(40).collect::<String>());
     let last = parts.pop().unwrap_or_default();
     let mut section = table;
     for part in parts {
