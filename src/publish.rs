@@ -18,19 +18,28 @@ pub fn write_csv<R: Serialize>(path: &Path, rows: &[R]) -> Result<()> {
             path.display()
         );
     }
+    let text = to_csv(rows).with_context(|| path.display().to_string())?;
+    Ok(files::write_atomic(path, text.as_bytes())?)
+}
+
+/// Rows as the text of a CSV file.
+pub fn to_csv<R: Serialize>(rows: &[R]) -> Result<String> {
     let mut writer = csv::Writer::from_writer(Vec::new());
     for row in rows {
-        writer.serialize(row).with_context(|| path.display().to_string())?;
+        writer.serialize(row)?;
     }
-    let bytes = writer.into_inner().with_context(|| path.display().to_string())?;
-    Ok(files::write_atomic(path, &bytes)?)
+    Ok(String::from_utf8(writer.into_inner()?)?)
 }
 
 /// The rows of a CSV file; an error names the file and the line.
 pub fn read_csv<R: DeserializeOwned>(path: &Path) -> Result<Vec<R>> {
-    let bytes = files::read(path)?;
-    let rows: Result<Vec<R>, csv::Error> = csv::Reader::from_reader(&bytes[..]).deserialize().collect();
-    rows.with_context(|| path.display().to_string())
+    parse_csv(&files::read_string(path)?).with_context(|| path.display().to_string())
+}
+
+/// The rows in the text of a CSV file; an error names the line.
+pub fn parse_csv<R: DeserializeOwned>(text: &str) -> Result<Vec<R>> {
+    let rows: Result<Vec<R>, csv::Error> = csv::Reader::from_reader(text.as_bytes()).deserialize().collect();
+    Ok(rows?)
 }
 
 /// A CSV file as text, for a page that shows any table.
@@ -79,7 +88,7 @@ impl<R: Serialize> CsvLog<R> {
     /// Appends a row.
     pub fn push(&mut self, row: &R) -> Result<()> {
         self.writer.serialize(row).with_context(|| self.path.display().to_string())?;
-        self.writer.flush().with_context(|| self.path.display().to_string())?;
+        self.writer.flush().map_err(|cause| files::unwritten(&self.path, cause))?;
         self.n_rows += 1;
         Ok(())
     }
@@ -89,9 +98,8 @@ impl<R: Serialize> CsvLog<R> {
         if self.n_rows == 0 {
             bail!("{}: no row was logged", self.path.display());
         }
-        drop(self.writer);
-        let partial = files::temporary(&self.path);
-        std::fs::rename(&partial, &self.path).with_context(|| self.path.display().to_string())
+        let file = self.writer.into_inner().map_err(|error| files::unwritten(&self.path, error.into_error()))?;
+        Ok(files::publish(&file, &self.path)?)
     }
 }
 
