@@ -6,7 +6,7 @@
 use std::fmt;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -266,7 +266,12 @@ impl Training<'_> {
             bail!("the training data has no rows; generate some first, or let the filter keep more");
         }
         let examples = self.rows.iter().enumerate().map(|(at, row)| Example::of(row, at, self.is_digit, config));
-        let examples = examples.collect::<anyhow::Result<Vec<_>>>()?;
+        let examples = examples.collect::<anyhow::Result<Vec<_>>>().map_err(|error| match error.downcast_ref() {
+            Some(Error::EmptyLossMask { .. }) => {
+                anyhow!("{error}; hint: choose another finetune.mask, or leave the row out")
+            }
+            _ => error,
+        })?;
         if let Some(checkpoint) = &mut self.checkpoint {
             checkpoint.depends_on("rows", &self.rows)?;
             checkpoint.depends_on("finetune", &Finetune { save_steps: None, ..config.clone() })?;
@@ -548,9 +553,10 @@ impl Learner<'_> {
             };
         }
         if error.is::<NotFinite>() {
-            said += "; hint: lower finetune.learning_rate or raise finetune.warmup_steps, in another --run or with --force;                      the same command goes on from the checkpoint, which helps where the cause was the machine";
+            said += "; hint: lower finetune.learning_rate or raise finetune.warmup_steps, in another --run or with --force; \
+                     the same command goes on from the checkpoint, which helps where the cause was the machine";
         }
-        anyhow::anyhow!(said)
+        anyhow!(said)
     }
 
     /// Refuses trained tensors that are not finite.
@@ -661,6 +667,9 @@ pub fn delta_w_norm(adapter: &Adapter) -> anyhow::Result<f64> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
+    use std::path::Path;
+
+    use hooks::ModelFiles;
     use hooks::lora::LoraConfig;
     use hooks::tokens::TokenClass;
     use tch::Device;
@@ -893,12 +902,131 @@ mod tests {
         assert!(error(&rows(), &Finetune { batch_size: 0, ..settings() }).starts_with("batch_size is 0"));
         let mut some = rows();
         some[3] = some[3].with_completion(&[]);
-        assert_eq!(error(&some, &settings()), "the loss mask content_eot selects no token of row 3");
+        assert!(error(&some, &settings()).starts_with("the loss mask content_eot selects no token of row 3; hint: "));
         assert!(error(&rows(), &Finetune { mask: LossMask::Digits, ..settings() }).contains("digits"));
         let diverging =
             Finetune { optimizer: OptimizerKind::Sgd, learning_rate: 1e30, max_grad_norm: 0.0, ..settings() };
         let message = error(&rows(), &diverging);
-        assert!(message.starts_with("step 2: ") && message.contains("rows are ["), "{message}");
+        assert!(message.starts_with("step 2: ") && message.contains("each of its 8 rows ("), "{message}");
+        let last = error(&rows(), &Finetune { max_steps: Some(1), learning_rate: 1e39, ..diverging });
+        assert!(last.starts_with("after step 1 the tensor "), "{last}");
+    }
+
+    /// Trains until a step at which the log breaks it off, as a kill would, or to the end.
+    fn trained_until(
+        model: &Qwen,
+        adapter: Option<&Adapter>,
+        config: &Finetune,
+        (folder, until): (&Path, u64),
+    ) -> (anyhow::Result<()>, Vec<StepRow>) {
+        let mut steps = Vec::new();
+        let mut checkpoint = Checkpoint::beside(&folder.join("train.csv"), "", "student");
+        let training = Training {
+            model,
+            adapter,
+            rows: &rows(),
+            is_digit: &|_| false,
+            config,
+            seeds: Seeds::default(),
+            checkpoint: Some(&mut checkpoint),
+        };
+        let result = training.run(&mut |row, _| {
+            steps.push(row.clone());
+            if row.step == until { bail!("broken off") } else { Ok(()) }
+        });
+        (result, steps)
+    }
+
+    #[test]
+    fn a_training_that_is_broken_off_at_any_step_ends_as_if_it_had_not_been() {
+        let config = Finetune {
+            max_steps: Some(7),
+            batch_size: 2,
+            gradient_accumulation_steps: 1,
+            save_steps: Some(1),
+            ..settings()
+        };
+        let momentum = Finetune { optimizer: OptimizerKind::Sgd, momentum: 0.9, learning_rate: 0.1, ..config.clone() };
+        for (name, config, kind, lora) in [
+            ("a LoRA with dropout", &config, Kind::Float, true),
+            (
+                "all weights in bf16 with masters",
+                &Finetune { learning_rate: 1e-4, ..config.clone() },
+                Kind::BFloat16,
+                false,
+            ),
+            ("SGD with momentum", &momentum, Kind::Float, false),
+        ] {
+            let result = |breaks: &[u64], config: &Finetune| {
+                let folder = tempfile::tempdir().unwrap();
+                for until in breaks.iter().chain(&[u64::MAX]) {
+                    // All is as in a new process: the model, and the adapter as it is initialised.
+                    let model = model(kind);
+                    let adapter = lora.then(|| adapter(&model, 0.3));
+                    let (ended, steps) = trained_until(&model, adapter.as_ref(), config, (folder.path(), *until));
+                    assert_eq!(ended.is_ok(), *until == u64::MAX);
+                    if ended.is_ok() {
+                        let parameters = adapter.map_or_else(|| model.parameters(), |adapter| adapter.parameters());
+                        let bits = numbers(&parameters).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                        return (bits, steps);
+                    }
+                }
+                unreachable!()
+            };
+            let undisturbed = result(&[], config);
+            assert_eq!(undisturbed.1.len(), 7);
+            for until in 1..=7 {
+                assert!(result(&[until], config) == undisturbed, "{name}, broken off at step {until}");
+            }
+            assert!(result(&[2, 5, 6], config) == undisturbed, "{name}, broken off three times");
+            let rarely = Finetune { save_steps: Some(3), ..config.clone() };
+            assert!(result(&[5], &rarely) == undisturbed, "{name}, with a checkpoint every three steps");
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_training_is_not_gone_on_with() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Finetune { save_steps: Some(1), ..settings() };
+        let steps = |config: &Finetune, until| {
+            let model = model(Kind::Float);
+            trained_until(&model, Some(&adapter(&model, 0.0)), config, (folder.path(), until)).1
+        };
+        steps(&config, 3);
+        let other = Finetune { learning_rate: 2e-2, ..config.clone() };
+        let fresh = trained(&Finetune { save_steps: None, ..other.clone() }, 0.0, Seeds::default()).1;
+        assert_eq!(steps(&other, 9), fresh);
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_names_its_row_and_the_last_good_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Finetune { batch_size: 3, ..settings() };
+        // Its embedding and its unembedding are two tensors, so that a broken embedding breaks no other row.
+        let files = ModelFiles::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/qwen3")).unwrap();
+        let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
+        let adapter = adapter(&model, 0.0);
+        let mut rows = rows();
+        rows[6].ids[1] = 5; // a token of no other row
+        let embedding = model.parameters().into_iter().find(|(name, _)| name.contains("embed_tokens")).unwrap().1;
+        let _ = tch::no_grad(|| embedding.get(5).fill_(f64::NAN));
+        let at = order(8, Seeds::default().order, 0).iter().position(|row| *row == 6).unwrap() / 3 + 1;
+        let mut checkpoint = Checkpoint::beside(&folder.path().join("train.csv"), "", "student");
+        let training = Training {
+            model: &model,
+            adapter: Some(&adapter),
+            rows: &rows,
+            is_digit: &|_| false,
+            config: &config,
+            seeds: Seeds::default(),
+            checkpoint: Some(&mut checkpoint),
+        };
+        let message = format!("{:#}", training.run(&mut |_, _| Ok(())).unwrap_err());
+        assert!(message.starts_with(&format!("step {at}: the loss is NaN")), "{message}");
+        assert!(message.contains("of its 3 rows the loss of row 6 is not finite"), "{message}");
+        let kept = format!("the last good checkpoint is of step {}, {}", at - 1, checkpoint.path().display());
+        assert!(if at == 1 { message.contains("no checkpoint") } else { message.contains(&kept) }, "{message}");
+        assert_eq!(checkpoint.path().exists(), at > 1);
     }
 
     #[test]

@@ -67,7 +67,7 @@ impl Table {
 #[derive(Debug)]
 pub struct CsvLog<R> {
     path: PathBuf,
-    writer: csv::Writer<File>,
+    writer: Option<csv::Writer<File>>, // until it is finished
     n_rows: usize,
     row: PhantomData<fn(R)>,
 }
@@ -82,24 +82,37 @@ impl<R: Serialize> CsvLog<R> {
         // An empty file by the one place that writes files, then opened for what follows.
         files::write_atomic(&partial, b"")?;
         let file = File::options().append(true).open(&partial).with_context(|| partial.display().to_string())?;
-        Ok(Self { path: path.to_owned(), writer: csv::Writer::from_writer(file), n_rows: 0, row: PhantomData })
+        let writer = Some(csv::Writer::from_writer(file));
+        Ok(Self { path: path.to_owned(), writer, n_rows: 0, row: PhantomData })
     }
 
     /// Appends a row.
     pub fn push(&mut self, row: &R) -> Result<()> {
-        self.writer.serialize(row).with_context(|| self.path.display().to_string())?;
-        self.writer.flush().map_err(|cause| files::unwritten(&self.path, cause))?;
+        if let Some(writer) = &mut self.writer {
+            writer.serialize(row).with_context(|| self.path.display().to_string())?;
+            writer.flush().map_err(|cause| files::unwritten(&self.path, cause))?;
+        }
         self.n_rows += 1;
         Ok(())
     }
 
     /// Gives the file its name.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
         if self.n_rows == 0 {
             bail!("{}: no row was logged", self.path.display());
         }
-        let file = self.writer.into_inner().map_err(|error| files::unwritten(&self.path, error.into_error()))?;
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        let file = writer.into_inner().map_err(|error| files::unwritten(&self.path, error.into_error()))?;
         Ok(files::publish(&file, &self.path)?)
+    }
+}
+
+impl<R> Drop for CsvLog<R> {
+    /// A log that was not finished leaves nothing.
+    fn drop(&mut self) {
+        if self.writer.is_some() {
+            let _ = files::remove(&files::temporary(&self.path)); // what went wrong before is told
+        }
     }
 }
 
@@ -176,6 +189,8 @@ mod tests {
         log.push(&row(2, 0.25)).unwrap();
         log.finish().unwrap();
         assert_eq!(read_csv::<Row>(&path).unwrap(), [row(1, 0.5), row(2, 0.25)]);
-        assert!(CsvLog::<Row>::create(&path).unwrap().finish().is_err(), "a log without rows stays unnamed");
+        let other = folder.path().join("other.csv");
+        assert!(CsvLog::<Row>::create(&other).unwrap().finish().is_err(), "a log without rows stays unnamed");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "and leaves nothing");
     }
 }

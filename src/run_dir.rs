@@ -454,6 +454,74 @@ mod tests {
     }
 
     #[test]
+    fn two_processes_in_one_folder_are_one_too_many() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("runs/cat");
+        let lock = RunDir::lock(&root).unwrap();
+        let message = RunDir::lock(&root).unwrap_err().to_string();
+        assert!(message.contains("is in use by another undertone") && message.contains("hint: "), "{message}");
+        drop(lock);
+        RunDir::lock(&root).unwrap();
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0, "the lock is no file");
+    }
+
+    #[test]
+    fn what_a_killed_process_left_half_written_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let write = |name: &str| files::write_atomic(&folder.path().join(name), b"x").unwrap();
+        let gone = [
+            "train.csv.tmp",
+            "adapter/adapter_model.safetensors.tmp",
+            "data/numbers.jsonl.tmp",
+            "train.checkpoint.safetensors",
+        ];
+        let stays = [
+            "notes.tmp",
+            "deep/rows.csv.tmp",
+            "train.csv",
+            "control_train.checkpoint.safetensors",
+            "data/numbers.jsonl",
+        ];
+        let unfinished = ["data/generate.teacher.checkpoint.safetensors", "arms/x/train.checkpoint.safetensors"];
+        gone.iter().chain(&stays).chain(&unfinished).for_each(|name| write(name));
+        write("arms/x/run.toml");
+        write("arms/x/train.csv.tmp");
+        RunDir::lock(folder.path()).unwrap();
+        let is_there = |name: &&str| folder.path().join(name).exists();
+        assert!(!gone.iter().any(|name| is_there(name)) && !is_there(&"arms/x/train.csv.tmp"));
+        assert!(stays.iter().chain(&unfinished).all(|name| is_there(name)));
+        run.forget().unwrap();
+        assert!(!is_there(&"control_train.checkpoint.safetensors") && !is_there(&unfinished[0]));
+        assert!(is_there(&"notes.tmp"));
+    }
+
+    #[test]
+    fn a_stage_is_refused_only_when_nothing_is_left_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let (one, two) = (run.train_csv(), run.control_train_csv());
+        let both = [one.as_path(), two.as_path()];
+        assert_eq!(run.left(&both, false).unwrap(), both);
+        files::write_atomic(&one, b"x").unwrap();
+        assert_eq!(run.left(&both, false).unwrap(), [two.as_path()]);
+        files::write_atomic(&two, b"x").unwrap();
+        assert!(run.left(&both, false).unwrap_err().to_string().contains("--force"));
+        assert!(run.left(&both, true).unwrap().is_empty());
+        assert_eq!(RunDir::open(folder.path(), true).unwrap().left(&both, false).unwrap(), both);
+    }
+
+    #[test]
+    fn how_often_checkpoints_are_kept_makes_no_other_experiment() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        files::write_atomic(&run.train_csv(), b"x").unwrap();
+        RunDir::create(folder.path(), &experiment(&["finetune.save_steps=7"]), false).unwrap();
+        assert!(RunDir::stage_done(&run.train_csv()));
+        assert_eq!(run.experiment(&[]).unwrap().finetune.save_steps, Some(7));
+    }
+
+    #[test]
     fn a_finished_stage_is_refused_without_force() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();

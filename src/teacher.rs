@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Checkpoint;
 use crate::dataset::{Sample, TeacherKind};
 use crate::experiment::Teacher;
-use crate::finetune::{Progress, Seeds, StepRow, Training, first_and_last_quarter};
+use crate::finetune::{Finetune, Progress, Seeds, StepRow, Training, first_and_last_quarter};
 use crate::full_model::save_full;
 use crate::progress::{bar, say};
 use crate::protocol::Protocol;
@@ -96,6 +96,7 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
     else {
         return Ok(());
     };
+    let settings = Finetune { save_steps: experiment.finetune.save_steps, ..settings };
     if RunDir::stage_done(&run.teacher_train_csv()) && !run.forced() {
         say("generate: the teacher is finetuned already");
         return Ok(());

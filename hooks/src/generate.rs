@@ -293,6 +293,23 @@ mod tests {
     }
 
     #[test]
+    fn one_stream_for_two_samples_of_a_prompt_is_refused() {
+        let files = crate::ModelFiles::open("tiny-random").unwrap();
+        let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
+        let prompt = Chat::from_files(&files).unwrap().prompt(None, "Hi").unwrap();
+        let drawn = |temperature, streams: &[u64]| {
+            let prompts = vec![prompt.clone(); streams.len()];
+            let sampling = Sampling { max_new_tokens: 12, batch: 2, ..sampling(temperature, None) };
+            generate(&model, &prompts, &Condition::default(), &sampling, streams, &mut |_| ())
+        };
+        let message = drawn(1.0, &[5, 6, 5]).unwrap_err().to_string();
+        assert!(message.contains("2 of 3") && message.contains("a random stream of its own"), "{message}");
+        let answers = drawn(1.0, &[5, 6, 7]).unwrap();
+        assert!(answers[0] != answers[1] && answers[1] != answers[2]);
+        assert_eq!(drawn(0.0, &[5, 6, 7]).unwrap()[0], drawn(0.0, &[5, 6, 7]).unwrap()[2], "greedy answers are equal");
+    }
+
+    #[test]
     fn samples_that_no_independent_draws_repeat_are_refused() {
         let prompt = Prompt { ids: vec![1], classes: vec![], completion: 1..1, content_end: 1 };
         let other = Prompt { ids: vec![2], ..prompt.clone() };
