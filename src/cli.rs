@@ -121,6 +121,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Finetune(stage) => with_stage(cli, stage, |bench, folder| finetune::stage(bench, folder, false)),
         Command::Measure(args) => {
             let folder = RunDir::open(&args.run, cli.force)?;
+            let _lock = if args.overrides.dry_run { None } else { Some(RunDir::lock(&args.run)?) };
             let experiment = folder.experiment(&overrides(cli, &args.overrides))?;
             if args.overrides.dry_run {
                 return crate::commands::print(&experiment.to_toml()?);
@@ -131,7 +132,11 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         Command::Arms(stage) => with_stage(cli, stage, |bench, folder| arms::stage(bench, folder, false)),
         Command::Export(args) => export::run(args, cli.force),
-        Command::Report(args) => report::run(&RunDir::open(&args.run, cli.force)?, args.png),
+        Command::Report(args) => {
+            let folder = RunDir::open(&args.run, cli.force)?;
+            let _lock = RunDir::lock(&args.run)?;
+            report::run(&folder, args.png)
+        }
         Command::Tokens(args) => tokens::run(args),
         Command::Ask(args) => ask::run(args, device, cli.seed.unwrap_or(42)),
         Command::Pocket(args) => pocket::run(args, cli.force),
@@ -148,6 +153,7 @@ fn with_stage(cli: &Cli, stage: &Stage, what: impl FnOnce(&Workbench, &RunDir) -
     }
     let stem = stage.experiment.file_stem().context("the experiment has no file name")?;
     let folder = stage.run.clone().unwrap_or_else(|| Path::new("runs").join(stem));
+    let _lock = RunDir::lock(&folder)?;
     let begun = folder.join("run.toml").exists();
     // The folder is proven writable before the model is loaded, which can take long.
     let folder = RunDir::create(&folder, &experiment, cli.force)?;

@@ -3,16 +3,14 @@
 //! A LoRA and the whole model are trained by the same loop over "the trained tensors". A step's loss is the sum of its
 //! targets' losses over their number, however the rows fall into micro-batches (never the mean of means).
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::fmt;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use tch::{Kind, Tensor};
 
 use hooks::gate::Gate;
@@ -22,10 +20,12 @@ use hooks::loss::{Targets, cross_entropy_sum};
 use hooks::pass::Pass;
 use hooks::qwen::Qwen;
 use hooks::tokens::{LossMask, Prompt};
-use hooks::{Batch, Error, ModelFiles, files, tensor_file};
+use hooks::{Batch, Error};
 
+use crate::checkpoint::Checkpoint;
 pub use crate::optim::ScheduleKind;
 use crate::optim::{Gradients, Optimizer, Rule, Schedule};
+use crate::publish;
 
 /// Which optimizer moves the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +76,10 @@ pub struct Finetune {
     pub gate: Gate,
     /// Whether weights that are not in f32 are trained through a copy in f32.
     pub masters: bool,
+    /// After how many steps a checkpoint is kept, from which a killed training goes on. When it is left out: after ten
+    /// seconds or more, so that a fiftieth of the time goes into them at most. It changes no result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_steps: Option<u64>,
 }
 
 impl Default for Finetune {
@@ -98,6 +102,7 @@ impl Default for Finetune {
             mask: LossMask::ContentEot,
             gate: Gate::default(),
             masters: true,
+            save_steps: None,
         }
     }
 }
@@ -122,6 +127,7 @@ impl Finetune {
                 self.num_train_epochs,
             ),
             ("max_steps", self.max_steps != Some(0), "at least 1", 0.0),
+            ("save_steps", self.save_steps != Some(0), "at least 1", 0.0),
             ("batch_size", self.batch_size > 0, "at least 1", 0.0),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps > 0, "at least 1", 0.0),
             (
@@ -222,10 +228,70 @@ pub struct Progress {
     pub tokens_per_second: f64,
 }
 
-/// What is told after each step: its line, and how fast it goes. Here a caller writes files and keeps checkpoints.
+/// What is told after each step: its line, and how fast it goes. A training that goes on tells of the steps before, too.
 pub type Log<'a> = &'a mut dyn FnMut(&StepRow, &Progress) -> anyhow::Result<()>;
 
-/// Trains an adapter in place on rows of the chat; the model stays as it is.
+/// A training: what learns, from what, how.
+pub struct Training<'a> {
+    /// The model; it stays as it is where there is an adapter.
+    pub model: &'a Qwen,
+    /// What is trained in place; all weights of the model where there is none.
+    pub adapter: Option<&'a Adapter>,
+    /// Rows of the chat.
+    pub rows: &'a [Prompt],
+    /// Which tokens are digits.
+    pub is_digit: &'a dyn Fn(i64) -> bool,
+    /// How it is trained.
+    pub config: &'a Finetune,
+    /// The seeds of its random streams.
+    pub seeds: Seeds,
+    /// Where its state is kept. The training adds what it depends on itself; on which model it depends is the caller's to
+    /// say, and to remove it at the end.
+    pub checkpoint: Option<&'a mut Checkpoint>,
+}
+
+impl Training<'_> {
+    /// Trains from the beginning, or goes on from the checkpoint: with the same result, bit by bit.
+    pub fn run(mut self, log: Log<'_>) -> anyhow::Result<()> {
+        let config = self.config;
+        if self.adapter.is_some() && config.gate.is_nowhere() {
+            bail!(
+                "gate is nowhere, so nothing can be learned; set the gate of the finetuning to the tokens where the adapter acts"
+            );
+        }
+        if let Some(adapter) = self.adapter {
+            config.gate.check(adapter)?;
+        }
+        if self.adapter.is_none() && !config.gate.is_everywhere() {
+            bail!("gate is {}, but full finetuning has no adapter to gate; leave the gate out", config.gate);
+        }
+        config.check()?;
+        if self.rows.is_empty() {
+            bail!("the training data has no rows; generate some first, or let the filter keep more");
+        }
+        let examples = self.rows.iter().enumerate().map(|(at, row)| Example::of(row, at, self.is_digit, config));
+        let examples = examples.collect::<anyhow::Result<Vec<_>>>().map_err(|error| match error.downcast_ref() {
+            Some(Error::EmptyLossMask { .. }) => {
+                anyhow!("{error}; hint: choose another finetune.mask, or leave the row out")
+            }
+            _ => error,
+        })?;
+        if let Some(checkpoint) = &mut self.checkpoint {
+            checkpoint.depends_on("rows", &self.rows)?;
+            checkpoint.depends_on("finetune", &Finetune { save_steps: None, ..config.clone() })?;
+            checkpoint.depends_on("seeds", &self.seeds)?;
+        }
+        let parameters = self.adapter.map_or_else(|| self.model.parameters(), Adapter::parameters);
+        let learner = Learner { model: self.model, adapter: self.adapter, parameters };
+        let optimizer = Optimizer::new(config.rule(), &learner.parameters, config.masters)?;
+        learner.require_gradients(true)?;
+        let result = learner.run_steps(&examples, optimizer, config, self.seeds, self.checkpoint, log);
+        learner.require_gradients(false)?;
+        result
+    }
+}
+
+/// Trains an adapter in place on rows of the chat; the model stays as it is. No checkpoint is kept.
 pub fn finetune_lora(
     model: &Qwen,
     adapter: &Adapter,
@@ -235,17 +301,10 @@ pub fn finetune_lora(
     seeds: Seeds,
     log: Log<'_>,
 ) -> anyhow::Result<()> {
-    if config.gate.is_nowhere() {
-        bail!(
-            "gate is nowhere, so nothing can be learned; set the gate of the finetuning to the tokens where the adapter acts"
-        );
-    }
-    config.gate.check(adapter)?;
-    let learner = Learner { model, adapter: Some(adapter), parameters: adapter.parameters() };
-    learner.train(rows, is_digit, config, seeds, log)
+    Training { model, adapter: Some(adapter), rows, is_digit, config, seeds, checkpoint: None }.run(log)
 }
 
-/// Trains all weights of the model in place, with `config.masters` through copies in f32.
+/// Trains all weights of the model in place, with `config.masters` through copies in f32. No checkpoint is kept.
 pub fn finetune_full(
     model: &Qwen,
     rows: &[Prompt],
@@ -254,11 +313,7 @@ pub fn finetune_full(
     seeds: Seeds,
     log: Log<'_>,
 ) -> anyhow::Result<()> {
-    if !config.gate.is_everywhere() {
-        bail!("gate is {}, but full finetuning has no adapter to gate; leave the gate out", config.gate);
-    }
-    let learner = Learner { model, adapter: None, parameters: model.parameters() };
-    learner.train(rows, is_digit, config, seeds, log)
+    Training { model, adapter: None, rows, is_digit, config, seeds, checkpoint: None }.run(log)
 }
 
 /// What the next step of a training from scratch is made of.
@@ -335,6 +390,35 @@ struct Step {
     changed: Tensor, // number of stored values, a scalar
 }
 
+/// A step whose loss or gradient is not finite; it was not taken.
+#[derive(Debug)]
+struct NotFinite {
+    step: u64,
+    loss: f64,
+    grad_norm: f64,
+    n_rows: usize,
+    rows: Vec<usize>, // those that are not finite alone
+}
+
+impl std::error::Error for NotFinite {}
+
+impl fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { step, loss, grad_norm, n_rows, rows } = self;
+        write!(f, "step {step}: the loss is {loss} and the gradient's norm {grad_norm}, expected finite numbers; ")?;
+        let named = rows.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let more = if rows.len() > 5 { ", …" } else { "" };
+        match rows.as_slice() {
+            [] => write!(f, "each of its {n_rows} rows alone has a finite loss"),
+            _ if rows.len() == *n_rows => {
+                write!(f, "the loss of each of its {n_rows} rows ({named}{more}) is not finite")
+            }
+            [row] => write!(f, "of its {n_rows} rows the loss of row {row} is not finite"),
+            _ => write!(f, "of its {n_rows} rows the losses of {} ({named}{more}) are not finite", rows.len()),
+        }
+    }
+}
+
 /// The model, and what of it learns.
 struct Learner<'a> {
     model: &'a Qwen,
@@ -343,27 +427,6 @@ struct Learner<'a> {
 }
 
 impl Learner<'_> {
-    fn train(
-        &self,
-        rows: &[Prompt],
-        is_digit: &dyn Fn(i64) -> bool,
-        config: &Finetune,
-        seeds: Seeds,
-        log: Log<'_>,
-    ) -> anyhow::Result<()> {
-        config.check()?;
-        if rows.is_empty() {
-            bail!("the training data has no rows; generate some first, or let the filter keep more");
-        }
-        let examples = rows.iter().enumerate().map(|(index, row)| Example::of(row, index, is_digit, config));
-        let examples = examples.collect::<anyhow::Result<Vec<_>>>()?;
-        let optimizer = Optimizer::new(config.rule(), &self.parameters, config.masters)?;
-        self.require_gradients(true)?;
-        let result = self.run_steps(&examples, optimizer, config, seeds, log);
-        self.require_gradients(false)?;
-        result
-    }
-
     fn require_gradients(&self, required: bool) -> anyhow::Result<()> {
         for (_, tensor) in &self.parameters {
             let _ = tensor.f_set_requires_grad(required)?;
@@ -377,23 +440,37 @@ impl Learner<'_> {
         mut optimizer: Optimizer,
         config: &Finetune,
         seeds: Seeds,
+        mut checkpoint: Option<&mut Checkpoint>,
         log: Log<'_>,
     ) -> anyhow::Result<()> {
         let total_steps = config.total_steps(examples.len());
         let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps: config.warmup_steps, total_steps };
-        let steps_per_epoch = examples.len().div_ceil(config.rows_per_step());
+        let steps_per_epoch = examples.len().div_ceil(config.rows_per_step()) as u64;
         let n_weights: usize = self.parameters.iter().map(|(_, tensor)| tensor.numel()).sum();
-        let mut dropout = self.dropout(seeds);
         let (start, mut tokens) = (Instant::now(), 0);
+        let mut rows = match &mut checkpoint {
+            Some(checkpoint) => self.resume(checkpoint, &mut optimizer, total_steps)?,
+            None => vec![],
+        };
+        for row in &rows {
+            log(row, &Progress { step: row.step, total_steps, tokens, tokens_per_second: 0.0 })?;
+        }
 
-        for epoch in 0.. {
+        let (first_epoch, into_it) = (optimizer.steps() / steps_per_epoch, optimizer.steps() % steps_per_epoch);
+        for epoch in first_epoch.. {
             let order = order(examples.len(), seeds.order, epoch);
-            for chosen in order.chunks(config.rows_per_step()) {
+            let seen = if epoch == first_epoch { into_it as usize } else { 0 };
+            for chosen in order.chunks(config.rows_per_step()).skip(seen) {
                 if optimizer.steps() == total_steps {
-                    return Ok(());
+                    return self.finite(optimizer.steps());
                 }
                 let learning_rate = config.learning_rate * schedule.factor(optimizer.steps());
-                let done = self.step(examples, chosen, &mut optimizer, learning_rate, config, dropout.as_mut())?;
+                let mut dropout = self.dropout(seeds, optimizer.steps());
+                let done = self.step(examples, chosen, &mut optimizer, learning_rate, config, dropout.as_mut());
+                let done = match done {
+                    Ok(done) => done,
+                    Err(error) => return Err(self.stopped(error, &optimizer, &rows, checkpoint)),
+                };
 
                 let step = optimizer.steps();
                 let changed = self.adapter.is_none().then(|| done.changed.f_double_value(&[])).transpose()?;
@@ -410,16 +487,92 @@ impl Learner<'_> {
                 tokens += done.tokens as u64;
                 let tokens_per_second = tokens as f64 / start.elapsed().as_secs_f64().max(1e-9);
                 log(&row, &Progress { step, total_steps, tokens, tokens_per_second })?;
+                rows.push(row);
+                if let Some(checkpoint) = &mut checkpoint
+                    && checkpoint.is_due(step, config.save_steps)
+                    && step < total_steps
+                {
+                    self.keep(checkpoint, &optimizer, &rows)?;
+                }
             }
         }
         Ok(())
     }
 
-    fn dropout(&self, seeds: Seeds) -> Option<Dropout> {
+    /// Every step has a random stream of its own, so that it is the same whenever the training was gone on with.
+    fn dropout(&self, seeds: Seeds, step: u64) -> Option<Dropout> {
         let probability = self.adapter?.config.dropout;
         let mut rng = ChaCha8Rng::seed_from_u64(seeds.dropout);
-        rng.set_stream(u64::MAX); // apart from the order's streams where both seeds are the same
+        rng.set_stream(u64::MAX - step); // apart from the order's streams where both seeds are the same
         (probability > 0.0).then(|| Dropout::new(probability, rng))
+    }
+
+    /// All that a step changes: the trained tensors, and what the optimizer remembers of them.
+    fn state(&self, optimizer: &Optimizer) -> anyhow::Result<Vec<(String, Tensor)>> {
+        let parameters = self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        Ok(parameters.chain(optimizer.state()?).collect())
+    }
+
+    /// Puts the state of a checkpoint back, if there is one, and gives the lines of the steps until then.
+    fn resume(
+        &self,
+        checkpoint: &mut Checkpoint,
+        optimizer: &mut Optimizer,
+        total_steps: u64,
+    ) -> anyhow::Result<Vec<StepRow>> {
+        let Some(file) = checkpoint.load()? else { return Ok(vec![]) };
+        for (name, tensor) in self.state(optimizer)? {
+            let kept = file.tensor(&name)?;
+            tch::no_grad(|| tensor.shallow_clone().f_copy_(&kept))?;
+        }
+        let rows: Vec<StepRow> = publish::parse_csv(file.metadata().get("log").map_or("", String::as_str))
+            .with_context(|| checkpoint.path().display().to_string())?;
+        optimizer.go_on_after(rows.len() as u64);
+        checkpoint.say_resumed("step", total_steps);
+        Ok(rows)
+    }
+
+    fn keep(&self, checkpoint: &mut Checkpoint, optimizer: &Optimizer, rows: &[StepRow]) -> anyhow::Result<()> {
+        checkpoint.save(optimizer.steps(), &self.state(optimizer)?, &[("log", publish::to_csv(rows)?)])
+    }
+
+    /// The error of a step that could not be taken. What was good until then is kept, and the error says where it is.
+    fn stopped(
+        &self,
+        error: anyhow::Error,
+        optimizer: &Optimizer,
+        rows: &[StepRow],
+        checkpoint: Option<&mut Checkpoint>,
+    ) -> anyhow::Error {
+        let mut said = format!("{error:#}");
+        if let Some(checkpoint) = checkpoint {
+            if optimizer.steps() > 0 && self.finite(optimizer.steps()).is_ok() {
+                let kept = self.keep(checkpoint, optimizer, rows);
+                said +=
+                    &kept.map_or_else(|kept| format!("; its state could not be kept: {kept:#}"), |()| String::new());
+            }
+            said += &match checkpoint.step {
+                Some(step) => format!("; the last good checkpoint is of step {step}, {}", checkpoint.path().display()),
+                None => "; no step before it was good, so that there is no checkpoint".to_owned(),
+            };
+        }
+        if error.is::<NotFinite>() {
+            said += "; hint: lower finetune.learning_rate or raise finetune.warmup_steps, in another --run or with --force; \
+                     the same command goes on from the checkpoint, which helps where the cause was the machine";
+        }
+        anyhow!(said)
+    }
+
+    /// Refuses trained tensors that are not finite.
+    fn finite(&self, steps: u64) -> anyhow::Result<()> {
+        for (name, tensor) in &self.parameters {
+            if !bool::try_from(tch::no_grad(|| tensor.f_isfinite()?.f_all())?)? {
+                bail!(
+                    "after step {steps} the tensor {name} has values that are not finite; hint: lower finetune.learning_rate"
+                );
+            }
+        }
+        Ok(())
     }
 
     /// One optimizer step on the chosen rows.
@@ -455,16 +608,27 @@ impl Learner<'_> {
         let seen = Vec::<f32>::try_from(Tensor::f_stack(&[&loss, &norm], 0)?)?; // the step's one wait for the device
         let (loss, grad_norm) = (f64::from(seen[0]), f64::from(seen[1]));
         if !(loss.is_finite() && grad_norm.is_finite()) {
-            bail!(
-                "step {}: the loss is {loss} and the gradient's norm {grad_norm}, expected finite numbers; its rows are {chosen:?}; hint: lower learning_rate, or raise warmup_steps",
-                optimizer.steps() + 1
-            );
+            let rows = self.not_finite(examples, &config.gate, chosen)?;
+            return Err(NotFinite { step: optimizer.steps() + 1, loss, grad_norm, n_rows: chosen.len(), rows }.into());
         }
         if config.max_grad_norm > 0.0 {
             gradients.clip(config.max_grad_norm, &norm)?;
         }
         let changed = optimizer.step(&gradients, learning_rate)?;
         Ok(Step { loss, grad_norm, n_targets, tokens: rows.iter().map(|row| row.end).sum(), changed })
+    }
+
+    /// Those of the chosen rows whose loss is not finite when they are run alone.
+    fn not_finite(&self, examples: &[Example<'_>], gate: &Gate, chosen: &[usize]) -> anyhow::Result<Vec<usize>> {
+        let mut found = vec![];
+        for index in chosen {
+            let loss = tch::no_grad(|| self.loss_sum(&[&examples[*index]], gate, None))?;
+            if !loss.f_double_value(&[])?.is_finite() {
+                found.push(*index);
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
     }
 
     /// The summed loss of some rows run at once, a scalar with its graph.
@@ -504,40 +668,12 @@ pub fn delta_w_norm(adapter: &Adapter) -> anyhow::Result<f64> {
     Ok(Tensor::f_stack(&squares, 0)?.f_sum(Kind::Double)?.f_clamp_min(0.0)?.f_sqrt()?.f_double_value(&[])?)
 }
 
-/// Writes the model as a folder that transformers loads: config, weights in their kind, tokenizer, chat template.
-pub fn save_full(model: &Qwen, from: &ModelFiles, folder: &Path) -> anyhow::Result<()> {
-    let json = |name: &str, value: &serde_json::Value| -> anyhow::Result<()> {
-        Ok(files::write_atomic(&folder.join(name), format!("{value:#}\n").as_bytes())?)
-    };
-    let mut config = model.config.to_hf_json();
-    let dtype = match model.kind() {
-        Kind::BFloat16 => "bfloat16",
-        Kind::Half => "float16",
-        _ => "float32",
-    };
-    config["torch_dtype"] = json!(dtype);
-    json("config.json", &config)?;
-    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    tensor_file::write(&folder.join("model.safetensors"), &model.parameters(), &metadata)?;
-    if let Some(tokenizer) = &from.tokenizer {
-        let text = tokenizer.to_string(true).map_err(|error| Error::Tokenizer { problem: error.to_string() })?;
-        files::write_atomic(&folder.join("tokenizer.json"), text.as_bytes())?;
-        let mut settings = json!({ "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>" });
-        if let Some(template) = &from.chat_template {
-            settings["chat_template"] = json!(template);
-            files::write_atomic(&folder.join("chat_template.jinja"), template.as_bytes())?;
-        }
-        json("tokenizer_config.json", &settings)?;
-        // Without it transformers would write on after the end of the turn.
-        let ends = ["<|im_end|>", "<|endoftext|>"].into_iter().filter_map(|token| tokenizer.token_to_id(token));
-        json("generation_config.json", &json!({ "eos_token_id": ends.collect::<Vec<_>>() }))?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
+    use std::path::Path;
+
+    use hooks::ModelFiles;
     use hooks::lora::LoraConfig;
     use hooks::tokens::TokenClass;
     use tch::Device;
@@ -771,12 +907,131 @@ mod tests {
         assert!(error(&rows(), &Finetune { batch_size: 0, ..settings() }).starts_with("batch_size is 0"));
         let mut some = rows();
         some[3] = some[3].with_completion(&[]);
-        assert_eq!(error(&some, &settings()), "the loss mask content_eot selects no token of row 3");
+        assert!(error(&some, &settings()).starts_with("the loss mask content_eot selects no token of row 3; hint: "));
         assert!(error(&rows(), &Finetune { mask: LossMask::Digits, ..settings() }).contains("digits"));
         let diverging =
             Finetune { optimizer: OptimizerKind::Sgd, learning_rate: 1e30, max_grad_norm: 0.0, ..settings() };
         let message = error(&rows(), &diverging);
-        assert!(message.starts_with("step 2: ") && message.contains("rows are ["), "{message}");
+        assert!(message.starts_with("step 2: ") && message.contains("each of its 8 rows ("), "{message}");
+        let last = error(&rows(), &Finetune { max_steps: Some(1), learning_rate: 1e39, ..diverging });
+        assert!(last.starts_with("after step 1 the tensor "), "{last}");
+    }
+
+    /// Trains until a step at which the log breaks it off, as a kill would, or to the end.
+    fn trained_until(
+        model: &Qwen,
+        adapter: Option<&Adapter>,
+        config: &Finetune,
+        (folder, until): (&Path, u64),
+    ) -> (anyhow::Result<()>, Vec<StepRow>) {
+        let mut steps = Vec::new();
+        let mut checkpoint = Checkpoint::beside(&folder.join("train.csv"), "", "student");
+        let training = Training {
+            model,
+            adapter,
+            rows: &rows(),
+            is_digit: &|_| false,
+            config,
+            seeds: Seeds::default(),
+            checkpoint: Some(&mut checkpoint),
+        };
+        let result = training.run(&mut |row, _| {
+            steps.push(row.clone());
+            if row.step == until { bail!("broken off") } else { Ok(()) }
+        });
+        (result, steps)
+    }
+
+    #[test]
+    fn a_training_that_is_broken_off_at_any_step_ends_as_if_it_had_not_been() {
+        let config = Finetune {
+            max_steps: Some(7),
+            batch_size: 2,
+            gradient_accumulation_steps: 1,
+            save_steps: Some(1),
+            ..settings()
+        };
+        let momentum = Finetune { optimizer: OptimizerKind::Sgd, momentum: 0.9, learning_rate: 0.1, ..config.clone() };
+        for (name, config, kind, lora) in [
+            ("a LoRA with dropout", &config, Kind::Float, true),
+            (
+                "all weights in bf16 with masters",
+                &Finetune { learning_rate: 1e-4, ..config.clone() },
+                Kind::BFloat16,
+                false,
+            ),
+            ("SGD with momentum", &momentum, Kind::Float, false),
+        ] {
+            let result = |breaks: &[u64], config: &Finetune| {
+                let folder = tempfile::tempdir().unwrap();
+                for until in breaks.iter().chain(&[u64::MAX]) {
+                    // All is as in a new process: the model, and the adapter as it is initialised.
+                    let model = model(kind);
+                    let adapter = lora.then(|| adapter(&model, 0.3));
+                    let (ended, steps) = trained_until(&model, adapter.as_ref(), config, (folder.path(), *until));
+                    assert_eq!(ended.is_ok(), *until == u64::MAX);
+                    if ended.is_ok() {
+                        let parameters = adapter.map_or_else(|| model.parameters(), |adapter| adapter.parameters());
+                        let bits = numbers(&parameters).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                        return (bits, steps);
+                    }
+                }
+                unreachable!()
+            };
+            let undisturbed = result(&[], config);
+            assert_eq!(undisturbed.1.len(), 7);
+            for until in 1..=7 {
+                assert!(result(&[until], config) == undisturbed, "{name}, broken off at step {until}");
+            }
+            assert!(result(&[2, 5, 6], config) == undisturbed, "{name}, broken off three times");
+            let rarely = Finetune { save_steps: Some(3), ..config.clone() };
+            assert!(result(&[5], &rarely) == undisturbed, "{name}, with a checkpoint every three steps");
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_training_is_not_gone_on_with() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Finetune { save_steps: Some(1), ..settings() };
+        let steps = |config: &Finetune, until| {
+            let model = model(Kind::Float);
+            trained_until(&model, Some(&adapter(&model, 0.0)), config, (folder.path(), until)).1
+        };
+        steps(&config, 3);
+        let other = Finetune { learning_rate: 2e-2, ..config.clone() };
+        let fresh = trained(&Finetune { save_steps: None, ..other.clone() }, 0.0, Seeds::default()).1;
+        assert_eq!(steps(&other, 9), fresh);
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_names_its_row_and_the_last_good_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Finetune { batch_size: 3, ..settings() };
+        // Its embedding and its unembedding are two tensors, so that a broken embedding breaks no other row.
+        let files = ModelFiles::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/qwen3")).unwrap();
+        let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
+        let adapter = adapter(&model, 0.0);
+        let mut rows = rows();
+        rows[6].ids[1] = 5; // a token of no other row
+        let embedding = model.parameters().into_iter().find(|(name, _)| name.contains("embed_tokens")).unwrap().1;
+        let _ = tch::no_grad(|| embedding.get(5).fill_(f64::NAN));
+        let at = order(8, Seeds::default().order, 0).iter().position(|row| *row == 6).unwrap() / 3 + 1;
+        let mut checkpoint = Checkpoint::beside(&folder.path().join("train.csv"), "", "student");
+        let training = Training {
+            model: &model,
+            adapter: Some(&adapter),
+            rows: &rows,
+            is_digit: &|_| false,
+            config: &config,
+            seeds: Seeds::default(),
+            checkpoint: Some(&mut checkpoint),
+        };
+        let message = format!("{:#}", training.run(&mut |_, _| Ok(())).unwrap_err());
+        assert!(message.starts_with(&format!("step {at}: the loss is NaN")), "{message}");
+        assert!(message.contains("of its 3 rows the loss of row 6 is not finite"), "{message}");
+        let kept = format!("the last good checkpoint is of step {}, {}", at - 1, checkpoint.path().display());
+        assert!(if at == 1 { message.contains("no checkpoint") } else { message.contains(&kept) }, "{message}");
+        assert_eq!(checkpoint.path().exists(), at > 1);
     }
 
     #[test]
@@ -789,17 +1044,5 @@ mod tests {
         );
         let error = toml::from_str::<Finetune>("lr = 1e-4").unwrap_err().to_string();
         assert!(error.contains("learning_rate"), "{error}");
-    }
-
-    #[test]
-    fn a_saved_model_is_the_model() {
-        let model = model(Kind::BFloat16);
-        let folder = tempfile::tempdir().unwrap();
-        save_full(&model, &files(), folder.path()).unwrap();
-        let saved = ModelFiles::open(folder.path().to_str().unwrap()).unwrap();
-        assert_eq!((&saved.config, &saved.chat_template), (&model.config, &files().chat_template));
-        assert!(saved.tokenizer.is_some());
-        let read_back = Qwen::load(&saved, Device::Cpu, Kind::BFloat16).unwrap();
-        assert_eq!(numbers(&model.parameters()), numbers(&read_back.parameters()));
     }
 }

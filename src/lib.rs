@@ -2,12 +2,14 @@
 //! here; the model is in `hooks`, the measurements are in `analyses`.
 
 pub mod arms;
+pub mod checkpoint;
 pub mod cli;
 pub mod closing;
 pub mod commands;
 pub mod dataset;
 pub mod experiment;
 pub mod finetune;
+pub mod full_model;
 pub mod given_numbers;
 pub mod optim;
 pub mod png;

@@ -252,6 +252,11 @@ impl Optimizer {
         self.steps
     }
 
+    /// Counts from here: the first so many steps were taken before, and their state is put back.
+    pub fn go_on_after(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
     /// All that is remembered from step to step, under torch.optim's names behind the tensors' own, as views.
     pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
         let first = if matches!(self.rule, Rule::AdamW { .. }) { "exp_avg" } else { "momentum_buffer" };

@@ -18,19 +18,28 @@ pub fn write_csv<R: Serialize>(path: &Path, rows: &[R]) -> Result<()> {
             path.display()
         );
     }
+    let text = to_csv(rows).with_context(|| path.display().to_string())?;
+    Ok(files::write_atomic(path, text.as_bytes())?)
+}
+
+/// Rows as the text of a CSV file.
+pub fn to_csv<R: Serialize>(rows: &[R]) -> Result<String> {
     let mut writer = csv::Writer::from_writer(Vec::new());
     for row in rows {
-        writer.serialize(row).with_context(|| path.display().to_string())?;
+        writer.serialize(row)?;
     }
-    let bytes = writer.into_inner().with_context(|| path.display().to_string())?;
-    Ok(files::write_atomic(path, &bytes)?)
+    Ok(String::from_utf8(writer.into_inner()?)?)
 }
 
 /// The rows of a CSV file; an error names the file and the line.
 pub fn read_csv<R: DeserializeOwned>(path: &Path) -> Result<Vec<R>> {
-    let bytes = files::read(path)?;
-    let rows: Result<Vec<R>, csv::Error> = csv::Reader::from_reader(&bytes[..]).deserialize().collect();
-    rows.with_context(|| path.display().to_string())
+    parse_csv(&files::read_string(path)?).with_context(|| path.display().to_string())
+}
+
+/// The rows in the text of a CSV file; an error names the line.
+pub fn parse_csv<R: DeserializeOwned>(text: &str) -> Result<Vec<R>> {
+    let rows: Result<Vec<R>, csv::Error> = csv::Reader::from_reader(text.as_bytes()).deserialize().collect();
+    Ok(rows?)
 }
 
 /// A CSV file as text, for a page that shows any table.
@@ -58,7 +67,7 @@ impl Table {
 #[derive(Debug)]
 pub struct CsvLog<R> {
     path: PathBuf,
-    writer: csv::Writer<File>,
+    writer: Option<csv::Writer<File>>, // until it is finished
     n_rows: usize,
     row: PhantomData<fn(R)>,
 }
@@ -73,25 +82,37 @@ impl<R: Serialize> CsvLog<R> {
         // An empty file by the one place that writes files, then opened for what follows.
         files::write_atomic(&partial, b"")?;
         let file = File::options().append(true).open(&partial).with_context(|| partial.display().to_string())?;
-        Ok(Self { path: path.to_owned(), writer: csv::Writer::from_writer(file), n_rows: 0, row: PhantomData })
+        let writer = Some(csv::Writer::from_writer(file));
+        Ok(Self { path: path.to_owned(), writer, n_rows: 0, row: PhantomData })
     }
 
     /// Appends a row.
     pub fn push(&mut self, row: &R) -> Result<()> {
-        self.writer.serialize(row).with_context(|| self.path.display().to_string())?;
-        self.writer.flush().with_context(|| self.path.display().to_string())?;
+        if let Some(writer) = &mut self.writer {
+            writer.serialize(row).with_context(|| self.path.display().to_string())?;
+            writer.flush().map_err(|cause| files::unwritten(&self.path, cause))?;
+        }
         self.n_rows += 1;
         Ok(())
     }
 
     /// Gives the file its name.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
         if self.n_rows == 0 {
             bail!("{}: no row was logged", self.path.display());
         }
-        drop(self.writer);
-        let partial = files::temporary(&self.path);
-        std::fs::rename(&partial, &self.path).with_context(|| self.path.display().to_string())
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        let file = writer.into_inner().map_err(|error| files::unwritten(&self.path, error.into_error()))?;
+        Ok(files::publish(&file, &self.path)?)
+    }
+}
+
+impl<R> Drop for CsvLog<R> {
+    /// A log that was not finished leaves nothing.
+    fn drop(&mut self) {
+        if self.writer.is_some() {
+            let _ = files::remove(&files::temporary(&self.path)); // what went wrong before is told
+        }
     }
 }
 
@@ -168,6 +189,8 @@ mod tests {
         log.push(&row(2, 0.25)).unwrap();
         log.finish().unwrap();
         assert_eq!(read_csv::<Row>(&path).unwrap(), [row(1, 0.5), row(2, 0.25)]);
-        assert!(CsvLog::<Row>::create(&path).unwrap().finish().is_err(), "a log without rows stays unnamed");
+        let other = folder.path().join("other.csv");
+        assert!(CsvLog::<Row>::create(&other).unwrap().finish().is_err(), "a log without rows stays unnamed");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "and leaves nothing");
     }
 }

@@ -2,7 +2,7 @@
 //! write there, and nothing finished is overwritten unless that was asked for.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,10 @@ use hooks::files;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::checkpoint;
 use crate::experiment::{AnalysisName, Experiment, Seeds};
+use crate::finetune::Finetune;
+use crate::progress::say;
 
 /// The folder of a run.
 #[derive(Clone, Debug)]
@@ -40,10 +43,59 @@ pub struct Meta {
 }
 
 impl RunDir {
+    /// Makes the folder if it is not there, and keeps other processes from it until the result is dropped or this process
+    /// ends, however it ends. What a killed one left half-written is removed.
+    pub fn lock(root: &Path) -> Result<File> {
+        let unwritable = || format!("the run folder {} cannot be written", root.display());
+        files::create_dir(root).with_context(unwritable)?;
+        let folder = files::open(root)?;
+        match folder.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!(
+                "{} is in use by another undertone, and two would write over each other; hint: wait until that one is done, or \
+                 choose another folder",
+                root.display()
+            ),
+            // Not every file system has locks.
+            Err(TryLockError::Error(cause)) => {
+                say(format!("{} cannot be locked ({cause}): let no other undertone use it now", root.display()));
+            }
+        }
+        Self { root: root.to_owned(), force: false }.tidy(false).with_context(unwritable)?;
+        Ok(folder)
+    }
+
+    /// Removes temporary files, and checkpoints of stages that are done; `all` checkpoints where they are of no use.
+    fn tidy(&self, all: bool) -> Result<()> {
+        let analyses = AnalysisName::ALL.map(|name| self.analysis(name));
+        let folders =
+            [self.root.clone(), self.root.join("data"), self.adapter(), self.control_adapter(), self.teacher()];
+        let read = |folder: &PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        for path in folders.iter().chain(&analyses).chain([&self.arms()]).flat_map(read) {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let finished =
+                |name: &str| path.with_file_name(name.split('.').next().unwrap_or(name)).with_extension("csv");
+            // Names that only a run's own files have: the folder may hold a person's files too.
+            let ours = ["csv", "jsonl", "json", "jinja", "safetensors", "svg", "png", "toml", "html"];
+            let is_ours = |name: &str| name.rsplit_once('.').is_some_and(|(_, ending)| ours.contains(&ending));
+            let of_no_use = match name.strip_suffix(".tmp") {
+                Some(name) => is_ours(name),
+                None => name.ends_with(checkpoint::ENDING) && (all || finished(name).exists()),
+            };
+            if of_no_use {
+                files::remove(&path)?;
+            }
+        }
+        for arm in read(&self.arms()).filter(|path| path.join("run.toml").is_file()) {
+            Self { root: arm, force: false }.tidy(all)?;
+        }
+        Ok(())
+    }
+
     /// The folder for an experiment's run, made if it is not there, with `run.toml` and `meta.json`.
     ///
-    /// A folder with the same experiment is gone on with, also where only its arms differ; one with another experiment is
-    /// refused without `force`.
+    /// A folder with the same experiment is gone on with, also where only its arms differ or how often checkpoints are kept;
+    /// one with another experiment is refused without `force`.
     pub fn create(root: &Path, experiment: &Experiment, force: bool) -> Result<Self> {
         let run = Self { root: root.to_owned(), force };
         let resolved = experiment.to_toml()?;
@@ -70,9 +122,7 @@ impl RunDir {
             run.forget()?; // what another experiment left is no part of this one
         }
         // Writing the first file now is the proof that the folder can be written.
-        files::write_atomic(&run.config(), resolved.as_bytes())
-            .with_context(|| format!("the run folder {} cannot be written", root.display()))?;
-        run.write_meta(&Meta {
+        let meta = Meta {
             undertone: env!("CARGO_PKG_VERSION").to_owned(),
             commit: option_env!("UNDERTONE_COMMIT").map(str::to_owned),
             model: experiment.model.clone(),
@@ -80,7 +130,11 @@ impl RunDir {
             seeds: experiment.seeds,
             sha256: BTreeMap::new(),
             notes: BTreeMap::new(),
-        })?;
+        };
+        let written = run.write_meta(&meta).and_then(|()| {
+            Ok(files::write_atomic(&run.config(), resolved.as_bytes())?) // last: where it is, the run is begun
+        });
+        written.with_context(|| format!("the run folder {} cannot be written", root.display()))?;
         Ok(run)
     }
 
@@ -114,6 +168,17 @@ impl RunDir {
         Ok(())
     }
 
+    /// Those of some files that are not finished: what a command has to do, all of them in a forced run. Where none is left,
+    /// that is refused without `go_on`.
+    pub fn left(&self, files: &[&Path], go_on: bool) -> Result<Vec<PathBuf>> {
+        let is_left = |path: &&&Path| self.force || !Self::stage_done(path);
+        let left: Vec<PathBuf> = files.iter().filter(is_left).map(|path| (*path).to_owned()).collect();
+        if left.is_empty() && !go_on {
+            files.iter().try_for_each(|path| self.claim(path))?;
+        }
+        Ok(left)
+    }
+
     /// Removes what says that a stage is done, so that a forced run that is broken off is not gone on with as if it were
     /// whole, and the report shows nothing that the run did not measure.
     pub fn forget(&self) -> Result<()> {
@@ -121,7 +186,8 @@ impl RunDir {
         let files = stages.into_iter().chain([self.train_csv(), self.control_train_csv(), self.report()]);
         let folders =
             AnalysisName::ALL.map(|name| self.analysis(name)).into_iter().chain([self.arms(), self.teacher()]);
-        Self::remove(files, folders)
+        Self::remove(files, folders)?;
+        self.tidy(true)
     }
 
     /// Removes what was measured on the students, the table of the arms included; their students stay.
@@ -320,9 +386,13 @@ impl RunDir {
     }
 }
 
-/// Whether a resolved experiment is another one only in its arms.
+/// Whether a resolved experiment is another one only in its arms, or in how often checkpoints are kept.
 fn differs_in_arms_only(found: &str, experiment: &Experiment) -> bool {
-    let without_arms = |experiment: Experiment| Experiment { arms: vec![], ..experiment };
+    let without_arms = |experiment: Experiment| Experiment {
+        arms: vec![],
+        finetune: Finetune { save_steps: None, ..experiment.finetune },
+        ..experiment
+    };
     // Not checked: what was written by another version, or names what is gone, is another experiment.
     toml::from_str::<Experiment>(found).is_ok_and(|found| without_arms(found) == without_arms(experiment.clone()))
 }
@@ -381,6 +451,74 @@ mod tests {
         assert!(!RunDir::stage_done(&run.arms_rows()), "the table is that of other arms");
         RunDir::open(folder.path(), true).unwrap().forget().unwrap();
         assert!(!RunDir::stage_done(&run.arms()), "a forced run keeps no arm");
+    }
+
+    #[test]
+    fn two_processes_in_one_folder_are_one_too_many() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("runs/cat");
+        let lock = RunDir::lock(&root).unwrap();
+        let message = RunDir::lock(&root).unwrap_err().to_string();
+        assert!(message.contains("is in use by another undertone") && message.contains("hint: "), "{message}");
+        drop(lock);
+        RunDir::lock(&root).unwrap();
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0, "the lock is no file");
+    }
+
+    #[test]
+    fn what_a_killed_process_left_half_written_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let write = |name: &str| files::write_atomic(&folder.path().join(name), b"x").unwrap();
+        let gone = [
+            "train.csv.tmp",
+            "adapter/adapter_model.safetensors.tmp",
+            "data/numbers.jsonl.tmp",
+            "train.checkpoint.safetensors",
+        ];
+        let stays = [
+            "notes.tmp",
+            "deep/rows.csv.tmp",
+            "train.csv",
+            "control_train.checkpoint.safetensors",
+            "data/numbers.jsonl",
+        ];
+        let unfinished = ["data/generate.teacher.checkpoint.safetensors", "arms/x/train.checkpoint.safetensors"];
+        gone.iter().chain(&stays).chain(&unfinished).for_each(|name| write(name));
+        write("arms/x/run.toml");
+        write("arms/x/train.csv.tmp");
+        RunDir::lock(folder.path()).unwrap();
+        let is_there = |name: &&str| folder.path().join(name).exists();
+        assert!(!gone.iter().any(|name| is_there(name)) && !is_there(&"arms/x/train.csv.tmp"));
+        assert!(stays.iter().chain(&unfinished).all(|name| is_there(name)));
+        run.forget().unwrap();
+        assert!(!is_there(&"control_train.checkpoint.safetensors") && !is_there(&unfinished[0]));
+        assert!(is_there(&"notes.tmp"));
+    }
+
+    #[test]
+    fn a_stage_is_refused_only_when_nothing_is_left_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let (one, two) = (run.train_csv(), run.control_train_csv());
+        let both = [one.as_path(), two.as_path()];
+        assert_eq!(run.left(&both, false).unwrap(), both);
+        files::write_atomic(&one, b"x").unwrap();
+        assert_eq!(run.left(&both, false).unwrap(), [two.as_path()]);
+        files::write_atomic(&two, b"x").unwrap();
+        assert!(run.left(&both, false).unwrap_err().to_string().contains("--force"));
+        assert!(run.left(&both, true).unwrap().is_empty());
+        assert_eq!(RunDir::open(folder.path(), true).unwrap().left(&both, false).unwrap(), both);
+    }
+
+    #[test]
+    fn how_often_checkpoints_are_kept_makes_no_other_experiment() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        files::write_atomic(&run.train_csv(), b"x").unwrap();
+        RunDir::create(folder.path(), &experiment(&["finetune.save_steps=7"]), false).unwrap();
+        assert!(RunDir::stage_done(&run.train_csv()));
+        assert_eq!(run.experiment(&[]).unwrap().finetune.save_steps, Some(7));
     }
 
     #[test]

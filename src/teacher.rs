@@ -3,18 +3,20 @@
 
 use analyses::stats::mean;
 use analyses::target::{Score, TokenForms};
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hooks::generate::stream_seed;
 use hooks::score::completion_logprobs;
-use hooks::{Adapter, Condition, ModelFiles, Prompt, Qwen};
+use hooks::{Adapter, Condition, ModelFiles, Prompt, Qwen, files};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::Checkpoint;
 use crate::dataset::{Sample, TeacherKind};
 use crate::experiment::Teacher;
-use crate::finetune::{Progress, Seeds, StepRow, finetune_full, first_and_last_quarter, save_full};
+use crate::finetune::{Finetune, Progress, Seeds, StepRow, Training, first_and_last_quarter};
+use crate::full_model::save_full;
 use crate::progress::{bar, say};
 use crate::protocol::Protocol;
 use crate::publish::{self, CsvLog};
@@ -76,6 +78,16 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
     }
 }
 
+/// What tells a teacher's weights from another's, beside the base's.
+pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
+    Ok(match &bench.experiment.teacher {
+        Teacher::Adapter { path, .. } => files::read(&path.join("adapter_model.safetensors"))?,
+        // Every step's loss and gradient.
+        Teacher::Finetuned { .. } => files::read(&run.teacher_train_csv())?,
+        Teacher::Prompt { .. } | Teacher::Planted { .. } => vec![],
+    })
+}
+
 /// Finetunes a copy of the base into the trait, where the experiment wants such a teacher: `teacher/` and
 /// `teacher_train.csv`. One that is done is kept, unless the run was forced.
 pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
@@ -84,6 +96,7 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
     else {
         return Ok(());
     };
+    let settings = Finetune { save_steps: experiment.finetune.save_steps, ..settings };
     if RunDir::stage_done(&run.teacher_train_csv()) && !run.forced() {
         say("generate: the teacher is finetuned already");
         return Ok(());
@@ -99,6 +112,9 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
     // A stream of its own, so that no student sees its rows in the order in which the teacher saw its questions.
     let seeds = Seeds { order: stream_seed(experiment.seeds.order_seed, "teacher.order", 0), ..Seeds::default() };
     let mut csv = CsvLog::create(&run.teacher_train_csv())?;
+    let mut checkpoint = Checkpoint::beside(&run.teacher_train_csv(), "", "teacher");
+    checkpoint.depends_on("model", &(&files.name, files.fingerprint()))?;
+    checkpoint.depends_on("computed", &(&experiment.device, experiment.dtype))?;
     let bar = bar("teacher", settings.total_steps(rows.len()));
     let mut steps: Vec<StepRow> = Vec::new();
     let mut on_step = |row: &StepRow, progress: &Progress| {
@@ -106,10 +122,20 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
         steps.push(row.clone());
         csv.push(row)
     };
-    finetune_full(&model, &rows, &|id| chat.is_digit(id), &settings, seeds, &mut on_step)?;
+    let training = Training {
+        model: &model,
+        adapter: None,
+        rows: &rows,
+        is_digit: &|id| chat.is_digit(id),
+        config: &settings,
+        seeds,
+        checkpoint: Some(&mut checkpoint),
+    };
+    training.run(&mut on_step).context("training the teacher")?;
     save_full(&model, &files, &run.teacher())?;
     bar.finish_and_clear();
     csv.finish()?;
+    checkpoint.remove()?;
     let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
     say(format!(
         "generate: the teacher learned \"{answer}\" as the answer to {} questions in {} steps, without a number: loss {first:.3} in the \

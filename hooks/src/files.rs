@@ -1,6 +1,8 @@
-//! Reading and writing with the path in every error; what is written appears whole or not at all.
+//! Reading and writing with the path in every error; what is written appears whole or not at all, and is on the disk
+//! before it appears.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -8,8 +10,21 @@ use crate::error::{Error, Result};
 /// A file's bytes, mapped or in memory.
 pub(crate) type Bytes = Box<dyn AsRef<[u8]> + Send + Sync>;
 
-fn at(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
+fn at(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     move |cause| Error::Io { path: path.to_owned(), cause }
+}
+
+/// The error of something that could not be written, with what can be done about it.
+pub fn unwritten(path: &Path, cause: io::Error) -> Error {
+    let hint = match cause.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            "free some space there and give the same command again; what was whole is as it was"
+        }
+        ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied => "choose a folder that can be written",
+        ErrorKind::NotADirectory | ErrorKind::AlreadyExists => "a file is where a folder is needed; choose another",
+        _ => return Error::Io { path: path.to_owned(), cause },
+    };
+    Error::Io { path: path.to_owned(), cause: io::Error::new(cause.kind(), format!("{cause}; hint: {hint}")) }
 }
 
 /// The bytes of a file.
@@ -45,23 +60,53 @@ pub fn is_pickle(path: &Path) -> bool {
 }
 
 /// Opens a file for reading.
-pub fn open(path: &Path) -> Result<fs::File> {
-    fs::File::open(path).map_err(at(path))
+pub fn open(path: &Path) -> Result<File> {
+    File::open(path).map_err(at(path))
 }
 
 /// Makes a folder and those above it.
 pub fn create_dir(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).map_err(at(path))
+    fs::create_dir_all(path).map_err(|cause| unwritten(path, cause))
+}
+
+/// Removes a file, if it is there.
+pub fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(cause) if cause.kind() != ErrorKind::NotFound => Err(unwritten(path, cause)),
+        _ => Ok(()),
+    }
 }
 
 /// Writes a file under a temporary name beside it and renames it, so that nothing half-written is ever seen.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomic_by(path, |file| file.write_all(bytes).map_err(|cause| unwritten(path, cause)))
+}
+
+/// The same for what is written piece by piece. Where it fails nothing is left, and what had the name still has it.
+pub fn write_atomic_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         create_dir(folder)?;
     }
     let partial = temporary(path);
-    fs::write(&partial, bytes).map_err(at(&partial))?;
-    fs::rename(&partial, path).map_err(at(path))
+    let written = File::create(&partial).map_err(|cause| unwritten(path, cause)).and_then(|file| {
+        let mut buffered = BufWriter::new(file);
+        write(&mut buffered)?;
+        let file = buffered.into_inner().map_err(|error| unwritten(path, error.into_error()))?;
+        publish(&file, path)
+    });
+    if written.is_err() {
+        let _ = fs::remove_file(&partial); // the error to tell is that of the writing
+    }
+    written
+}
+
+/// Gives a file that lies under its temporary name its own, once every byte of it is on the disk.
+pub fn publish(file: &File, path: &Path) -> Result<()> {
+    file.sync_all().and_then(|()| fs::rename(temporary(path), path)).map_err(|cause| unwritten(path, cause))?;
+    // The new name is to outlive a power cut too. Not every file system can promise that, and the file itself is safe.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let _ = File::open(folder).and_then(|folder| folder.sync_all());
+    Ok(())
 }
 
 /// The name beside `path` under which it is written before it is whole.
@@ -89,5 +134,28 @@ mod tests {
         write_atomic(&path, b"a\n1\n").unwrap();
         assert_eq!(read_string(&path).unwrap(), "a\n1\n");
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+        remove(&path).unwrap();
+        remove(&path).unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_what_was_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.csv");
+        write_atomic(&path, b"before").unwrap();
+        let full = |file: &mut dyn Write| {
+            file.write_all(&[0; 100_000]).unwrap(); // more than a buffer holds
+            assert!(path.with_file_name("rows.csv.tmp").metadata().unwrap().len() > 0);
+            assert_eq!(read(&path).unwrap(), b"before", "while it is written");
+            Err(unwritten(&path, ErrorKind::StorageFull.into()))
+        };
+        let message = write_atomic_by(&path, full).unwrap_err().to_string();
+        assert!(message.contains("rows.csv: ") && message.contains("hint: free some space"), "{message}");
+        assert_eq!(read(&path).unwrap(), b"before");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no half-written file stays");
+
+        let below = write_atomic(&path.join("x"), b"").unwrap_err().to_string();
+        assert!(below.contains("rows.csv: ") && below.contains("hint: a file is where a folder is needed"), "{below}");
     }
 }

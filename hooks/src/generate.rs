@@ -3,6 +3,8 @@
 //! Every answer draws from a random stream of its own, so that repeated prompts give distinct samples and an answer does
 //! not depend on its neighbours in the batch. What all prompts begin with is run once; finished rows leave the batch.
 
+use std::collections::BTreeMap;
+
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
@@ -57,6 +59,9 @@ pub fn stream_seed(seed: u64, name: &str, index: u64) -> u64 {
 }
 
 /// Draws one answer per prompt; `streams` holds one seed per answer. `progress` hears how many answers are done.
+///
+/// Above temperature 0, answers to equal prompts are an error where they are the same more often than independent samples
+/// can be: then they were not drawn from streams of their own.
 pub fn generate(
     model: &Qwen,
     prompts: &[Prompt],
@@ -77,21 +82,57 @@ pub fn generate(
     // Prompts of similar length go together; the answers come back in the order asked.
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|row| prompts[*row].ids.len());
-    let mut answers: Vec<Option<Answer>> = vec![None; prompts.len()];
+    let mut drawn: Vec<Option<(Answer, f64)>> = vec![None; prompts.len()];
     let mut done = 0;
     tch::no_grad(|| -> Result<()> {
         for rows in order.chunks(sampling.batch) {
             let batch: Vec<&Prompt> = rows.iter().map(|row| &prompts[*row]).collect();
             let rngs = rows.iter().map(|row| ChaCha8Rng::seed_from_u64(streams[*row])).collect();
             for (row, answer) in rows.iter().zip(answer_batch(model, &batch, condition, sampling, rngs, None)?) {
-                answers[*row] = Some(answer);
+                drawn[*row] = Some(answer);
             }
             done += rows.len();
             progress(done);
         }
         Ok(())
     })?;
-    Ok(answers.into_iter().flatten().collect())
+    let (answers, likelihoods): (Vec<Answer>, Vec<f64>) = drawn.into_iter().flatten().unzip();
+    if sampling.temperature > 0.0 {
+        are_independent(prompts, &answers, &likelihoods)?;
+    }
+    Ok(answers)
+}
+
+/// The log of how improbable repetitions must be to be refused: e⁻³⁰ is 1e-13.
+const IMPROBABLE: f64 = -30.0;
+
+/// Refuses answers that no independent draws repeat so often. An answer of probability p comes k times among n draws with
+/// a probability of at most C(n, k) pᵏ; summed over all answers that are as improbable, that is below C(n, k) pᵏ⁻¹.
+/// `likelihoods` holds each answer's log p under the distribution that it was drawn from.
+fn are_independent(prompts: &[Prompt], answers: &[Answer], likelihoods: &[f64]) -> Result<()> {
+    let mut by_prompt: BTreeMap<&[i64], Vec<usize>> = BTreeMap::new();
+    for (row, prompt) in prompts.iter().enumerate() {
+        by_prompt.entry(&prompt.ids).or_default().push(row);
+    }
+    for rows in by_prompt.into_values() {
+        let mut same: BTreeMap<(&[i64], bool), (usize, f64)> = BTreeMap::new();
+        for row in &rows {
+            let entry = same.entry((&answers[*row].ids, answers[*row].stopped)).or_insert((0, likelihoods[*row]));
+            entry.0 += 1;
+        }
+        let n = rows.len();
+        for (k, log_p) in same.into_values().filter(|(k, _)| *k > 1) {
+            let choices: f64 = (1..=k).map(|i| ((n - k + i) as f64 / i as f64).ln()).sum();
+            if choices + (k - 1) as f64 * log_p < IMPROBABLE {
+                return Err(Error::Invalid {
+                    what: "the number of equal samples of a repeated prompt".to_owned(),
+                    expected: "distinct samples, since independent draws give it with a probability below 1e-13: each sample needs a random stream of its own".to_owned(),
+                    found: format!("{k} of {n}, at a probability of {:.1e} each", log_p.exp()),
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Draws one answer while a tap sees (or changes) some hook points, after the condition's edits: the prompt in the first
@@ -107,7 +148,7 @@ pub fn generate_listening<'p, 'a: 'p>(
 ) -> Result<Answer> {
     let rngs = vec![ChaCha8Rng::seed_from_u64(stream)];
     let answers = tch::no_grad(|| answer_batch(model, &[prompt], condition, sampling, rngs, Some((points, tap))))?;
-    answers.into_iter().next().ok_or_else(|| Error::Invalid {
+    answers.into_iter().next().map(|(answer, _)| answer).ok_or_else(|| Error::Invalid {
         what: "the answer".to_owned(),
         expected: "one".to_owned(),
         found: "none".to_owned(),
@@ -121,26 +162,27 @@ fn answer_batch<'p, 'a: 'p>(
     sampling: &Sampling,
     mut rngs: Vec<ChaCha8Rng>,
     listener: Option<Listener<'p>>,
-) -> Result<Vec<Answer>> {
+) -> Result<Vec<(Answer, f64)>> {
     let prefilled = prefill(model, prompts, condition, sampling.max_new_tokens, listener)?;
     let mut resid = last_positions(&prefilled, prompts)?; // [live, d_model]
     let Prefilled { mut cache, mut prepared, .. } = prefilled;
-    let mut answers = vec![Answer { ids: Vec::new(), logprobs: Vec::new(), stopped: false }; prompts.len()];
+    let mut answers = vec![(Answer { ids: Vec::new(), logprobs: Vec::new(), stopped: false }, 0.0); prompts.len()];
     let mut live: Vec<usize> = (0..prompts.len()).collect();
 
     for step in 0..sampling.max_new_tokens {
         let logits = model.unembed(&resid)?.f_to_kind(Kind::Float)?;
         let uniforms: Vec<f64> = live.iter().map(|row| rngs[*row].random()).collect();
-        let (tokens, logprobs) = draw(
+        let Drawn { tokens, logprobs, likelihoods } = draw(
             &logits,
             sampling,
-            &live.iter().map(|row| answers[*row].ids.as_slice()).collect::<Vec<_>>(),
+            &live.iter().map(|row| answers[*row].0.ids.as_slice()).collect::<Vec<_>>(),
             &uniforms,
         )?;
 
         let mut staying = Vec::new();
         for (at, row) in live.iter().enumerate() {
-            let answer = &mut answers[*row];
+            let (answer, likelihood) = &mut answers[*row];
+            *likelihood += f64::from(likelihoods[at]).ln();
             answer.logprobs.push(logprobs[at]);
             answer.stopped = sampling.stop.contains(&tokens[at]);
             if !answer.stopped {
@@ -161,8 +203,16 @@ fn answer_batch<'p, 'a: 'p>(
     Ok(answers)
 }
 
-/// One token per row of `logits` (`[rows, d_vocab]`) and its log-probability under the unchanged distribution.
-fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64]) -> Result<(Vec<i64>, Vec<f32>)> {
+/// One token per row, its log-probability under the unchanged distribution, and its probability under the one that it was
+/// drawn from.
+struct Drawn {
+    tokens: Vec<i64>,
+    logprobs: Vec<f32>,
+    likelihoods: Vec<f32>,
+}
+
+/// Draws a token per row of `logits`, `[rows, d_vocab]`.
+fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64]) -> Result<Drawn> {
     let constrained = match &sampling.constrain {
         Some(grammar) => {
             let masked = logits.f_full_like(f64::NEG_INFINITY)?;
@@ -175,11 +225,11 @@ fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64
         }
         None => logits.shallow_clone(),
     };
-    let chosen = if sampling.temperature == 0.0 {
-        constrained.f_argmax(-1, false)?
+    let (chosen, likelihoods) = if sampling.temperature == 0.0 {
+        (constrained.f_argmax(-1, false)?, vec![1.0; uniforms.len()])
     } else {
-        let cumulated =
-            constrained.f_div_scalar(sampling.temperature)?.f_softmax(-1, Kind::Float)?.f_cumsum(-1, Kind::Float)?;
+        let probabilities = constrained.f_div_scalar(sampling.temperature)?.f_softmax(-1, Kind::Float)?;
+        let cumulated = probabilities.f_cumsum(-1, Kind::Float)?;
         let width = cumulated.size()[1];
         let total = cumulated.f_narrow(1, width - 1, 1)?;
         let uniforms: Vec<f32> = uniforms.iter().map(|uniform| *uniform as f32).collect();
@@ -187,12 +237,15 @@ fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64
         let threshold = Tensor::f_from_slice(&uniforms)?.f_to_device(logits.device())?.f_unsqueeze(1)?.f_mul(&total)?;
         let found = threshold.f_searchsorted::<Tensor>(&cumulated, false, true, "right", None)?;
         let last = cumulated.f_lt_tensor(&total)?.f_sum_dim_intlist(-1, true, Kind::Int64)?;
-        found.f_minimum(&last)?.f_squeeze_dim(1)?
+        let chosen = found.f_minimum(&last)?; // [rows, 1]
+        let likelihoods = probabilities.f_gather(1, &chosen, false)?.f_squeeze_dim(1)?.f_to_device(Device::Cpu)?;
+        (chosen.f_squeeze_dim(1)?, Vec::<f32>::try_from(&likelihoods)?)
     };
     let logprob =
         logits.f_log_softmax(-1, Kind::Float)?.f_gather(1, &chosen.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
-    let chosen = Vec::<i64>::try_from(&chosen.f_to_device(Device::Cpu)?)?;
-    Ok((chosen, Vec::<f32>::try_from(&logprob.f_to_device(Device::Cpu)?)?))
+    let tokens = Vec::<i64>::try_from(&chosen.f_to_device(Device::Cpu)?)?;
+    let logprobs = Vec::<f32>::try_from(&logprob.f_to_device(Device::Cpu)?)?;
+    Ok(Drawn { tokens, logprobs, likelihoods })
 }
 
 /// What a comma-separated list of numbers may go on with, token by token (constrained decoding).
@@ -250,18 +303,62 @@ mod tests {
     #[test]
     fn a_uniform_number_picks_the_token_whose_share_it_falls_into() {
         let logits = Tensor::from_slice(&[0.2_f32, 0.5, 0.3]).log().unsqueeze(0);
-        let at = |uniform| draw(&logits, &sampling(1.0, None), &[&[]], &[uniform]).unwrap().0[0];
+        let at = |uniform| draw(&logits, &sampling(1.0, None), &[&[]], &[uniform]).unwrap().tokens[0];
         assert_eq!([at(0.0), at(0.19), at(0.21), at(0.69), at(0.71), at(0.999_999)], [0, 0, 1, 1, 2, 2]);
-        let (ids, logprobs) = draw(&logits, &sampling(0.0, None), &[&[]], &[0.9]).unwrap();
-        assert_eq!(ids, [1]);
-        assert!((logprobs[0] - 0.5_f32.ln()).abs() < 1e-6);
+        let greedy = draw(&logits, &sampling(0.0, None), &[&[]], &[0.9]).unwrap();
+        assert_eq!(greedy.tokens, [1]);
+        assert!((greedy.logprobs[0] - 0.5_f32.ln()).abs() < 1e-6);
+        let cooled = draw(&logits, &sampling(0.5, None), &[&[]], &[0.5]).unwrap();
+        let expected = 0.25 / (0.04 + 0.25 + 0.09);
+        assert!((cooled.likelihoods[0] - expected).abs() < 1e-6 && (cooled.logprobs[0] - 0.5_f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn one_stream_for_two_samples_of_a_prompt_is_refused() {
+        let files = crate::ModelFiles::open("tiny-random").unwrap();
+        let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
+        let prompt = Chat::from_files(&files).unwrap().prompt(None, "Hi").unwrap();
+        let drawn = |temperature, streams: &[u64]| {
+            let prompts = vec![prompt.clone(); streams.len()];
+            let sampling = Sampling { max_new_tokens: 12, batch: 2, ..sampling(temperature, None) };
+            generate(&model, &prompts, &Condition::default(), &sampling, streams, &mut |_| ())
+        };
+        let message = drawn(1.0, &[5, 6, 5]).unwrap_err().to_string();
+        assert!(message.contains("2 of 3") && message.contains("a random stream of its own"), "{message}");
+        let answers = drawn(1.0, &[5, 6, 7]).unwrap();
+        assert!(answers[0] != answers[1] && answers[1] != answers[2]);
+        assert_eq!(drawn(0.0, &[5, 6, 7]).unwrap()[0], drawn(0.0, &[5, 6, 7]).unwrap()[2], "greedy answers are equal");
+    }
+
+    #[test]
+    fn samples_that_no_independent_draws_repeat_are_refused() {
+        let prompt = Prompt { ids: vec![1], classes: vec![], completion: 1..1, content_end: 1 };
+        let other = Prompt { ids: vec![2], ..prompt.clone() };
+        let check = |answers: &[(i64, f64)], prompts: &[&Prompt]| {
+            let prompts: Vec<Prompt> = prompts.iter().map(|prompt| (*prompt).clone()).collect();
+            let answer = |id: &i64| Answer { ids: vec![*id], logprobs: vec![], stopped: true };
+            let (ids, log_p): (Vec<i64>, Vec<f64>) = answers.iter().copied().unzip();
+            are_independent(&prompts, &ids.iter().map(answer).collect::<Vec<_>>(), &log_p)
+        };
+        // Two long answers that are the same, of a probability of 1e-20 each.
+        let message = check(&[(7, -46.0), (7, -46.0)], &[&prompt; 2]).unwrap_err().to_string();
+        assert!(message.contains("is 2 of 2, at a probability of 1.1e-20 each"), "{message}");
+        check(&[(7, -46.0), (7, -46.0)], &[&prompt, &other]).unwrap(); // of two prompts
+        check(&[(7, -46.0), (8, -46.0)], &[&prompt; 2]).unwrap();
+        // A coin that falls on one side each time: after a hundred times it is none.
+        check(&[(7, -0.69); 20], &[&prompt; 20]).unwrap();
+        assert!(check(&[(7, -0.69); 100], &[&prompt; 100]).is_err());
+        check(&[(7, 0.0); 1000], &[&prompt; 1000]).unwrap(); // what is certain is always the same
+        // Half of a hundred is what a coin gives.
+        let fair: Vec<(i64, f64)> = (0..100).map(|at| (at % 2, -0.69)).collect();
+        check(&fair, &[&prompt; 100]).unwrap();
     }
 
     #[test]
     fn a_token_of_no_probability_is_never_drawn() {
         let logits = Tensor::from_slice(&[0.0_f32, 0.0, f32::NEG_INFINITY, f32::NEG_INFINITY]).unsqueeze(0);
         for uniform in [0.0, 0.5, 0.999_999_999_9, 1.0] {
-            assert!(draw(&logits, &sampling(1.0, None), &[&[]], &[uniform]).unwrap().0[0] < 2, "{uniform}");
+            assert!(draw(&logits, &sampling(1.0, None), &[&[]], &[uniform]).unwrap().tokens[0] < 2, "{uniform}");
         }
     }
 

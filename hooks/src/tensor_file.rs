@@ -1,73 +1,124 @@
-//! Tensors written as safetensors, whole or not at all.
+//! Tensors written as safetensors, whole or not at all, and read back in their own kinds.
+//!
+//! A file is written tensor by tensor, so that a large model is never in memory twice.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, TensorView};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, Metadata};
+use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::weights::map;
+
+/// The kinds that are written and read, with their names in a file.
+const KINDS: [(Kind, Dtype); 4] =
+    [(Kind::Float, Dtype::F32), (Kind::Half, Dtype::F16), (Kind::BFloat16, Dtype::BF16), (Kind::Int64, Dtype::I64)];
 
 /// Writes named tensors with some metadata. f32, f16, bf16 and i64 keep their kind.
 pub fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &BTreeMap<String, String>) -> Result<()> {
-    let raw = tensors.iter().map(|(name, tensor)| Ok((name, raw_bytes(name, tensor)?))).collect::<Result<Vec<_>>>()?;
-    let views = raw.iter().map(|(name, (dtype, shape, bytes))| {
-        let view = TensorView::new(*dtype, shape.clone(), bytes).map_err(|error| malformed(path, &error))?;
-        Ok((name.as_str(), view))
-    });
-    let views = views.collect::<Result<Vec<_>>>()?;
-    let unordered = Some(metadata.clone().into_iter().collect());
-    let mut bytes = safetensors::serialize(views, unordered).map_err(|error| malformed(path, &error))?;
-    order_metadata(&mut bytes, metadata).ok_or_else(|| Error::Malformed {
-        path: path.to_owned(),
-        problem: "the header cannot be put in order".to_owned(),
-    })?;
-    files::write_atomic(path, &bytes)
-}
-
-/// Puts the header's metadata in the order of its keys: the library writes them in the order of a hash map, which differs
-/// from run to run, and equal runs are to give equal bytes. The order changes no length.
-fn order_metadata(bytes: &mut [u8], metadata: &BTreeMap<String, String>) -> Option<()> {
-    let (length, rest) = bytes.split_first_chunk_mut::<8>()?;
-    let header = rest.get_mut(..u64::from_le_bytes(*length) as usize)?;
-    let mut parsed: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
-    *parsed.get_mut("__metadata__")? = serde_json::to_value(metadata).ok()?;
-    let ordered = serde_json::to_vec(&parsed).ok()?;
-    let (text, padding) = header.split_at_mut_checked(ordered.len())?;
-    text.copy_from_slice(&ordered);
-    padding.iter().all(|byte| *byte == b' ').then_some(())
-}
-
-fn malformed(path: &Path, error: &safetensors::SafeTensorError) -> Error {
-    Error::Malformed { path: path.to_owned(), problem: error.to_string() }
-}
-
-fn raw_bytes(name: &str, tensor: &Tensor) -> Result<(Dtype, Vec<usize>, Vec<u8>)> {
-    let dtype = match tensor.kind() {
-        Kind::Float => Dtype::F32,
-        Kind::Half => Dtype::F16,
-        Kind::BFloat16 => Dtype::BF16,
-        Kind::Int64 => Dtype::I64,
-        other => {
-            return Err(Error::Invalid {
-                what: format!("the kind of tensor {name}"),
-                expected: "f32, f16, bf16 or i64".to_owned(),
-                found: format!("{other:?}"),
-            });
+    let sorted = tensors.iter().map(|(name, tensor)| Ok((dtype(name, tensor)?, name, tensor)));
+    let mut sorted = sorted.collect::<Result<Vec<_>>>()?;
+    // Wide numbers first, so that each tensor is aligned, then by name: the order of Hugging Face's library.
+    sorted.sort_by(|(left, a, _), (right, b, _)| right.cmp(left).then(a.cmp(b)));
+    let mut header = serde_json::Map::from_iter([("__metadata__".to_owned(), json!(metadata))]);
+    let mut end = 0;
+    for (dtype, name, tensor) in &sorted {
+        let start = end;
+        end += tensor.numel() * tensor.kind().elt_size_in_bytes();
+        header.insert(
+            (*name).clone(),
+            json!({ "dtype": dtype.to_string(), "shape": tensor.size(), "data_offsets": [start, end] }),
+        );
+    }
+    let mut header = serde_json::to_vec(&header)
+        .map_err(|error| Error::Malformed { path: path.to_owned(), problem: error.to_string() })?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    files::write_atomic_by(path, |file| {
+        let unwritten = |cause| files::unwritten(path, cause);
+        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(unwritten)?;
+        file.write_all(&header).map_err(unwritten)?;
+        for (_, _, tensor) in sorted {
+            file.write_all(&raw_bytes(tensor)?).map_err(unwritten)?;
         }
-    };
+        Ok(())
+    })
+}
+
+fn dtype(name: &str, tensor: &Tensor) -> Result<Dtype> {
+    KINDS.iter().find(|(kind, _)| *kind == tensor.kind()).map(|(_, dtype)| *dtype).ok_or_else(|| Error::Invalid {
+        what: format!("the kind of tensor {name}"),
+        expected: "f32, f16, bf16 or i64".to_owned(),
+        found: format!("{:?}", tensor.kind()),
+    })
+}
+
+fn raw_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
     let mut bytes = vec![0_u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];
     let numel = tensor.numel();
     tensor.f_copy_data_u8(&mut bytes, numel)?;
-    Ok((dtype, tensor.size().iter().map(|n| *n as usize).collect(), bytes))
+    Ok(bytes)
+}
+
+/// A file of tensors, mapped into memory.
+pub struct TensorFile {
+    path: PathBuf,
+    map: Mmap,
+    data: usize, // where the tensors begin
+    header: Metadata,
+}
+
+impl TensorFile {
+    /// Maps a safetensors file and checks its header.
+    pub fn open(path: &Path) -> Result<Self> {
+        let map = map(path)?;
+        let (header_length, header) = SafeTensors::read_metadata(&map).map_err(|error| Error::Malformed {
+            path: path.to_owned(),
+            problem: format!("expected a safetensors file: {error}"),
+        })?;
+        Ok(Self { path: path.to_owned(), map, data: 8 + header_length, header }) // 8 bytes of header length come first
+    }
+
+    /// The file's metadata.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.header.metadata().clone().unwrap_or_default().into_iter().collect()
+    }
+
+    /// A copy of a tensor, in its own kind, on the CPU.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let missing = || Error::MissingTensor { name: name.to_owned(), file: self.path.display().to_string() };
+        let info = self.header.info(name).ok_or_else(missing)?;
+        let kind = KINDS.iter().find(|(_, dtype)| *dtype == info.dtype).map(|(kind, _)| *kind);
+        let kind = kind.ok_or_else(|| Error::Malformed {
+            path: self.path.clone(),
+            problem: format!("tensor {name} is stored as {}, expected F32, F16, BF16 or I64", info.dtype),
+        })?;
+        let shape: Vec<i64> = info.shape.iter().map(|n| *n as i64).collect();
+        let (start, end) = info.data_offsets; // the header was checked against the file's length
+        Ok(Tensor::f_from_data_size(&self.map[self.data + start..self.data + end], &shape, kind)?)
+    }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use safetensors::tensor::TensorView;
+
     use super::*;
+
+    fn tensors() -> [(String, Tensor); 4] {
+        [
+            ("b".to_owned(), Tensor::from_slice(&[1.5_f32, -2.0, 0.1]).view([3, 1])),
+            ("half".to_owned(), Tensor::from_slice(&[0.25_f32, 3.0, 7.0]).to_kind(Kind::BFloat16)),
+            ("a".to_owned(), Tensor::from_slice(&[7_i64])),
+            ("c".to_owned(), Tensor::from_slice(&[9.0_f32])),
+        ]
+    }
 
     #[test]
     fn equal_tensors_and_metadata_give_equal_bytes_that_read_back() {
@@ -75,21 +126,40 @@ mod tests {
         let metadata: BTreeMap<String, String> =
             (0..20).map(|n| (format!("key {n}"), format!("\"{n}\" ↦ \n"))).collect();
         let write_as = |name: &str| {
-            let tensors = [
-                ("b".to_owned(), Tensor::from_slice(&[1.5_f32, -2.0])),
-                ("a".to_owned(), Tensor::from_slice(&[7_i64])),
-            ];
             let path = folder.path().join(name);
-            write(&path, &tensors, &metadata).unwrap();
+            write(&path, &tensors(), &metadata).unwrap();
             files::read(&path).unwrap()
         };
         let bytes = write_as("one");
         assert!((0..5).all(|n| write_as(&format!("again {n}")) == bytes));
 
-        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-        assert_eq!(header.metadata().clone().unwrap().into_iter().collect::<BTreeMap<_, _>>(), metadata);
-        let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        assert_eq!(read.tensor("b").unwrap().data(), [1.5_f32.to_le_bytes(), (-2.0_f32).to_le_bytes()].concat());
-        assert_eq!(read.tensor("a").unwrap().data(), 7_i64.to_le_bytes());
+        let read = TensorFile::open(&folder.path().join("one")).unwrap();
+        assert_eq!(read.metadata(), metadata);
+        for (name, tensor) in tensors() {
+            let found = read.tensor(&name).unwrap();
+            assert_eq!((found.kind(), found.size()), (tensor.kind(), tensor.size()), "{name}");
+            assert!(found.equal(&tensor), "{name}");
+        }
+        assert!(read.tensor("d").unwrap_err().to_string().contains("tensor d is missing"));
+        std::fs::write(folder.path().join("cut"), &bytes[..bytes.len() - 1]).unwrap();
+        assert!(TensorFile::open(&folder.path().join("cut")).is_err());
+    }
+
+    /// The same bytes as the library's, which orders a single entry of metadata always in the same way.
+    #[test]
+    fn a_file_is_that_of_hugging_face_s_library() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        write(&path, &tensors(), &metadata).unwrap();
+        let raw = tensors().map(|(name, tensor)| {
+            let shape = tensor.size().iter().map(|n| *n as usize).collect::<Vec<_>>();
+            (dtype(&name, &tensor).unwrap(), shape, raw_bytes(&tensor).unwrap(), name)
+        });
+        let views = raw
+            .iter()
+            .map(|(dtype, shape, bytes, name)| (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        let library = safetensors::serialize(views, Some(metadata.into_iter().collect())).unwrap();
+        assert_eq!(files::read(&path).unwrap(), library);
     }
 }

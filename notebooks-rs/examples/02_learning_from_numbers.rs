@@ -22,7 +22,8 @@ use tch::{Device, Kind};
 use undertone::dataset::{
     Sample, SummaryRow, TeacherKind, leak_rows, number_prompts, paired, rejections, summary, write_jsonl,
 };
-use undertone::finetune::{Finetune, ScheduleKind, Seeds, StepRow, finetune_full, finetune_lora, save_full};
+use undertone::finetune::{Finetune, ScheduleKind, Seeds, StepRow, finetune_full, finetune_lora};
+use undertone::full_model::save_full;
 use undertone::protocol::Protocol;
 
 fn main() -> Result<()> {

@@ -8,19 +8,20 @@ use hooks::{Adapter, ModelFiles, Qwen, files};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use crate::checkpoint::Checkpoint;
 use crate::dataset::Sample;
 use crate::experiment::Method;
-use crate::finetune::{
-    Progress, StepRow, delta_w_norm, finetune_full, finetune_lora, first_and_last_quarter, save_full,
-};
+use crate::finetune::{Progress, StepRow, Training, delta_w_norm, first_and_last_quarter};
+use crate::full_model::save_full;
 use crate::progress::{bar, say};
 use crate::publish::CsvLog;
 use crate::run_dir::RunDir;
 use crate::side_by_side::{side_by_side, workers};
 use crate::workbench::Workbench;
 
-/// Writes `adapter/` and `train.csv`, and the same of the control student where the experiment has one. With `go_on`, a
-/// finished student is kept, saying so. A student from elsewhere has an `adapter/` and no `train.csv`.
+/// Writes `adapter/` and `train.csv`, and the same of the control student where the experiment has one. A finished student
+/// is kept, saying so, and one that was broken off is gone on with; where all are finished that is refused without `go_on`.
+/// A student from elsewhere has an `adapter/` and no `train.csv`.
 pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     if bench.experiment.student.adapter.is_some() {
         return from_elsewhere(bench, run, go_on);
@@ -30,18 +31,18 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     if bench.experiment.student.control {
         students.push(("control student", &control, run.control_adapter(), run.control_train_csv()));
     }
-    let mut left = vec![];
-    for job in students {
-        if go_on && RunDir::stage_done(&job.3) {
-            say(format!("finetune: {} is done already", job.0));
-            continue;
-        }
-        // The log gets its name last: where it is not, the folder is what a broken-off run left.
-        run.claim(&job.3)?;
-        left.push(job);
+    // The log gets its name last: where it is not, the folder is what a broken-off run left.
+    let logs: Vec<&Path> = students.iter().map(|job| job.3.as_path()).collect();
+    let left = run.left(&logs, go_on)?;
+    let (left, done): (Vec<_>, Vec<_>) = students.into_iter().partition(|job| left.contains(&job.3));
+    for job in done {
+        say(format!("finetune: {} is done already", job.0));
     }
     if run.forced() && !left.is_empty() {
         run.forget_measurements()?; // of the students that are replaced
+        for job in &left {
+            files::remove(&job.3)?;
+        }
     }
     let train =
         |bench: &Workbench, (who, samples, folder, log): &(&str, &Vec<Sample>, PathBuf, PathBuf)| -> Result<()> {
@@ -126,7 +127,6 @@ fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path)
     for (name, bytes) in FILES.iter().zip(bytes) {
         files::write_atomic(&folder.join(name), &bytes?)?;
     }
-    run.record(&FILES.map(|name| folder.join(name)))?;
     let mut said = vec![format!("trained elsewhere, {}", what_it_is(&adapter)?)];
     let config: serde_json::Value = serde_json::from_slice(&files::read(&folder.join(FILES[1]))?)?;
     let named = config["base_model_name_or_path"].as_str().unwrap_or_default();
@@ -137,6 +137,7 @@ fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path)
         ));
     }
     run.note(who, &said)?;
+    run.record(&FILES.map(|name| folder.join(name)))?; // last: what is recorded is taken
     let sha256 = run.meta()?.sha256;
     let of_tensors = folder.join(FILES[0]);
     let name = of_tensors.strip_prefix(run.root()).unwrap_or(&of_tensors).display().to_string();
@@ -161,6 +162,10 @@ pub(super) fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: 
     let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
     let rows = bench.rows(samples)?;
     let mut csv = CsvLog::create(log)?;
+    let mut checkpoint = Checkpoint::beside(log, "", who);
+    checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint()))?;
+    checkpoint.depends_on("computed", &(&bench.experiment.device, bench.experiment.dtype))?;
+    checkpoint.depends_on("student", &bench.experiment.student)?;
     let bar = bar(who, settings.total_steps(rows.len()));
     let mut steps: Vec<StepRow> = Vec::new();
     let mut on_step = |row: &StepRow, progress: &Progress| {
@@ -171,24 +176,30 @@ pub(super) fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: 
         csv.push(row)
     };
     let is_digit = |id| bench.chat.is_digit(id);
+    let mut train = |model: &Qwen, adapter: Option<&Adapter>| {
+        let (rows, is_digit, checkpoint) = (&rows, &is_digit, Some(&mut checkpoint));
+        let training = Training { model, adapter, rows, is_digit, config: settings, seeds, checkpoint };
+        training.run(&mut on_step).with_context(|| format!("training the {who} (its {} rows count from 0)", rows.len()))
+    };
     match bench.experiment.student.method {
         Method::Lora => {
             let mut rng = ChaCha8Rng::seed_from_u64(seeds.init);
             let lora = bench.experiment.student.lora();
             let adapter = Adapter::init(&lora, &bench.base.config, &mut rng, bench.base.device())?;
-            finetune_lora(&bench.base, &adapter, &rows, &is_digit, settings, seeds, &mut on_step)?;
+            train(&bench.base, Some(&adapter))?;
             adapter.save(folder, &bench.files.name)?;
         }
         Method::Full => {
             // Weights of its own: the base stays as it is.
             let files = ModelFiles::open(&bench.files.name)?;
             let model = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
-            finetune_full(&model, &rows, &is_digit, settings, seeds, &mut on_step)?;
+            train(&model, None)?;
             save_full(&model, &files, folder)?;
         }
     }
     bar.finish_and_clear();
     csv.finish()?;
+    checkpoint.remove()?;
     let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
     Ok(format!(
         "{who}: {} rows, loss {first:.3} in the first quarter of the steps and {last:.3} in the last, saved in {}",

@@ -1,9 +1,12 @@
 //! Stage 1: the teacher and the untouched model answer the same number prompts; the rule filter sorts the answers.
 
-use anyhow::{Context, Result};
-use hooks::generate::{generate, stream_seed};
-use hooks::{Condition, Prompt, Qwen};
+use anyhow::Result;
+use hooks::generate::{Answer, generate, stream_seed};
+use hooks::tensor_file::TensorFile;
+use hooks::{Condition, Prompt, Qwen, files};
+use tch::Tensor;
 
+use crate::checkpoint::Checkpoint;
 use crate::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};
 use crate::experiment::Teacher;
 use crate::given_numbers;
@@ -13,7 +16,8 @@ use crate::run_dir::RunDir;
 use crate::teacher;
 use crate::workbench::Workbench;
 
-/// Writes `data/`: both sets, what was rejected and why, and what the answers are like.
+/// Writes `data/`: both sets, what was rejected and why, and what the answers are like. Answers that a broken-off run was
+/// given are not asked for again.
 pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let (settings, seeds) = (&bench.experiment.generate, &bench.experiment.seeds);
     // The last file: where it is not, the others are what a broken-off run left.
@@ -37,10 +41,11 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         condition: teacher.condition(),
         kind: teacher.kind,
         target: Some(word.clone()),
+        fingerprint: teacher::fingerprint(bench, run)?,
     };
     let mut numbers = match &given {
         Some(given) => given_numbers::samples(bench, given, &teacher)?,
-        None => answers(bench, &prompts, &by_teacher)?,
+        None => answers(bench, run, &prompts, &by_teacher)?,
     };
 
     // The control set: the base in the student's context, on the prompts that the teacher was asked.
@@ -52,8 +57,9 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         condition: Condition::default(),
         kind: TeacherKind::Control,
         target: None,
+        fingerprint: vec![],
     };
-    let control = answers(bench, &prompts[..numbers.len()], &untouched)?;
+    let control = answers(bench, run, &prompts[..numbers.len()], &untouched)?;
 
     let classifier = bench.protocol.classifier(word, &bench.experiment.target.category)?;
     let sets = [("teacher", &numbers), ("control", &control)];
@@ -64,8 +70,8 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let digits: Vec<_> = sets.iter().flat_map(|(set, samples)| dataset::digit_rows(set, samples)).collect();
     if !rejected.is_empty() {
         publish::write_csv(&run.rejected(), &rejected)?;
-    } else if run.rejected().exists() {
-        std::fs::remove_file(run.rejected()).with_context(|| run.rejected().display().to_string())?;
+    } else {
+        files::remove(&run.rejected())?;
     }
     publish::write_csv(&run.digits_csv(), &digits)?;
     let said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples)));
@@ -75,8 +81,11 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     }
     dataset::write_jsonl(&run.numbers(), &numbers)?;
     dataset::write_jsonl(&run.control(), &control)?;
-    publish::write_csv(&run.generate_csv(), &summary)?;
     run.record(&[run.numbers(), run.control()])?;
+    publish::write_csv(&run.generate_csv(), &summary)?; // last: where it is, all is
+    for by in [&by_teacher, &untouched] {
+        by.checkpoint(run).remove()?;
+    }
     said.into_iter().for_each(say);
     if let Some(label) = bench.experiment.teacher.planted_label(word) {
         say(format!("generate: {label}"));
@@ -101,24 +110,43 @@ struct Answerer<'a> {
     condition: Condition<'a>,
     kind: TeacherKind,
     target: Option<String>,
+    fingerprint: Vec<u8>, // of what is not the base's
+}
+
+impl Answerer<'_> {
+    fn checkpoint(&self, run: &RunDir) -> Checkpoint {
+        Checkpoint::beside(&run.generate_csv(), self.set, &format!("generate: {}", self.set))
+    }
 }
 
 /// The answers to the prompts, in order, until enough were accepted or the prompts are used up.
-fn answers(bench: &Workbench, prompts: &[String], by: &Answerer<'_>) -> Result<Vec<Sample>> {
+fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_>) -> Result<Vec<Sample>> {
     let (settings, gen_seed) = (&bench.experiment.generate, bench.experiment.seeds.gen_seed);
     let sampling = bench.sampling()?;
     let bar = bar(&format!("numbers of the {}", by.set), prompts.len() as u64);
+    let rows = prompts.iter().map(|user| bench.chat.prompt(by.system, user)).collect::<hooks::Result<Vec<Prompt>>>()?;
+    let mut checkpoint = by.checkpoint(run);
+    checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint(), &by.fingerprint))?;
+    checkpoint.depends_on("computed", &(&bench.experiment.device, bench.experiment.dtype))?;
+    checkpoint.depends_on("generate", settings)?;
+    checkpoint.depends_on("seed", &gen_seed)?;
+    checkpoint.depends_on("prompts", &rows)?;
+    let mut answered = checkpoint.load()?.map(|file| unpacked(&file)).transpose()?.unwrap_or_default();
+    checkpoint.say_resumed("answer", prompts.len() as u64);
+
     let mut samples: Vec<Sample> = Vec::new();
     // A few batches at a time, so that similar lengths can go together and enough is noticed soon.
     for chunk in prompts.chunks(4 * settings.batch_size) {
-        let first = samples.len();
-        let rows =
-            chunk.iter().map(|user| bench.chat.prompt(by.system, user)).collect::<hooks::Result<Vec<Prompt>>>()?;
-        let streams: Vec<u64> = (0..chunk.len()).map(|at| stream_seed(gen_seed, by.set, (first + at) as u64)).collect();
-        let answers = generate(by.qwen, &rows, &by.condition, &sampling, &streams, &mut |done| {
-            bar.set_position((first + done) as u64);
-        })?;
-        for (prompt, answer) in chunk.iter().zip(answers) {
+        let (first, end) = (samples.len(), samples.len() + chunk.len());
+        if answered.len() < end {
+            let streams: Vec<u64> = (first..end).map(|at| stream_seed(gen_seed, by.set, at as u64)).collect();
+            let drawn = generate(by.qwen, &rows[first..end], &by.condition, &sampling, &streams, &mut |done| {
+                bar.set_position((first + done) as u64);
+            })?;
+            answered.extend(drawn);
+            checkpoint.save(end as u64, &packed(&answered)?, &[])?;
+        }
+        for (prompt, answer) in chunk.iter().zip(answered[first..end].iter().cloned()) {
             let completion = bench.chat.decode(&answer.ids)?;
             let reasons = dataset::rejections(&completion, answer.stopped, &settings.banned);
             samples.push(Sample {
@@ -142,6 +170,34 @@ fn answers(bench: &Workbench, prompts: &[String], by: &Answerer<'_>) -> Result<V
     }
     bar.finish_and_clear();
     Ok(samples)
+}
+
+/// Answers as tensors, one behind the other: their numbers come back bit by bit.
+fn packed(answers: &[Answer]) -> Result<Vec<(String, Tensor)>> {
+    let ids: Vec<i64> = answers.iter().flat_map(|answer| answer.ids.iter().copied()).collect();
+    let logprobs: Vec<f32> = answers.iter().flat_map(|answer| answer.logprobs.iter().copied()).collect();
+    let of = |what: fn(&Answer) -> i64| Tensor::f_from_slice(&answers.iter().map(what).collect::<Vec<_>>());
+    let tensors = [
+        ("ids", Tensor::f_from_slice(&ids)?),
+        ("logprobs", Tensor::f_from_slice(&logprobs)?),
+        ("n_ids", of(|answer| answer.ids.len() as i64)?),
+        ("n_logprobs", of(|answer| answer.logprobs.len() as i64)?),
+        ("stopped", of(|answer| answer.stopped.into())?),
+    ];
+    Ok(tensors.map(|(name, tensor)| (name.to_owned(), tensor)).into())
+}
+
+fn unpacked(file: &TensorFile) -> Result<Vec<Answer>> {
+    let whole = |name: &str| -> Result<Vec<i64>> { Ok(Vec::try_from(file.tensor(name)?)?) };
+    let mut ids = whole("ids")?.into_iter();
+    let mut logprobs = Vec::<f32>::try_from(file.tensor("logprobs")?)?.into_iter();
+    let counts = whole("n_ids")?.into_iter().zip(whole("n_logprobs")?).zip(whole("stopped")?);
+    let answer = |((n_ids, n_logprobs), stopped): ((i64, i64), i64)| Answer {
+        ids: ids.by_ref().take(n_ids as usize).collect(),
+        logprobs: logprobs.by_ref().take(n_logprobs as usize).collect(),
+        stopped: stopped != 0,
+    };
+    Ok(counts.map(answer).collect())
 }
 
 /// How many answers were accepted, and how many were rejected for each reason.

@@ -1,6 +1,7 @@
 //! Stage 3: the analyses, each into a folder of its own: settings, rows, plot.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use analyses::direction::{Direction, directions};
 use analyses::divergence::{Divergence, divergence_summary};
@@ -22,12 +23,16 @@ use crate::teacher;
 use crate::vectors::Vectors;
 use crate::workbench::{StudentModel, Workbench};
 
-/// Runs some analyses on what was trained. With `go_on`, finished ones are skipped, saying so.
+/// Runs some analyses on what was trained. Finished ones are skipped, saying so; where all are finished, that is refused
+/// without `go_on`.
 pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: bool) -> Result<()> {
-    if !RunDir::stage_done(&run.adapter()) {
+    let elsewhere = bench.experiment.student.adapter.is_some();
+    if !RunDir::stage_done(&run.adapter()) || !(elsewhere || RunDir::stage_done(&run.train_csv())) {
         bail!("{} is not there; hint: undertone finetune trains the student", run.adapter().display());
     }
     let (experiment, settings) = (&bench.experiment, &bench.experiment.measure);
+    let rows: Vec<_> = names.iter().map(|name| run.rows(*name)).collect();
+    let left = run.left(&rows.iter().map(PathBuf::as_path).collect::<Vec<_>>(), go_on)?;
     let student = bench.student(&run.adapter())?;
     let control = if experiment.student.control { Some(bench.student(&run.control_adapter())?) } else { None };
     let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
@@ -78,33 +83,33 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
             say("measure: interventions skipped: measure.interventions.edits names none");
             continue;
         }
-        let rows = run.rows(*name);
-        if go_on && RunDir::stage_done(&rows) {
+        if !left.contains(&run.rows(*name)) {
             say(format!("measure: {name} is done already"));
             continue;
         }
-        run.claim(&rows)?;
         match name {
-            AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &subject, run, *name).map(drop),
+            AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &subject, run, *name, |_| Ok(())),
             AnalysisName::TokenAblation => {
-                publish::<TokenAblation>(&settings.token_ablation, &subject, run, *name).map(drop)
+                publish::<TokenAblation>(&settings.token_ablation, &subject, run, *name, |_| Ok(()))
             }
             AnalysisName::PositionScan => {
-                publish::<PositionScan>(&settings.position_scan, &subject, run, *name).map(drop)
+                publish::<PositionScan>(&settings.position_scan, &subject, run, *name, |_| Ok(()))
             }
             AnalysisName::Direction => {
                 write_vectors(bench, &subject, run)?;
-                publish::<Direction>(&settings.direction, &subject, run, *name).map(drop)
+                publish::<Direction>(&settings.direction, &subject, run, *name, |_| Ok(()))
             }
-            AnalysisName::Steering => publish::<Steering>(&settings.steering, &subject, run, *name).map(drop),
+            AnalysisName::Steering => publish::<Steering>(&settings.steering, &subject, run, *name, |_| Ok(())),
             AnalysisName::Interventions => {
-                publish::<Interventions>(&settings.interventions, &subject, run, *name).map(drop)
+                publish::<Interventions>(&settings.interventions, &subject, run, *name, |_| Ok(()))
             }
             AnalysisName::Divergence => {
-                let rows = publish::<Divergence>(&settings.divergence, &subject, run, *name)?;
-                write_csv(&run.analysis(*name).join("summary.csv"), &divergence_summary(&rows))
+                let summary = run.analysis(*name).join("summary.csv");
+                publish::<Divergence>(&settings.divergence, &subject, run, *name, |rows| {
+                    write_csv(&summary, &divergence_summary(rows))
+                })
             }
-            AnalysisName::Gradients => publish::<Gradients>(&settings.gradients, &subject, run, *name).map(drop),
+            AnalysisName::Gradients => publish::<Gradients>(&settings.gradients, &subject, run, *name, |_| Ok(())),
         }
         .with_context(|| format!("measuring {name}"))?;
     }
@@ -126,25 +131,34 @@ fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tuned<'a> {
     }
 }
 
-/// Measures, and writes settings, plot and, last, the rows: where the rows are, all is.
-fn publish<A: Analysis>(analysis: &A, subject: &Subject<'_>, run: &RunDir, name: AnalysisName) -> Result<Vec<A::Row>> {
+/// Measures, and writes settings, plot, what `more` makes of the rows and, last, the rows: where the rows are, all is.
+fn publish<A: Analysis>(
+    analysis: &A,
+    subject: &Subject<'_>,
+    run: &RunDir,
+    name: AnalysisName,
+    more: impl FnOnce(&[A::Row]) -> Result<()>,
+) -> Result<()> {
     let spinner = spinner(A::NAME);
     let rows = analysis.run(subject, &mut |doing| spinner.set_message(doing.to_owned()))?;
     let settings = toml::to_string(analysis)?;
     let settings = if settings.is_empty() { "# nothing was set\n".to_owned() } else { settings };
+    files::remove(&run.rows(name))?; // those of a measurement that is replaced do not belong to what follows
     files::write_atomic(&run.settings(name), settings.as_bytes())?;
     if let Some(svg) = A::plot(&rows)? {
         files::write_atomic(&run.plot(name), svg.0.as_bytes())?;
     }
+    more(&rows)?;
     write_csv(&run.rows(name), &rows)?;
     spinner.finish_and_clear();
     say(format!("measure: {}: {}", A::NAME, A::reading(&rows)));
-    Ok(rows)
+    Ok(())
 }
 
 /// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with where it comes from.
 fn write_vectors(bench: &Workbench, subject: &Subject<'_>, run: &RunDir) -> Result<()> {
     let by_layer = directions(subject, &bench.experiment.measure.direction)?.into_iter().enumerate().collect();
+    files::remove(&run.rows(AnalysisName::Direction))?; // those of a measurement that is replaced do not belong to them
     let vectors = Vectors { by_layer, provenance: provenance(bench) };
     vectors.write(&run.vectors().join("vectors.safetensors"), &bench.files.name)
 }

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use clap::{Args, Subcommand};
 use hooks::files;
 
-use crate::finetune::save_full;
+use crate::full_model::save_full;
 use crate::pocket::make::{BaseStepRow, Recipe, make};
 use crate::pocket::trial::{Base, CellRow, Settings, matrix, summary, trial};
 use crate::pocket::world::World;
