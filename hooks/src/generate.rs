@@ -332,7 +332,7 @@ mod tests {
 
     #[test]
     fn samples_that_no_independent_draws_repeat_are_refused() {
-        let prompt = Prompt { ids: vec![1], classes: vec![], completion: 1..1, content_end: 1 };
+        let prompt = Prompt { ids: vec![1], classes: vec![], completion: 1..1, content_end: 1, ..Prompt::default() };
         let other = Prompt { ids: vec![2], ..prompt.clone() };
         let check = |answers: &[(i64, f64)], prompts: &[&Prompt]| {
             let prompts: Vec<Prompt> = prompts.iter().map(|prompt| (*prompt).clone()).collect();
