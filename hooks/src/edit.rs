@@ -479,7 +479,7 @@ mod tests {
             ("blocks.0.hook_mlp_uot: zero", "the nearest name is blocks.0.hook_mlp_out"),
             ("blocks.*.hook_mlp_uot: zero", "the nearest name is blocks.0.hook_mlp_out"),
             ("blocks.0.hook_mlp_out@entty: zero", "the nearest is entity"),
-            ("blocks.0.hook_mlp_out: zreo", "the nearest is zero"),
+            ("blocks.0.hook_mlp_out: zer", "the nearest is zero"),
             ("blocks.0.hook_mlp_out: scale(a)", "a finite number"),
             ("blocks.0.hook_mlp_out: scale(inf)", "a finite number"),
             ("blocks.0.hook_mlp_out: add()", "the name of a safetensors file"),

@@ -327,7 +327,8 @@ mod tests {
         assert!(message.contains("2 of 3") && message.contains("a random stream of its own"), "{message}");
         let answers = drawn(1.0, &[5, 6, 7]).unwrap();
         assert!(answers[0] != answers[1] && answers[1] != answers[2]);
-        assert_eq!(drawn(0.0, &[5, 6, 7]).unwrap()[0], drawn(0.0, &[5, 6, 7]).unwrap()[2], "greedy answers are equal");
+        let greedy = drawn(0.0, &[5, 6, 7]).unwrap();
+        assert_eq!(greedy[0].ids, greedy[2].ids, "greedy answers may be equal");
     }
 
     #[test]

@@ -28,6 +28,11 @@ pub(crate) struct Turn<'a> {
 /// How many instructions of Jinja's a template may take; Qwen's take some hundreds for a chat of a few turns.
 const FUEL: u64 = 50_000;
 
+/// The longest template in bytes, and the stack in bytes that it is rendered on: the engine descends a step for every operator
+/// of a chain (`not not not …`), and a chain as long as that needs between 8 and 32 MiB. What is not used is not taken.
+const LONGEST: usize = 64 << 10;
+const STACK: usize = 128 << 20;
+
 /// A chat template that can be rendered.
 #[derive(Debug)]
 pub(crate) struct Template {
@@ -70,10 +75,22 @@ impl Template {
 
     /// The text of a chat; with `generation`, it ends where the assistant's answer would start.
     pub(crate) fn render(&self, turns: &[Turn<'_>], generation: bool) -> Result<String> {
+        let refused = |problem: String| Error::ChatTemplate { problem };
+        if self.source.len() > LONGEST {
+            return Err(refused(format!("it has {} bytes, expected {LONGEST} at most", self.source.len())));
+        }
         let thinking = self.thinking;
-        let values = context! { messages => turns, add_generation_prompt => generation, enable_thinking => thinking };
-        let rendered = self.environment.render_named_str("chat_template", &self.source, values);
-        rendered.map_err(|error| Error::ChatTemplate { problem: error.to_string() })
+        let render = || {
+            let values =
+                context! { messages => turns, add_generation_prompt => generation, enable_thinking => thinking };
+            self.environment.render_named_str("chat_template", &self.source, values).map_err(|error| error.to_string())
+        };
+        let rendered = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, render);
+            let ended = thread.map_err(|error| error.to_string())?.join();
+            ended.unwrap_or_else(|_| Err("the template engine gave up".to_owned()))
+        });
+        rendered.map_err(refused)
     }
 }
 
@@ -177,18 +194,37 @@ mod tests {
         let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}";
         assert!(message(endless).contains("engine ran out of fuel"), "{}", message(endless));
         assert!(message("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").contains("recursion limit"));
-        for source in [
-            "{{ 'a'|indent(18446744073709551615, true) }}",
-            "{{ messages|batch(18446744073709551615) }}",
-            "{{ messages|slice(18446744073709551615) }}",
-            "{{ '%18446744073709551615d'|format(1) }}",
-            "{{ '{:18446744073709551615}'.format('a') }}",
-            "{{ 'ab' * 999999999999 }}",
+        for (source, expected) in [
+            ("{{ 'ab' * 999999999999 }}", "repeated string is too large"),
+            ("{{ '{:999999999999}'.format('a') }}", "unknown method"),
+            ("{{ '%999999999999d'|format(1) }}", "unknown filter"),
+            ("{{ messages|batch(999999999999) }}", "unknown filter"),
+            ("{{ messages|slice(999999999999) }}", "unknown filter"),
+            ("{{ 'a'|indent(18446744073709551615, true) }}", "unknown filter"),
         ] {
-            assert!(render(source).is_err(), "{source}");
+            assert!(message(source).contains(expected), "{source}: {}", message(source));
+        }
+        for (start, link, end) in [
+            ("{{ ", "not ", "1 }}"),
+            ("{{ ", "-", "1 }}"),
+            ("{{ ", "1+", "1 }}"),
+            ("{{ ", "1~", "1 }}"),
+            ("{{ ", "1**", "1 }}"),
+            ("{{ ", "1 and ", "1 }}"),
+            ("{{ a", ".b", " }}"),
+            ("{{ a", "()", " }}"),
+            ("{{ a", "[1]", " }}"),
+            ("{{ a", "|e", " }}"),
+            ("{{ a", " is e", " }}"),
+            ("{% if 1 %}", "{% elif 1 %}", "{% endif %}"),
+        ] {
+            let chain =
+                |room: usize| format!("{start}{}{end}", link.repeat((room - start.len() - end.len()) / link.len()));
+            let _ = render(&chain(LONGEST)); // an answer of either kind: it does not end the process
+            assert!(message(&chain(2 * LONGEST)).contains("expected 65536 at most"), "{link}");
         }
         let deep = |n: usize| format!("{{{{ {}1{} }}}}", "(".repeat(n), ")".repeat(n));
         assert_eq!(render(&deep(10)).unwrap(), "1");
-        assert!(message(&deep(100_000)).contains("chat template: "));
+        assert!(message(&deep(30_000)).contains("recursion limit"), "{}", message(&deep(30_000)));
     }
 }

@@ -196,7 +196,7 @@ mod tests {
             ("/model/end_of_word_suffix", json!("</w>"), "model.end_of_word_suffix is \"</w>\""),
             ("/model/merges/3", json!("ab"), "model.merges[3] is \"ab\", expected two tokens"),
             ("/model/merges/3", json!(["Ġ", ""]), "model.merges[3] needs \"\", which is no token"),
-            ("/model/merges/3", json!(["a", "§"]), "model.merges[3] needs \"§\""),
+            ("/model/merges/3", json!(["a", "\u{4f60}"]), "model.merges[3] needs \"\u{4f60}\""),
             ("/model/vocab", json!({"a": 0}), "model.merges[0] needs "),
             (
                 "/added_tokens/1/id",
