@@ -462,14 +462,15 @@ impl Learner<'_> {
             let seen = if epoch == first_epoch { into_it as usize } else { 0 };
             for chosen in order.chunks(config.rows_per_step()).skip(seen) {
                 if optimizer.steps() == total_steps {
-                    return self.finite(optimizer.steps());
+                    let finite = self.finite(total_steps);
+                    return finite.map_err(|error| self.stopped(&error, &optimizer, &rows, checkpoint));
                 }
                 let learning_rate = config.learning_rate * schedule.factor(optimizer.steps());
                 let mut dropout = self.dropout(seeds, optimizer.steps());
                 let done = self.step(examples, chosen, &mut optimizer, learning_rate, config, dropout.as_mut());
                 let done = match done {
                     Ok(done) => done,
-                    Err(error) => return Err(self.stopped(error, &optimizer, &rows, checkpoint)),
+                    Err(error) => return Err(self.stopped(&error, &optimizer, &rows, checkpoint)),
                 };
 
                 let step = optimizer.steps();
@@ -488,11 +489,15 @@ impl Learner<'_> {
                 let tokens_per_second = tokens as f64 / start.elapsed().as_secs_f64().max(1e-9);
                 log(&row, &Progress { step, total_steps, tokens, tokens_per_second })?;
                 rows.push(row);
-                if let Some(checkpoint) = &mut checkpoint
-                    && checkpoint.is_due(step, config.save_steps)
-                    && step < total_steps
-                {
-                    self.keep(checkpoint, &optimizer, &rows)?;
+                let is_due = checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.is_due(step, config.save_steps));
+                if is_due && step < total_steps {
+                    // The last good one is not to make room for one that is not.
+                    if let Err(error) = self.finite(step) {
+                        return Err(self.stopped(&error, &optimizer, &rows, checkpoint));
+                    }
+                    if let Some(checkpoint) = &mut checkpoint {
+                        self.keep(checkpoint, &optimizer, &rows)?;
+                    }
                 }
             }
         }
@@ -539,14 +544,14 @@ impl Learner<'_> {
     /// The error of a step that could not be taken. What was good until then is kept, and the error says where it is.
     fn stopped(
         &self,
-        error: anyhow::Error,
+        error: &anyhow::Error,
         optimizer: &Optimizer,
         rows: &[StepRow],
         checkpoint: Option<&mut Checkpoint>,
     ) -> anyhow::Error {
-        let mut said = format!("{error:#}");
+        let (mut said, finite) = (format!("{error:#}"), self.finite(optimizer.steps()).is_ok());
         if let Some(checkpoint) = checkpoint {
-            if optimizer.steps() > 0 && self.finite(optimizer.steps()).is_ok() {
+            if optimizer.steps() > 0 && finite {
                 let kept = self.keep(checkpoint, optimizer, rows);
                 said +=
                     &kept.map_or_else(|kept| format!("; its state could not be kept: {kept:#}"), |()| String::new());
@@ -556,7 +561,7 @@ impl Learner<'_> {
                 None => "; no step before it was good, so that there is no checkpoint".to_owned(),
             };
         }
-        if error.is::<NotFinite>() {
+        if error.is::<NotFinite>() || !finite {
             said += "; hint: lower finetune.learning_rate or raise finetune.warmup_steps, in another --run or with --force; \
                      the same command goes on from the checkpoint, which helps where the cause was the machine";
         }
@@ -567,9 +572,7 @@ impl Learner<'_> {
     fn finite(&self, steps: u64) -> anyhow::Result<()> {
         for (name, tensor) in &self.parameters {
             if !bool::try_from(tch::no_grad(|| tensor.f_isfinite()?.f_all())?)? {
-                bail!(
-                    "after step {steps} the tensor {name} has values that are not finite; hint: lower finetune.learning_rate"
-                );
+                bail!("after step {steps} the tensor {name} has values that are not finite");
             }
         }
         Ok(())
