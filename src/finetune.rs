@@ -556,10 +556,10 @@ impl Learner<'_> {
                 said +=
                     &kept.map_or_else(|kept| format!("; its state could not be kept: {kept:#}"), |()| String::new());
             }
-            said += &match checkpoint.step {
-                Some(step) => format!("; the last good checkpoint is of step {step}, {}", checkpoint.path().display()),
-                None => "; no step before it was good, so that there is no checkpoint".to_owned(),
-            };
+            let where_it_is =
+                |step| format!("; the last good checkpoint is of step {step}, {}", checkpoint.path().display());
+            let none = || "; no step before it was good, so that there is no checkpoint".to_owned();
+            said += &checkpoint.step.map_or_else(none, where_it_is);
         }
         if error.is::<NotFinite>() || !finite {
             said += "; hint: lower finetune.learning_rate or raise finetune.warmup_steps, in another --run or with --force; \

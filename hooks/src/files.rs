@@ -145,7 +145,7 @@ mod tests {
         let path = folder.path().join("rows.csv");
         write_atomic(&path, b"before").unwrap();
         let full = |file: &mut dyn Write| {
-            file.write_all(&[0; 100_000]).unwrap(); // more than a buffer holds
+            file.write_all(&vec![0; 100_000]).unwrap(); // more than a buffer holds
             assert!(path.with_file_name("rows.csv.tmp").metadata().unwrap().len() > 0);
             assert_eq!(read(&path).unwrap(), b"before", "while it is written");
             Err(unwritten(&path, ErrorKind::StorageFull.into()))

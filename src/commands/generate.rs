@@ -68,10 +68,10 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     summary.extend(dataset::leak_rows(&numbers, &control));
     let rejected: Vec<_> = sets.iter().flat_map(|(set, samples)| dataset::rejected_rows(set, samples)).collect();
     let digits: Vec<_> = sets.iter().flat_map(|(set, samples)| dataset::digit_rows(set, samples)).collect();
-    if !rejected.is_empty() {
-        publish::write_csv(&run.rejected(), &rejected)?;
-    } else {
+    if rejected.is_empty() {
         files::remove(&run.rejected())?;
+    } else {
+        publish::write_csv(&run.rejected(), &rejected)?;
     }
     publish::write_csv(&run.digits_csv(), &digits)?;
     let said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples)));
