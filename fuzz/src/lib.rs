@@ -52,6 +52,10 @@ pub fn gguf(bytes: &[u8]) -> bool {
 }
 
 /// A model's `config.json`.
+///
+/// # Panics
+///
+/// Where what is written of a configuration is not read again.
 pub fn config(bytes: &[u8]) -> bool {
     let path = Path::new("config.json");
     let Ok(config) = Config::parse(bytes, path) else { return false };
@@ -95,6 +99,10 @@ pub fn dataset(bytes: &[u8]) -> bool {
 }
 
 /// An experiment's TOML, or a JSON file of sentences.
+///
+/// # Panics
+///
+/// Where what is written of an experiment is not the same when it is read again.
 pub fn experiment(bytes: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(bytes) else { return false };
     let path = Path::new("experiment.toml");
