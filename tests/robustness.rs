@@ -260,6 +260,6 @@ fn the_allocation_guard_guards() {
     assert!(held >= 5 << 20);
     let greedy: Reader = |bytes| Vec::<u8>::with_capacity(bytes.len() << 20).is_empty();
     assert!(std::panic::catch_unwind(|| read("config", greedy, &[0; 16])).is_err());
-    let (_, held) = peak(|| drop(vec![0_u8; 1000]));
+    let ((), held) = peak(|| drop(vec![0_u8; 1000]));
     assert!((1000..2000).contains(&held));
 }
