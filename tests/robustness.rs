@@ -150,8 +150,9 @@ fn mutate(bytes: &mut Vec<u8>, others: &[(PathBuf, Vec<u8>)], rng: &mut ChaCha8R
     }
 }
 
-/// The brief run of each target: the saved corpus under a fixed stream of mutations. (libFuzzer itself gives up where the
-/// binary is not instrumented for coverage, and instrumenting it would compile everything a second time.)
+/// The brief run of each target: the saved corpus under a fixed stream of mutations. (libFuzzer itself
+/// keeps none of the saved inputs to mutate where the binary is not instrumented for coverage, and instrumenting it would compile
+/// the workspace a second time.)
 #[test]
 fn mutated_saved_inputs_never_panic_and_take_bounded_memory() {
     for (index, (name, reader)) in READERS.into_iter().enumerate() {
