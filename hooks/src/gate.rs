@@ -391,20 +391,23 @@ mod tests {
 
     #[test]
     fn a_text_is_found_at_every_place_or_at_the_nth() {
-        assert_eq!(acts("only:\"Qwen\""), [false, true, true, false, false]);
-        assert_eq!(acts("only:\"Qwen\"#2"), [false, false, true, false, false]);
-        assert_eq!(acts("except:\"Qwen\"#1"), [true, false, false, true, true], "the first is in two tokens");
-        assert_eq!(acts("only:\"\\n\"+ids(1)"), [true, false, false, false, true]);
+        let offsets = vec![0..4, 4..7, 7..9, 9..14, 14..23, 23..24]; // user|Qwe|n,| Qwen|assistant|\n
+        let row = Prompt { ids: vec![1, 2, 3, 4, 5, 6], offsets, completion: 6..6, ..prompt() };
+        let acts = |text: &str| gate(text).acts(&row).unwrap();
+        assert_eq!(acts("only:\"Qwen\""), [false, true, true, true, false, false]);
+        assert_eq!(acts("only:\"Qwen\"#2"), [false, false, false, true, false, false]);
+        assert_eq!(acts("except:\"Qwen\"#1"), [true, false, false, true, true, true], "the first is in two tokens");
+        assert_eq!(acts("only:\"\\n\"+ids(1)"), [true, false, false, false, false, true]);
         for (text, reason) in [
             ("only:\"qwen\"", "the text \"qwen\" does not stand in it"),
             ("except:\"Qwen\"#3", "of the text \"Qwen\" it holds 2, not 3"),
-            ("only:ids(9,12..14)", "none of its 5 tokens has one of the ids 9,12..14"),
-            ("only:\"Qwen\"+ids(9)", "none of its 5 tokens has one of the ids 9"),
+            ("only:ids(9,12..14)", "none of its 6 tokens has one of the ids 9,12..14"),
+            ("only:\"Qwen\"+ids(9)", "none of its 6 tokens has one of the ids 9"),
         ] {
-            let message = gate(text).acts(&prompt()).unwrap_err().to_string();
+            let message = gate(text).acts(&row).unwrap_err().to_string();
             assert_eq!(message, format!("gate {text} selects no token of the prompt; {reason}"));
         }
-        let by_ids = Prompt { text: String::new(), offsets: vec![], ..prompt() };
+        let by_ids = Prompt { text: String::new(), offsets: vec![], ..row };
         let message = gate("only:\"Qwen\"").acts(&by_ids).unwrap_err().to_string();
         assert!(message.contains("given by its ids"), "{message}");
     }
