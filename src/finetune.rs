@@ -940,7 +940,8 @@ mod tests {
         };
         let result = training.run(&mut |row, _| {
             steps.push(row.clone());
-            if row.step == until { bail!("broken off") } else { Ok(()) }
+            anyhow::ensure!(row.step != until, "broken off");
+            Ok(())
         });
         (result, steps)
     }

@@ -489,8 +489,8 @@ mod tests {
         write("arms/x/train.csv.tmp");
         RunDir::lock(folder.path()).unwrap();
         let is_there = |name: &&str| folder.path().join(name).exists();
-        assert!(!gone.iter().any(|name| is_there(name)) && !is_there(&"arms/x/train.csv.tmp"));
-        assert!(stays.iter().chain(&unfinished).all(|name| is_there(name)));
+        assert!(!gone.iter().any(&is_there) && !is_there(&"arms/x/train.csv.tmp"));
+        assert!(stays.iter().chain(&unfinished).all(&is_there));
         run.forget().unwrap();
         assert!(!is_there(&"control_train.checkpoint.safetensors") && !is_there(&unfinished[0]));
         assert!(is_there(&"notes.tmp"));

@@ -42,7 +42,7 @@ pub struct Ask {
     /// *modules(q,k,v) and *0.5; TOKENS are classes, "text", ids(..) and positions(..), joined by +.
     #[arg(long, default_value = "everywhere")]
     gate: Gate,
-    /// An intervention, POINT[@TOKENS]: CHANGE, such as `blocks.1.hook_mlp_out@entity: zero`; CHANGE is one of add(FILE, 4),
+    /// An intervention, `POINT[@TOKENS]: CHANGE`, such as `blocks.1.hook_mlp_out@entity: zero`; CHANGE is one of add(FILE, 4),
     /// replace(FILE), mean(FILE), zero, scale(0.5), `project_out(FILE)`, patch(FILE). Several act in their order.
     #[arg(long = "edit", value_name = "EDIT")]
     edits: Vec<Planned>,
