@@ -306,8 +306,8 @@ impl Qwen {
         Ok(self.unembed.f_index_select(0, &Tensor::f_from_slice(ids)?.f_to_device(self.device())?)?)
     }
 
-    /// The model with an adapter's weight changes added to its own, W + s·B·A, as PEFT's `merge_and_unload` has it; weights
-    /// without a pair are shared with this one.
+    /// A model of its own, with an adapter's weight changes added to this one's, W + s·B·A, as PEFT's `merge_and_unload`
+    /// has it.
     pub fn merged(&self, adapter: &Adapter) -> Result<Self> {
         let weights = self.parameters().into_iter().collect::<BTreeMap<_, _>>();
         let mut merged =
@@ -315,8 +315,10 @@ impl Qwen {
         for (layer, proj, pair) in adapter.pairs() {
             let name = format!("model.layers.{layer}.{}.weight", proj.path());
             let Some(weight) = weights.get(&name) else { continue };
-            let sum =
-                weight.f_to_kind(Kind::Float)?.f_add(&pair.delta_weight()?.f_detach()?)?.f_to_kind(weight.kind())?;
+            let sum = weight
+                .f_to_kind(wide(weight.kind()))?
+                .f_add(&pair.delta_weight()?.f_detach()?)?
+                .f_to_kind(weight.kind())?;
             merged.insert(name, sum);
         }
         let root = Weights::from_tensors("merged", merged);
