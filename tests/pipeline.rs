@@ -97,7 +97,7 @@ const HEADERS: [(&str, &str); 15] = [
     ),
     (
         "position_scan/rows.csv",
-        "position,token,class,target,n_questions,delta_margin_only,delta_margin_only_se,delta_margin_except,\
+        "position,token,class,decode_policy,target,n_questions,delta_margin_only,delta_margin_only_se,delta_margin_except,\
          delta_margin_except_se,delta_logp_only,delta_logp_except",
     ),
     (

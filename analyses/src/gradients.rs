@@ -87,6 +87,10 @@ impl Analysis for Gradients {
         }
         progress("gradients: looking for divergent digits");
         let divergent = divergent_digits(subject, self.n_rows)?;
+        if !divergent.iter().flatten().any(|divergent| *divergent) {
+            let what = "at least one divergent digit in the rows that it reads (n_rows), where teacher and base choose different tokens";
+            return Err(Error::Nothing { analysis: Self::NAME, what });
+        }
         let fresh = match subject.student.adapter {
             Some(adapter) if self.start => {
                 let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(subject.seed, "gradients.start", 0));
@@ -517,6 +521,15 @@ mod tests {
         let rows = Gradients { n_rows: 1, tokens_per_row: 2, start: false }.run(&subject, &mut |_| ()).unwrap();
         assert!(rows.iter().all(|row| row.lora_grad_norm.is_none()));
         assert!(rows.iter().any(|row| row.resid_grad_norm.is_some_and(|norm| norm > 0.0)));
+    }
+
+    #[test]
+    fn a_teacher_that_diverges_nowhere_leaves_nothing_to_measure() {
+        let world = World::new();
+        let mut subject = world.subject();
+        subject.teacher_system = Some(world.chat.default_system().unwrap().to_owned()); // what the base is asked under
+        let error = Gradients::default().run(&subject, &mut |_| ()).unwrap_err().to_string();
+        assert!(error.contains("gradients needs at least one divergent digit"), "{error}");
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct PositionScanRow {
     pub token: String,
     /// The class of the token, as `undertone tokens` prints it.
     pub class: String,
+    /// What the adapter does at generated tokens, as in the token ablation: what it does at tokens that are not named.
+    pub decode_policy: String,
     /// The target's word.
     pub target: String,
     /// How many questions the means are over.
@@ -87,6 +89,7 @@ impl Analysis for PositionScan {
                 position: place.position,
                 token: place.token,
                 class: place.class,
+                decode_policy: place.only.decode_policy().to_owned(),
                 target: subject.target.word.clone(),
                 n_questions: prompts.len(),
                 delta_margin_only: only.mean,
