@@ -72,7 +72,7 @@ pub struct Finetune {
     pub max_grad_norm: f64,
     /// Which tokens are learned from.
     pub mask: LossMask,
-    /// At which tokens the LoRA acts while it is trained.
+    /// Where and how strongly the LoRA acts while it is trained.
     pub gate: Gate,
     /// Whether weights that are not in f32 are trained through a copy in f32.
     pub masters: bool,
@@ -359,7 +359,7 @@ pub fn pretrain(
 struct Example<'a> {
     ids: &'a [i64],
     mask: Vec<bool>,
-    doses: Option<Vec<f32>>, // how strongly the adapter acts; 1 everywhere if None
+    doses: Option<Vec<f64>>, // how strongly the adapter acts; 1 everywhere if None
     n_targets: usize,
     end: usize, // the last target: nothing from here on needs to be run
 }
@@ -374,6 +374,13 @@ impl<'a> Example<'a> {
         } else {
             let mut doses = config.gate.doses(row).with_context(|| format!("row {index} of the training data"))?;
             doses.truncate(end);
+            if doses.iter().all(|dose| *dose == 0.0) && !config.gate.acts_elsewhere() {
+                bail!(
+                    "row {index} of the training data: gate {} lets the adapter act at no token that a learned one depends on, so \
+                     nothing can be learned from it; hint: another finetune.gate or finetune.mask",
+                    config.gate
+                );
+            }
             Some(doses)
         };
         let n_targets = mask.iter().filter(|counts| **counts).count();
@@ -639,7 +646,7 @@ impl Learner<'_> {
         let device = self.model.device();
         let inputs: Vec<&[i64]> = rows.iter().map(|row| &row.ids[..row.end]).collect();
         let batch = Batch::from_ids(&inputs, device)?;
-        let doses: Option<Vec<Vec<f32>>> = rows.iter().map(|row| row.doses.clone()).collect();
+        let doses: Option<Vec<Vec<f64>>> = rows.iter().map(|row| row.doses.clone()).collect();
         let gate = doses.map(|doses| gate.spread(&doses, device)).transpose()?;
         let mut pass = Pass { adapter: self.adapter, gate, dropout, ..Pass::default() };
         let resid = self.model.resid_final(&batch, &mut pass)?; // [batch, pos, d_model]

@@ -61,7 +61,10 @@ impl RunDir {
                 say(format!("{} cannot be locked ({cause}): let no other undertone use it now", root.display()));
             }
         }
-        Self { root: root.to_owned(), force: false }.tidy(false).with_context(unwritable)?;
+        let run = Self { root: root.to_owned(), force: false };
+        if run.config().is_file() {
+            run.tidy(false).with_context(unwritable)?; // elsewhere a person's own files may bear such names
+        }
         Ok(folder)
     }
 
@@ -80,7 +83,7 @@ impl RunDir {
             let is_ours = |name: &str| name.rsplit_once('.').is_some_and(|(_, ending)| ours.contains(&ending));
             let of_no_use = match name.strip_suffix(".tmp") {
                 Some(name) => is_ours(name),
-                None => name.ends_with(checkpoint::ENDING) && (all || finished(name).exists()),
+                None => name.ends_with(&format!(".{}", checkpoint::ENDING)) && (all || finished(name).exists()),
             };
             if of_no_use {
                 files::remove(&path)?;

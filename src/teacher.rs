@@ -81,7 +81,10 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
 /// What tells a teacher's weights from another's, beside the base's.
 pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
     Ok(match &bench.experiment.teacher {
-        Teacher::Adapter { path, .. } => files::read(&path.join("adapter_model.safetensors"))?,
+        Teacher::Adapter { path, .. } => {
+            [files::read(&path.join("adapter_model.safetensors"))?, files::read(&path.join("adapter_config.json"))?]
+                .concat()
+        }
         // Every step's loss and gradient.
         Teacher::Finetuned { .. } => files::read(&run.teacher_train_csv())?,
         Teacher::Prompt { .. } | Teacher::Planted { .. } => vec![],

@@ -75,18 +75,22 @@ impl Analysis for Interventions {
             lists.push((name, edits));
         }
         let prompts = subject.first_questions(Self::NAME, self.n_questions)?;
+        for (_, edits) in &lists {
+            Condition { edits: edits.clone(), ..Condition::default() }.check(subject.base, &prompts)?;
+        }
         let forms = TokenForms::of(subject.target, subject.chat)?;
+        let bare =
+            subject.models().into_iter().map(|(_, tuned)| forms.scores(tuned.qwen, &prompts, &tuned.condition()));
+        let bare = bare.collect::<Result<Vec<_>>>()?;
         let mut rows = Vec::new();
         for (name, edits) in &lists {
             let mut base: Option<Vec<Score>> = None;
-            for (model, tuned) in subject.models() {
+            for ((model, tuned), before) in subject.models().into_iter().zip(&bare) {
                 progress(&format!("interventions: {name} in the {model}"));
-                let bare = tuned.condition();
-                let edited = Condition { edits: edits.clone(), ..bare.clone() };
-                let before = forms.scores(tuned.qwen, &prompts, &bare)?;
+                let edited = Condition { edits: edits.clone(), ..tuned.condition() };
                 let after = forms.scores(tuned.qwen, &prompts, &edited)?;
                 let base = base.get_or_insert_with(|| after.clone()); // the base comes first
-                rows.push(self.row(subject, model, name, [&before, &after, base]));
+                rows.push(self.row(subject, model, name, [before, &after, base]));
             }
         }
         rows.sort_by_key(|row| row.model != "student");

@@ -1,5 +1,5 @@
-//! What a model is run with, as a value: base, student, gated student, steered base. A condition speaks of tokens by
-//! class; here it becomes, for given rows, the gate's numbers and the taps of a pass.
+//! What a model is run with, as a value: base, student, gated student, steered base. A condition names
+//! tokens; here it becomes, for given rows, the gate's doses and the taps of a pass.
 
 use std::ops::Range;
 
@@ -22,7 +22,7 @@ use crate::tokens::Prompt;
 pub struct Condition<'a> {
     /// The LoRA that acts, if any.
     pub adapter: Option<&'a Adapter>,
-    /// At which tokens the adapter acts.
+    /// Where and how strongly the adapter acts.
     pub gate: Gate,
     /// What is done to activations, in this order.
     pub edits: Vec<Edit>,
@@ -41,6 +41,12 @@ impl<'a> Condition<'a> {
         self
     }
 
+    /// Refuses what cannot be done with some rows, before anything is run: tokens that they do not have, tensors that do not
+    /// fit.
+    pub fn check(&self, model: &Qwen, rows: &[Prompt]) -> Result<()> {
+        self.prepare(&rows.iter().collect::<Vec<_>>(), model, None).map(drop)
+    }
+
     /// The condition spelt out for some rows.
     pub(crate) fn prepare<'p>(
         &self,
@@ -52,9 +58,8 @@ impl<'a> Condition<'a> {
         'a: 'p,
     {
         let (device, gate) = (model.device(), self.gate.clone());
-        let adapter = self.adapter.filter(|_| !gate.is_nowhere());
         let mut shared = usize::MAX;
-        let doses = match adapter {
+        let doses = match self.adapter {
             Some(adapter) if !gate.is_everywhere() => {
                 gate.check(adapter)?;
                 let doses = rows.iter().map(|row| gate.doses(row)).collect::<Result<Vec<_>>>()?;
@@ -63,6 +68,7 @@ impl<'a> Condition<'a> {
             }
             _ => None,
         };
+        let adapter = self.adapter.filter(|_| !gate.is_nowhere());
         let edits = self.edits.iter().map(|edit| EditTap::new(edit, rows, &model.config, device, model.kind()));
         let edits = edits.collect::<Result<Vec<_>>>()?;
         let shared = edits.iter().map(EditTap::alike).fold(shared, usize::min);
@@ -118,7 +124,7 @@ impl Prepared<'_> {
         }
         let (mut adapter, mut gate) = (self.adapter, None);
         if self.doses.is_some() {
-            let doses: Vec<Vec<f32>> = ids.iter().map(|id| vec![self.gate.generated(*id)]).collect();
+            let doses: Vec<Vec<f64>> = ids.iter().map(|id| vec![self.gate.generated(*id)]).collect();
             let spread = self.gate.spread(&doses, model.device())?;
             // Where nothing acts, nothing is computed.
             if spread.elsewhere == 0.0 && doses.iter().flatten().all(|dose| *dose == 0.0) {

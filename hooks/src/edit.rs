@@ -106,6 +106,10 @@ impl Edit {
             let expected = format!("one of the model's {} blocks, from 0", model.n_layers);
             return invalid("the place of an edit".to_owned(), expected, at.to_string());
         }
+        if matches!(at, P::QNormed(_) | P::KNormed(_)) && !model.qk_norm {
+            let expected = "a hook point of this model, which does not norm queries and keys".to_owned();
+            return invalid("the place of an edit".to_owned(), expected, at.to_string());
+        }
         let (tensor, leading) = match &self.change {
             Change::Add { vector: tensor, .. } | Change::Replace(tensor) | Change::ProjectOut(tensor) => (tensor, 0),
             Change::Patch(tensor) => (tensor, 1),
@@ -181,8 +185,8 @@ impl EditTap {
                 if let Some(last) = last.filter(|last| *last as i64 >= n) {
                     return Err(Error::Invalid {
                         what: format!("position {last} of {}", named()),
-                        expected: format!("one of the {n} that the other run has"),
-                        found: "beyond them".to_owned(),
+                        expected: format!("one of 0 to {}, the positions that the other run has", n - 1),
+                        found: "beyond the other run".to_owned(),
                     });
                 }
                 let width = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0) as i64;
@@ -268,6 +272,11 @@ impl Tap for EditTap {
         let changed = match chosen {
             Some(chosen) => changed.f_where_self(chosen, &h)?,
             None => changed,
+        };
+        // What may not be attended to stays so: only scores that count are changed.
+        let changed = match at {
+            P::AttnScores(_) => changed.f_masked_fill(&h.f_isneginf()?, f64::NEG_INFINITY)?,
+            _ => changed,
         };
         let changed = changed.f_reshape(shape.as_slice())?.f_to_kind(x.kind())?;
         Ok(if by_query { changed.f_transpose(1, 2)? } else { changed })

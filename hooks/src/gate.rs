@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::lora::{Adapter, Proj};
 use crate::pass::Doses;
 use crate::select::{Numbers, Tokens, argument, split};
-use crate::tokens::{Prompt, Selection, unknown};
+use crate::tokens::{Prompt, unknown};
 
 /// Where and how strongly an adapter acts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -87,11 +87,6 @@ impl Gate {
         Self { reach: Reach::Except(Cell { tokens: Some(tokens.into()), ..Cell::default() }), dose: 1.0 }
     }
 
-    /// Every name that can stand for a class: the unions, then the classes.
-    pub fn choices() -> Vec<&'static str> {
-        Selection::choices()
-    }
-
     /// True for the plain student.
     pub fn is_everywhere(&self) -> bool {
         *self == Self::EVERYWHERE
@@ -107,14 +102,20 @@ impl Gate {
         self.cell().is_none_or(|cell| cell.tokens.is_none())
     }
 
-    /// Per token of the row `[pos]`: true where the adapter acts in the gate's blocks and projections. Tokens that the row
-    /// does not have are an error, for they would measure nothing.
+    /// Per token of the row `[pos]`: true where the adapter acts in any block and projection. Tokens that the row does not
+    /// have are an error, for they would measure nothing.
     pub fn acts(&self, row: &Prompt) -> Result<Vec<bool>> {
-        Ok(self.doses(row)?.into_iter().map(|dose| dose != 0.0).collect())
+        Ok(self.doses(row)?.into_iter().map(|dose| dose != 0.0 || self.acts_elsewhere()).collect())
+    }
+
+    /// Whether the adapter acts, at all tokens, in the blocks and projections that a gate with such leaves out.
+    pub fn acts_elsewhere(&self) -> bool {
+        let leaves_out = self.cell().is_some_and(|cell| cell.layers.is_some() || cell.modules.is_some());
+        leaves_out && self.elsewhere() != 0.0
     }
 
     /// Per token of the row `[pos]`: the factor on the adapter's output in the gate's blocks and projections.
-    pub fn doses(&self, row: &Prompt) -> Result<Vec<f32>> {
+    pub fn doses(&self, row: &Prompt) -> Result<Vec<f64>> {
         let chosen = match self.cell().and_then(|cell| cell.tokens.as_ref()) {
             Some(tokens) => tokens.among(row, &format_args!("gate {self}"))?,
             None => vec![true; row.ids.len()],
@@ -123,7 +124,7 @@ impl Gate {
     }
 
     /// The factor at a token that was generated after a prompt, in the gate's blocks and projections.
-    pub fn generated(&self, id: i64) -> f32 {
+    pub fn generated(&self, id: i64) -> f64 {
         let chosen = self.cell().and_then(|cell| cell.tokens.as_ref()).is_none_or(|tokens| tokens.has_generated(id));
         self.inside(chosen)
     }
@@ -133,15 +134,23 @@ impl Gate {
         self.cell().and_then(|cell| cell.tokens.as_ref()).is_some_and(Tokens::names_generated)
     }
 
-    /// What happens at generated tokens, for a table: `same_as_unselected`, or `named` by the gate.
+    /// What happens at generated tokens, for a table: `named` by the gate, `same_as_unselected`, or, where the gate asks
+    /// for no tokens or for all but some, `on` or `off`.
     pub fn decode_policy(&self) -> &'static str {
-        if self.names_generated() { "named" } else { "same_as_unselected" }
+        let unselected =
+            self.cell().is_none_or(|cell| cell.tokens.as_ref().is_some_and(|tokens| !tokens.has_generated(i64::MIN)));
+        match (self.names_generated(), unselected) {
+            (true, _) => "named",
+            (false, true) => "same_as_unselected",
+            (false, false) if self.generated(i64::MIN) != 0.0 || self.acts_elsewhere() => "on",
+            (false, false) => "off",
+        }
     }
 
-    /// The factor at generated tokens, in the gate's blocks and projections; `None` where it depends on their ids.
+    /// The factor at generated tokens; `None` where it depends on their ids, or on the block and projection.
     pub fn decode_dose(&self) -> Option<f64> {
-        let (one, other) = (self.generated(i64::MIN), self.cell().and_then(|cell| cell.tokens.as_ref()));
-        other.is_none_or(|tokens| !tokens.names_ids()).then_some(f64::from(one))
+        let by_id = self.cell().and_then(|cell| cell.tokens.as_ref()).is_some_and(Tokens::names_ids);
+        (!by_id && !self.acts_elsewhere()).then(|| self.generated(i64::MIN))
     }
 
     /// Refuses blocks that the adapter's model does not have, and a gate that would hit none of the adapter's pairs.
@@ -172,9 +181,9 @@ impl Gate {
     }
 
     /// The doses of some rows, as a pass takes them; rows may be cut to their first tokens. `rows[row][pos]`, from `doses`.
-    pub fn spread(&self, rows: &[Vec<f32>], device: Device) -> Result<Doses> {
+    pub fn spread(&self, rows: &[Vec<f64>], device: Device) -> Result<Doses> {
         let width = rows.iter().map(Vec::len).max().unwrap_or(0);
-        let mut values = vec![0_f32; rows.len() * width];
+        let mut values = vec![0_f64; rows.len() * width];
         for (row, padded) in rows.iter().zip(values.chunks_mut(width.max(1))) {
             padded[..row.len()].copy_from_slice(row);
         }
@@ -198,14 +207,14 @@ impl Gate {
     }
 
     /// The factor inside of the gate's blocks and projections, at a token that was chosen or not.
-    fn inside(&self, chosen: bool) -> f32 {
+    fn inside(&self, chosen: bool) -> f64 {
         let acts = match self.reach {
             Reach::Everywhere => true,
             Reach::Nowhere => false,
             Reach::Only(_) => chosen,
             Reach::Except(_) => !chosen,
         };
-        if acts { self.dose as f32 } else { 0.0 }
+        if acts { self.dose } else { 0.0 }
     }
 
     /// The factor outside of the gate's blocks and projections.
@@ -280,8 +289,8 @@ impl FromStr for Gate {
             }
         }
         let dose = dose.unwrap_or(1.0);
-        if !dose.is_finite() {
-            let (what, expected) = (format!("the dose of gate {text}"), "a finite number".to_owned());
+        if !(dose as f32).is_finite() {
+            let (what, expected) = (format!("the dose of gate {text}"), "a number that f32 can hold".to_owned());
             return Err(Error::Invalid { what, expected, found: dose.to_string() });
         }
         let reach = match kind {
@@ -355,7 +364,7 @@ impl TryFrom<String> for Gate {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
     use super::*;
-    use crate::tokens::TokenClass;
+    use crate::tokens::{Selection, TokenClass};
 
     fn gate(text: &str) -> Gate {
         text.parse().unwrap()
@@ -413,6 +422,19 @@ mod tests {
     }
 
     #[test]
+    fn places_of_a_text_may_overlap_and_no_other_token_is_left_by_all() {
+        let offsets = (0..7).map(|at| at..at + 1).collect();
+        let text = "1, 1, 1".to_owned();
+        let row = Prompt { text, offsets, ..Prompt::of_ids(vec![1, 2, 3, 1, 2, 3, 1]) };
+        let acts = |text: &str| gate(text).acts(&row).unwrap();
+        assert_eq!(acts("only:\"1, 1\""), [true; 7]);
+        assert_eq!(acts("only:\"1, 1\"#2"), [false, false, false, true, true, true, true]);
+        let message = gate("only:not(user+gen)").acts(&row).unwrap_err().to_string();
+        assert!(message.ends_with("not(user+gen) leaves none over"), "{message}");
+        assert_eq!(gate("only:not(user)").acts(&row).unwrap(), [false; 7], "generated tokens are left over");
+    }
+
+    #[test]
     fn texts_and_positions_are_the_prompts_and_ids_are_the_rows() {
         let row = prompt().with_completion(&[3, 9]);
         let acts = |text: &str| gate(text).acts(&row).unwrap();
@@ -457,7 +479,7 @@ mod tests {
     fn only_and_except_are_complements() {
         let rows = [prompt(), prompt().with_completion(&[3, 9])];
         let texts = ["\"Qwen\"", "ids(2,3)", "positions(1)", "not(user)+ids(2)"];
-        for name in Gate::choices().into_iter().chain(texts) {
+        for name in Selection::choices().into_iter().chain(texts) {
             let Ok(only) = format!("only:{name}").parse::<Gate>() else { continue };
             let except = gate(&format!("except:{name}"));
             for row in &rows {
@@ -481,6 +503,19 @@ mod tests {
         assert_eq!(gate("everywhere*0.25").generated(7), 0.25);
         assert_eq!(gate("only:entity").decode_policy(), "same_as_unselected");
         assert_eq!(gate("only:entity+gen").decode_policy(), "named");
+        for (text, policy, dose) in [
+            ("only:not(entity)", "on", Some(1.0)),
+            ("except:not(entity)", "off", Some(0.0)),
+            ("only:layers(0)", "on", Some(1.0)),
+            ("except:layers(0)", "on", None),
+            ("except:entity+gen*layers(0)", "named", None),
+            ("everywhere*0.1", "same_as_unselected", Some(0.1)),
+            ("only:ids(3)", "named", None),
+        ] {
+            assert_eq!((gate(text).decode_policy(), gate(text).decode_dose()), (policy, dose), "{text}");
+        }
+        assert_eq!(acts("except:user*layers(0)"), [true; 5], "in the other blocks");
+        assert_eq!(acts("only:user*layers(0)"), acts("only:user"));
     }
 
     #[test]
@@ -568,6 +603,7 @@ mod tests {
             "nowhere*2",
             "everywhere*layers(0)",
             "only:user*inf",
+            "only:user*1e39",
             "only:\"a\\x\"",
             "only:ids(a)",
             "only:user*NaN",

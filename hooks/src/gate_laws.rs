@@ -10,7 +10,7 @@ use crate::generate::generate_listening;
 use crate::gradient::{at_points, gradients};
 use crate::laws::{SUM_ORDER, answers, greedy, max_diff, plain, prompts, recomputed, seen, world};
 use crate::listen::Cache;
-use crate::score::{listen, next_token_logprobs};
+use crate::score::{completion_logprobs, listen, next_token_logprobs};
 use crate::{
     Adapter, Batch, Chat, Condition, Doses, Gate, HookPoint, Hooks, KvCache, ModelFiles, Pass, Proj, Prompt, Qwen,
     Result, Tap,
@@ -71,8 +71,7 @@ fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> A
 fn chunked(model: &Qwen, row: &Prompt, adapter: &Adapter, gate: &Gate, text: &str) -> Tensor {
     let states = gate.doses(row).unwrap();
     let (inside, elsewhere) = by_hand(text);
-    let with =
-        |state: f32| part(model, adapter, |layer, proj| if inside(layer, proj) { f64::from(state) } else { elsewhere });
+    let with = |state: f32| part(model, adapter, |layer, proj| if inside(layer, proj) { state } else { elsewhere });
     let n = row.ids.len();
     let mut cache = KvCache::new(&model.config, 1, n as i64, Kind::Float, Device::Cpu).unwrap();
     let mut chunks = Vec::new();
@@ -141,7 +140,9 @@ fn a_batch_of_unequal_prompts_is_each_alone_under_gates_of_every_kind() {
             tokens: Some("sys.content+positions(-9..0)".parse().unwrap()),
             change: Change::Patch(source.shallow_clone()),
         };
-        for condition in [condition.clone(), Condition { edits: vec![edit, patch], ..condition }] {
+        let level = Edit { at: HookPoint::AttnScores(1), tokens: None, change: Change::Zero };
+        let edits = [vec![edit, patch], vec![level]].map(|edits| Condition { edits, ..condition.clone() });
+        for condition in [condition].into_iter().chain(edits) {
             let together = next_token_logprobs(&model, &prompts, &condition).unwrap();
             for (row, prompt) in prompts.iter().enumerate() {
                 let alone = seen(&model, prompt, &condition, HookPoint::Logits).get(-1).log_softmax(-1, Kind::Float);
@@ -434,7 +435,7 @@ fn a_patch_is_what_the_other_run_had() {
     let edit = Edit { at: last, tokens: None, change: Change::Patch(short) };
     let condition = Condition { edits: vec![edit], ..Condition::default() };
     let message = next_token_logprobs(&model, std::slice::from_ref(prompt), &condition).unwrap_err().to_string();
-    assert!(message.contains("expected one of the 3 that the other run has"), "{message}");
+    assert!(message.contains("expected one of 0 to 2, the positions that the other run has"), "{message}");
 }
 
 #[test]
@@ -461,6 +462,8 @@ fn cached_generation_is_full_recomputation_under_edits_of_every_kind() {
         edit(HookPoint::ResidPost(0), "not(positions(3..9))", Change::ProjectOut(vector.shallow_clone())),
         edit(HookPoint::RotK(1), "\"Qwen\"", Change::Scale(0.5)),
         edit(HookPoint::Pattern(0), "gen+asst.nl", Change::Scale(0.5)),
+        edit(HookPoint::AttnScores(0), "", Change::Zero),
+        edit(HookPoint::AttnScores(1), "gen+user", Change::Scale(-0.5)),
     ];
     for edit in edits {
         let name = format!("{edit:?}");
@@ -488,12 +491,63 @@ fn edits_that_fit_nowhere_are_refused() {
         (refused(HookPoint::ResidPost(n_layers), None, add(d_model)), format!("the model's {n_layers} blocks")),
         (refused(HookPoint::Pattern(0), None, add(d_model)), "zero or scale".to_owned()),
         (refused(HookPoint::Logits, None, Change::Zero), "up to the last block".to_owned()),
-        (refused(HookPoint::QNormed(0), None, Change::Zero), "never fired".to_owned()),
+        (refused(HookPoint::QNormed(0), None, Change::Zero), "does not norm queries and keys".to_owned()),
+        (
+            refused(HookPoint::MlpOut(0), Some("not(system+user+assistant)"), Change::Zero),
+            "leaves none over".to_owned(),
+        ),
         (refused(HookPoint::MlpOut(0), Some("\"Llama\""), Change::Zero), "selects no token".to_owned()),
         (refused(HookPoint::ResidPost(0), None, Change::ProjectOut(vector(d_model) * 0.0)), "is zero".to_owned()),
     ] {
         assert!(message.contains(&part), "{message}");
     }
+}
+
+/// Where an edit puts a value of its own in place of all of an activation, nothing before it is felt any more.
+#[test]
+fn gradients_begin_anew_behind_an_edit_that_replaces_everything() {
+    let (model, chat, _) = world();
+    let row = chat.row(None, "Go on: 1, 2", &chat.encode("480").unwrap()).unwrap();
+    let edit = Edit { at: HookPoint::ResidPost(0), tokens: None, change: Change::Zero };
+    let condition = Condition { edits: vec![edit], ..Condition::default() };
+    let points = [HookPoint::Embed, HookPoint::ResidPost(0)];
+    let found = at_points(&model, &row, &condition, &points, |logits| Ok(completion_loss(logits, &row))).unwrap();
+    let largest = |at: HookPoint| found.gradients[&at].abs().max().double_value(&[]);
+    assert_eq!(largest(HookPoint::Embed), 0.0);
+    assert!(largest(HookPoint::ResidPost(0)) > 0.0);
+}
+
+/// Scores that do not count stay so under every edit: no token attends to what comes after it.
+#[test]
+fn an_edit_of_scores_lets_nobody_see_the_future() {
+    let (model, chat, _) = world();
+    let prompt = &prompts(&chat)[0];
+    for change in [Change::Zero, Change::Scale(0.0), Change::Scale(-3.0)] {
+        let edit = Edit { at: HookPoint::AttnScores(0), tokens: None, change };
+        let condition = Condition { edits: vec![edit], ..Condition::default() };
+        let pattern = seen(&model, prompt, &condition, HookPoint::Pattern(0)); // [n_heads, query, key]
+        let future = pattern.triu(1).abs().max().double_value(&[]);
+        let sums = pattern.sum_dim_intlist(-1, false, Kind::Float);
+        assert_eq!(future, 0.0);
+        assert!(max_diff(&sums, &sums.ones_like()) < SUM_ORDER);
+        let short = prompt.ids.len() - 3;
+        let cut = Prompt::of_ids(prompt.ids[..short].to_vec());
+        let logits = |row: &Prompt| seen(&model, row, &condition, HookPoint::Logits).narrow(0, 0, short as i64);
+        assert!(max_diff(&logits(prompt), &logits(&cut)) < SUM_ORDER);
+    }
+}
+
+/// What is not a number is told, whoever made it so.
+#[test]
+fn a_score_that_is_not_a_number_is_an_error() {
+    let (model, chat, _) = world();
+    let vector = Tensor::full([model.config.d_model], f64::NAN, (Kind::Float, Device::Cpu));
+    let condition = Condition { edits: vec![Edit::add(0, &vector, 1.0)], ..Condition::default() };
+    let error = next_token_logprobs(&model, &prompts(&chat)[..1], &condition).unwrap_err().to_string();
+    assert!(error.contains("expected numbers"), "{error}");
+    let row = chat.row(None, "Go on", &chat.encode("480").unwrap()).unwrap();
+    let error = completion_logprobs(&model, &[row], &condition).unwrap_err().to_string();
+    assert!(error.contains("expected numbers"), "{error}");
 }
 
 #[test]

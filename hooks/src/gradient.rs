@@ -75,6 +75,11 @@ struct Watch {
 impl Tap for Watch {
     fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor> {
         let x = if at == HookPoint::Embed { x.f_detach()?.f_set_requires_grad(true)? } else { x };
-        if self.wanted.contains(&at) { self.cache.tap(at, x) } else { Ok(x) }
+        if !self.wanted.contains(&at) {
+            return Ok(x);
+        }
+        // An edit that replaces all of it cuts the graph, which begins anew here.
+        let x = if x.requires_grad() { x } else { x.f_detach()?.f_set_requires_grad(true)? };
+        self.cache.tap(at, x)
     }
 }

@@ -183,7 +183,7 @@ impl LoraPair {
         let bottleneck = match dose {
             Dose::Uniform(1.0) => bottleneck,
             Dose::Uniform(dose) => bottleneck.f_mul_scalar(dose)?,
-            Dose::Tokens(doses) => bottleneck.f_mul(doses)?,
+            Dose::Tokens(doses) => bottleneck.f_mul(&doses.f_to_kind(bottleneck.kind())?)?,
         };
         Ok(bottleneck.f_matmul(&b?.f_transpose(0, 1)?)?)
     }

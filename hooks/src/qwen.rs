@@ -314,7 +314,8 @@ impl Qwen {
             weights.iter().map(|(name, weight)| (name.clone(), weight.shallow_clone())).collect::<BTreeMap<_, _>>();
         for (layer, proj, pair) in adapter.pairs() {
             let name = format!("model.layers.{layer}.{}.weight", proj.path());
-            let Some(weight) = weights.get(&name) else { continue };
+            let missing = || Error::MissingTensor { name: name.clone(), file: "the model".to_owned() };
+            let weight = weights.get(&name).ok_or_else(missing)?;
             let sum = weight
                 .f_to_kind(wide(weight.kind()))?
                 .f_add(&pair.delta_weight()?.f_detach()?)?

@@ -105,6 +105,7 @@ pub fn next_token_logprobs(model: &Qwen, prompts: &[Prompt], condition: &Conditi
             let prefilled = prefill(model, &rows, condition, 0, None)?;
             let last = last_positions(&prefilled, &rows)?;
             let logprobs = model.unembed(&last)?.f_log_softmax(-1, Kind::Float)?.f_to_device(Device::Cpu)?;
+            are_numbers(&logprobs)?;
             for (at, row) in batch.iter().enumerate() {
                 found[*row] = Some(logprobs.f_get(at as i64)?);
             }
@@ -117,6 +118,19 @@ pub fn next_token_logprobs(model: &Qwen, prompts: &[Prompt], condition: &Conditi
     } else {
         Ok(Tensor::f_stack(&found, 0)?)
     }
+}
+
+/// Refuses log-probabilities that are not numbers, before they are averaged into a table.
+fn are_numbers(logprobs: &Tensor) -> Result<()> {
+    if bool::try_from(logprobs.f_isnan()?.f_any()?)? {
+        return Err(Error::Invalid {
+            what: "a log-probability".to_owned(),
+            expected: "numbers: look for values that are not finite in the adapter, the edits and their files"
+                .to_owned(),
+            found: "NaN".to_owned(),
+        });
+    }
+    Ok(())
 }
 
 /// The residual stream at each row's last token, `[batch, d_model]`.
@@ -172,6 +186,7 @@ fn label_logprobs(model: &Qwen, resid: &Tensor, labels: &[i64]) -> Result<Vec<f3
             Tensor::f_from_slice(&labels[from as usize..(from + count) as usize])?.f_to_device(logits.device())?;
         let chosen = logits.f_gather(1, &index.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
         let logprobs = chosen.f_sub(&logits.f_logsumexp([1], false)?)?.f_to_device(Device::Cpu)?;
+        are_numbers(&logprobs)?;
         found.extend(Vec::<f32>::try_from(&logprobs)?);
     }
     Ok(found)

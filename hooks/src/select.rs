@@ -36,9 +36,6 @@ enum Term {
 pub struct Numbers(BTreeSet<i64>);
 
 impl Tokens {
-    /// How tokens are named, for help texts.
-    pub const SYNTAX: &'static str = "CLASS, \"text\", \"text\"#2, ids(151644) or positions(0..6,-1), several joined by +, or not(..) for all others";
-
     /// One position of the prompt, from 0 at its start or from -1 at its end.
     pub fn position(position: i64) -> Self {
         Self { terms: vec![Term::Positions(Numbers([position].into()))], others: false }
@@ -73,7 +70,11 @@ impl Tokens {
             let present: Vec<_> = present.into_iter().map(TokenClass::name).collect();
             return Err(nothing(format!("it holds the classes {}", present.join(", "))));
         }
-        Ok(chosen.into_iter().map(|chosen| chosen != self.others).collect())
+        let chosen: Vec<bool> = chosen.into_iter().map(|chosen| chosen != self.others).collect();
+        if self.others && !chosen.contains(&true) && !self.has_generated(i64::MIN) {
+            return Err(nothing(format!("{self} leaves none over")));
+        }
+        Ok(chosen)
     }
 
     /// Whether a generated token is among them.
@@ -103,7 +104,8 @@ fn text_at(row: &Prompt, text: &str, nth: Option<usize>) -> std::result::Result<
     if row.text.is_empty() {
         return Err(format!("it was given by its ids, and has no text to look for {text:?} in"));
     }
-    let mut places: Vec<usize> = row.text.match_indices(text).map(|(at, _)| at).collect();
+    let starts = row.text.char_indices().map(|(at, _)| at); // places may overlap
+    let mut places: Vec<usize> = starts.filter(|at| row.text[*at..].starts_with(text)).collect();
     if let Some(nth) = nth {
         let n = places.len();
         let place = places.get(nth - 1).copied();

@@ -131,7 +131,11 @@ fn rows(args: &Activations, files: &ModelFiles) -> Result<Vec<Prompt>> {
     let (system, user) = (args.system.as_deref(), args.user.as_deref().unwrap_or_default());
     let chat = Chat::from_files(files)?;
     let row = match &args.answer {
-        Some(answer) => chat.row_text(system, user, answer)?,
+        Some(answer) => {
+            // The answer alone, without the end of its turn.
+            let row = chat.row_text(system, user, answer)?;
+            row.with_completion(&row.ids[row.completion.start..row.content_end])
+        }
         None => chat.prompt(system, user)?,
     };
     Ok(vec![row])

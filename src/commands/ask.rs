@@ -147,7 +147,7 @@ fn setting(args: &Ask, prompt: &Prompt, seed: u64) -> Result<String> {
 /// What the adapter does at generated tokens, with the policy as `token_ablation/rows.csv` spells it; without a gate there is
 /// nothing to decide.
 fn answering(gate: &Gate) -> String {
-    let dose = gate.decode_dose().map_or("by the token's id".to_owned(), |dose| match dose {
+    let dose = gate.decode_dose().map_or("as the gate says, by id or by block,".to_owned(), |dose| match dose {
         0.0 => "off".to_owned(),
         1.0 => "on".to_owned(),
         dose => format!("on, {dose} times"),
@@ -273,7 +273,7 @@ fn counted(answers: &[String]) -> String {
 fn steer(spec: &str) -> Result<(PathBuf, f64)> {
     let wrong = || anyhow!("--steer is {spec:?}, expected FILE:COEFFICIENT such as owl.safetensors:2");
     let (file, coefficient) = spec.rsplit_once(':').with_context(|| wrong().to_string())?;
-    let coefficient: f64 = coefficient.parse().map_err(|_| wrong())?;
+    let coefficient = coefficient.parse().ok().filter(|coefficient: &f64| coefficient.is_finite()).ok_or_else(wrong)?;
     Ok((Path::new(file).to_owned(), coefficient))
 }
 

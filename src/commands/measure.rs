@@ -109,7 +109,17 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
                     write_csv(&summary, &divergence_summary(rows))
                 })
             }
-            AnalysisName::Gradients => publish::<Gradients>(&settings.gradients, &subject, run, *name, |_| Ok(())),
+            AnalysisName::Gradients => {
+                let measured = publish::<Gradients>(&settings.gradients, &subject, run, *name, |_| Ok(()));
+                match measured {
+                    // In a whole run the report is still to come.
+                    Err(error) if go_on && matches!(error.downcast_ref(), Some(analyses::Error::Nothing { .. })) => {
+                        say(format!("measure: {name} skipped: {error:#}"));
+                        Ok(())
+                    }
+                    measured => measured,
+                }
+            }
         }
         .with_context(|| format!("measuring {name}"))?;
     }
