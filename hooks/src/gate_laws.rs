@@ -71,7 +71,7 @@ fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> A
 fn chunked(model: &Qwen, row: &Prompt, adapter: &Adapter, gate: &Gate, text: &str) -> Tensor {
     let states = gate.doses(row).unwrap();
     let (inside, elsewhere) = by_hand(text);
-    let with = |state: f32| part(model, adapter, |layer, proj| if inside(layer, proj) { state } else { elsewhere });
+    let with = |state: f64| part(model, adapter, |layer, proj| if inside(layer, proj) { state } else { elsewhere });
     let n = row.ids.len();
     let mut cache = KvCache::new(&model.config, 1, n as i64, Kind::Float, Device::Cpu).unwrap();
     let mut chunks = Vec::new();
