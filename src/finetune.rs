@@ -874,6 +874,14 @@ mod tests {
         let config = Finetune { gate: "nowhere".parse().unwrap(), ..settings() };
         let error = train(&model, &adapter(&model, 0.0), &config, Seeds::default()).unwrap_err();
         assert!(error.to_string().contains("nowhere"), "{error}");
+        // Dose, blocks and projections count as well, and a gate under which nothing can be learned is refused.
+        assert!(apart(&everywhere, &gated("everywhere*0.5")) > 1e-3);
+        assert!(apart(&gated("only:layers(0)*modules(v)"), &gated("only:layers(0)*modules(q)")) > 1e-3);
+        for gate in ["except:user.content+gen", "only:user.content*0"] {
+            let config = Finetune { gate: gate.parse().unwrap(), ..settings() };
+            let error = format!("{:#}", train(&model, &adapter(&model, 0.0), &config, Seeds::default()).unwrap_err());
+            assert!(error.contains("nothing can be learned"), "{gate}: {error}");
+        }
     }
 
     #[test]

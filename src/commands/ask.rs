@@ -169,7 +169,7 @@ fn conditions<'a>(asked: &Condition<'a>) -> Vec<(&'static str, Condition<'a>)> {
     }
     let name = match (asked.adapter.is_some(), asked.edits.is_empty()) {
         _ if bare => "p",
-        (false, _) => "steered",
+        (false, _) => "edited",
         (true, _) if !asked.gate.is_everywhere() => "gated",
         (true, true) => "adapter",
         (true, false) => "both",
