@@ -19,7 +19,7 @@ use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use hooks::edit::Planned;
+use hooks::planned::Planned;
 use hooks::{Edit, Gate, ModelFiles, Provenance};
 
 use crate::experiment::Dtype;

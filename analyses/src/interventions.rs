@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use hooks::edit::Planned;
+use hooks::planned::Planned;
 use hooks::{Condition, Edit};
 use serde::{Deserialize, Serialize};
 

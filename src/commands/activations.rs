@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use hooks::edit::Planned;
 use hooks::listen::Cache;
+use hooks::planned::Planned;
 use hooks::score::listen_rows;
 use hooks::{
     Adapter, Chat, Condition, Gate, HookPoint, ModelFiles, Prompt, Provenance, Qwen, files, gradient, tensor_file,
