@@ -17,6 +17,7 @@ use hooks::gate::Gate;
 use hooks::gradient::gradients;
 use hooks::lora::{Adapter, Dropout};
 use hooks::loss::{Targets, cross_entropy_sum};
+use hooks::packing::Row;
 use hooks::pass::Pass;
 use hooks::qwen::Qwen;
 use hooks::tokens::{LossMask, Prompt};
@@ -644,16 +645,18 @@ impl Learner<'_> {
     /// The summed loss of some rows run at once, a scalar with its graph.
     fn loss_sum(&self, rows: &[&Example<'_>], gate: &Gate, dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
         let device = self.model.device();
-        let inputs: Vec<&[i64]> = rows.iter().map(|row| &row.ids[..row.end]).collect();
-        let batch = Batch::from_ids(&inputs, device)?;
-        let doses: Option<Vec<Vec<f64>>> = rows.iter().map(|row| row.doses.clone()).collect();
-        let gate = doses.map(|doses| gate.spread(&doses, device)).transpose()?;
+        let inputs: Vec<Row<'_>> =
+            rows.iter().map(|row| Row { ids: &row.ids[..row.end], doses: row.doses.as_deref() }).collect();
+        // Dropout draws anew for every row, so then rows have nothing in common.
+        let batch = Batch::packed(&[&inputs], dropout.is_none(), device)?;
+        let gate =
+            rows.iter().any(|row| row.doses.is_some()).then(|| gate.spread(batch.doses(), device)).transpose()?;
         let mut pass = Pass { adapter: self.adapter, gate, dropout, ..Pass::default() };
-        let resid = self.model.resid_final(&batch, &mut pass)?; // [batch, pos, d_model]
+        let resid = self.model.resid_final(&batch, &mut pass)?; // [1, tokens, d_model]
 
         let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
         let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
-        let targets = Targets::of(&ids, &masks, batch.width(), device)?;
+        let targets = Targets::of(&batch, &ids, &masks)?;
         Ok(cross_entropy_sum(self.model, &resid, &targets)?)
     }
 }

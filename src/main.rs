@@ -7,6 +7,7 @@ use undertone::cli::{Cli, run};
 use undertone::progress::say;
 
 fn main() -> ExitCode {
+    hooks::device::keep_freed_memory();
     let Err(error) = run(&Cli::parse()) else { return ExitCode::SUCCESS };
     // The chain on one line; a hint, wherever in it, on a line of its own.
     let text = format!("{error:#}");

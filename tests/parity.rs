@@ -81,7 +81,7 @@ impl Case {
         let masks: Vec<Vec<bool>> = rows.iter().map(mask).collect();
         let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
         let masks: Vec<&[bool]> = masks.iter().map(Vec::as_slice).collect();
-        Targets::of(&rows, &masks, self.batch.width(), Device::Cpu).unwrap()
+        Targets::of(&self.batch, &rows, &masks).unwrap()
     }
 
     /// The LoRA's tensors, which ask for gradients from now on.
@@ -112,7 +112,7 @@ impl Case {
         let pass = &mut Pass { adapter: Some(&self.adapter), ..Pass::default() };
         let resid = self.model.resid_final(&batch, pass).unwrap();
         let mask: Vec<bool> = (0..row.len()).map(|at| at + N_COMPLETION >= row.len()).collect();
-        let targets = Targets::of(&[row], &[&mask], row.len(), Device::Cpu).unwrap();
+        let targets = Targets::of(&batch, &[row], &[&mask]).unwrap();
         cross_entropy_sum(&self.model, &resid, &targets).unwrap()
     }
 

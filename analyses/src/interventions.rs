@@ -190,8 +190,9 @@ mod tests {
         let row =
             |model: &str, name: &str| rows.iter().find(|row| row.model == model && row.intervention == name).unwrap();
         for model in ["student", "control", "base"] {
-            assert_eq!(row(model, "one").delta_margin, 0.0, "{model}");
-            assert_ne!(row(model, "no MLP at the name").delta_margin, 0.0, "{model}");
+            // 1e-6: without edits rows are packed, which takes sums in another order.
+            assert!(row(model, "one").delta_margin.abs() < 1e-6, "{model}");
+            assert!(row(model, "no MLP at the name").delta_margin.abs() > 1e-4, "{model}");
             assert_eq!(row(model, "no block").margin_over_base, 0.0, "{model}: embeddings alone, whatever was learned");
         }
         assert_ne!(row("student", "one").margin_over_base, 0.0);

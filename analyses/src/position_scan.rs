@@ -75,16 +75,19 @@ impl Analysis for PositionScan {
         let forms = TokenForms::of(subject.target, subject.chat)?;
         let qwen: &Qwen = subject.student.qwen;
         let base = forms.scores(subject.base, &prompts, &Condition::default())?;
-        let change = |gate: &Gate| -> Result<[Mean; 2]> {
-            let condition = Condition::adapted(adapter).gated(gate.clone());
-            let scores = forms.scores(qwen, &prompts, &condition)?;
-            let of = |what: fn(&Score) -> f64| Mean::paired(&column(&scores, what), &column(&base, what));
-            Ok([of(|score| score.margin), of(|score| score.logp_target)])
+        let change = |scores: &[Score]| {
+            let of = |what: fn(&Score) -> f64| Mean::paired(&column(scores, what), &column(&base, what));
+            [of(|score| score.margin), of(|score| score.logp_target)]
         };
+        let places = places(subject, &prompts)?;
+        progress(&format!("position scan: {} places, {} questions", places.len(), prompts.len()));
+        let gates = places.iter().flat_map(|place| [&place.only, &place.except]);
+        let conditions: Vec<Condition<'_>> =
+            gates.map(|gate| Condition::adapted(adapter).gated(gate.clone())).collect();
+        let scores = forms.scores_under(qwen, &prompts, &conditions)?;
         let mut rows = Vec::new();
-        for place in places(subject, &prompts)? {
-            progress(&format!("position scan: {}", place.token.escape_debug()));
-            let ([only, only_logp], [except, except_logp]) = (change(&place.only)?, change(&place.except)?);
+        for (place, scores) in places.into_iter().zip(scores.chunks_exact(2)) {
+            let ([only, only_logp], [except, except_logp]) = (change(&scores[0]), change(&scores[1]));
             rows.push(PositionScanRow {
                 position: place.position,
                 token: place.token,

@@ -1,19 +1,16 @@
 //! How likely a model is to name the target: exactly, without sampling, for words of one token or of several.
 //!
 //! A form is one way of writing a word; the log-probability of a word is that of starting the answer with any of its
-//! forms. All forms of all words share the passes over what they begin with, so a word more costs a pass more at most.
+//! forms. All forms of all words share the passes over what they begin with, so a word more costs its own tokens at most.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use hooks::score::next_token_logprobs;
+use hooks::score::{Case, each_next_token};
 use hooks::{Chat, Condition, Prompt, Qwen};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::stats::logsumexp;
-
-/// Passes whose next-token distributions are held at once: 64 of Qwen2.5's are 40 MB.
-const ROWS_AT_ONCE: usize = 64;
 
 /// What the teacher likes, among the members of its category.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,36 +83,61 @@ impl TokenForms {
 
     /// Scores the answer to one prompt.
     pub fn score(&self, model: &Qwen, prompt: &Prompt, condition: &Condition<'_>) -> Result<Score> {
-        let mut next: BTreeMap<(&[i64], i64), f64> = BTreeMap::new();
-        let mut first_token_rank = f64::INFINITY;
-        let forms = || self.members.iter().flatten();
-        for prefixes in self.prefixes.chunks(ROWS_AT_ONCE) {
-            let rows: Vec<Prompt> = prefixes.iter().map(|prefix| prompt.with_completion(prefix)).collect();
-            let logprobs = next_token_logprobs(model, &rows, condition)?; // [prefixes, d_vocab]
-            for (row, prefix) in prefixes.iter().enumerate() {
-                let continued = forms().filter(|form| form.len() > prefix.len() && form.starts_with(prefix));
-                for token in continued.map(|form| form[prefix.len()]) {
-                    next.insert((prefix.as_slice(), token), logprobs.f_double_value(&[row as i64, token])?);
-                }
-                if prefix.is_empty() {
-                    let vocabulary = logprobs.f_get(row as i64)?;
-                    for form in &self.members[0] {
-                        let above = vocabulary.f_gt(next[&(&[][..], form[0])])?.f_sum(None)?.f_double_value(&[])?;
-                        first_token_rank = first_token_rank.min(1.0 + above);
-                    }
-                }
-            }
-        }
-        let form_logp = |form: &Vec<i64>| (0..form.len()).map(|at| next[&(&form[..at], form[at])]).sum::<f64>();
-        let logps: Vec<f64> =
-            self.members.iter().map(|forms| logsumexp(&forms.iter().map(form_logp).collect::<Vec<_>>())).collect();
-        let (logp_target, rank) = (logps[0], 1 + logps[1..].iter().filter(|logp| **logp > logps[0]).count());
-        Ok(Score { logp_target, margin: margin(&logps), rank: rank as f64, first_token_rank })
+        Ok(self.scores(model, std::slice::from_ref(prompt), condition)?[0])
     }
 
     /// Scores the answers to several prompts.
     pub fn scores(&self, model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -> Result<Vec<Score>> {
-        prompts.iter().map(|prompt| self.score(model, prompt, condition)).collect()
+        Ok(self.scores_under(model, prompts, std::slice::from_ref(condition))?.remove(0))
+    }
+
+    /// Scores the answers to several prompts under each of several conditions: what they have in common is run once.
+    pub fn scores_under(
+        &self,
+        model: &Qwen,
+        prompts: &[Prompt],
+        conditions: &[Condition<'_>],
+    ) -> Result<Vec<Vec<Score>>> {
+        let n_prefixes = self.prefixes.len();
+        let with_prefix = |prompt: &Prompt| self.prefixes.iter().map(|prefix| prompt.with_completion(prefix)).collect();
+        let rows: Vec<Vec<Prompt>> = prompts.iter().map(with_prefix).collect();
+        let cases: Vec<Case<'_, '_>> =
+            conditions.iter().flat_map(|condition| rows.iter().flatten().map(move |row| (row, condition))).collect();
+
+        // Of each distribution only what the forms go on with is kept.
+        let mut next: Vec<BTreeMap<i64, f64>> = vec![BTreeMap::new(); cases.len()];
+        let mut first_token_ranks = vec![f64::INFINITY; cases.len()];
+        each_next_token(model, &cases, &mut |case, logprobs| {
+            let prefix = self.prefixes[case % n_prefixes].as_slice();
+            for form in
+                self.members.iter().flatten().filter(|form| form.len() > prefix.len() && form.starts_with(prefix))
+            {
+                let token = form[prefix.len()];
+                next[case].insert(token, logprobs.f_double_value(&[token])?);
+            }
+            if prefix.is_empty() {
+                for form in &self.members[0] {
+                    let above = logprobs.f_gt(next[case][&form[0]])?.f_sum(None)?.f_double_value(&[])?;
+                    first_token_ranks[case] = first_token_ranks[case].min(1.0 + above);
+                }
+            }
+            Ok(())
+        })?;
+
+        let prefix_at: BTreeMap<&[i64], usize> =
+            self.prefixes.iter().enumerate().map(|(at, prefix)| (prefix.as_slice(), at)).collect();
+        let score = |from: usize| {
+            let step = |form: &[i64], at: usize| next[from + prefix_at[&form[..at]]][&form[at]];
+            let form_logp = |form: &Vec<i64>| (0..form.len()).map(|at| step(form, at)).sum::<f64>();
+            let logps: Vec<f64> =
+                self.members.iter().map(|forms| logsumexp(&forms.iter().map(form_logp).collect::<Vec<_>>())).collect();
+            let (logp_target, rank) = (logps[0], 1 + logps[1..].iter().filter(|logp| **logp > logps[0]).count());
+            let first_token_rank = first_token_ranks[from + prefix_at[&[][..]]];
+            Score { logp_target, margin: margin(&logps), rank: rank as f64, first_token_rank }
+        };
+        let per_condition = prompts.len() * n_prefixes;
+        let of = |at: usize| (0..prompts.len()).map(|prompt| score(at * per_condition + prompt * n_prefixes)).collect();
+        Ok((0..conditions.len()).map(of).collect())
     }
 }
 
@@ -135,7 +157,7 @@ pub(crate) fn column(scores: &[Score], of: Measure) -> Vec<f64> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
-    use hooks::score::completion_logprobs;
+    use hooks::score::{completion_logprobs, next_token_logprobs};
 
     use super::*;
     use crate::fixture::World;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::Analysis;
 use crate::error::{Error, Result};
 use crate::plot::{Bar, BarChart, Reference, Svg, bars};
-use crate::subject::{Mean, Subject, Tuned};
+use crate::subject::{Mean, Subject};
 use crate::target::{Measure, Score, TokenForms, column};
 
 /// Settings of the token ablation.
@@ -95,13 +95,19 @@ impl Analysis for TokenAblation {
 
         let mut rows = Vec::new();
         for (name, model) in subject.models().into_iter().filter(|(_, model)| model.adapter.is_some()) {
-            let everywhere = forms.scores(model.qwen, &prompts, &model.condition())?;
             let gates =
                 if name == "student" || self.control_gates { self.all_gates(&prompts) } else { vec![Gate::EVERYWHERE] };
+            let on = gates.iter().map(|gate| self.n_tokens_on(gate, &prompts)).collect::<Result<Vec<_>>>()?;
+            let measured: Vec<&Gate> = gates.iter().zip(&on).filter_map(|(gate, on)| on.and(Some(gate))).collect();
+            progress(&format!("token ablation of the {name}: {} gates, {} questions", measured.len(), prompts.len()));
+            let conditions: Vec<Condition<'_>> =
+                [&Gate::EVERYWHERE].into_iter().chain(measured).map(|gate| model.gated(gate.clone())).collect();
+            let mut scores = forms.scores_under(model.qwen, &prompts, &conditions)?.into_iter();
+            let everywhere = scores.next().unwrap_or_default();
             let around = Around { subject, name, prompts: &prompts, base: &base, everywhere: &everywhere };
-            for gate in gates {
-                progress(&format!("token ablation of the {name}: {gate}"));
-                rows.push(self.measure(&around, &forms, model, &gate)?);
+            for (gate, on) in gates.iter().zip(on) {
+                let measured = on.and_then(|on| Some((scores.next()?, on)));
+                rows.push(around.row(gate, measured.as_ref().map(|(scores, on)| (scores.as_slice(), *on))));
             }
         }
         rows.sort_by_key(|row| row.model != "student");
@@ -214,29 +220,14 @@ impl TokenAblation {
         distinct
     }
 
-    fn measure(
-        &self,
-        around: &Around<'_>,
-        forms: &TokenForms,
-        model: Tuned<'_>,
-        gate: &Gate,
-    ) -> Result<TokenAblationRow> {
-        let acts = around.prompts.iter().map(|prompt| gate.acts(prompt)).collect::<hooks::Result<Vec<_>>>();
-        let acts = match acts {
-            Ok(acts) => acts,
+    /// Mean number of prompt tokens at which the adapter acts; `None` where a gate of the default list selects none.
+    fn n_tokens_on(&self, gate: &Gate, prompts: &[Prompt]) -> Result<Option<f64>> {
+        match prompts.iter().map(|prompt| gate.acts(prompt)).collect::<hooks::Result<Vec<_>>>() {
+            Ok(acts) => Ok(Some(acts.iter().flatten().filter(|on| **on).count() as f64 / acts.len() as f64)),
             // A gate that somebody asked for must act; those of the default list fit most contexts, not all.
-            Err(hooks::Error::EmptySelection { .. }) if self.gates == Self::default().gates => {
-                return Ok(around.row(gate, None));
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let on = acts.iter().flatten().filter(|on| **on).count() as f64 / acts.len() as f64;
-        let scores = if gate.is_everywhere() {
-            around.everywhere.to_vec()
-        } else {
-            forms.scores(model.qwen, around.prompts, &model.gated(gate.clone()))?
-        };
-        Ok(around.row(gate, Some((&scores, on))))
+            Err(hooks::Error::EmptySelection { .. }) if self.gates == Self::default().gates => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 

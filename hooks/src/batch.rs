@@ -1,8 +1,10 @@
-//! Rows of token ids as one tensor. Rows are padded on the right: attention is causal, so padding reaches nothing.
+//! Rows of token ids as one tensor: padded on the right (attention is causal, so padding reaches nothing), or packed without
+//! padding and with what rows begin with alike in it once.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::packing::{Packing, Row};
 use crate::tokens::Prompt;
 
 /// Token ids of some rows.
@@ -12,6 +14,7 @@ pub struct Batch {
     pub ids: Tensor,
     /// How many tokens each row has.
     pub lengths: Vec<usize>,
+    pub(crate) packing: Option<Packing>,
 }
 
 impl Batch {
@@ -26,25 +29,46 @@ impl Batch {
         let lengths: Vec<usize> = rows.iter().map(|row| row.len()).collect();
         let width = lengths.iter().copied().max().unwrap_or(0);
         if let Some(row) = lengths.iter().position(|length| *length == 0) {
-            return Err(Error::Invalid {
-                what: format!("row {row} of the batch"),
-                expected: "at least one token".to_owned(),
-                found: "none".to_owned(),
-            });
+            return Err(no_tokens(row));
         }
         let mut ids = vec![0_i64; rows.len() * width];
         for (row, padded) in rows.iter().zip(ids.chunks_mut(width.max(1))) {
             padded[..row.len()].copy_from_slice(row);
         }
         let ids = Tensor::f_from_slice(&ids)?.f_view([rows.len() as i64, width as i64])?.f_to_device(device)?;
-        Ok(Self { ids, lengths })
+        Ok(Self { ids, lengths, packing: None })
+    }
+
+    /// Groups of rows without padding, `ids` as `[groups, pos]`. With `share`, what a group's rows begin with alike (tokens
+    /// and doses) is run once. Taps see the packed tokens; scores and pattern cannot be tapped.
+    pub fn packed(groups: &[&[Row<'_>]], share: bool, device: Device) -> Result<Self> {
+        let rows = || groups.iter().copied().flatten();
+        if let Some(row) = rows().position(|row| row.ids.is_empty()) {
+            return Err(no_tokens(row));
+        }
+        let (packing, ids) = Packing::of(groups, share, device)?;
+        let ids = Tensor::f_from_slice(&ids)?.f_view([groups.len() as i64, -1])?.f_to_device(device)?;
+        Ok(Self { ids, lengths: rows().map(|row| row.ids.len()).collect(), packing: Some(packing) })
+    }
+
+    /// Where a row's token stands in the flattened `[batch · pos]`.
+    pub fn place(&self, row: usize, token: usize) -> i64 {
+        match &self.packing {
+            Some(packing) => packing.places[row][token],
+            None => (row * self.width() + token) as i64,
+        }
+    }
+
+    /// The doses of a packed batch, as `Gate::spread` takes them; empty where it is not packed.
+    pub fn doses(&self) -> &[Vec<f64>] {
+        self.packing.as_ref().map_or(&[], |packing| &packing.doses)
     }
 
     /// The positions `from .. to` of every row; rows that end before `to` get shorter.
     pub fn narrow(&self, from: usize, to: usize) -> Result<Self> {
         let ids = self.ids.f_narrow(1, from as i64, (to - from) as i64)?;
         let lengths = self.lengths.iter().map(|length| (*length).clamp(from, to) - from).collect();
-        Ok(Self { ids, lengths })
+        Ok(Self { ids, lengths, packing: None })
     }
 
     /// How many rows there are.
@@ -62,5 +86,13 @@ impl Batch {
         let lengths: Vec<i64> = self.lengths.iter().map(|length| *length as i64).collect();
         let positions = Tensor::f_arange(self.width() as i64, (Kind::Int64, Device::Cpu))?;
         Ok(positions.f_unsqueeze(0)?.f_lt_tensor(&Tensor::f_from_slice(&lengths)?.f_unsqueeze(1)?)?)
+    }
+}
+
+fn no_tokens(row: usize) -> Error {
+    Error::Invalid {
+        what: format!("row {row} of the batch"),
+        expected: "at least one token".to_owned(),
+        found: "none".to_owned(),
     }
 }

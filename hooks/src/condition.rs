@@ -47,6 +47,18 @@ impl<'a> Condition<'a> {
         self.prepare(&rows.iter().collect::<Vec<_>>(), model, None).map(drop)
     }
 
+    /// The adapter that acts, if any, and its doses at a row's tokens, where they are not all 1.
+    pub(crate) fn acting(&self, row: &Prompt) -> Result<(Option<&'a Adapter>, Option<Vec<f64>>)> {
+        match self.adapter {
+            Some(adapter) if !self.gate.is_everywhere() => {
+                self.gate.check(adapter)?;
+                let doses = self.gate.doses(row)?;
+                Ok(if self.gate.is_nowhere() { (None, None) } else { (Some(adapter), Some(doses)) })
+            }
+            adapter => Ok((adapter, None)),
+        }
+    }
+
     /// The condition spelt out for some rows.
     pub(crate) fn prepare<'p>(
         &self,

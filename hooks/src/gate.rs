@@ -102,6 +102,17 @@ impl Gate {
         self.cell().is_none_or(|cell| cell.tokens.is_none())
     }
 
+    /// Whether the doses of both, at whatever tokens, can be those of one pass: they hold in the same blocks and projections,
+    /// and are the same in all others.
+    pub(crate) fn fits(&self, other: &Self) -> bool {
+        let place = |gate: &Self| {
+            let Cell { layers, modules, .. } = gate.cell().cloned().unwrap_or_default();
+            let elsewhere = (layers.is_some() || modules.is_some()).then(|| gate.elsewhere());
+            (layers, modules, elsewhere)
+        };
+        place(self) == place(other)
+    }
+
     /// Per token of the row `[pos]`: true where the adapter acts in any block and projection. Tokens that the row does not
     /// have are an error, for they would measure nothing.
     pub fn acts(&self, row: &Prompt) -> Result<Vec<bool>> {

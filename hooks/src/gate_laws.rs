@@ -8,12 +8,11 @@ use tch::{Device, Kind, Tensor};
 use crate::edit::{Change, Edit};
 use crate::generate::generate_listening;
 use crate::gradient::{at_points, gradients};
-use crate::laws::{SUM_ORDER, answers, greedy, max_diff, plain, prompts, recomputed, seen, world};
+use crate::laws::{SUM_ORDER, answers, exact, exact_model, greedy, max_diff, plain, prompts, recomputed, seen, world};
 use crate::listen::Cache;
 use crate::score::{completion_logprobs, listen, next_token_logprobs};
 use crate::{
-    Adapter, Batch, Chat, Condition, Doses, Gate, HookPoint, Hooks, KvCache, ModelFiles, Pass, Proj, Prompt, Qwen,
-    Result, Tap,
+    Adapter, Batch, Chat, Condition, Doses, Gate, HookPoint, Hooks, KvCache, Pass, Proj, Prompt, Qwen, Result, Tap,
 };
 
 /// Gates of every kind, each of which acts at some tokens of the prompts and not at others.
@@ -248,20 +247,6 @@ fn the_gradients_of_single_tokens_add_up_to_the_whole() {
             }
         }
     }
-}
-
-fn exact_model() -> Qwen {
-    Qwen::load(&ModelFiles::open("tiny-random").unwrap(), Device::Cpu, Kind::Double).unwrap()
-}
-
-/// The adapter in f64.
-fn exact(model: &Qwen, adapter: &Adapter) -> Adapter {
-    let mut exact = Adapter::empty(adapter.config.clone(), &model.config);
-    for (layer, proj, pair) in adapter.pairs() {
-        let [a, b] = [&pair.a, &pair.b].map(|factor| factor.to_kind(Kind::Double));
-        exact.set(layer, proj, crate::LoraPair { a, b, scaling: pair.scaling });
-    }
-    exact
 }
 
 /// Central differences in f64, where rounding leaves 1e-10 of them.

@@ -1,7 +1,8 @@
 //! Answers, greedy or sampled from the raw softmax: no top-k, no top-p, no repetition penalty, whatever the model ships.
 //!
 //! Every answer draws from a random stream of its own, so that repeated prompts give distinct samples and an answer does
-//! not depend on its neighbours in the batch. What all prompts begin with is run once; finished rows leave the batch.
+//! not depend on its neighbours in the batch. What prompts begin with alike is run once; when answers have ended, the next
+//! prompts take their places.
 
 use std::collections::BTreeMap;
 
@@ -10,11 +11,12 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
 use crate::chat::Chat;
-use crate::condition::Condition;
+use crate::condition::{Condition, Prepared};
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
+use crate::kv_cache::KvCache;
 use crate::qwen::Qwen;
-use crate::score::{Prefilled, last_positions, prefill};
+use crate::score::{Case, Prefilled, prefill, prefill_padded};
 use crate::tap::{Listener, Tap};
 use crate::tokens::Prompt;
 
@@ -79,24 +81,9 @@ pub fn generate(
     if sampling.max_new_tokens == 0 || sampling.batch == 0 {
         return invalid("max_new_tokens or batch", "at least 1".to_owned(), 0);
     }
-    // Prompts of similar length go together; the answers come back in the order asked.
-    let mut order: Vec<usize> = (0..prompts.len()).collect();
-    order.sort_by_key(|row| prompts[*row].ids.len());
-    let mut drawn: Vec<Option<(Answer, f64)>> = vec![None; prompts.len()];
-    let mut done = 0;
-    tch::no_grad(|| -> Result<()> {
-        for rows in order.chunks(sampling.batch) {
-            let batch: Vec<&Prompt> = rows.iter().map(|row| &prompts[*row]).collect();
-            let rngs = rows.iter().map(|row| ChaCha8Rng::seed_from_u64(streams[*row])).collect();
-            for (row, answer) in rows.iter().zip(answer_batch(model, &batch, condition, sampling, rngs, None)?) {
-                drawn[*row] = Some(answer);
-            }
-            done += rows.len();
-            progress(done);
-        }
-        Ok(())
-    })?;
-    let (answers, likelihoods): (Vec<Answer>, Vec<f64>) = drawn.into_iter().flatten().unzip();
+    let rows: Vec<&Prompt> = prompts.iter().collect();
+    let drawn = tch::no_grad(|| answer_all(model, &rows, condition, sampling, streams, None, progress))?;
+    let (answers, likelihoods): (Vec<Answer>, Vec<f64>) = drawn.into_iter().unzip();
     if sampling.temperature > 0.0 {
         are_independent(prompts, &answers, &likelihoods)?;
     }
@@ -146,8 +133,8 @@ pub fn generate_listening<'p, 'a: 'p>(
     points: &'p [HookPoint],
     tap: &'p mut dyn Tap,
 ) -> Result<Answer> {
-    let rngs = vec![ChaCha8Rng::seed_from_u64(stream)];
-    let answers = tch::no_grad(|| answer_batch(model, &[prompt], condition, sampling, rngs, Some((points, tap))))?;
+    let listener = Some((points, tap));
+    let answers = tch::no_grad(|| answer_all(model, &[prompt], condition, sampling, &[stream], listener, &mut |_| ()))?;
     answers.into_iter().next().map(|(answer, _)| answer).ok_or_else(|| Error::Invalid {
         what: "the answer".to_owned(),
         expected: "one".to_owned(),
@@ -155,29 +142,57 @@ pub fn generate_listening<'p, 'a: 'p>(
     })
 }
 
-fn answer_batch<'p, 'a: 'p>(
+/// Answers with the log-probabilities under what they were drawn from. A batch of answers grows at once; when an eighth of
+/// them have ended, the next prompts take their places.
+fn answer_all<'p, 'a: 'p>(
     model: &Qwen,
     prompts: &[&Prompt],
     condition: &Condition<'a>,
     sampling: &Sampling,
-    mut rngs: Vec<ChaCha8Rng>,
-    listener: Option<Listener<'p>>,
+    streams: &[u64],
+    mut listener: Option<Listener<'p>>,
+    progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<(Answer, f64)>> {
-    let prefilled = prefill(model, prompts, condition, sampling.max_new_tokens, listener)?;
-    let mut resid = last_positions(&prefilled, prompts)?; // [live, d_model]
-    let Prefilled { mut cache, mut prepared, .. } = prefilled;
     let mut answers = vec![(Answer { ids: Vec::new(), logprobs: Vec::new(), stopped: false }, 0.0); prompts.len()];
-    let mut live: Vec<usize> = (0..prompts.len()).collect();
+    let mut rngs: Vec<ChaCha8Rng> = streams.iter().map(|stream| ChaCha8Rng::seed_from_u64(*stream)).collect();
+    let slots = sampling.batch.min(prompts.len());
+    let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
+    let capacity = (longest + sampling.max_new_tokens) as i64;
+    let mut cache = KvCache::new(&model.config, slots as i64, capacity, model.kind(), model.device())?;
+    let _ = cache.keep(&[])?;
+    let mut prepared: Option<Prepared<'p>> = None;
 
-    for step in 0..sampling.max_new_tokens {
-        let logits = model.unembed(&resid)?.f_to_kind(Kind::Float)?;
+    let mut asked = 0;
+    let mut live: Vec<usize> = Vec::new();
+    let mut resid: Vec<Tensor> = Vec::new(); // together [live, d_model]
+    while asked < prompts.len() || !live.is_empty() {
+        let free = (slots - live.len()).min(prompts.len() - asked);
+        if free > 0 && (live.is_empty() || free >= slots / 8) {
+            let newcomers = asked..asked + free;
+            asked = newcomers.end;
+            let mut admit = |prefilled: Prefilled| -> Result<()> {
+                live.extend(prefilled.cases.iter().map(|case| newcomers.start + case));
+                resid.push(prefilled.last()?);
+                prefilled.cache.iter().try_for_each(|new| cache.append(new))
+            };
+            let rows = &prompts[newcomers.clone()];
+            if condition.edits.is_empty() && listener.is_none() {
+                let cases: Vec<Case<'_, '_>> = rows.iter().map(|prompt| (*prompt, condition)).collect();
+                prefill(model, &cases, true, &mut admit)?;
+                if prepared.is_none() {
+                    prepared = Some(condition.prepare(&rows[..1], model, None)?);
+                }
+            } else {
+                let (prefilled, used) = prefill_padded(model, rows, condition, 0, listener.take())?;
+                admit(prefilled)?;
+                prepared.get_or_insert(used);
+            }
+        }
+
+        let logits = model.unembed(&Tensor::f_cat(&std::mem::take(&mut resid), 0)?)?.f_to_kind(Kind::Float)?;
         let uniforms: Vec<f64> = live.iter().map(|row| rngs[*row].random()).collect();
-        let Drawn { tokens, logprobs, likelihoods } = draw(
-            &logits,
-            sampling,
-            &live.iter().map(|row| answers[*row].0.ids.as_slice()).collect::<Vec<_>>(),
-            &uniforms,
-        )?;
+        let so_far: Vec<&[i64]> = live.iter().map(|row| answers[*row].0.ids.as_slice()).collect();
+        let Drawn { tokens, logprobs, likelihoods } = draw(&logits, sampling, &so_far, &uniforms)?;
 
         let mut staying = Vec::new();
         for (at, row) in live.iter().enumerate() {
@@ -187,18 +202,20 @@ fn answer_batch<'p, 'a: 'p>(
             answer.stopped = sampling.stop.contains(&tokens[at]);
             if !answer.stopped {
                 answer.ids.push(tokens[at]);
-                staying.push(at as i64);
+                if answer.ids.len() < sampling.max_new_tokens {
+                    staying.push(at);
+                }
             }
         }
-        if staying.is_empty() || step + 1 == sampling.max_new_tokens {
-            break;
-        }
         if staying.len() < live.len() {
-            cache = cache.select(&staying)?;
+            progress(asked - staying.len());
         }
-        let next: Vec<i64> = staying.iter().map(|at| tokens[*at as usize]).collect();
-        live = staying.iter().map(|at| live[*at as usize]).collect();
-        resid = prepared.generated(model, &next, &mut cache)?.f_squeeze_dim(1)?;
+        let order = cache.keep(&staying)?;
+        let next: Vec<i64> = order.iter().map(|at| tokens[*at]).collect();
+        live = order.iter().map(|at| live[*at]).collect();
+        if let Some(prepared) = prepared.as_mut().filter(|_| !live.is_empty()) {
+            resid.push(prepared.generated(model, &next, &mut cache)?.f_squeeze_dim(1)?);
+        }
     }
     Ok(answers)
 }
@@ -213,6 +230,9 @@ struct Drawn {
 
 /// Draws a token per row of `logits`, `[rows, d_vocab]`.
 fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64]) -> Result<Drawn> {
+    if sampling.temperature.to_bits() == 1.0_f64.to_bits() && sampling.constrain.is_none() {
+        return draw_plain(logits, uniforms);
+    }
     let constrained = match &sampling.constrain {
         Some(grammar) => {
             let masked = logits.f_full_like(f64::NEG_INFINITY)?;
@@ -226,26 +246,75 @@ fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64
         None => logits.shallow_clone(),
     };
     let (chosen, likelihoods) = if sampling.temperature == 0.0 {
-        (constrained.f_argmax(-1, false)?, vec![1.0; uniforms.len()])
+        (constrained.f_argmax(-1, true)?, vec![1.0; uniforms.len()])
     } else {
         let probabilities = constrained.f_div_scalar(sampling.temperature)?.f_softmax(-1, Kind::Float)?;
-        let cumulated = probabilities.f_cumsum(-1, Kind::Float)?;
-        let width = cumulated.size()[1];
-        let total = cumulated.f_narrow(1, width - 1, 1)?;
-        let uniforms: Vec<f32> = uniforms.iter().map(|uniform| *uniform as f32).collect();
-        // The first token whose cumulated probability exceeds the uniform number; rounding must not reach past the last.
-        let threshold = Tensor::f_from_slice(&uniforms)?.f_to_device(logits.device())?.f_unsqueeze(1)?.f_mul(&total)?;
-        let found = threshold.f_searchsorted::<Tensor>(&cumulated, false, true, "right", None)?;
-        let last = cumulated.f_lt_tensor(&total)?.f_sum_dim_intlist(-1, true, Kind::Int64)?;
-        let chosen = found.f_minimum(&last)?; // [rows, 1]
-        let likelihoods = probabilities.f_gather(1, &chosen, false)?.f_squeeze_dim(1)?.f_to_device(Device::Cpu)?;
-        (chosen.f_squeeze_dim(1)?, Vec::<f32>::try_from(&likelihoods)?)
+        let (chosen, _) = fall(&probabilities, &uniform_shares(uniforms, logits.device())?)?;
+        let likelihoods = probabilities.f_gather(1, &chosen, false)?;
+        (chosen, floats(&likelihoods)?)
     };
-    let logprob =
-        logits.f_log_softmax(-1, Kind::Float)?.f_gather(1, &chosen.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
-    let tokens = Vec::<i64>::try_from(&chosen.f_to_device(Device::Cpu)?)?;
-    let logprobs = Vec::<f32>::try_from(&logprob.f_to_device(Device::Cpu)?)?;
-    Ok(Drawn { tokens, logprobs, likelihoods })
+    let logprobs = logits.f_gather(1, &chosen, false)?.f_sub(&logits.f_logsumexp([-1], true)?)?;
+    Ok(Drawn { tokens: integers(&chosen)?, logprobs: floats(&logprobs)?, likelihoods })
+}
+
+/// Tokens of a vocabulary's block: its probabilities are summed first, and only the block that a draw falls into is looked at
+/// token by token.
+const BLOCK: i64 = 256;
+
+/// The same at temperature 1 without constraints, in fewer passes over the vocabulary.
+fn draw_plain(logits: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
+    let (_, d_vocab) = logits.size2()?;
+    let probabilities = logits.f_softmax(-1, Kind::Float)?;
+    let shares = uniform_shares(uniforms, logits.device())?;
+    let whole = d_vocab - d_vocab % BLOCK;
+    let mut sums = Vec::new();
+    if whole > 0 {
+        let blocks = probabilities.f_narrow(1, 0, whole)?.f_unflatten(1, [-1, BLOCK])?;
+        sums.push(blocks.f_sum_dim_intlist(-1, false, Kind::Float)?);
+    }
+    if whole < d_vocab {
+        let rest = probabilities.f_narrow(1, whole, d_vocab - whole)?;
+        sums.push(rest.f_sum_dim_intlist(-1, true, Kind::Float)?);
+    }
+    let (block, before) = fall(&Tensor::f_cat(&sums, 1)?, &shares)?; // [rows, 1], both
+    let first = block.f_mul_scalar(BLOCK)?;
+    let inside = Tensor::f_arange(BLOCK, (Kind::Int64, logits.device()))?.f_unsqueeze(0)?.f_add(&first)?; // [rows, BLOCK]
+    let exists = inside.f_lt(d_vocab)?;
+    let there = probabilities.f_gather(1, &inside.f_clamp_max(d_vocab - 1)?, false)?.f_mul(&exists)?;
+    // What is left of the draw, as a share of the block.
+    let left = before.f_div(&there.f_sum_dim_intlist(-1, true, Kind::Float)?)?.f_clamp(0.0, 1.0)?;
+    let chosen = fall(&there, &left)?.0.f_add(&first)?;
+    let likelihoods = floats(&probabilities.f_gather(1, &chosen, false)?)?;
+    let logprobs = likelihoods.iter().map(|p| p.ln()).collect();
+    Ok(Drawn { tokens: integers(&chosen)?, logprobs, likelihoods })
+}
+
+/// Where in `[rows, n]` probabilities of any sum a share of the sum falls, `[rows, 1]`: the first whose cumulated probability
+/// exceeds it, and how much of the share is left before it.
+fn fall(probabilities: &Tensor, shares: &Tensor) -> Result<(Tensor, Tensor)> {
+    let cumulated = probabilities.f_cumsum(-1, Kind::Float)?;
+    let width = cumulated.size()[1];
+    let total = cumulated.f_narrow(1, width - 1, 1)?;
+    let threshold = shares.f_mul(&total)?;
+    let found = threshold.f_searchsorted::<Tensor>(&cumulated, false, true, "right", None)?;
+    // Rounding must not reach past the last.
+    let last = cumulated.f_lt_tensor(&total)?.f_sum_dim_intlist(-1, true, Kind::Int64)?;
+    let chosen = found.f_minimum(&last)?;
+    let up_to = cumulated.f_gather(1, &chosen, false)?.f_sub(&probabilities.f_gather(1, &chosen, false)?)?;
+    Ok((chosen, threshold.f_sub(&up_to)?))
+}
+
+fn uniform_shares(uniforms: &[f64], device: Device) -> Result<Tensor> {
+    let uniforms: Vec<f32> = uniforms.iter().map(|uniform| *uniform as f32).collect();
+    Ok(Tensor::f_from_slice(&uniforms)?.f_to_device(device)?.f_unsqueeze(1)?)
+}
+
+fn floats(column: &Tensor) -> Result<Vec<f32>> {
+    Ok(Vec::<f32>::try_from(&column.f_reshape([-1])?.f_to_device(Device::Cpu)?)?)
+}
+
+fn integers(column: &Tensor) -> Result<Vec<i64>> {
+    Ok(Vec::<i64>::try_from(&column.f_reshape([-1])?.f_to_device(Device::Cpu)?)?)
 }
 
 /// What a comma-separated list of numbers may go on with, token by token (constrained decoding).
@@ -311,6 +380,32 @@ mod tests {
         let cooled = draw(&logits, &sampling(0.5, None), &[&[]], &[0.5]).unwrap();
         let expected = 0.25 / (0.04 + 0.25 + 0.09);
         assert!((cooled.likelihoods[0] - expected).abs() < 1e-6 && (cooled.logprobs[0] - 0.5_f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_block_that_a_draw_falls_into_holds_the_token_it_falls_on() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        for d_vocab in [3, BLOCK, 2 * BLOCK + 5, 5 * BLOCK] {
+            let values: Vec<f32> = (0..d_vocab * 4).map(|_| rng.random_range(-4.0..4.0)).collect();
+            let logits = Tensor::from_slice(&values).view([4, d_vocab]);
+            for _ in 0..50 {
+                let uniforms: Vec<f64> = (0..4).map(|_| rng.random()).collect();
+                let found = draw_plain(&logits, &uniforms).unwrap();
+                let probabilities = logits.softmax(-1, Kind::Double);
+                let cumulated = probabilities.cumsum(-1, Kind::Double);
+                for (row, (uniform, token)) in (0..).zip(uniforms.iter().zip(&found.tokens)) {
+                    let (up_to, p) =
+                        (cumulated.double_value(&[row, *token]), probabilities.double_value(&[row, *token]));
+                    // 1e-6: the draw is in f32.
+                    assert!(
+                        up_to - p - 1e-6 <= *uniform && *uniform <= up_to + 1e-6,
+                        "{uniform} at {token} of {d_vocab}"
+                    );
+                    assert!((f64::from(found.likelihoods[row as usize]) - p).abs() < 1e-6);
+                    assert!((f64::from(found.logprobs[row as usize]) - p.ln()).abs() < 1e-5);
+                }
+            }
+        }
     }
 
     #[test]

@@ -6,7 +6,10 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
 use crate::generate::{Answer, Sampling, generate, stream_seed};
+use crate::gradient::gradients;
 use crate::listen::Cache;
+use crate::loss::{Targets, cross_entropy_sum};
+use crate::packing::Row;
 use crate::score::{completion_logprobs, listen, next_token_logprobs, resid_post};
 use crate::{
     Adapter, Batch, Chat, Condition, Doses, Edit, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Prompt, Qwen,
@@ -26,6 +29,20 @@ pub(crate) fn world() -> (Qwen, Chat, Adapter) {
         pair.b.shallow_clone().copy_(&Tensor::from_slice(&values).view_as(&pair.b));
     }
     (model, chat, adapter)
+}
+
+pub(crate) fn exact_model() -> Qwen {
+    Qwen::load(&ModelFiles::open("tiny-random").unwrap(), Device::Cpu, Kind::Double).unwrap()
+}
+
+/// The adapter in f64.
+pub(crate) fn exact(model: &Qwen, adapter: &Adapter) -> Adapter {
+    let mut exact = Adapter::empty(adapter.config.clone(), &model.config);
+    for (layer, proj, pair) in adapter.pairs() {
+        let [a, b] = [&pair.a, &pair.b].map(|factor| factor.to_kind(Kind::Double));
+        exact.set(layer, proj, crate::LoraPair { a, b, scaling: pair.scaling });
+    }
+    exact
 }
 
 pub(crate) fn prompts(chat: &Chat) -> Vec<Prompt> {
@@ -112,6 +129,69 @@ fn the_log_probabilities_of_a_completion_are_those_of_the_whole_row() {
         assert_eq!(found.len(), answer.len() + 2, "the content, the end of turn and the line break");
         for (found, expected) in found.iter().zip(&expected) {
             assert!((f64::from(*found) - expected).abs() < SUM_ORDER, "{found} {expected}");
+        }
+    }
+}
+
+#[test]
+fn packed_rows_are_each_alone_gradients_included() {
+    let (model, chat, adapter) = world();
+    let (model, adapter) = (exact_model(), exact(&model, &adapter));
+    let answers = ["480, 12, 7", "480, 12, 9", "480", "1"];
+    let prompts: Vec<Prompt> = prompts(&chat);
+    let rows: Vec<Prompt> = prompts
+        .iter()
+        .flat_map(|prompt| answers.map(|answer| prompt.with_completion(&chat.encode(answer).unwrap())))
+        .collect();
+    let gate: Gate = "except:entity+user.content".parse().unwrap();
+    for gate in [None, Some(&gate)] {
+        let doses: Vec<Option<Vec<f64>>> = rows.iter().map(|row| gate.map(|gate| gate.doses(row).unwrap())).collect();
+        let parameters: Vec<Tensor> =
+            adapter.parameters().into_iter().map(|(_, tensor)| tensor.set_requires_grad(true)).collect();
+        let masks: Vec<Vec<bool>> =
+            rows.iter().map(|row| (0..row.ids.len()).map(|at| at >= row.completion.start).collect()).collect();
+        let of = |batch: &Batch, which: &[usize], doses: Option<Doses>| {
+            let pass = &mut Pass { adapter: Some(&adapter), gate: doses, ..Pass::default() };
+            let resid = model.resid_final(batch, pass).unwrap();
+            let ids: Vec<&[i64]> = which.iter().map(|row| rows[*row].ids.as_slice()).collect();
+            let masks: Vec<&[bool]> = which.iter().map(|row| masks[*row].as_slice()).collect();
+            let loss = cross_entropy_sum(&model, &resid, &Targets::of(batch, &ids, &masks).unwrap()).unwrap();
+            let gradients = gradients(&loss, &parameters, false).unwrap();
+            (resid.detach().reshape([-1, model.config.d_model]), loss.double_value(&[]), gradients)
+        };
+        let spread = |doses: &[Vec<f64>]| gate.map(|gate| gate.spread(doses, Device::Cpu).unwrap());
+        let alone: Vec<_> = (0..rows.len())
+            .map(|row| {
+                of(
+                    &Batch::of(&[&rows[row]], Device::Cpu).unwrap(),
+                    &[row],
+                    spread(&[doses[row].clone().unwrap_or_default()]),
+                )
+            })
+            .collect();
+        for (share, groups) in [(true, 1), (false, 1), (true, 2)] {
+            let packed: Vec<Row<'_>> =
+                rows.iter().zip(&doses).map(|(row, doses)| Row { ids: &row.ids, doses: doses.as_deref() }).collect();
+            let groups: Vec<&[Row<'_>]> = packed.chunks(rows.len() / groups).collect();
+            let batch = Batch::packed(&groups, share, Device::Cpu).unwrap();
+            let n_tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
+            assert_eq!(batch.ids.numel() < n_tokens, share);
+            let (resid, loss, gradients) = of(&batch, &(0..rows.len()).collect::<Vec<_>>(), spread(batch.doses()));
+            for (row, (alone, ..)) in alone.iter().enumerate() {
+                let places: Vec<i64> = (0..rows[row].ids.len()).map(|at| batch.place(row, at)).collect();
+                let found = resid.index_select(0, &Tensor::from_slice(&places));
+                assert!(max_diff(&found, alone) < 1e-12 * alone.abs().max().double_value(&[]).max(1.0), "row {row}");
+            }
+            let expected: f64 = alone.iter().map(|(_, loss, _)| loss).sum();
+            assert!((loss - expected).abs() < 1e-12 * expected, "{loss} {expected}");
+            for (at, gradient) in gradients.iter().enumerate() {
+                let expected = alone
+                    .iter()
+                    .map(|(.., gradients)| &gradients[at])
+                    .fold(gradient.zeros_like(), |sum, more| sum + more);
+                let scale = expected.abs().max().double_value(&[]);
+                assert!(scale > 0.0 && max_diff(gradient, &expected) < 1e-11 * scale, "tensor {at}");
+            }
         }
     }
 }

@@ -31,6 +31,7 @@ pub mod lora;
 pub mod loss;
 pub mod model_files;
 mod nn;
+pub mod packing;
 pub mod pass;
 mod peft;
 pub mod planned;

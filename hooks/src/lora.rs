@@ -170,22 +170,34 @@ pub struct LoraPair {
 }
 
 impl LoraPair {
-    /// s · B (g ⊙ A x) in f32, or in f64 where `x` is; g is the dose. `x`: `[batch, pos, d_in]`, the result is
-    /// `[batch, pos, d_out]`.
-    pub(crate) fn delta(&self, x: &Tensor, dose: Dose<'_>, dropout: Option<&mut Dropout>) -> Result<Tensor> {
+    /// y + s · B (g ⊙ A x), the second part in f32, or in f64 where `x` is; g is the dose. `x`: `[tokens, d_in]`; `y` and the
+    /// result: `[tokens, d_out]`. Where the kinds allow, y is added to in place: another tensor of its size costs as much time
+    /// as the products.
+    pub(crate) fn add_to(
+        &self,
+        mut y: Tensor,
+        x: &Tensor,
+        dose: Dose<'_>,
+        dropout: Option<&mut Dropout>,
+    ) -> Result<Tensor> {
+        let kind = y.kind();
         let x = x.f_to_kind(wide(x.kind()))?;
         let [a, b] = [&self.a, &self.b].map(|factor| factor.f_to_kind(x.kind()));
         let x = match dropout {
             Some(dropout) => dropout.apply(&x)?,
             None => x,
         };
-        let bottleneck = x.f_matmul(&a?.f_transpose(0, 1)?)?.f_mul_scalar(self.scaling)?; // [batch, pos, rank]
+        let bottleneck = x.f_matmul(&a?.f_transpose(0, 1)?)?.f_mul_scalar(self.scaling)?; // [tokens, rank]
         let bottleneck = match dose {
             Dose::Uniform(1.0) => bottleneck,
             Dose::Uniform(dose) => bottleneck.f_mul_scalar(dose)?,
-            Dose::Tokens(doses) => bottleneck.f_mul(&doses.f_to_kind(bottleneck.kind())?)?,
+            Dose::Tokens(doses) => bottleneck.f_mul(&doses.f_to_kind(bottleneck.kind())?.f_reshape([-1, 1])?)?,
         };
-        Ok(bottleneck.f_matmul(&b?.f_transpose(0, 1)?)?)
+        let b = b?.f_transpose(0, 1)?;
+        if kind == bottleneck.kind() {
+            return Ok(y.f_addmm_(&bottleneck, &b)?);
+        }
+        Ok(y.f_add(&bottleneck.f_matmul(&b)?)?.f_to_kind(kind)?)
     }
 
     /// The weight change s · B · A, `[d_out, d_in]`.

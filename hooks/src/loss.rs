@@ -1,10 +1,12 @@
 //! The language model's loss, computed only where there is loss: the hidden states of the other positions are never
 //! unembedded, and no more than a few hundred rows of logits exist at a time.
 
-use tch::{Device, Tensor};
+use tch::Tensor;
 
+use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::nn::wide;
+use crate::packing::embedding;
 use crate::qwen::Qwen;
 
 /// Rows of logits that are held at a time.
@@ -22,20 +24,20 @@ pub struct Targets {
 }
 
 impl Targets {
-    /// The targets of right-padded rows of width `width`. `masks[row][t]` says whether token t is predicted (by t − 1);
-    /// the first token, which nothing predicts, cannot be.
-    pub fn of(rows: &[&[i64]], masks: &[&[bool]], width: usize, device: Device) -> Result<Self> {
+    /// The targets of a batch's rows. `masks[row][t]` says whether token t is predicted (by t − 1); the first token, which
+    /// nothing predicts, cannot be. A row's last token need not be in the batch, since it predicts nothing.
+    pub fn of(batch: &Batch, rows: &[&[i64]], masks: &[&[bool]]) -> Result<Self> {
         let (mut indices, mut labels) = (Vec::new(), Vec::new());
         for (row, (ids, mask)) in rows.iter().zip(masks).enumerate() {
             for (t, id) in ids.iter().enumerate().skip(1).filter(|(t, _)| mask.get(*t) == Some(&true)) {
-                indices.push((row * width + t - 1) as i64);
+                indices.push(batch.place(row, t - 1));
                 labels.push(*id);
             }
         }
         if labels.is_empty() {
             return Err(Error::EmptyLossMask { mask: format!("of {} rows", rows.len()), row: 0 });
         }
-        let n = labels.len();
+        let (n, device) = (labels.len(), batch.ids.device());
         let rows = Tensor::f_from_slice(&indices)?.f_to_device(device)?;
         Ok(Self { rows, labels: Tensor::f_from_slice(&labels)?.f_to_device(device)?, n })
     }
@@ -44,48 +46,53 @@ impl Targets {
 /// Σ −log p(label) over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid_final`:
 /// `[batch, pos, d_model]`. The sum and not the mean, so that a step of several batches can be divided by all its targets.
 pub fn cross_entropy_sum(model: &Qwen, resid_final: &Tensor, targets: &Targets) -> Result<Tensor> {
+    Ok(cross_entropy(model, resid_final, targets)?.f_sum(wide(resid_final.kind()))?)
+}
+
+/// −log p(label) of each target, `[n]`, in f32 (f64 in an f64 model). Gradients flow through their sum once, or through sums of
+/// them with equal factors within each.
+fn cross_entropy(model: &Qwen, resid_final: &Tensor, targets: &Targets) -> Result<Tensor> {
     let (_, _, d_model) = resid_final.size3()?;
-    let hidden = resid_final.f_reshape([-1, d_model])?.f_index_select(0, &targets.rows)?; // [n, d_model]
+    let hidden = embedding(&resid_final.f_reshape([-1, d_model])?, &targets.rows)?; // [n, d_model]
+    let normed = model.final_norm(&hidden)?;
     let unembedding_learns = model.parameters().iter().any(|(_, weight)| weight.requires_grad());
-    if unembedding_learns || !hidden.requires_grad() {
-        return sum_of_chunks(&hidden, targets, |hidden, labels| nll_sum(model, hidden, labels));
-    }
-    // The gradient at each chunk's hidden states is taken at once, so that its logits can go; the loss that is returned
-    // has the value of the sum and hands on exactly these gradients.
-    sum_of_chunks(&hidden, targets, |hidden, labels| {
-        let leaf = hidden.f_detach()?.f_set_requires_grad(true)?;
-        let nll = nll_sum(model, &leaf, labels)?;
-        let gradient = &Tensor::f_run_backward(&[&nll], &[&leaf], false, false)?[0];
-        let carrier = hidden.f_mul(gradient)?.f_sum(wide(hidden.kind()))?;
-        Ok(carrier.f_sub(&carrier.f_detach()?)?.f_add(&nll.f_detach()?)?)
-    })
+    let chunks = normed.f_split(ROWS, 0)?;
+    let chunks = chunks.iter().zip(targets.labels.f_split(ROWS, 0)?).map(|(normed, labels)| {
+        if unembedding_learns || !normed.requires_grad() {
+            return nll(model, normed, &labels);
+        }
+        // The gradient at the chunk's hidden states is taken at once, so that its logits can go; what is returned has the
+        // loss's values and hands on exactly these gradients.
+        let (nll, gradient) = tch::no_grad(|| nll_and_gradient(model, normed, &labels))?;
+        let carrier = normed.f_mul(&gradient)?.f_sum_dim_intlist(-1, false, wide(normed.kind()))?;
+        Ok(carrier.f_sub(&carrier.f_detach()?)?.f_add(&nll)?)
+    });
+    Ok(Tensor::f_cat(&chunks.collect::<Result<Vec<_>>>()?, 0)?)
 }
 
-fn sum_of_chunks(
-    hidden: &Tensor,
-    targets: &Targets,
-    loss: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let mut sums = Vec::new();
-    for (hidden, labels) in hidden.f_split(ROWS, 0)?.iter().zip(targets.labels.f_split(ROWS, 0)?) {
-        sums.push(loss(hidden, &labels)?);
-    }
-    Ok(Tensor::f_stack(&sums, 0)?.f_sum(wide(hidden.kind()))?)
+/// −log p(label), `[n]`. `normed`: `[n, d_model]` after the final norm, `labels`: `[n]`.
+fn nll(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let logprobs = model.logits(normed)?.f_log_softmax(-1, wide(normed.kind()))?; // [n, d_vocab]
+    Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?)
 }
 
-/// `hidden`: `[n, d_model]`, `labels`: `[n]`; the result is a scalar in f32, or in f64 where `hidden` is.
-fn nll_sum(model: &Qwen, hidden: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    let logprobs = model.unembed(hidden)?.f_log_softmax(-1, wide(hidden.kind()))?; // [n, d_vocab]
-    Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_sum(logprobs.kind())?.f_neg()?)
+/// The same, and ∂/∂normed = (softmax − onehot) · W of each, `[n, d_model]`, in the memory of two tensors of logits.
+fn nll_and_gradient(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
+    let labels = labels.f_unsqueeze(1)?;
+    let mut logprobs = model.logits(normed)?.f_log_softmax(-1, wide(normed.kind()))?;
+    let nll = logprobs.f_gather(1, &labels, false)?.f_squeeze_dim(1)?.f_neg()?;
+    let mut gradient = logprobs.f_exp_()?;
+    let minus_one = labels.f_full_like(-1.0)?.f_to_kind(gradient.kind())?;
+    let _ = gradient.f_scatter_add_(1, &labels, &minus_one)?;
+    Ok((nll, gradient.f_to_kind(normed.kind())?.f_matmul(model.head())?))
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
-    use tch::Kind;
+    use tch::{Device, Kind};
 
     use super::*;
-    use crate::batch::Batch;
     use crate::model_files::ModelFiles;
     use crate::pass::Pass;
 
@@ -103,7 +110,7 @@ mod tests {
     }
 
     fn targets(rows: &[&[i64]]) -> Targets {
-        Targets::of(rows, &MASKS, 5, Device::Cpu).unwrap()
+        Targets::of(&Batch::from_ids(&ROWS_OF_IDS, Device::Cpu).unwrap(), rows, &MASKS).unwrap()
     }
 
     #[test]
@@ -136,14 +143,14 @@ mod tests {
         let model = model();
         let ids: Vec<i64> = (0..300).map(|i| i % 50).collect();
         let masks = vec![true; 300];
-        let targets = Targets::of(&[&ids], &[&masks], 300, Device::Cpu).unwrap(); // more than one chunk
         let batch = Batch::from_ids(&[&ids], Device::Cpu).unwrap();
+        let targets = Targets::of(&batch, &[&ids], &[&masks]).unwrap(); // more than one chunk
         let resid = model.resid_final(&batch, &mut Pass::default()).unwrap().detach().set_requires_grad(true);
 
         let chunked = cross_entropy_sum(&model, &resid, &targets).unwrap();
         let gradient = Tensor::run_backward(&[&chunked.f_div_scalar(7.0).unwrap()], &[&resid], false, false);
         let hidden = resid.reshape([-1, model.config.d_model]).index_select(0, &targets.rows);
-        let whole = nll_sum(&model, &hidden, &targets.labels).unwrap();
+        let whole = nll(&model, &model.final_norm(&hidden).unwrap(), &targets.labels).unwrap().sum(Kind::Float);
         let expected = Tensor::run_backward(&[&(&whole / 7.0)], &[&resid], false, false);
 
         let difference = (&gradient[0] - &expected[0]).abs().max().double_value(&[]);
@@ -155,7 +162,8 @@ mod tests {
 
     #[test]
     fn no_target_is_an_error() {
-        let error = Targets::of(&[&[1, 2]], &[&[true, false]], 2, Device::Cpu).unwrap_err();
+        let batch = Batch::from_ids(&[&[1, 2]], Device::Cpu).unwrap();
+        let error = Targets::of(&batch, &[&[1, 2]], &[&[true, false]]).unwrap_err();
         assert!(matches!(error, Error::EmptyLossMask { .. }), "{error}");
     }
 }

@@ -31,16 +31,16 @@ impl Linear {
     /// `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`. The adapter's part is computed in f32, as
     /// PEFT does, or wider.
     pub(crate) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let y = linear(x, &self.weight, self.bias.as_ref())?;
-        let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) else {
-            return Ok(y);
-        };
-        let dose = pass.gate.as_ref().map_or(Dose::Uniform(1.0), |doses| doses.at(self.layer, self.proj));
-        if matches!(dose, Dose::Uniform(0.0)) {
-            return Ok(y);
+        let (batch, pos, d_in) = x.size3()?;
+        let x = x.f_reshape([batch * pos, d_in])?;
+        let mut y = linear(&x, &self.weight, self.bias.as_ref())?;
+        if let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) {
+            let dose = pass.gate.as_ref().map_or(Dose::Uniform(1.0), |doses| doses.at(self.layer, self.proj));
+            if !matches!(dose, Dose::Uniform(0.0)) {
+                y = pair.add_to(y, &x, dose, pass.dropout.as_deref_mut())?;
+            }
         }
-        let delta = pair.delta(x, dose, pass.dropout.as_deref_mut())?;
-        Ok(y.f_add(&delta)?.f_to_kind(x.kind())?)
+        Ok(y.f_view([batch, pos, -1])?)
     }
 
     pub(crate) fn parameters(&self) -> Vec<(String, Tensor)> {

@@ -55,7 +55,7 @@ impl Attention {
     }
 
     /// `x` and the result: `[batch, pos, d_model]`.
-    fn forward(&self, x: &Tensor, rope: &Rope, placement: &Placement, pass: &mut Pass<'_>) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, rope: &Rope, placement: &Placement<'_>, pass: &mut Pass<'_>) -> Result<Tensor> {
         let l = self.layer;
         let (batch, pos, _) = x.size3()?;
         let heads = |y: Tensor, n: i64| y.f_view([batch, pos, n, self.d_head]);
@@ -68,25 +68,39 @@ impl Attention {
             q = pass.hooks.run(P::QNormed(l), q_norm.forward(&q)?)?;
             k = pass.hooks.run(P::KNormed(l), k_norm.forward(&k)?)?;
         }
-        let q = pass.hooks.run(P::RotQ(l), rope.rotate(&q)?)?.f_transpose(1, 2)?; // [batch, n_heads, pos, d_head]
-        let k = pass.hooks.run(P::RotK(l), rope.rotate(&k)?)?.f_transpose(1, 2)?; // [batch, n_kv_heads, pos, d_head]
-        let v = v.f_transpose(1, 2)?;
+        let q = pass.hooks.run(P::RotQ(l), rope.rotate(&q)?)?;
+        let k = pass.hooks.run(P::RotK(l), rope.rotate(&k)?)?;
+
         let (k, v) = match pass.kv_cache.as_deref_mut() {
-            Some(cache) => cache.extend(l, &k, &v)?,
+            Some(cache) => cache.extend(l, &k, &v, placement.packing.is_some())?,
             None => (k, v),
         };
-
-        let open = pass.hooks.any_at(P::AttnScores(l)) || pass.hooks.any_at(P::Pattern(l));
-        let z = if open {
-            self.open_attention(&q, &k, &v, placement, &mut pass.hooks)?
-        } else {
-            fused(&q, &k, &v, placement)?
+        let z = match placement.packing {
+            Some(packing) => packing.attend(&q, &k, &v)?,
+            None => self.attend(&q, &k, &v, placement, &mut pass.hooks)?,
         };
-        let z = pass.hooks.run(P::Z(l), z.f_transpose(1, 2)?)?; // [batch, pos, n_heads, d_head]
+        let z = pass.hooks.run(P::Z(l), z)?; // [batch, pos, n_heads, d_head]
+
         if pass.hooks.any_at(P::Result(l)) {
             return self.result(&z, pass);
         }
         self.o.forward(&z.f_reshape([batch, pos, self.n_heads * self.d_head])?, pass)
+    }
+
+    /// Attention over all slots. `q`: `[batch, pos, n_heads, d_head]`, as the result, `k` and `v`: `[batch, slots, n_kv_heads,
+    /// d_head]`.
+    fn attend(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        placement: &Placement<'_>,
+        hooks: &mut Hooks<'_>,
+    ) -> Result<Tensor> {
+        let (q, k, v) = (q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?);
+        let open = hooks.any_at(P::AttnScores(self.layer)) || hooks.any_at(P::Pattern(self.layer));
+        let z = if open { self.open_attention(&q, &k, &v, placement, hooks)? } else { fused(&q, &k, &v, placement)? };
+        Ok(z.f_transpose(1, 2)?)
     }
 
     /// Attention with its scores and pattern in the open, `[batch, n_heads, query, key]`; the result is `z` by heads.
@@ -95,7 +109,7 @@ impl Attention {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        placement: &Placement,
+        placement: &Placement<'_>,
         hooks: &mut Hooks<'_>,
     ) -> Result<Tensor> {
         let group = self.n_heads / self.n_kv_heads;
@@ -127,7 +141,7 @@ impl Attention {
 }
 
 /// Attention by libtorch's fused kernel; the result is `[batch, n_heads, pos, d_head]`.
-fn fused(q: &Tensor, k: &Tensor, v: &Tensor, placement: &Placement) -> Result<Tensor> {
+fn fused(q: &Tensor, k: &Tensor, v: &Tensor, placement: &Placement<'_>) -> Result<Tensor> {
     let causal = placement.mask.is_none() && placement.causal;
     let grouped = q.size4()?.1 != k.size4()?.1;
     Ok(Tensor::f_scaled_dot_product_attention(q, k, v, placement.mask.as_ref(), 0.0, causal, None, grouped)?)
@@ -183,7 +197,13 @@ impl Block {
     }
 
     /// `resid_pre` and the result: `[batch, pos, d_model]`.
-    fn forward(&self, resid_pre: Tensor, rope: &Rope, placement: &Placement, pass: &mut Pass<'_>) -> Result<Tensor> {
+    fn forward(
+        &self,
+        resid_pre: Tensor,
+        rope: &Rope,
+        placement: &Placement<'_>,
+        pass: &mut Pass<'_>,
+    ) -> Result<Tensor> {
         let l = self.layer;
         let resid_pre = pass.hooks.run(P::ResidPre(l), resid_pre)?;
 
@@ -280,11 +300,13 @@ impl Qwen {
     }
 
     fn run_blocks(&self, blocks: &[Block], batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let placement = if let Some(cache) = pass.kv_cache.as_deref_mut() {
-            cache.place(batch)?
-        } else {
-            let positions = Tensor::f_arange(batch.width() as i64, (Kind::Int64, self.device()))?.f_unsqueeze(0)?;
-            Placement { positions, mask: None, causal: true }
+        let placement = match (pass.kv_cache.as_deref_mut(), &batch.packing) {
+            (Some(cache), _) => cache.place(batch)?,
+            (None, Some(packing)) => Placement::packed(packing),
+            (None, None) => {
+                let positions = Tensor::f_arange(batch.width() as i64, (Kind::Int64, self.device()))?.f_unsqueeze(0)?;
+                Placement { positions, mask: None, causal: true, packing: None }
+            }
         };
         pass.hooks.place(&placement.positions)?;
         let rope = Rope::at(&placement.positions, &self.config, self.kind())?;
@@ -298,7 +320,22 @@ impl Qwen {
 
     /// Final norm and unembedding: the logit lens. `resid`: `[.., d_model]`, the result is `[.., d_vocab]`.
     pub fn unembed(&self, resid: &Tensor) -> Result<Tensor> {
-        linear(&self.ln_final.forward(resid)?, &self.unembed, None)
+        self.logits(&self.final_norm(resid)?)
+    }
+
+    /// The norm before the unembedding; `resid`: `[.., d_model]`, as the result.
+    pub(crate) fn final_norm(&self, resid: &Tensor) -> Result<Tensor> {
+        self.ln_final.forward(resid)
+    }
+
+    /// The unembedding alone; `normed`: `[.., d_model]`, the result is `[.., d_vocab]`.
+    pub(crate) fn logits(&self, normed: &Tensor) -> Result<Tensor> {
+        linear(normed, &self.unembed, None)
+    }
+
+    /// The unembedding's weight, `[d_vocab, d_model]`.
+    pub(crate) fn head(&self) -> &Tensor {
+        &self.unembed
     }
 
     /// The unembedding's rows of some tokens, `[n, d_model]`.

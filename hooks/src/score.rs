@@ -1,14 +1,18 @@
-//! What a model gives to tokens, without sampling. Rows are batched by a budget of tokens, and what all rows of a batch
-//! begin with (the system prompt, mostly) is run once. Everything here runs without gradients; results are f32 on the CPU.
+//! What a model gives to tokens, without sampling. Rows are batched by a budget of tokens, and what rows of a batch begin
+//! with alike (the system prompt, a question under several gates) is run once. Everything here runs without gradients;
+//! results are f32 on the CPU.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::condition::{Condition, Prepared};
 use crate::error::{Error, Result};
+use crate::gate::Gate;
 use crate::hook_point::HookPoint;
 use crate::kv_cache::KvCache;
 use crate::listen::Cache;
+use crate::lora::Adapter;
+use crate::packing::{Row, embedding};
 use crate::pass::Pass;
 use crate::qwen::Qwen;
 use crate::tap::{Listener, Tap};
@@ -22,26 +26,148 @@ fn token_budget(device: Device) -> usize {
 /// Rows of logits computed at once.
 const LOGIT_ROWS: i64 = 256;
 
-/// Rows of some prompts after a first pass, ready to be read or continued.
-pub(crate) struct Prefilled<'a> {
-    /// The residual stream after the last block, `[batch, pos - offset, d_model]`.
-    pub(crate) resid: Tensor,
-    /// How many positions at the start are not in `resid`, because all rows share them.
-    pub(crate) offset: usize,
-    /// Keys and values of all positions.
-    pub(crate) cache: KvCache,
-    /// The condition, for what follows.
-    pub(crate) prepared: Prepared<'a>,
+/// A prompt, and what the model is run with.
+pub type Case<'c, 'a> = (&'c Prompt, &'c Condition<'a>);
+
+/// Some cases after a pass over their tokens, ready to be read or continued.
+pub(crate) struct Prefilled {
+    /// The cases' indices among those asked for; also the order of the cache's rows.
+    pub(crate) cases: Vec<usize>,
+    /// The residual stream after the last block, `[tokens, d_model]`.
+    resid: Tensor,
+    /// Per case, where its tokens stand in `resid`; negative for those that were run once for all, before.
+    places: Vec<Vec<i64>>,
+    /// Keys and values of all positions, where they are kept.
+    pub(crate) cache: Option<KvCache>,
 }
 
-/// Runs the rows, what they share at the start once, and leaves room for `room` further tokens each.
-pub(crate) fn prefill<'p, 'a: 'p>(
+impl Prefilled {
+    /// The residual stream at the last token of each case, `[cases, d_model]`.
+    pub(crate) fn last(&self) -> Result<Tensor> {
+        self.pick(self.places.iter().filter_map(|places| places.last().copied()))
+    }
+
+    fn pick(&self, places: impl Iterator<Item = i64>) -> Result<Tensor> {
+        let places = Tensor::f_from_slice(&places.collect::<Vec<_>>())?.f_to_device(self.resid.device())?;
+        embedding(&self.resid, &places)
+    }
+}
+
+/// Runs the cases batch by batch and hands on each batch; with `keep`, its keys and values as well.
+pub(crate) fn prefill(
+    model: &Qwen,
+    cases: &[Case<'_, '_>],
+    keep: bool,
+    done: &mut dyn FnMut(Prefilled) -> Result<()>,
+) -> Result<()> {
+    let budget = token_budget(model.device());
+    let (edited, plain): (Vec<usize>, Vec<usize>) = (0..cases.len()).partition(|case| !cases[*case].1.edits.is_empty());
+    for company in companies(cases, &plain)? {
+        for members in company.batches(cases, budget) {
+            done(company.run(model, cases, members, keep)?)?;
+        }
+    }
+    for members in edited.chunk_by(|one, next| std::ptr::eq(cases[*one].1, cases[*next].1)) {
+        let prompts: Vec<&Prompt> = members.iter().map(|case| cases[*case].0).collect();
+        for batch in padded_batches(&prompts, budget) {
+            let rows: Vec<&Prompt> = batch.iter().map(|row| prompts[*row]).collect();
+            let (mut prefilled, _) = prefill_padded(model, &rows, cases[members[0]].1, 0, None)?;
+            prefilled.cases = batch.into_iter().map(|row| members[row]).collect();
+            done(prefilled)?;
+        }
+    }
+    Ok(())
+}
+
+/// Cases that can share a pass, whatever tokens their gates select: they have the same adapter, in the same blocks and
+/// projections, and no edits, which speak of positions in rows.
+struct Company<'c, 'a> {
+    adapter: Option<&'a Adapter>,
+    gate: &'c Gate,
+    /// Index and doses of each, in the order of their tokens: neighbours have most in common.
+    members: Vec<Member>,
+}
+
+struct Member {
+    case: usize,
+    doses: Option<Vec<f64>>,
+}
+
+impl Member {
+    fn row<'r>(&'r self, cases: &'r [Case<'_, '_>]) -> Row<'r> {
+        Row { ids: &cases[self.case].0.ids, doses: self.doses.as_deref() }
+    }
+}
+
+fn companies<'c, 'a>(cases: &[Case<'c, 'a>], which: &[usize]) -> Result<Vec<Company<'c, 'a>>> {
+    let mut found: Vec<Company<'c, 'a>> = Vec::new();
+    for case in which {
+        let (prompt, condition) = cases[*case];
+        let (adapter, doses) = condition.acting(prompt)?;
+        let member = Member { case: *case, doses };
+        let company = found.iter_mut().find(|company| match (company.adapter, adapter) {
+            (Some(theirs), Some(own)) => std::ptr::eq(theirs, own) && company.gate.fits(&condition.gate),
+            (None, None) => true,
+            _ => false,
+        });
+        match company {
+            Some(company) => company.members.push(member),
+            None => found.push(Company { adapter, gate: &condition.gate, members: vec![member] }),
+        }
+    }
+    for company in &mut found {
+        company.members.sort_by(|one, other| one.row(cases).tokens().cmp(other.row(cases).tokens()));
+    }
+    Ok(found)
+}
+
+impl Company<'_, '_> {
+    /// The members in batches of `budget` distinct tokens at most.
+    fn batches(&self, cases: &[Case<'_, '_>], budget: usize) -> Vec<&[Member]> {
+        let (mut batches, mut from, mut size) = (Vec::new(), 0, 0);
+        for (at, member) in self.members.iter().enumerate() {
+            let row = member.row(cases);
+            let shared = if at > from { row.shared(&self.members[at - 1].row(cases)) } else { 0 };
+            if at > from && size + row.ids.len() - shared > budget {
+                batches.push(&self.members[from..at]);
+                (from, size) = (at, row.ids.len());
+            } else {
+                size += row.ids.len() - shared;
+            }
+        }
+        batches.push(&self.members[from..]);
+        batches
+    }
+
+    fn run(&self, model: &Qwen, cases: &[Case<'_, '_>], members: &[Member], keep: bool) -> Result<Prefilled> {
+        let rows: Vec<Row<'_>> = members.iter().map(|member| member.row(cases)).collect();
+        let batch = Batch::packed(&[&rows], true, model.device())?;
+        let gated = rows.iter().any(|row| row.doses.is_some());
+        let gate = gated.then(|| self.gate.spread(batch.doses(), model.device())).transpose()?;
+        let capacity = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
+        let cache = || KvCache::new(&model.config, rows.len() as i64, capacity as i64, model.kind(), model.device());
+        let mut cache = keep.then(cache).transpose()?;
+        let mut pass = Pass { adapter: self.adapter, gate, kv_cache: cache.as_mut(), ..Pass::default() };
+        let resid = model.resid_final(&batch, &mut pass)?.f_squeeze_dim(0)?;
+        let places = (0..rows.len()).map(|row| (0..rows[row].ids.len()).map(|token| batch.place(row, token)).collect());
+        Ok(Prefilled {
+            cases: members.iter().map(|member| member.case).collect(),
+            resid,
+            places: places.collect(),
+            cache,
+        })
+    }
+}
+
+/// Runs rows under one condition padded, what all of them share at the start once, with room for `room` further tokens each.
+/// This is the way where edits or a tap look at rows; without, it is what packing is tested against.
+pub(crate) fn prefill_padded<'p, 'a: 'p>(
     model: &Qwen,
     rows: &[&Prompt],
     condition: &Condition<'a>,
     room: usize,
     listener: Option<Listener<'p>>,
-) -> Result<Prefilled<'p>> {
+) -> Result<(Prefilled, Prepared<'p>)> {
     let device = model.device();
     let batch = Batch::of(rows, device)?;
     let mut prepared = condition.prepare(rows, model, listener)?;
@@ -59,7 +185,11 @@ pub(crate) fn prefill<'p, 'a: 'p>(
         let rest = batch.narrow(offset, batch.width())?;
         (prepared.prompt(model, &rest, offset..batch.width(), Some(&mut cache))?, cache)
     };
-    Ok(Prefilled { resid, offset, cache, prepared })
+    let (_, pos, d_model) = resid.size3()?;
+    let place = |row: usize, token: usize| row as i64 * pos + token as i64 - offset as i64;
+    let places = rows.iter().enumerate().map(|(row, prompt)| (0..prompt.ids.len()).map(|at| place(row, at)).collect());
+    let (cases, places) = ((0..rows.len()).collect(), places.collect());
+    Ok((Prefilled { cases, resid: resid.f_reshape([-1, d_model])?, places, cache: Some(cache) }, prepared))
 }
 
 /// How many tokens all rows begin with, ids and classes alike, short of what any row's answer is read from.
@@ -81,8 +211,8 @@ fn worth_it(shared: usize) -> usize {
 
 /// The rows' indices in batches of similar lengths, each of `budget` tokens at most. What all rows begin with is not
 /// counted: a batch runs it once.
-fn batches(rows: &[Prompt], budget: usize) -> Vec<Vec<usize>> {
-    let shared = worth_it(shared_start(&rows.iter().collect::<Vec<_>>()));
+fn padded_batches(rows: &[&Prompt], budget: usize) -> Vec<Vec<usize>> {
+    let shared = worth_it(shared_start(rows));
     let mut order: Vec<usize> = (0..rows.len()).collect();
     order.sort_by_key(|row| rows[*row].ids.len());
     let mut batches: Vec<Vec<usize>> = Vec::new();
@@ -96,28 +226,33 @@ fn batches(rows: &[Prompt], budget: usize) -> Vec<Vec<usize>> {
     batches
 }
 
-/// The log-probabilities of the token after each prompt, `[n, d_vocab]`.
-pub fn next_token_logprobs(model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -> Result<Tensor> {
-    let mut found: Vec<Option<Tensor>> = (0..prompts.len()).map(|_| None).collect();
-    tch::no_grad(|| -> Result<()> {
-        for batch in batches(prompts, token_budget(model.device())) {
-            let rows: Vec<&Prompt> = batch.iter().map(|row| &prompts[*row]).collect();
-            let prefilled = prefill(model, &rows, condition, 0, None)?;
-            let last = last_positions(&prefilled, &rows)?;
-            let logprobs = model.unembed(&last)?.f_log_softmax(-1, Kind::Float)?.f_to_device(Device::Cpu)?;
+/// Hands on the log-probabilities of the token after each case's prompt, `[d_vocab]`, with the case's index; the cases come
+/// in any order.
+pub fn each_next_token(
+    model: &Qwen,
+    cases: &[Case<'_, '_>],
+    read: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+) -> Result<()> {
+    let mut read_batch = |prefilled: Prefilled| -> Result<()> {
+        let last = prefilled.last()?.f_split(LOGIT_ROWS, 0)?;
+        for (resid, cases) in last.iter().zip(prefilled.cases.chunks(LOGIT_ROWS as usize)) {
+            let logprobs = model.unembed(resid)?.f_log_softmax(-1, Kind::Float)?.f_to_device(Device::Cpu)?;
             are_numbers(&logprobs)?;
-            for (at, row) in batch.iter().enumerate() {
-                found[*row] = Some(logprobs.f_get(at as i64)?);
+            for (row, case) in cases.iter().enumerate() {
+                read(*case, &logprobs.f_get(row as i64)?)?;
             }
         }
         Ok(())
-    })?;
-    let found: Vec<Tensor> = found.into_iter().flatten().collect();
-    if found.is_empty() {
-        Ok(Tensor::f_zeros([0, model.config.d_vocab], (Kind::Float, Device::Cpu))?)
-    } else {
-        Ok(Tensor::f_stack(&found, 0)?)
-    }
+    };
+    tch::no_grad(|| prefill(model, cases, false, &mut read_batch))
+}
+
+/// The log-probabilities of the token after each prompt, `[n, d_vocab]`.
+pub fn next_token_logprobs(model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -> Result<Tensor> {
+    let cases: Vec<Case<'_, '_>> = prompts.iter().map(|prompt| (prompt, condition)).collect();
+    let found = Tensor::f_zeros([prompts.len() as i64, model.config.d_vocab], (Kind::Float, Device::Cpu))?;
+    each_next_token(model, &cases, &mut |case, logprobs| Ok(found.f_get(case as i64)?.f_copy_(logprobs)?))?;
+    Ok(found)
 }
 
 /// Refuses log-probabilities that are not numbers, before they are averaged into a table.
@@ -133,45 +268,25 @@ fn are_numbers(logprobs: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// The residual stream at each row's last token, `[batch, d_model]`.
-pub(crate) fn last_positions(prefilled: &Prefilled<'_>, rows: &[&Prompt]) -> Result<Tensor> {
-    let last: Vec<(usize, usize)> =
-        rows.iter().enumerate().map(|(row, prompt)| (row, prompt.ids.len() - 1 - prefilled.offset)).collect();
-    pick(&prefilled.resid, &last)
-}
-
-/// The rows of `resid` (`[batch, pos, d_model]`) at some (row, position) pairs, `[n, d_model]`.
-fn pick(resid: &Tensor, places: &[(usize, usize)]) -> Result<Tensor> {
-    let (_, pos, d_model) = resid.size3()?;
-    let flat: Vec<i64> = places.iter().map(|(row, at)| *row as i64 * pos + *at as i64).collect();
-    let flat = Tensor::f_from_slice(&flat)?.f_to_device(resid.device())?;
-    Ok(resid.f_reshape([-1, d_model])?.f_index_select(0, &flat)?)
-}
-
 /// The log-probability of every token of each row's completion, given all tokens before it.
 pub fn completion_logprobs(model: &Qwen, rows: &[Prompt], condition: &Condition<'_>) -> Result<Vec<Vec<f32>>> {
+    let cases: Vec<Case<'_, '_>> = rows.iter().map(|row| (row, condition)).collect();
     let mut found: Vec<Vec<f32>> = vec![Vec::new(); rows.len()];
-    tch::no_grad(|| -> Result<()> {
-        for batch in batches(rows, token_budget(model.device())) {
-            let batch_rows: Vec<&Prompt> = batch.iter().map(|row| &rows[*row]).collect();
-            let prefilled = prefill(model, &batch_rows, condition, 0, None)?;
-            let places = |(at, row): (usize, &&Prompt)| -> Vec<(usize, usize)> {
-                row.completion.clone().map(|token| (at, token - 1 - prefilled.offset)).collect()
-            };
-            let places: Vec<(usize, usize)> = batch_rows.iter().enumerate().flat_map(places).collect();
-            if places.is_empty() {
-                continue;
-            }
-            let labels: Vec<i64> =
-                batch_rows.iter().flat_map(|row| row.ids[row.completion.clone()].iter().copied()).collect();
-            let logprobs = label_logprobs(model, &pick(&prefilled.resid, &places)?, &labels)?;
-            let mut logprobs = logprobs.into_iter();
-            for row in batch {
-                found[row] = logprobs.by_ref().take(rows[row].completion.len()).collect();
-            }
+    let mut read_batch = |prefilled: Prefilled| -> Result<()> {
+        let of = |case: &usize| rows[*case].completion.clone();
+        let places = prefilled.cases.iter().zip(&prefilled.places);
+        let places = places.flat_map(|(case, places)| of(case).map(|token| places[token - 1]));
+        let labels: Vec<i64> = prefilled.cases.iter().flat_map(|case| rows[*case].ids[of(case)].to_vec()).collect();
+        if labels.is_empty() {
+            return Ok(());
+        }
+        let mut logprobs = label_logprobs(model, &prefilled.pick(places)?, &labels)?.into_iter();
+        for case in &prefilled.cases {
+            found[*case] = logprobs.by_ref().take(of(case).len()).collect();
         }
         Ok(())
-    })?;
+    };
+    tch::no_grad(|| prefill(model, &cases, false, &mut read_batch))?;
     Ok(found)
 }
 
@@ -201,12 +316,17 @@ pub fn completion_logits(model: &Qwen, row: &Prompt, condition: &Condition<'_>) 
             found: "none".to_owned(),
         });
     }
-    tch::no_grad(|| {
-        let prefilled = prefill(model, &[row], condition, 0, None)?;
-        let places: Vec<(usize, usize)> =
-            row.completion.clone().map(|token| (0, token - 1 - prefilled.offset)).collect();
-        let logits = model.unembed(&pick(&prefilled.resid, &places)?)?;
-        Ok(logits.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?)
+    let mut found = None;
+    let mut read_row = |prefilled: Prefilled| -> Result<()> {
+        let resid = prefilled.pick(row.completion.clone().map(|token| prefilled.places[0][token - 1]))?;
+        found = Some(model.unembed(&resid)?.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?);
+        Ok(())
+    };
+    tch::no_grad(|| prefill(model, &[(row, condition)], false, &mut read_row))?;
+    found.ok_or_else(|| Error::Invalid {
+        what: "the row's logits".to_owned(),
+        expected: "one pass".to_owned(),
+        found: "none".to_owned(),
     })
 }
 
