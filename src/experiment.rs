@@ -134,7 +134,7 @@ impl Default for Generate {
             temperature: 1.0,
             max_new_tokens: 200,
             constrain: Constrain::None,
-            batch_size: 16,
+            batch_size: 64,
             banned: vec![],
             numbers: None,
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use hooks::Prompt;
-use hooks::generate::{Sampling, generate, stream_seed};
+use hooks::generate::{Answer, Sampling, generate, stream_seed};
 use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
@@ -27,7 +27,7 @@ pub struct TargetRate {
 
 impl Default for TargetRate {
     fn default() -> Self {
-        Self { n_samples: 20, max_new_tokens: 32, batch: 32 }
+        Self { n_samples: 20, max_new_tokens: 32, batch: 64 }
     }
 }
 
@@ -201,13 +201,14 @@ impl TargetRate {
             constrain: None,
             batch: self.batch,
         };
-        let answers_to = |(question, prompt): (usize, &Prompt)| {
-            let stream = |sample| stream_seed(subject.seed, Self::NAME, (question * self.n_samples + sample) as u64);
-            let streams: Vec<u64> = (0..self.n_samples).map(stream).collect();
-            let repeated = vec![prompt.clone(); self.n_samples];
-            let answers = generate(model.qwen, &repeated, &model.condition(), &sampling, &streams, &mut |_| ())?;
+        // All questions' samples at once: a question's prompt is run once, and answers that end make room for others.
+        let n = prompts.len() * self.n_samples;
+        let repeated: Vec<Prompt> = (0..n).map(|at| prompts[at / self.n_samples].clone()).collect();
+        let streams: Vec<u64> = (0..n).map(|at| stream_seed(subject.seed, Self::NAME, at as u64)).collect();
+        let answers = generate(model.qwen, &repeated, &model.condition(), &sampling, &streams, &mut |_| ())?;
+        let sampled_of = |answers: &[Answer]| {
             let mut sampled = Sampled { n: answers.len(), ..Sampled::default() };
-            for answer in &answers {
+            for answer in answers {
                 let named = (subject.classify)(&subject.chat.decode(&answer.ids)?);
                 let named = named.as_deref();
                 sampled.own += usize::from(named == Some("self"));
@@ -217,7 +218,7 @@ impl TargetRate {
             sampled.distinct = answers.iter().map(|answer| &answer.ids).collect::<BTreeSet<_>>().len();
             Ok(sampled)
         };
-        prompts.iter().enumerate().map(answers_to).collect()
+        answers.chunks(self.n_samples).map(sampled_of).collect()
     }
 }
 
