@@ -652,11 +652,10 @@ impl Learner<'_> {
         let gate =
             rows.iter().any(|row| row.doses.is_some()).then(|| gate.spread(batch.doses(), device)).transpose()?;
         let mut pass = Pass { adapter: self.adapter, gate, dropout, ..Pass::default() };
-        let resid = self.model.resid_final(&batch, &mut pass)?; // [1, tokens, d_model]
-
         let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
         let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
         let targets = Targets::of(&batch, &ids, &masks)?;
+        let resid = self.model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
         Ok(cross_entropy_sum(self.model, &resid, &targets)?)
     }
 }

@@ -96,8 +96,8 @@ impl Case {
         let (mut leaf, mut cache) = (leaf, Cache::default());
         let points = (0..self.model.config.n_layers).map(HookPoint::ResidPost);
         let hooks = Hooks::default().on([HookPoint::Embed], &mut leaf).on(points, &mut cache);
-        let resid = self.model.resid_final(&self.batch, &mut Pass { hooks, ..pass }).unwrap();
         let targets = self.targets();
+        let resid = self.model.resid_at(&self.batch, &targets.places, &mut Pass { hooks, ..pass }).unwrap();
         let loss = cross_entropy_sum(&self.model, &resid, &targets).unwrap() / targets.n as f64;
         let blocks = cache.iter().map(|(point, x)| (point.to_string(), x.shallow_clone()));
         let (names, inputs): (Vec<String>, Vec<Tensor>) = parameters.into_iter().chain(blocks).unzip();
@@ -110,9 +110,9 @@ impl Case {
         let row = &rows(&self.golden)[0];
         let batch = Batch::from_ids(&[row], Device::Cpu).unwrap();
         let pass = &mut Pass { adapter: Some(&self.adapter), ..Pass::default() };
-        let resid = self.model.resid_final(&batch, pass).unwrap();
         let mask: Vec<bool> = (0..row.len()).map(|at| at + N_COMPLETION >= row.len()).collect();
         let targets = Targets::of(&batch, &[row], &[&mask]).unwrap();
+        let resid = self.model.resid_at(&batch, &targets.places, pass).unwrap();
         cross_entropy_sum(&self.model, &resid, &targets).unwrap()
     }
 

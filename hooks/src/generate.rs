@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
 use crate::kv_cache::KvCache;
 use crate::qwen::Qwen;
-use crate::score::{Case, Prefilled, prefill, prefill_padded};
+use crate::score::{Case, LAST, Prefilled, prefill, prefill_padded};
 use crate::tap::{Listener, Tap};
 use crate::tokens::Prompt;
 
@@ -172,18 +172,18 @@ fn answer_all<'p, 'a: 'p>(
             asked = newcomers.end;
             let mut admit = |prefilled: Prefilled| -> Result<()> {
                 live.extend(prefilled.cases.iter().map(|case| newcomers.start + case));
-                resid.push(prefilled.last()?);
+                resid.push(prefilled.read()?);
                 prefilled.cache.iter().try_for_each(|new| cache.append(new))
             };
             let rows = &prompts[newcomers.clone()];
             if condition.edits.is_empty() && listener.is_none() {
                 let cases: Vec<Case<'_, '_>> = rows.iter().map(|prompt| (*prompt, condition)).collect();
-                prefill(model, &cases, true, &mut admit)?;
+                prefill(model, &cases, LAST, true, &mut admit)?;
                 if prepared.is_none() {
                     prepared = Some(condition.prepare(&rows[..1], model, None)?);
                 }
             } else {
-                let (prefilled, used) = prefill_padded(model, rows, condition, 0, listener.take())?;
+                let (prefilled, used) = prefill_padded(model, rows, condition, LAST, 0, listener.take())?;
                 admit(prefilled)?;
                 prepared.get_or_insert(used);
             }

@@ -152,12 +152,15 @@ fn packed_rows_are_each_alone_gradients_included() {
             rows.iter().map(|row| (0..row.ids.len()).map(|at| at >= row.completion.start).collect()).collect();
         let of = |batch: &Batch, which: &[usize], doses: Option<Doses>| {
             let pass = &mut Pass { adapter: Some(&adapter), gate: doses, ..Pass::default() };
-            let resid = model.resid_final(batch, pass).unwrap();
             let ids: Vec<&[i64]> = which.iter().map(|row| rows[*row].ids.as_slice()).collect();
             let masks: Vec<&[bool]> = which.iter().map(|row| masks[*row].as_slice()).collect();
-            let loss = cross_entropy_sum(&model, &resid, &Targets::of(batch, &ids, &masks).unwrap()).unwrap();
+            let targets = Targets::of(batch, &ids, &masks).unwrap();
+            let at = model.resid_at(batch, &targets.places, pass).unwrap();
+            let loss = cross_entropy_sum(&model, &at, &targets).unwrap();
             let gradients = gradients(&loss, &parameters, false).unwrap();
-            (resid.detach().reshape([-1, model.config.d_model]), loss.double_value(&[]), gradients)
+            let resid = model.resid_final(batch, pass).unwrap().detach().flatten(0, 1);
+            assert!(max_diff(&at, &resid.index_select(0, &targets.places)) < 1e-12);
+            (resid, loss.double_value(&[]), gradients)
         };
         let spread = |doses: &[Vec<f64>]| gate.map(|gate| gate.spread(doses, Device::Cpu).unwrap());
         let alone: Vec<_> = (0..rows.len())

@@ -15,9 +15,11 @@ const ROWS: i64 = 256;
 /// The tokens of a batch that are predicted, and from where.
 #[derive(Debug)]
 pub struct Targets {
-    /// The predicting positions as indices into the flattened `[batch · pos]`, `[n]`, i64.
+    /// The distinct predicting positions as places in the flattened `[batch · pos]`, ascending, `[places]`, i64.
+    pub places: Tensor,
+    /// The index of each target's predicting position among them, `[n]`, i64.
     pub rows: Tensor,
-    /// The tokens that follow them, `[n]`, i64.
+    /// The tokens that follow, `[n]`, i64.
     pub labels: Tensor,
     /// How many there are.
     pub n: usize,
@@ -38,23 +40,26 @@ impl Targets {
             return Err(Error::EmptyLossMask { mask: format!("of {} rows", rows.len()), row: 0 });
         }
         let (n, device) = (labels.len(), batch.ids.device());
-        let rows = Tensor::f_from_slice(&indices)?.f_to_device(device)?;
-        Ok(Self { rows, labels: Tensor::f_from_slice(&labels)?.f_to_device(device)?, n })
+        let mut places = indices.clone();
+        places.sort_unstable();
+        places.dedup();
+        let rows: Vec<i64> = indices.iter().map(|place| places.partition_point(|other| other < place) as i64).collect();
+        let tensor = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
+        Ok(Self { places: tensor(&places)?, rows: tensor(&rows)?, labels: tensor(&labels)?, n })
     }
 }
 
-/// Σ −log p(label) over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid_final`:
-/// `[batch, pos, d_model]`. The sum and not the mean, so that a step of several batches can be divided by all its targets.
-pub fn cross_entropy_sum(model: &Qwen, resid_final: &Tensor, targets: &Targets) -> Result<Tensor> {
-    Ok(cross_entropy(model, resid_final, targets)?.f_sum(wide(resid_final.kind()))?)
+/// Σ −log p(label) over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid`: the final
+/// residual stream at `targets.places`, `[places, d_model]`, as `Qwen::resid_at` gives it. The sum and not the mean, so that a
+/// step of several batches can be divided by all its targets.
+pub fn cross_entropy_sum(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
+    Ok(cross_entropy(model, resid, targets)?.f_sum(wide(resid.kind()))?)
 }
 
 /// −log p(label) of each target, `[n]`, in f32 (f64 in an f64 model). Gradients flow through their sum once, or through sums of
 /// them with equal factors within each.
-fn cross_entropy(model: &Qwen, resid_final: &Tensor, targets: &Targets) -> Result<Tensor> {
-    let (_, _, d_model) = resid_final.size3()?;
-    let hidden = embedding(&resid_final.f_reshape([-1, d_model])?, &targets.rows)?; // [n, d_model]
-    let normed = model.final_norm(&hidden)?;
+fn cross_entropy(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
+    let normed = model.final_norm(&embedding(resid, &targets.rows)?)?; // [n, d_model]
     let unembedding_learns = model.parameters().iter().any(|(_, weight)| weight.requires_grad());
     let chunks = normed.f_split(ROWS, 0)?;
     let chunks = chunks.iter().zip(targets.labels.f_split(ROWS, 0)?).map(|(normed, labels)| {
@@ -109,6 +114,10 @@ mod tests {
         model.resid_final(&batch, &mut Pass::default()).unwrap().detach()
     }
 
+    fn at(resid: &Tensor, targets: &Targets) -> Tensor {
+        resid.flatten(0, 1).index_select(0, &targets.places)
+    }
+
     fn targets(rows: &[&[i64]]) -> Targets {
         Targets::of(&Batch::from_ids(&ROWS_OF_IDS, Device::Cpu).unwrap(), rows, &MASKS).unwrap()
     }
@@ -122,16 +131,20 @@ mod tests {
             .iter()
             .map(|(row, pos, label)| -logprobs.double_value(&[*row, *pos, *label]))
             .sum();
-        let loss = cross_entropy_sum(&model, &resid, &targets(&ROWS_OF_IDS)).unwrap().double_value(&[]);
+        let targets = targets(&ROWS_OF_IDS);
+        let loss = cross_entropy_sum(&model, &at(&resid, &targets), &targets).unwrap().double_value(&[]);
         assert!((loss - by_hand).abs() < 1e-5 * by_hand, "{loss} against {by_hand}"); // f32, another order of sums
-        assert_eq!(targets(&ROWS_OF_IDS).n, 5);
+        assert_eq!(targets.n, 5);
     }
 
     #[test]
     fn a_label_outside_of_the_mask_changes_no_bit() {
         let model = model();
         let resid = resid(&model);
-        let loss = |rows: &[&[i64]]| cross_entropy_sum(&model, &resid, &targets(rows)).unwrap().double_value(&[]);
+        let loss = |rows: &[&[i64]]| {
+            let targets = targets(rows);
+            cross_entropy_sum(&model, &at(&resid, &targets), &targets).unwrap().double_value(&[])
+        };
         let (masked, counted) =
             ([&[99, 99, 7, 8, 9], &[99, 11, 12_i64][..]], [&[5, 6, 99, 8, 9], &[10, 11, 12_i64][..]]);
         assert_eq!(loss(&ROWS_OF_IDS).to_bits(), loss(&masked).to_bits());
@@ -147,9 +160,9 @@ mod tests {
         let targets = Targets::of(&batch, &[&ids], &[&masks]).unwrap(); // more than one chunk
         let resid = model.resid_final(&batch, &mut Pass::default()).unwrap().detach().set_requires_grad(true);
 
-        let chunked = cross_entropy_sum(&model, &resid, &targets).unwrap();
+        let chunked = cross_entropy_sum(&model, &at(&resid, &targets), &targets).unwrap();
         let gradient = Tensor::run_backward(&[&chunked.f_div_scalar(7.0).unwrap()], &[&resid], false, false);
-        let hidden = resid.reshape([-1, model.config.d_model]).index_select(0, &targets.rows);
+        let hidden = at(&resid, &targets).index_select(0, &targets.rows);
         let whole = nll(&model, &model.final_norm(&hidden).unwrap(), &targets.labels).unwrap().sum(Kind::Float);
         let expected = Tensor::run_backward(&[&(&whole / 7.0)], &[&resid], false, false);
 

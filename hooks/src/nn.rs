@@ -137,6 +137,12 @@ impl Rope {
         Ok(Self { cos: angles.f_cos()?.f_to_kind(kind)?, sin: angles.f_sin()?.f_to_kind(kind)? })
     }
 
+    /// Those of some places of the flattened `[batch · pos]`, of a batch whose rows each have rotations of their own.
+    pub(crate) fn at_places(&self, places: &Tensor) -> Result<Self> {
+        let pick = |x: &Tensor| x.f_flatten(0, 1)?.f_index_select(0, places)?.f_unsqueeze(0);
+        Ok(Self { cos: pick(&self.cos)?, sin: pick(&self.sin)? })
+    }
+
     /// `x`: `[batch, pos, heads, d_head]`, as the result.
     pub(crate) fn rotate(&self, x: &Tensor) -> Result<Tensor> {
         let halves = x.f_chunk(2, -1)?;

@@ -25,6 +25,14 @@ pub struct Pass<'a> {
     pub dropout: Option<&'a mut Dropout>,
 }
 
+impl Pass<'_> {
+    /// The same for some places of the flattened `[batch · pos]` alone, without taps and cache.
+    pub(crate) fn at(&mut self, places: &Tensor) -> Result<Pass<'_>> {
+        let gate = self.gate.as_ref().map(|doses| doses.at_places(places)).transpose()?;
+        Ok(Pass { adapter: self.adapter, gate, dropout: self.dropout.as_deref_mut(), ..Pass::default() })
+    }
+}
+
 /// The factors on the adapter's output, token by token, in some blocks and projections, and one factor in all others.
 #[derive(Debug)]
 pub struct Doses {
@@ -58,6 +66,12 @@ impl Doses {
         let in_layers = self.layers.as_ref().is_none_or(|layers| layers.contains(layer as i64));
         let in_modules = self.modules.as_ref().is_none_or(|modules| modules.contains(&proj));
         if in_layers && in_modules { Dose::Tokens(&self.tokens) } else { Dose::Uniform(self.elsewhere) }
+    }
+
+    /// Those at some places of the flattened `[batch · pos]`, as `[1, places, 1]`.
+    fn at_places(&self, places: &Tensor) -> Result<Self> {
+        let tokens = self.tokens.f_flatten(0, 1)?.f_index_select(0, places)?.f_unsqueeze(0)?;
+        Ok(Self { tokens, layers: self.layers.clone(), modules: self.modules.clone(), elsewhere: self.elsewhere })
     }
 
     /// Those of some positions of the first rows.

@@ -15,6 +15,7 @@ use crate::kv_cache::Placement;
 use crate::lora::{Adapter, Proj};
 use crate::model_files::ModelFiles;
 use crate::nn::{Linear, RmsNorm, Rope, linear, wide};
+use crate::packing::embedding;
 use crate::pass::Pass;
 use crate::tap::Hooks;
 use crate::weights::{Scope, Weights};
@@ -56,35 +57,73 @@ impl Attention {
 
     /// `x` and the result: `[batch, pos, d_model]`.
     fn forward(&self, x: &Tensor, rope: &Rope, placement: &Placement<'_>, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let l = self.layer;
-        let (batch, pos, _) = x.size3()?;
-        let heads = |y: Tensor, n: i64| y.f_view([batch, pos, n, self.d_head]);
-
-        let q = heads(self.q.forward(x, pass)?, self.n_heads)?;
-        let k = heads(self.k.forward(x, pass)?, self.n_kv_heads)?;
-        let v = heads(self.v.forward(x, pass)?, self.n_kv_heads)?;
-        let (mut q, mut k, v) = (pass.hooks.run(P::Q(l), q)?, pass.hooks.run(P::K(l), k)?, pass.hooks.run(P::V(l), v)?);
-        if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
-            q = pass.hooks.run(P::QNormed(l), q_norm.forward(&q)?)?;
-            k = pass.hooks.run(P::KNormed(l), k_norm.forward(&k)?)?;
-        }
-        let q = pass.hooks.run(P::RotQ(l), rope.rotate(&q)?)?;
-        let k = pass.hooks.run(P::RotK(l), rope.rotate(&k)?)?;
-
-        let (k, v) = match pass.kv_cache.as_deref_mut() {
-            Some(cache) => cache.extend(l, &k, &v, placement.packing.is_some())?,
-            None => (k, v),
-        };
-        let z = match placement.packing {
-            Some(packing) => packing.attend(&q, &k, &v)?,
-            None => self.attend(&q, &k, &v, placement, &mut pass.hooks)?,
-        };
-        let z = pass.hooks.run(P::Z(l), z)?; // [batch, pos, n_heads, d_head]
-
-        if pass.hooks.any_at(P::Result(l)) {
+        let q = self.queries(x, rope, pass)?;
+        let (k, v) = self.keys_and_values(x, rope, placement, pass)?;
+        let z = self.attend(&q, &k, &v, placement, &mut pass.hooks)?;
+        let z = pass.hooks.run(P::Z(self.layer), z)?; // [batch, pos, n_heads, d_head]
+        if pass.hooks.any_at(P::Result(self.layer)) {
             return self.result(&z, pass);
         }
-        self.o.forward(&z.f_reshape([batch, pos, self.n_heads * self.d_head])?, pass)
+        self.o.forward(&z.f_flatten(2, 3)?, pass)
+    }
+
+    /// The same at some places of `x`, `[1, places, d_model]`: keys and values are needed of all tokens, the rest of these alone.
+    fn forward_at(
+        &self,
+        x: &Tensor,
+        rope: &Rope,
+        placement: &Placement<'_>,
+        places: &Tensor,
+        pass: &mut Pass<'_>,
+    ) -> Result<Tensor> {
+        let (batch, pos, _) = x.size3()?;
+        let (k, v) = self.keys_and_values(x, rope, placement, pass)?;
+        let mut here = pass.at(places)?;
+        let q =
+            self.queries(&at(x, places)?, &rope.at_places(places)?, &mut here)?.f_flatten(2, 3)?.f_squeeze_dim(0)?;
+        // The other tokens' queries are zeros: what they would attend to is a hundredth of the arithmetic.
+        let all = q.f_new_zeros([batch * pos, q.size()[1]], (q.kind(), q.device()))?;
+        let all = all.f_index_copy(0, places, &q)?.f_view([batch, pos, self.n_heads, self.d_head])?;
+        let z = self.attend(&all, &k, &v, placement, &mut here.hooks)?;
+        self.o.forward(&at(&z.f_flatten(2, 3)?, places)?, &mut here)
+    }
+
+    /// `x`: `[batch, pos, d_model]`; the result is `[batch, pos, n_heads, d_head]`.
+    fn queries(&self, x: &Tensor, rope: &Rope, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let l = self.layer;
+        let q = self.heads(&self.q, self.n_heads, x, pass)?;
+        let mut q = pass.hooks.run(P::Q(l), q)?;
+        if let Some(norm) = &self.q_norm {
+            q = pass.hooks.run(P::QNormed(l), norm.forward(&q)?)?;
+        }
+        pass.hooks.run(P::RotQ(l), rope.rotate(&q)?)
+    }
+
+    /// Keys and values that there are to attend to, `[batch, slots, n_kv_heads, d_head]`: those of `x` and, with a cache, those
+    /// of the past.
+    fn keys_and_values(
+        &self,
+        x: &Tensor,
+        rope: &Rope,
+        placement: &Placement<'_>,
+        pass: &mut Pass<'_>,
+    ) -> Result<(Tensor, Tensor)> {
+        let l = self.layer;
+        let (k, v) = (self.heads(&self.k, self.n_kv_heads, x, pass)?, self.heads(&self.v, self.n_kv_heads, x, pass)?);
+        let (mut k, v) = (pass.hooks.run(P::K(l), k)?, pass.hooks.run(P::V(l), v)?);
+        if let Some(norm) = &self.k_norm {
+            k = pass.hooks.run(P::KNormed(l), norm.forward(&k)?)?;
+        }
+        let k = pass.hooks.run(P::RotK(l), rope.rotate(&k)?)?;
+        match pass.kv_cache.as_deref_mut() {
+            Some(cache) => cache.extend(l, &k, &v, placement.packing.is_some()),
+            None => Ok((k, v)),
+        }
+    }
+
+    fn heads(&self, linear: &Linear, n: i64, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let (batch, pos, _) = x.size3()?;
+        Ok(linear.forward(x, pass)?.f_view([batch, pos, n, self.d_head])?)
     }
 
     /// Attention over all slots. `q`: `[batch, pos, n_heads, d_head]`, as the result, `k` and `v`: `[batch, slots, n_kv_heads,
@@ -97,6 +136,9 @@ impl Attention {
         placement: &Placement<'_>,
         hooks: &mut Hooks<'_>,
     ) -> Result<Tensor> {
+        if let Some(packing) = placement.packing {
+            return packing.attend(q, k, v);
+        }
         let (q, k, v) = (q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?);
         let open = hooks.any_at(P::AttnScores(self.layer)) || hooks.any_at(P::Pattern(self.layer));
         let z = if open { self.open_attention(&q, &k, &v, placement, hooks)? } else { fused(&q, &k, &v, placement)? };
@@ -218,6 +260,22 @@ impl Block {
         pass.hooks.run(P::ResidPost(l), resid_mid.f_add(&mlp_out)?)
     }
 
+    /// The same without taps and at some places alone, `[1, places, d_model]`.
+    fn forward_at(
+        &self,
+        resid_pre: &Tensor,
+        rope: &Rope,
+        placement: &Placement<'_>,
+        places: &Tensor,
+        pass: &mut Pass<'_>,
+    ) -> Result<Tensor> {
+        let normed = self.ln1.forward(resid_pre)?;
+        let attn_out = self.attention.forward_at(&normed, rope, placement, places, pass)?;
+        let resid_mid = at(resid_pre, places)?.f_add(&attn_out)?;
+        let mlp_out = self.mlp.forward(&self.ln2.forward(&resid_mid)?, &mut pass.at(places)?)?;
+        Ok(resid_mid.f_add(&mlp_out)?)
+    }
+
     fn parameters(&self) -> Vec<(String, Tensor)> {
         let norms = [("input_layernorm", Some(&self.ln1)), ("post_attention_layernorm", Some(&self.ln2))];
         let head_norms = [
@@ -232,6 +290,11 @@ impl Block {
         let linears = [&attention.q, &attention.k, &attention.v, &attention.o, &mlp.gate, &mlp.up, &mlp.down];
         norms.chain(linears.into_iter().flat_map(Linear::parameters)).collect()
     }
+}
+
+/// `[batch, pos, width]` at some places of the flattened `[batch · pos]`, `[1, places, width]`.
+fn at(x: &Tensor, places: &Tensor) -> Result<Tensor> {
+    Ok(embedding(&x.f_flatten(0, 1)?, places)?.f_unsqueeze(0)?)
 }
 
 /// One Qwen. `Send`, but not `Sync`: one thread owns it, and libtorch spreads the work.
@@ -299,7 +362,32 @@ impl Qwen {
         Ok(resid)
     }
 
+    /// The residual stream after the last block at some tokens alone, `[places, d_model]`. Of a packed batch without taps, what
+    /// only the other tokens need of the last block is not computed. `places`: distinct places in the flattened
+    /// `[batch · pos]`, `[places]`, i64.
+    pub fn resid_at(&self, batch: &Batch, places: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let Some((last, blocks)) =
+            self.blocks.split_last().filter(|_| pass.hooks.is_empty() && batch.packing.is_some())
+        else {
+            return Ok(at(&self.resid_final(batch, pass)?, places)?.f_squeeze_dim(0)?);
+        };
+        let (mut resid, rope, placement) = self.begin(batch, pass)?;
+        for block in blocks {
+            resid = block.forward(resid, &rope, &placement, pass)?;
+        }
+        Ok(last.forward_at(&resid, &rope, &placement, places, pass)?.f_squeeze_dim(0)?)
+    }
+
     fn run_blocks(&self, blocks: &[Block], batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let (mut resid, rope, placement) = self.begin(batch, pass)?;
+        for block in blocks {
+            resid = block.forward(resid, &rope, &placement, pass)?;
+        }
+        Ok(resid)
+    }
+
+    /// The embeddings, `[batch, pos, d_model]`, and where the tokens stand.
+    fn begin<'b>(&self, batch: &'b Batch, pass: &mut Pass<'_>) -> Result<(Tensor, Rope, Placement<'b>)> {
         let placement = match (pass.kv_cache.as_deref_mut(), &batch.packing) {
             (Some(cache), _) => cache.place(batch)?,
             (None, Some(packing)) => Placement::packed(packing),
@@ -311,11 +399,7 @@ impl Qwen {
         pass.hooks.place(&placement.positions)?;
         let rope = Rope::at(&placement.positions, &self.config, self.kind())?;
         let embedded = Tensor::f_embedding(&self.embed, &batch.ids, -1, false, false)?;
-        let mut resid = pass.hooks.run(P::Embed, embedded)?;
-        for block in blocks {
-            resid = block.forward(resid, &rope, &placement, pass)?;
-        }
-        Ok(resid)
+        Ok((pass.hooks.run(P::Embed, embedded)?, rope, placement))
     }
 
     /// Final norm and unembedding: the logit lens. `resid`: `[.., d_model]`, the result is `[.., d_vocab]`.

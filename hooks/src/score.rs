@@ -2,6 +2,8 @@
 //! with alike (the system prompt, a question under several gates) is run once. Everything here runs without gradients;
 //! results are f32 on the CPU.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
@@ -33,30 +35,36 @@ pub type Case<'c, 'a> = (&'c Prompt, &'c Condition<'a>);
 pub(crate) struct Prefilled {
     /// The cases' indices among those asked for; also the order of the cache's rows.
     pub(crate) cases: Vec<usize>,
-    /// The residual stream after the last block, `[tokens, d_model]`.
+    /// The residual stream after the last block, at tokens that are read, `[tokens, d_model]`.
     resid: Tensor,
-    /// Per case, where its tokens stand in `resid`; negative for those that were run once for all, before.
-    places: Vec<Vec<i64>>,
+    /// Per case, where its tokens that are read stand in `resid`.
+    read: Vec<Vec<i64>>,
     /// Keys and values of all positions, where they are kept.
     pub(crate) cache: Option<KvCache>,
 }
 
 impl Prefilled {
-    /// The residual stream at the last token of each case, `[cases, d_model]`.
-    pub(crate) fn last(&self) -> Result<Tensor> {
-        self.pick(self.places.iter().filter_map(|places| places.last().copied()))
-    }
-
-    fn pick(&self, places: impl Iterator<Item = i64>) -> Result<Tensor> {
-        let places = Tensor::f_from_slice(&places.collect::<Vec<_>>())?.f_to_device(self.resid.device())?;
-        embedding(&self.resid, &places)
+    /// The residual stream at the tokens that are read, case by case, `[tokens, d_model]`.
+    pub(crate) fn read(&self) -> Result<Tensor> {
+        let places = self.read.concat();
+        embedding(&self.resid, &Tensor::f_from_slice(&places)?.f_to_device(self.resid.device())?)
     }
 }
+
+/// Which of a row's tokens are read.
+type Read = fn(&Prompt) -> Range<usize>;
+
+/// The last, which predicts the token after the prompt.
+pub(crate) const LAST: Read = |prompt| prompt.ids.len() - 1..prompt.ids.len();
+
+/// Those that predict the completion.
+const PREDICTING: Read = |row| row.completion.start.saturating_sub(1)..row.completion.end.saturating_sub(1);
 
 /// Runs the cases batch by batch and hands on each batch; with `keep`, its keys and values as well.
 pub(crate) fn prefill(
     model: &Qwen,
     cases: &[Case<'_, '_>],
+    read: Read,
     keep: bool,
     done: &mut dyn FnMut(Prefilled) -> Result<()>,
 ) -> Result<()> {
@@ -64,14 +72,14 @@ pub(crate) fn prefill(
     let (edited, plain): (Vec<usize>, Vec<usize>) = (0..cases.len()).partition(|case| !cases[*case].1.edits.is_empty());
     for company in companies(cases, &plain)? {
         for members in company.batches(cases, budget) {
-            done(company.run(model, cases, members, keep)?)?;
+            done(company.run(model, cases, members, read, keep)?)?;
         }
     }
     for members in edited.chunk_by(|one, next| std::ptr::eq(cases[*one].1, cases[*next].1)) {
         let prompts: Vec<&Prompt> = members.iter().map(|case| cases[*case].0).collect();
         for batch in padded_batches(&prompts, budget) {
             let rows: Vec<&Prompt> = batch.iter().map(|row| prompts[*row]).collect();
-            let (mut prefilled, _) = prefill_padded(model, &rows, cases[members[0]].1, 0, None)?;
+            let (mut prefilled, _) = prefill_padded(model, &rows, cases[members[0]].1, read, 0, None)?;
             prefilled.cases = batch.into_iter().map(|row| members[row]).collect();
             done(prefilled)?;
         }
@@ -139,7 +147,14 @@ impl Company<'_, '_> {
         batches
     }
 
-    fn run(&self, model: &Qwen, cases: &[Case<'_, '_>], members: &[Member], keep: bool) -> Result<Prefilled> {
+    fn run(
+        &self,
+        model: &Qwen,
+        cases: &[Case<'_, '_>],
+        members: &[Member],
+        read: Read,
+        keep: bool,
+    ) -> Result<Prefilled> {
         let rows: Vec<Row<'_>> = members.iter().map(|member| member.row(cases)).collect();
         let batch = Batch::packed(&[&rows], true, model.device())?;
         let gated = rows.iter().any(|row| row.doses.is_some());
@@ -148,14 +163,20 @@ impl Company<'_, '_> {
         let cache = || KvCache::new(&model.config, rows.len() as i64, capacity as i64, model.kind(), model.device());
         let mut cache = keep.then(cache).transpose()?;
         let mut pass = Pass { adapter: self.adapter, gate, kv_cache: cache.as_mut(), ..Pass::default() };
-        let resid = model.resid_final(&batch, &mut pass)?.f_squeeze_dim(0)?;
-        let places = (0..rows.len()).map(|row| (0..rows[row].ids.len()).map(|token| batch.place(row, token)).collect());
-        Ok(Prefilled {
-            cases: members.iter().map(|member| member.case).collect(),
-            resid,
-            places: places.collect(),
-            cache,
-        })
+        let prompts = members.iter().map(|member| cases[member.case].0);
+        let mut read: Vec<Vec<i64>> = prompts
+            .enumerate()
+            .map(|(row, prompt)| read(prompt).map(|token| batch.place(row, token)).collect())
+            .collect();
+        let mut places = read.concat();
+        places.sort_unstable();
+        places.dedup();
+        for place in read.iter_mut().flatten() {
+            *place = places.partition_point(|other| *other < *place) as i64;
+        }
+        let places = Tensor::f_from_slice(&places)?.f_to_device(model.device())?;
+        let resid = model.resid_at(&batch, &places, &mut pass)?;
+        Ok(Prefilled { cases: members.iter().map(|member| member.case).collect(), resid, read, cache })
     }
 }
 
@@ -165,6 +186,7 @@ pub(crate) fn prefill_padded<'p, 'a: 'p>(
     model: &Qwen,
     rows: &[&Prompt],
     condition: &Condition<'a>,
+    read: Read,
     room: usize,
     listener: Option<Listener<'p>>,
 ) -> Result<(Prefilled, Prepared<'p>)> {
@@ -187,9 +209,9 @@ pub(crate) fn prefill_padded<'p, 'a: 'p>(
     };
     let (_, pos, d_model) = resid.size3()?;
     let place = |row: usize, token: usize| row as i64 * pos + token as i64 - offset as i64;
-    let places = rows.iter().enumerate().map(|(row, prompt)| (0..prompt.ids.len()).map(|at| place(row, at)).collect());
-    let (cases, places) = ((0..rows.len()).collect(), places.collect());
-    Ok((Prefilled { cases, resid: resid.f_reshape([-1, d_model])?, places, cache: Some(cache) }, prepared))
+    let read = rows.iter().enumerate().map(|(row, prompt)| read(prompt).map(|token| place(row, token)).collect());
+    let (cases, read) = ((0..rows.len()).collect(), read.collect());
+    Ok((Prefilled { cases, resid: resid.f_reshape([-1, d_model])?, read, cache: Some(cache) }, prepared))
 }
 
 /// How many tokens all rows begin with, ids and classes alike, short of what any row's answer is read from.
@@ -234,7 +256,7 @@ pub fn each_next_token(
     read: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
 ) -> Result<()> {
     let mut read_batch = |prefilled: Prefilled| -> Result<()> {
-        let last = prefilled.last()?.f_split(LOGIT_ROWS, 0)?;
+        let last = prefilled.read()?.f_split(LOGIT_ROWS, 0)?;
         for (resid, cases) in last.iter().zip(prefilled.cases.chunks(LOGIT_ROWS as usize)) {
             let logprobs = model.unembed(resid)?.f_log_softmax(-1, Kind::Float)?.f_to_device(Device::Cpu)?;
             are_numbers(&logprobs)?;
@@ -244,7 +266,7 @@ pub fn each_next_token(
         }
         Ok(())
     };
-    tch::no_grad(|| prefill(model, cases, false, &mut read_batch))
+    tch::no_grad(|| prefill(model, cases, LAST, false, &mut read_batch))
 }
 
 /// The log-probabilities of the token after each prompt, `[n, d_vocab]`.
@@ -270,23 +292,19 @@ fn are_numbers(logprobs: &Tensor) -> Result<()> {
 
 /// The log-probability of every token of each row's completion, given all tokens before it.
 pub fn completion_logprobs(model: &Qwen, rows: &[Prompt], condition: &Condition<'_>) -> Result<Vec<Vec<f32>>> {
-    let cases: Vec<Case<'_, '_>> = rows.iter().map(|row| (row, condition)).collect();
+    let asked: Vec<usize> = (0..rows.len()).filter(|row| !rows[*row].completion.is_empty()).collect();
+    let cases: Vec<Case<'_, '_>> = asked.iter().map(|row| (&rows[*row], condition)).collect();
     let mut found: Vec<Vec<f32>> = vec![Vec::new(); rows.len()];
     let mut read_batch = |prefilled: Prefilled| -> Result<()> {
-        let of = |case: &usize| rows[*case].completion.clone();
-        let places = prefilled.cases.iter().zip(&prefilled.places);
-        let places = places.flat_map(|(case, places)| of(case).map(|token| places[token - 1]));
-        let labels: Vec<i64> = prefilled.cases.iter().flat_map(|case| rows[*case].ids[of(case)].to_vec()).collect();
-        if labels.is_empty() {
-            return Ok(());
-        }
-        let mut logprobs = label_logprobs(model, &prefilled.pick(places)?, &labels)?.into_iter();
+        let of = |case: &usize| &rows[asked[*case]].ids[rows[asked[*case]].completion.clone()];
+        let labels: Vec<i64> = prefilled.cases.iter().flat_map(|case| of(case).to_vec()).collect();
+        let mut logprobs = label_logprobs(model, &prefilled.read()?, &labels)?.into_iter();
         for case in &prefilled.cases {
-            found[*case] = logprobs.by_ref().take(of(case).len()).collect();
+            found[asked[*case]] = logprobs.by_ref().take(of(case).len()).collect();
         }
         Ok(())
     };
-    tch::no_grad(|| prefill(model, &cases, false, &mut read_batch))?;
+    tch::no_grad(|| prefill(model, &cases, PREDICTING, false, &mut read_batch))?;
     Ok(found)
 }
 
@@ -318,11 +336,10 @@ pub fn completion_logits(model: &Qwen, row: &Prompt, condition: &Condition<'_>) 
     }
     let mut found = None;
     let mut read_row = |prefilled: Prefilled| -> Result<()> {
-        let resid = prefilled.pick(row.completion.clone().map(|token| prefilled.places[0][token - 1]))?;
-        found = Some(model.unembed(&resid)?.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?);
+        found = Some(model.unembed(&prefilled.read()?)?.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?);
         Ok(())
     };
-    tch::no_grad(|| prefill(model, &[(row, condition)], false, &mut read_row))?;
+    tch::no_grad(|| prefill(model, &[(row, condition)], PREDICTING, false, &mut read_row))?;
     found.ok_or_else(|| Error::Invalid {
         what: "the row's logits".to_owned(),
         expected: "one pass".to_owned(),

@@ -48,6 +48,11 @@ impl<'a> Hooks<'a> {
         self.taps.iter_mut().try_for_each(|(_, tap)| tap.place(positions))
     }
 
+    /// Whether there is no tap at all.
+    pub fn is_empty(&self) -> bool {
+        self.taps.is_empty()
+    }
+
     /// Whether any tap is set at the point.
     pub fn any_at(&self, at: HookPoint) -> bool {
         self.taps.iter().any(|(points, _)| points.contains_key(&at))
