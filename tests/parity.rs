@@ -286,7 +286,8 @@ fn losses_of_the_completion_tokens() {
         for (condition, pass) in case.conditions() {
             let logprobs = case.logits(pass).log_softmax(-1, Kind::Float).view([-1, case.model.config.d_vocab]);
             let targets = case.targets();
-            let losses = -logprobs.index_select(0, &targets.rows).gather(1, &targets.labels.unsqueeze(1), false);
+            let rows = targets.places.index_select(0, &targets.rows);
+            let losses = -logprobs.index_select(0, &rows).gather(1, &targets.labels.unsqueeze(1), false);
             let name = format!("{condition}.losses");
             assert_close(
                 &format!("{} {name}", case.name),
