@@ -1,13 +1,11 @@
 //! How strongly single completion tokens pull at the model: gradient norms of `ℓ_k = −log p(token k)` at divergent
 //! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it.
 //!
-//! One forward pass per row keeps its graph; each sampled token is one exact backward pass over it.
+//! The gradients are exact, each token's apart from the others' (`hooks::gradient::of_losses`).
 
 use hooks::generate::stream_seed;
-use hooks::gradient::gradients;
-use hooks::listen::Cache;
-use hooks::tap::{Hooks, Tap};
-use hooks::{Adapter, Batch, HookPoint, Pass, Prompt};
+use hooks::gradient::{OfLosses, Squares, of_losses};
+use hooks::{Adapter, Condition};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -26,10 +24,44 @@ use crate::subject::{Mean, Subject, Tuned};
 pub struct Gradients {
     /// How many rows of numbers are read.
     pub n_rows: usize,
-    /// Tokens sampled per row, in turn from divergent digits, other digits and the rest.
+    /// Tokens sampled per row, in turn from divergent digits, other digits and the rest: a number, or `"all"` (`ALL`).
+    #[serde(with = "number_or_all")]
     pub tokens_per_row: usize,
     /// Whether to measure at the start of training as well: a fresh adapter like the student's on the base.
     pub start: bool,
+}
+
+/// As many tokens as a row has.
+pub const ALL: usize = usize::MAX;
+
+/// A number of tokens, or the word for all of them.
+mod number_or_all {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged, expecting = "expected a number of tokens, or \"all\"")]
+    enum Written {
+        Number(usize),
+        Word(Word),
+    }
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Word {
+        All,
+    }
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+    pub(super) fn serialize<S: Serializer>(n: &usize, serializer: S) -> Result<S::Ok, S::Error> {
+        if *n == super::ALL { Written::Word(Word::All) } else { Written::Number(*n) }.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+        Ok(match Written::deserialize(deserializer)? {
+            Written::Number(n) => n,
+            Written::Word(Word::All) => super::ALL,
+        })
+    }
 }
 
 impl Default for Gradients {
@@ -103,7 +135,7 @@ impl Analysis for Gradients {
         let mut rows = Vec::new();
         for (name, model) in [("student", subject.student)].into_iter().chain(control).chain(start) {
             progress(&format!("gradients of the {name}: {} rows", divergent.len()));
-            rows.extend(tch::with_grad(|| self.of_model(subject, name, model, &divergent))?);
+            rows.extend(self.of_model(subject, name, model, &divergent)?);
         }
         Ok(rows)
     }
@@ -185,7 +217,7 @@ impl Gradients {
         model: Tuned<'_>,
         divergent: &[Vec<bool>],
     ) -> Result<Vec<GradientRow>> {
-        let watched = Watched::of(model.adapter)?;
+        let condition = Condition { adapter: model.adapter, ..Condition::default() };
         let mut sums = [GroupSum::default(), GroupSum::default()];
         let mut rows = Vec::new();
         for (row_id, divergent) in divergent.iter().enumerate() {
@@ -194,10 +226,10 @@ impl Gradients {
             if divergent.is_empty() {
                 continue;
             }
-            let graph = Graph::of(model, &row, &watched)?;
-            let groups = token_groups(subject, &graph.labels, divergent);
+            let labels = &row.ids[row.completion.clone()];
+            let groups = token_groups(subject, labels, divergent);
             let blank = GradientRow {
-                scope: String::new(),
+                scope: "token".to_owned(),
                 model: name.to_owned(),
                 row_id: Some(row_id),
                 k: None,
@@ -213,19 +245,31 @@ impl Gradients {
                 share: None,
                 cosine: None,
             };
-            for k in self.sampled(subject.seed, row_id, &groups) {
-                let token = GradientRow {
-                    k: Some(k),
-                    token_text: subject.chat.token_text(graph.labels[k])?,
-                    group: groups[k].to_owned(),
-                    ..blank.clone()
-                };
-                rows.extend(token_rows(&graph, k, &token)?);
-            }
+            let token = |k: usize| -> Result<GradientRow> {
+                let (token_text, group) = (subject.chat.token_text(labels[k])?, groups[k].to_owned());
+                Ok(GradientRow { k: Some(k), token_text, group, ..blank.clone() })
+            };
+            let sampled = self.sampled(subject.seed, row_id, &groups);
+            let tokens = sampled.iter().map(|k| token(*k)).collect::<Result<Vec<_>>>()?;
+            // Each sampled token is a loss, and so are both groups, where there is an adapter to have their gradient.
+            let mut losses: Vec<Vec<usize>> = sampled.iter().map(|k| vec![*k]).collect();
+            let mut summed = Vec::new();
             for (sum, is_divergent) in sums.iter_mut().zip([true, false]) {
                 let ks: Vec<usize> = (0..divergent.len()).filter(|k| divergent[*k] == is_divergent).collect();
-                sum.add(&graph, &ks)?;
+                if model.adapter.is_some() && !ks.is_empty() {
+                    sum.n_tokens += ks.len();
+                    losses.push(ks);
+                    summed.push(sum);
+                }
             }
+            of_losses(model.qwen, &row, &condition, &losses, &mut |found| {
+                let of_tokens = found.losses.start..found.losses.end.min(tokens.len());
+                rows.extend(token_rows(&tokens[of_tokens.clone()], labels, model.adapter, &found)?);
+                for loss in of_tokens.end.max(found.losses.start)..found.losses.end {
+                    summed[loss - tokens.len()].add(&found, loss - found.losses.start)?;
+                }
+                Ok(())
+            })?;
         }
         rows.extend(group_rows(name, &sums)?);
         Ok(rows)
@@ -262,35 +306,42 @@ fn token_groups(subject: &Subject<'_>, labels: &[i64], divergent: &[bool]) -> Ve
     labels.iter().zip(divergent).map(group).collect()
 }
 
-/// The rows of one token: of all parameters together, and layer by layer.
-fn token_rows(graph: &Graph<'_>, k: usize, token: &GradientRow) -> Result<Vec<GradientRow>> {
-    let (loss, logprobs) = graph.loss(&[k])?;
-    let probabilities = logprobs.f_detach()?.f_to_kind(Kind::Double)?.f_exp()?; // [1, d_vocab]
-    let p_label = probabilities.f_double_value(&[0, graph.labels[k]])?;
-    let squares = probabilities.f_square()?.f_sum(None)?.f_double_value(&[])?;
-    let (lora, resid) = graph.backward(&loss)?;
-    let resid: Vec<f64> = resid.iter().map(|gradient| Ok(square(gradient)?.sqrt())).collect::<Result<_>>()?;
-    let mut lora_squares = vec![0.0; resid.len()];
-    for ((layer, _), gradient) in graph.watched.parameters.iter().zip(&lora) {
-        lora_squares[*layer] += square(gradient)?;
+/// The rows of some tokens, whose losses `found` begins with: of all parameters together, and layer by layer.
+fn token_rows(
+    tokens: &[GradientRow],
+    labels: &[i64],
+    adapter: Option<&Adapter>,
+    found: &OfLosses,
+) -> hooks::Result<Vec<GradientRow>> {
+    let Squares { adapter: lora, resid_post: resid } = found.squares()?;
+    let layers: Vec<usize> = adapter.into_iter().flat_map(Adapter::pairs).flat_map(|(layer, ..)| [layer; 2]).collect();
+    let mut rows = Vec::new();
+    for (at, token) in tokens.iter().enumerate() {
+        let label = labels[token.k.unwrap_or_default()];
+        let probabilities = found.logprobs.f_get(at as i64)?.f_to_kind(Kind::Double)?.f_exp()?; // [d_vocab]
+        let p_label = probabilities.f_double_value(&[label])?;
+        let squares = probabilities.f_square()?.f_sum(None)?.f_double_value(&[])?;
+        let mut lora_squares = vec![0.0; resid.len()];
+        for (layer, lora) in layers.iter().zip(&lora) {
+            lora_squares[*layer] += lora[at];
+        }
+        let adapted = |square: f64| adapter.is_some().then(|| square.sqrt());
+        rows.push(GradientRow {
+            p_label: Some(p_label),
+            logit_grad_norm: Some(logit_grad_norm(p_label, squares)),
+            hidden_grad_norm: resid.last().map(|last| last[at].sqrt()),
+            lora_grad_norm: adapted(lora_squares.iter().sum()),
+            ..token.clone()
+        });
+        rows.extend(resid.iter().zip(&lora_squares).enumerate().map(|(layer, (resid, lora))| GradientRow {
+            scope: "token_layer".to_owned(),
+            layer: Some(layer),
+            p_label: Some(p_label),
+            resid_grad_norm: Some(resid[at].sqrt()),
+            lora_grad_norm: adapted(*lora),
+            ..token.clone()
+        }));
     }
-    let adapted = |square: f64| (!lora.is_empty()).then(|| square.sqrt());
-    let mut rows = vec![GradientRow {
-        scope: "token".to_owned(),
-        p_label: Some(p_label),
-        logit_grad_norm: Some(logit_grad_norm(p_label, squares)),
-        hidden_grad_norm: resid.last().copied(),
-        lora_grad_norm: adapted(lora_squares.iter().sum()),
-        ..token.clone()
-    }];
-    rows.extend(resid.iter().zip(&lora_squares).enumerate().map(|(layer, (resid, lora))| GradientRow {
-        scope: "token_layer".to_owned(),
-        layer: Some(layer),
-        p_label: Some(p_label),
-        resid_grad_norm: Some(*resid),
-        lora_grad_norm: adapted(*lora),
-        ..token.clone()
-    }));
     Ok(rows)
 }
 
@@ -312,16 +363,15 @@ struct GroupSum {
 }
 
 impl GroupSum {
-    fn add(&mut self, graph: &Graph<'_>, ks: &[usize]) -> Result<()> {
-        if ks.is_empty() || graph.watched.parameters.is_empty() {
-            return Ok(());
-        }
-        let gradient = graph.backward(&graph.loss(ks)?.0)?.0;
-        self.n_tokens += ks.len();
+    /// Adds the gradient of one of the losses that were found.
+    fn add(&mut self, found: &OfLosses, at: usize) -> hooks::Result<()> {
+        let gradient = found.adapter.iter().map(|tensor| tensor.f_get(at as i64));
+        let gradient = gradient.collect::<std::result::Result<Vec<_>, _>>()?;
         self.gradient = if self.gradient.is_empty() {
             gradient
         } else {
-            self.gradient.iter().zip(&gradient).map(|(sum, more)| Ok(sum.f_add(more)?)).collect::<Result<_>>()?
+            let sums = self.gradient.iter().zip(&gradient).map(|(sum, more)| sum.f_add(more));
+            sums.collect::<std::result::Result<_, _>>()?
         };
         Ok(())
     }
@@ -360,85 +410,6 @@ fn group_rows(model: &str, sums: &[GroupSum; 2]) -> Result<Vec<GradientRow>> {
     Ok(vec![row("divergent_digit", divergent, of_divergent), row("rest", rest, of_rest)])
 }
 
-/// An adapter's tensors, asking for gradients as long as this lives.
-struct Watched {
-    /// With their blocks.
-    parameters: Vec<(usize, Tensor)>,
-    asked_before: Vec<bool>,
-}
-
-impl Watched {
-    fn of(adapter: Option<&Adapter>) -> Result<Self> {
-        let pairs = adapter.into_iter().flat_map(Adapter::pairs);
-        let parameters: Vec<(usize, Tensor)> = pairs
-            .flat_map(|(layer, _, pair)| [(layer, pair.a.shallow_clone()), (layer, pair.b.shallow_clone())])
-            .collect();
-        let asked_before = parameters.iter().map(|(_, tensor)| tensor.requires_grad()).collect();
-        let watched = Self { parameters, asked_before };
-        for (_, tensor) in &watched.parameters {
-            let _ = tensor.f_set_requires_grad(true)?;
-        }
-        Ok(watched)
-    }
-}
-
-impl Drop for Watched {
-    fn drop(&mut self) {
-        for ((_, tensor), asked) in self.parameters.iter().zip(&self.asked_before) {
-            let _ = tensor.f_set_requires_grad(*asked);
-        }
-    }
-}
-
-/// A row's forward pass with its graph, from which losses of single tokens are taken.
-struct Graph<'a> {
-    model: Tuned<'a>,
-    watched: &'a Watched,
-    resid_post: Vec<Tensor>, // per block [1, pos, d_model]
-    resid_final: Tensor,     // the last of them, which is unembedded
-    labels: Vec<i64>,
-    start: usize,
-}
-
-impl<'a> Graph<'a> {
-    fn of(model: Tuned<'a>, row: &Prompt, watched: &'a Watched) -> Result<Self> {
-        // The embedding becomes a leaf, so that the residual stream has gradients below the first adapted block too.
-        let mut leaf = |_: HookPoint, x: Tensor| Ok(x.f_detach()?.f_set_requires_grad(true)?);
-        let leaf: &mut dyn Tap = &mut leaf;
-        let points: Vec<HookPoint> = (0..model.qwen.config.n_layers).map(HookPoint::ResidPost).collect();
-        let mut cache = Cache::default();
-        let hooks = Hooks::default().on([HookPoint::Embed], leaf).on(points.iter().copied(), &mut cache);
-        let batch = Batch::of(&[row], model.qwen.device())?;
-        let resid_final =
-            model.qwen.resid_final(&batch, &mut Pass { adapter: model.adapter, hooks, ..Pass::default() })?;
-        let resid_post = points.iter().map(|point| Ok(cache.get(*point)?.shallow_clone())).collect::<Result<_>>()?;
-        let labels = row.ids[row.completion.clone()].to_vec();
-        Ok(Self { model, watched, resid_post, resid_final, labels, start: row.completion.start })
-    }
-
-    /// Σ −log p of some tokens of the completion, and their log-probabilities `[n, d_vocab]`.
-    fn loss(&self, ks: &[usize]) -> Result<(Tensor, Tensor)> {
-        let resid = &self.resid_final;
-        let predicting: Vec<i64> = ks.iter().map(|k| (self.start + k) as i64 - 1).collect();
-        let labels: Vec<i64> = ks.iter().map(|k| self.labels[*k]).collect();
-        let index = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(resid.device());
-        let at = resid.f_squeeze_dim(0)?.f_index_select(0, &index(&predicting)?)?; // [n, d_model]
-        let logprobs = self.model.qwen.unembed(&at)?.f_log_softmax(-1, Kind::Float)?;
-        let chosen = logprobs.f_gather(1, &index(&labels)?.f_unsqueeze(1)?, false)?;
-        Ok((chosen.f_sum(None)?.f_neg()?, logprobs))
-    }
-
-    /// The gradients of a loss: of the adapter's tensors, in their order, and of the residual stream after each block.
-    /// The graph stays.
-    fn backward(&self, loss: &Tensor) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
-        let parameters = self.watched.parameters.iter().map(|(_, tensor)| tensor);
-        let inputs: Vec<&Tensor> = parameters.chain(&self.resid_post).collect();
-        let mut lora = gradients(loss, &inputs, true)?;
-        let resid = lora.split_off(self.watched.parameters.len());
-        Ok((lora, resid))
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
@@ -446,11 +417,6 @@ mod tests {
 
     use super::*;
     use crate::fixture::World;
-
-    fn whole_row(world: &World) -> Prompt {
-        let row = &world.numbers[0];
-        row.with_completion(&row.ids[row.completion.start..row.content_end])
-    }
 
     #[test]
     fn the_closed_form_is_the_gradient_of_the_logits() {
@@ -465,27 +431,53 @@ mod tests {
     #[test]
     fn the_tokens_gradients_add_up_to_the_rows() {
         let world = World::new();
-        let watched = Watched::of(Some(&world.student)).unwrap();
-        let student = Tuned { qwen: &world.qwen, adapter: Some(&world.student) };
-        let graph = Graph::of(student, &whole_row(&world), &watched).unwrap();
-        let all: Vec<usize> = (0..graph.labels.len()).collect();
-        let of = |ks: &[usize]| graph.backward(&graph.loss(ks).unwrap().0).unwrap();
-        let (whole, whole_resid) = of(&all);
-        let parts: Vec<(Vec<Tensor>, Vec<Tensor>)> = all.iter().map(|k| of(&[*k])).collect();
-        for (at, whole) in whole.iter().enumerate() {
-            let sum = parts.iter().fold(whole.zeros_like(), |sum, (lora, _)| sum + &lora[at]);
-            assert!(whole.abs().max().double_value(&[]) > 0.0, "parameter {at}");
-            assert!(
-                (&sum - whole).abs().max().double_value(&[]) < 1e-4 * (1.0 + whole.abs().max().double_value(&[])),
-                "parameter {at}"
-            );
+        let row = &world.numbers[0];
+        let row = row.with_completion(&row.ids[row.completion.start..row.content_end]);
+        let all: Vec<usize> = (0..row.completion.len()).collect();
+        let losses: Vec<Vec<usize>> = all.iter().map(|k| vec![*k]).chain([all.clone()]).collect();
+        let (mut adapter, mut last_resid) = (vec![], vec![]);
+        of_losses(&world.qwen, &row, &Condition::adapted(&world.student), &losses, &mut |found| {
+            adapter.push(found.adapter);
+            last_resid.push(found.resid_post.last().unwrap().shallow_clone());
+            Ok(())
+        })
+        .unwrap();
+        let n = all.len() as i64;
+        for at in 0..adapter[0].len() {
+            let parts: Vec<&Tensor> = adapter.iter().map(|some| &some[at]).collect();
+            let found = Tensor::cat(&parts, 0); // [losses, ..]
+            let (sum, whole) = (found.narrow(0, 0, n).sum_dim_intlist(0, false, Kind::Float), found.get(n));
+            let largest = whole.abs().max().double_value(&[]);
+            assert!(largest > 0.0, "parameter {at}");
+            assert!((&sum - &whole).abs().max().double_value(&[]) < 1e-4 * (1.0 + largest), "parameter {at}");
         }
         // The last block's residual stream feels a token's loss only at the position before the token.
-        let (last, k) = (whole_resid.len() - 1, 1);
-        let per_position = parts[k].1[last].square().sum_dim_intlist([0, 2].as_slice(), false, Kind::Float);
-        let felt: Vec<i64> = Vec::try_from(per_position.nonzero().squeeze())
-            .unwrap_or_else(|_| vec![per_position.nonzero().int64_value(&[0, 0])]);
-        assert_eq!(felt, [(graph.start + k) as i64 - 1]);
+        let per_position = last_resid[0].get(1).square().sum_dim_intlist(1, false, Kind::Float);
+        let felt: Vec<i64> = Vec::try_from(per_position.nonzero().view([-1])).unwrap();
+        assert_eq!(felt, [row.completion.start as i64]);
+    }
+
+    #[test]
+    fn all_tokens_are_a_word_and_a_number_is_a_number() {
+        let read = |text: &str| toml_like(text).map(|settings| settings.tokens_per_row);
+        assert_eq!(read("\"all\"").unwrap(), ALL);
+        assert_eq!(read("4").unwrap(), 4);
+        for wrong in ["\"some\"", "-1", "1.5"] {
+            let error = read(wrong).unwrap_err().to_string();
+            assert!(error.contains("expected a number of tokens, or \"all\""), "{error}");
+        }
+        let all = Gradients { tokens_per_row: ALL, ..Gradients::default() };
+        assert!(serde_json::to_string(&all).unwrap().contains("\"tokens_per_row\":\"all\""));
+
+        let world = World::new();
+        let rows = Gradients { n_rows: 1, start: false, ..all }.run(&world.subject(), &mut |_| ()).unwrap();
+        let row = &world.numbers[0];
+        let ks = rows.iter().filter(|row| row.scope == "token" && row.model == "student").map(|row| row.k.unwrap());
+        assert_eq!(ks.collect::<Vec<_>>(), (0..row.content_end - row.completion.start).collect::<Vec<_>>());
+    }
+
+    fn toml_like(tokens_per_row: &str) -> serde_json::Result<Gradients> {
+        serde_json::from_str(&format!("{{\"tokens_per_row\": {tokens_per_row}}}"))
     }
 
     #[test]

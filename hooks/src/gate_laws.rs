@@ -46,7 +46,7 @@ fn by_hand(text: &str) -> (fn(usize, Proj) -> bool, f64) {
 }
 
 /// A gate whose ids are of this model's vocabulary.
-fn gate(chat: &Chat, text: &str) -> Gate {
+pub(crate) fn gate(chat: &Chat, text: &str) -> Gate {
     let im_start = chat.encode("<|im_start|>").unwrap()[0];
     let animal = chat.encode("a").unwrap()[0];
     text.replace("151644", &im_start.to_string()).replace("32", &animal.to_string()).parse().unwrap()
@@ -54,12 +54,12 @@ fn gate(chat: &Chat, text: &str) -> Gate {
 
 /// The adapter with all its pairs `factor` times, inside of a gate's blocks and projections or outside of them.
 fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> Adapter {
-    let mut part = Adapter::empty(adapter.config.clone(), &model.config);
+    let mut part = Adapter::empty(adapter.config.clone(), model.config.n_layers);
     for (layer, proj, pair) in adapter.pairs() {
         let factor = keep(layer, proj);
         if factor != 0.0 {
             let (a, b) = (pair.a.shallow_clone(), pair.b.shallow_clone());
-            part.set(layer, proj, crate::LoraPair { a, b, scaling: pair.scaling * factor });
+            part.set(layer, proj, crate::LoraPair { a, b, scaling: pair.scaling * factor, scalings: None });
         }
     }
     part
@@ -170,7 +170,7 @@ fn lora_gradients(model: &Qwen, row: &Prompt, adapter: &Adapter, gate: &Gate) ->
     parameters.into_iter().map(|(name, _)| name).zip(found).collect()
 }
 
-fn completion_loss(logits: &Tensor, row: &Prompt) -> Tensor {
+pub(crate) fn completion_loss(logits: &Tensor, row: &Prompt) -> Tensor {
     let (start, n) = (row.completion.start as i64, row.completion.len() as i64);
     let logprobs = logits.squeeze_dim(0).log_softmax(-1, logits.kind()).narrow(0, start - 1, n);
     let labels = Tensor::from_slice(&row.ids[row.completion.clone()]);

@@ -2,14 +2,17 @@
 
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::condition::Condition;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
 use crate::listen::Cache;
+use crate::lora::{Adapter, Proj};
+use crate::nn::wide;
 use crate::qwen::Qwen;
 use crate::tap::Tap;
 use crate::tokens::Prompt;
@@ -65,6 +68,166 @@ pub fn at_points(
     })
 }
 
+/// The gradients of some losses of one row, each loss alone.
+#[derive(Debug)]
+pub struct OfLosses {
+    /// Which of the losses these are.
+    pub losses: Range<usize>,
+    /// The log-probabilities of the vocabulary where the losses' tokens are predicted, loss by loss, `[tokens, d_vocab]`.
+    pub logprobs: Tensor,
+    /// ∂ℓ/∂θ of the adapter's tensors in the order of `Adapter::parameters`, each `[losses, ..]`; none without an adapter.
+    pub adapter: Vec<Tensor>,
+    /// ∂ℓ/∂resid_post block by block, each `[losses, pos, d_model]`; no position behind the losses' last token is run.
+    pub resid_post: Vec<Tensor>,
+}
+
+/// The squared Euclidean norms of gradients, in f64.
+#[derive(Debug)]
+pub struct Squares {
+    /// `adapter[tensor][loss]`.
+    pub adapter: Vec<Vec<f64>>,
+    /// `resid_post[block][loss]`, over all positions.
+    pub resid_post: Vec<Vec<f64>>,
+}
+
+impl OfLosses {
+    /// ‖∂ℓ/∂θ‖² of each tensor and ‖∂ℓ/∂resid_post‖² of each block, loss by loss.
+    pub fn squares(&self) -> Result<Squares> {
+        let of = |gradient: &Tensor| -> Result<Tensor> {
+            let wide = gradient.f_to_kind(Kind::Double)?.f_square()?;
+            Ok(wide.f_sum_dim_intlist([1, 2].as_slice(), false, Kind::Double)?)
+        };
+        let squares = self.adapter.iter().chain(&self.resid_post).map(of).collect::<Result<Vec<_>>>()?;
+        let flat = Vec::<f64>::try_from(Tensor::f_stack(&squares, 0)?.f_reshape([-1])?)?;
+        let mut squares = flat.chunks(self.losses.len()).map(<[f64]>::to_vec);
+        let adapter = squares.by_ref().take(self.adapter.len()).collect();
+        Ok(Squares { adapter, resid_post: squares.collect() })
+    }
+}
+
+/// The exact gradients of several losses of one row, ℓ = Σ_k −log p(token k | the tokens before it), of which each is given
+/// as its tokens' indices k in the completion: for single tokens `[[0], [1], ..]`. `each` gets them all, in their order,
+/// some at a time.
+///
+/// A backward pass costs calls and arithmetic. Where the calls weigh more, the row is run in as many copies as there are
+/// losses, with the adapter stacked as often (`Adapter::stacked`): copy i carries loss i, and one backward pass of Σ_i ℓ_i
+/// gives each loss' gradient at its own copy, since nothing of another loss depends on it. Where the arithmetic weighs more,
+/// the row is run once, and each loss is one backward pass over its graph. Both are the same sums, in another order.
+pub fn of_losses(
+    model: &Qwen,
+    row: &Prompt,
+    condition: &Condition<'_>,
+    losses: &[Vec<usize>],
+    each: &mut dyn FnMut(OfLosses) -> Result<()>,
+) -> Result<()> {
+    let copies = copies_at_a_time(model, row.ids.len());
+    by_copies(model, row, condition, losses, copies, each)
+}
+
+/// As `of_losses`, with so many copies of the row at a time; one copy keeps its graph for all losses.
+fn by_copies(
+    model: &Qwen,
+    row: &Prompt,
+    condition: &Condition<'_>,
+    losses: &[Vec<usize>],
+    copies: usize,
+    each: &mut dyn FnMut(OfLosses) -> Result<()>,
+) -> Result<()> {
+    let n_tokens = row.completion.len();
+    if let Some(at) = losses.iter().position(|loss| loss.is_empty() || loss.iter().any(|k| *k >= n_tokens)) {
+        return Err(Error::Invalid {
+            what: format!("loss {at} of a row"),
+            expected: format!("tokens of its completion, 0 to {}", n_tokens as i64 - 1),
+            found: format!("{:?}", losses[at]),
+        });
+    }
+    tch::with_grad(|| {
+        if copies == 1 {
+            let graph = Graph::of(model, row, condition, losses, 1)?;
+            for at in 0..losses.len() {
+                each(graph.gradients(model, losses, at..at + 1, at + 1 < losses.len())?)?;
+            }
+            return Ok(());
+        }
+        for from in (0..losses.len()).step_by(copies) {
+            let some = from..(from + copies).min(losses.len());
+            let graph = Graph::of(model, row, condition, &losses[some.clone()], some.len())?;
+            each(graph.gradients(model, losses, some, false)?)?;
+        }
+        Ok(())
+    })
+}
+
+/// How many copies of a row are run at a time.
+///
+/// A copy spares a loss the calls of its own backward pass and pays with its own forward pass, 2 · (weights of a block) ·
+/// (tokens) operations per block. The calls of a block's backward pass take about as long as 4·10⁷ operations do on two CPU
+/// cores; no more tokens are run at a time than are worth it.
+fn copies_at_a_time(model: &Qwen, tokens: usize) -> usize {
+    const CALLS: i64 = 40_000_000;
+    const TOKENS: usize = 4096;
+    let widths = Proj::ALL.map(|proj| proj.widths(&model.config));
+    let weights: i64 = widths.iter().map(|(d_in, d_out)| d_in * d_out).sum();
+    if 2 * weights * tokens as i64 > CALLS { 1 } else { (TOKENS / tokens.max(1)).max(1) }
+}
+
+/// Copies of a row, run with their graph.
+struct Graph {
+    parameters: Vec<Tensor>, // of the adapter, once per copy: [copies, ..]
+    resid_post: Vec<Tensor>, // per block [copies, pos, d_model]
+    labels: Vec<i64>,
+    start: usize,
+}
+
+impl Graph {
+    /// Runs a row as far as its losses reach.
+    fn of(model: &Qwen, row: &Prompt, condition: &Condition<'_>, losses: &[Vec<usize>], copies: usize) -> Result<Self> {
+        let stack = condition.adapter.map(|adapter| Adapter::stacked(&vec![adapter; copies])).transpose()?;
+        let parameters: Vec<Tensor> = stack.iter().flat_map(Adapter::parameters).map(|(_, tensor)| tensor).collect();
+        for tensor in &parameters {
+            let _ = tensor.f_set_requires_grad(true)?;
+        }
+        let rows = vec![row; copies];
+        let reach = losses.iter().flatten().max().map_or(1, |k| row.completion.start + k);
+        let batch = Batch::of(&rows, model.device())?.narrow(0, reach)?;
+        let points: Vec<HookPoint> = (0..model.config.n_layers).map(HookPoint::ResidPost).collect();
+        let mut watch = Watch { wanted: points.iter().copied().collect(), cache: Cache::default() };
+        let with_embed: Vec<HookPoint> = points.iter().copied().chain([HookPoint::Embed]).collect();
+        let condition = Condition { adapter: stack.as_ref(), ..condition.clone() };
+        let mut prepared = condition.prepare(&rows, model, None)?;
+        let _ = prepared.listen(model, &batch, &with_embed, &mut watch, Qwen::resid_final)?;
+        let resid_post = points.iter().map(|point| Ok(watch.cache.get(*point)?.shallow_clone()));
+        Ok(Self {
+            parameters,
+            resid_post: resid_post.collect::<Result<_>>()?,
+            labels: row.ids[row.completion.clone()].to_vec(),
+            start: row.completion.start,
+        })
+    }
+
+    /// The gradients of some of the losses, one per copy, by one backward pass.
+    fn gradients(&self, model: &Qwen, losses: &[Vec<usize>], some: Range<usize>, keep_graph: bool) -> Result<OfLosses> {
+        let resid = self.resid_post.last().ok_or_else(|| Error::Invalid {
+            what: "the model's number of blocks".to_owned(),
+            expected: "at least 1".to_owned(),
+            found: "0".to_owned(),
+        })?;
+        let (_, pos, d_model) = resid.size3()?;
+        let tokens =
+            losses[some.clone()].iter().enumerate().flat_map(|(copy, loss)| loss.iter().map(move |k| (copy, *k)));
+        let (predicting, labels): (Vec<i64>, Vec<i64>) =
+            tokens.map(|(copy, k)| (copy as i64 * pos + (self.start + k) as i64 - 1, self.labels[k])).unzip();
+        let index = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(resid.device());
+        let at = resid.f_reshape([-1, d_model])?.f_index_select(0, &index(&predicting)?)?; // [tokens, d_model]
+        let logprobs = model.unembed(&at)?.f_log_softmax(-1, wide(at.kind()))?;
+        let loss = logprobs.f_gather(1, &index(&labels)?.f_unsqueeze(1)?, false)?.f_sum(logprobs.kind())?.f_neg()?;
+        let inputs: Vec<&Tensor> = self.parameters.iter().chain(&self.resid_post).collect();
+        let mut adapter = gradients(&loss, &inputs, keep_graph)?;
+        let resid_post = adapter.split_off(self.parameters.len());
+        Ok(OfLosses { losses: some, logprobs: logprobs.f_detach()?, adapter, resid_post })
+    }
+}
+
 /// Keeps what it is to keep, and makes the embedding a leaf, so that gradients flow at every point though no weight asks
 /// for one.
 struct Watch {
@@ -81,5 +244,133 @@ impl Tap for Watch {
         // An edit that replaces all of it cuts the graph, which begins anew here.
         let x = if x.requires_grad() { x } else { x.f_detach()?.f_set_requires_grad(true)? };
         self.cache.tap(at, x)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::Pass;
+    use crate::gate_laws::{completion_loss, gate};
+    use crate::laws::{exact, exact_model, world};
+
+    /// Each loss by a forward and a backward pass of its own over the row alone, the adapter's own tensors asking.
+    fn plainly(model: &Qwen, row: &Prompt, condition: &Condition<'_>, loss: &[usize]) -> (Vec<f64>, Vec<f64>) {
+        let parameters = condition.adapter.map_or_else(Vec::new, Adapter::parameters);
+        for (_, tensor) in &parameters {
+            let _ = tensor.set_requires_grad(true);
+        }
+        let doses = condition.gate.spread(&[condition.gate.doses(row).unwrap()], Device::Cpu).unwrap();
+        let points: Vec<HookPoint> = (0..model.config.n_layers).map(HookPoint::ResidPost).collect();
+        let mut watch = Watch { wanted: points.iter().copied().collect(), cache: Cache::default() };
+        let hooks = crate::Hooks::default().on(points.iter().copied().chain([HookPoint::Embed]), &mut watch);
+        let mut pass = Pass { adapter: condition.adapter, gate: Some(doses), hooks, ..Pass::default() };
+        let logits = model.forward(&Batch::of(&[row], Device::Cpu).unwrap(), &mut pass).unwrap();
+        let of_one = |k: &usize| {
+            let at = row.completion.start + k;
+            completion_loss(&logits, &Prompt { completion: at..at + 1, ..row.clone() })
+        };
+        let loss = loss.iter().map(of_one).reduce(|sum, loss| sum + loss).unwrap();
+        let seen = points.iter().map(|point| watch.cache.get(*point).unwrap().shallow_clone());
+        let inputs: Vec<Tensor> = parameters.iter().map(|(_, tensor)| tensor.shallow_clone()).chain(seen).collect();
+        let squares = gradients(&loss, &inputs, false).unwrap().into_iter();
+        let mut squares: Vec<f64> =
+            squares.map(|gradient| gradient.to_kind(Kind::Double).square().sum(None).double_value(&[])).collect();
+        for (_, tensor) in &parameters {
+            let _ = tensor.set_requires_grad(false);
+        }
+        let resid_post = squares.split_off(parameters.len());
+        (squares, resid_post)
+    }
+
+    #[test]
+    fn the_gradients_of_losses_are_those_of_each_alone() {
+        let (model, chat, adapter) = world();
+        let (exact_model, row) =
+            (exact_model(), chat.row(None, "Go on: 1, 2", &chat.encode("480, 12, 7").unwrap()).unwrap());
+        let exact = exact(&exact_model, &adapter);
+        let mut losses: Vec<Vec<usize>> = (0..row.completion.len()).map(|k| vec![k]).collect();
+        losses.push(vec![3, 0, 1]);
+        for (model, adapter, tolerance) in [(&model, &adapter, 1e-4), (&exact_model, &exact, 1e-11)] {
+            for condition in [
+                Condition::adapted(adapter),
+                Condition::adapted(adapter).gated(gate(&chat, "except:entity*0.5")),
+                Condition::adapted(adapter).gated(gate(&chat, "only:user+gen*layers(1)*modules(v,down)")),
+                Condition::default(),
+            ] {
+                let twins: Vec<_> = losses.iter().map(|loss| plainly(model, &row, &condition, loss)).collect();
+                for copies in [1, 4, 100] {
+                    let mut seen = 0;
+                    by_copies(model, &row, &condition, &losses, copies, &mut |found| {
+                        let Squares { adapter, resid_post } = found.squares()?;
+                        for (at, (of_adapter, of_resid)) in twins[found.losses.clone()].iter().enumerate() {
+                            let twin = of_adapter.iter().chain(of_resid);
+                            let (n, mut compared) = (adapter.len() + resid_post.len(), 0);
+                            for (place, (ours, twin)) in adapter.iter().chain(&resid_post).zip(twin).enumerate() {
+                                let apart = (ours[at] - twin).abs();
+                                let (text, loss) = (condition.gate.to_string(), &losses[found.losses.start + at]);
+                                assert!(
+                                    apart <= tolerance * twin,
+                                    "{text}, {copies} copies, {loss:?}, {place}: {} {twin}",
+                                    ours[at]
+                                );
+                                compared += usize::from(*twin > 0.0);
+                            }
+                            assert!(compared >= 2, "{compared} of {n} are not zero");
+                            seen += 1;
+                        }
+                        Ok(())
+                    })
+                    .unwrap();
+                    assert_eq!(seen, losses.len());
+                }
+            }
+        }
+        assert!(adapter.parameters().iter().all(|(_, tensor)| !tensor.requires_grad()));
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_losses_tokens_in_order() {
+        let (model, chat, adapter) = world();
+        let row = chat.row(None, "Go on: 1, 2", &chat.encode("480, 12, 7").unwrap()).unwrap();
+        let batch = Batch::of(&[&row], Device::Cpu).unwrap();
+        let logits = model.forward(&batch, &mut Pass { adapter: Some(&adapter), ..Pass::default() }).unwrap();
+        let whole = logits.squeeze_dim(0).log_softmax(-1, Kind::Float);
+        for copies in [1, 2] {
+            let mut found = vec![];
+            let losses = [vec![2], vec![4, 1], vec![0]];
+            by_copies(&model, &row, &Condition::adapted(&adapter), &losses, copies, &mut |some| {
+                found.push(some.logprobs);
+                Ok(())
+            })
+            .unwrap();
+            let found = Tensor::cat(&found, 0);
+            for (at, k) in [2, 4, 1, 0].into_iter().enumerate() {
+                let expected = whole.get((row.completion.start + k) as i64 - 1);
+                assert!(
+                    crate::laws::max_diff(&found.get(at as i64), &expected) < crate::laws::SUM_ORDER,
+                    "{copies}, {k}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn copies_are_for_small_models_and_tokens_that_there_are_not_are_refused() {
+        let (model, chat, adapter) = world();
+        assert!(copies_at_a_time(&model, 60) > 60);
+        assert!(copies_at_a_time(&model, 100_000) == 1);
+        let row = chat.row(None, "Go on", &chat.encode("480").unwrap()).unwrap();
+        let n = row.completion.len();
+        for (losses, found) in [
+            (vec![vec![0], vec![n]], format!("loss 1 of a row is [{n}]")),
+            (vec![vec![]], "loss 0 of a row is []".into()),
+        ] {
+            let error = of_losses(&model, &row, &Condition::adapted(&adapter), &losses, &mut |_| Ok(())).unwrap_err();
+            assert!(error.to_string().starts_with(&found), "{error}");
+        }
     }
 }

@@ -37,10 +37,10 @@ pub(crate) fn exact_model() -> Qwen {
 
 /// The adapter in f64.
 pub(crate) fn exact(model: &Qwen, adapter: &Adapter) -> Adapter {
-    let mut exact = Adapter::empty(adapter.config.clone(), &model.config);
+    let mut exact = Adapter::empty(adapter.config.clone(), model.config.n_layers);
     for (layer, proj, pair) in adapter.pairs() {
         let [a, b] = [&pair.a, &pair.b].map(|factor| factor.to_kind(Kind::Double));
-        exact.set(layer, proj, crate::LoraPair { a, b, scaling: pair.scaling });
+        exact.set(layer, proj, crate::LoraPair { a, b, scaling: pair.scaling, scalings: None });
     }
     exact
 }

@@ -40,6 +40,7 @@ pub mod provenance;
 pub mod qwen;
 pub mod score;
 pub mod select;
+mod stack;
 pub mod tap;
 mod template;
 pub mod tensor_file;

@@ -158,21 +158,28 @@ fn invalid(what: &str, expected: &str, found: String) -> Result<()> {
     Err(Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found })
 }
 
-/// The two factors at one projection.
+/// The two factors at one projection; in a stack (`Adapter::stacked`) those of all its students, one behind the other.
 #[derive(Debug)]
 pub struct LoraPair {
-    /// A, `[rank, d_in]`, f32.
+    /// A, `[rank, d_in]`, f32; of a stack `[n, rank, d_in]`.
     pub a: Tensor,
-    /// B, `[d_out, rank]`, f32.
+    /// B, `[d_out, rank]`, f32; of a stack `[n, d_out, rank]`.
     pub b: Tensor,
     /// The factor s.
     pub scaling: f64,
+    /// In a stack whose students' s differ: each one's own beside `scaling`, which is 1 then, `[n, 1, 1]`.
+    pub scalings: Option<Tensor>,
 }
 
 impl LoraPair {
+    /// How many students a stack has; `None` where the pair is one adapter's.
+    pub fn n_stacked(&self) -> Option<i64> {
+        (self.a.dim() == 3).then(|| self.a.size()[0])
+    }
+
     /// y + s · B (g ⊙ A x), the second part in f32, or in f64 where `x` is; g is the dose. `x`: `[tokens, d_in]`; `y` and the
     /// result: `[tokens, d_out]`. Where the kinds allow, y is added to in place: another tensor of its size costs as much time
-    /// as the products.
+    /// as the products. The tokens belong to the students of a stack in order, equally many to each.
     pub(crate) fn add_to(
         &self,
         mut y: Tensor,
@@ -184,25 +191,53 @@ impl LoraPair {
         let x = x.f_to_kind(wide(x.kind()))?;
         let [a, b] = [&self.a, &self.b].map(|factor| factor.f_to_kind(x.kind()));
         let x = match dropout {
-            Some(dropout) => dropout.apply(&x)?,
+            Some(dropout) => dropout.apply(&x, self.n_stacked())?,
             None => x,
         };
-        let bottleneck = x.f_matmul(&a?.f_transpose(0, 1)?)?.f_mul_scalar(self.scaling)?; // [tokens, rank]
+        let by_student = |tensor: &Tensor| match self.n_stacked() {
+            Some(n) => tensor.f_reshape([n, x.size()[0] / n, -1]),
+            None => Ok(tensor.shallow_clone()),
+        };
+        let bottleneck = by_student(&x)?.f_matmul(&a?.f_transpose(-2, -1)?)?.f_mul_scalar(self.scaling)?; // [tokens, rank], or [n, ..]
+        let bottleneck = match &self.scalings {
+            None => bottleneck,
+            Some(scalings) => bottleneck.f_mul(&scalings.f_to_kind(bottleneck.kind())?)?,
+        };
         let bottleneck = match dose {
             Dose::Uniform(1.0) => bottleneck,
             Dose::Uniform(dose) => bottleneck.f_mul_scalar(dose)?,
-            Dose::Tokens(doses) => bottleneck.f_mul(&doses.f_to_kind(bottleneck.kind())?.f_reshape([-1, 1])?)?,
+            Dose::Tokens(doses) => {
+                let doses = doses.f_to_kind(bottleneck.kind())?.f_reshape([-1, 1])?;
+                bottleneck.f_mul(&by_student(&doses)?)?
+            }
         };
-        let b = b?.f_transpose(0, 1)?;
-        if kind == bottleneck.kind() {
+        let b = b?.f_transpose(-2, -1)?;
+        if kind != bottleneck.kind() {
+            let delta = bottleneck.f_matmul(&b)?.f_view(y.size().as_slice())?;
+            return Ok(y.f_add(&delta)?.f_to_kind(kind)?);
+        }
+        if self.n_stacked().is_none() {
             return Ok(y.f_addmm_(&bottleneck, &b)?);
         }
-        Ok(y.f_add(&bottleneck.f_matmul(&b)?)?.f_to_kind(kind)?)
+        // In place on a view, autograd would copy all of it.
+        Ok(by_student(&y)?.f_baddbmm(&bottleneck, &b, 1.0, 1.0)?.f_view(y.size().as_slice())?)
     }
 
-    /// The weight change s · B · A, `[d_out, d_in]`.
+    /// The weight change s · B · A, `[d_out, d_in]`. A stack has none.
     pub fn delta_weight(&self) -> Result<Tensor> {
+        if let Some(n) = self.n_stacked() {
+            return Err(no_stack("one weight change", n));
+        }
         Ok(self.b.f_matmul(&self.a)?.f_mul_scalar(self.scaling)?)
+    }
+}
+
+/// The refusal of what a stack of students cannot have or be.
+pub(crate) fn no_stack(what: &str, n: i64) -> Error {
+    Error::Invalid {
+        what: format!("the adapter of {what}"),
+        expected: "one student's".to_owned(),
+        found: format!("a stack of {n}"),
     }
 }
 
@@ -219,7 +254,7 @@ impl Adapter {
     pub fn init(config: &LoraConfig, model: &Config, rng: &mut ChaCha8Rng, device: Device) -> Result<Self> {
         config.check(model)?;
         let scaling = config.scaling(config.rank, config.alpha);
-        let mut adapter = Self::empty(config.clone(), model);
+        let mut adapter = Self::empty(config.clone(), model.n_layers);
         for layer in 0..model.n_layers {
             if config.layers.as_ref().is_some_and(|layers| !layers.contains(&layer)) {
                 continue;
@@ -230,15 +265,15 @@ impl Adapter {
                 let values: Vec<f32> = (0..config.rank * d_in).map(|_| rng.random_range(-bound..bound)).collect();
                 let a = Tensor::f_from_slice(&values)?.f_view([config.rank, d_in])?.f_to_device(device)?;
                 let b = Tensor::f_zeros([d_out, config.rank], (Kind::Float, device))?;
-                adapter.set(layer, proj, LoraPair { a, b, scaling });
+                adapter.set(layer, proj, LoraPair { a, b, scaling, scalings: None });
             }
         }
         Ok(adapter)
     }
 
     /// An adapter without any pair.
-    pub(crate) fn empty(config: LoraConfig, model: &Config) -> Self {
-        Self { config, pairs: (0..model.n_layers).map(|_| [const { None }; 7]).collect() }
+    pub(crate) fn empty(config: LoraConfig, n_layers: usize) -> Self {
+        Self { config, pairs: (0..n_layers).map(|_| [const { None }; 7]).collect() }
     }
 
     pub(crate) fn set(&mut self, layer: usize, proj: Proj, pair: LoraPair) {
@@ -253,6 +288,22 @@ impl Adapter {
     /// The pair at a projection of a block.
     pub fn pair(&self, layer: usize, proj: Proj) -> Option<&LoraPair> {
         self.pairs.get(layer)?[proj as usize].as_ref()
+    }
+
+    /// How many students a stack has; `None` where it is one adapter.
+    pub fn n_stacked(&self) -> Option<i64> {
+        self.pairs().find_map(|(_, _, pair)| pair.n_stacked())
+    }
+
+    /// Refuses a number of rows that the students of a stack cannot share.
+    pub(crate) fn check_rows(&self, rows: i64) -> Result<()> {
+        match self.n_stacked() {
+            Some(n) if rows % n != 0 => {
+                let expected = format!("a multiple of {n}, equally many for each student of the stack");
+                invalid("the number of rows", &expected, rows.to_string())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// All pairs with their places, block by block.
@@ -290,9 +341,17 @@ impl Dropout {
     }
 
     /// `x` with values dropped and the others scaled by 1/(1 − p), so that the expectation stays.
-    fn apply(&mut self, x: &Tensor) -> Result<Tensor> {
+    /// A stack's students would share one stream, so that none were as it is alone: that is refused.
+    fn apply(&mut self, x: &Tensor, n_stacked: Option<i64>) -> Result<Tensor> {
         if self.probability <= 0.0 {
             return Ok(x.shallow_clone());
+        }
+        if let Some(n) = n_stacked {
+            return Err(Error::Invalid {
+                what: format!("the dropout of a stack of {n} students"),
+                expected: "0; hint: train those with dropout one by one".to_owned(),
+                found: self.probability.to_string(),
+            });
         }
         let kept = 1.0 / (1.0 - self.probability) as f32;
         let mask: Vec<f32> =

@@ -11,7 +11,7 @@ use tch::Device;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::lora::{Adapter, LoraConfig, LoraPair, Proj};
+use crate::lora::{Adapter, LoraConfig, LoraPair, Proj, no_stack};
 use crate::tensor_file;
 use crate::weights::Weights;
 
@@ -272,19 +272,22 @@ impl Adapter {
         config.layers = (layers.len() < model.n_layers).then(|| layers.into_iter().collect());
 
         let root = weights.root(tch::Kind::Float, device);
-        let mut adapter = Self::empty(config.clone(), model);
+        let mut adapter = Self::empty(config.clone(), model.n_layers);
         for (layer, proj, module, [a, b]) in places {
             let rank = matching(&peft.rank_pattern, &module).unwrap_or(config.rank);
             let alpha = matching(&peft.alpha_pattern, &module).unwrap_or(config.alpha);
             let (d_in, d_out) = proj.widths(model);
             let (a, b) = (root.get(&a, &[rank, d_in])?, root.get(&b, &[d_out, rank])?);
-            adapter.set(layer, proj, LoraPair { a, b, scaling: config.scaling(rank, alpha) });
+            adapter.set(layer, proj, LoraPair { a, b, scaling: config.scaling(rank, alpha), scalings: None });
         }
         Ok(adapter)
     }
 
-    /// Writes the adapter as PEFT does. `base_model` is the name that PEFT will load the base by.
+    /// Writes the adapter as PEFT does. `base_model` is the name that PEFT will load the base by. A stack has no such file.
     pub fn save(&self, dir: &Path, base_model: &str) -> Result<()> {
+        if let Some(n) = self.n_stacked() {
+            return Err(no_stack(&format!("{}", dir.join(TENSORS).display()), n));
+        }
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         tensor_file::write(&dir.join(TENSORS), &self.parameters(), &metadata)?;
         let config = serde_json::to_string_pretty(&self.peft_config(base_model)).unwrap_or_default();

@@ -366,9 +366,10 @@ impl Qwen {
     /// only the other tokens need of the last block is not computed. `places`: distinct places in the flattened
     /// `[batch · pos]`, `[places]`, i64.
     pub fn resid_at(&self, batch: &Batch, places: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let Some((last, blocks)) =
-            self.blocks.split_last().filter(|_| pass.hooks.is_empty() && batch.packing.is_some())
-        else {
+        // A stack's students have equally many tokens each, which places need not leave them.
+        let is_stack = pass.adapter.is_some_and(|adapter| adapter.n_stacked().is_some());
+        let whole = is_stack || !pass.hooks.is_empty() || batch.packing.is_none();
+        let Some((last, blocks)) = self.blocks.split_last().filter(|_| !whole) else {
             return Ok(at(&self.resid_final(batch, pass)?, places)?.f_squeeze_dim(0)?);
         };
         let (mut resid, rope, placement) = self.begin(batch, pass)?;
@@ -388,6 +389,9 @@ impl Qwen {
 
     /// The embeddings, `[batch, pos, d_model]`, and where the tokens stand.
     fn begin<'b>(&self, batch: &'b Batch, pass: &mut Pass<'_>) -> Result<(Tensor, Rope, Placement<'b>)> {
+        if let Some(adapter) = pass.adapter {
+            adapter.check_rows(batch.ids.size2()?.0)?;
+        }
         let placement = match (pass.kv_cache.as_deref_mut(), &batch.packing) {
             (Some(cache), _) => cache.place(batch)?,
             (None, Some(packing)) => Placement::packed(packing),
