@@ -1,12 +1,16 @@
 //! The tensors of a checkpoint, always asked for by their Hugging Face names, wherever they are stored.
 //!
 //! A [`Scope`] is a cursor in the checkpoint's tree: `root.at("model").at("layers").at(3)` spells the name. Files are
-//! memory-mapped and converted block by block, so that a large tensor never exists twice.
+//! memory-mapped and converted block by block, by all threads, so that a large tensor never exists twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Write};
+use std::fs::File;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use memmap2::Mmap;
 use safetensors::SafeTensors;
@@ -19,8 +23,15 @@ use crate::error::{Error, Result};
 use crate::files::{self, Bytes};
 use crate::gguf::Gguf;
 
-/// How many elements are converted at a time: a multiple of every quantised block's size.
-const BLOCK: usize = 1 << 21;
+/// How many elements are converted at a time: a multiple of every quantised block's size, and so few that what is made on
+/// the way stays in a core's cache. What is fresh memory then is the tensor alone; touching memory is most of what loading costs.
+const BLOCK: usize = 1 << 14;
+
+/// The same on the way to another device, where each block is a transfer.
+const DEVICE_BLOCK: usize = 1 << 21;
+
+/// How many elements a thread is worth.
+const THREAD: usize = 1 << 18;
 
 /// The tensors of one model.
 pub struct Weights {
@@ -44,7 +55,8 @@ enum Source {
 struct Shard {
     path: PathBuf,
     file: Bytes,
-    data: usize, // where the tensors begin
+    opened: Option<File>, // where the bytes are a file's
+    data: usize,          // where the tensors begin
     header: Metadata,
 }
 
@@ -58,11 +70,11 @@ impl Weights {
                 let weight_map = parse_index(&files::read(path)?, path)?;
                 for name in weight_map.values().collect::<BTreeSet<_>>() {
                     let path = path.with_file_name(name);
-                    shards.push(Shard::parse(Box::new(map(&path)?), &path)?);
+                    shards.push(Shard::open(&path)?);
                 }
                 promised.extend(weight_map.into_iter().map(|(tensor, file)| (tensor, path.with_file_name(file))));
             } else {
-                shards.push(Shard::parse(Box::new(map(path)?), path)?);
+                shards.push(Shard::open(path)?);
             }
         }
         Self::of_shards(shards, promised)
@@ -199,6 +211,7 @@ impl Weights {
         if found != shape {
             return Err(Error::Shape { tensor: name.to_owned(), expected: shape.to_vec(), found });
         }
+        let threads = tch::get_num_threads() as usize;
         match &self.source {
             Source::Safetensors { shards, owner } => {
                 let shard = owner.get(name).map(|index| &shards[*index]).ok_or_else(missing)?;
@@ -207,15 +220,20 @@ impl Weights {
                     let problem = format!("tensor {name} is stored as {}, expected F32, F16 or BF16", info.dtype);
                     Error::Malformed { path: shard.path.clone(), problem }
                 })?;
+                if let Some(tensor) =
+                    shard.in_place(info, stored, shape).filter(|_| (stored, Device::Cpu) == (kind, device))
+                {
+                    return Ok(tensor);
+                }
                 let (bytes, width) = (shard.bytes(info), stored.elt_size_in_bytes());
-                fill(shape, kind, device, |elements| {
+                fill(shape, kind, device, threads, |elements| {
                     let block = &bytes[elements.start * width..elements.end * width];
                     Ok(Tensor::f_from_data_size(block, &[elements.len() as i64], stored)?)
                 })
             }
             Source::Gguf(gguf) => {
                 let info = gguf.tensors().get(name).ok_or_else(missing)?;
-                fill(shape, kind, device, |elements| gguf.dequantize(info, &elements))
+                fill(shape, kind, device, threads, |elements| gguf.dequantize(info, &elements))
             }
             Source::Memory { tensors, .. } => {
                 let tensor = tensors.get(name).ok_or_else(missing)?;
@@ -278,6 +296,13 @@ struct Stored<'a> {
 }
 
 impl Shard {
+    /// Maps a file.
+    fn open(path: &Path) -> Result<Self> {
+        let opened = files::open(path)?;
+        let shard = Self::parse(Box::new(map_opened(&opened, path)?), path)?;
+        Ok(Self { opened: Some(opened), ..shard })
+    }
+
     fn parse(file: Bytes, path: &Path) -> Result<Self> {
         let (header_length, header) = SafeTensors::read_metadata((*file).as_ref()).map_err(|error| {
             Error::Malformed { path: path.to_owned(), problem: format!("expected a safetensors file: {error}") }
@@ -291,7 +316,17 @@ impl Shard {
                 return Err(Error::Malformed { path: path.to_owned(), problem });
             }
         }
-        Ok(Self { path: path.to_owned(), file, data: 8 + header_length, header }) // 8 bytes of header length come first
+        // 8 bytes of header length come first
+        Ok(Self { path: path.to_owned(), file, opened: None, data: 8 + header_length, header })
+    }
+
+    /// A tensor on the file's own pages: nothing is read before it is needed, and what is written to it is a copy of its
+    /// own, of that page. Nothing where the bytes are no file's, or lie at no multiple of their width.
+    fn in_place(&self, info: &TensorInfo, kind: Kind, shape: &[i64]) -> Option<Tensor> {
+        let name = format!("/proc/self/fd/{}", self.opened.as_ref()?.as_raw_fd()); // the path may be another file's by now
+        let (start, end) = (self.data + info.data_offsets.0, self.data + info.data_offsets.1);
+        let bytes = Tensor::f_from_file(&name, false, Some(end as i64), (Kind::Uint8, Device::Cpu)).ok()?;
+        bytes.f_narrow(0, start as i64, (end - start) as i64).ok()?.f_view_dtype(kind).ok()?.f_view(shape).ok()
     }
 
     fn bytes(&self, info: &TensorInfo) -> &[u8] {
@@ -302,12 +337,15 @@ impl Shard {
 
 /// Maps a file into memory, read-only.
 pub(crate) fn map(path: &Path) -> Result<Mmap> {
-    let file = files::open(path)?;
+    map_opened(&files::open(path)?, path)
+}
+
+fn map_opened(file: &File, path: &Path) -> Result<Mmap> {
     #[expect(
         unsafe_code,
         reason = "a mapped model must not be changed while it is in use; no program writes into one in place"
     )]
-    let map = unsafe { Mmap::map(&file) };
+    let map = unsafe { Mmap::map(file) };
     map.map_err(|cause| Error::Io { path: path.to_owned(), cause })
 }
 
@@ -349,24 +387,38 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
     }
 }
 
-/// A new tensor, made block by block from what `block` gives for a range of elements.
+/// A new tensor, made block by block from what `block` gives for a range of elements; `threads` share a large one.
 fn fill(
     shape: &[i64],
     kind: Kind,
     device: Device,
-    mut block: impl FnMut(Range<usize>) -> Result<Tensor>,
+    threads: usize,
+    block: impl Fn(Range<usize>) -> Result<Tensor> + Sync,
 ) -> Result<Tensor> {
-    let numel = shape.iter().product::<i64>();
+    let numel = shape.iter().product::<i64>() as usize;
     let out = Tensor::f_empty(shape, (kind, device))?;
-    let flat = out.f_view([numel])?;
-    let mut start = 0;
-    while start < numel {
-        let length = (numel - start).min(BLOCK as i64);
-        let stored = block(start as usize..(start + length) as usize)?;
-        // moved as it is stored, converted where it is needed: less goes to the device
-        flat.f_narrow(0, start, length)?.f_copy_(&stored.f_to_device(device)?)?;
-        start += length;
-    }
+    let flat = out.f_view([numel as i64])?;
+    let length = if device == Device::Cpu { BLOCK } else { DEVICE_BLOCK };
+    let fill_part = |elements: Range<usize>, part: Tensor| -> Result<()> {
+        for start in elements.clone().step_by(length) {
+            let end = (start + length).min(elements.end);
+            // moved as it is stored, converted where it is needed: less goes to the device
+            let stored = block(start..end)?.f_to_device(device)?;
+            part.f_narrow(0, (start - elements.start) as i64, (end - start) as i64)?.f_copy_(&stored)?;
+        }
+        Ok(())
+    };
+    let share = numel.div_ceil(threads).max(THREAD).next_multiple_of(length);
+    let parts = (0..numel).step_by(share).map(|start| start..(start + share).min(numel));
+    let parts = parts.map(|at| Ok((at.clone(), flat.f_narrow(0, at.start as i64, at.len() as i64)?)));
+    let mut parts = parts.collect::<Result<Vec<_>>>()?;
+    let last = parts.pop();
+    thread::scope(|scope| {
+        let fill_part = &fill_part;
+        let others: Vec<_> = parts.into_iter().map(|(at, part)| scope.spawn(move || fill_part(at, part))).collect();
+        last.map_or(Ok(()), |(at, part)| fill_part(at, part))?;
+        others.into_iter().try_for_each(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })?;
     Ok(out)
 }
 
@@ -449,15 +501,54 @@ mod tests {
     }
 
     #[test]
-    fn a_tensor_of_several_blocks_has_no_seam() {
+    fn a_tensor_of_several_blocks_and_threads_is_the_plain_conversion() {
+        let n = 2 * THREAD + 3 * BLOCK + 1024;
+        let floats: Vec<f32> = (0..n).map(|i| (i as f32).sin() * 2_f32.powi((i % 61) as i32 - 30)).collect();
+        let plain = Tensor::from_slice(&floats).to_kind(Kind::BFloat16);
+        let stored: Vec<u8> = floats.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
+        let block = |at: Range<usize>| {
+            Ok(Tensor::f_from_data_size(&stored[2 * at.start..2 * at.end], &[at.len() as i64], Kind::BFloat16)?)
+        };
+        for threads in [1, 2, 3, 8] {
+            let found = fill(&[(n / 1024) as i64, 1024], Kind::Float, Device::Cpu, threads, block).unwrap();
+            assert!(found.view(-1).equal(&plain.to_kind(Kind::Float)), "{threads} threads");
+        }
+        for broken in [0, n - 1] {
+            let block = |at: Range<usize>| {
+                if at.contains(&broken) { Err(Error::Tokenizer { problem: "broken".to_owned() }) } else { block(at) }
+            };
+            let error = fill(&[n as i64], Kind::Float, Device::Cpu, 3, block);
+            assert!(message(error).contains("broken"));
+        }
+    }
+
+    #[test]
+    fn a_tensor_on_the_file_s_pages_is_a_copy_of_its_own() {
         let folder = tempfile::tempdir().unwrap();
-        let n = BLOCK + 1024;
-        let stored = (0..n).flat_map(|i| bf16::from_f32((i % 251) as f32).to_le_bytes()).collect();
-        let path = write(&folder.path().join("m.safetensors"), &[("x", Dtype::BF16, &[n / 1024, 1024], stored)]);
-        let weights = Weights::safetensors(&[path]).unwrap();
-        let found = values(&weights.root(Kind::Float, Device::Cpu).get("x", &[(n / 1024) as i64, 1024]).unwrap());
-        let expected = (0..n).map(|i| (i % 251) as f32);
-        assert!(found.into_iter().eq(expected));
+        let path = folder.path().join("m.safetensors");
+        let tensors: &[(&str, Dtype, &[usize], _)] =
+            &[("a", Dtype::F32, &[2, 3], f32s(&SMALL)), ("b", Dtype::F32, &[6], f32s(&SMALL))];
+        write(&path, tensors);
+        let before = fs::read(&path).unwrap();
+        let weights = Weights::safetensors(std::slice::from_ref(&path)).unwrap();
+        let Source::Safetensors { shards, .. } = &weights.source else { panic!("another source") };
+        let info = shards[0].header.info("b").unwrap();
+        let in_place = shards[0].in_place(info, Kind::Float, &[6]).unwrap();
+        assert_eq!(values(&in_place), SMALL);
+
+        // Another file under the name does not matter, and what is written to one tensor is in no other and in no file.
+        fs::write(folder.path().join("other"), vec![0; before.len()]).unwrap();
+        fs::rename(&path, folder.path().join("moved")).unwrap();
+        fs::rename(folder.path().join("other"), &path).unwrap();
+        let root = weights.root(Kind::Float, Device::Cpu);
+        let mut first = root.get("b", &[6]).unwrap();
+        let _ = first.fill_(7.0);
+        assert_eq!(values(&first), [7.0; 6]);
+        assert_eq!(values(&root.get("b", &[6]).unwrap()), SMALL);
+        assert_eq!(values(&root.get("a", &[2, 3]).unwrap()), SMALL);
+        assert_eq!(fs::read(folder.path().join("moved")).unwrap(), before);
+        drop(weights);
+        assert_eq!(values(&in_place), SMALL);
     }
 
     #[test]
