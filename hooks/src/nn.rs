@@ -73,6 +73,27 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     Ok(y.f_view(shape.as_slice())?)
 }
 
+/// softmax(q kᵀ / √d_head) v by libtorch's fused kernel. `q`: `[batch, n_heads, pos, d_head]`, as the result; `k` and `v`:
+/// `[batch, n_kv_heads, slots, d_head]`; `mask`: who may see whom, bool, in the shape of the scores.
+pub(crate) fn fused_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: Option<&Tensor>,
+    causal: bool,
+) -> Result<Tensor> {
+    let groups = q.size4()?.1 / k.size4()?.1;
+    let attend = |k: &Tensor, v: &Tensor, grouped| {
+        Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, grouped)
+    };
+    if groups == 1 || mask.is_none() || q.device() == Device::Cpu {
+        return Ok(attend(k, v, groups != 1)?);
+    }
+    // The kernels of a GPU take a mask or grouped heads, not both; keys and values are the smallest tensors there are.
+    let spread = |x: &Tensor| x.f_repeat_interleave_self_int(groups, 1, None);
+    Ok(attend(&spread(k)?, &spread(v)?, false)?)
+}
+
 /// The precision of norms, rotations, softmaxes and adapters: f32 whatever the weights are, as in transformers and PEFT, but f64
 /// in an f64 model, so that such a model is f64 throughout.
 pub(crate) fn wide(kind: Kind) -> Kind {

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::nn::fused_attention;
 
 /// A row to be packed.
 #[derive(Clone, Copy, Debug)]
@@ -129,7 +130,6 @@ impl Packing {
     /// result is shaped as `q`.
     pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (_, _, n_heads, d_head) = q.size4()?;
-        let grouped = n_heads != k.size4()?.2;
         let mut found = Vec::new();
         for Bucket { queries, keys, mask, n_pieces } in &self.buckets {
             let heads = |x: &Tensor, at: &Tensor| -> Result<Tensor> {
@@ -137,7 +137,7 @@ impl Packing {
                 Ok(take(x, at)?.f_view([*n_pieces, -1, n, d_head])?.f_transpose(1, 2)?)
             };
             let (q, k, v) = (heads(q, queries)?, heads(k, keys)?, heads(v, keys)?);
-            let z = Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(mask), 0.0, false, None, grouped)?;
+            let z = fused_attention(&q, &k, &v, Some(mask), false)?;
             found.push(z.f_transpose(1, 2)?.f_reshape([-1, n_heads * d_head])?);
         }
         let found = if found.len() == 1 { found.remove(0) } else { Tensor::f_cat(&found, 0)? };

@@ -14,7 +14,7 @@ use crate::hook_point::HookPoint as P;
 use crate::kv_cache::Placement;
 use crate::lora::{Adapter, Proj};
 use crate::model_files::ModelFiles;
-use crate::nn::{Linear, RmsNorm, Rope, linear, wide};
+use crate::nn::{Linear, RmsNorm, Rope, fused_attention, linear, wide};
 use crate::packing::embedding;
 use crate::pass::Pass;
 use crate::tap::Hooks;
@@ -141,7 +141,11 @@ impl Attention {
         }
         let (q, k, v) = (q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?);
         let open = hooks.any_at(P::AttnScores(self.layer)) || hooks.any_at(P::Pattern(self.layer));
-        let z = if open { self.open_attention(&q, &k, &v, placement, hooks)? } else { fused(&q, &k, &v, placement)? };
+        let z = if open {
+            self.open_attention(&q, &k, &v, placement, hooks)?
+        } else {
+            fused_attention(&q, &k, &v, placement.mask.as_ref(), placement.mask.is_none() && placement.causal)?
+        };
         Ok(z.f_transpose(1, 2)?)
     }
 
@@ -180,13 +184,6 @@ impl Attention {
         let result = pass.hooks.run(P::Result(self.layer), Tensor::f_stack(&parts, 2)?)?;
         Ok(result.f_sum_dim_intlist(2, false, result.kind())?)
     }
-}
-
-/// Attention by libtorch's fused kernel; the result is `[batch, n_heads, pos, d_head]`.
-fn fused(q: &Tensor, k: &Tensor, v: &Tensor, placement: &Placement<'_>) -> Result<Tensor> {
-    let causal = placement.mask.is_none() && placement.causal;
-    let grouped = q.size4()?.1 != k.size4()?.1;
-    Ok(Tensor::f_scaled_dot_product_attention(q, k, v, placement.mask.as_ref(), 0.0, causal, None, grouped)?)
 }
 
 /// The gated MLP (Shazeer 2020): down(silu(gate(x)) ⊙ up(x)).
