@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::nn::wide;
+use crate::nn::{by_head, wide};
 use crate::pass::Dose;
 
 /// A linear map of a block that an adapter can act on.
@@ -187,31 +187,17 @@ impl LoraPair {
         dose: Dose<'_>,
         dropout: Option<&mut Dropout>,
     ) -> Result<Tensor> {
-        let kind = y.kind();
-        let x = x.f_to_kind(wide(x.kind()))?;
-        let [a, b] = [&self.a, &self.b].map(|factor| factor.f_to_kind(x.kind()));
-        let x = match dropout {
-            Some(dropout) => dropout.apply(&x, self.n_stacked())?,
-            None => x,
+        let (kind, tokens) = (y.kind(), x.size()[0]);
+        let by_student = |tensor: &Tensor| -> Result<Tensor> {
+            Ok(match self.n_stacked() {
+                Some(n) => tensor.f_reshape([n, tokens / n, -1])?,
+                None => tensor.shallow_clone(),
+            })
         };
-        let by_student = |tensor: &Tensor| match self.n_stacked() {
-            Some(n) => tensor.f_reshape([n, x.size()[0] / n, -1]),
-            None => Ok(tensor.shallow_clone()),
-        };
-        let bottleneck = by_student(&x)?.f_matmul(&a?.f_transpose(-2, -1)?)?.f_mul_scalar(self.scaling)?; // [tokens, rank], or [n, ..]
-        let bottleneck = match &self.scalings {
-            None => bottleneck,
-            Some(scalings) => bottleneck.f_mul(&scalings.f_to_kind(bottleneck.kind())?)?,
-        };
-        let bottleneck = match dose {
-            Dose::Uniform(1.0) => bottleneck,
-            Dose::Uniform(dose) => bottleneck.f_mul_scalar(dose)?,
-            Dose::Tokens(doses) => {
-                let doses = doses.f_to_kind(bottleneck.kind())?.f_reshape([-1, 1])?;
-                bottleneck.f_mul(&by_student(&doses)?)?
-            }
-        };
-        let b = b?.f_transpose(-2, -1)?;
+        let (x, a, b) = self.widened(x, dropout)?;
+        let bottleneck = by_student(&x)?.f_matmul(&a.f_transpose(-2, -1)?)?; // [tokens, rank], or [n, .., rank]
+        let bottleneck = self.scaled(&bottleneck, dose, |doses| by_student(&doses.f_reshape([-1, 1])?))?;
+        let b = b.f_transpose(-2, -1)?;
         if kind != bottleneck.kind() {
             let delta = bottleneck.f_matmul(&b)?.f_view(y.size().as_slice())?;
             return Ok(y.f_add(&delta)?.f_to_kind(kind)?);
@@ -221,6 +207,53 @@ impl LoraPair {
         }
         // In place on a view, autograd would copy all of it.
         Ok(by_student(&y)?.f_baddbmm(&bottleneck, &b, 1.0, 1.0)?.f_view(y.size().as_slice())?)
+    }
+
+    /// The same of each head's part of `x` alone, `[batch, pos, n_heads, d_head]`; `y` and the result:
+    /// `[batch, pos, n_heads, d_out]`. Not of a stack.
+    pub(crate) fn add_by_head(
+        &self,
+        y: &Tensor,
+        x: &Tensor,
+        dose: Dose<'_>,
+        dropout: Option<&mut Dropout>,
+    ) -> Result<Tensor> {
+        if let Some(n) = self.n_stacked() {
+            return Err(no_stack("attn.hook_result", n));
+        }
+        let (x, a, b) = self.widened(x, dropout)?;
+        let bottleneck = self.scaled(&by_head(&x, &a)?, dose, |doses| Ok(doses.f_unsqueeze(2)?))?; // [batch, pos, n_heads, rank]
+        Ok(y.f_add(&bottleneck.f_matmul(&b.f_transpose(0, 1)?)?)?.f_to_kind(y.kind())?)
+    }
+
+    /// `x` after dropout, A and B, in the kind that the adapter is computed in.
+    fn widened(&self, x: &Tensor, dropout: Option<&mut Dropout>) -> Result<(Tensor, Tensor, Tensor)> {
+        let x = x.f_to_kind(wide(x.kind()))?;
+        let (a, b) = (self.a.f_to_kind(x.kind())?, self.b.f_to_kind(x.kind())?);
+        let x = match dropout {
+            Some(dropout) => dropout.apply(&x, self.n_stacked())?,
+            None => x,
+        };
+        Ok((x, a, b))
+    }
+
+    /// s · g ⊙ A x; `shaped` brings doses `[batch, pos, 1]` into its shape.
+    fn scaled(
+        &self,
+        bottleneck: &Tensor,
+        dose: Dose<'_>,
+        shaped: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let bottleneck = bottleneck.f_mul_scalar(self.scaling)?;
+        let bottleneck = match &self.scalings {
+            None => bottleneck,
+            Some(scalings) => bottleneck.f_mul(&scalings.f_to_kind(bottleneck.kind())?)?,
+        };
+        Ok(match dose {
+            Dose::Uniform(1.0) => bottleneck,
+            Dose::Uniform(dose) => bottleneck.f_mul_scalar(dose)?,
+            Dose::Tokens(doses) => bottleneck.f_mul(&shaped(&doses.f_to_kind(bottleneck.kind())?)?)?,
+        })
     }
 
     /// The weight change s · B · A, `[d_out, d_in]`. A stack has none.

@@ -43,6 +43,20 @@ impl Linear {
         Ok(y.f_view([batch, pos, -1])?)
     }
 
+    /// What `forward` gives for each head's part of `x` alone; they add up to it, as there is no bias. `x`:
+    /// `[batch, pos, n_heads, d_head]`; the result is `[batch, pos, n_heads, d_out]`.
+    pub(crate) fn forward_by_head(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let y = by_head(x, &self.weight)?;
+        let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) else {
+            return Ok(y);
+        };
+        let dose = pass.gate.as_ref().map_or(Dose::Uniform(1.0), |doses| doses.at(self.layer, self.proj));
+        if matches!(dose, Dose::Uniform(0.0)) {
+            return Ok(y);
+        }
+        pair.add_by_head(&y, x, dose, pass.dropout.as_deref_mut())
+    }
+
     pub(crate) fn parameters(&self) -> Vec<(String, Tensor)> {
         let stem = self.proj.path();
         let weight = (format!("{stem}.weight"), self.weight.shallow_clone());
@@ -92,6 +106,15 @@ pub(crate) fn fused_attention(
     // The kernels of a GPU take a mask or grouped heads, not both; keys and values are the smallest tensors there are.
     let spread = |x: &Tensor| x.f_repeat_interleave_self_int(groups, 1, None);
     Ok(attend(&spread(k)?, &spread(v)?, false)?)
+}
+
+/// Each head's part of `x Wᵀ`, all heads in one product. `x`: `[batch, pos, n_heads, d_head]`, `weight`:
+/// `[d_out, n_heads · d_head]`; the result is `[batch, pos, n_heads, d_out]`.
+pub(crate) fn by_head(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (batch, pos, n_heads, d_head) = x.size4()?;
+    let x = x.f_reshape([batch * pos, n_heads, d_head])?.f_transpose(0, 1)?;
+    let weight = weight.f_view([-1, n_heads, d_head])?.f_permute([1, 2, 0])?; // [n_heads, d_head, d_out]
+    Ok(x.f_bmm(&weight)?.f_transpose(0, 1)?.f_reshape([batch, pos, n_heads, -1])?)
 }
 
 /// The precision of norms, rotations, softmaxes and adapters: f32 whatever the weights are, as in transformers and PEFT, but f64
@@ -169,5 +192,63 @@ impl Rope {
         let halves = x.f_chunk(2, -1)?;
         let turned = Tensor::f_cat(&[&halves[1].f_neg()?, &halves[0]], -1)?;
         Ok(x.f_mul(&self.cos)?.f_add(&turned.f_mul(&self.sin)?)?)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+    use crate::lora::{Adapter, Dropout, LoraConfig};
+    use crate::model_files::ModelFiles;
+    use crate::pass::Doses;
+    use crate::select::Numbers;
+
+    /// All heads in one product against the plain way: each head alone, the others zero, through the whole map.
+    #[test]
+    fn a_product_by_heads_is_each_head_alone() {
+        let files = ModelFiles::open("tiny-random").unwrap();
+        let config = &files.config;
+        let scope = files.weights.root(Kind::Double, Device::Cpu).at("model.layers").at(1);
+        let o = Linear::load(&scope, 1, Proj::O, false, config).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let adapter = Adapter::init(&LoraConfig::default(), config, &mut rng, Device::Cpu).unwrap();
+        let pair = adapter.pair(1, Proj::O).unwrap();
+        pair.b.shallow_clone().copy_(&pair.a.transpose(0, 1).sin());
+        let z = (Tensor::arange(2 * 5 * 64, (Kind::Double, Device::Cpu)) * 0.37).sin().view([2, 5, 4, 16]);
+        let doses = || {
+            Doses::of_tokens(Tensor::from_slice(&[1.0, 0.0, 0.5, 2.0, 1.0, 0.0, 1.0, 1.0, -1.0, 0.25]).view([2, 5, 1]))
+        };
+        let elsewhere =
+            || Doses { layers: Some(Numbers::parse("0..1", "the layers").unwrap()), elsewhere: 0.5, ..doses() };
+
+        for (adapter, gate) in
+            [(None, None), (Some(&adapter), None), (Some(&adapter), Some(doses())), (Some(&adapter), Some(elsewhere()))]
+        {
+            let mut pass = Pass { adapter, gate, ..Pass::default() };
+            let found = o.forward_by_head(&z, &mut pass).unwrap();
+            for head in 0..4 {
+                let alone = z.zeros_like();
+                alone.narrow(2, head, 1).copy_(&z.narrow(2, head, 1));
+                let plain = o.forward(&alone.view([2, 5, 64]), &mut pass).unwrap();
+                let apart = f64::try_from((found.select(2, head) - plain).abs().max()).unwrap();
+                assert!(apart < 1e-12, "head {head}: {apart}"); // f64, another order of sums
+            }
+        }
+
+        // The same values are dropped as where all heads are summed at once.
+        let dropped = |by_head: bool| {
+            let mut dropout = Dropout::new(0.5, ChaCha8Rng::seed_from_u64(3));
+            let mut pass = Pass { adapter: Some(&adapter), dropout: Some(&mut dropout), ..Pass::default() };
+            if by_head {
+                o.forward_by_head(&z, &mut pass).unwrap().sum_dim_intlist(2, false, Kind::Double)
+            } else {
+                o.forward(&z.view([2, 5, 64]), &mut pass).unwrap()
+            }
+        };
+        assert!(f64::try_from((dropped(true) - dropped(false)).abs().max()).unwrap() < 1e-12);
     }
 }

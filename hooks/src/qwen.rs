@@ -174,14 +174,8 @@ impl Attention {
 
     /// The output as a sum over heads, each head's part `[batch, pos, n_heads, d_model]` in the open.
     fn result(&self, z: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let (batch, pos, n_heads, d_head) = z.size4()?;
-        let mut parts = Vec::new();
-        for head in 0..n_heads {
-            let alone = z.f_zeros_like()?;
-            alone.f_narrow(2, head, 1)?.f_copy_(&z.f_narrow(2, head, 1)?)?;
-            parts.push(self.o.forward(&alone.f_reshape([batch, pos, n_heads * d_head])?, pass)?);
-        }
-        let result = pass.hooks.run(P::Result(self.layer), Tensor::f_stack(&parts, 2)?)?;
+        let parts = self.o.forward_by_head(z, pass)?;
+        let result = pass.hooks.run(P::Result(self.layer), parts)?;
         Ok(result.f_sum_dim_intlist(2, false, result.kind())?)
     }
 }
