@@ -12,7 +12,7 @@ ifdef LIBTORCH
 export LD_LIBRARY_PATH := $(LIBTORCH)/lib:$(LD_LIBRARY_PATH)
 endif
 
-.PHONY: help demo test real model test-real check notebooks golden fuzz fuzz-corpus setup build clean-runs
+.PHONY: help demo test real model test-real check notebooks golden bench bench-cuda fuzz fuzz-corpus setup build clean-runs
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -48,6 +48,14 @@ golden: ## remake the golden files with transformers, PEFT and TransformerLens, 
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r tests/golden/requirements.txt
 	for case in qwen2 qwen3 variants adapters training transformer_lens chat pocket; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
+
+bench: setup model ## undertone beside PEFT, transformers and TransformerLens (a venv of 5 GB); about an hour on two idle cores
+	$(CARGO) build --release --workspace
+	$(PYTHON) benchmarks/bench.py $(BENCH)
+
+bench-cuda: setup ## the same on a GPU in bf16, with random weights where there is no model; not run yet
+	$(CARGO) build --release --workspace
+	$(PYTHON) benchmarks/bench.py --device cuda --dtype bf16 $(BENCH)
 
 fuzz: setup ## every reader of files under libFuzzer, FUZZ_SECONDS each (450); prints a table
 	$(PYTHON) scripts/fuzz.py --seconds $(FUZZ_SECONDS)
