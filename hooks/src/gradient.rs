@@ -13,6 +13,8 @@ use crate::hook_point::HookPoint;
 use crate::listen::Cache;
 use crate::lora::{Adapter, Proj};
 use crate::nn::wide;
+use crate::packing::Row;
+use crate::pass::Pass;
 use crate::qwen::Qwen;
 use crate::tap::Tap;
 use crate::tokens::Prompt;
@@ -77,7 +79,8 @@ pub struct OfLosses {
     pub logprobs: Tensor,
     /// ∂ℓ/∂θ of the adapter's tensors in the order of `Adapter::parameters`, each `[losses, ..]`; none without an adapter.
     pub adapter: Vec<Tensor>,
-    /// ∂ℓ/∂resid_post block by block, each `[losses, pos, d_model]`; no position behind the losses' last token is run.
+    /// ∂ℓ/∂resid_post block by block, each `[losses, pos, d_model]`; no position behind the losses' last token is run. Of the last
+    /// block it is given at the positions alone that predict, `[losses, places, d_model]`: it is zero at the others.
     pub resid_post: Vec<Tensor>,
 }
 
@@ -174,58 +177,83 @@ fn copies_at_a_time(model: &Qwen, tokens: usize) -> usize {
 /// Copies of a row, run with their graph.
 struct Graph {
     parameters: Vec<Tensor>, // of the adapter, once per copy: [copies, ..]
-    resid_post: Vec<Tensor>, // per block [copies, pos, d_model]
+    resid_post: Vec<Tensor>, // per block [copies, pos, d_model]; of the last [copies, places, d_model]
+    places: Vec<Vec<usize>>, // per copy, the positions of these
     labels: Vec<i64>,
     start: usize,
 }
 
 impl Graph {
-    /// Runs a row as far as its losses reach.
+    /// Runs a row as far as its losses reach, in one copy for all losses or in one for each.
     fn of(model: &Qwen, row: &Prompt, condition: &Condition<'_>, losses: &[Vec<usize>], copies: usize) -> Result<Self> {
+        let (device, start) = (model.device(), row.completion.start);
         let stack = condition.adapter.map(|adapter| Adapter::stacked(&vec![adapter; copies])).transpose()?;
         let parameters: Vec<Tensor> = stack.iter().flat_map(Adapter::parameters).map(|(_, tensor)| tensor).collect();
         for tensor in &parameters {
             let _ = tensor.f_set_requires_grad(true)?;
         }
-        let rows = vec![row; copies];
-        let reach = losses.iter().flatten().max().map_or(1, |k| row.completion.start + k);
-        let batch = Batch::of(&rows, model.device())?.narrow(0, reach)?;
-        let points: Vec<HookPoint> = (0..model.config.n_layers).map(HookPoint::ResidPost).collect();
+        let reach = losses.iter().flatten().max().map_or(1, |k| start + k);
+        let ids = Row { ids: &row.ids[..reach], doses: None };
+        let batch = Batch::packed(&vec![&[ids][..]; copies], false, device)?;
+        let places = match copies {
+            1 => equally_many(&[losses.concat()], start),
+            _ => equally_many(losses, start),
+        };
+        let flat = places.iter().enumerate().flat_map(|(copy, places)| places.iter().map(move |at| copy * reach + at));
+        let flat: Vec<i64> = flat.map(|at| at as i64).collect();
+        let flat = Tensor::f_from_slice(&flat)?.f_to_device(device)?;
+
+        let points: Vec<HookPoint> = (0..model.config.n_layers.saturating_sub(1)).map(HookPoint::ResidPost).collect();
         let mut watch = Watch { wanted: points.iter().copied().collect(), cache: Cache::default() };
         let with_embed: Vec<HookPoint> = points.iter().copied().chain([HookPoint::Embed]).collect();
         let condition = Condition { adapter: stack.as_ref(), ..condition.clone() };
-        let mut prepared = condition.prepare(&rows, model, None)?;
-        let _ = prepared.listen(model, &batch, &with_embed, &mut watch, Qwen::resid_final)?;
+        let mut prepared = condition.prepare(&vec![row; copies], model, None)?;
+        let at_places = |model: &Qwen, batch: &Batch, pass: &mut Pass<'_>| model.resid_at(batch, &flat, pass);
+        let last = prepared.listen(model, &batch, &with_embed, &mut watch, at_places)?;
+        let last = last.f_view([copies as i64, -1, model.config.d_model])?;
         let resid_post = points.iter().map(|point| Ok(watch.cache.get(*point)?.shallow_clone()));
-        Ok(Self {
-            parameters,
-            resid_post: resid_post.collect::<Result<_>>()?,
-            labels: row.ids[row.completion.clone()].to_vec(),
-            start: row.completion.start,
-        })
+        let resid_post = resid_post.chain([Ok(last)]).collect::<Result<_>>()?;
+        Ok(Self { parameters, resid_post, places, labels: row.ids[row.completion.clone()].to_vec(), start })
     }
 
     /// The gradients of some of the losses, one per copy, by one backward pass.
     fn gradients(&self, model: &Qwen, losses: &[Vec<usize>], some: Range<usize>, keep_graph: bool) -> Result<OfLosses> {
-        let resid = self.resid_post.last().ok_or_else(|| Error::Invalid {
-            what: "the model's number of blocks".to_owned(),
-            expected: "at least 1".to_owned(),
-            found: "0".to_owned(),
-        })?;
-        let (_, pos, d_model) = resid.size3()?;
-        let tokens =
-            losses[some.clone()].iter().enumerate().flat_map(|(copy, loss)| loss.iter().map(move |k| (copy, *k)));
-        let (predicting, labels): (Vec<i64>, Vec<i64>) =
-            tokens.map(|(copy, k)| (copy as i64 * pos + (self.start + k) as i64 - 1, self.labels[k])).unzip();
-        let index = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(resid.device());
-        let at = resid.f_reshape([-1, d_model])?.f_index_select(0, &index(&predicting)?)?; // [tokens, d_model]
-        let logprobs = model.unembed(&at)?.f_log_softmax(-1, wide(at.kind()))?;
+        let (mut predicting, mut labels) = (Vec::new(), Vec::new());
+        let mut before = 0;
+        for (places, loss) in self.places.iter().zip(&losses[some.clone()]) {
+            for k in loss {
+                let at = places.partition_point(|place| *place < self.start + k - 1);
+                predicting.push((before + at) as i64);
+                labels.push(self.labels[*k]);
+            }
+            before += places.len();
+        }
+        let resid = self.resid_post.last().map_or_else(Tensor::new, |last| last.shallow_clone()).f_flatten(0, 1)?;
+        let index = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(model.device());
+        let logprobs = model.unembed(&resid.f_index_select(0, &index(&predicting)?)?)?; // [tokens, d_vocab]
+        let logprobs = logprobs.f_log_softmax(-1, wide(logprobs.kind()))?;
         let loss = logprobs.f_gather(1, &index(&labels)?.f_unsqueeze(1)?, false)?.f_sum(logprobs.kind())?.f_neg()?;
         let inputs: Vec<&Tensor> = self.parameters.iter().chain(&self.resid_post).collect();
         let mut adapter = gradients(&loss, &inputs, keep_graph)?;
         let resid_post = adapter.split_off(self.parameters.len());
         Ok(OfLosses { losses: some, logprobs: logprobs.f_detach()?, adapter, resid_post })
     }
+}
+
+/// The positions that predict the losses' tokens, loss by loss in rising order, filled up with others so that all have as many.
+fn equally_many(losses: &[Vec<usize>], start: usize) -> Vec<Vec<usize>> {
+    let mut places: Vec<BTreeSet<usize>> =
+        losses.iter().map(|loss| loss.iter().map(|k| start + k - 1).collect()).collect();
+    let most = places.iter().map(BTreeSet::len).max().unwrap_or(0);
+    for places in &mut places {
+        for other in 0.. {
+            if places.len() == most {
+                break;
+            }
+            places.insert(other);
+        }
+    }
+    places.into_iter().map(|places| places.into_iter().collect()).collect()
 }
 
 /// Keeps what it is to keep, and makes the embedding a leaf, so that gradients flow at every point though no weight asks
@@ -253,7 +281,6 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::Pass;
     use crate::gate_laws::{completion_loss, gate};
     use crate::laws::{exact, exact_model, world};
 

@@ -339,6 +339,16 @@ impl Adapter {
         }
     }
 
+    /// Whether some of `tokens` tokens, given by their places in order, are equally many for each student of a stack.
+    pub(crate) fn shares(&self, places: &Tensor, tokens: i64) -> Result<bool> {
+        let Some(n) = self.n_stacked() else { return Ok(true) };
+        let mut each = vec![0; n as usize];
+        for place in Vec::<i64>::try_from(places)? {
+            each[(place * n / tokens) as usize] += 1;
+        }
+        Ok(each.windows(2).all(|two| two[0] == two[1]))
+    }
+
     /// All pairs with their places, block by block.
     pub fn pairs(&self) -> impl Iterator<Item = (usize, Proj, &LoraPair)> {
         self.pairs.iter().enumerate().flat_map(|(layer, pairs)| {

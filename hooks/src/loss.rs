@@ -56,8 +56,7 @@ pub fn cross_entropy_sum(model: &Qwen, resid: &Tensor, targets: &Targets) -> Res
     Ok(cross_entropy(model, resid, targets)?.f_sum(wide(resid.kind()))?)
 }
 
-/// −log p(label) of each target, `[n]`, in f32 (f64 in an f64 model). Gradients flow through their sum once, or through sums of
-/// them with equal factors within each.
+/// −log p(label) of each target, `[n]`, in f32 (f64 in an f64 model). Gradients flow through any weighted sum of them, once.
 fn cross_entropy(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
     let normed = model.final_norm(&embedding(resid, &targets.rows)?)?; // [n, d_model]
     let unembedding_learns = model.parameters().iter().any(|(_, weight)| weight.requires_grad());

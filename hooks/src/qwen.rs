@@ -353,13 +353,15 @@ impl Qwen {
         Ok(resid)
     }
 
-    /// The residual stream after the last block at some tokens alone, `[places, d_model]`. Of a packed batch without taps, what
-    /// only the other tokens need of the last block is not computed. `places`: distinct places in the flattened
-    /// `[batch · pos]`, `[places]`, i64.
+    /// The residual stream after the last block at some tokens alone, `[places, d_model]`. Where no tap is set in the last block
+    /// or behind it, what only the other tokens need of it is not computed. `places`: distinct places in the flattened
+    /// `[batch · pos]`, `[places]`, i64; a stack's students need equally many each, or all is computed.
     pub fn resid_at(&self, batch: &Batch, places: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
-        // A stack's students have equally many tokens each, which places need not leave them.
-        let is_stack = pass.adapter.is_some_and(|adapter| adapter.n_stacked().is_some());
-        let whole = is_stack || !pass.hooks.is_empty() || batch.packing.is_none();
+        let behind = self.config.n_layers.saturating_sub(1);
+        let is_tapped = pass.hooks.any(|at| at != P::Embed && at.layer().is_none_or(|layer| layer >= behind));
+        let whole = is_tapped
+            || batch.packing.is_none()
+            || !pass.adapter.map_or(Ok(true), |adapter| adapter.shares(places, batch.ids.numel() as i64))?;
         let Some((last, blocks)) = self.blocks.split_last().filter(|_| !whole) else {
             return Ok(at(&self.resid_final(batch, pass)?, places)?.f_squeeze_dim(0)?);
         };
@@ -367,7 +369,9 @@ impl Qwen {
         for block in blocks {
             resid = block.forward(resid, &rope, &placement, pass)?;
         }
-        Ok(last.forward_at(&resid, &rope, &placement, places, pass)?.f_squeeze_dim(0)?)
+        let resid = last.forward_at(&resid, &rope, &placement, places, pass)?.f_squeeze_dim(0)?;
+        pass.hooks.check_fired()?;
+        Ok(resid)
     }
 
     fn run_blocks(&self, blocks: &[Block], batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {

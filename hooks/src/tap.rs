@@ -58,6 +58,11 @@ impl<'a> Hooks<'a> {
         self.taps.iter().any(|(points, _)| points.contains_key(&at))
     }
 
+    /// Whether any tap is set at such a point.
+    pub(crate) fn any(&self, such: impl Fn(HookPoint) -> bool) -> bool {
+        self.taps.iter().any(|(points, _)| points.keys().any(|at| such(*at)))
+    }
+
     /// Hands the activation to the taps at the point; with no taps it comes straight back.
     #[inline]
     pub(crate) fn run(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor> {
