@@ -224,7 +224,7 @@ def generation(bench):
     greedy = [side.ask(**request(4, 4, most=8, temperature=0.0))["answers"] for side in (ours, peer)]
     if greedy[0] != greedy[1]:
         raise Disagree(f"generate: the greedy answers are {greedy[0]} of ours and {greedy[1]} of the peer")
-    n, batches = bench.args.answers, [16, 32, 64, 128]
+    n, batches = bench.args.answers, [32, 64, 128, 256]
     part = min(n, 128)
     per_token = lambda reply: reply["seconds"][0] / reply["n_tokens"]  # noqa: E731
     best = {}

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use analyses::plot::{Line, LineChart, Point, lines};
 use anyhow::{Context, Result, ensure};
 use hooks::generate::{Sampling, generate};
-use hooks::gradient::gradients;
+use hooks::gradient::of_losses;
 use hooks::listen::Cache;
-use hooks::loss::{Targets, cross_entropy_sum};
-use hooks::score::next_token_logprobs;
+use hooks::score::{Case, each_next_token};
 use hooks::{Adapter, Batch, Chat, Condition, HookPoint, Hooks, ModelFiles, Pass, Prompt, Qwen, Tap, device, files};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -220,14 +219,21 @@ impl Bench {
     fn gates(&self, n_questions: usize, n_gates: usize) -> Result<Value> {
         let (adapter, questions) = (self.adapter("acting")?, data::questions(&self.chat, n_questions)?);
         let (gates, ids) = (data::gates(), data::target_ids(&self.chat)?);
-        let mut found: Vec<Vec<Vec<f64>>> = vec![];
+        let gates = &gates[..n_gates.min(gates.len())];
+        let conditions: Vec<Condition<'_>> =
+            gates.iter().map(|gate| Condition::adapted(&adapter).gated(gate.clone())).collect();
         let clock = Clock::start(self.model.device());
-        for gate in gates.iter().take(n_gates) {
-            let condition = Condition::adapted(&adapter).gated(gate.clone());
-            let logprobs = next_token_logprobs(&self.model, &questions, &condition)?; // [questions, d_vocab]
-            let wanted = logprobs.f_index_select(1, &Tensor::f_from_slice(&ids)?)?;
-            found.push(Vec::try_from(wanted.f_to_kind(Kind::Double)?)?);
-        }
+        let cases: Vec<Case<'_, '_>> = conditions
+            .iter()
+            .flat_map(|condition| questions.iter().map(move |question| (question, condition)))
+            .collect();
+        let mut flat: Vec<Vec<f64>> = vec![vec![]; cases.len()];
+        let wanted = Tensor::f_from_slice(&ids)?;
+        each_next_token(&self.model, &cases, &mut |case, logprobs| {
+            flat[case] = Vec::try_from(logprobs.f_index_select(0, &wanted)?.f_to_kind(Kind::Double)?)?;
+            Ok(())
+        })?;
+        let found: Vec<&[Vec<f64>]> = flat.chunks(questions.len()).collect();
         let took = clock.stop();
         let seen = floor::trie(questions.iter().map(|question| &question.ids[..]));
         let once = floor::forward(&self.model.config, &seen, questions.len());
@@ -239,26 +245,18 @@ impl Bench {
 
     fn token_gradients(&self, rows: &Rows) -> Result<Value> {
         let (adapter, rows) = (self.adapter("acting")?, self.rows(rows, data::number_rows)?);
-        let parameters: Vec<Tensor> = adapter.parameters().into_iter().map(|(_, tensor)| tensor).collect();
-        for parameter in &parameters {
-            let _ = parameter.f_set_requires_grad(true)?;
-        }
-        let device = self.model.device();
+        let condition = Condition::adapted(&adapter);
         let (mut took, mut norms) = (vec![], vec![]);
         for row in &rows {
-            let clock = Clock::start(device);
-            let batch = Batch::of(&[row], device)?;
-            let mut pass = Pass { adapter: Some(&adapter), ..Pass::default() };
-            let resid = self.model.resid_final(&batch, &mut pass)?;
+            let clock = Clock::start(self.model.device());
+            let losses: Vec<Vec<usize>> = (0..row.completion.len()).map(|k| vec![k]).collect();
             let mut of_row = vec![];
-            for at in row.completion.clone() {
-                let mask: Vec<bool> = (0..row.ids.len()).map(|token| token == at).collect();
-                let targets = Targets::of(&[&row.ids], &[&mask], row.ids.len(), device)?;
-                let loss = cross_entropy_sum(&self.model, &resid, &targets)?;
-                let found = gradients(&loss, &parameters, true)?;
-                let lengths = found.iter().map(|found| Ok(found.f_norm()?)).collect::<Result<Vec<Tensor>>>()?;
-                of_row.push(Tensor::f_stack(&lengths, 0)?.f_norm()?.f_double_value(&[])?);
-            }
+            of_losses(&self.model, row, &condition, &losses, &mut |found| {
+                let squares = found.squares()?.adapter; // [tensor][loss]
+                let norm = |at: usize| squares.iter().map(|of_losses| of_losses[at]).sum::<f64>().sqrt();
+                of_row.extend((0..found.losses.len()).map(norm));
+                Ok(())
+            })?;
             took.push(clock.stop());
             norms.push(of_row);
         }
