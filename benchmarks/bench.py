@@ -225,7 +225,7 @@ def generation(bench):
     if greedy[0] != greedy[1]:
         raise Disagree(f"generate: the greedy answers are {greedy[0]} of ours and {greedy[1]} of the peer")
     n, batches = bench.args.answers, [32, 64, 128, 256]
-    part = min(n, 128)
+    part = min(n, 256)
     per_token = lambda reply: reply["seconds"][0] / reply["n_tokens"]  # noqa: E731
     best = {}
     for side in (ours, peer):
@@ -294,7 +294,7 @@ def token_gradients(bench):
         request = {"do": "token_gradients", "rows": rows}
         mine, theirs = bench.turns([(ours, request), (peer, request)], max(n, bench.args.turns) if threads else bench.args.turns)
         agree("token_gradients: norms", mine[0]["norms"], theirs[0]["norms"], bench.args.tolerance)
-        note = f"{sum(map(len, mine[0]['norms']))} tokens; ours by a backward pass each"
+        note = f"{sum(map(len, mine[0]['norms']))} tokens"
         memory = (peak(mine), peak(theirs))
         peer_name = "PEFT, a backward pass each"
         bench.add(Row("token_gradients", f"{name}, a row", "s", values(mine), values(theirs), peer_name, "", None, *memory, note))
