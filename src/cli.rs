@@ -7,9 +7,11 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::commands::paint::Color;
 use crate::commands::{
-    activations, arms, ask, columns, completions, export, finetune, generate, measure, pocket, report, run, tokens,
+    activations, arms, ask, columns, completions, export, finetune, generate, measure, pocket, profile, report, run,
+    tokens,
 };
 use crate::experiment::{AnalysisName, Experiment};
+use crate::progress::say;
 use crate::run_dir::RunDir;
 use crate::workbench::Workbench;
 
@@ -31,6 +33,9 @@ pub struct Cli {
     /// When to use colour: auto is where stdout is a terminal and `NO_COLOR` is not set.
     #[arg(long, global = true, value_enum, default_value = "auto", value_name = "WHEN", hide_possible_values = true)]
     color: Color,
+    /// Says on stderr, at the end, where the time went, and which share of the machine's rate the products reached.
+    #[arg(long, global = true)]
+    profile: bool,
 }
 
 #[derive(Subcommand, Debug)]
@@ -114,6 +119,18 @@ struct Folder {
 /// Does what the command line says.
 pub fn run(cli: &Cli) -> Result<()> {
     cli.color.apply();
+    if !cli.profile {
+        return obey(cli);
+    }
+    hooks::profile::start();
+    let done = obey(cli);
+    let recorded = hooks::profile::finish();
+    done?;
+    say(profile::table(&recorded)?);
+    Ok(())
+}
+
+fn obey(cli: &Cli) -> Result<()> {
     let device = cli.device.as_deref().unwrap_or("cpu");
     match &cli.command {
         Command::Run(stage) => with_stage(cli, stage, |bench, folder| run::run(bench, folder, cli.force)),

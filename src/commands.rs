@@ -11,6 +11,7 @@ pub mod generate;
 pub mod measure;
 pub mod paint;
 pub mod pocket;
+pub mod profile;
 pub mod report;
 pub mod run;
 pub mod tokens;

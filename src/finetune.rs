@@ -19,6 +19,7 @@ use hooks::lora::{Adapter, Dropout};
 use hooks::loss::{Targets, cross_entropy_sum};
 use hooks::packing::Row;
 use hooks::pass::Pass;
+use hooks::profile::{self, Stage};
 use hooks::qwen::Qwen;
 use hooks::tokens::{LossMask, Prompt};
 use hooks::{Batch, Error};
@@ -604,7 +605,9 @@ impl Learner<'_> {
         let mut sums: Option<(Tensor, Gradients)> = None;
         for batch in rows.chunks(config.batch_size) {
             let loss = self.loss_sum(batch, &config.gate, dropout.as_deref_mut())?.f_div_scalar(n_targets as f64)?;
-            let found = optimizer.gather(&gradients(&loss, &tensors, false)?)?;
+            let found = gradients(&loss, &tensors, false)?;
+            let _stage = profile::stage(Stage::Optimizer);
+            let found = optimizer.gather(&found)?;
             let loss = loss.f_detach()?;
             sums = Some(match sums {
                 None => (loss, found),
@@ -614,6 +617,7 @@ impl Learner<'_> {
                 }
             });
         }
+        let _stage = profile::stage(Stage::Optimizer);
         let (loss, mut gradients) = sums.context("a step without rows")?;
         let norm = gradients.norm()?;
         let seen = Vec::<f32>::try_from(Tensor::f_stack(&[&loss, &norm], 0)?)?; // the step's one wait for the device

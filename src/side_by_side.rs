@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{available_parallelism, scope};
 
 use anyhow::{Result, anyhow};
+use hooks::profile::{self, Stage};
 
 /// Parameters up to which a model counts as small.
 pub const SMALL: usize = 1_000_000;
@@ -24,23 +25,31 @@ pub fn side_by_side<J: Sync, T: Send>(
     work: impl Fn(usize, &J) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
     let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let (profiling, profiles) = (profile::is_on(), Mutex::new(Vec::new()));
     let worker = || {
         tch::set_num_threads(1);
+        if profiling {
+            profile::start();
+        }
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(job) = jobs.get(at) else { return };
+            let Some(job) = jobs.get(at) else { break };
             let result = work(at, job);
             if result.is_err() {
                 next.store(jobs.len(), Ordering::Relaxed);
             }
             results.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((at, result));
         }
+        profiles.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(profile::finish());
     };
+    let waiting = profile::stage(Stage::Other);
     scope(|scope| {
         for _ in 0..workers.max(1) {
             scope.spawn(worker);
         }
     });
+    profile::join(profiles.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner));
+    drop(waiting);
     let mut results = results.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     results.sort_by_key(|(at, _)| *at);
     let done: Vec<T> = results.into_iter().map(|(_, result)| result).collect::<Result<_>>()?;
@@ -81,6 +90,22 @@ mod tests {
         });
         assert_eq!(error.unwrap_err().to_string(), "job 3 failed");
         assert!(begun.load(Ordering::Relaxed) < 50, "{begun:?} of 100 were begun");
+    }
+
+    #[test]
+    fn a_profile_holds_what_the_workers_did() {
+        profile::start();
+        let job = |_: usize, _: &i32| {
+            drop(profile::stage(Stage::Loss));
+            Ok(())
+        };
+        side_by_side(&[0; 7], 2, job).unwrap();
+        let calls = |profile: &profile::Profile| {
+            profile.by_stage().iter().map(|(stage, cost)| (*stage, cost.calls)).collect::<Vec<_>>()
+        };
+        assert_eq!(calls(&profile::finish()), [(Stage::Loss, 7), (Stage::Other, 1)]);
+        side_by_side(&[0; 7], 2, job).unwrap();
+        assert_eq!(calls(&profile::finish()), []);
     }
 
     #[test]

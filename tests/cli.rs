@@ -51,6 +51,36 @@ fn help_lists_every_command() {
     }
 }
 
+#[test]
+fn a_profile_says_where_the_time_went_and_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let ask = ["ask", "--model", "tiny-random", "--user", "hi", "--max-new-tokens", "3", "--seed", "1"];
+    let (_, bare, silent) = says(folder.path(), &ask);
+    let (code, stdout, stderr) = says(folder.path(), &[&ask[..], &["--profile"]].concat());
+    assert_eq!((code, stdout), (0, bare));
+    assert!(stderr.starts_with(&silent) && !silent.contains("profile"), "{stderr}");
+
+    let table = &stderr[silent.len()..];
+    assert!(table.starts_with("profile: ") && table.contains(" GFLOP/s, at which this machine"), "{table}");
+    // Stages, not indented more than their names; the shares add up to 100 %, each rounded to a tenth.
+    let (stages, ops) = table.split_once("  by kind of operation\n").unwrap();
+    let shares = |lines: &str| {
+        let own = lines.lines().skip(1).filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+        let share = |line: &str| -> f64 {
+            line.split_once(" %").unwrap().0.split_whitespace().last().unwrap().parse().unwrap()
+        };
+        own.map(|line| (line.split_whitespace().next().unwrap().to_owned(), share(line))).collect::<Vec<_>>()
+    };
+    let (stages, ops) = (shares(stages), shares(&format!("\n{ops}")));
+    let names = |shares: &[(String, f64)]| shares.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&stages), ["load", "forward", "decode", "loss", "sampling", "other"]);
+    assert_eq!(names(&ops), ["projections", "attention", "head", "rest"]);
+    for shares in [stages, ops] {
+        let sum: f64 = shares.iter().map(|(_, share)| share).sum();
+        assert!((sum - 100.0).abs() <= 0.05 * shares.len() as f64, "{sum}: {table}");
+    }
+}
+
 /// The examples in a command's help, each as words; one that goes on over a line ends with a backslash.
 fn examples(command: &clap::Command) -> Vec<Vec<String>> {
     let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();

@@ -6,6 +6,7 @@ use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::profile::{self, Stage};
 
 /// A file's bytes, mapped or in memory.
 pub(crate) type Bytes = Box<dyn AsRef<[u8]> + Send + Sync>;
@@ -84,6 +85,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// The same for what is written piece by piece. Where it fails nothing is left, and what had the name still has it.
 pub fn write_atomic_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    let _stage = profile::stage(Stage::Writing);
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         create_dir(folder)?;
     }

@@ -15,6 +15,7 @@ use crate::condition::{Condition, Prepared};
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
 use crate::kv_cache::KvCache;
+use crate::profile::{self, Stage};
 use crate::qwen::Qwen;
 use crate::score::{Case, LAST, Prefilled, prefill, prefill_padded};
 use crate::tap::{Listener, Tap};
@@ -189,7 +190,9 @@ fn answer_all<'p, 'a: 'p>(
             }
         }
 
+        let decode = profile::stage(Stage::Decode);
         let logits = model.unembed(&Tensor::f_cat(&std::mem::take(&mut resid), 0)?)?.f_to_kind(Kind::Float)?;
+        drop(decode);
         let uniforms: Vec<f64> = live.iter().map(|row| rngs[*row].random()).collect();
         let so_far: Vec<&[i64]> = live.iter().map(|row| answers[*row].0.ids.as_slice()).collect();
         let Drawn { tokens, logprobs, likelihoods } = draw(&logits, sampling, &so_far, &uniforms)?;
@@ -230,6 +233,7 @@ struct Drawn {
 
 /// Draws a token per row of `logits`, `[rows, d_vocab]`.
 fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64]) -> Result<Drawn> {
+    let _stage = profile::stage(Stage::Sampling);
     if sampling.temperature.to_bits() == 1.0_f64.to_bits() && sampling.constrain.is_none() {
         return draw_plain(logits, uniforms);
     }

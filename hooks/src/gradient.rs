@@ -15,6 +15,7 @@ use crate::lora::{Adapter, Proj};
 use crate::nn::wide;
 use crate::packing::Row;
 use crate::pass::Pass;
+use crate::profile;
 use crate::qwen::Qwen;
 use crate::tap::Tap;
 use crate::tokens::Prompt;
@@ -23,6 +24,7 @@ use crate::tokens::Prompt;
 /// the same pass can follow.
 pub fn gradients<T: Borrow<Tensor>>(loss: &Tensor, inputs: &[T], keep_graph: bool) -> Result<Vec<Tensor>> {
     let inputs: Vec<&Tensor> = inputs.iter().map(Borrow::borrow).collect();
+    let _span = profile::backward();
     let found = Tensor::f_run_backward(&[loss], &inputs, keep_graph, false)?;
     // What a loss does not depend on has no gradient at all, rather than a zero one.
     let defined = |(gradient, input): (Tensor, &&Tensor)| {

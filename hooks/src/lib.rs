@@ -36,6 +36,7 @@ pub mod pass;
 mod peft;
 pub mod planned;
 mod pocket;
+pub mod profile;
 pub mod provenance;
 pub mod qwen;
 pub mod score;

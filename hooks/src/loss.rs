@@ -7,6 +7,7 @@ use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::nn::wide;
 use crate::packing::embedding;
+use crate::profile::{self, Op, Stage};
 use crate::qwen::Qwen;
 
 /// Rows of logits that are held at a time.
@@ -53,6 +54,7 @@ impl Targets {
 /// residual stream at `targets.places`, `[places, d_model]`, as `Qwen::resid_at` gives it. The sum and not the mean, so that a
 /// step of several batches can be divided by all its targets.
 pub fn cross_entropy_sum(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
+    let _stage = profile::stage(Stage::Loss);
     Ok(cross_entropy(model, resid, targets)?.f_sum(wide(resid.kind()))?)
 }
 
@@ -88,7 +90,10 @@ fn nll_and_gradient(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(T
     let mut gradient = logprobs.f_exp_()?;
     let minus_one = labels.f_full_like(-1.0)?.f_to_kind(gradient.kind())?;
     let _ = gradient.f_scatter_add_(1, &labels, &minus_one)?;
-    Ok((nll, gradient.f_to_kind(normed.kind())?.f_matmul(model.head())?))
+    let span = profile::op(Op::Head);
+    let gradient = gradient.f_to_kind(normed.kind())?;
+    span.flops(|| profile::product(normed, model.head(), false))?;
+    Ok((nll, gradient.f_matmul(model.head())?))
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use crate::gguf::Gguf;
 use crate::hub::Hub;
 use crate::init;
 use crate::pocket::{POCKETS, Pocket};
+use crate::profile::{self, Stage};
 use crate::tiny_random;
 use crate::tokenizer_file;
 use crate::weights::{Weights, map};
@@ -48,6 +49,7 @@ impl ModelFiles {
     }
 
     fn find(model: &str, hub: &Hub) -> Result<Self> {
+        let _stage = profile::stage(Stage::Load);
         let path = Path::new(model);
         let files = if model == TINY_RANDOM {
             Self::embedded()?

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::hook_point::HookPoint;
 use crate::lora::Proj;
 use crate::pass::{Dose, Pass};
+use crate::profile::{self, Op};
 use crate::tap::Hooks;
 use crate::weights::Scope;
 
@@ -33,11 +34,13 @@ impl Linear {
     pub(crate) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let (batch, pos, d_in) = x.size3()?;
         let x = x.f_reshape([batch * pos, d_in])?;
-        let mut y = linear(&x, &self.weight, self.bias.as_ref())?;
+        let mut y = self.times_weight(&x, |x, weight| linear(x, weight, self.bias.as_ref()))?;
         if let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) {
             let dose = pass.gate.as_ref().map_or(Dose::Uniform(1.0), |doses| doses.at(self.layer, self.proj));
             if !matches!(dose, Dose::Uniform(0.0)) {
+                let span = profile::op(Op::Lora);
                 y = pair.add_to(y, &x, dose, pass.dropout.as_deref_mut())?;
+                span.flops(|| profile::lora(&x, pair, y.requires_grad()))?;
             }
         }
         Ok(y.f_view([batch, pos, -1])?)
@@ -46,7 +49,7 @@ impl Linear {
     /// What `forward` gives for each head's part of `x` alone; they add up to it, as there is no bias. `x`:
     /// `[batch, pos, n_heads, d_head]`; the result is `[batch, pos, n_heads, d_out]`.
     pub(crate) fn forward_by_head(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let y = by_head(x, &self.weight)?;
+        let y = self.times_weight(x, by_head)?;
         let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) else {
             return Ok(y);
         };
@@ -54,7 +57,17 @@ impl Linear {
         if matches!(dose, Dose::Uniform(0.0)) {
             return Ok(y);
         }
-        pair.add_by_head(&y, x, dose, pass.dropout.as_deref_mut())
+        let span = profile::op(Op::Lora);
+        let y = pair.add_by_head(&y, x, dose, pass.dropout.as_deref_mut())?;
+        span.flops(|| profile::lora(x, pair, y.requires_grad()))?;
+        Ok(y)
+    }
+
+    fn times_weight(&self, x: &Tensor, product: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        let span = profile::op(Op::Projections);
+        let y = product(x, &self.weight)?;
+        span.flops(|| profile::product(x, &self.weight, y.requires_grad()))?;
+        Ok(y)
     }
 
     pub(crate) fn parameters(&self) -> Vec<(String, Tensor)> {
@@ -96,16 +109,21 @@ pub(crate) fn fused_attention(
     mask: Option<&Tensor>,
     causal: bool,
 ) -> Result<Tensor> {
+    let span = profile::op(Op::Attention);
     let groups = q.size4()?.1 / k.size4()?.1;
     let attend = |k: &Tensor, v: &Tensor, grouped| {
         Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, grouped)
     };
     if groups == 1 || mask.is_none() || q.device() == Device::Cpu {
-        return Ok(attend(k, v, groups != 1)?);
+        let z = attend(k, v, groups != 1)?;
+        span.flops(|| profile::attention(q, k, causal, z.requires_grad()))?;
+        return Ok(z);
     }
     // The kernels of a GPU take a mask or grouped heads, not both; keys and values are the smallest tensors there are.
     let spread = |x: &Tensor| x.f_repeat_interleave_self_int(groups, 1, None);
-    Ok(attend(&spread(k)?, &spread(v)?, false)?)
+    let z = attend(&spread(k)?, &spread(v)?, false)?;
+    span.flops(|| profile::attention(q, k, causal, z.requires_grad()))?;
+    Ok(z)
 }
 
 /// Each head's part of `x Wᵀ`, all heads in one product. `x`: `[batch, pos, n_heads, d_head]`, `weight`:

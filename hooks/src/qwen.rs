@@ -17,6 +17,7 @@ use crate::model_files::ModelFiles;
 use crate::nn::{Linear, RmsNorm, Rope, fused_attention, linear, wide};
 use crate::packing::embedding;
 use crate::pass::Pass;
+use crate::profile::{self, Op, Stage};
 use crate::tap::Hooks;
 use crate::weights::{Scope, Weights};
 
@@ -142,7 +143,10 @@ impl Attention {
         let (q, k, v) = (q.f_transpose(1, 2)?, k.f_transpose(1, 2)?, v.f_transpose(1, 2)?);
         let open = hooks.any_at(P::AttnScores(self.layer)) || hooks.any_at(P::Pattern(self.layer));
         let z = if open {
-            self.open_attention(&q, &k, &v, placement, hooks)?
+            let span = profile::op(Op::Attention);
+            let z = self.open_attention(&q, &k, &v, placement, hooks)?;
+            span.flops(|| profile::attention(&q, &k, placement.mask.is_none() && placement.causal, z.requires_grad()))?;
+            z
         } else {
             fused_attention(&q, &k, &v, placement.mask.as_ref(), placement.mask.is_none() && placement.causal)?
         };
@@ -283,6 +287,10 @@ impl Block {
     }
 }
 
+fn stage_of(batch: &Batch, pass: &Pass<'_>) -> Stage {
+    if pass.kv_cache.is_some() && batch.width() == 1 { Stage::Decode } else { Stage::Forward }
+}
+
 /// `[batch, pos, width]` at some places of the flattened `[batch · pos]`, `[1, places, width]`.
 fn at(x: &Tensor, places: &Tensor) -> Result<Tensor> {
     Ok(embedding(&x.f_flatten(0, 1)?, places)?.f_unsqueeze(0)?)
@@ -302,6 +310,8 @@ pub struct Qwen {
 impl Qwen {
     /// Loads the weights as `kind` onto `device`.
     pub fn load(files: &ModelFiles, device: Device, kind: Kind) -> Result<Self> {
+        profile::model(device, kind);
+        let _stage = profile::stage(Stage::Load);
         Self::of_weights(&files.config, &files.weights, device, kind)
     }
 
@@ -326,7 +336,7 @@ impl Qwen {
     pub fn forward(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
         let resid = self.run_blocks(&self.blocks, batch, pass)?;
         let normed = self.ln_final.hooked(&resid, &mut pass.hooks, P::LnFinalScale, P::LnFinalNormalized)?;
-        let logits = pass.hooks.run(P::Logits, linear(&normed, &self.unembed, None)?)?;
+        let logits = pass.hooks.run(P::Logits, self.logits(&normed)?)?;
         pass.hooks.check_fired()?;
         Ok(logits)
     }
@@ -365,6 +375,7 @@ impl Qwen {
         let Some((last, blocks)) = self.blocks.split_last().filter(|_| !whole) else {
             return Ok(at(&self.resid_final(batch, pass)?, places)?.f_squeeze_dim(0)?);
         };
+        let _stage = profile::stage(stage_of(batch, pass));
         let (mut resid, rope, placement) = self.begin(batch, pass)?;
         for block in blocks {
             resid = block.forward(resid, &rope, &placement, pass)?;
@@ -375,6 +386,7 @@ impl Qwen {
     }
 
     fn run_blocks(&self, blocks: &[Block], batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let _stage = profile::stage(stage_of(batch, pass));
         let (mut resid, rope, placement) = self.begin(batch, pass)?;
         for block in blocks {
             resid = block.forward(resid, &rope, &placement, pass)?;
@@ -413,7 +425,10 @@ impl Qwen {
 
     /// The unembedding alone; `normed`: `[.., d_model]`, the result is `[.., d_vocab]`.
     pub(crate) fn logits(&self, normed: &Tensor) -> Result<Tensor> {
-        linear(normed, &self.unembed, None)
+        let span = profile::op(Op::Head);
+        let logits = linear(normed, &self.unembed, None)?;
+        span.flops(|| profile::product(normed, &self.unembed, logits.requires_grad()))?;
+        Ok(logits)
     }
 
     /// The unembedding's weight, `[d_vocab, d_model]`.

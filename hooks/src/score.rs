@@ -16,6 +16,7 @@ use crate::listen::Cache;
 use crate::lora::Adapter;
 use crate::packing::{Row, embedding};
 use crate::pass::Pass;
+use crate::profile::{self, Stage};
 use crate::qwen::Qwen;
 use crate::tap::{Listener, Tap};
 use crate::tokens::Prompt;
@@ -310,6 +311,7 @@ pub fn completion_logprobs(model: &Qwen, rows: &[Prompt], condition: &Condition<
 
 /// log p(label) from residual rows `[n, d_model]`, a few rows of logits at a time.
 fn label_logprobs(model: &Qwen, resid: &Tensor, labels: &[i64]) -> Result<Vec<f32>> {
+    let _stage = profile::stage(Stage::Loss);
     let mut found = Vec::with_capacity(labels.len());
     let n = labels.len() as i64;
     for from in (0..n).step_by(LOGIT_ROWS as usize) {

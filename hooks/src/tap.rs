@@ -6,6 +6,7 @@ use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
+use crate::profile::{self, Op};
 
 /// Receives an activation and returns the one the model goes on with.
 pub trait Tap {
@@ -74,6 +75,7 @@ impl<'a> Hooks<'a> {
         for (points, tap) in &mut self.taps {
             if let Some(fired) = points.get_mut(&at) {
                 *fired = true;
+                let _span = profile::op(Op::Taps);
                 x = tap.tap(at, x)?;
             }
         }
