@@ -12,7 +12,7 @@ ifdef LIBTORCH
 export LD_LIBRARY_PATH := $(LIBTORCH)/lib:$(LD_LIBRARY_PATH)
 endif
 
-.PHONY: help demo test real model test-real check notebooks golden bench bench-cuda fuzz fuzz-corpus setup build clean-runs
+.PHONY: help demo test real model test-real check check-cost notebooks golden bench bench-cuda fuzz fuzz-corpus setup build clean-runs
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -36,6 +36,10 @@ check: setup ## what CI checks before the tests
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps --document-private-items
+
+check-cost: setup ## the instructions of a step, counted by callgrind, against those in scripts/cost.json
+	$(CARGO) build --release --workspace --example cost
+	$(PYTHON) scripts/check_cost.py
 
 # The same arithmetic on every x86-64 with AVX2: the printed pages are compared byte by byte.
 notebooks: export MKL_CBWR := COMPATIBLE
