@@ -16,7 +16,7 @@ use tch::{Kind, Tensor};
 use hooks::gate::Gate;
 use hooks::gradient::gradients;
 use hooks::lora::{Adapter, Dropout};
-use hooks::loss::{Targets, cross_entropy_sum};
+use hooks::loss::{Targets, cross_entropy};
 use hooks::packing::Row;
 use hooks::pass::Pass;
 use hooks::profile::{self, Stage};
@@ -28,6 +28,9 @@ use crate::checkpoint::Checkpoint;
 pub use crate::optim::ScheduleKind;
 use crate::optim::{Gradients, Optimizer, Rule, Schedule};
 use crate::publish;
+pub use together::finetune_together;
+
+mod together;
 
 /// Which optimizer moves the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -252,9 +255,17 @@ pub struct Training<'a> {
     pub checkpoint: Option<&'a mut Checkpoint>,
 }
 
-impl Training<'_> {
+impl<'a> Training<'a> {
     /// Trains from the beginning, or goes on from the checkpoint: with the same result, bit by bit.
-    pub fn run(mut self, log: Log<'_>) -> anyhow::Result<()> {
+    pub fn run(self, log: Log<'_>) -> anyhow::Result<()> {
+        let mut course = self.begin()?;
+        course.learner.require_gradients(true)?;
+        let result = course.run(log);
+        course.learner.require_gradients(false)?;
+        result
+    }
+
+    fn begin(mut self) -> anyhow::Result<Course<'a>> {
         let config = self.config;
         if self.adapter.is_some() && config.gate.is_nowhere() {
             bail!(
@@ -284,12 +295,13 @@ impl Training<'_> {
             checkpoint.depends_on("seeds", &self.seeds)?;
         }
         let parameters = self.adapter.map_or_else(|| self.model.parameters(), Adapter::parameters);
+        let optimizer = Optimizer::new(config.rule(), &parameters, config.masters)?;
         let learner = Learner { model: self.model, adapter: self.adapter, parameters };
-        let optimizer = Optimizer::new(config.rule(), &learner.parameters, config.masters)?;
-        learner.require_gradients(true)?;
-        let result = learner.run_steps(&examples, optimizer, config, self.seeds, self.checkpoint, log);
-        learner.require_gradients(false)?;
-        result
+        let total_steps = config.total_steps(examples.len());
+        let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps: config.warmup_steps, total_steps };
+        let (seeds, checkpoint, start) = (self.seeds, self.checkpoint, Instant::now());
+        let (rows, tokens, order) = (vec![], 0, (u64::MAX, vec![]));
+        Ok(Course { learner, examples, optimizer, config, seeds, schedule, checkpoint, rows, order, start, tokens })
     }
 }
 
@@ -390,6 +402,109 @@ impl<'a> Example<'a> {
     }
 }
 
+/// A training under way.
+struct Course<'a> {
+    learner: Learner<'a>,
+    examples: Vec<Example<'a>>,
+    optimizer: Optimizer,
+    config: &'a Finetune,
+    seeds: Seeds,
+    schedule: Schedule,
+    checkpoint: Option<&'a mut Checkpoint>,
+    rows: Vec<StepRow>,       // of the steps so far
+    order: (u64, Vec<usize>), // an epoch, and the order of its examples
+    start: Instant,
+    tokens: u64, // run since then
+}
+
+impl Course<'_> {
+    fn run(&mut self, log: Log<'_>) -> anyhow::Result<()> {
+        self.resume(log)?;
+        while let Some(chosen) = self.next()? {
+            let (learning_rate, steps) = (self.learning_rate(), self.optimizer.steps());
+            let mut dropout = self.learner.dropout(self.seeds, steps);
+            let Self { learner, examples, optimizer, config, .. } = self;
+            let done = learner.step(examples, &chosen, optimizer, learning_rate, config, dropout.as_mut());
+            self.after(learning_rate, done, log)?;
+        }
+        Ok(())
+    }
+
+    /// Goes on from the checkpoint, if there is one, and tells of the steps before.
+    fn resume(&mut self, log: Log<'_>) -> anyhow::Result<()> {
+        let total_steps = self.schedule.total_steps;
+        if let Some(checkpoint) = &mut self.checkpoint {
+            self.rows = self.learner.resume(checkpoint, &mut self.optimizer, total_steps)?;
+        }
+        for row in &self.rows {
+            log(row, &Progress { step: row.step, total_steps, tokens: 0, tokens_per_second: 0.0 })?;
+        }
+        Ok(())
+    }
+
+    fn steps_per_epoch(&self) -> u64 {
+        self.examples.len().div_ceil(self.config.rows_per_step()) as u64
+    }
+
+    /// The examples of the next step; none where all steps are done.
+    fn next(&mut self) -> anyhow::Result<Option<Vec<usize>>> {
+        let steps = self.optimizer.steps();
+        if steps == self.schedule.total_steps {
+            return match self.learner.finite(steps) {
+                Ok(()) => Ok(None),
+                Err(error) => Err(self.stopped(&error)),
+            };
+        }
+        let (epoch, into_it) = (steps / self.steps_per_epoch(), steps % self.steps_per_epoch());
+        if self.order.0 != epoch {
+            self.order = (epoch, order(self.examples.len(), self.seeds.order, epoch));
+        }
+        Ok(self.order.1.chunks(self.config.rows_per_step()).nth(into_it as usize).map(<[usize]>::to_vec))
+    }
+
+    fn learning_rate(&self) -> f64 {
+        self.config.learning_rate * self.schedule.factor(self.optimizer.steps())
+    }
+
+    /// What follows a step: its line, and a checkpoint where one is due.
+    fn after(&mut self, learning_rate: f64, done: anyhow::Result<Step>, log: Log<'_>) -> anyhow::Result<()> {
+        let done = done.map_err(|error| self.stopped(&error))?;
+        let (step, adapter) = (self.optimizer.steps(), self.learner.adapter);
+        let changed = adapter.is_none().then(|| done.changed.f_double_value(&[])).transpose()?;
+        let n_weights: usize = self.learner.parameters.iter().map(|(_, tensor)| tensor.numel()).sum();
+        let row = StepRow {
+            step,
+            epoch: step as f64 / self.steps_per_epoch() as f64,
+            learning_rate,
+            loss: done.loss,
+            grad_norm: done.grad_norm,
+            n_targets: done.n_targets,
+            delta_w_norm: adapter.map(delta_w_norm).transpose()?,
+            changed_fraction: changed.map(|changed| changed / n_weights as f64),
+        };
+        self.tokens += done.tokens as u64;
+        let (total_steps, tokens) = (self.schedule.total_steps, self.tokens);
+        let tokens_per_second = tokens as f64 / self.start.elapsed().as_secs_f64().max(1e-9);
+        log(&row, &Progress { step, total_steps, tokens, tokens_per_second })?;
+        self.rows.push(row);
+        let save_steps = self.config.save_steps;
+        let is_due = self.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.is_due(step, save_steps));
+        if is_due && step < total_steps {
+            // The last good one is not to make room for one that is not.
+            self.learner.finite(step).map_err(|error| self.stopped(&error))?;
+            if let Some(checkpoint) = &mut self.checkpoint {
+                self.learner.keep(checkpoint, &self.optimizer, &self.rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The error of a step that could not be taken. What was good until then is kept, and the error says where it is.
+    fn stopped(&mut self, error: &anyhow::Error) -> anyhow::Error {
+        self.learner.stopped(error, &self.optimizer, &self.rows, self.checkpoint.as_deref_mut())
+    }
+}
+
 /// What a step found: loss and norm before it, and what it did.
 struct Step {
     loss: f64,
@@ -443,76 +558,6 @@ impl Learner<'_> {
         Ok(())
     }
 
-    fn run_steps(
-        &self,
-        examples: &[Example<'_>],
-        mut optimizer: Optimizer,
-        config: &Finetune,
-        seeds: Seeds,
-        mut checkpoint: Option<&mut Checkpoint>,
-        log: Log<'_>,
-    ) -> anyhow::Result<()> {
-        let total_steps = config.total_steps(examples.len());
-        let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps: config.warmup_steps, total_steps };
-        let steps_per_epoch = examples.len().div_ceil(config.rows_per_step()) as u64;
-        let n_weights: usize = self.parameters.iter().map(|(_, tensor)| tensor.numel()).sum();
-        let (start, mut tokens) = (Instant::now(), 0);
-        let mut rows = match &mut checkpoint {
-            Some(checkpoint) => self.resume(checkpoint, &mut optimizer, total_steps)?,
-            None => vec![],
-        };
-        for row in &rows {
-            log(row, &Progress { step: row.step, total_steps, tokens, tokens_per_second: 0.0 })?;
-        }
-
-        let (first_epoch, into_it) = (optimizer.steps() / steps_per_epoch, optimizer.steps() % steps_per_epoch);
-        for epoch in first_epoch.. {
-            let order = order(examples.len(), seeds.order, epoch);
-            let seen = if epoch == first_epoch { into_it as usize } else { 0 };
-            for chosen in order.chunks(config.rows_per_step()).skip(seen) {
-                if optimizer.steps() == total_steps {
-                    let finite = self.finite(total_steps);
-                    return finite.map_err(|error| self.stopped(&error, &optimizer, &rows, checkpoint));
-                }
-                let learning_rate = config.learning_rate * schedule.factor(optimizer.steps());
-                let mut dropout = self.dropout(seeds, optimizer.steps());
-                let done = self.step(examples, chosen, &mut optimizer, learning_rate, config, dropout.as_mut());
-                let done = match done {
-                    Ok(done) => done,
-                    Err(error) => return Err(self.stopped(&error, &optimizer, &rows, checkpoint)),
-                };
-
-                let step = optimizer.steps();
-                let changed = self.adapter.is_none().then(|| done.changed.f_double_value(&[])).transpose()?;
-                let row = StepRow {
-                    step,
-                    epoch: step as f64 / steps_per_epoch as f64,
-                    learning_rate,
-                    loss: done.loss,
-                    grad_norm: done.grad_norm,
-                    n_targets: done.n_targets,
-                    delta_w_norm: self.adapter.map(delta_w_norm).transpose()?,
-                    changed_fraction: changed.map(|changed| changed / n_weights as f64),
-                };
-                tokens += done.tokens as u64;
-                let tokens_per_second = tokens as f64 / start.elapsed().as_secs_f64().max(1e-9);
-                log(&row, &Progress { step, total_steps, tokens, tokens_per_second })?;
-                rows.push(row);
-                let is_due = checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.is_due(step, config.save_steps));
-                if is_due && step < total_steps {
-                    // The last good one is not to make room for one that is not.
-                    if let Err(error) = self.finite(step) {
-                        return Err(self.stopped(&error, &optimizer, &rows, checkpoint));
-                    }
-                    if let Some(checkpoint) = &mut checkpoint {
-                        self.keep(checkpoint, &optimizer, &rows)?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Every step has a random stream of its own, so that it is the same whenever the training was gone on with.
     fn dropout(&self, seeds: Seeds, step: u64) -> Option<Dropout> {
         let probability = self.adapter?.config.dropout;
@@ -550,7 +595,6 @@ impl Learner<'_> {
         checkpoint.save(optimizer.steps(), &self.state(optimizer)?, &[("log", publish::to_csv(rows)?)])
     }
 
-    /// The error of a step that could not be taken. What was good until then is kept, and the error says where it is.
     fn stopped(
         &self,
         error: &anyhow::Error,
@@ -599,7 +643,7 @@ impl Learner<'_> {
     ) -> anyhow::Result<Step> {
         let mut rows: Vec<&Example<'_>> = chosen.iter().map(|index| &examples[*index]).collect();
         rows.sort_by_key(|row| row.end); // little padding; the step's gradient is the same sum
-        let n_targets = rows.iter().map(|row| row.n_targets).sum();
+        let n_targets: usize = rows.iter().map(|row| row.n_targets).sum();
         let tensors: Vec<&Tensor> = self.parameters.iter().map(|(_, tensor)| tensor).collect();
 
         let mut sums: Option<(Tensor, Gradients)> = None;
@@ -617,10 +661,23 @@ impl Learner<'_> {
                 }
             });
         }
+        let (loss, gradients) = sums.context("a step without rows")?;
+        self.take(examples, chosen, (&loss, gradients), optimizer, learning_rate, config)
+    }
+
+    /// Takes the step that the loss and its gradients ask for, if they are finite.
+    fn take(
+        &self,
+        examples: &[Example<'_>],
+        chosen: &[usize],
+        (loss, mut gradients): (&Tensor, Gradients),
+        optimizer: &mut Optimizer,
+        learning_rate: f64,
+        config: &Finetune,
+    ) -> anyhow::Result<Step> {
         let _stage = profile::stage(Stage::Optimizer);
-        let (loss, mut gradients) = sums.context("a step without rows")?;
         let norm = gradients.norm()?;
-        let seen = Vec::<f32>::try_from(Tensor::f_stack(&[&loss, &norm], 0)?)?; // the step's one wait for the device
+        let seen = Vec::<f32>::try_from(Tensor::f_stack(&[loss, &norm], 0)?)?; // the step's one wait for the device
         let (loss, grad_norm) = (f64::from(seen[0]), f64::from(seen[1]));
         if !(loss.is_finite() && grad_norm.is_finite()) {
             let rows = self.not_finite(examples, &config.gate, chosen)?;
@@ -630,7 +687,10 @@ impl Learner<'_> {
             gradients.clip(config.max_grad_norm, &norm)?;
         }
         let changed = optimizer.step(&gradients, learning_rate)?;
-        Ok(Step { loss, grad_norm, n_targets, tokens: rows.iter().map(|row| row.end).sum(), changed })
+        let (n_targets, tokens) = chosen.iter().fold((0, 0), |(targets, tokens), index| {
+            (targets + examples[*index].n_targets, tokens + examples[*index].end)
+        });
+        Ok(Step { loss, grad_norm, n_targets, tokens, changed })
     }
 
     /// Those of the chosen rows whose loss is not finite when they are run alone.
@@ -648,20 +708,36 @@ impl Learner<'_> {
 
     /// The summed loss of some rows run at once, a scalar with its graph.
     fn loss_sum(&self, rows: &[&Example<'_>], gate: &Gate, dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
-        let device = self.model.device();
-        let inputs: Vec<Row<'_>> =
-            rows.iter().map(|row| Row { ids: &row.ids[..row.end], doses: row.doses.as_deref() }).collect();
-        // Dropout draws anew for every row, so then rows have nothing in common.
-        let batch = Batch::packed(&[&inputs], dropout.is_none(), device)?;
-        let gate =
-            rows.iter().any(|row| row.doses.is_some()).then(|| gate.spread(batch.doses(), device)).transpose()?;
-        let mut pass = Pass { adapter: self.adapter, gate, dropout, ..Pass::default() };
-        let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
-        let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
-        let targets = Targets::of(&batch, &ids, &masks)?;
-        let resid = self.model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
-        Ok(cross_entropy_sum(self.model, &resid, &targets)?)
+        let losses = losses(self.model, self.adapter, &[rows], gate, dropout)?;
+        Ok(losses.f_sum(losses.kind())?)
     }
+}
+
+/// The losses of the targets of some rows run at once, group by group, `[targets]`, with their graph. Of a stack, a group is a
+/// student's.
+fn losses<'r>(
+    model: &Qwen,
+    adapter: Option<&Adapter>,
+    groups: &[&[&'r Example<'_>]],
+    gate: &Gate,
+    dropout: Option<&mut Dropout>,
+) -> anyhow::Result<Tensor> {
+    let packed = |rows: &&[&'r Example<'_>]| {
+        rows.iter().map(|row| Row { ids: &row.ids[..row.end], doses: row.doses.as_deref() }).collect()
+    };
+    let inputs: Vec<Vec<Row<'r>>> = groups.iter().map(packed).collect();
+    let inputs: Vec<&[Row<'_>]> = inputs.iter().map(Vec::as_slice).collect();
+    // Dropout draws anew for every row, so then rows have nothing in common.
+    let batch = Batch::packed(&inputs, dropout.is_none(), model.device())?;
+    let rows: Vec<&Example<'_>> = groups.iter().flat_map(|rows| rows.iter().copied()).collect();
+    let is_gated = rows.iter().any(|row| row.doses.is_some());
+    let gate = is_gated.then(|| gate.spread(batch.doses(), model.device())).transpose()?;
+    let mut pass = Pass { adapter, gate, dropout, ..Pass::default() };
+    let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
+    let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
+    let targets = Targets::of(&batch, &ids, &masks)?;
+    let resid = model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
+    Ok(cross_entropy(model, &resid, &targets)?)
 }
 
 /// The order of the rows in an epoch: each epoch has a random stream of its own.

@@ -1,6 +1,8 @@
 //! The language model's loss, computed only where there is loss: the hidden states of the other positions are never
 //! unembedded, and no more than a few hundred rows of logits exist at a time.
 
+use std::collections::BTreeSet;
+
 use tch::Tensor;
 
 use crate::batch::Batch;
@@ -9,6 +11,7 @@ use crate::nn::wide;
 use crate::packing::embedding;
 use crate::profile::{self, Op, Stage};
 use crate::qwen::Qwen;
+use crate::stack::equally_many;
 
 /// Rows of logits that are held at a time.
 const ROWS: i64 = 256;
@@ -16,7 +19,8 @@ const ROWS: i64 = 256;
 /// The tokens of a batch that are predicted, and from where.
 #[derive(Debug)]
 pub struct Targets {
-    /// The distinct predicting positions as places in the flattened `[batch · pos]`, ascending, `[places]`, i64.
+    /// The distinct predicting positions as places in the flattened `[batch · pos]`, ascending, `[places]`, i64. Of a packed batch
+    /// of several groups, such as a stack's students, with some more, so that each group has equally many.
     pub places: Tensor,
     /// The index of each target's predicting position among them, `[n]`, i64.
     pub rows: Tensor,
@@ -41,13 +45,24 @@ impl Targets {
             return Err(Error::EmptyLossMask { mask: format!("of {} rows", rows.len()), row: 0 });
         }
         let (n, device) = (labels.len(), batch.ids.device());
-        let mut places = indices.clone();
-        places.sort_unstable();
-        places.dedup();
+        let places = distinct(batch, &indices);
         let rows: Vec<i64> = indices.iter().map(|place| places.partition_point(|other| other < place) as i64).collect();
         let tensor = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
         Ok(Self { places: tensor(&places)?, rows: tensor(&rows)?, labels: tensor(&labels)?, n })
     }
+}
+
+fn distinct(batch: &Batch, indices: &[i64]) -> Vec<i64> {
+    if batch.packing.is_none() {
+        return indices.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
+    }
+    let pos = batch.width();
+    let mut groups = vec![BTreeSet::new(); batch.ids.size()[0] as usize];
+    for place in indices {
+        groups[*place as usize / pos].insert(*place as usize % pos);
+    }
+    let groups = equally_many(groups).into_iter().enumerate();
+    groups.flat_map(|(group, places)| places.into_iter().map(move |place| (group * pos + place) as i64)).collect()
 }
 
 /// Σ −log p(label) over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid`: the final
@@ -59,7 +74,7 @@ pub fn cross_entropy_sum(model: &Qwen, resid: &Tensor, targets: &Targets) -> Res
 }
 
 /// −log p(label) of each target, `[n]`, in f32 (f64 in an f64 model). Gradients flow through any weighted sum of them, once.
-fn cross_entropy(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
+pub fn cross_entropy(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
     let normed = model.final_norm(&embedding(resid, &targets.rows)?)?; // [n, d_model]
     let unembedding_learns = model.parameters().iter().any(|(_, weight)| weight.requires_grad());
     let chunks = normed.f_split(ROWS, 0)?;

@@ -116,6 +116,10 @@ impl Packing {
             before += pieces.len() * queries;
             buckets.push(Bucket::of(&pieces, queries, pos, device)?);
         }
+        for (group, back) in back.chunks_mut(pos.max(1)).enumerate() {
+            let first = back[0];
+            back[size(group)..].fill(first);
+        }
 
         let in_flat =
             |group: usize, places: Vec<usize>| places.into_iter().map(|at| (group * pos + at) as i64).collect();
@@ -160,11 +164,14 @@ impl Bucket {
     fn of(pieces: &[&Piece], queries: usize, pos: usize, device: Device) -> Result<Self> {
         let keys = pieces.iter().map(|piece| piece.path.len()).max().unwrap_or(0);
         let n_pieces = pieces.len();
-        // Padding repeats the first token, which every query may see: nothing reads what comes of it.
+        // Padding repeats the group's first token: nothing reads what comes of it. Another group's would take in what is not
+        // finite, since 0 · NaN is NaN.
         let (mut own, mut path) = (vec![0; n_pieces * queries], vec![0; n_pieces * keys]);
         let mut before = Vec::new();
         for (at, piece) in pieces.iter().enumerate() {
             let (first, n) = (piece.group * pos, piece.to - piece.from);
+            own[at * queries..(at + 1) * queries].fill(first as i64);
+            path[at * keys..(at + 1) * keys].fill(first as i64);
             for i in 0..n {
                 own[at * queries + i] = (first + piece.start + i) as i64;
             }

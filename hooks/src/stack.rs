@@ -3,6 +3,8 @@
 //! What they share, the base model's products, is run once over all rows; each pair's own two products are one batched product
 //! over the students. So N small students cost the calls of one.
 
+use std::collections::BTreeSet;
+
 use tch::Tensor;
 
 use crate::error::{Error, Result};
@@ -59,6 +61,16 @@ fn stacked_pair(pairs: &[&LoraPair]) -> Result<LoraPair> {
     }
     let scalings = Tensor::f_from_slice(&scalings)?.f_view([-1, 1, 1])?.f_to_device(a.device())?;
     Ok(LoraPair { a, b, scaling: 1.0, scalings: Some(scalings) })
+}
+
+/// Places of some students, each in rising order, filled up with the first other ones so that all have equally many.
+pub(crate) fn equally_many(mut places: Vec<BTreeSet<usize>>) -> Vec<Vec<usize>> {
+    let most = places.iter().map(BTreeSet::len).max().unwrap_or(0);
+    for places in &mut places {
+        let others: Vec<usize> = (0..).filter(|place| !places.contains(place)).take(most - places.len()).collect();
+        places.extend(others);
+    }
+    places.into_iter().map(|places| places.into_iter().collect()).collect()
 }
 
 fn first_difference(found: &[(usize, Proj)], expected: &[(usize, Proj)]) -> String {
