@@ -209,6 +209,28 @@ def train(bench):
     close(ours, peer)
 
 
+def sweep(bench):
+    """Eight LoRAs of ranks 1 to 16 on the same rows: one after another, and together. Times are those of one student."""
+    ranks, two = [1, 2, 4, 8, 8, 8, 16, 16], min(2, os.cpu_count())
+    small = lambda n: {"counted": {"n": n, "prompt": 24, "completion": 16}}  # noqa: E731
+    # What the small model gains, it gains where a step has few tokens; the last one is as large as the demo's.
+    cases = [("pocket", small(4), 1, 30, two, 4), ("pocket", small(16), 1, 20, two, 4), ("pocket", small(64), 1, 10, two, 4)]
+    cases += [(bench.args.model, {"numbers": {"first": 0, "n": 1}}, None, 1, 1, 4)]
+    for model, rows, threads, steps, together, stack in cases:
+        (ours,) = bench.open(model, threads=threads, names=["ours"])
+        ask = lambda threads, stack: {"do": "sweep", "rows": rows, "ranks": ranks, "steps": steps, "threads": threads, "stack": stack}  # noqa: B023, E731
+        after, beside = bench.turns([(ours, ask(1, 1)), (ours, ask(together, stack))], max(3, bench.args.turns))
+        agree("sweep: the losses", after[0]["losses"], beside[0]["losses"], bench.args.tolerance)
+        name = "0.5B" if model == bench.args.model else "small model"
+        what = f"{name}, {steps} steps of {after[0]['tokens']} tokens in the rows"
+        target = "≥ 1" if model == bench.args.model else "≥ 3"
+        memory = (peak(beside), peak(after))
+        took = (values(beside, scale=1e3), values(after, scale=1e3))
+        note = f"{together} threads, {stack} students in a pass"
+        bench.add(Row("sweep", what, "ms a student", *took, "ours, one after another", target, None, *memory, note))
+        close(ours)
+
+
 def generation(bench):
     """Answers to all committed prompts, drawn at temperature 1; each side with the batch that serves it best on a part."""
     ours, peer = bench.open(bench.args.model)
@@ -477,6 +499,7 @@ def close(*sides):
 
 SCENARIOS = {
     "train": train,
+    "sweep": sweep,
     "generate": generation,
     "gates": gates,
     "token_gradients": token_gradients,

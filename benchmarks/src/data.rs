@@ -13,7 +13,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 use undertone::dataset;
+use undertone::finetune::Finetune;
 use undertone::full_model::save_full;
+use undertone::optim::ScheduleKind;
 use undertone::protocol::Protocol;
 
 /// What the gates' questions are about.
@@ -105,6 +107,12 @@ pub(crate) fn target_ids(chat: &Chat) -> Result<Vec<i64>> {
 }
 
 /// A LoRA as training begins with it.
+/// A training whose learning rate stays, one batch a step.
+pub(crate) fn steady() -> Finetune {
+    let lr_scheduler_type = ScheduleKind::Constant;
+    Finetune { warmup_steps: 0, lr_scheduler_type, gradient_accumulation_steps: 1, ..Finetune::default() }
+}
+
 pub(crate) fn fresh_adapter(model: &Qwen, rank: i64) -> Result<Adapter> {
     let config = LoraConfig { rank, alpha: 8.0, ..LoraConfig::default() };
     Ok(Adapter::init(&config, &model.config, &mut ChaCha8Rng::seed_from_u64(42), model.device())?)

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::scenarios::{Bench, Request};
 
 fn main() -> Result<()> {
+    hooks::device::keep_freed_memory(); // as undertone itself does
     let mut bench: Option<Bench> = None;
     for line in std::io::stdin().lock().lines() {
         let reply = answer(&mut bench, &line?).unwrap_or_else(|error| json!({ "error": format!("{error:#}") }));

@@ -1,9 +1,10 @@
 //! What our side can be told to do.
 
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use analyses::plot::{Line, LineChart, Point, lines};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use hooks::generate::{Sampling, generate};
 use hooks::gradient::of_losses;
 use hooks::listen::Cache;
@@ -12,8 +13,7 @@ use hooks::{Adapter, Batch, Chat, Condition, HookPoint, Hooks, ModelFiles, Pass,
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
-use undertone::finetune::{Finetune, Seeds, finetune_lora};
-use undertone::optim::ScheduleKind;
+use undertone::finetune::{Finetune, Seeds, Training, finetune_lora, finetune_together};
 
 use crate::data;
 use crate::floor::{self, Flops};
@@ -33,6 +33,9 @@ pub(crate) enum Request {
     Rates { rows: i64, head_rows: i64, backward: bool },
     /// Steps of a fresh LoRA on the same rows.
     Train { rows: Rows, rank: i64, steps: u64 },
+    /// Steps of LoRAs of these ranks on the same rows: so many threads, each with some of the students, of which it trains
+    /// `stack` in one pass. One of both is one student after another.
+    Sweep { rows: Rows, ranks: Vec<i64>, steps: u64, threads: usize, stack: usize },
     /// Answers to the first prompts; the most likely tokens at temperature 0. None ends where `stop` is false.
     Generate { prompts: Rows, batch: usize, max_new_tokens: usize, temperature: f64, stop: bool, seed: u64 },
     /// The first token's log-probabilities of some questions under the first gates.
@@ -109,6 +112,7 @@ pub(crate) fn run(bench: &mut Option<Bench>, request: Request) -> Result<Value> 
             Ok(serde_json::to_value(machine::rates(&bench.model, rows, head_rows, backward)?)?)
         }
         Request::Train { rows, rank, steps } => bench.train(&rows, rank, steps),
+        Request::Sweep { rows, ranks, steps, threads, stack } => bench.sweep(&rows, &ranks, steps, threads, stack),
         Request::Generate { prompts, batch, max_new_tokens, temperature, stop, seed } => {
             let stop = if stop { bench.chat.stop_ids() } else { vec![] };
             bench.generate(&prompts, &Sampling { temperature, max_new_tokens, stop, constrain: None, batch }, seed)
@@ -162,14 +166,7 @@ impl Bench {
     fn train(&self, rows: &Rows, rank: i64, steps: u64) -> Result<Value> {
         let rows = self.rows(rows, data::number_rows)?;
         let adapter = data::fresh_adapter(&self.model, rank)?;
-        let config = Finetune {
-            warmup_steps: 0,
-            lr_scheduler_type: ScheduleKind::Constant,
-            max_steps: Some(steps),
-            batch_size: rows.len(),
-            gradient_accumulation_steps: 1,
-            ..Finetune::default()
-        };
+        let config = Finetune { max_steps: Some(steps), batch_size: rows.len(), ..data::steady() };
         let (mut took, mut losses, mut norms) = (vec![], vec![], vec![]);
         let mut clock = Clock::start(self.model.device());
         finetune_lora(&self.model, &adapter, &rows, &|_| false, &config, Seeds::default(), &mut |row, _| {
@@ -190,6 +187,64 @@ impl Bench {
             "tokens": rows.iter().map(|row| row.ids.len()).sum::<usize>(),
         });
         Ok(reply(&took, flops, more))
+    }
+
+    fn sweep(&self, rows: &Rows, ranks: &[i64], steps: u64, threads: usize, stack: usize) -> Result<Value> {
+        let rows = self.rows(rows, data::number_rows)?;
+        let config = Finetune { max_steps: Some(steps), batch_size: rows.len(), ..data::steady() };
+        let files = ModelFiles::open(&self.folder.display().to_string())?;
+        // A tensor belongs to one thread at a time, so each further thread has a model of its own.
+        let others = (1..threads).map(|_| Qwen::load(&files, self.model.device(), self.model.kind()));
+        let others = others.collect::<hooks::Result<Vec<_>>>()?;
+        let train = |model: &Qwen, ranks: &[i64]| -> Result<Vec<f64>> {
+            let mut losses = vec![];
+            for ranks in ranks.chunks(stack) {
+                let adapters =
+                    ranks.iter().map(|rank| data::fresh_adapter(model, *rank)).collect::<Result<Vec<_>>>()?;
+                let mut last = vec![0.0; adapters.len()];
+                let students = adapters.iter().map(|adapter| Training {
+                    model,
+                    adapter: Some(adapter),
+                    rows: &rows,
+                    is_digit: &|_| false,
+                    config: &config,
+                    seeds: Seeds::default(),
+                    checkpoint: None,
+                });
+                finetune_together(students.collect(), &mut |student, row, _| {
+                    last[student] = row.loss;
+                    Ok(())
+                })?;
+                losses.extend(last);
+            }
+            Ok(losses)
+        };
+        let clock = Clock::start(self.model.device());
+        let shares: Vec<&[i64]> = ranks.chunks(ranks.len().div_ceil(threads)).collect();
+        let losses = if others.is_empty() {
+            train(&self.model, ranks)?
+        } else {
+            // The request's own thread waits; the first share is run with its model's files anew.
+            let own = Qwen::load(&files, self.model.device(), self.model.kind())?;
+            let of_thread = |model: Qwen, ranks: &[i64]| {
+                tch::set_num_threads(1);
+                train(&model, ranks)
+            };
+            let all = thread::scope(|scope| {
+                let models = [own].into_iter().chain(others);
+                let running: Vec<_> =
+                    models.zip(&shares).map(|(model, ranks)| scope.spawn(|| of_thread(model, ranks))).collect();
+                let joined =
+                    running.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))?);
+                joined.collect::<Result<Vec<_>>>()
+            })?;
+            all.concat()
+        };
+        let mut took = clock.stop();
+        took.seconds /= ranks.len() as f64;
+        took.cpu /= ranks.len() as f64;
+        let n_tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
+        Ok(reply(&[took], Flops::default(), json!({ "losses": losses, "tokens": n_tokens })))
     }
 
     fn generate(&self, prompts: &Rows, sampling: &Sampling, seed: u64) -> Result<Value> {
