@@ -28,7 +28,7 @@ use crate::checkpoint::Checkpoint;
 pub use crate::optim::ScheduleKind;
 use crate::optim::{Gradients, Optimizer, Rule, Schedule};
 use crate::publish;
-pub use together::finetune_together;
+pub use together::{LogOf, finetune_together};
 
 mod together;
 

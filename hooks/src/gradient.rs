@@ -82,7 +82,7 @@ pub struct OfLosses {
     pub logprobs: Tensor,
     /// ∂ℓ/∂θ of the adapter's tensors in the order of `Adapter::parameters`, each `[losses, ..]`; none without an adapter.
     pub adapter: Vec<Tensor>,
-    /// ∂ℓ/∂resid_post block by block, each `[losses, pos, d_model]`; no position behind the losses' last token is run. Of the last
+    /// `∂ℓ/∂resid_post` block by block, each `[losses, pos, d_model]`; no position behind the losses' last token is run. Of the last
     /// block it is given at the positions alone that predict, `[losses, places, d_model]`: it is zero at the others.
     pub resid_post: Vec<Tensor>,
 }
@@ -97,7 +97,7 @@ pub struct Squares {
 }
 
 impl OfLosses {
-    /// ‖∂ℓ/∂θ‖² of each tensor and ‖∂ℓ/∂resid_post‖² of each block, loss by loss.
+    /// ‖∂ℓ/∂θ‖² of each tensor and `‖∂ℓ/∂resid_post‖²` of each block, loss by loss.
     pub fn squares(&self) -> Result<Squares> {
         let of = |gradient: &Tensor| -> Result<Tensor> {
             let wide = gradient.f_to_kind(Kind::Double)?.f_square()?;
@@ -111,12 +111,12 @@ impl OfLosses {
     }
 }
 
-/// The exact gradients of several losses of one row, ℓ = Σ_k −log p(token k | the tokens before it), of which each is given
+/// The exact gradients of several losses of one row, `ℓ = Σ_k −log p(token k | the tokens before it)`, of which each is given
 /// as its tokens' indices k in the completion: for single tokens `[[0], [1], ..]`. `each` gets them all, in their order,
 /// some at a time.
 ///
 /// A backward pass costs calls and arithmetic. Where the calls weigh more, the row is run in as many copies as there are
-/// losses, with the adapter stacked as often (`Adapter::stacked`): copy i carries loss i, and one backward pass of Σ_i ℓ_i
+/// losses, with the adapter stacked as often (`Adapter::stacked`): copy i carries loss i, and one backward pass of `Σ_i ℓ_i`
 /// gives each loss' gradient at its own copy, since nothing of another loss depends on it. Where the arithmetic weighs more,
 /// the row is run once, and each loss is one backward pass over its graph. Both are the same sums, in another order.
 pub fn of_losses(
@@ -232,7 +232,7 @@ impl Graph {
             }
             before += places.len();
         }
-        let resid = self.resid_post.last().map_or_else(Tensor::new, |last| last.shallow_clone()).f_flatten(0, 1)?;
+        let resid = self.resid_post.last().map_or_else(Tensor::new, Tensor::shallow_clone).f_flatten(0, 1)?;
         let index = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(model.device());
         let logprobs = model.unembed(&resid.f_index_select(0, &index(&predicting)?)?)?; // [tokens, d_vocab]
         let logprobs = logprobs.f_log_softmax(-1, wide(logprobs.kind()))?;

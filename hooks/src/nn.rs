@@ -100,7 +100,7 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     Ok(y.f_view(shape.as_slice())?)
 }
 
-/// softmax(q kᵀ / √d_head) v by libtorch's fused kernel. `q`: `[batch, n_heads, pos, d_head]`, as the result; `k` and `v`:
+/// `softmax(q kᵀ / √d_head) v` by libtorch's fused kernel. `q`: `[batch, n_heads, pos, d_head]`, as the result; `k` and `v`:
 /// `[batch, n_kv_heads, slots, d_head]`; `mask`: who may see whom, bool, in the shape of the scores.
 pub(crate) fn fused_attention(
     q: &Tensor,

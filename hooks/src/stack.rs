@@ -1,4 +1,4 @@
-//! Students side by side: several LoRAs act in one pass, each on its own rows.
+//! Students side by side: several adapters act in one pass, each on its own rows.
 //!
 //! What they share, the base model's products, is run once over all rows; each pair's own two products are one batched product
 //! over the students. So N small students cost the calls of one.
