@@ -4,12 +4,13 @@
 //! every token), make text that is no UTF-8 (a prefix for words that go on), draw random numbers (dropout) or search for ever
 //! (a regular expression). So each part is checked before the crate sees the file, and what no Qwen has is refused.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
 
 use crate::error::{Error, Result};
 
@@ -17,9 +18,11 @@ use crate::error::{Error, Result};
 pub(crate) const WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// The parts of the file that decide what it does; the crate reads the rest.
+/// The parts of the file that decide what it does. Each is read once, and what was read is what the crate gets; as text for the
+/// crate to read again it takes three times as long.
 #[derive(Deserialize)]
 struct File {
+    version: Option<String>,
     normalizer: Option<Value>,
     pre_tokenizer: Option<Value>,
     post_processor: Option<Value>,
@@ -32,7 +35,8 @@ struct File {
 #[derive(Deserialize)]
 struct Added {
     id: u32,
-    content: String,
+    #[serde(flatten)]
+    token: AddedToken,
 }
 
 #[derive(Deserialize)]
@@ -41,7 +45,11 @@ struct Bpe {
     dropout: Option<f64>,
     continuing_subword_prefix: Option<String>,
     end_of_word_suffix: Option<String>,
-    vocab: BTreeMap<String, u32>,
+    unk_token: Option<String>,
+    fuse_unk: Option<bool>,
+    byte_fallback: Option<bool>,
+    ignore_merges: Option<bool>,
+    vocab: Vocab,
     merges: Vec<Merge>,
 }
 
@@ -56,9 +64,10 @@ enum Merge {
 pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let refused = |problem: String| Error::Tokenizer { problem: format!("{name}: {problem}") };
-    // Read once and handed on as it was read: where a key is there twice, the crate might take the other.
-    let json: Value = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
-    let file = File::deserialize(&json).map_err(|error| refused(error.to_string()))?;
+    let file: File = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
+    if let Some(version) = file.version.filter(|version| version != "1.0") {
+        return Err(refused(format!("version is {version:?}, expected \"1.0\"")));
+    }
     for (key, part, known) in [
         ("normalizer", &file.normalizer, &["NFC"][..]),
         ("pre_tokenizer", &file.pre_tokenizer, &["Split", "ByteLevel"]),
@@ -69,9 +78,14 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
             check_step(key, part, known).map_err(refused)?;
         }
     }
-    file.model.check().map_err(refused)?;
-    let mut tokenizer = Tokenizer::from_bytes(json.to_string()).map_err(|error| refused(error.to_string()))?;
-    for Added { id, content } in &file.added_tokens {
+    let said = |error: tokenizers::Error| refused(error.to_string());
+    let mut tokenizer = Tokenizer::new(file.model.build().map_err(refused)?);
+    tokenizer.with_normalizer(part::<NormalizerWrapper>(file.normalizer).map_err(refused)?).map_err(said)?;
+    tokenizer.with_pre_tokenizer(part::<PreTokenizerWrapper>(file.pre_tokenizer).map_err(refused)?);
+    tokenizer.with_post_processor(part::<PostProcessorWrapper>(file.post_processor).map_err(refused)?);
+    tokenizer.with_decoder(part::<DecoderWrapper>(file.decoder).map_err(refused)?);
+    tokenizer.add_tokens(file.added_tokens.iter().map(|added| added.token.clone())).map_err(said)?;
+    for Added { id, token: AddedToken { content, .. } } in &file.added_tokens {
         // The crate numbers what is not in the vocabulary anew, whatever the file says.
         if let Some(found) = Some(tokenizer.token_to_id(content)).filter(|found| *found != Some(*id)) {
             let found = found.map_or("no token".to_owned(), |found| found.to_string());
@@ -80,9 +94,12 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
             )));
         }
     }
-    tokenizer.with_padding(None);
-    tokenizer.with_truncation(None).map_err(|error| refused(error.to_string()))?;
     Ok(tokenizer)
+}
+
+/// A part of the crate's, from what was read of it.
+fn part<T: DeserializeOwned>(part: Option<Value>) -> std::result::Result<Option<T>, String> {
+    part.map(serde_json::from_value).transpose().map_err(|error| error.to_string())
 }
 
 /// The steps of a part: those of a sequence, or itself.
@@ -110,7 +127,8 @@ fn check_step(key: &str, step: &Value, known: &[&str]) -> std::result::Result<()
 }
 
 impl Bpe {
-    fn check(&self) -> std::result::Result<(), String> {
+    /// The crate's model, once it is one that a Qwen has.
+    fn build(self) -> std::result::Result<BPE, String> {
         if self.r#type != "BPE" {
             return Err(format!("model.type is {:?}, expected \"BPE\", as Qwen's is", self.r#type));
         }
@@ -126,17 +144,28 @@ impl Bpe {
                 return Err(format!("model.{key} is {affix:?}, expected none, as Qwen's has"));
             }
         }
-        for (rank, merge) in self.merges.iter().enumerate() {
+        let mut merges = Vec::with_capacity(self.merges.len());
+        for (rank, merge) in self.merges.into_iter().enumerate() {
             let (left, right) = match merge {
-                Merge::Pair(left, right) => (left.as_str(), right.as_str()),
-                Merge::Spaced(both) => both
-                    .split_once(' ')
-                    .ok_or_else(|| format!("model.merges[{rank}] is {both:?}, expected two tokens"))?,
+                Merge::Pair(left, right) => (left, right),
+                Merge::Spaced(both) => match both.split_once(' ') {
+                    Some((left, right)) => (left.to_owned(), right.to_owned()),
+                    None => return Err(format!("model.merges[{rank}] is {both:?}, expected two tokens")),
+                },
             };
-            check_merge(left, right, |token| self.vocab.contains_key(token))
+            check_merge(&left, &right, |token| self.vocab.contains_key(token))
                 .map_err(|unknown| format!("model.merges[{rank}] needs {unknown:?}, which is no token"))?;
+            merges.push((left, right));
         }
-        Ok(())
+        let mut bpe = BPE::builder()
+            .fuse_unk(self.fuse_unk.unwrap_or(false))
+            .byte_fallback(self.byte_fallback.unwrap_or(false))
+            .ignore_merges(self.ignore_merges.unwrap_or(false))
+            .vocab_and_merges(self.vocab, merges);
+        if let Some(unknown) = self.unk_token {
+            bpe = bpe.unk_token(unknown);
+        }
+        bpe.build().map_err(|error| error.to_string())
     }
 }
 
@@ -210,6 +239,35 @@ mod tests {
             assert!(message.starts_with("tokenizer: tokenizer.json: ") && message.contains(expected), "{message}");
         }
         assert!(parse(b"{", Path::new("t")).is_err());
+    }
+
+    #[test]
+    fn what_is_built_is_what_the_crate_builds() {
+        let pockets = crate::pocket::POCKETS.iter().map(|pocket| pocket.tokenizer);
+        for (at, bytes) in [TOKENIZER].into_iter().chain(pockets).enumerate() {
+            let mut json: Value = serde_json::from_slice(bytes).unwrap();
+            for key in ["fuse_unk", "byte_fallback", "ignore_merges"] {
+                json["model"][key] = json!(at % 2 == 0);
+            }
+            json["model"]["unk_token"] = if at % 2 == 0 { json!("a") } else { Value::Null };
+            let text = json.to_string();
+            let ours = parse(text.as_bytes(), Path::new("t")).unwrap();
+            let theirs = Tokenizer::from_bytes(&text).unwrap();
+            assert_eq!(ours.to_string(false).unwrap(), theirs.to_string(false).unwrap());
+        }
+        let old = refusal("/version", json!("0.9"));
+        assert!(old.contains("version is \"0.9\", expected \"1.0\""), "{old}");
+    }
+
+    #[test]
+    fn a_key_that_is_there_twice_has_one_reading() {
+        let twice = |from: &str, to: &str| {
+            let text = std::str::from_utf8(TOKENIZER).unwrap();
+            assert!(text.contains(from), "{from}");
+            parse(text.replacen(from, to, 1).as_bytes(), Path::new("t"))
+        };
+        let refused = twice("\"model\":", "\"decoder\": null, \"model\":").unwrap_err().to_string();
+        assert!(refused.contains("duplicate field `decoder`"), "{refused}");
     }
 
     #[test]
