@@ -17,7 +17,7 @@ use super::{Course, Example, Progress, StepRow, Training, losses};
 use crate::optim::Gradients;
 
 /// What is told after each step of a student: which one it is, its line, and how fast it goes.
-pub(super) type LogOf<'a> = &'a mut dyn FnMut(usize, &StepRow, &Progress) -> anyhow::Result<()>;
+pub type LogOf<'a> = &'a mut dyn FnMut(usize, &StepRow, &Progress) -> anyhow::Result<()>;
 
 /// Trains several adapters of one model in place and at the same time. The students may differ in all but the places of their
 /// adapters' pairs and their gates' blocks and projections; none may have dropout. An error of one of them ends all.
