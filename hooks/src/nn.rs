@@ -40,7 +40,7 @@ impl Linear {
             if !matches!(dose, Dose::Uniform(0.0)) {
                 let span = profile::op(Op::Lora);
                 y = pair.add_to(y, &x, dose, pass.dropout.as_deref_mut())?;
-                span.flops(|| profile::lora(&x, pair, y.requires_grad()))?;
+                span.flops(|| Ok(profile::lora(&x, pair, y.requires_grad())))?;
             }
         }
         Ok(y.f_view([batch, pos, -1])?)
@@ -59,7 +59,7 @@ impl Linear {
         }
         let span = profile::op(Op::Lora);
         let y = pair.add_by_head(&y, x, dose, pass.dropout.as_deref_mut())?;
-        span.flops(|| profile::lora(x, pair, y.requires_grad()))?;
+        span.flops(|| Ok(profile::lora(x, pair, y.requires_grad())))?;
         Ok(y)
     }
 
