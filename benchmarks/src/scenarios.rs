@@ -33,7 +33,7 @@ pub(crate) enum Request {
     Rates { rows: i64, head_rows: i64, backward: bool },
     /// Steps of a fresh LoRA on the same rows.
     Train { rows: Rows, rank: i64, steps: u64 },
-    /// Steps of LoRAs of these ranks on the same rows: so many threads, each with some of the students, of which it trains
+    /// Steps of an adapter of each of these ranks on the same rows: so many threads, each with some of the students, of which it trains
     /// `stack` in one pass. One of both is one student after another.
     Sweep { rows: Rows, ranks: Vec<i64>, steps: u64, threads: usize, stack: usize },
     /// Answers to the first prompts; the most likely tokens at temperature 0. None ends where `stop` is false.

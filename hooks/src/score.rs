@@ -257,6 +257,7 @@ pub fn each_next_token(
     read: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
 ) -> Result<()> {
     let mut read_batch = |prefilled: Prefilled| -> Result<()> {
+        let _stage = profile::stage(Stage::Loss);
         let last = prefilled.read()?.f_split(LOGIT_ROWS, 0)?;
         for (resid, cases) in last.iter().zip(prefilled.cases.chunks(LOGIT_ROWS as usize)) {
             let logprobs = model.unembed(resid)?.f_log_softmax(-1, Kind::Float)?.f_to_device(Device::Cpu)?;
