@@ -78,7 +78,7 @@ pub fn keep_freed_memory() {
         const M_TOP_PAD: c_int = -2;
         const M_MMAP_MAX: c_int = -4;
         mallopt(M_MMAP_MAX, 0);
-        mallopt(M_TRIM_THRESHOLD, c_int::MAX);
+        mallopt(M_TRIM_THRESHOLD, -1); // never; the largest number would be 2 GiB, less than a step frees
         mallopt(M_TOP_PAD, 64 << 20);
     }
 }
