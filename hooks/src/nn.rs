@@ -32,17 +32,16 @@ impl Linear {
     /// `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`. The adapter's part is computed in f32, as
     /// PEFT does, or wider.
     pub(crate) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let times_weight = |x: &Tensor| self.times_weight(x, |x, weight| linear(x, weight, self.bias.as_ref()));
+        let dose = pass.gate.as_ref().map_or(Dose::Uniform(1.0), |doses| doses.at(self.layer, self.proj));
+        let pair = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj));
+        let Some(pair) = pair.filter(|_| !matches!(dose, Dose::Uniform(0.0))) else { return times_weight(x) };
         let (batch, pos, d_in) = x.size3()?;
         let x = x.f_reshape([batch * pos, d_in])?;
-        let mut y = self.times_weight(&x, |x, weight| linear(x, weight, self.bias.as_ref()))?;
-        if let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) {
-            let dose = pass.gate.as_ref().map_or(Dose::Uniform(1.0), |doses| doses.at(self.layer, self.proj));
-            if !matches!(dose, Dose::Uniform(0.0)) {
-                let span = profile::op(Op::Lora);
-                y = pair.add_to(y, &x, dose, pass.dropout.as_deref_mut())?;
-                span.flops(|| Ok(profile::lora(&x, pair, y.requires_grad())))?;
-            }
-        }
+        let y = times_weight(&x)?;
+        let span = profile::op(Op::Lora);
+        let y = pair.add_to(y, &x, dose, pass.dropout.as_deref_mut())?;
+        span.flops(|| Ok(profile::lora(&x, pair, y.requires_grad())))?;
         Ok(y.f_view([batch, pos, -1])?)
     }
 
