@@ -3,6 +3,7 @@
 //! A LoRA and the whole model are trained by the same loop over "the trained tensors". A step's loss is the sum of its
 //! targets' losses over their number, however the rows fall into micro-batches (never the mean of means).
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Instant;
 
@@ -15,7 +16,7 @@ use tch::{Kind, Tensor};
 
 use hooks::gate::Gate;
 use hooks::gradient::gradients;
-use hooks::lora::{Adapter, Dropout};
+use hooks::lora::{Adapter, Dropout, LoraPair};
 use hooks::loss::{Targets, cross_entropy};
 use hooks::packing::Row;
 use hooks::pass::Pass;
@@ -749,14 +750,23 @@ fn order(n_rows: usize, seed: u64, epoch: u64) -> Vec<usize> {
     order
 }
 
-/// The Frobenius norm of all s·B·A of an adapter together, without making any: ‖BA‖² = tr((BᵀB)(AAᵀ)).
+/// The Frobenius norm of all s·B·A of an adapter together, without making any: ‖BA‖² = tr((BᵀB)(AAᵀ)). Pairs of one shape at
+/// once: a pair's own products are so small that their calls would be a tenth of a step.
 pub fn delta_w_norm(adapter: &Adapter) -> anyhow::Result<f64> {
-    let squares = adapter.pairs().map(|(_, _, pair)| {
-        let (a, b) = (pair.a.f_detach()?, pair.b.f_detach()?);
-        let (aa, bb) = (a.f_matmul(&a.f_transpose(0, 1)?)?, b.f_transpose(0, 1)?.f_matmul(&b)?); // [rank, rank], symmetric
-        aa.f_mul(&bb)?.f_sum(Kind::Double)?.f_mul_scalar(pair.scaling * pair.scaling)
-    });
-    let squares = squares.collect::<Result<Vec<_>, _>>()?;
+    let mut alike: BTreeMap<(Vec<i64>, Vec<i64>), Vec<&LoraPair>> = BTreeMap::new();
+    for (_, _, pair) in adapter.pairs() {
+        alike.entry((pair.a.size(), pair.b.size())).or_default().push(pair);
+    }
+    let square = |pairs: &Vec<&LoraPair>| -> anyhow::Result<Tensor> {
+        let stacked =
+            |of: fn(&LoraPair) -> &Tensor| Tensor::f_stack(&pairs.iter().map(|pair| of(pair)).collect::<Vec<_>>(), 0);
+        let (a, b) = (stacked(|pair| &pair.a)?, stacked(|pair| &pair.b)?);
+        let (aa, bb) = (a.f_matmul(&a.f_transpose(1, 2)?)?, b.f_transpose(1, 2)?.f_matmul(&b)?); // [pairs, rank, rank], symmetric
+        let squares = aa.f_mul(&bb)?.f_sum_dim_intlist([1, 2].as_slice(), false, Kind::Double)?;
+        let factors: Vec<f64> = pairs.iter().map(|pair| pair.scaling * pair.scaling).collect();
+        Ok(squares.f_dot(&Tensor::f_from_slice(&factors)?.f_to_device(squares.device())?)?)
+    };
+    let squares = tch::no_grad(|| alike.values().map(square).collect::<anyhow::Result<Vec<_>>>())?;
     Ok(Tensor::f_stack(&squares, 0)?.f_sum(Kind::Double)?.f_clamp_min(0.0)?.f_sqrt()?.f_double_value(&[])?)
 }
 
