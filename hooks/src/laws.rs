@@ -199,6 +199,32 @@ fn packed_rows_are_each_alone_gradients_included() {
     }
 }
 
+#[test]
+fn answers_that_end_make_room_and_the_others_go_on() {
+    let (model, chat, adapter) = world();
+    let prompts = [prompts(&chat), prompts(&chat)].concat();
+    let condition = Condition::adapted(&adapter);
+    let drawn = |which: &[Prompt], streams: &[u64], batch: usize, stop: Vec<i64>| {
+        let sampling = Sampling { temperature: 1.0, max_new_tokens: 12, stop, constrain: None, batch };
+        generate(&model, which, &condition, &sampling, streams, &mut |_| ()).unwrap()
+    };
+    let streams: Vec<u64> = (0..prompts.len() as u64).map(|at| stream_seed(4, "room", at)).collect();
+    // The first answer, and whichever else comes upon these tokens, ends early: rows from the end move into its place.
+    let whole = drawn(&prompts, &streams, prompts.len(), vec![]);
+    let stop = vec![whole[0].ids[1], whole[1].ids[4]];
+    let alone: Vec<Answer> =
+        (0..prompts.len()).map(|at| drawn(&prompts[at..=at], &streams[at..=at], 1, stop.clone()).remove(0)).collect();
+    let last = &alone[prompts.len() - 1];
+    assert!(alone[0].stopped && alone[0].ids.len() < last.ids.len(), "an earlier row ends before the last one");
+    assert!(alone.iter().filter(|answer| answer.ids.len() > alone[0].ids.len()).count() > 2, "and several go on");
+    for batch in [2, 3, prompts.len()] {
+        let together = drawn(&prompts, &streams, batch, stop.clone());
+        for (at, (together, alone)) in together.iter().zip(&alone).enumerate() {
+            assert_eq!(together.ids, alone.ids, "batch {batch}, answer {at}");
+        }
+    }
+}
+
 /// Greedy answers by running everything anew for each token; the gate's state while decoding as `on_generated` says.
 pub(crate) fn recomputed(model: &Qwen, prompt: &Prompt, condition: &Condition<'_>, n: usize) -> Vec<i64> {
     let mut ids = Vec::new();
