@@ -17,9 +17,9 @@ use tch::{Kind, Tensor};
 use hooks::gate::Gate;
 use hooks::gradient::gradients;
 use hooks::lora::{Adapter, Dropout, LoraPair};
-use hooks::loss::{Targets, cross_entropy};
+use hooks::loss::{Targets, cross_entropy_sum};
 use hooks::packing::Row;
-use hooks::pass::Pass;
+use hooks::pass::{Doses, Pass};
 use hooks::profile::{self, Stage};
 use hooks::qwen::Qwen;
 use hooks::tokens::{LossMask, Prompt};
@@ -645,15 +645,12 @@ impl Learner<'_> {
         let mut rows: Vec<&Example<'_>> = chosen.iter().map(|index| &examples[*index]).collect();
         rows.sort_by_key(|row| row.end); // little padding; the step's gradient is the same sum
         let n_targets: usize = rows.iter().map(|row| row.n_targets).sum();
-        let tensors: Vec<&Tensor> = self.parameters.iter().map(|(_, tensor)| tensor).collect();
 
         let mut sums: Option<(Tensor, Gradients)> = None;
         for batch in rows.chunks(config.batch_size) {
-            let loss = self.loss_sum(batch, &config.gate, dropout.as_deref_mut())?.f_div_scalar(n_targets as f64)?;
-            let found = gradients(&loss, &tensors, false)?;
+            let (loss, found) = self.loss_and_gradients(batch, n_targets, &config.gate, dropout.as_deref_mut())?;
             let _stage = profile::stage(Stage::Optimizer);
             let found = optimizer.gather(&found)?;
-            let loss = loss.f_detach()?;
             sums = Some(match sums {
                 None => (loss, found),
                 Some((loss_so_far, mut gradients_so_far)) => {
@@ -664,6 +661,27 @@ impl Learner<'_> {
         }
         let (loss, gradients) = sums.context("a step without rows")?;
         self.take(examples, chosen, (&loss, gradients), optimizer, learning_rate, config)
+    }
+
+    /// The sum of some rows' losses over the step's number of targets, and its gradients.
+    fn loss_and_gradients(
+        &self,
+        rows: &[&Example<'_>],
+        n_targets: usize,
+        gate: &Gate,
+        dropout: Option<&mut Dropout>,
+    ) -> anyhow::Result<(Tensor, Vec<Tensor>)> {
+        if let (Some(adapter), None) = (self.adapter, &dropout) {
+            let Ready { batch, targets, doses } = Ready::of(self.model, &[rows], gate, true)?;
+            let weights =
+                Tensor::f_full([targets.n as i64], 1.0 / n_targets as f64, (Kind::Double, self.model.device()))?;
+            let (losses, found) = self.model.lora_gradients(&batch, &targets, &weights, adapter, doses.as_ref())?;
+            return Ok((losses.f_sum(losses.kind())?.f_div_scalar(n_targets as f64)?, found));
+        }
+        let tensors: Vec<&Tensor> = self.parameters.iter().map(|(_, tensor)| tensor).collect();
+        let loss = self.loss_sum(rows, gate, dropout)?.f_div_scalar(n_targets as f64)?;
+        let found = gradients(&loss, &tensors, false)?;
+        Ok((loss.f_detach()?, found))
     }
 
     /// Takes the step that the loss and its gradients ask for, if they are finite.
@@ -709,36 +727,37 @@ impl Learner<'_> {
 
     /// The summed loss of some rows run at once, a scalar with its graph.
     fn loss_sum(&self, rows: &[&Example<'_>], gate: &Gate, dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
-        let losses = losses(self.model, self.adapter, &[rows], gate, dropout)?;
-        Ok(losses.f_sum(losses.kind())?)
+        // Dropout draws anew for every row, so then rows have nothing in common.
+        let Ready { batch, targets, doses } = Ready::of(self.model, &[rows], gate, dropout.is_none())?;
+        let mut pass = Pass { adapter: self.adapter, gate: doses, dropout, ..Pass::default() };
+        let resid = self.model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
+        Ok(cross_entropy_sum(self.model, &resid, &targets)?)
     }
 }
 
-/// The losses of the targets of some rows run at once, group by group, `[targets]`, with their graph. Of a stack, a group is a
-/// student's.
-fn losses<'r>(
-    model: &Qwen,
-    adapter: Option<&Adapter>,
-    groups: &[&[&'r Example<'_>]],
-    gate: &Gate,
-    dropout: Option<&mut Dropout>,
-) -> anyhow::Result<Tensor> {
-    let packed = |rows: &&[&'r Example<'_>]| {
-        rows.iter().map(|row| Row { ids: &row.ids[..row.end], doses: row.doses.as_deref() }).collect()
-    };
-    let inputs: Vec<Vec<Row<'r>>> = groups.iter().map(packed).collect();
-    let inputs: Vec<&[Row<'_>]> = inputs.iter().map(Vec::as_slice).collect();
-    // Dropout draws anew for every row, so then rows have nothing in common.
-    let batch = Batch::packed(&inputs, dropout.is_none(), model.device())?;
-    let rows: Vec<&Example<'_>> = groups.iter().flat_map(|rows| rows.iter().copied()).collect();
-    let is_gated = rows.iter().any(|row| row.doses.is_some());
-    let gate = is_gated.then(|| gate.spread(batch.doses(), model.device())).transpose()?;
-    let mut pass = Pass { adapter, gate, dropout, ..Pass::default() };
-    let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
-    let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
-    let targets = Targets::of(&batch, &ids, &masks)?;
-    let resid = model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
-    Ok(cross_entropy(model, &resid, &targets)?)
+/// Rows made ready to be run at once; of a stack, a group of them is a student's. The targets are group by group.
+struct Ready {
+    batch: Batch,
+    targets: Targets,
+    doses: Option<Doses>,
+}
+
+impl Ready {
+    fn of<'r>(model: &Qwen, groups: &[&[&'r Example<'_>]], gate: &Gate, share: bool) -> anyhow::Result<Self> {
+        let packed = |rows: &&[&'r Example<'_>]| {
+            rows.iter().map(|row| Row { ids: &row.ids[..row.end], doses: row.doses.as_deref() }).collect()
+        };
+        let inputs: Vec<Vec<Row<'r>>> = groups.iter().map(packed).collect();
+        let inputs: Vec<&[Row<'_>]> = inputs.iter().map(Vec::as_slice).collect();
+        let batch = Batch::packed(&inputs, share, model.device())?;
+        let rows: Vec<&Example<'_>> = groups.iter().flat_map(|rows| rows.iter().copied()).collect();
+        let is_gated = rows.iter().any(|row| row.doses.is_some());
+        let doses = is_gated.then(|| gate.spread(batch.doses(), model.device())).transpose()?;
+        let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
+        let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
+        let targets = Targets::of(&batch, &ids, &masks)?;
+        Ok(Self { batch, targets, doses })
+    }
 }
 
 /// The order of the rows in an epoch: each epoch has a random stream of its own.

@@ -11,13 +11,13 @@ use crate::condition::Condition;
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
 use crate::listen::Cache;
-use crate::lora::{Adapter, Proj};
+use crate::lora::Adapter;
+use crate::loss::Targets;
 use crate::nn::wide;
 use crate::packing::Row;
 use crate::pass::Pass;
 use crate::profile;
 use crate::qwen::Qwen;
-use crate::stack::equally_many;
 use crate::tap::Tap;
 use crate::tokens::Prompt;
 
@@ -115,10 +115,8 @@ impl OfLosses {
 /// as its tokens' indices k in the completion: for single tokens `[[0], [1], ..]`. `each` gets them all, in their order,
 /// some at a time.
 ///
-/// A backward pass costs calls and arithmetic. Where the calls weigh more, the row is run in as many copies as there are
-/// losses, with the adapter stacked as often (`Adapter::stacked`): copy i carries loss i, and one backward pass of `Σ_i ℓ_i`
-/// gives each loss' gradient at its own copy, since nothing of another loss depends on it. Where the arithmetic weighs more,
-/// the row is run once, and each loss is one backward pass over its graph. Both are the same sums, in another order.
+/// The row is run once, and some losses at a time share a backward pass by hand (`qwen/by_hand.rs`), in which each keeps gradients
+/// of its own. Under edits, whose gradients only libtorch knows, each loss is a backward pass over the recorded graph.
 pub fn of_losses(
     model: &Qwen,
     row: &Prompt,
@@ -126,19 +124,25 @@ pub fn of_losses(
     losses: &[Vec<usize>],
     each: &mut dyn FnMut(OfLosses) -> Result<()>,
 ) -> Result<()> {
-    let copies = copies_at_a_time(model, row.ids.len());
-    by_copies(model, row, condition, losses, copies, each)
+    let at_a_time = losses_at_a_time(row.ids.len(), condition.adapter);
+    if condition.edits.is_empty() {
+        by_hand(model, row, condition, losses, at_a_time, each)
+    } else {
+        recorded(model, row, condition, losses, each)
+    }
 }
 
-/// As `of_losses`, with so many copies of the row at a time; one copy keeps its graph for all losses.
-fn by_copies(
-    model: &Qwen,
-    row: &Prompt,
-    condition: &Condition<'_>,
-    losses: &[Vec<usize>],
-    copies: usize,
-    each: &mut dyn FnMut(OfLosses) -> Result<()>,
-) -> Result<()> {
+/// How many losses share a backward pass: so many that their tokens, and the adapter's gradients, take a few hundred MB.
+fn losses_at_a_time(tokens: usize, adapter: Option<&Adapter>) -> usize {
+    const TOKENS: usize = 4096;
+    const NUMBERS: usize = 1 << 28;
+    let learned: usize =
+        adapter.map_or(0, |adapter| adapter.pairs().map(|(_, _, pair)| pair.a.numel() + pair.b.numel()).sum());
+    (TOKENS / tokens.max(1)).min(NUMBERS / learned.max(1)).max(1)
+}
+
+/// The tokens that the losses are of, in order.
+fn tokens_of(row: &Prompt, losses: &[Vec<usize>]) -> Result<Vec<usize>> {
     let n_tokens = row.completion.len();
     if let Some(at) = losses.iter().position(|loss| loss.is_empty() || loss.iter().any(|k| *k >= n_tokens)) {
         return Err(Error::Invalid {
@@ -147,100 +151,113 @@ fn by_copies(
             found: format!("{:?}", losses[at]),
         });
     }
-    tch::with_grad(|| {
-        if copies == 1 {
-            let graph = Graph::of(model, row, condition, losses, 1)?;
-            for at in 0..losses.len() {
-                each(graph.gradients(model, losses, at..at + 1, at + 1 < losses.len())?)?;
-            }
-            return Ok(());
+    Ok(losses.iter().flatten().copied().collect::<BTreeSet<_>>().into_iter().collect())
+}
+
+fn by_hand(
+    model: &Qwen,
+    row: &Prompt,
+    condition: &Condition<'_>,
+    losses: &[Vec<usize>],
+    at_a_time: usize,
+    each: &mut dyn FnMut(OfLosses) -> Result<()>,
+) -> Result<()> {
+    let (tokens, device, start) = (tokens_of(row, losses)?, model.device(), row.completion.start);
+    let reach = tokens.last().map_or(1, |k| start + k);
+    let doses = match condition.adapter {
+        Some(adapter) if !condition.gate.is_everywhere() => {
+            condition.gate.check(adapter)?;
+            Some(condition.gate.doses(row)?)
         }
-        for from in (0..losses.len()).step_by(copies) {
-            let some = from..(from + copies).min(losses.len());
-            let graph = Graph::of(model, row, condition, &losses[some.clone()], some.len())?;
-            each(graph.gradients(model, losses, some, false)?)?;
+        _ => None,
+    };
+    let packed = Row { ids: &row.ids[..reach], doses: doses.as_ref().map(|doses| &doses[..reach]) };
+    let batch = Batch::packed(&[&[packed]], false, device)?;
+    let gate = doses.as_ref().map(|_| condition.gate.spread(batch.doses(), device)).transpose()?;
+    let mask: Vec<bool> = (0..row.ids.len()).map(|at| at >= start && tokens.contains(&(at - start))).collect();
+    let targets = Targets::of(&batch, &[&row.ids], &[&mask])?;
+    let of_target = |k: &usize| tokens.partition_point(|token| token < k) as i64;
+    let indices: Vec<Vec<i64>> = losses.iter().map(|loss| loss.iter().map(of_target).collect()).collect();
+    let line: &[Row<'_>] = &[Row { doses: None, ..packed }];
+    let copies = |n: usize| Batch::packed(&vec![line; n], false, device);
+    let mut from = 0;
+    let what = (condition.adapter, gate.as_ref());
+    model.gradients_of_each(&targets, &indices, at_a_time, what, &copies, &mut |found| {
+        let losses = from..(from + at_a_time).min(losses.len());
+        from = losses.end;
+        each(OfLosses { losses, logprobs: found.logprobs, adapter: found.adapter, resid_post: found.resid_post })
+    })
+}
+
+fn recorded(
+    model: &Qwen,
+    row: &Prompt,
+    condition: &Condition<'_>,
+    losses: &[Vec<usize>],
+    each: &mut dyn FnMut(OfLosses) -> Result<()>,
+) -> Result<()> {
+    let tokens = tokens_of(row, losses)?;
+    tch::with_grad(|| {
+        let graph = Graph::of(model, row, condition, &tokens)?;
+        for (at, loss) in losses.iter().enumerate() {
+            let (logprobs, adapter, resid_post) = graph.gradients(model, loss, at + 1 < losses.len())?;
+            each(OfLosses { losses: at..at + 1, logprobs, adapter, resid_post })?;
         }
         Ok(())
     })
 }
 
-/// How many copies of a row are run at a time.
-///
-/// A copy spares a loss the calls of its own backward pass and pays with its own forward pass, 2 · (weights of a block) ·
-/// (tokens) operations per block. The calls of a block's backward pass take about as long as 4·10⁷ operations do on two CPU
-/// cores; no more tokens are run at a time than are worth it.
-fn copies_at_a_time(model: &Qwen, tokens: usize) -> usize {
-    const CALLS: i64 = 40_000_000;
-    const TOKENS: usize = 4096;
-    let widths = Proj::ALL.map(|proj| proj.widths(&model.config));
-    let weights: i64 = widths.iter().map(|(d_in, d_out)| d_in * d_out).sum();
-    if 2 * weights * tokens as i64 > CALLS { 1 } else { (TOKENS / tokens.max(1)).max(1) }
-}
-
-/// Copies of a row, run with their graph.
+/// A row, run with its graph.
 struct Graph {
-    parameters: Vec<Tensor>, // of the adapter, once per copy: [copies, ..]
-    resid_post: Vec<Tensor>, // per block [copies, pos, d_model]; of the last [copies, places, d_model]
-    places: Vec<Vec<usize>>, // per copy, the positions of these
+    parameters: Vec<Tensor>, // of the adapter, [1, ..]
+    resid_post: Vec<Tensor>, // per block [1, pos, d_model]; of the last [1, places, d_model]
+    places: Vec<usize>,      // the positions of these
     labels: Vec<i64>,
     start: usize,
 }
 
 impl Graph {
-    /// Runs a row as far as its losses reach, in one copy for all losses or in one for each.
-    fn of(model: &Qwen, row: &Prompt, condition: &Condition<'_>, losses: &[Vec<usize>], copies: usize) -> Result<Self> {
+    /// Runs a row as far as the losses' tokens reach.
+    fn of(model: &Qwen, row: &Prompt, condition: &Condition<'_>, tokens: &[usize]) -> Result<Self> {
         let (device, start) = (model.device(), row.completion.start);
-        let stack = condition.adapter.map(|adapter| Adapter::stacked(&vec![adapter; copies])).transpose()?;
-        let parameters: Vec<Tensor> = stack.iter().flat_map(Adapter::parameters).map(|(_, tensor)| tensor).collect();
+        // A stack of one is the adapter in tensors of its own, so that its own ask for nothing.
+        let alone = condition.adapter.map(|adapter| Adapter::stacked(&[adapter])).transpose()?;
+        let parameters: Vec<Tensor> = alone.iter().flat_map(Adapter::parameters).map(|(_, tensor)| tensor).collect();
         for tensor in &parameters {
             let _ = tensor.f_set_requires_grad(true)?;
         }
-        let reach = losses.iter().flatten().max().map_or(1, |k| start + k);
-        let ids = Row { ids: &row.ids[..reach], doses: None };
-        let batch = Batch::packed(&vec![&[ids][..]; copies], false, device)?;
-        let predicting = |loss: &Vec<usize>| loss.iter().map(|k| start + k - 1).collect();
-        let places = equally_many(match copies {
-            1 => vec![predicting(&losses.concat())],
-            _ => losses.iter().map(predicting).collect(),
-        });
-        let flat = places.iter().enumerate().flat_map(|(copy, places)| places.iter().map(move |at| copy * reach + at));
-        let flat: Vec<i64> = flat.map(|at| at as i64).collect();
-        let flat = Tensor::f_from_slice(&flat)?.f_to_device(device)?;
+        let reach = tokens.last().map_or(1, |k| start + k);
+        let batch = Batch::packed(&[&[Row { ids: &row.ids[..reach], doses: None }]], false, device)?;
+        let places: Vec<usize> = tokens.iter().map(|k| start + k - 1).collect();
+        let flat =
+            Tensor::f_from_slice(&places.iter().map(|at| *at as i64).collect::<Vec<_>>())?.f_to_device(device)?;
 
         let points: Vec<HookPoint> = (0..model.config.n_layers.saturating_sub(1)).map(HookPoint::ResidPost).collect();
         let mut watch = Watch { wanted: points.iter().copied().collect(), cache: Cache::default() };
         let with_embed: Vec<HookPoint> = points.iter().copied().chain([HookPoint::Embed]).collect();
-        let condition = Condition { adapter: stack.as_ref(), ..condition.clone() };
-        let mut prepared = condition.prepare(&vec![row; copies], model, None)?;
+        let condition = Condition { adapter: alone.as_ref(), ..condition.clone() };
+        let mut prepared = condition.prepare(&[row], model, None)?;
         let at_places = |model: &Qwen, batch: &Batch, pass: &mut Pass<'_>| model.resid_at(batch, &flat, pass);
-        let last = prepared.listen(model, &batch, &with_embed, &mut watch, at_places)?;
-        let last = last.f_view([copies as i64, -1, model.config.d_model])?;
+        let last = prepared.listen(model, &batch, &with_embed, &mut watch, at_places)?.f_unsqueeze(0)?;
         let resid_post = points.iter().map(|point| Ok(watch.cache.get(*point)?.shallow_clone()));
         let resid_post = resid_post.chain([Ok(last)]).collect::<Result<_>>()?;
         Ok(Self { parameters, resid_post, places, labels: row.ids[row.completion.clone()].to_vec(), start })
     }
 
-    /// The gradients of some of the losses, one per copy, by one backward pass.
-    fn gradients(&self, model: &Qwen, losses: &[Vec<usize>], some: Range<usize>, keep_graph: bool) -> Result<OfLosses> {
-        let (mut predicting, mut labels) = (Vec::new(), Vec::new());
-        let mut before = 0;
-        for (places, loss) in self.places.iter().zip(&losses[some.clone()]) {
-            for k in loss {
-                let at = places.partition_point(|place| *place < self.start + k - 1);
-                predicting.push((before + at) as i64);
-                labels.push(self.labels[*k]);
-            }
-            before += places.len();
-        }
+    /// The log-probabilities where a loss' tokens are predicted, and its gradients at the adapter and the residual stream.
+    fn gradients(&self, model: &Qwen, loss: &[usize], keep_graph: bool) -> Result<(Tensor, Vec<Tensor>, Vec<Tensor>)> {
+        let place = |k: &usize| self.places.partition_point(|place| *place < self.start + k - 1) as i64;
+        let index = |values: Vec<i64>| Tensor::f_from_slice(&values)?.f_to_device(model.device());
+        let (rows, labels) =
+            (index(loss.iter().map(place).collect())?, index(loss.iter().map(|k| self.labels[*k]).collect())?);
         let resid = self.resid_post.last().map_or_else(Tensor::new, Tensor::shallow_clone).f_flatten(0, 1)?;
-        let index = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(model.device());
-        let logprobs = model.unembed(&resid.f_index_select(0, &index(&predicting)?)?)?; // [tokens, d_vocab]
+        let logprobs = model.unembed(&resid.f_index_select(0, &rows)?)?; // [tokens, d_vocab]
         let logprobs = logprobs.f_log_softmax(-1, wide(logprobs.kind()))?;
-        let loss = logprobs.f_gather(1, &index(&labels)?.f_unsqueeze(1)?, false)?.f_sum(logprobs.kind())?.f_neg()?;
+        let nll = logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_sum(logprobs.kind())?.f_neg()?;
         let inputs: Vec<&Tensor> = self.parameters.iter().chain(&self.resid_post).collect();
-        let mut adapter = gradients(&loss, &inputs, keep_graph)?;
+        let mut adapter = gradients(&nll, &inputs, keep_graph)?;
         let resid_post = adapter.split_off(self.parameters.len());
-        Ok(OfLosses { losses: some, logprobs: logprobs.f_detach()?, adapter, resid_post })
+        Ok((logprobs.f_detach()?, adapter, resid_post))
     }
 }
 
@@ -317,9 +334,9 @@ mod tests {
                 Condition::default(),
             ] {
                 let twins: Vec<_> = losses.iter().map(|loss| plainly(model, &row, &condition, loss)).collect();
-                for copies in [1, 4, 100] {
+                for at_a_time in [0, 1, 4, 100] {
                     let mut seen = 0;
-                    by_copies(model, &row, &condition, &losses, copies, &mut |found| {
+                    let mut compare = |found: OfLosses| {
                         let Squares { adapter, resid_post } = found.squares()?;
                         for (at, (of_adapter, of_resid)) in twins[found.losses.clone()].iter().enumerate() {
                             let twin = of_adapter.iter().chain(of_resid);
@@ -329,7 +346,7 @@ mod tests {
                                 let (text, loss) = (condition.gate.to_string(), &losses[found.losses.start + at]);
                                 assert!(
                                     apart <= tolerance * twin,
-                                    "{text}, {copies} copies, {loss:?}, {place}: {} {twin}",
+                                    "{text}, {at_a_time} at a time, {loss:?}, {place}: {} {twin}",
                                     ours[at]
                                 );
                                 compared += usize::from(*twin > 0.0);
@@ -338,8 +355,12 @@ mod tests {
                             seen += 1;
                         }
                         Ok(())
-                    })
-                    .unwrap();
+                    };
+                    if at_a_time == 0 {
+                        recorded(model, &row, &condition, &losses, &mut compare).unwrap();
+                    } else {
+                        by_hand(model, &row, &condition, &losses, at_a_time, &mut compare).unwrap();
+                    }
                     assert_eq!(seen, losses.len());
                 }
             }
@@ -354,30 +375,33 @@ mod tests {
         let batch = Batch::of(&[&row], Device::Cpu).unwrap();
         let logits = model.forward(&batch, &mut Pass { adapter: Some(&adapter), ..Pass::default() }).unwrap();
         let whole = logits.squeeze_dim(0).log_softmax(-1, Kind::Float);
-        for copies in [1, 2] {
+        let losses = [vec![2], vec![4, 1], vec![0]];
+        for at_a_time in [0, 1, 2] {
             let mut found = vec![];
-            let losses = [vec![2], vec![4, 1], vec![0]];
-            by_copies(&model, &row, &Condition::adapted(&adapter), &losses, copies, &mut |some| {
+            let condition = Condition::adapted(&adapter);
+            let mut keep = |some: OfLosses| {
                 found.push(some.logprobs);
                 Ok(())
-            })
-            .unwrap();
+            };
+            if at_a_time == 0 {
+                recorded(&model, &row, &condition, &losses, &mut keep).unwrap();
+            } else {
+                by_hand(&model, &row, &condition, &losses, at_a_time, &mut keep).unwrap();
+            }
             let found = Tensor::cat(&found, 0);
             for (at, k) in [2, 4, 1, 0].into_iter().enumerate() {
                 let expected = whole.get((row.completion.start + k) as i64 - 1);
                 assert!(
                     crate::laws::max_diff(&found.get(at as i64), &expected) < crate::laws::SUM_ORDER,
-                    "{copies}, {k}"
+                    "{at_a_time}, {k}"
                 );
             }
         }
     }
 
     #[test]
-    fn copies_are_for_small_models_and_tokens_that_there_are_not_are_refused() {
+    fn tokens_that_there_are_not_are_refused() {
         let (model, chat, adapter) = world();
-        assert!(copies_at_a_time(&model, 60) > 60);
-        assert_eq!(copies_at_a_time(&model, 1000), 1);
         let row = chat.row(None, "Go on", &chat.encode("480").unwrap()).unwrap();
         let n = row.completion.len();
         for (losses, found) in [

@@ -97,18 +97,22 @@ fn nll(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<Tensor> {
     Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?)
 }
 
-/// The same, and ∂/∂normed = (softmax − onehot) · W of each, `[n, d_model]`, in the memory of two tensors of logits.
-fn nll_and_gradient(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
-    let labels = labels.f_unsqueeze(1)?;
-    let mut logprobs = model.logits(normed)?.f_log_softmax(-1, wide(normed.kind()))?;
-    let nll = logprobs.f_gather(1, &labels, false)?.f_squeeze_dim(1)?.f_neg()?;
+/// The same, and ∂/∂normed of each, `[n, d_model]`.
+pub(crate) fn nll_and_gradient(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
+    let logprobs = model.logits(normed)?.f_log_softmax(-1, wide(normed.kind()))?;
+    let nll = logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?;
+    Ok((nll, nll_gradient(model, logprobs, labels)?))
+}
+
+/// ∂/∂normed = (softmax − onehot) · W of each label, `[n, d_model]`. `logprobs`: `[n, d_vocab]`, whose memory is used.
+pub(crate) fn nll_gradient(model: &Qwen, mut logprobs: Tensor, labels: &Tensor) -> Result<Tensor> {
     let mut gradient = logprobs.f_exp_()?;
-    let minus_one = labels.f_full_like(-1.0)?.f_to_kind(gradient.kind())?;
-    let _ = gradient.f_scatter_add_(1, &labels, &minus_one)?;
+    let minus_one = labels.f_full_like(-1.0)?.f_to_kind(gradient.kind())?.f_unsqueeze(1)?;
+    let _ = gradient.f_scatter_add_(1, &labels.f_unsqueeze(1)?, &minus_one)?;
     let span = profile::op(Op::Head);
-    let gradient = gradient.f_to_kind(normed.kind())?;
-    span.flops(|| profile::product(normed, model.head(), false))?;
-    Ok((nll, gradient.f_matmul(model.head())?))
+    let gradient = gradient.f_to_kind(model.kind())?;
+    span.flops(|| Ok((2.0 * gradient.numel() as f64 * model.config.d_model as f64, 0.0)))?;
+    Ok(gradient.f_matmul(model.head())?)
 }
 
 #[cfg(test)]

@@ -14,10 +14,10 @@ use crate::weights::Scope;
 /// A linear map that knows its place, so that a pass can look up the adapter's pair for it.
 #[derive(Debug)]
 pub(crate) struct Linear {
-    weight: Tensor, // [d_out, d_in]
+    pub(crate) weight: Tensor, // [d_out, d_in]
     bias: Option<Tensor>,
-    layer: usize,
-    proj: Proj,
+    pub(crate) layer: usize,
+    pub(crate) proj: Proj,
 }
 
 impl Linear {
@@ -32,13 +32,12 @@ impl Linear {
     /// `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`. The adapter's part is computed in f32, as
     /// PEFT does, or wider.
     pub(crate) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let times_weight = |x: &Tensor| self.times_weight(x, |x, weight| linear(x, weight, self.bias.as_ref()));
         let dose = pass.gate.as_ref().map_or(Dose::Uniform(1.0), |doses| doses.at(self.layer, self.proj));
         let pair = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj));
-        let Some(pair) = pair.filter(|_| !matches!(dose, Dose::Uniform(0.0))) else { return times_weight(x) };
+        let Some(pair) = pair.filter(|_| !matches!(dose, Dose::Uniform(0.0))) else { return self.base(x) };
         let (batch, pos, d_in) = x.size3()?;
         let x = x.f_reshape([batch * pos, d_in])?;
-        let y = times_weight(&x)?;
+        let y = self.base(&x)?;
         let span = profile::op(Op::Lora);
         let y = pair.add_to(y, &x, dose, pass.dropout.as_deref_mut())?;
         span.flops(|| Ok(profile::lora(&x, pair, y.requires_grad())))?;
@@ -60,6 +59,11 @@ impl Linear {
         let y = pair.add_by_head(&y, x, dose, pass.dropout.as_deref_mut())?;
         span.flops(|| Ok(profile::lora(x, pair, y.requires_grad())))?;
         Ok(y)
+    }
+
+    /// Without the adapter's part.
+    pub(crate) fn base(&self, x: &Tensor) -> Result<Tensor> {
+        self.times_weight(x, |x, weight| linear(x, weight, self.bias.as_ref()))
     }
 
     fn times_weight(&self, x: &Tensor, product: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
@@ -173,7 +177,7 @@ impl RmsNorm {
     }
 
     /// The divisor `[.., 1]` and `x`, both in f32 or wider.
-    fn scale(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub(crate) fn scale(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let wide = x.f_to_kind(wide(x.kind()))?;
         let mean = wide.f_square()?.f_mean_dim(-1, true, wide.kind())?;
         Ok((mean.f_add_scalar(self.eps)?.f_sqrt()?, wide))

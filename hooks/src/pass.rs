@@ -69,7 +69,7 @@ impl Doses {
     }
 
     /// Those at some places of the flattened `[batch · pos]`, as `[1, places, 1]`.
-    fn at_places(&self, places: &Tensor) -> Result<Self> {
+    pub(crate) fn at_places(&self, places: &Tensor) -> Result<Self> {
         let tokens = self.tokens.f_flatten(0, 1)?.f_index_select(0, places)?.f_unsqueeze(0)?;
         Ok(Self { tokens, layers: self.layers.clone(), modules: self.modules.clone(), elsewhere: self.elsewhere })
     }

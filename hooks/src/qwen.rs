@@ -21,6 +21,8 @@ use crate::profile::{self, Op, Stage};
 use crate::tap::Hooks;
 use crate::weights::{Scope, Weights};
 
+mod by_hand;
+
 /// Grouped-query attention (Ainslie et al. 2023) with rotary positions; Qwen3 also norms queries and keys per head.
 #[derive(Debug)]
 struct Attention {
@@ -77,16 +79,11 @@ impl Attention {
         places: &Tensor,
         pass: &mut Pass<'_>,
     ) -> Result<Tensor> {
-        let (batch, pos, _) = x.size3()?;
         let (k, v) = self.keys_and_values(x, rope, placement, pass)?;
         let mut here = pass.at(places)?;
-        let q =
-            self.queries(&at(x, places)?, &rope.at_places(places)?, &mut here)?.f_flatten(2, 3)?.f_squeeze_dim(0)?;
-        // The other tokens' queries are zeros: what they would attend to is a hundredth of the arithmetic.
-        let all = q.f_new_zeros([batch * pos, q.size()[1]], (q.kind(), q.device()))?;
-        let all = all.f_index_copy(0, places, &q)?.f_view([batch, pos, self.n_heads, self.d_head])?;
-        let z = self.attend(&all, &k, &v, placement, &mut here.hooks)?;
-        self.o.forward(&at(&z.f_flatten(2, 3)?, places)?, &mut here)
+        let q = self.queries(&at(x, places)?, &rope.at_places(places)?, &mut here)?;
+        let z = self.attend_at(&q, &k, &v, placement, places)?;
+        self.o.forward(&z, &mut here)
     }
 
     /// `x`: `[batch, pos, d_model]`; the result is `[batch, pos, n_heads, d_head]`.
@@ -151,6 +148,24 @@ impl Attention {
             fused_attention(&q, &k, &v, placement.mask.as_ref(), placement.mask.is_none() && placement.causal)?
         };
         Ok(z.f_transpose(1, 2)?)
+    }
+
+    /// The same for queries at some places alone, `[1, places, n_heads, d_head]`; the result is `[1, places, n_heads · d_head]`.
+    fn attend_at(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        placement: &Placement<'_>,
+        places: &Tensor,
+    ) -> Result<Tensor> {
+        // The other tokens' queries are zeros: what they would attend to is a hundredth of the arithmetic.
+        let q = q.f_flatten(2, 3)?.f_squeeze_dim(0)?;
+        let (batch, pos) = placement.positions.size2()?;
+        let all = q.f_new_zeros([batch * pos, q.size()[1]], (q.kind(), q.device()))?;
+        let all = all.f_index_copy(0, places, &q)?.f_view([batch, pos, self.n_heads, self.d_head])?;
+        let z = self.attend(&all, k, v, placement, &mut Hooks::default())?;
+        at(&z.f_flatten(2, 3)?, places)
     }
 
     /// Attention with its scores and pattern in the open, `[batch, n_heads, query, key]`; the result is `z` by heads.

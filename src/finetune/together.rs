@@ -9,11 +9,10 @@
 //! model on a CPU, and as much as alone where it has many.
 
 use anyhow::{Context, bail};
-use hooks::gradient::gradients;
 use hooks::lora::Adapter;
 use tch::{Device, Tensor};
 
-use super::{Course, Example, Progress, StepRow, Training, losses};
+use super::{Course, Example, Progress, Ready, StepRow, Training};
 use crate::optim::Gradients;
 
 /// What is told after each step of a student: which one it is, its line, and how fast it goes.
@@ -50,14 +49,7 @@ pub fn finetune_together(students: Vec<Training<'_>>, log: LogOf<'_>) -> anyhow:
     let names: Vec<String> = (0..students.len()).map(named).collect();
     let begun = students.into_iter().zip(&names).map(|(student, name)| student.begin().with_context(|| name.clone()));
     let mut courses = begun.collect::<anyhow::Result<Vec<_>>>()?;
-    for course in &courses {
-        course.learner.require_gradients(true)?;
-    }
-    let result = run(&mut courses, &names, log);
-    for course in &courses {
-        course.learner.require_gradients(false)?;
-    }
-    result
+    run(&mut courses, &names, log)
 }
 
 fn run(courses: &mut [Course<'_>], names: &[String], log: LogOf<'_>) -> anyhow::Result<()> {
@@ -108,28 +100,29 @@ fn losses_and_gradients(
         }
         let groups: Vec<&[&Example<'_>]> = taking.iter().map(|(_, group)| *group).collect();
         let adapters: Vec<&Adapter> = taking.iter().filter_map(|(at, _)| courses[*at].learner.adapter).collect();
-        let stack = if adapters.len() > 1 { Some(Adapter::stacked(&adapters)?) } else { None };
-        let adapter = stack.as_ref().or_else(|| adapters.first().copied());
+        let stacked = || tch::no_grad(|| Adapter::stacked(&adapters));
+        let stack = if adapters.len() > 1 { Some(stacked()?) } else { None };
         let first = &courses[taking[0].0];
-        let losses = losses(first.learner.model, adapter, &groups, &first.config.gate, None)?; // [targets]
-        let n_targets = |rows: &[&Example<'_>]| rows.iter().map(|row| row.n_targets as i64).sum::<i64>();
-        let parts = losses.f_split_with_sizes(groups.iter().map(|rows| n_targets(rows)).collect::<Vec<_>>(), 0)?;
-        let means = parts
+        let model = first.learner.model;
+        let Ready { batch, targets, doses } = Ready::of(model, &groups, &first.config.gate, true)?;
+        let n_targets = |rows: &[&Example<'_>]| rows.iter().map(|row| row.n_targets).sum::<usize>();
+        let shares = groups
             .iter()
             .zip(&taking)
-            .map(|(part, (at, _))| part.f_sum(part.kind())?.f_div_scalar(n_targets(&rows[*at]) as f64));
-        let means = means.collect::<Result<Vec<_>, _>>()?;
+            .flat_map(|(group, (at, _))| std::iter::repeat_n(1.0 / n_targets(&rows[*at]) as f64, n_targets(group)));
+        let weights = Tensor::f_from_slice(&shares.collect::<Vec<_>>())?.f_to_device(model.device())?;
+        let adapter = stack.as_ref().or_else(|| adapters.first().copied()).context("a batch without a student")?;
+        let (losses, found) = model.lora_gradients(&batch, &targets, &weights, adapter, doses.as_ref())?;
+        let parts = groups.iter().map(|group| n_targets(group) as i64).collect::<Vec<_>>();
+        let parts = losses.f_split_with_sizes(parts, 0)?;
 
-        let tensors: Vec<&Tensor> = taking
-            .iter()
-            .flat_map(|(at, _)| courses[*at].learner.parameters.iter().map(|(_, tensor)| tensor))
-            .collect();
-        let total = Tensor::f_stack(&means, 0)?;
-        let mut found = gradients(&total.f_sum(total.kind())?, &tensors, false)?;
-        for ((at, _), mean) in taking.iter().zip(&means) {
-            let rest = found.split_off(courses[*at].learner.parameters.len());
-            let own = courses[*at].optimizer.gather(&std::mem::replace(&mut found, rest))?;
-            let mean = mean.f_detach()?;
+        for (place, ((at, _), part)) in taking.iter().zip(&parts).enumerate() {
+            let Course { learner, optimizer, .. } = &courses[*at];
+            let mean = part.f_sum(part.kind())?.f_div_scalar(n_targets(&rows[*at]) as f64)?;
+            let own = match &stack {
+                Some(_) => optimizer.gather(&of_student(&found, place, &learner.parameters)?)?,
+                None => optimizer.gather(&found)?,
+            };
             sums[*at] = Some(match sums[*at].take() {
                 None => (mean, own),
                 Some((mean_so_far, mut so_far)) => {
@@ -140,6 +133,18 @@ fn losses_and_gradients(
         }
     }
     Ok(sums)
+}
+
+/// A student's part of a stack's gradients, each `[students, ..]`, without what fills up its rank.
+fn of_student(found: &[Tensor], student: usize, parameters: &[(String, Tensor)]) -> anyhow::Result<Vec<Tensor>> {
+    let own = found.iter().zip(parameters).map(|(gradients, (_, tensor))| {
+        let mut own = gradients.f_get(student as i64)?;
+        for (dim, size) in (0..).zip(tensor.size()) {
+            own = own.f_narrow(dim, 0, size)?;
+        }
+        Ok(own)
+    });
+    own.collect()
 }
 
 #[cfg(test)]
