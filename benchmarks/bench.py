@@ -448,6 +448,11 @@ def host(bench):
     mine, theirs = bench.turns([(ours, request), (peer, request)], n)
     agree("host: the losses of five steps", mine[0]["losses"], theirs[0]["losses"], bench.args.tolerance)
     bench.add(Row("host", "LoRA step", "ms of one core", cpu(mine), cpu(theirs), "PEFT", "≤ 30 ms"))
+    stack = {"do": "sweep", "rows": rows, "ranks": [8] * 16, "steps": 5, "threads": 1, "stack": 16}
+    (stacked,) = bench.turns([(ours, stack)], n)
+    agree("host: the loss of 16 students", stacked[0]["losses"], [theirs[0]["losses"][-1]] * 16, bench.args.tolerance)
+    per_step = values(stacked, "cpu_seconds", 1e3 / stack["steps"])
+    bench.add(Row("host", "LoRA step, each of 16 stacked students", "ms of one core", per_step, cpu(theirs), "PEFT", "≤ 7 ms"))
     close(ours, peer)
 
 
@@ -458,29 +463,44 @@ def growth(bench):
     n_blocks = len(ours.ask(**see(1, 8, "all"))["resid_norms"])
     learn = lambda n, rank: {"do": "train", "rows": {"numbers": {"first": 0, "n": n}}, "rank": rank, "steps": 2}  # noqa: E731
     hooked = [0, n_blocks // 4, n_blocks // 2, n_blocks]
+    under = lambda n: {"do": "gates", "n_questions": 10, "n_gates": n}  # noqa: E731
+    one_row = {"numbers": {"first": 0, "n": 1}}
+    together = lambda n: {"do": "sweep", "rows": one_row, "ranks": [8] * n, "steps": 1, "threads": 1, "stack": n}  # noqa: E731
+    of_a_row = lambda n: {"do": "token_gradients", "rows": {"counted": {"n": 1, "prompt": 24, "completion": n}}}  # noqa: E731
+    # The last entry says why a slope above 1 is one.
     series = [
-        ("tokens", "forward pass over one row", "tokens", [64, 128, 256, 512, 1024], lambda n: see(1, n, "bare")),
-        ("rows", "forward pass over rows of 64 tokens", "rows", [1, 2, 4, 8, 16], lambda n: see(n, 64, "bare")),
-        ("train_rows", "LoRA step", "number rows", [2, 4, 8, 16], lambda n: learn(n, 8)),
-        ("rank", "LoRA step of 4 number rows", "rank", [1, 8, 32, 128, 256], lambda n: learn(4, n)),
-        ("gates", "10 questions under gates", "gates", [1, 2, 4, 8, 12], lambda n: {"do": "gates", "n_questions": 10, "n_gates": n}),
-        ("hooks", "forward pass over 4 × 64 tokens", "hook points", hooked, lambda n: see(4, 64, {"first": n})),
+        ("tokens", "forward pass over one row", "tokens", [64, 128, 256, 512, 1024], lambda n: see(1, n, "bare"), ""),
+        ("rows", "forward pass over rows of 64 tokens", "rows", [1, 2, 4, 8, 16], lambda n: see(n, 64, "bare"), ""),
+        ("train_rows", "LoRA step", "number rows", [2, 4, 8, 16], lambda n: learn(n, 8), ""),
+        ("rank", "LoRA step of 4 number rows", "rank", [1, 8, 32, 128, 256], lambda n: learn(4, n), ""),
+        ("students", "LoRA step of one number row, all students", "students", [1, 2, 4, 8], together, ""),
+        (
+            "token_gradients",
+            "gradients of each completion token of a row",
+            "completion tokens",
+            [4, 8, 16, 32],
+            of_a_row,
+            "each token is a backward pass over the row, whose length (24 + tokens) grows with it",
+        ),
+        ("gates", "10 questions under gates", "gates", [1, 2, 4, 8, 12], under, ""),
+        ("hooks", "forward pass over 4 × 64 tokens", "hook points", hooked, lambda n: see(4, 64, {"first": n}), ""),
     ]
     lines = []
-    for name, title, label, sizes, request in series:
+    for name, title, label, sizes, request, why in series:
         points = []
         for size in sizes:
             (replies,) = bench.turns([(ours, request(size))], max(2, bench.args.turns - 1))
-            points.append((size, statistics.median(values(replies))))
+            times = size if name == "students" else 1  # a sweep's time is that of one
+            points.append((size, times * statistics.median(values(replies))))
         slope = log_slope([point for point in points if point[0] > 0])
-        lines += [{"series": name, "x": x, "seconds": y, "slope": slope} for x, y in points]
+        lines += [{"series": name, "x": x, "seconds": y, "slope": slope, "why": why} for x, y in points]
         say(f"growth: {name}: slope {slope:.2f}: " + ", ".join(f"{x}: {y:.3f} s" for x, y in points))
         figure = bench.growth_folder() / f"{name}.svg"
         drawn = [{"label": f"slope {slope:.2f} on logarithmic axes", "points": points}]
         ours.ask("plot", path=str(figure), title=title, x_label=label, lines=drawn)
-    write_csv(bench.growth_folder() / "growth.csv", lines)
-    bench.growth_rows = lines
-    write_results(bench)
+        write_csv(bench.growth_folder() / "growth.csv", lines)
+        bench.growth_rows = lines
+        write_results(bench)
     close(ours)
 
 
@@ -583,11 +603,11 @@ def write_results(bench):
             text += [as_markdown(row) for row in rows]
     if bench.growth_rows:
         folder = bench.growth_folder().name
-        text += ["", "## growth", "", growth.__doc__, "", "| series | seconds by size | slope |", "|---|---|---|"]
+        text += ["", "## growth", "", growth.__doc__, "", "| series | seconds by size | slope | |", "|---|---|---|---|"]
         for name in dict.fromkeys(line["series"] for line in bench.growth_rows):
             lines = [line for line in bench.growth_rows if line["series"] == name]
             sizes = ", ".join(f"{line['x']}: {number(line['seconds'])}" for line in lines)
-            text.append(f"| [{name}]({folder}/{name}.svg) | {sizes} | {lines[0]['slope']:.2f} |")
+            text.append(f"| [{name}]({folder}/{name}.svg) | {sizes} | {lines[0]['slope']:.2f} | {lines[0]['why']} |")
     bench.out.mkdir(parents=True, exist_ok=True)
     (bench.out / f"{bench.name}.md").write_text("\n".join(text) + "\n")
     write_csv(bench.out / f"{bench.name}.csv", [as_csv(row) for row in bench.rows])

@@ -229,7 +229,8 @@ impl Optimizer {
         let flat = self.buffers.iter().map(|buffer| {
             let parts = buffer.members.iter().zip(gradients.by_ref()).map(|((_, shape), gradient)| {
                 if gradient.defined() {
-                    return Ok(gradient.f_reshape([-1])?.f_to_kind(Kind::Float)?);
+                    let flat = gradient.f_reshape([-1])?;
+                    return if flat.kind() == Kind::Float { Ok(flat) } else { Ok(flat.f_to_kind(Kind::Float)?) };
                 }
                 Ok(Tensor::f_zeros([shape.iter().product::<i64>()], (Kind::Float, buffer.values.device()))?)
             });

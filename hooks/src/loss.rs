@@ -97,8 +97,15 @@ fn nll(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<Tensor> {
     Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?)
 }
 
-/// The same, and ∂/∂normed of each, `[n, d_model]`.
-pub(crate) fn nll_and_gradient(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
+/// The same, and ∂/∂normed of each, `[n, d_model]`, some rows of logits at a time.
+pub(crate) fn nlls_and_gradients(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
+    let chunks = normed.f_split(ROWS, 0)?.into_iter().zip(labels.f_split(ROWS, 0)?);
+    let found = chunks.map(|(normed, labels)| nll_and_gradient(model, &normed, &labels)).collect::<Result<Vec<_>>>()?;
+    let (nlls, gradients): (Vec<Tensor>, Vec<Tensor>) = found.into_iter().unzip();
+    Ok((Tensor::f_cat(&nlls, 0)?, Tensor::f_cat(&gradients, 0)?))
+}
+
+fn nll_and_gradient(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
     let logprobs = model.logits(normed)?.f_log_softmax(-1, wide(normed.kind()))?;
     let nll = logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?;
     Ok((nll, nll_gradient(model, logprobs, labels)?))
@@ -189,11 +196,21 @@ mod tests {
         let whole = nll(&model, &model.final_norm(&hidden).unwrap(), &targets.labels).unwrap().sum(Kind::Float);
         let expected = Tensor::run_backward(&[&(&whole / 7.0)], &[&resid], false, false);
 
-        let difference = (&gradient[0] - &expected[0]).abs().max().double_value(&[]);
         let scale = expected[0].abs().max().double_value(&[]);
-        assert!(scale > 0.0 && difference < 1e-5 * scale, "{difference} of {scale}");
+        let assert_alike = |found: &Tensor, expected: &Tensor| {
+            let difference = (found - expected).abs().max().double_value(&[]);
+            assert!(scale > 0.0 && difference < 1e-5 * scale, "{difference} of {scale}");
+        };
+        assert_alike(&gradient[0], &expected[0]);
         let (chunked, whole) = (chunked.double_value(&[]), whole.double_value(&[]));
         assert!((chunked - whole).abs() < 1e-5 * whole, "{chunked} against {whole}");
+
+        let normed = model.final_norm(&hidden).unwrap().detach().set_requires_grad(true);
+        let sum = nll(&model, &normed, &targets.labels).unwrap().sum(Kind::Float) / 7.0;
+        let expected = Tensor::run_backward(&[&sum], &[&normed], false, false);
+        let (nlls, gradients) = tch::no_grad(|| nlls_and_gradients(&model, &normed.detach(), &targets.labels)).unwrap();
+        assert_alike(&(gradients / 7.0), &expected[0]);
+        assert!((nlls.sum(Kind::Float).double_value(&[]) - whole).abs() < 1e-5 * whole);
     }
 
     #[test]

@@ -139,8 +139,10 @@ fn losses_and_gradients(
 fn of_student(found: &[Tensor], student: usize, parameters: &[(String, Tensor)]) -> anyhow::Result<Vec<Tensor>> {
     let own = found.iter().zip(parameters).map(|(gradients, (_, tensor))| {
         let mut own = gradients.f_get(student as i64)?;
-        for (dim, size) in (0..).zip(tensor.size()) {
-            own = own.f_narrow(dim, 0, size)?;
+        for (dim, (size, filled)) in (0..).zip(tensor.size().into_iter().zip(own.size())) {
+            if size < filled {
+                own = own.f_narrow(dim, 0, size)?;
+            }
         }
         Ok(own)
     });

@@ -17,7 +17,7 @@ use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::kv_cache::Placement;
 use crate::lora::{Adapter, LoraPair, Proj};
-use crate::loss::{Targets, nll_and_gradient, nll_gradient};
+use crate::loss::{Targets, nll_gradient, nlls_and_gradients};
 use crate::nn::{Linear, RmsNorm, Rope, wide};
 use crate::packing::embedding;
 use crate::pass::{Dose, Doses, Pass};
@@ -58,7 +58,7 @@ impl Qwen {
             let (losses, at_normed) = {
                 let _stage = profile::stage(Stage::Loss);
                 let normed = embedding(&kept.normed, &targets.rows)?;
-                let (losses, at_normed) = nll_and_gradient(self, &normed, &targets.labels)?;
+                let (losses, at_normed) = nlls_and_gradients(self, &normed, &targets.labels)?;
                 let weighted = at_normed.f_mul(&weights.f_unsqueeze(1)?.f_to_kind(at_normed.kind())?)?;
                 let places = targets.places.size()[0];
                 (losses, Tensor::f_embedding_dense_backward(&weighted, &targets.rows, places, -1, false)?)
