@@ -206,6 +206,24 @@ mod tests {
         }
     }
 
+    /// Places of which one student has more than another are no batched product.
+    #[test]
+    fn places_need_not_be_shared_equally() {
+        let (model, chat, _) = world();
+        let (students, rows) = (students(&model), rows(&chat));
+        let stack = Adapter::stacked(&students.iter().collect::<Vec<_>>()).unwrap();
+        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row { ids: &row.ids, doses: None }).collect();
+        let batch = Batch::packed(&packed.chunks(2).collect::<Vec<_>>(), true, Device::Cpu).unwrap();
+        let pass = || Pass { adapter: Some(&stack), ..Pass::default() };
+        let whole = model.resid_final(&batch, &mut pass()).unwrap().flatten(0, 1);
+        for rows in [[0, 0, 2], [0, 2, 4], [0, 1, 5]] {
+            let places = [(rows[0], 3), (rows[1], 5), (rows[2], 1)].map(|(row, token)| batch.place(row, token));
+            let places = Tensor::from_slice(&places);
+            let found = model.resid_at(&batch, &places, &mut pass()).unwrap();
+            assert!(max_diff(&found, &whole.index_select(0, &places)) < SUM_ORDER, "{rows:?}");
+        }
+    }
+
     #[test]
     fn what_fills_up_a_rank_has_no_gradient() {
         let (model, chat, _) = world();

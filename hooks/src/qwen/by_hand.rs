@@ -483,7 +483,7 @@ impl<'m> KeptAttention<'m> {
 
     /// From the gradient at z to those at queries, keys and values, by libtorch.
     fn at_inputs(&self, at_z: &Tensor, copies: Option<&Copies<'_>>) -> Result<[Tensor; 3]> {
-        let _span = profile::op(Op::Attention);
+        let _span = profile::backward();
         let of = |z: &Tensor, inputs: &[Tensor; 3]| {
             let scalar = z.f_mul(at_z)?.f_sum(at_z.kind())?;
             let mut found = Tensor::f_run_backward(&[scalar], inputs, false, false)?.into_iter();
@@ -824,6 +824,27 @@ mod tests {
         let (of_hand, of_twin) = (apart(&found), apart(&twin));
         assert!(found.iter().all(|gradient| gradient.kind() == Kind::Float));
         assert!(of_twin > 0.0 && of_hand < 1.2 * of_twin, "{of_hand} and {of_twin}");
+    }
+
+    /// Both count the arithmetic that the mathematics needs, each at its own places.
+    #[test]
+    fn a_profile_counts_what_the_recorded_pass_counts() {
+        let model = model(Family::Qwen2, Kind::Float);
+        let some = LoraConfig { target_modules: vec![Proj::V, Proj::O, Proj::Up], ..LoraConfig::default() };
+        for config in [LoraConfig::default(), some] {
+            let adapter = adapter(&model, &config, 1);
+            let flops = |run: &dyn Fn()| {
+                profile::start();
+                run();
+                profile::finish().by_op().iter().map(|(_, cost)| cost.flops).sum::<f64>()
+            };
+            let by_hand = flops(&|| {
+                let Case { batch, targets, weights, .. } = case(&model, 1, None);
+                let _ = model.lora_gradients(&batch, &targets, &weights, &adapter, None).unwrap();
+            });
+            let twin = flops(&|| drop(recorded(&model, case(&model, 1, None), &adapter)));
+            assert!(twin > 0.0 && (by_hand / twin - 1.0).abs() < 1e-12, "{by_hand} and {twin}");
+        }
     }
 
     #[test]
