@@ -225,9 +225,12 @@ def sweep(bench):
         what = f"{name}, {steps} steps of {after[0]['tokens']} tokens in the rows"
         target = "≥ 1" if model == bench.args.model else "≥ 3"
         memory = (peak(beside), peak(after))
+        student = beside[0]
+        rate = bench.rate(ours, student["rows"], student["head_rows"], backward=True)
+        floor = 1e3 * (student["flops"]["body"] / rate["body"] + student["flops"]["head"] / rate["head"]) / together
         took = (values(beside, scale=1e3), values(after, scale=1e3))
         note = f"{together} threads, {stack} students in a pass"
-        bench.add(Row("sweep", what, "ms a student", *took, "ours, one after another", target, None, *memory, note))
+        bench.add(Row("sweep", what, "ms a student", *took, "ours, one after another", target, floor, *memory, note))
         close(ours)
 
 

@@ -177,10 +177,7 @@ impl Bench {
             Ok(())
         })?;
 
-        let masks: Vec<Vec<bool>> = rows.iter().map(data::targets).collect();
-        let ends = masks.iter().map(|mask| mask.iter().rposition(|counts| *counts).unwrap_or(0));
-        let seen = floor::trie(rows.iter().zip(ends).map(|(row, end)| &row.ids[..end]));
-        let n_targets = masks.iter().flatten().filter(|counts| **counts).count();
+        let (seen, n_targets) = to_learn(&rows);
         let flops = floor::lora_step(&self.model.config, &adapter.config, &seen, n_targets);
         let more = json!({
             "losses": losses, "grad_norms": norms, "rows": seen.len(), "head_rows": n_targets,
@@ -243,8 +240,17 @@ impl Bench {
         let mut took = clock.stop();
         took.seconds /= ranks.len() as f64;
         took.cpu /= ranks.len() as f64;
+        let (seen, n_targets) = to_learn(&rows);
+        let mut flops = Flops::default(); // of a student, on average
+        for rank in ranks {
+            let config = data::fresh_adapter(&self.model, *rank)?.config;
+            let step = floor::lora_step(&self.model.config, &config, &seen, n_targets);
+            flops.body += steps as f64 * step.body / ranks.len() as f64;
+            flops.head += steps as f64 * step.head / ranks.len() as f64;
+        }
         let n_tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
-        Ok(reply(&[took], Flops::default(), json!({ "losses": losses, "tokens": n_tokens })))
+        let more = json!({ "losses": losses, "tokens": n_tokens, "rows": seen.len(), "head_rows": n_targets });
+        Ok(reply(&[took], flops, more))
     }
 
     fn generate(&self, prompts: &Rows, sampling: &Sampling, seed: u64) -> Result<Value> {
@@ -348,6 +354,14 @@ impl Bench {
         let seen = floor::trie(rows.iter().map(|row| &row.ids[..]));
         Ok(reply(&took, floor::forward(config, &seen, seen.len()), more))
     }
+}
+
+/// What a step on these rows has to run, as `floor::trie` has it, and from how many tokens it learns.
+fn to_learn(rows: &[Prompt]) -> (Vec<usize>, usize) {
+    let masks: Vec<Vec<bool>> = rows.iter().map(data::targets).collect();
+    let ends = masks.iter().map(|mask| mask.iter().rposition(|counts| *counts).unwrap_or(0));
+    let seen = floor::trie(rows.iter().zip(ends).map(|(row, end)| &row.ids[..end]));
+    (seen, masks.iter().flatten().filter(|counts| **counts).count())
 }
 
 impl See {
