@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use analyses::plot::{Line, LineChart, Point, lines};
+use analyses::plot::{Line, LineChart, Point, Reference, lines};
 use anyhow::{Context, Result, anyhow, ensure};
 use hooks::generate::{Sampling, generate};
 use hooks::gradient::of_losses;
@@ -390,6 +390,7 @@ fn plot(path: &Path, title: String, x_label: String, series: Vec<Series>) -> Res
         x_label,
         y_label: "seconds".to_owned(),
         lines: series.into_iter().map(line).collect(),
+        references: vec![Reference { label: String::new(), value: 0.0 }], // all of the time, not its changes alone
         ..LineChart::default()
     };
     files::write_atomic(path, lines(&chart)?.0.as_bytes())?;
