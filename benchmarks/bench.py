@@ -355,7 +355,8 @@ def activations(bench):
     listening(bench, "small model, 4 × 64", "ms", sees, mine, against, named, None, "≥ 3")
     scale = 1e3
     resid = (values(mine[2], scale=scale), values(theirs["bare"], scale=scale))
-    bench.add(Row("activations", "small model, resid_post", "ms", *resid, "transformers, bare", "> 1"))
+    memory = (peak(mine[2]), peak(theirs["bare"]))
+    bench.add(Row("activations", "small model, resid_post", "ms", *resid, "transformers, bare", "> 1", None, *memory))
     close(ours, peer)
 
 
@@ -418,15 +419,20 @@ def host(bench):
         return
     ours, peer = bench.open("narrow", threads=1)
     cpu = lambda replies: values(replies, "cpu_seconds", 1e3)  # noqa: E731
+
+    def add(measure, mine, theirs, name, target="", took=None):
+        took = took or (cpu(mine), cpu(theirs))
+        bench.add(Row("host", measure, "ms of one core", *took, name, target, None, peak(mine), peak(theirs)))
+
     n = max(5, bench.args.turns)
 
     see = lambda see: {"do": "activations", "rows": 1, "pos": 8, "see": see, "repeats": 10}  # noqa: E731
     asked = [(ours, see("bare")), (ours, see("all")), (peer, see("bare")), (peer, see("lens_bare")), (peer, see("lens"))]
     bare, all_, theirs, lens, cached = bench.turns(asked, n)
     agree("host: logits", bare[0]["logits_norm"], theirs[0]["logits_norm"], bench.args.tolerance)
-    bench.add(Row("host", "forward", "ms of one core", cpu(bare), cpu(theirs), "transformers", "≤ 5 ms"))
-    bench.add(Row("host", "forward", "ms of one core", cpu(bare), cpu(lens), "TransformerLens"))
-    bench.add(Row("host", "forward, all hook points", "ms of one core", cpu(all_), cpu(cached), "TransformerLens"))
+    add("forward", bare, theirs, "transformers", "≤ 5 ms")
+    add("forward", bare, lens, "TransformerLens")
+    add("forward, all hook points", all_, cached, "TransformerLens")
 
     answer = lambda most: {  # noqa: E731
         "do": "generate",
@@ -444,18 +450,18 @@ def host(bench):
         raise Disagree(f"host: the greedy answers are {replies[1][0]['answers']} of ours, {replies[3][0]['answers']} of the peer")
     step = lambda less, more: [(b - a) / (long - short) for a, b in zip(cpu(less), cpu(more))]  # noqa: E731
     steps = (step(*replies[:2]), step(*replies[2:]))
-    bench.add(Row("host", "decoding step", "ms of one core", *steps, "transformers' generate"))
+    add("decoding step", replies[1], replies[3], "transformers' generate", took=steps)
 
     rows = {"counted": {"n": 1, "prompt": 8, "completion": 8}}
     request = {"do": "train", "rows": rows, "rank": 8, "steps": 5}
     mine, theirs = bench.turns([(ours, request), (peer, request)], n)
     agree("host: the losses of five steps", mine[0]["losses"], theirs[0]["losses"], bench.args.tolerance)
-    bench.add(Row("host", "LoRA step", "ms of one core", cpu(mine), cpu(theirs), "PEFT", "≤ 30 ms"))
+    add("LoRA step", mine, theirs, "PEFT", "≤ 30 ms")
     stack = {"do": "sweep", "rows": rows, "ranks": [8] * 16, "steps": 5, "threads": 1, "stack": 16}
     (stacked,) = bench.turns([(ours, stack)], n)
     agree("host: the loss of 16 students", stacked[0]["losses"], [theirs[0]["losses"][-1]] * 16, bench.args.tolerance)
     per_step = values(stacked, "cpu_seconds", 1e3 / stack["steps"])
-    bench.add(Row("host", "LoRA step, each of 16 stacked students", "ms of one core", per_step, cpu(theirs), "PEFT", "≤ 7 ms"))
+    add("LoRA step, each of 16 stacked students", stacked, theirs, "PEFT", "≤ 7 ms", (per_step, cpu(theirs)))
     close(ours, peer)
 
 
@@ -495,8 +501,10 @@ def growth(bench):
             (replies,) = bench.turns([(ours, request(size))], max(2, bench.args.turns - 1))
             times = size if name == "students" else 1  # a sweep's time is that of one
             points.append((size, times * statistics.median(values(replies))))
+            lines.append({"series": name, "x": size, "seconds": points[-1][1], "peak_mib": peak(replies), "why": why})
         slope = log_slope([point for point in points if point[0] > 0])
-        lines += [{"series": name, "x": x, "seconds": y, "slope": slope, "why": why} for x, y in points]
+        for line in lines[-len(points) :]:
+            line["slope"] = slope
         say(f"growth: {name}: slope {slope:.2f}: " + ", ".join(f"{x}: {y:.3f} s" for x, y in points))
         figure = bench.growth_folder() / f"{name}.svg"
         drawn = [{"label": f"slope {slope:.2f} on logarithmic axes", "points": points}]
@@ -606,10 +614,10 @@ def write_results(bench):
             text += [as_markdown(row) for row in rows]
     if bench.growth_rows:
         folder = bench.growth_folder().name
-        text += ["", "## growth", "", growth.__doc__, "", "| series | seconds by size | slope | |", "|---|---|---|---|"]
+        text += ["", "## growth", "", growth.__doc__, "", "| series | size: seconds (peak MiB) | slope | |", "|---|---|---|---|"]
         for name in dict.fromkeys(line["series"] for line in bench.growth_rows):
             lines = [line for line in bench.growth_rows if line["series"] == name]
-            sizes = ", ".join(f"{line['x']}: {number(line['seconds'])}" for line in lines)
+            sizes = ", ".join(f"{line['x']}: {number(line['seconds'])} ({line['peak_mib']:.0f})" for line in lines)
             text.append(f"| [{name}]({folder}/{name}.svg) | {sizes} | {lines[0]['slope']:.2f} | {lines[0]['why']} |")
     bench.out.mkdir(parents=True, exist_ok=True)
     (bench.out / f"{bench.name}.md").write_text("\n".join(text) + "\n")
