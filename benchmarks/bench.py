@@ -34,7 +34,7 @@ class Side:
     """A process that is told what to do by lines of JSON."""
 
     def __init__(self, name, command, environment):
-        self.name = name
+        self.name, self.model = name, ""
         self.process = subprocess.Popen(
             [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -110,6 +110,7 @@ class Bench:
         folder, sides = self.prepare(model), [self.start(name) for name in names]
         for side in sides:
             side.ask("open", **self.how(folder, threads))
+            side.model = f"{folder.name}, {threads or self.args.threads} threads"
         return sides
 
     def how(self, folder, threads=None):
@@ -128,7 +129,7 @@ class Bench:
 
     def rate(self, ours, rows, head_rows, backward=False):
         """The machine's own rates, measured once for each number of rows."""
-        key = (rows, head_rows, backward)
+        key = (ours.model, rows, head_rows, backward)
         if key not in self.rates:
             self.rates[key] = ours.ask("rates", rows=rows, head_rows=head_rows, backward=backward)
         return self.rates[key]
@@ -467,9 +468,10 @@ def host(bench):
 
 def growth(bench):
     """How our cost grows. Each series is measured at a few sizes; its slope is that of the line through them on logarithmic axes."""
-    (ours,) = bench.open(bench.args.model, names=["ours"])
     see = lambda rows, pos, see: {"do": "activations", "rows": rows, "pos": pos, "see": see, "repeats": 1}  # noqa: E731
+    (ours,) = bench.open(bench.args.model, names=["ours"])
     n_blocks = len(ours.ask(**see(1, 8, "all"))["resid_norms"])
+    close(ours)
     learn = lambda n, rank: {"do": "train", "rows": {"numbers": {"first": 0, "n": n}}, "rank": rank, "steps": 2}  # noqa: E731
     hooked = [0, n_blocks // 4, n_blocks // 2, n_blocks]
     under = lambda n: {"do": "gates", "n_questions": 10, "n_gates": n}  # noqa: E731
@@ -497,6 +499,7 @@ def growth(bench):
     lines = []
     for name, title, label, sizes, request, why in series:
         points = []
+        (ours,) = bench.open(bench.args.model, names=["ours"])  # memory is kept, so that a peak is of its own series
         for size in sizes:
             (replies,) = bench.turns([(ours, request(size))], max(2, bench.args.turns - 1))
             times = size if name == "students" else 1  # a sweep's time is that of one
@@ -512,7 +515,7 @@ def growth(bench):
         write_csv(bench.growth_folder() / "growth.csv", lines)
         bench.growth_rows = lines
         write_results(bench)
-    close(ours)
+        close(ours)
 
 
 def log_slope(points):
@@ -601,10 +604,10 @@ def write_results(bench):
     text += ["Written by `benchmarks/bench.py`; [README](../README.md) says what stands in the columns.", ""]
     text += [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()]
     for key, rate in sorted(bench.rates.items()):
-        rows, head_rows, backward = key
+        model, rows, head_rows, backward = key
         both = ", there and back" if backward else ""
         text.append(
-            f"- products of {rows} rows with the blocks{both}: {rate['body'] / 1e9:.0f} GFLOP/s; of {head_rows} with the unembedding: "
+            f"- {model}: products of {rows} rows with the blocks{both}: {rate['body'] / 1e9:.0f} GFLOP/s; of {head_rows} with the unembedding: "
             f"{rate['head'] / 1e9:.0f}; copying: {rate['copy'] / 1e9:.1f} GB/s read and written"
         )
     for scenario in SCENARIOS:

@@ -2,6 +2,7 @@
 //! what it says in words. All three are made from the rows alone.
 
 use analyses::Svg;
+use analyses::inference::{Slope, two_lines};
 use analyses::plot::{Bar, BarChart, Line, Panel, PanelChart, Point, Reference, Scale, bars, panels};
 use analyses::stats::{mean, standard_error};
 use anyhow::Result;
@@ -251,7 +252,8 @@ pub fn reading(rows: &[ArmRow]) -> String {
         let ends: Vec<String> = [groups.first(), groups.last()].into_iter().flatten().map(at).collect();
         let (rank, value) = (best.rank.unwrap_or_default(), at(best));
         let value = if ends.contains(&value) { String::new() } else { format!(" ({})", best.effect()) };
-        said.push(format!("\"{arm}\" has {}, and is highest at rank {rank}{value}", ends.join(" and ")));
+        let bend = bend(groups).map_or_else(String::new, |bend| format!("; {bend}"));
+        said.push(format!("\"{arm}\" has {}, and is highest at rank {rank}{value}{bend}", ends.join(" and ")));
     }
     let listed = single.iter().map(|group| {
         let row = group.rows[0];
@@ -267,6 +269,32 @@ pub fn reading(rows: &[ArmRow]) -> String {
         said.push(format!("without ranks, {}", listed.join("; ")));
     }
     format!("{}. {}", said.join("; "), caveat(student, &groups(rows), rows))
+}
+
+/// Below which p-value a side of the two-lines test counts.
+const LEVEL: f64 = 0.05;
+
+/// Whether an arm's effect rises and falls with its rank, by the two-lines test over its students; nothing where a rank has one
+/// student alone, or there are two ranks.
+fn bend(groups: &[Group<'_>]) -> Option<String> {
+    if groups.len() < 3 || groups.iter().any(|group| group.rows.len() < 2) {
+        return None;
+    }
+    let points = groups.iter().flat_map(|group| {
+        let x = (group.rank.unwrap_or(1) as f64).log2();
+        group.rows.iter().map(move |row| (x, effect(row)))
+    });
+    let lines = two_lines(&points.collect::<Vec<_>>()).ok()?;
+    let side = |line: Option<Slope>| {
+        line.map_or("no line".to_owned(), |line| format!("{:+.3} nats per doubling (p {:.2})", line.slope, line.p))
+    };
+    let verdict = if lines.is_inverted_u(LEVEL) { "an inverted U" } else { "no inverted U" };
+    let rank = lines.peak.exp2();
+    Some(format!(
+        "up to rank {rank:.0} {}, from it on {}: {verdict} by the two-lines test at level {LEVEL}",
+        side(lines.left),
+        side(lines.right)
+    ))
 }
 
 /// What the numbers cannot say: of how many students they are, and what the control is a control of.
@@ -344,6 +372,28 @@ mod tests {
             row("full finetuning", None, 0, 0.7),
             shuffled,
         ]
+    }
+
+    #[test]
+    fn an_inverted_u_is_told_from_a_rise_where_ranks_have_several_students() {
+        let arm = |of: &dyn Fn(f64) -> f64, seeds: usize| -> Vec<ArmRow> {
+            let mut rows = vec![row(STUDENT, Some(8), 0, 0.4)];
+            for (doublings, rank) in [1_i64, 2, 4, 8, 16, 32, 64].into_iter().enumerate() {
+                for seed in 0..seeds {
+                    let noise = 0.02 * ((doublings * 3 + seed * 2) as f64).sin();
+                    rows.push(row("ranks", Some(rank), seed, of(doublings as f64) + noise));
+                }
+            }
+            rows
+        };
+        let hill = |x: f64| 1.0 - (x - 3.0).abs() / 3.0;
+        let said = reading(&arm(&hill, 3));
+        assert!(said.contains("up to rank 8 +0.33"), "{said}");
+        assert!(said.contains("from it on -0.33"), "{said}");
+        assert!(said.contains(": an inverted U by the two-lines test"), "{said}");
+        let said = reading(&arm(&|x| x / 6.0, 3));
+        assert!(said.contains("from it on no line: no inverted U by"), "{said}");
+        assert!(!reading(&arm(&hill, 1)).contains("two-lines"), "one student each");
     }
 
     #[test]

@@ -809,8 +809,8 @@ mod tests {
         Qwen::load(&files(), Device::Cpu, kind).unwrap()
     }
 
-    /// Eight rows of different lengths: user tokens, then a counting answer.
-    fn rows() -> Vec<Prompt> {
+    /// Rows of different lengths that begin alike: user tokens, then a counting answer.
+    pub(super) fn rows(n: usize) -> Vec<Prompt> {
         let row = |i: usize| {
             let bare = Prompt {
                 ids: (0..4 + i as i64 % 3).map(|t| 20 + t).collect(),
@@ -821,7 +821,7 @@ mod tests {
             };
             bare.with_completion(&(0..2 + i as i64 % 4).map(|t| 30 + i as i64 + t).collect::<Vec<_>>())
         };
-        (0..8).map(row).collect()
+        (0..n).map(row).collect()
     }
 
     fn settings() -> Finetune {
@@ -842,7 +842,7 @@ mod tests {
 
     fn train(model: &Qwen, adapter: &Adapter, config: &Finetune, seeds: Seeds) -> anyhow::Result<Vec<StepRow>> {
         let mut steps = Vec::new();
-        finetune_lora(model, adapter, &rows(), &|_| false, config, seeds, &mut |row, _| {
+        finetune_lora(model, adapter, &rows(8), &|_| false, config, seeds, &mut |row, _| {
             steps.push(row.clone());
             Ok(())
         })?;
@@ -903,7 +903,7 @@ mod tests {
         let (_, steps) = trained(&Finetune { max_steps: Some(1), ..settings() }, 0.0, Seeds::default());
         let model = model(Kind::Float);
         let (mut sum, mut n) = (0.0, 0);
-        for row in rows() {
+        for row in rows(8) {
             let resid = model.resid_final(&Batch::of(&[&row], Device::Cpu).unwrap(), &mut Pass::default()).unwrap();
             let logprobs = model.unembed(&resid).unwrap().log_softmax(-1, Kind::Double);
             for t in row.completion.clone() {
@@ -1002,7 +1002,7 @@ mod tests {
             let before = numbers(&model.parameters());
             let config = Finetune { masters, learning_rate, max_steps: Some(4), ..settings() };
             let mut steps = Vec::new();
-            finetune_full(&model, &rows(), &|_| false, &config, Seeds::default(), &mut |row, _| {
+            finetune_full(&model, &rows(8), &|_| false, &config, Seeds::default(), &mut |row, _| {
                 steps.push(row.clone());
                 Ok(())
             })
@@ -1033,16 +1033,16 @@ mod tests {
                 .to_string()
         };
         assert!(error(&[], &settings()).contains("no rows"));
-        assert!(error(&rows(), &Finetune { batch_size: 0, ..settings() }).starts_with("batch_size is 0"));
-        let mut some = rows();
+        assert!(error(&rows(8), &Finetune { batch_size: 0, ..settings() }).starts_with("batch_size is 0"));
+        let mut some = rows(8);
         some[3] = some[3].with_completion(&[]);
         assert!(error(&some, &settings()).starts_with("the loss mask content_eot selects no token of row 3; hint: "));
-        assert!(error(&rows(), &Finetune { mask: LossMask::Digits, ..settings() }).contains("digits"));
+        assert!(error(&rows(8), &Finetune { mask: LossMask::Digits, ..settings() }).contains("digits"));
         let diverging =
             Finetune { optimizer: OptimizerKind::Sgd, learning_rate: 1e30, max_grad_norm: 0.0, ..settings() };
-        let message = error(&rows(), &diverging);
+        let message = error(&rows(8), &diverging);
         assert!(message.starts_with("step 2: ") && message.contains("each of its 8 rows ("), "{message}");
-        let last = error(&rows(), &Finetune { max_steps: Some(1), learning_rate: 1e39, ..diverging });
+        let last = error(&rows(8), &Finetune { max_steps: Some(1), learning_rate: 1e39, ..diverging });
         assert!(last.starts_with("after step 1 the tensor "), "{last}");
     }
 
@@ -1058,7 +1058,7 @@ mod tests {
         let training = Training {
             model,
             adapter,
-            rows: &rows(),
+            rows: &rows(8),
             is_digit: &|_| false,
             config,
             seeds: Seeds::default(),
@@ -1141,7 +1141,7 @@ mod tests {
         let files = ModelFiles::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/qwen3")).unwrap();
         let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
         let adapter = adapter(&model, 0.0);
-        let mut rows = rows();
+        let mut rows = rows(8);
         rows[6].ids[1] = 5; // a token of no other row
         let embedding = model.parameters().into_iter().find(|(name, _)| name.contains("embed_tokens")).unwrap().1;
         let _ = tch::no_grad(|| embedding.get(5).fill_(f64::NAN));

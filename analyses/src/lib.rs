@@ -7,6 +7,7 @@ pub mod error;
 #[cfg(test)]
 mod fixture;
 pub mod gradients;
+pub mod inference;
 pub mod interventions;
 pub mod plot;
 pub mod position_scan;

@@ -155,7 +155,7 @@ mod tests {
     use std::path::Path;
 
     use hooks::lora::LoraConfig;
-    use hooks::tokens::{Prompt, TokenClass};
+    use hooks::tokens::Prompt;
     use hooks::{ModelFiles, Qwen};
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
@@ -163,25 +163,11 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::Checkpoint;
+    use crate::finetune::tests::rows;
     use crate::finetune::{Finetune, OptimizerKind, Seeds};
 
     fn model() -> Qwen {
         Qwen::load(&ModelFiles::open("tiny-random").unwrap(), Device::Cpu, Kind::Float).unwrap()
-    }
-
-    /// Rows of different lengths that begin alike.
-    fn rows(n: usize) -> Vec<Prompt> {
-        let row = |i: usize| {
-            let bare = Prompt {
-                ids: (0..4 + i as i64 % 3).map(|t| 20 + t).collect(),
-                classes: vec![TokenClass::UserContent; 4 + i % 3],
-                completion: 4 + i % 3..4 + i % 3,
-                content_end: 4 + i % 3,
-                ..Prompt::default()
-            };
-            bare.with_completion(&(0..2 + i as i64 % 4).map(|t| 30 + i as i64 + t).collect::<Vec<_>>())
-        };
-        (0..n).map(row).collect()
     }
 
     struct Student {

@@ -1,0 +1,515 @@
+//! What a claim about trained runs is decided by. The unit is the run, never the answer; runs that share a data set are a cluster,
+//! and intervals are over the clusters' means. Each statistic is refused where its numbers cannot carry it.
+
+use hooks::{Error, Result};
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::stats::{incomplete_beta, mean, quantile_sorted, standard_error};
+
+/// A run's outcome and the data set that the run was trained on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// Which data set; runs of one are a cluster.
+    pub dataset: u64,
+    /// What was measured.
+    pub value: f64,
+}
+
+/// The mean of each data set's runs, in the order in which the data sets come.
+pub fn dataset_means(outcomes: &[Outcome]) -> Result<Vec<f64>> {
+    let mut found: Vec<(u64, Vec<f64>)> = Vec::new();
+    for Outcome { dataset, value } in outcomes {
+        match found.iter_mut().find(|(known, _)| known == dataset) {
+            Some((_, values)) => values.push(*value),
+            None => found.push((*dataset, vec![*value])),
+        }
+    }
+    found.iter().map(|(_, values)| mean(values)).collect()
+}
+
+/// The two-sided p-value of "the mean of paired differences is zero" by Student's t, as `scipy.stats.ttest_1samp`.
+pub fn paired_t_p(differences: &[f64]) -> Result<f64> {
+    let (centre, error) = (mean(differences)?, standard_error(differences)?);
+    if error == 0.0 {
+        return Err(invalid("differences of a t test", "not all the same", &centre.to_string()));
+    }
+    Ok(two_sided(centre / error, differences.len() as f64 - 1.0))
+}
+
+/// P(|T| ≥ |t|) of Student's t.
+fn two_sided(t: f64, degrees: f64) -> f64 {
+    incomplete_beta(degrees / 2.0, 0.5, degrees / (degrees + t * t))
+}
+
+/// Holm's adjusted p-values (Holm 1979), in the order given: the k-th smallest of m times m − k + 1, never below a smaller
+/// one's, at most 1.
+pub fn holm(p_values: &[f64]) -> Result<Vec<f64>> {
+    if let Some(p) = p_values.iter().find(|p| !(0.0..=1.0).contains(*p)) {
+        return Err(invalid("a p-value", "0 to 1", &p.to_string()));
+    }
+    let mut order: Vec<usize> = (0..p_values.len()).collect();
+    order.sort_by(|a, b| p_values[*a].total_cmp(&p_values[*b]));
+    let (mut adjusted, mut largest) = (vec![0.0; p_values.len()], 0.0_f64);
+    for (smaller, at) in order.into_iter().enumerate() {
+        largest = largest.max(p_values[at] * (p_values.len() - smaller) as f64).min(1.0);
+        adjusted[at] = largest;
+    }
+    Ok(adjusted)
+}
+
+/// What a gate leaves of an effect: R = (mode − base) / (all − base), the means of paired runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Recovered {
+    /// The numerator's mean, mode − base.
+    pub numerator: f64,
+    /// The denominator's mean, all − base.
+    pub denominator: f64,
+    /// R with its interval; `None` where the denominator is not three standard errors clear of zero, so that R would be
+    /// noise over noise.
+    pub fraction: Option<Interval>,
+}
+
+/// An estimate and the ends of its interval.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Interval {
+    /// The estimate.
+    pub estimate: f64,
+    /// The low end.
+    pub low: f64,
+    /// The high end.
+    pub high: f64,
+}
+
+/// R by the paired percentile bootstrap over runs: a resample draws whole runs, so that numerator and denominator stay paired.
+/// `runs`: each run's (mode, base, all).
+pub fn recovered_fraction(runs: &[(f64, f64, f64)], level: f64, resamples: usize, seed: u64) -> Result<Recovered> {
+    let numerators: Vec<f64> = runs.iter().map(|(mode, base, _)| mode - base).collect();
+    let denominators: Vec<f64> = runs.iter().map(|(_, base, all)| all - base).collect();
+    let (numerator, denominator) = (mean(&numerators)?, mean(&denominators)?);
+    let is_clear = denominator.abs() > 3.0 * standard_error(&denominators)?;
+    let fraction = is_clear.then(|| {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let ratio = |rng: &mut ChaCha8Rng| {
+            let (mut above, mut below) = (0.0, 0.0);
+            for _ in 0..runs.len() {
+                let run = rng.random_range(0..runs.len());
+                above += numerators[run];
+                below += denominators[run];
+            }
+            above / below
+        };
+        let mut ratios: Vec<f64> = (0..resamples.max(1)).map(|_| ratio(&mut rng)).collect();
+        ratios.sort_by(f64::total_cmp);
+        let at = |p: f64| quantile_sorted(&ratios, p);
+        Interval {
+            estimate: numerator / denominator,
+            low: at((1.0 - level) / 2.0),
+            high: at(f64::midpoint(1.0, level)),
+        }
+    });
+    Ok(Recovered { numerator, denominator, fraction })
+}
+
+/// How much higher a trait moves in the students that were trained on it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DiagonalContrast {
+    /// γ of `Δ_rj = μ + run_r + trait_j + γ · 1[run r was trained on j]`, by least squares.
+    pub gamma: f64,
+    /// Its standard error, clustered by run.
+    pub standard_error: f64,
+    /// The share of assignments of traits to runs whose γ is at least as large: one-sided, the actual one included.
+    pub p: f64,
+    /// How many assignments were tried.
+    pub n_permutations: usize,
+    /// Whether these were all there are.
+    pub is_exact: bool,
+}
+
+/// Assignments that are tried at most; 8 runs of 8 traits have 40,320.
+const PERMUTATIONS: usize = 50_000;
+
+/// The diagonal contrast of changes, `changes[run][trait]`, of runs of which `trained[run]` is the trait.
+pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> Result<DiagonalContrast> {
+    let (runs, traits) = (changes.len(), changes.first().map_or(0, Vec::len));
+    if runs < 2 || traits < 2 || trained.len() != runs || changes.iter().any(|row| row.len() != traits) {
+        return Err(invalid(
+            "the trait matrix",
+            "two runs and two traits at least, every cell filled",
+            &format!("{runs} × {traits}"),
+        ));
+    }
+    if let Some(found) = trained.iter().find(|found| **found >= traits) {
+        return Err(invalid("the trait of a run", &format!("0 to {}", traits - 1), &found.to_string()));
+    }
+    if trained.iter().all(|found| *found == trained[0]) {
+        return Err(invalid("the traits that runs were trained on", "two different ones at least", "one"));
+    }
+    // What is left of the indicator without run and trait: its row sums are 0 as each run has one trait.
+    let counts: Vec<f64> = (0..traits).map(|at| trained.iter().filter(|found| **found == at).count() as f64).collect();
+    let residual = |trained: &[usize], run: usize, at: usize| f64::from(trained[run] == at) - counts[at] / runs as f64;
+    let squares: f64 = (0..runs)
+        .flat_map(|run| (0..traits).map(move |at| (run, at)))
+        .map(|(run, at)| residual(trained, run, at).powi(2))
+        .sum();
+    let gamma_of = |trained: &[usize]| -> f64 {
+        let rows = changes.iter().enumerate();
+        rows.map(|(run, row)| {
+            row.iter().enumerate().map(|(at, change)| residual(trained, run, at) * change).sum::<f64>()
+        })
+        .sum::<f64>()
+            / squares
+    };
+    let gamma = gamma_of(trained);
+
+    let row_mean: Vec<f64> = changes.iter().map(|row| mean(row)).collect::<Result<_>>()?;
+    let column_mean: Vec<f64> =
+        (0..traits).map(|at| mean(&changes.iter().map(|row| row[at]).collect::<Vec<_>>())).collect::<Result<_>>()?;
+    let all = mean(&row_mean)?;
+    let scores = (0..runs).map(|run| {
+        let of_run = (0..traits).map(|at| {
+            let left = changes[run][at] - row_mean[run] - column_mean[at] + all;
+            residual(trained, run, at) * (left - gamma * residual(trained, run, at))
+        });
+        of_run.sum::<f64>()
+    });
+    let meat: f64 = scores.map(|score| score * score).sum();
+    let (n, clusters, parameters) = ((runs * traits) as f64, runs as f64, (runs + traits) as f64);
+    let correction = clusters / (clusters - 1.0) * (n - 1.0) / (n - parameters);
+    let standard_error = (correction * meat).sqrt() / squares;
+
+    let slack = 1e-12 * gamma.abs().max(1.0);
+    let (mut as_large, mut tried) = (0, 0);
+    let mut count = |trained: &[usize]| {
+        tried += 1;
+        as_large += usize::from(gamma_of(trained) >= gamma - slack);
+    };
+    let is_exact = (1..=runs).try_fold(1, usize::checked_mul).is_some_and(|all| all <= PERMUTATIONS);
+    if is_exact {
+        each_permutation(&mut trained.to_vec(), 0, &mut count);
+    } else {
+        let (mut rng, mut shuffled) = (ChaCha8Rng::seed_from_u64(seed), trained.to_vec());
+        count(trained);
+        for _ in 1..PERMUTATIONS {
+            shuffled.shuffle(&mut rng);
+            count(&shuffled);
+        }
+    }
+    Ok(DiagonalContrast {
+        gamma,
+        standard_error,
+        p: f64::from(as_large as u32) / tried as f64,
+        n_permutations: tried,
+        is_exact,
+    })
+}
+
+fn each_permutation(values: &mut [usize], from: usize, each: &mut dyn FnMut(&[usize])) {
+    if from == values.len() {
+        return each(values);
+    }
+    for at in from..values.len() {
+        values.swap(from, at);
+        each_permutation(values, from + 1, each);
+        values.swap(from, at);
+    }
+}
+
+/// A straight line through points by least squares.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Slope {
+    /// The slope.
+    pub slope: f64,
+    /// Its standard error.
+    pub standard_error: f64,
+    /// The two-sided p-value of "it is zero", by Student's t with n − 2 degrees of freedom.
+    pub p: f64,
+    /// How many points.
+    pub n: usize,
+}
+
+/// As `scipy.stats.linregress`.
+pub fn slope(points: &[(f64, f64)]) -> Result<Slope> {
+    let n = points.len();
+    let (xs, ys): (Vec<f64>, Vec<f64>) = points.iter().copied().unzip();
+    let (x, y) = (mean(&xs)?, mean(&ys)?);
+    let (mut xx, mut xy, mut yy) = (0.0, 0.0, 0.0);
+    for (a, b) in points {
+        xx += (a - x).powi(2);
+        xy += (a - x) * (b - y);
+        yy += (b - y).powi(2);
+    }
+    if n < 3 || xx == 0.0 {
+        return Err(invalid("the points of a line", "three or more, at two places or more", &n.to_string()));
+    }
+    let slope = xy / xx;
+    let degrees = n as f64 - 2.0;
+    let standard_error = ((yy - slope * xy).max(0.0) / degrees / xx).sqrt();
+    let p = if standard_error == 0.0 { f64::from(slope == 0.0) } else { two_sided(slope / standard_error, degrees) };
+    Ok(Slope { slope, standard_error, p, n })
+}
+
+/// Up to a point and down behind it: the two-lines test (Simonsohn 2018) at a peak.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TwoLines {
+    /// Where the mean is highest.
+    pub peak: f64,
+    /// The line through the points up to the peak, and the one from it on; `None` where the peak is at that end, or has too
+    /// few points.
+    pub left: Option<Slope>,
+    /// See `left`.
+    pub right: Option<Slope>,
+}
+
+impl TwoLines {
+    /// Whether it rises on the left and falls on the right, each with p below `level`.
+    pub fn is_inverted_u(&self, level: f64) -> bool {
+        let holds = |line: Option<Slope>, sign: f64| line.is_some_and(|line| line.slope * sign > 0.0 && line.p < level);
+        holds(self.left, 1.0) && holds(self.right, -1.0)
+    }
+}
+
+/// The two lines left and right of the place with the highest mean, which belongs to both. `points`: runs as (x, outcome), such as
+/// x = log₂ rank.
+pub fn two_lines(points: &[(f64, f64)]) -> Result<TwoLines> {
+    let peak = peak_of(points)?;
+    let line =
+        |some: &dyn Fn(f64) -> bool| slope(&points.iter().copied().filter(|(x, _)| some(*x)).collect::<Vec<_>>()).ok();
+    Ok(TwoLines { peak, left: line(&|x| x <= peak), right: line(&|x| x >= peak) })
+}
+
+/// The x with the highest mean outcome; the lowest such x.
+fn peak_of(points: &[(f64, f64)]) -> Result<f64> {
+    let mut places: Vec<(f64, Vec<f64>)> = Vec::new();
+    for (x, y) in points {
+        match places.iter_mut().find(|(place, _)| place.to_bits() == x.to_bits()) {
+            Some((_, ys)) => ys.push(*y),
+            None => places.push((*x, vec![*y])),
+        }
+    }
+    places.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut best: Option<(f64, f64)> = None;
+    for (place, ys) in &places {
+        let height = mean(ys)?;
+        if best.is_none_or(|(_, highest)| height > highest) {
+            best = Some((*place, height));
+        }
+    }
+    best.map(|(place, _)| place).ok_or_else(|| invalid("the points of a peak", "one or more", "none"))
+}
+
+/// The peak and its percentile interval by a bootstrap over data sets: a resample draws whole data sets. `datasets`: of each, its
+/// runs as (x, outcome).
+pub fn bootstrap_peak(datasets: &[Vec<(f64, f64)>], level: f64, resamples: usize, seed: u64) -> Result<Interval> {
+    if datasets.len() < 2 {
+        return Err(invalid("data sets of a bootstrap", "two or more", &datasets.len().to_string()));
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let drawn = (0..resamples.max(1)).map(|_| {
+        let points: Vec<(f64, f64)> =
+            (0..datasets.len()).flat_map(|_| datasets[rng.random_range(0..datasets.len())].iter().copied()).collect();
+        peak_of(&points)
+    });
+    let mut peaks = drawn.collect::<Result<Vec<f64>>>()?;
+    peaks.sort_by(f64::total_cmp);
+    let estimate = peak_of(&datasets.concat())?;
+    let at = |p: f64| quantile_sorted(&peaks, p);
+    Ok(Interval { estimate, low: at((1.0 - level) / 2.0), high: at(f64::midpoint(1.0, level)) })
+}
+
+fn invalid(what: &str, expected: &str, found: &str) -> Error {
+    Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::stats::t_interval;
+
+    /// What scipy and statsmodels give; `make.py` beside the file made it.
+    #[derive(Deserialize)]
+    struct Expected {
+        paired_t: PairedT,
+        holm: Holm,
+        line: Line,
+        recovered: OfRuns,
+        diagonals: Vec<Diagonal>,
+    }
+
+    #[derive(Deserialize)]
+    struct PairedT {
+        differences: Vec<f64>,
+        p: f64,
+    }
+
+    #[derive(Deserialize)]
+    struct Holm {
+        p_values: Vec<f64>,
+        adjusted: Vec<f64>,
+    }
+
+    #[derive(Deserialize)]
+    struct Line {
+        points: Vec<(f64, f64)>,
+        slope: f64,
+        standard_error: f64,
+        p: f64,
+    }
+
+    #[derive(Deserialize)]
+    struct OfRuns {
+        runs: Vec<(f64, f64, f64)>,
+        fraction: f64,
+        low: f64,
+        high: f64,
+    }
+
+    #[derive(Deserialize)]
+    struct Diagonal {
+        changes: Vec<Vec<f64>>,
+        trained: Vec<usize>,
+        gamma: f64,
+        standard_error: f64,
+        p: f64,
+    }
+
+    fn expected() -> Expected {
+        serde_json::from_str(include_str!("../../tests/golden/statistics/expected.json")).unwrap()
+    }
+
+    fn close(found: f64, expected: f64, relative: f64) {
+        assert!((found - expected).abs() <= relative * expected.abs(), "{found} is not {expected}");
+    }
+
+    #[test]
+    fn paired_differences_are_tested_as_scipy_does() {
+        let PairedT { differences, p } = expected().paired_t;
+        close(paired_t_p(&differences).unwrap(), p, 1e-10);
+        let negated: Vec<f64> = differences.iter().map(|d| -d).collect();
+        close(paired_t_p(&negated).unwrap(), p, 1e-10);
+        assert!(paired_t_p(&[0.5, 0.5, 0.5]).unwrap_err().to_string().contains("not all the same"));
+        assert!(paired_t_p(&[0.5]).is_err());
+    }
+
+    #[test]
+    fn holms_p_values_are_those_of_statsmodels() {
+        let Holm { p_values, adjusted } = expected().holm;
+        for (found, expected) in holm(&p_values).unwrap().into_iter().zip(adjusted) {
+            close(found, expected, 1e-12);
+        }
+        assert_eq!(holm(&[]).unwrap(), Vec::<f64>::new());
+        assert!(holm(&[0.1, 1.5]).unwrap_err().to_string().contains("1.5"));
+        assert!(holm(&[f64::NAN]).is_err());
+    }
+
+    #[test]
+    fn lines_are_scipys() {
+        let Line { points, slope: expected, standard_error, p } = expected().line;
+        let found = slope(&points).unwrap();
+        close(found.slope, expected, 1e-12);
+        close(found.standard_error, standard_error, 1e-12);
+        close(found.p, p, 1e-9);
+        assert!(slope(&[(1.0, 2.0), (1.0, 3.0), (1.0, 4.0)]).is_err());
+        assert!(slope(&[(1.0, 2.0), (2.0, 3.0)]).is_err());
+    }
+
+    #[test]
+    fn a_recovered_fraction_is_bootstrapped_in_pairs() {
+        let OfRuns { runs, fraction, low, high } = expected().recovered;
+        let found = recovered_fraction(&runs, 0.95, 200_000, 3).unwrap().fraction.unwrap();
+        close(found.estimate, fraction, 1e-12);
+        // Both are drawn: with 200,000 resamples an end's error is some thousandths.
+        close(found.low, low, 3e-3);
+        close(found.high, high, 3e-3);
+    }
+
+    #[test]
+    fn noise_over_noise_is_no_fraction() {
+        let noise = [(0.2, 0.1, 0.15), (0.1, 0.12, 0.08), (0.3, 0.1, 0.12), (0.0, 0.1, 0.1)];
+        let found = recovered_fraction(&noise, 0.95, 100, 1).unwrap();
+        assert_eq!(found.fraction, None);
+        close(found.numerator, (0.1 - 0.02 + 0.2 - 0.1) / 4.0, 1e-12);
+        close(found.denominator, (0.05 - 0.04 + 0.02) / 4.0, 1e-12);
+    }
+
+    #[test]
+    fn the_diagonal_contrast_is_that_of_statsmodels() {
+        for Diagonal { changes, trained, gamma, standard_error, p } in expected().diagonals {
+            let found = diagonal_contrast(&changes, &trained, 1).unwrap();
+            close(found.gamma, gamma, 1e-10);
+            close(found.standard_error, standard_error, 1e-9);
+            close(found.p, p, 1e-12);
+            assert!(found.is_exact);
+        }
+    }
+
+    #[test]
+    fn many_runs_are_permuted_at_random_and_the_actual_order_counts() {
+        let trained: Vec<usize> = (0..12).map(|run| run % 3).collect();
+        let changes: Vec<Vec<f64>> =
+            trained.iter().map(|own| (0..3).map(|at| f64::from(u8::from(at == *own))).collect()).collect();
+        let found = diagonal_contrast(&changes, &trained, 1).unwrap();
+        assert!(!found.is_exact && found.n_permutations == PERMUTATIONS);
+        close(found.gamma, 1.0, 1e-12);
+        // Of 12! / (4!)³ = 34,650 different orders one is this one.
+        assert!(found.p >= 1.0 / PERMUTATIONS as f64 && found.p < 5.0 / 34_650.0, "{}", found.p);
+    }
+
+    #[test]
+    fn a_matrix_without_a_diagonal_is_refused() {
+        let rows = vec![vec![0.1, 0.2], vec![0.3, 0.4]];
+        assert!(diagonal_contrast(&rows, &[0, 0], 1).unwrap_err().to_string().contains("two different ones"));
+        assert!(diagonal_contrast(&rows, &[0, 2], 1).unwrap_err().to_string().contains("0 to 1"));
+        assert!(diagonal_contrast(&rows[..1], &[0], 1).is_err());
+        assert!(diagonal_contrast(&[vec![0.1, 0.2], vec![0.3]], &[0, 1], 1).is_err());
+    }
+
+    #[test]
+    fn two_lines_see_an_inverted_u_and_nothing_else() {
+        let wave = |x: f64, run: usize| 0.02 * ((x * 7.0 + run as f64 * 3.0).sin());
+        let runs = |of: &dyn Fn(f64) -> f64| -> Vec<(f64, f64)> {
+            (0..9)
+                .flat_map(|x| (0..3).map(move |run| (f64::from(x), run)))
+                .map(|(x, run)| (x, of(x) + wave(x, run)))
+                .collect()
+        };
+        let hill = two_lines(&runs(&|x| 1.0 - (x - 4.0).abs() / 4.0)).unwrap();
+        assert!(hill.is_inverted_u(0.01) && (hill.peak - 4.0).abs() < 1e-12, "{hill:?}");
+        close(hill.left.unwrap().slope, 0.25, 0.1);
+        close(hill.right.unwrap().slope, -0.25, 0.1);
+        let rise = two_lines(&runs(&|x| x / 4.0)).unwrap();
+        assert!(!rise.is_inverted_u(0.05) && rise.right.is_none(), "{rise:?}");
+        let plateau = two_lines(&runs(&|x| x.min(3.0))).unwrap();
+        assert!(!plateau.is_inverted_u(0.05), "{plateau:?}");
+        assert!(two_lines(&[]).is_err());
+    }
+
+    #[test]
+    fn a_peak_is_as_certain_as_the_data_sets_agree() {
+        let of =
+            |peak: f64| -> Vec<(f64, f64)> { (0..8).map(|x| (f64::from(x), -(f64::from(x) - peak).abs())).collect() };
+        let alike = bootstrap_peak(&[of(3.0), of(3.0), of(3.0)], 0.95, 500, 1).unwrap();
+        assert_eq!((alike.estimate, alike.low, alike.high), (3.0, 3.0, 3.0));
+        let apart = bootstrap_peak(&[of(1.0), of(3.0), of(6.0)], 0.95, 500, 1).unwrap();
+        assert_eq!((apart.estimate, apart.low, apart.high), (3.0, 1.0, 6.0));
+        assert!(bootstrap_peak(&[of(1.0)], 0.95, 500, 1).is_err());
+    }
+
+    /// Runs of one data set are one unit, however many there are.
+    #[test]
+    fn intervals_are_over_data_sets() {
+        let outcome = |dataset, value| Outcome { dataset, value };
+        let runs = [outcome(5, 0.1), outcome(2, 0.4), outcome(5, 0.3), outcome(9, 0.6), outcome(5, 0.2)];
+        let means = dataset_means(&runs).unwrap();
+        for (found, expected) in means.iter().zip([0.2, 0.4, 0.6]) {
+            close(*found, expected, 1e-12);
+        }
+        let (low, high) = t_interval(&means, 0.95).unwrap();
+        close(high - low, 2.0 * 4.302_652_729_749_462 * 0.2 / 3.0_f64.sqrt(), 1e-9);
+        assert!(dataset_means(&[outcome(1, f64::NAN)]).is_err());
+    }
+}
