@@ -471,7 +471,7 @@ impl Course<'_> {
     fn after(&mut self, learning_rate: f64, done: anyhow::Result<Step>, log: Log<'_>) -> anyhow::Result<()> {
         let done = done.map_err(|error| self.stopped(&error))?;
         let (step, adapter) = (self.optimizer.steps(), self.learner.adapter);
-        let changed = adapter.is_none().then(|| done.changed.f_double_value(&[])).transpose()?;
+        let changed = done.changed.map(|changed| changed.f_double_value(&[])).transpose()?;
         let n_weights: usize = self.learner.parameters.iter().map(|(_, tensor)| tensor.numel()).sum();
         let row = StepRow {
             step,
@@ -512,7 +512,7 @@ struct Step {
     grad_norm: f64,
     n_targets: usize,
     tokens: usize,
-    changed: Tensor, // number of stored values, a scalar
+    changed: Option<Tensor>, // number of stored values, a scalar; not of a LoRA
 }
 
 /// A step whose loss or gradient is not finite; it was not taken.
@@ -703,9 +703,9 @@ impl Learner<'_> {
             return Err(NotFinite { step: optimizer.steps() + 1, loss, grad_norm, n_rows: chosen.len(), rows }.into());
         }
         if config.max_grad_norm > 0.0 {
-            gradients.clip(config.max_grad_norm, &norm)?;
+            gradients.clip(config.max_grad_norm, seen[1])?;
         }
-        let changed = optimizer.step(&gradients, learning_rate)?;
+        let changed = optimizer.step(&gradients, learning_rate, self.adapter.is_none())?;
         let (n_targets, tokens) = chosen.iter().fold((0, 0), |(targets, tokens), index| {
             (targets + examples[*index].n_targets, tokens + examples[*index].end)
         });
@@ -783,6 +783,9 @@ pub fn delta_w_norm(adapter: &Adapter) -> anyhow::Result<f64> {
         let (aa, bb) = (a.f_matmul(&a.f_transpose(1, 2)?)?, b.f_transpose(1, 2)?.f_matmul(&b)?); // [pairs, rank, rank], symmetric
         let squares = aa.f_mul(&bb)?.f_sum_dim_intlist([1, 2].as_slice(), false, Kind::Double)?;
         let factors: Vec<f64> = pairs.iter().map(|pair| pair.scaling * pair.scaling).collect();
+        if factors.windows(2).all(|two| two[0].to_bits() == two[1].to_bits()) {
+            return Ok(squares.f_sum(Kind::Double)?.f_mul_scalar(factors[0])?);
+        }
         Ok(squares.f_dot(&Tensor::f_from_slice(&factors)?.f_to_device(squares.device())?)?)
     };
     let squares = tch::no_grad(|| alike.values().map(square).collect::<anyhow::Result<Vec<_>>>())?;

@@ -96,15 +96,20 @@ impl Gradients {
     /// The Euclidean norm of all of them together, a scalar in f32.
     pub fn norm(&self) -> Result<Tensor> {
         let norms = self.flat.iter().map(|flat| Ok(flat.f_norm()?)).collect::<Result<Vec<_>>>()?;
+        if let [norm] = norms.as_slice() {
+            return Ok(norm.shallow_clone());
+        }
         Ok(Tensor::f_stack(&norms, 0)?.f_norm()?)
     }
 
-    /// Shortens them to `max_norm` where `norm`, their own, is above it: the factor is `max_norm` / (norm + 1e-6), at
+    /// Shortens them to `max_norm` where `norm`, their own, is above it: the factor is `max_norm` / (norm + 1e-6) in f32, at
     /// most 1, as in `torch.nn.utils.clip_grad_norm_`.
-    pub fn clip(&mut self, max_norm: f64, norm: &Tensor) -> Result<()> {
-        let factor = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(max_norm)?.f_clamp_max(1.0)?;
-        for flat in &mut self.flat {
-            let _ = flat.f_mul_(&factor)?;
+    pub fn clip(&mut self, max_norm: f64, norm: f32) -> Result<()> {
+        let factor = max_norm as f32 * (norm + 1e-6).recip();
+        if factor < 1.0 {
+            for flat in &mut self.flat {
+                let _ = flat.f_mul_scalar_(f64::from(factor))?;
+            }
         }
         Ok(())
     }
@@ -141,9 +146,10 @@ impl Buffer {
         Ok(Self { members, values, master, first, second })
     }
 
-    /// One step with this gradient, `[n]`; the result counts the stored values that it changed, a scalar.
-    fn step(&mut self, rule: Rule, gradient: &Tensor, lr: f64, steps: u64) -> Result<Tensor> {
-        let before = self.values.f_detach_copy()?;
+    /// One step with this gradient, `[n]`; where it is `counted`, the result is the number of stored values that it changed, a
+    /// scalar.
+    fn step(&mut self, rule: Rule, gradient: &Tensor, lr: f64, steps: u64, counted: bool) -> Result<Option<Tensor>> {
+        let before = counted.then(|| self.values.f_detach_copy()).transpose()?;
         let mut weights = self.master.as_ref().unwrap_or(&self.values).shallow_clone();
         let mut gradient = gradient.f_to_kind(weights.kind())?; // without masters all is rounded, as in torch.optim
         match rule {
@@ -175,7 +181,7 @@ impl Buffer {
         if let Some(master) = &self.master {
             self.values.f_copy_(master)?;
         }
-        Ok(self.values.f_ne_tensor(&before)?.f_sum(Kind::Int64)?)
+        before.map(|before| Ok(self.values.f_ne_tensor(&before)?.f_sum(Kind::Int64)?)).transpose()
     }
 }
 
@@ -239,13 +245,15 @@ impl Optimizer {
         Ok(Gradients { flat: flat.collect::<Result<Vec<_>>>()? })
     }
 
-    /// One step along the gradients; the result is the number of stored values that it changed, a scalar.
-    pub fn step(&mut self, gradients: &Gradients, learning_rate: f64) -> Result<Tensor> {
+    /// One step along the gradients; where they are `counted`, the result is the number of stored values that it changed, a scalar.
+    pub fn step(&mut self, gradients: &Gradients, learning_rate: f64, counted: bool) -> Result<Option<Tensor>> {
         self.steps += 1;
         let (rule, steps) = (self.rule, self.steps);
-        let changed = self.buffers.iter_mut().zip(&gradients.flat);
-        let changed = changed.map(|(buffer, gradient)| no_grad(|| buffer.step(rule, gradient, learning_rate, steps)));
-        Ok(Tensor::f_stack(&changed.collect::<Result<Vec<_>>>()?, 0)?.f_sum(Kind::Int64)?)
+        let mut changed = Vec::new();
+        for (buffer, gradient) in self.buffers.iter_mut().zip(&gradients.flat) {
+            changed.extend(no_grad(|| buffer.step(rule, gradient, learning_rate, steps, counted))?);
+        }
+        counted.then(|| Ok(Tensor::f_stack(&changed, 0)?.f_sum(Kind::Int64)?)).transpose()
     }
 
     /// How many steps were taken.
@@ -304,7 +312,7 @@ mod tests {
         let mut expected = [0.5_f64, -2.0, 3.0];
         let (mut m, mut v) = ([0.0_f64; 3], [0.0_f64; 3]);
         for (t, gradient) in (1..).zip(gradients) {
-            let _ = optimizer.step(&optimizer.gather(&[vector(&gradient)]).unwrap(), lr).unwrap();
+            let _ = optimizer.step(&optimizer.gather(&[vector(&gradient)]).unwrap(), lr, false).unwrap();
             for i in 0..3 {
                 let g = f64::from(gradient[i]);
                 expected[i] -= lr * 0.1 * expected[i];
@@ -329,7 +337,7 @@ mod tests {
             let mut optimizer =
                 Optimizer::new(Rule::Sgd { momentum, weight_decay: 0.0 }, &named(&[&weights]), true).unwrap();
             for gradient in [1.0, 2.0] {
-                let _ = optimizer.step(&optimizer.gather(&[vector(&[gradient])]).unwrap(), 0.1).unwrap();
+                let _ = optimizer.step(&optimizer.gather(&[vector(&[gradient])]).unwrap(), 0.1, false).unwrap();
             }
             assert!((weights.double_value(&[0]) - expected).abs() < 1e-6, "momentum {momentum}: {weights}");
             assert_eq!(optimizer.state().unwrap().is_empty(), momentum == 0.0);
@@ -345,7 +353,7 @@ mod tests {
         assert_eq!((values(&a), values(&b), values(&c)), (vec![1.0, 2.0, 3.0, 4.0], vec![5.0], vec![6.0, 7.0]));
         let gradients =
             [vector(&[1.0, 0.0, 0.0, 0.0]).view([2, 2]), vector(&[2.0]).to_kind(Kind::BFloat16), vector(&[0.0, 3.0])];
-        let changed = optimizer.step(&optimizer.gather(&gradients).unwrap(), 1.0).unwrap();
+        let changed = optimizer.step(&optimizer.gather(&gradients).unwrap(), 1.0, true).unwrap().unwrap();
         assert_eq!((values(&a), values(&b), values(&c)), (vec![0.0, 2.0, 3.0, 4.0], vec![3.0], vec![6.0, 4.0]));
         assert_eq!((a.size(), b.kind(), changed.int64_value(&[])), (vec![2, 2], Kind::BFloat16, 3));
     }
@@ -356,7 +364,13 @@ mod tests {
             let weights = vector(&[1.0]).to_kind(Kind::BFloat16); // its neighbours are 0.4 % away
             let mut optimizer = Optimizer::new(ADAMW, &named(&[&weights]), masters).unwrap();
             let changed: i64 = (0..20)
-                .map(|_| optimizer.step(&optimizer.gather(&[vector(&[1.0])]).unwrap(), 1e-3).unwrap().int64_value(&[]))
+                .map(|_| {
+                    optimizer
+                        .step(&optimizer.gather(&[vector(&[1.0])]).unwrap(), 1e-3, true)
+                        .unwrap()
+                        .unwrap()
+                        .int64_value(&[])
+                })
                 .sum();
             (values(&weights)[0], changed)
         };
@@ -373,9 +387,9 @@ mod tests {
         let mut gradients = optimizer.gather(&[vector(&[3.0]), vector(&[4.0])]).unwrap();
         let norm = gradients.norm().unwrap();
         assert!((norm.double_value(&[]) - 5.0).abs() < 1e-6);
-        gradients.clip(10.0, &norm).unwrap();
+        gradients.clip(10.0, norm.double_value(&[]) as f32).unwrap();
         assert!((gradients.norm().unwrap().double_value(&[]) - 5.0).abs() < 1e-6);
-        gradients.clip(1.0, &norm).unwrap();
+        gradients.clip(1.0, norm.double_value(&[]) as f32).unwrap();
         assert!((gradients.norm().unwrap().double_value(&[]) - 5.0 / (5.0 + 1e-6)).abs() < 1e-7);
     }
 

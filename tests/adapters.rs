@@ -8,6 +8,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use hooks::{Adapter, Batch, ModelFiles, Pass, Qwen};
+use undertone::finetune::delta_w_norm;
 
 use crate::compare::{FORWARD, assert_close, difference, folder, tensors};
 
@@ -65,6 +66,19 @@ fn each_kind_that_peft_saves_acts_as_there() {
 }
 
 /// The maker of `golden/adapters` has loaded each `saved.json` with PEFT: the same logits as from PEFT's own.
+/// Also where pairs of one shape have scalings of their own.
+#[test]
+fn the_norm_of_the_change_is_that_of_the_products_whatever_the_kind() {
+    let model = base_of_kinds();
+    for kind in KINDS {
+        let adapter = load(&folder("adapters").join(kind), &model).unwrap();
+        let square = |pair: &hooks::LoraPair| pair.delta_weight().unwrap().square().sum(Kind::Double).double_value(&[]);
+        let plain = adapter.pairs().map(|(_, _, pair)| square(pair)).sum::<f64>().sqrt();
+        let found = delta_w_norm(&adapter).unwrap();
+        assert!(plain > 0.0 && (found - plain).abs() < 1e-5 * plain, "{kind}: {found} against {plain}");
+    }
+}
+
 #[test]
 fn each_kind_that_we_save_is_what_peft_has_loaded() {
     let (model, golden) = (base_of_kinds(), tensors(&folder("adapters").join("expected.safetensors")));
