@@ -6,7 +6,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::stats::{incomplete_beta, mean, quantile_sorted, standard_error};
+use crate::stats::{incomplete_beta, mean, percentile_interval, standard_error};
 
 /// A run's outcome and the data set that the run was trained on.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,26 +89,22 @@ pub fn recovered_fraction(runs: &[(f64, f64, f64)], level: f64, resamples: usize
     let denominators: Vec<f64> = runs.iter().map(|(_, base, all)| all - base).collect();
     let (numerator, denominator) = (mean(&numerators)?, mean(&denominators)?);
     let is_clear = denominator.abs() > 3.0 * standard_error(&denominators)?;
-    let fraction = is_clear.then(|| {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let ratio = |rng: &mut ChaCha8Rng| {
-            let (mut above, mut below) = (0.0, 0.0);
-            for _ in 0..runs.len() {
-                let run = rng.random_range(0..runs.len());
-                above += numerators[run];
-                below += denominators[run];
-            }
-            above / below
-        };
-        let mut ratios: Vec<f64> = (0..resamples.max(1)).map(|_| ratio(&mut rng)).collect();
-        ratios.sort_by(f64::total_cmp);
-        let at = |p: f64| quantile_sorted(&ratios, p);
-        Interval {
-            estimate: numerator / denominator,
-            low: at((1.0 - level) / 2.0),
-            high: at(f64::midpoint(1.0, level)),
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let ratio = |_| {
+        let (mut above, mut below) = (0.0, 0.0);
+        for _ in 0..runs.len() {
+            let run = rng.random_range(0..runs.len());
+            above += numerators[run];
+            below += denominators[run];
         }
-    });
+        above / below
+    };
+    let fraction = if is_clear {
+        let (low, high) = percentile_interval((0..resamples).map(ratio).collect(), level)?;
+        Some(Interval { estimate: numerator / denominator, low, high })
+    } else {
+        None
+    };
     Ok(Recovered { numerator, denominator, fraction })
 }
 
@@ -145,6 +141,13 @@ pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> 
     }
     if trained.iter().all(|found| *found == trained[0]) {
         return Err(invalid("the traits that runs were trained on", "two different ones at least", "one"));
+    }
+    if runs * traits <= runs + traits {
+        return Err(invalid(
+            "the trait matrix",
+            "more cells than runs and traits together",
+            &format!("{runs} × {traits}"),
+        ));
     }
     // What is left of the indicator without run and trait: its row sums are 0 as each run has one trait.
     let counts: Vec<f64> = (0..traits).map(|at| trained.iter().filter(|found| **found == at).count() as f64).collect();
@@ -306,16 +309,13 @@ pub fn bootstrap_peak(datasets: &[Vec<(f64, f64)>], level: f64, resamples: usize
         return Err(invalid("data sets of a bootstrap", "two or more", &datasets.len().to_string()));
     }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let drawn = (0..resamples.max(1)).map(|_| {
+    let drawn = (0..resamples).map(|_| {
         let points: Vec<(f64, f64)> =
             (0..datasets.len()).flat_map(|_| datasets[rng.random_range(0..datasets.len())].iter().copied()).collect();
         peak_of(&points)
     });
-    let mut peaks = drawn.collect::<Result<Vec<f64>>>()?;
-    peaks.sort_by(f64::total_cmp);
-    let estimate = peak_of(&datasets.concat())?;
-    let at = |p: f64| quantile_sorted(&peaks, p);
-    Ok(Interval { estimate, low: at((1.0 - level) / 2.0), high: at(f64::midpoint(1.0, level)) })
+    let (low, high) = percentile_interval(drawn.collect::<Result<Vec<f64>>>()?, level)?;
+    Ok(Interval { estimate: peak_of(&datasets.concat())?, low, high })
 }
 
 fn invalid(what: &str, expected: &str, found: &str) -> Error {
@@ -464,6 +464,10 @@ mod tests {
         let rows = vec![vec![0.1, 0.2], vec![0.3, 0.4]];
         assert!(diagonal_contrast(&rows, &[0, 0], 1).unwrap_err().to_string().contains("two different ones"));
         assert!(diagonal_contrast(&rows, &[0, 2], 1).unwrap_err().to_string().contains("0 to 1"));
+        assert!(
+            diagonal_contrast(&rows, &[0, 1], 1).unwrap_err().to_string().contains("more cells"),
+            "no residual is left"
+        );
         assert!(diagonal_contrast(&rows[..1], &[0], 1).is_err());
         assert!(diagonal_contrast(&[vec![0.1, 0.2], vec![0.3]], &[0, 1], 1).is_err());
     }
@@ -497,6 +501,11 @@ mod tests {
         let apart = bootstrap_peak(&[of(1.0), of(3.0), of(6.0)], 0.95, 500, 1).unwrap();
         assert_eq!((apart.estimate, apart.low, apart.high), (3.0, 1.0, 6.0));
         assert!(bootstrap_peak(&[of(1.0)], 0.95, 500, 1).is_err());
+        for (level, resamples) in [(1.5, 500), (0.95, 0)] {
+            assert!(bootstrap_peak(&[of(1.0), of(3.0)], level, resamples, 1).is_err(), "{level}, {resamples}");
+            let runs = [(0.3, 0.1, 0.5), (0.31, 0.1, 0.52), (0.29, 0.1, 0.49)];
+            assert!(recovered_fraction(&runs, level, resamples, 1).is_err(), "{level}, {resamples}");
+        }
     }
 
     /// Runs of one data set are one unit, however many there are.

@@ -32,19 +32,20 @@ pub fn t_interval(values: &[f64], level: f64) -> Result<(f64, f64)> {
 
 /// The percentile bootstrap interval of the mean: the `(1±level)/2` quantiles of the means of `resamples` draws of n from n.
 pub fn bootstrap_interval(values: &[f64], level: f64, resamples: usize, seed: u64) -> Result<(f64, f64)> {
-    check_level(level)?;
     at_least(2, "values of a bootstrap", values)?;
-    if resamples == 0 {
-        return Err(invalid("resamples", "1 or more", "0"));
-    }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut means: Vec<f64> = (0..resamples)
-        .map(|_| {
-            (0..values.len()).map(|_| values[rng.random_range(0..values.len())]).sum::<f64>() / values.len() as f64
-        })
-        .collect();
-    means.sort_by(f64::total_cmp);
-    Ok((quantile_sorted(&means, (1.0 - level) / 2.0), quantile_sorted(&means, f64::midpoint(1.0, level))))
+    let means = (0..resamples).map(|_| {
+        (0..values.len()).map(|_| values[rng.random_range(0..values.len())]).sum::<f64>() / values.len() as f64
+    });
+    percentile_interval(means.collect(), level)
+}
+
+/// The `(1±level)/2` quantiles of what resamples gave.
+pub(crate) fn percentile_interval(mut resampled: Vec<f64>, level: f64) -> Result<(f64, f64)> {
+    check_level(level)?;
+    at_least(1, "resamples", &resampled)?;
+    resampled.sort_by(f64::total_cmp);
+    Ok((quantile_sorted(&resampled, (1.0 - level) / 2.0), quantile_sorted(&resampled, f64::midpoint(1.0, level))))
 }
 
 /// The two-sided p-value of "the mean of paired differences is zero" by flipping their signs in all `2ⁿ` ways, n ≤ 20.
@@ -141,7 +142,7 @@ fn ln_gamma(x: f64) -> f64 {
 }
 
 /// The quantile of sorted values, linear between neighbours.
-pub(crate) fn quantile_sorted(sorted: &[f64], p: f64) -> f64 {
+fn quantile_sorted(sorted: &[f64], p: f64) -> f64 {
     let place = p * (sorted.len() - 1) as f64;
     let (below, above) = (place.floor() as usize, place.ceil() as usize);
     sorted[below] + (sorted[above] - sorted[below]) * place.fract()

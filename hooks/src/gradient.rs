@@ -132,10 +132,10 @@ pub fn of_losses(
     }
 }
 
-/// How many losses share a backward pass: so many that their tokens, and the adapter's gradients, take a few hundred MB.
+/// How many losses share a backward pass: so many that their tokens, and the adapter's gradients, take some hundred MB each.
 fn losses_at_a_time(tokens: usize, adapter: Option<&Adapter>) -> usize {
     const TOKENS: usize = 4096;
-    const NUMBERS: usize = 1 << 28;
+    const NUMBERS: usize = 1 << 26;
     let learned: usize =
         adapter.map_or(0, |adapter| adapter.pairs().map(|(_, _, pair)| pair.a.numel() + pair.b.numel()).sum());
     (TOKENS / tokens.max(1)).min(NUMBERS / learned.max(1)).max(1)
