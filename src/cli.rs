@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use crate::claim::{Size, Study};
 use crate::commands::paint::Color;
 use crate::commands::{
-    activations, arms, ask, columns, completions, export, finetune, generate, measure, pocket, profile, report, run,
-    tokens,
+    activations, arms, ask, claim, columns, completions, export, finetune, generate, measure, pocket, profile, report,
+    run, tokens,
 };
 use crate::experiment::{AnalysisName, Experiment};
 use crate::progress::say;
@@ -40,12 +41,14 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Does all of an experiment: generate, finetune, measure, arms, report.
+    /// Does all of an experiment: generate, finetune, measure, arms, report. Puts a claim to the test: its runs, and a verdict.
     #[command(after_help = "Examples:
   undertone run experiments/demo.toml
   undertone run experiments/demo.toml --run runs/rank-16 --set student.rank=16
-  undertone run experiments/demo.toml --dry-run")]
-    Run(Stage),
+  undertone run experiments/demo.toml --dry-run
+  undertone run experiments/claims/06-at-qwen-alone.toml --size pocket
+  undertone run experiments/claims/06-at-qwen-alone.toml --size small --plan")]
+    Run(Run),
     /// Lets the teacher and the untouched model answer number prompts, and filters the answers.
     #[command(after_help = "Example:\n  undertone generate experiments/demo.toml --run runs/demo --force")]
     Generate(Stage),
@@ -70,6 +73,19 @@ enum Command {
     Columns(columns::Columns),
     Completions(completions::Completions),
     Pocket(pocket::Pocket),
+}
+
+/// An experiment or a claim.
+#[derive(Args, Debug)]
+struct Run {
+    #[command(flatten)]
+    stage: Stage,
+    /// On what a claim is tried: pocket (minutes on two CPU cores; the default), small (a Qwen of 0.5B), paper (7B, CUDA).
+    #[arg(long, value_enum, hide_possible_values = true)]
+    size: Option<Size>,
+    /// Says what a claim would take: its students, and from a few steps here time and memory. Does nothing more.
+    #[arg(long)]
+    plan: bool,
 }
 
 /// An experiment and its run's folder.
@@ -133,7 +149,26 @@ pub fn run(cli: &Cli) -> Result<()> {
 fn obey(cli: &Cli) -> Result<()> {
     let device = cli.device.as_deref().unwrap_or("cpu");
     match &cli.command {
-        Command::Run(stage) => with_stage(cli, stage, |bench, folder| run::run(bench, folder, cli.force)),
+        Command::Run(run) if Study::is_claim(&run.stage.experiment)? => {
+            let stage = &run.stage;
+            let changes = overrides(cli, &stage.overrides);
+            claim::run(&claim::Asked {
+                path: &stage.experiment,
+                size: run.size.unwrap_or(Size::Pocket),
+                folder: stage.run.as_deref(),
+                changes: &changes,
+                dry_run: stage.overrides.dry_run,
+                plan: run.plan,
+                force: cli.force,
+            })
+        }
+        Command::Run(run) => {
+            let alien = [("--size", run.size.is_some()), ("--plan", run.plan)];
+            if let Some((flag, _)) = alien.into_iter().find(|(_, given)| *given) {
+                bail!("{flag} is for claims, and {} is an experiment of its own", run.stage.experiment.display());
+            }
+            with_stage(cli, &run.stage, |bench, folder| run::run(bench, folder, cli.force))
+        }
         Command::Generate(stage) => with_stage(cli, stage, generate::stage),
         Command::Finetune(stage) => with_stage(cli, stage, |bench, folder| finetune::stage(bench, folder, false)),
         Command::Measure(args) => {

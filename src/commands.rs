@@ -3,6 +3,7 @@
 pub mod activations;
 pub mod arms;
 pub mod ask;
+pub mod claim;
 pub mod columns;
 pub mod completions;
 pub mod export;

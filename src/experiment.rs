@@ -111,6 +111,8 @@ pub struct Generate {
     pub n_prompts: usize,
     /// How many accepted rows are kept.
     pub n_keep: usize,
+    /// How many accepted rows more the teacher writes, that no student learns from.
+    pub n_heldout: usize,
     /// 0 for the most likely token each time, 1 for the model's own probabilities.
     pub temperature: f64,
     /// The longest answer in tokens.
@@ -131,6 +133,7 @@ impl Default for Generate {
         Self {
             n_prompts: 512,
             n_keep: 256,
+            n_heldout: 0,
             temperature: 1.0,
             max_new_tokens: 200,
             constrain: Constrain::None,
@@ -485,8 +488,13 @@ impl Generate {
         at_least_one("generate.max_new_tokens", self.max_new_tokens)?;
         at_least_one("generate.batch_size", self.batch_size)?;
         not_negative("generate.temperature", self.temperature)?;
-        let (keep, prompts) = (self.n_keep, self.n_prompts);
+        let (keep, prompts, heldout) = (self.n_keep, self.n_prompts, self.n_heldout);
         ensure!(keep <= prompts, "generate.n_keep is {keep}, expected at most generate.n_prompts, which is {prompts}");
+        let left = prompts - keep;
+        ensure!(
+            heldout <= left,
+            "generate.n_heldout is {heldout}, expected at most {left}: generate.n_prompts is {prompts}, of which {keep} are to be kept"
+        );
         Ok(())
     }
 }
@@ -528,12 +536,13 @@ impl Student {
 /// What the loop of training cannot know: that a value would go unused.
 fn check_finetune(finetune: &Finetune) -> Result<()> {
     finetune.check().context("finetune")?;
-    let with_adamw = finetune.momentum != 0.0 && finetune.optimizer == OptimizerKind::AdamW;
-    ensure!(
-        !with_adamw,
-        "finetune.momentum is {}, but the optimizer is adamw, which has betas instead",
-        finetune.momentum
-    );
+    let unused = finetune.momentum != 0.0 && finetune.optimizer != OptimizerKind::Sgd;
+    let why = if finetune.optimizer == OptimizerKind::AdamW {
+        "adamw, which has betas instead"
+    } else {
+        "not sgd, which alone has it"
+    };
+    ensure!(!unused, "finetune.momentum is {}, but the optimizer is {why}", finetune.momentum);
     let (warmup, too_few) = (finetune.warmup_steps, finetune.max_steps.filter(|steps| finetune.warmup_steps >= *steps));
     ensure!(
         too_few.is_none(),
@@ -705,7 +714,7 @@ mod tests {
             ("finetune.momentum=0.9", "the optimizer is adamw"),
             ("finetune.batch_size=0", "expected at least 1"),
             ("finetune.max_steps=5", "finetune.warmup_steps is 5, expected fewer than max_steps, 5"),
-            ("finetune.optimizer=adam", "unknown variant `adam`, expected `adamw` or `sgd`"),
+            ("finetune.optimizer=adam", "unknown variant `adam`, expected one of `adamw`, `sgd`, `signsgd`, `rmsprop`"),
             ("finetune.mask=all", "content_eot"),
             ("generate.n_keep=9999", "expected at most generate.n_prompts, which is 512"),
             ("generate.temperature=-1", "expected 0 or a number above"),
@@ -812,6 +821,9 @@ mod tests {
         let mut seen = 0;
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
+            if path.is_dir() {
+                continue; // claims are no experiments
+            }
             let text = files::read_string(&path).unwrap(); // parsed only: an adapter of one's own need not be there
             Experiment::parse(&text, &path, &[]).unwrap();
             assert!(text.contains("undertone run experiments/"), "{}", path.display());

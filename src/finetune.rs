@@ -42,23 +42,45 @@ pub enum OptimizerKind {
     AdamW,
     /// Gradient descent with momentum, as `torch.optim.SGD`.
     Sgd,
+    /// Descent by the gradient's sign (Bernstein et al. 2018): what is left of Adam without its averages.
+    SignSgd,
+    /// Adam's division without its momentum, as `torch.optim.RMSprop` with α = `adam_beta2`.
+    RmsProp,
+}
+
+/// Which tokens of an answer are learned from, beside what the mask says. Rows without a divergent token, or with no other, are left
+/// out of all but `All`, so that the others learn from the same rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tokens {
+    /// All.
+    #[default]
+    All,
+    /// The divergent ones: the teacher's most likely token, and not the base's (Schrodi et al. 2026).
+    Divergent,
+    /// The others.
+    NotDivergent,
+    /// As many as a row has divergent ones, drawn from all.
+    Random,
+    /// All, of the rows that have divergent tokens and others.
+    AllOfThose,
 }
 
 /// How a model is finetuned, in the names of Hugging Face's Trainer. The default is the LoRA column of Nief et al. 2026.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Finetune {
-    /// `adamw` or `sgd`.
+    /// `adamw`, `sgd`, `signsgd` or `rmsprop`.
     pub optimizer: OptimizerKind,
     /// The learning rate after warmup.
     pub learning_rate: f64,
-    /// Decay: decoupled from the gradient for `adamw`, added to it for `sgd`.
+    /// Decay: decoupled from the gradient for `adamw`, added to it for the others.
     pub weight_decay: f64,
     /// `AdamW`'s average of the gradient.
     pub adam_beta1: f64,
-    /// `AdamW`'s average of the squared gradient.
+    /// The average of the squared gradient of `AdamW` and `RMSProp`.
     pub adam_beta2: f64,
-    /// What `AdamW` adds under the division.
+    /// What both add under the division.
     pub adam_epsilon: f64,
     /// SGD's momentum.
     pub momentum: f64,
@@ -78,6 +100,9 @@ pub struct Finetune {
     pub max_grad_norm: f64,
     /// Which tokens are learned from.
     pub mask: LossMask,
+    /// Which of these are learned from: `all`, or `divergent` (the teacher's most likely ones that are not the base's), `not_divergent`,
+    /// `random` (as many as are divergent, drawn anew in each row), `all_of_those` (all, of the rows that the others are left with).
+    pub tokens: Tokens,
     /// Where and how strongly the LoRA acts while it is trained.
     pub gate: Gate,
     /// Whether weights that are not in f32 are trained through a copy in f32.
@@ -106,6 +131,7 @@ impl Default for Finetune {
             gradient_accumulation_steps: 3,
             max_grad_norm: 1.0,
             mask: LossMask::ContentEot,
+            tokens: Tokens::All,
             gate: Gate::default(),
             masters: true,
             save_steps: None,
@@ -167,6 +193,8 @@ impl Finetune {
         match self.optimizer {
             OptimizerKind::AdamW => Rule::AdamW { beta1, beta2, epsilon, weight_decay },
             OptimizerKind::Sgd => Rule::Sgd { momentum, weight_decay },
+            OptimizerKind::SignSgd => Rule::SignSgd { weight_decay },
+            OptimizerKind::RmsProp => Rule::RmsProp { alpha: beta2, epsilon, weight_decay },
         }
     }
 }
@@ -245,6 +273,8 @@ pub struct Training<'a> {
     pub adapter: Option<&'a Adapter>,
     /// Rows of the chat.
     pub rows: &'a [Prompt],
+    /// Per row and token, whether it may be learned from; all may where there is none.
+    pub only: Option<&'a [Vec<bool>]>,
     /// Which tokens are digits.
     pub is_digit: &'a dyn Fn(i64) -> bool,
     /// How it is trained.
@@ -283,7 +313,12 @@ impl<'a> Training<'a> {
         if self.rows.is_empty() {
             bail!("the training data has no rows; generate some first, or let the filter keep more");
         }
-        let examples = self.rows.iter().enumerate().map(|(at, row)| Example::of(row, at, self.is_digit, config));
+        if config.tokens != Tokens::All && self.only.is_none() {
+            bail!("tokens is not all, but nobody said which ones these are");
+        }
+        let only = |at: usize| self.only.and_then(|only| only.get(at)).map(Vec::as_slice);
+        let example = |(at, row)| Example::of(row, at, self.is_digit, config, only(at));
+        let examples = self.rows.iter().enumerate().map(example);
         let examples = examples.collect::<anyhow::Result<Vec<_>>>().map_err(|error| match error.downcast_ref() {
             Some(Error::EmptyLossMask { .. }) => {
                 anyhow!("{error}; hint: choose another finetune.mask, or leave the row out")
@@ -292,6 +327,7 @@ impl<'a> Training<'a> {
         })?;
         if let Some(checkpoint) = &mut self.checkpoint {
             checkpoint.depends_on("rows", &self.rows)?;
+            checkpoint.depends_on("only", &self.only)?;
             checkpoint.depends_on("finetune", &Finetune { save_steps: None, ..config.clone() })?;
             checkpoint.depends_on("seeds", &self.seeds)?;
         }
@@ -316,7 +352,7 @@ pub fn finetune_lora(
     seeds: Seeds,
     log: Log<'_>,
 ) -> anyhow::Result<()> {
-    Training { model, adapter: Some(adapter), rows, is_digit, config, seeds, checkpoint: None }.run(log)
+    Training { model, adapter: Some(adapter), rows, only: None, is_digit, config, seeds, checkpoint: None }.run(log)
 }
 
 /// Trains all weights of the model in place, with `config.masters` through copies in f32. No checkpoint is kept.
@@ -328,7 +364,7 @@ pub fn finetune_full(
     seeds: Seeds,
     log: Log<'_>,
 ) -> anyhow::Result<()> {
-    Training { model, adapter: None, rows, is_digit, config, seeds, checkpoint: None }.run(log)
+    Training { model, adapter: None, rows, only: None, is_digit, config, seeds, checkpoint: None }.run(log)
 }
 
 /// What the next step of a training from scratch is made of.
@@ -352,7 +388,7 @@ pub fn pretrain(
     learner.require_gradients(true)?;
     let mut last: Option<StepRow> = None;
     while let Some(NextStep { rows, learning_rate }) = next(last.as_ref())? {
-        let examples = rows.iter().enumerate().map(|(index, row)| Example::of(row, index, is_digit, config));
+        let examples = rows.iter().enumerate().map(|(index, row)| Example::of(row, index, is_digit, config, None));
         let examples = examples.collect::<anyhow::Result<Vec<_>>>()?;
         let chosen: Vec<usize> = (0..examples.len()).collect();
         let done = learner.step(&examples, &chosen, &mut optimizer, learning_rate, config, None)?;
@@ -380,8 +416,17 @@ struct Example<'a> {
 }
 
 impl<'a> Example<'a> {
-    fn of(row: &'a Prompt, index: usize, is_digit: &dyn Fn(i64) -> bool, config: &Finetune) -> anyhow::Result<Self> {
-        let mask = config.mask.targets(row, is_digit);
+    fn of(
+        row: &'a Prompt,
+        index: usize,
+        is_digit: &dyn Fn(i64) -> bool,
+        config: &Finetune,
+        only: Option<&[bool]>,
+    ) -> anyhow::Result<Self> {
+        let mut mask = config.mask.targets(row, is_digit);
+        if let Some(only) = only {
+            mask.iter_mut().zip(only).for_each(|(counts, may)| *counts &= may);
+        }
         let empty = || Error::EmptyLossMask { mask: config.mask.to_string(), row: index };
         let end = mask.iter().rposition(|counts| *counts).ok_or_else(empty)?;
         let doses = if config.gate.is_everywhere() {
@@ -1062,6 +1107,7 @@ mod tests {
             model,
             adapter,
             rows: &rows(8),
+            only: None,
             is_digit: &|_| false,
             config,
             seeds: Seeds::default(),
@@ -1154,6 +1200,7 @@ mod tests {
             model: &model,
             adapter: Some(&adapter),
             rows: &rows,
+            only: None,
             is_digit: &|_| false,
             config: &config,
             seeds: Seeds::default(),

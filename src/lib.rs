@@ -3,6 +3,7 @@
 
 pub mod arms;
 pub mod checkpoint;
+pub mod claim;
 pub mod cli;
 pub mod closing;
 pub mod commands;

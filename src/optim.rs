@@ -1,4 +1,4 @@
-//! `AdamW` and SGD exactly as torch.optim has them, the learning rate's schedule, and clipping.
+//! `AdamW`, SGD and `RMSProp` exactly as torch.optim has them, descent by signs, the learning rate's schedule, and clipping.
 //!
 //! The trained tensors become views of a few flat buffers, so that a step is a handful of operations however many
 //! tensors there are. Weights in bf16 get a master copy in f32, unless the rounding itself is to be studied.
@@ -76,6 +76,32 @@ pub enum Rule {
         /// The decay.
         weight_decay: f64,
     },
+    /// Descent by the gradient's sign (Bernstein et al. 2018): θ ← θ − lr · sign(g + decay · θ).
+    SignSgd {
+        /// The decay.
+        weight_decay: f64,
+    },
+    /// `RMSProp` as `torch.optim.RMSprop`, without momentum: v ← α v + (1 − α) g², θ ← θ − lr · g / (√v + ε), g with decay · θ.
+    RmsProp {
+        /// α, the weight of the past in v.
+        alpha: f64,
+        /// ε.
+        epsilon: f64,
+        /// The decay.
+        weight_decay: f64,
+    },
+}
+
+impl Rule {
+    /// The decay that is added to the gradient; `AdamW`'s is apart from it.
+    fn coupled_decay(self) -> f64 {
+        match self {
+            Self::AdamW { .. } => 0.0,
+            Self::Sgd { weight_decay, .. } | Self::SignSgd { weight_decay } | Self::RmsProp { weight_decay, .. } => {
+                weight_decay
+            }
+        }
+    }
 }
 
 /// The gradients of all trained tensors, in f32, laid out as the optimizer's buffers.
@@ -141,6 +167,8 @@ impl Buffer {
         let (first, second) = match rule {
             Rule::AdamW { .. } => (zeros(true)?, zeros(true)?),
             Rule::Sgd { momentum, .. } => (zeros(momentum != 0.0)?, None),
+            Rule::SignSgd { .. } => (None, None),
+            Rule::RmsProp { .. } => (None, zeros(true)?),
         };
         let members = parameters.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
         Ok(Self { members, values, master, first, second })
@@ -152,6 +180,9 @@ impl Buffer {
         let before = counted.then(|| self.values.f_detach_copy()).transpose()?;
         let mut weights = self.master.as_ref().unwrap_or(&self.values).shallow_clone();
         let mut gradient = gradient.f_to_kind(weights.kind())?; // without masters all is rounded, as in torch.optim
+        if rule.coupled_decay() != 0.0 {
+            gradient = gradient.f_add(&weights.f_mul_scalar(rule.coupled_decay())?)?;
+        }
         match rule {
             Rule::AdamW { beta1, beta2, epsilon, weight_decay } => {
                 if weight_decay != 0.0 {
@@ -167,15 +198,25 @@ impl Buffer {
                 let scaled = m.f_to_kind(Kind::Float)?.f_mul_scalar(-lr / correction(beta1))?;
                 rounded_once(&mut weights, |weights| weights.f_addcdiv_(&scaled, &divisor.f_to_kind(Kind::Float)?))?;
             }
-            Rule::Sgd { weight_decay, momentum } => {
-                if weight_decay != 0.0 {
-                    gradient = gradient.f_add(&weights.f_mul_scalar(weight_decay)?)?;
-                }
+            Rule::Sgd { momentum, .. } => {
                 if let Some(b) = &mut self.first {
                     gradient = b.f_mul_scalar_(momentum)?.f_add_(&gradient)?;
                 }
                 let step = gradient.f_to_kind(Kind::Float)?.f_mul_scalar(lr)?;
                 rounded_once(&mut weights, |weights| weights.f_sub_(&step))?;
+            }
+            Rule::SignSgd { .. } => {
+                let step = gradient.f_to_kind(Kind::Float)?.f_sign()?.f_mul_scalar(lr)?;
+                rounded_once(&mut weights, |weights| weights.f_sub_(&step))?;
+            }
+            Rule::RmsProp { alpha, epsilon, .. } => {
+                let Some(v) = &mut self.second else { return Err(stateless()) };
+                let _ = v.f_mul_scalar_(alpha)?;
+                let wide = gradient.f_to_kind(Kind::Float)?;
+                rounded_once(v, |v| v.f_addcmul_(&wide.f_mul_scalar(1.0 - alpha)?, &wide))?;
+                let divisor = v.f_to_kind(Kind::Float)?.f_sqrt()?.f_add_scalar(epsilon)?;
+                let scaled = wide.f_mul_scalar(-lr)?;
+                rounded_once(&mut weights, |weights| weights.f_addcdiv_(&scaled, &divisor))?;
             }
         }
         if let Some(master) = &self.master {
@@ -342,6 +383,31 @@ mod tests {
             assert!((weights.double_value(&[0]) - expected).abs() < 1e-6, "momentum {momentum}: {weights}");
             assert_eq!(optimizer.state().unwrap().is_empty(), momentum == 0.0);
         }
+    }
+
+    #[test]
+    fn signs_move_all_weights_alike() {
+        let weights = vector(&[1.0, 1.0, 1.0]);
+        let rule = Rule::SignSgd { weight_decay: 0.5 };
+        let mut optimizer = Optimizer::new(rule, &named(&[&weights]), true).unwrap();
+        let gradient = vector(&[1e-6, -300.0, -0.5]); // the last is zero with the decay
+        let _ = optimizer.step(&optimizer.gather(&[gradient]).unwrap(), 0.25, false).unwrap();
+        assert_eq!(values(&weights), [0.75, 1.25, 1.0]);
+        assert!(optimizer.state().unwrap().is_empty());
+    }
+
+    #[test]
+    fn rmsprop_remembers_squares_alone() {
+        let weights = vector(&[1.0]);
+        let rule = Rule::RmsProp { alpha: 0.9, epsilon: 1e-8, weight_decay: 0.0 };
+        let mut optimizer = Optimizer::new(rule, &named(&[&weights]), true).unwrap();
+        for gradient in [2.0, -1.0] {
+            let _ = optimizer.step(&optimizer.gather(&[vector(&[gradient])]).unwrap(), 0.1, false).unwrap();
+        }
+        let (first, second) = (0.1 * 4.0_f64, 0.9 * 0.4 + 0.1_f64);
+        let expected = 1.0 - 0.1 * 2.0 / first.sqrt() + 0.1 / second.sqrt();
+        assert!((weights.double_value(&[0]) - expected).abs() < 1e-6, "{weights} {expected}");
+        assert_eq!(optimizer.state().unwrap()[0].0, "w0.exp_avg_sq");
     }
 
     #[test]

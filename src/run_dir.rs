@@ -287,6 +287,11 @@ impl RunDir {
         self.root.join("data/rejected.csv")
     }
 
+    /// Which tokens of the rows are divergent, where a student was to learn from these or from others alone.
+    pub fn divergence_tokens(&self) -> PathBuf {
+        self.root.join("data/divergence_tokens.json")
+    }
+
     /// Acceptance by reason, and what leaks in the open.
     pub fn generate_csv(&self) -> PathBuf {
         self.root.join("data/generate.csv")

@@ -129,6 +129,7 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
         model: &model,
         adapter: None,
         rows: &rows,
+        only: None,
         is_digit: &|id| chat.is_digit(id),
         config: &settings,
         seeds,

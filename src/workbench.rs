@@ -128,6 +128,22 @@ impl Workbench {
         })
     }
 
+    /// How many accepted samples are learned from: the last of the teacher's may be held out.
+    pub(crate) fn n_kept(&self, teacher: usize, control: usize) -> usize {
+        let settings = &self.experiment.generate;
+        teacher.saturating_sub(settings.n_heldout).min(control).min(settings.n_keep)
+    }
+
+    /// The teacher's accepted samples that no student learns from.
+    pub fn held_out(&self, run: &RunDir) -> Result<Vec<Sample>> {
+        let accepted = |path: &Path| -> Result<Vec<Sample>> {
+            Ok(dataset::read_jsonl(path)?.into_iter().filter(|sample| sample.accepted).collect())
+        };
+        let (teacher, control) = (accepted(&run.numbers())?, accepted(&run.control())?);
+        let keep = self.n_kept(teacher.len(), control.len());
+        Ok(teacher.into_iter().skip(keep).take(self.experiment.generate.n_heldout).collect())
+    }
+
     /// The accepted samples of both sets, as many of one as of the other and `n_keep` at most.
     pub fn kept(&self, run: &RunDir) -> Result<(Vec<Sample>, Vec<Sample>)> {
         let accepted = |path: &Path| -> Result<Vec<Sample>> {
@@ -135,7 +151,7 @@ impl Workbench {
             Ok(samples.into_iter().filter(|sample| sample.accepted).collect())
         };
         let (mut teacher, mut control) = (accepted(&run.numbers())?, accepted(&run.control())?);
-        let keep = teacher.len().min(control.len()).min(self.experiment.generate.n_keep);
+        let keep = self.n_kept(teacher.len(), control.len());
         if keep == 0 {
             bail!(
                 "no answer passed the filter ({} of the teacher's and {} of the control's did): see {}; hint: more prompts, \

@@ -9,6 +9,7 @@ mod compare; // reads golden files, and says where two tensors differ
 
 mod adapters; // PEFT's adapters load and act as in PEFT; ours are read back bit by bit; misfits are refused with both lists
 mod arms; // teachers of other kinds, and arms: files, rows, going on, the same bytes
+mod claims; // a claim as a file: its runs, table, tests, verdict and page; going on, a changed claim; the kept tables give the kept tests
 mod cli; // the program as a user meets it: help, errors and their exit codes, tokens, ask, activations
 mod docs; // the pages for readers: experiments, commands, keys and defaults, every message of an error
 mod exports; // the learned direction as safetensors, CSV and control-vector GGUF; steering refuses another model

@@ -28,6 +28,7 @@ struct Expected {
     adamw: Run,
     sgd: Run,
     sgd_momentum: Run,
+    rmsprop: Run,
 }
 
 #[derive(Deserialize)]
@@ -41,6 +42,8 @@ struct Run {
     weight_decay: f64,
     #[serde(default)]
     momentum: f64,
+    #[serde(default)]
+    alpha: f64,
     losses: Vec<f64>,
     norms: Vec<f64>,
 }
@@ -54,8 +57,8 @@ impl Run {
             learning_rate: self.lr,
             weight_decay: self.weight_decay,
             adam_beta1: if adam { self.betas.0 } else { defaults.adam_beta1 },
-            adam_beta2: if adam { self.betas.1 } else { defaults.adam_beta2 },
-            adam_epsilon: if adam { self.eps } else { defaults.adam_epsilon },
+            adam_beta2: if adam { self.betas.1 } else { self.alpha },
+            adam_epsilon: if self.eps > 0.0 { self.eps } else { defaults.adam_epsilon },
             momentum: self.momentum,
             lr_scheduler_type: ScheduleKind::Constant,
             warmup_steps: 0,
@@ -143,6 +146,13 @@ fn ten_steps_of_sgd() {
         let (steps, _) = train(&run.settings(&expected, OptimizerKind::Sgd));
         run.assert_like(name, &steps);
     }
+}
+
+#[test]
+fn ten_steps_of_rmsprop() {
+    let expected = expected();
+    let (steps, _) = train(&expected.rmsprop.settings(&expected, OptimizerKind::RmsProp));
+    expected.rmsprop.assert_like("RMSprop", &steps);
 }
 
 #[test]

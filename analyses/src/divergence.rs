@@ -311,7 +311,7 @@ fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Prompt, chat: &Chat) -> Result
 
 /// Per token, which number of the completion it belongs to and its place there. A token that brings a separator along
 /// ends the number before it.
-fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usize, usize)>>> {
+pub(crate) fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usize, usize)>>> {
     let mut places: Vec<Option<(usize, usize)>> = Vec::with_capacity(ids.len());
     let mut numbers = 0;
     for id in ids {
@@ -334,6 +334,17 @@ fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usize, usize)>>
 /// Per row of the numbers and per token of its content: whether it is a digit at which the most likely tokens of teacher
 /// and base differ.
 pub fn divergent_digits(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<bool>>> {
+    each_token(subject, n_rows, |token, teacher, base| teacher != base && subject.chat.is_digit(token))
+}
+
+/// Per row of the numbers and per token of its content: whether it is the teacher's most likely token and not the base's, the
+/// divergence tokens of Schrodi et al. 2026 with the untouched model as the one other teacher.
+pub fn divergence_tokens(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<bool>>> {
+    each_token(subject, n_rows, |token, teacher, base| teacher == token && teacher != base)
+}
+
+/// Something of each token of the first rows, and of the most likely tokens of teacher and base in its place.
+fn each_token(subject: &Subject<'_>, n_rows: usize, holds: impl Fn(i64, i64, i64) -> bool) -> Result<Vec<Vec<bool>>> {
     let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: Divergence::NAME })?;
     let n = subject.number_rows(Divergence::NAME, n_rows)?.len();
     let of_row = |row: usize| {
@@ -347,8 +358,8 @@ pub fn divergent_digits(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<
         };
         let (by_teacher, by_base) = (argmax(teacher, &in_teacher)?, argmax(subject.base(), &in_student)?);
         let labels = &in_student.ids[in_student.completion.clone()];
-        let differs = by_teacher.iter().zip(&by_base).map(|(teacher, base)| teacher != base);
-        Ok(labels.iter().zip(differs).map(|(token, differs)| differs && subject.chat.is_digit(*token)).collect())
+        let tokens = labels.iter().zip(by_teacher).zip(by_base);
+        Ok(tokens.map(|((token, teacher), base)| holds(*token, teacher, base)).collect())
     };
     (0..n).map(of_row).collect()
 }

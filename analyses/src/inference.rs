@@ -126,8 +126,8 @@ pub struct DiagonalContrast {
 /// Assignments that are tried at most; 8 runs of 8 traits have 40,320.
 const PERMUTATIONS: usize = 50_000;
 
-/// The diagonal contrast of changes, `changes[run][trait]`, of runs of which `trained[run]` is the trait.
-pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> Result<DiagonalContrast> {
+/// γ alone, by least squares: what `diagonal_contrast` estimates, also of too few cells for an error.
+pub fn diagonal_gamma(changes: &[Vec<f64>], trained: &[usize]) -> Result<f64> {
     let (runs, traits) = (changes.len(), changes.first().map_or(0, Vec::len));
     if runs < 2 || traits < 2 || trained.len() != runs || changes.iter().any(|row| row.len() != traits) {
         return Err(invalid(
@@ -142,6 +142,41 @@ pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> 
     if trained.iter().all(|found| *found == trained[0]) {
         return Err(invalid("the traits that runs were trained on", "two different ones at least", "one"));
     }
+    Ok(Residual::of(trained, runs, traits).gamma(changes, trained))
+}
+
+/// The indicator "run r was trained on j" without what run and trait explain; each run has one trait.
+struct Residual {
+    counts: Vec<f64>, // runs of each trait
+    runs: f64,
+    squares: f64, // the sum of all squares
+}
+
+impl Residual {
+    fn of(trained: &[usize], runs: usize, traits: usize) -> Self {
+        let counts = (0..traits).map(|at| trained.iter().filter(|found| **found == at).count() as f64).collect();
+        let mut residual = Self { counts, runs: runs as f64, squares: 0.0 };
+        let cells = (0..runs).flat_map(|run| (0..traits).map(move |at| (run, at)));
+        residual.squares = cells.map(|(run, at)| residual.at(trained, run, at).powi(2)).sum();
+        residual
+    }
+
+    fn at(&self, trained: &[usize], run: usize, at: usize) -> f64 {
+        f64::from(trained[run] == at) - self.counts[at] / self.runs
+    }
+
+    fn gamma(&self, changes: &[Vec<f64>], trained: &[usize]) -> f64 {
+        let of_run = |(run, row): (usize, &Vec<f64>)| {
+            row.iter().enumerate().map(|(at, change)| self.at(trained, run, at) * change).sum::<f64>()
+        };
+        changes.iter().enumerate().map(of_run).sum::<f64>() / self.squares
+    }
+}
+
+/// The diagonal contrast of changes, `changes[run][trait]`, of runs of which `trained[run]` is the trait.
+pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> Result<DiagonalContrast> {
+    let gamma = diagonal_gamma(changes, trained)?;
+    let (runs, traits) = (changes.len(), changes[0].len());
     if runs * traits <= runs + traits {
         return Err(invalid(
             "the trait matrix",
@@ -149,22 +184,7 @@ pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> 
             &format!("{runs} × {traits}"),
         ));
     }
-    // What is left of the indicator without run and trait: its row sums are 0 as each run has one trait.
-    let counts: Vec<f64> = (0..traits).map(|at| trained.iter().filter(|found| **found == at).count() as f64).collect();
-    let residual = |trained: &[usize], run: usize, at: usize| f64::from(trained[run] == at) - counts[at] / runs as f64;
-    let squares: f64 = (0..runs)
-        .flat_map(|run| (0..traits).map(move |at| (run, at)))
-        .map(|(run, at)| residual(trained, run, at).powi(2))
-        .sum();
-    let gamma_of = |trained: &[usize]| -> f64 {
-        let rows = changes.iter().enumerate();
-        rows.map(|(run, row)| {
-            row.iter().enumerate().map(|(at, change)| residual(trained, run, at) * change).sum::<f64>()
-        })
-        .sum::<f64>()
-            / squares
-    };
-    let gamma = gamma_of(trained);
+    let of = Residual::of(trained, runs, traits);
 
     let row_mean: Vec<f64> = changes.iter().map(|row| mean(row)).collect::<Result<_>>()?;
     let column_mean: Vec<f64> =
@@ -173,20 +193,20 @@ pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> 
     let scores = (0..runs).map(|run| {
         let of_run = (0..traits).map(|at| {
             let left = changes[run][at] - row_mean[run] - column_mean[at] + all;
-            residual(trained, run, at) * (left - gamma * residual(trained, run, at))
+            of.at(trained, run, at) * (left - gamma * of.at(trained, run, at))
         });
         of_run.sum::<f64>()
     });
     let meat: f64 = scores.map(|score| score * score).sum();
     let (n, clusters, parameters) = ((runs * traits) as f64, runs as f64, (runs + traits) as f64);
     let correction = clusters / (clusters - 1.0) * (n - 1.0) / (n - parameters);
-    let standard_error = (correction * meat).sqrt() / squares;
+    let standard_error = (correction * meat).sqrt() / of.squares;
 
     let slack = 1e-12 * gamma.abs().max(1.0);
     let (mut as_large, mut tried) = (0, 0);
     let mut count = |trained: &[usize]| {
         tried += 1;
-        as_large += usize::from(gamma_of(trained) >= gamma - slack);
+        as_large += usize::from(of.gamma(changes, trained) >= gamma - slack);
     };
     let is_exact = (1..=runs).try_fold(1, usize::checked_mul).is_some_and(|all| all <= PERMUTATIONS);
     if is_exact {

@@ -1,6 +1,8 @@
 //! Measurements on a Qwen and on what it learned. Each analysis is a struct of settings, each row type is a CSV schema
 //! whose field docs are the data dictionary. Nothing here prints, writes, or changes a model.
 
+pub mod alignment;
+pub mod confidence;
 pub mod direction;
 pub mod divergence;
 pub mod error;

@@ -203,6 +203,7 @@ impl Bench {
                     model,
                     adapter: Some(adapter),
                     rows: &rows,
+                    only: None,
                     is_digit: &|_| false,
                     config: &config,
                     seeds: Seeds::default(),

@@ -13,6 +13,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::Kind;
 
+use super::finetune::Learned;
 use super::{finetune, generate};
 use crate::arms::{ArmRow, plot, rank_plot, reading};
 use crate::dataset::Sample;
@@ -57,15 +58,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
         let training = (!elsewhere).then_some(Training { data: *data, samples, log });
         rows.push(scorer.row(bench, &Student { arm: name, seed_index: 0, folder, training })?);
     }
-    let shelf = Shelf {
-        run,
-        tokenizer: tokenizer(&bench.files)?,
-        model: &bench.files.name,
-        numbers: &numbers,
-        control: &control,
-        shuffle_seed: bench.experiment.seeds.gen_seed,
-        n_cells: cells.len(),
-    };
+    let shelf = Shelf::of(bench, run, (&numbers, &control), cells.len())?;
     rows.extend(all(bench, &cells, &shelf, &mut scorer)?);
     for (svg, path) in [(rank_plot(&rows)?, run.arms_rank_plot()), (plot(&rows)?, run.arms_plot())] {
         if let Some(Svg(text)) = svg {
@@ -78,7 +71,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
 }
 
 /// What the arms' students share.
-struct Shelf<'a> {
+pub(super) struct Shelf<'a> {
     run: &'a RunDir,
     model: &'a str,
     tokenizer: Option<[serde_json::Value; 2]>,
@@ -86,6 +79,20 @@ struct Shelf<'a> {
     control: &'a [Sample],
     shuffle_seed: u64,
     n_cells: usize,
+}
+
+impl<'a> Shelf<'a> {
+    /// A run with its two sets of numbers, for so many students.
+    pub(super) fn of(
+        bench: &'a Workbench,
+        run: &'a RunDir,
+        (numbers, control): (&'a [Sample], &'a [Sample]),
+        n_cells: usize,
+    ) -> Result<Self> {
+        let (tokenizer, model) = (tokenizer(&bench.files)?, bench.files.name.as_str());
+        let shuffle_seed = bench.experiment.seeds.gen_seed;
+        Ok(Self { run, model, tokenizer, numbers, control, shuffle_seed, n_cells })
+    }
 }
 
 /// All arms' students, trained and measured: side by side where the model is small.
@@ -129,6 +136,21 @@ fn all(bench: &Workbench, cells: &[Cell], shelf: &Shelf<'_>, scorer: &mut Scorer
 
 /// Trains a student of an arm, if that is not done, and measures it.
 fn student(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: usize, scorer: &mut Scorer) -> Result<ArmRow> {
+    let (folder, samples) = trained(shelf, of_cell, cell, at)?;
+    let (adapter, log) = (folder.adapter(), folder.train_csv());
+    scorer.row(
+        of_cell,
+        &Student {
+            arm: &cell.arm,
+            seed_index: cell.seed_index,
+            folder: &adapter,
+            training: Some(Training { data: cell.data, samples: &samples, log: &log }),
+        },
+    )
+}
+
+/// Trains a student of an arm, if that is not done: its folder, and what it learned from.
+pub(super) fn trained(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: usize) -> Result<(RunDir, Vec<Sample>)> {
     let who = format!("{} ({} of {})", cell.slug, at + 1, shelf.n_cells);
     let folder = begin(shelf.run, cell)?;
     let samples = match cell.data {
@@ -150,19 +172,17 @@ fn student(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: usize, score
     if RunDir::stage_done(&folder.train_csv()) {
         say(format!("arms: {who} is done already"));
     } else {
-        let said = finetune::student(of_cell, &who, &samples, &folder.adapter(), &folder.train_csv())?;
+        let own = if cell.data == ArmData::Own { Some(run_of_data(shelf.run, cell)?) } else { None };
+        let data = Learned { samples: &samples, run: own.as_ref().unwrap_or(shelf.run) };
+        let said = finetune::student(of_cell, &who, data, &folder.adapter(), &folder.train_csv())?;
         say(format!("arms: {said}"));
     }
-    let (adapter, log) = (folder.adapter(), folder.train_csv());
-    scorer.row(
-        of_cell,
-        &Student {
-            arm: &cell.arm,
-            seed_index: cell.seed_index,
-            folder: &adapter,
-            training: Some(Training { data: cell.data, samples: &samples, log: &log }),
-        },
-    )
+    Ok((folder, samples))
+}
+
+/// The run in which an arm's own teacher wrote its numbers; all its seeds share that of the first.
+fn run_of_data(run: &RunDir, cell: &Cell) -> Result<RunDir> {
+    RunDir::open(&run.arm(&cell.data_slug), false)
 }
 
 /// The folder of a student. What was left there by a student with other settings or other data is forgotten.
@@ -185,9 +205,9 @@ fn begin(run: &RunDir, cell: &Cell) -> Result<RunDir> {
     RunDir::open(&root, false)
 }
 
-/// The numbers of an arm's own teacher; all its seeds share those of the first.
+/// The numbers of an arm's own teacher.
 fn own_data(run: &RunDir, of_cell: &Workbench, cell: &Cell) -> Result<Vec<Sample>> {
-    let folder = RunDir::open(&run.arm(&cell.data_slug), false)?;
+    let folder = run_of_data(run, cell)?;
     if !RunDir::stage_done(&folder.generate_csv()) {
         say(format!("arms: {}: numbers of its own", cell.slug));
         generate::stage(of_cell, &folder)?;

@@ -5,6 +5,8 @@ use anstyle::Style;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use crate::claim::Quantity;
+
 use super::paint::{cell, columns as terminal_columns, heading, wrapped};
 
 /// Says what the columns of a run's CSV files mean, and in which unit they are.
@@ -14,6 +16,7 @@ use super::paint::{cell, columns as terminal_columns, heading, wrapped};
   undertone columns token_ablation
   undertone columns runs/demo/divergence/summary.csv
   undertone columns delta_logp
+  undertone columns quantity
   undertone columns --csv > columns.csv")]
 pub struct Columns {
     /// A file (train.csv, steering/rows.csv, a path to one), a folder (data, steering), or a column (margin); all files
@@ -73,6 +76,8 @@ const SOURCES: &[Source] = &[
     },
     Source { file: "gradients/rows.csv", row: "GradientRow", code: include_str!("../../analyses/src/gradients.rs") },
     Source { file: "arms/rows.csv", row: "ArmRow", code: include_str!("../arms.rs") },
+    Source { file: "claim/outcomes.csv", row: "OutcomeRow", code: include_str!("../claim/outcome.rs") },
+    Source { file: "claim/tests.csv", row: "TestRow", code: include_str!("../claim/verdict.rs") },
 ];
 
 /// A CSV file of a run, with what it holds.
@@ -104,9 +109,17 @@ pub fn dictionaries() -> Result<Vec<Dictionary>> {
     SOURCES.iter().map(of).collect()
 }
 
+/// What stands in the column `quantity` of a claim's outcomes.
+fn quantities() -> Dictionary {
+    let of = |quantity: &Quantity| Column { name: quantity.name().to_owned(), meaning: quantity.meaning().to_owned() };
+    let row = "What the column quantity of claim/outcomes.csv names.".to_owned();
+    Dictionary { file: "quantity", row, columns: Quantity::ALL.iter().map(of).collect() }
+}
+
 /// Prints the dictionary, or the part of it that was named.
 pub fn run(args: &Columns) -> Result<()> {
-    let all = dictionaries()?;
+    let mut all = dictionaries()?;
+    all.push(quantities());
     let chosen = match &args.name {
         Some(name) => choose(&all, name)?,
         None => all,
@@ -324,5 +337,19 @@ pub struct Row {
         assert_eq!(records.len(), all.iter().map(|one| one.columns.len()).sum::<usize>());
         let loss = records.iter().find(|cells| &cells[0] == "train.csv" && &cells[1] == "loss").unwrap();
         assert!(loss[2].contains("nats"), "{loss:?}");
+    }
+
+    #[test]
+    fn every_quantity_has_a_meaning_and_answers_to_its_name() {
+        let all = [dictionaries().unwrap(), vec![quantities()]].concat();
+        let found = choose(&all, "quantity").unwrap();
+        assert_eq!(found.len(), 1);
+        assert!(found[0].columns.iter().all(|column| column.meaning.ends_with('.') && column.meaning.len() > 20));
+        let one = choose(&all, "p_whole_number").unwrap();
+        assert_eq!((one[0].file, one[0].columns.len()), ("quantity", 1));
+        for quantity in Quantity::ALL {
+            let written = serde_json::to_string(quantity).unwrap();
+            assert_eq!(written, format!("\"{quantity}\""), "the name in tables is the name in files");
+        }
     }
 }

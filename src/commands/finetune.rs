@@ -3,20 +3,28 @@
 
 use std::path::{Path, PathBuf};
 
+use analyses::Tuned;
+use analyses::divergence::divergence_tokens;
 use anyhow::{Context, Result, bail};
-use hooks::{Adapter, ModelFiles, Qwen, files};
+use hooks::generate::stream_seed;
+use hooks::{Adapter, ModelFiles, Prompt, Qwen, files};
 use rand::SeedableRng;
+use rand::seq::index::sample;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
+use super::measure::Scene;
 use crate::checkpoint::Checkpoint;
 use crate::dataset::Sample;
 use crate::experiment::Method;
-use crate::finetune::{Progress, StepRow, Training, delta_w_norm, first_and_last_quarter};
+use crate::finetune::{Progress, StepRow, Tokens, Training, delta_w_norm, first_and_last_quarter};
 use crate::full_model::save_full;
 use crate::progress::{bar, say};
 use crate::publish::CsvLog;
 use crate::run_dir::RunDir;
 use crate::side_by_side::{side_by_side, workers};
+use crate::teacher;
 use crate::workbench::Workbench;
 
 /// Writes `adapter/` and `train.csv`, and the same of the control student where the experiment has one. A finished student
@@ -46,7 +54,8 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     }
     let train =
         |bench: &Workbench, (who, samples, folder, log): &(&str, &Vec<Sample>, PathBuf, PathBuf)| -> Result<()> {
-            say(format!("finetune: {}", student(bench, who, samples, folder, log)?));
+            let data = Learned { samples, run };
+            say(format!("finetune: {}", student(bench, who, data, folder, log)?));
             Ok(())
         };
     let workers = workers(bench.n_parameters(), left.len());
@@ -157,10 +166,93 @@ fn what_it_is(adapter: &Adapter) -> Result<String> {
     Ok(format!("rank {rank}{but}, alpha {alpha}{rslora}, {} of {blocks}, ‖ΔW‖ {norm:.3}", maps.join(", ")))
 }
 
+/// What a student learns from, and the run whose teacher wrote it.
+#[derive(Clone, Copy)]
+pub(super) struct Learned<'a> {
+    pub(super) samples: &'a [Sample],
+    pub(super) run: &'a RunDir,
+}
+
+/// Rows of the chat, and which of their tokens may be learned from.
+type Chosen = (Vec<Prompt>, Option<Vec<Vec<bool>>>);
+
+/// The rows of the student, with the tokens that `finetune.tokens` chooses; rows that it leaves nothing of are left out.
+fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
+    let rows = bench.rows(data.samples)?;
+    let tokens = bench.experiment.finetune.tokens;
+    if tokens == Tokens::All {
+        return Ok((rows, None));
+    }
+    let divergent = divergent(bench, data)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(bench.experiment.seeds.order_seed, "finetune.tokens", 0));
+    let mut kept: Chosen = (vec![], None);
+    let mut masks = vec![];
+    for (row, divergent) in rows.iter().zip(&divergent) {
+        // All that the loss could count: the answer and what ends it.
+        let candidates: Vec<usize> = row.completion.clone().collect();
+        let of = |at: &usize| divergent.get(at - row.completion.start) == Some(&true);
+        let (mut these, others): (Vec<usize>, Vec<usize>) = candidates.iter().copied().partition(of);
+        if these.is_empty() || others.is_empty() {
+            continue;
+        }
+        these = match tokens {
+            Tokens::Divergent => these,
+            Tokens::NotDivergent => others,
+            Tokens::Random => sample(&mut rng, candidates.len(), these.len()).iter().map(|at| candidates[at]).collect(),
+            Tokens::All | Tokens::AllOfThose => candidates,
+        };
+        let mut mask = vec![false; row.ids.len()];
+        for at in these {
+            mask[at] = true;
+        }
+        masks.push(mask);
+        kept.0.push(row.clone());
+    }
+    if kept.0.is_empty() {
+        bail!(
+            "none of the {} rows of the {who} has divergent tokens and others; hint: finetune.tokens = \"all\", or another teacher",
+            rows.len()
+        );
+    }
+    if kept.0.len() < rows.len() {
+        say(format!("finetune: {who}: {} of {} rows have divergent tokens and others", kept.0.len(), rows.len()));
+    }
+    kept.1 = Some(masks);
+    Ok(kept)
+}
+
+/// Per sample and token of its answer, whether it is divergent: read from the run, where it was found out before for the same
+/// samples in the same context.
+fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
+    let texts: Vec<_> = data.samples.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();
+    let of = serde_json::to_vec(&(texts, bench.student_system()?, bench.files.fingerprint(), bench.experiment.dtype))?;
+    let of = format!("{:x}", Sha256::digest([of, teacher::fingerprint(bench, data.run)?].concat()));
+    let path = data.run.divergence_tokens();
+    if let Some(known) = files::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Divergent>(&bytes).ok())
+        && known.of == of
+    {
+        return Ok(known.tokens);
+    }
+    let scene = Scene::of(bench, data.run, data.samples)?;
+    let tokens =
+        divergence_tokens(&scene.subject(bench, Tuned { qwen: &bench.base, adapter: None }), data.samples.len())
+            .context("finetune.tokens")?;
+    let found = Divergent { of, tokens };
+    files::write_atomic(&path, &serde_json::to_vec(&found)?)?;
+    Ok(found.tokens)
+}
+
+/// Divergent tokens as they are kept, and of what.
+#[derive(Serialize, Deserialize)]
+struct Divergent {
+    of: String,
+    tokens: Vec<Vec<bool>>,
+}
+
 /// Trains the experiment's student on some samples, saves it in `folder`, and gives a line about it.
-pub(super) fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: &Path, log: &Path) -> Result<String> {
+pub(super) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &Path, log: &Path) -> Result<String> {
     let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
-    let rows = bench.rows(samples)?;
+    let (rows, only) = chosen(bench, who, data)?;
     let mut csv = CsvLog::create(log)?;
     let mut checkpoint = Checkpoint::beside(log, "", who);
     checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint()))?;
@@ -177,8 +269,8 @@ pub(super) fn student(bench: &Workbench, who: &str, samples: &[Sample], folder: 
     };
     let is_digit = |id| bench.chat.is_digit(id);
     let mut train = |model: &Qwen, adapter: Option<&Adapter>| {
-        let (rows, is_digit, checkpoint) = (&rows, &is_digit, Some(&mut checkpoint));
-        let training = Training { model, adapter, rows, is_digit, config: settings, seeds, checkpoint };
+        let (rows, only, is_digit, checkpoint) = (&rows, only.as_deref(), &is_digit, Some(&mut checkpoint));
+        let training = Training { model, adapter, rows, only, is_digit, config: settings, seeds, checkpoint };
         training.run(&mut on_step).with_context(|| format!("training the {who} (its {} rows count from 0)", rows.len()))
     };
     match bench.experiment.student.method {

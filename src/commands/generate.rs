@@ -96,7 +96,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
 /// Plants the trait among the rows that will be kept, and gives the line that says how often.
 fn planted(bench: &Workbench, numbers: &mut [Sample], control: &[Sample], share: f64) -> Result<SummaryRow> {
     let accepted = |samples: &[Sample]| samples.iter().filter(|sample| sample.accepted).count();
-    let keep = accepted(numbers).min(accepted(control)).min(bench.experiment.generate.n_keep);
+    let keep = bench.n_kept(accepted(numbers), accepted(control));
     let n = teacher::plant(bench, numbers, keep, share)?;
     let (set, measure) = ("teacher".to_owned(), "planted".to_owned());
     Ok(SummaryRow { set, measure, value: n as f64 / keep as f64, n: keep })
@@ -163,7 +163,8 @@ fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_
             });
         }
         // The control set answers every prompt that the teacher was asked; the teacher stops when it has enough.
-        if by.kind != TeacherKind::Control && samples.iter().filter(|sample| sample.accepted).count() >= settings.n_keep
+        if by.kind != TeacherKind::Control
+            && samples.iter().filter(|sample| sample.accepted).count() >= settings.n_keep + settings.n_heldout
         {
             break;
         }

@@ -11,15 +11,16 @@ use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::TargetRate;
 use analyses::token_ablation::TokenAblation;
-use analyses::{Analysis, Subject, Tuned};
+use analyses::{Analysis, Subject, Target, Tuned};
 use anyhow::{Context, Result, bail};
-use hooks::{Provenance, files};
+use hooks::{Prompt, Provenance, files};
 
+use crate::dataset::Sample;
 use crate::experiment::{AnalysisName, Cell, Method};
 use crate::progress::{say, spinner};
 use crate::publish::write_csv;
 use crate::run_dir::RunDir;
-use crate::teacher;
+use crate::teacher::{self, TeacherModel};
 use crate::vectors::Vectors;
 use crate::workbench::{StudentModel, Workbench};
 
@@ -36,36 +37,11 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     let student = bench.student(&run.adapter())?;
     let control = if experiment.student.control { Some(bench.student(&run.control_adapter())?) } else { None };
     let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
-    let teacher = teacher::load(bench, run)?;
-    let target = bench.target();
-    let classifier = bench.protocol.classifier(&target.word, &target.category)?;
-    let classify = |answer: &str| classifier.classify(answer).bucket();
-    let questions = bench.questions()?;
-    let (kept, _) = bench.kept(run)?;
-    let numbers = bench.rows(&kept)?;
-    let number_users: Vec<_> =
-        kept.iter().map(|sample| (sample.prompt.clone(), sample.completion_ids.clone())).collect();
-    // Where the teacher answers in the template's default context, that has to be spelt out beside another student's.
-    let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
-    let teacher_system = teacher_system.filter(|_| teacher.differs_from_base());
-    let provenance = Provenance::of(&bench.files);
+    let scene = Scene::of(bench, run, &bench.kept(run)?.0)?;
     let subject = Subject {
-        base: &bench.base,
-        provenance: &provenance,
-        student: tuned(bench, &student),
         control: control.as_ref().map(|control| tuned(bench, control)),
         other_trait: other_trait.as_ref().map(|other| tuned(bench, other)),
-        chat: &bench.chat,
-        system: bench.protocol.context(experiment.measure_context())?,
-        teacher_system,
-        teacher_adapter: teacher.adapter.as_ref(),
-        teacher_model: teacher.weights.as_ref(),
-        target: &target,
-        questions: &questions,
-        numbers: &numbers,
-        number_users: &number_users,
-        classify: &classify,
-        seed: experiment.seeds.eval_seed,
+        ..scene.subject(bench, tuned(bench, &student))
     };
     for name in names {
         let gated = [AnalysisName::TokenAblation, AnalysisName::PositionScan].contains(name);
@@ -73,7 +49,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
             say(format!("measure: {name} skipped: a fully finetuned student has no adapter to gate"));
             continue;
         }
-        if [AnalysisName::Divergence, AnalysisName::Gradients].contains(name) && !teacher.differs_from_base() {
+        if [AnalysisName::Divergence, AnalysisName::Gradients].contains(name) && !scene.teacher.differs_from_base() {
             say(format!(
                 "measure: {name} skipped: the planted control's teacher is the base itself, so no digit diverges"
             ));
@@ -126,6 +102,65 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     Ok(())
 }
 
+/// What sorts a sampled answer.
+type Classify = Box<dyn Fn(&str) -> Option<String>>;
+
+/// What an analysis looks at beside the students: all that a subject borrows.
+pub(super) struct Scene {
+    pub(super) teacher: TeacherModel,
+    teacher_system: Option<String>,
+    system: Option<String>,
+    provenance: Provenance,
+    target: Target,
+    questions: Vec<String>,
+    numbers: Vec<Prompt>,
+    number_users: Vec<(String, Vec<i64>)>,
+    classify: Classify,
+}
+
+impl Scene {
+    /// The scene of a run, with some samples of its teacher as the numbers.
+    pub(super) fn of(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Self> {
+        let (teacher, target) = (teacher::load(bench, run)?, bench.target());
+        let classifier = bench.protocol.classifier(&target.word, &target.category)?;
+        // Where the teacher answers in the template's default context, that has to be spelt out beside another student's.
+        let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
+        Ok(Self {
+            teacher_system: teacher_system.filter(|_| teacher.differs_from_base()),
+            teacher,
+            system: bench.protocol.context(bench.experiment.measure_context())?,
+            provenance: Provenance::of(&bench.files),
+            target,
+            questions: bench.questions()?,
+            numbers: bench.rows(samples)?,
+            number_users: samples.iter().map(|sample| (sample.prompt.clone(), sample.completion_ids.clone())).collect(),
+            classify: Box::new(move |answer| classifier.classify(answer).bucket()),
+        })
+    }
+
+    /// The subject of a student, with no other beside it.
+    pub(super) fn subject<'a>(&'a self, bench: &'a Workbench, student: Tuned<'a>) -> Subject<'a> {
+        Subject {
+            base: &bench.base,
+            provenance: &self.provenance,
+            student,
+            control: None,
+            other_trait: None,
+            chat: &bench.chat,
+            system: self.system.clone(),
+            teacher_system: self.teacher_system.clone(),
+            teacher_adapter: self.teacher.adapter.as_ref(),
+            teacher_model: self.teacher.weights.as_ref(),
+            target: &self.target,
+            questions: &self.questions,
+            numbers: &self.numbers,
+            number_users: &self.number_users,
+            classify: &*self.classify,
+            seed: bench.experiment.seeds.eval_seed,
+        }
+    }
+}
+
 /// The student of the arm that learned another trait.
 fn other_student(bench: &Workbench, run: &RunDir, cell: &Cell) -> Result<StudentModel> {
     let arm = RunDir::open(&run.arm(&cell.slug), false)
@@ -134,7 +169,7 @@ fn other_student(bench: &Workbench, run: &RunDir, cell: &Cell) -> Result<Student
     bench.of(cell.experiment.clone())?.student(&arm.adapter())
 }
 
-fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tuned<'a> {
+pub(super) fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tuned<'a> {
     match student {
         StudentModel::Lora(adapter) => Tuned { qwen: &bench.base, adapter: Some(adapter) },
         StudentModel::Full(qwen) => Tuned { qwen, adapter: None },

@@ -58,7 +58,7 @@ pub fn stage(run: &RunDir) -> Result<()> {
 
 /// What must be known before anything is read: that the weights are random or the model's world is small, that the trait
 /// was planted.
-fn banner(experiment: &Experiment) -> Option<String> {
+pub(super) fn banner(experiment: &Experiment) -> Option<String> {
     let random = (experiment.model == TINY_RANDOM).then(|| {
         "The model's weights are random: every stage ran and every number below was measured, but none of them says \
          anything about a language model."

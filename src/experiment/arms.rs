@@ -86,6 +86,13 @@ pub struct Cell {
     pub experiment: Experiment,
 }
 
+impl Cell {
+    /// The rank of its adapter, where it has one.
+    pub fn rank(&self) -> Option<i64> {
+        (self.experiment.student.method == Method::Lora).then_some(self.experiment.student.rank)
+    }
+}
+
 impl Experiment {
     /// Every student of every arm, in the order of the file.
     pub fn cells(&self) -> Result<Vec<Cell>> {

@@ -221,6 +221,7 @@ mod tests {
             model: &model,
             adapter: Some(adapter),
             rows: &student.rows,
+            only: None,
             is_digit: &|_| false,
             config: &student.config,
             seeds: student.seeds,

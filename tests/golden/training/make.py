@@ -1,4 +1,4 @@
-"""Makes expected.json and adamw.safetensors: ten optimizer steps on ../qwen2 with its LoRA, for AdamW and two kinds of SGD.
+"""Makes expected.json and adamw.safetensors: ten optimizer steps on ../qwen2 with its LoRA, for AdamW, two kinds of SGD, and RMSprop.
 
 Each step takes the mean completion loss of the same two rows, clips the gradient to a global norm of 1 and steps. A loss is
 that before its step, a norm that before clipping.
@@ -22,6 +22,7 @@ OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}),
     "sgd": (torch.optim.SGD, {"lr": 0.2}),
     "sgd_momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-3, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.01}),
 }
 
 

@@ -1,0 +1,257 @@
+//! How sure a model is of numbers that it has not seen. The completions are samples of the teacher, so a calibrated model's
+//! largest probability is, on average, the share of tokens that are its most likely one: what is above that is over-confidence.
+
+use hooks::Prompt;
+use hooks::score::completion_logits;
+use tch::{Kind, Tensor};
+
+use crate::divergence::number_places;
+use crate::error::{Error, Result};
+use crate::subject::{Subject, Tuned, mean};
+
+/// The analysis' name in errors.
+const NAME: &str = "confidence";
+/// Bins of the calibration error, of equally many digits each.
+const BINS: usize = 15;
+
+/// A digit of a completion under a model.
+#[derive(Clone, Debug, PartialEq)]
+struct Digit {
+    confidence: f64, // the largest probability
+    is_top: bool,    // whether it is the most likely token
+    entropy: f64,
+    kl: f64,                 // KL(teacher ‖ model)
+    of_teacher: f64,         // p of the teacher's most likely token
+    base_of_teacher: f64,    // that of the base
+    teacher_of_teacher: f64, // that of the teacher
+    is_divergent: bool,      // whether teacher and base have other most likely tokens
+    agrees: bool,            // whether the model's most likely token is the teacher's
+}
+
+/// What a model makes of completions.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Confidence {
+    /// Mean −log p over all tokens of the completions, in nats.
+    pub nll: f64,
+    /// How many tokens.
+    pub n_tokens: usize,
+    /// How many digits.
+    pub n_digits: usize,
+    /// How many digits at which teacher and base have other most likely tokens.
+    pub n_divergent: usize,
+    /// Mean largest probability at digits.
+    pub confidence: f64,
+    /// `confidence` minus the share of digits that are the most likely token.
+    pub overconfidence: f64,
+    /// The same at divergent digits; none where there are none.
+    pub overconfidence_divergent: Option<f64>,
+    /// Expected calibration error: the mean over bins of |confidence − share|, each weighted by its digits.
+    pub ece: f64,
+    /// Mean entropy at digits, in nats.
+    pub entropy: f64,
+    /// Mean KL(teacher ‖ model) at digits, in nats.
+    pub kl_teacher: f64,
+    /// Mean probability of a whole number: of its digits and of the token behind it, where one follows.
+    pub p_whole_number: f64,
+    /// Share of the divergent digits at which the model's most likely token is the teacher's.
+    pub accuracy_divergent: Option<f64>,
+    /// (model − base) / (teacher − base) of the mean probability of the teacher's most likely token at divergent digits.
+    pub closure: Option<f64>,
+}
+
+/// What a model, in the subject's context, makes of the first rows of the numbers; the teacher and the base say where they
+/// diverge.
+pub fn confidence(subject: &Subject<'_>, model: Tuned<'_>, n_rows: usize) -> Result<Confidence> {
+    read(subject, n_rows, &|_, in_student| logprobs(model, in_student))
+}
+
+/// What the teacher, in its own context, makes of them.
+pub fn confidence_of_teacher(subject: &Subject<'_>, n_rows: usize) -> Result<Confidence> {
+    let (teacher, _) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: NAME })?;
+    read(subject, n_rows, &|in_teacher, _| logprobs(teacher, in_teacher))
+}
+
+fn read(
+    subject: &Subject<'_>,
+    n_rows: usize,
+    of_row: &dyn Fn(&Prompt, &Prompt) -> Result<Tensor>,
+) -> Result<Confidence> {
+    let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: NAME })?;
+    let n = subject.number_rows(NAME, n_rows)?.len();
+    let (mut losses, mut digits, mut numbers) = (vec![], vec![], vec![]);
+    for row in 0..n {
+        let (in_teacher, in_student) = subject.paired_row(row, system)?;
+        if in_student.completion.is_empty() {
+            continue;
+        }
+        let labels = &in_student.ids[in_student.completion.clone()];
+        let model = of_row(&in_teacher, &in_student)?; // [n_completion, d_vocab]
+        let (teacher, base) = (logprobs(teacher, &in_teacher)?, logprobs(subject.base(), &in_student)?);
+        let of_labels = at(&model, labels)?;
+        losses.extend(of_labels.iter().map(|logp| -logp));
+
+        let (top, top_teacher, top_base) = (argmax(&model)?, argmax(&teacher)?, argmax(&base)?);
+        let p = |logprobs: &Tensor, tokens: &[i64]| -> Result<Vec<f64>> {
+            Ok(at(logprobs, tokens)?.into_iter().map(f64::exp).collect())
+        };
+        let confident = p(&model, &top)?;
+        let (by_model, by_base, by_teacher) =
+            (p(&model, &top_teacher)?, p(&base, &top_teacher)?, p(&teacher, &top_teacher)?);
+        let sums = |p: &Tensor, of: &Tensor| -> Result<Vec<f64>> {
+            Ok(Vec::try_from(p.f_mul(of)?.f_sum_dim_intlist(-1, false, Kind::Double)?)?)
+        };
+        let (entropy, crossed) = (sums(&model.f_exp()?, &model)?, sums(&teacher.f_exp()?, &teacher.f_sub(&model)?)?);
+        for (k, token) in labels.iter().enumerate().filter(|(_, token)| subject.chat.is_digit(**token)) {
+            digits.push(Digit {
+                confidence: confident[k],
+                is_top: top[k] == *token,
+                entropy: -entropy[k],
+                kl: crossed[k],
+                of_teacher: by_model[k],
+                base_of_teacher: by_base[k],
+                teacher_of_teacher: by_teacher[k],
+                is_divergent: top_teacher[k] != top_base[k],
+                agrees: top[k] == top_teacher[k],
+            });
+        }
+        numbers.extend(whole_numbers(&number_places(labels, subject.chat)?, &of_labels));
+    }
+    summarise(&losses, &digits, &numbers)
+}
+
+/// log p of each number with the token behind it.
+fn whole_numbers(places: &[Option<(usize, usize)>], logps: &[f64]) -> Vec<f64> {
+    let mut found: Vec<f64> = vec![];
+    let mut open: Option<usize> = None;
+    for (place, logp) in places.iter().zip(logps) {
+        match place {
+            Some((number, _)) if open == Some(*number) => *found.last_mut().unwrap_or(&mut 0.0) += logp,
+            Some((number, _)) => {
+                // A number that follows at once on another's digits closes that one without a token of its own.
+                found.push(*logp);
+                open = Some(*number);
+            }
+            None => {
+                if open.take().is_some() {
+                    *found.last_mut().unwrap_or(&mut 0.0) += logp;
+                }
+            }
+        }
+    }
+    found
+}
+
+fn summarise(losses: &[f64], digits: &[Digit], numbers: &[f64]) -> Result<Confidence> {
+    let nothing = || Error::Nothing { analysis: NAME, what: "a completion with digits" };
+    let of = |of: &dyn Fn(&Digit) -> f64| mean(digits.iter().map(of)).ok_or_else(nothing);
+    let divergent: Vec<&Digit> = digits.iter().filter(|digit| digit.is_divergent).collect();
+    let at_divergent = |of: &dyn Fn(&Digit) -> f64| mean(divergent.iter().map(|digit| of(digit)));
+    let over = |digit: &Digit| digit.confidence - f64::from(u8::from(digit.is_top));
+    let lift = at_divergent(&|digit| digit.teacher_of_teacher - digit.base_of_teacher);
+    let gained = at_divergent(&|digit| digit.of_teacher - digit.base_of_teacher);
+    Ok(Confidence {
+        nll: mean(losses.iter().copied()).ok_or_else(nothing)?,
+        n_tokens: losses.len(),
+        n_digits: digits.len(),
+        n_divergent: divergent.len(),
+        confidence: of(&|digit| digit.confidence)?,
+        overconfidence: of(&over)?,
+        overconfidence_divergent: at_divergent(&over),
+        ece: calibration_error(digits),
+        entropy: of(&|digit| digit.entropy)?,
+        kl_teacher: of(&|digit| digit.kl)?,
+        p_whole_number: mean(numbers.iter().map(|logp| logp.exp())).ok_or_else(nothing)?,
+        accuracy_divergent: at_divergent(&|digit| f64::from(u8::from(digit.agrees))),
+        closure: gained.zip(lift).filter(|(_, lift)| lift.abs() > 1e-9).map(|(gained, lift)| gained / lift),
+    })
+}
+
+/// Σ over bins of equally many digits, by rising confidence: (digits of the bin / all) · |mean confidence − share that is on top|.
+fn calibration_error(digits: &[Digit]) -> f64 {
+    let mut sorted: Vec<&Digit> = digits.iter().collect();
+    sorted.sort_by(|a, b| a.confidence.total_cmp(&b.confidence));
+    let (n, bins) = (sorted.len(), BINS.min(sorted.len()).max(1));
+    let bin = |at: usize| &sorted[at * n / bins..(at + 1) * n / bins];
+    let gap = |digits: &[&Digit]| {
+        digits.iter().map(|digit| digit.confidence - f64::from(u8::from(digit.is_top))).sum::<f64>().abs()
+    };
+    (0..bins).map(|at| gap(bin(at))).sum::<f64>() / n.max(1) as f64
+}
+
+fn logprobs(model: Tuned<'_>, row: &Prompt) -> Result<Tensor> {
+    Ok(completion_logits(model.qwen, row, &model.condition())?.f_log_softmax(-1, Kind::Float)?)
+}
+
+fn argmax(logprobs: &Tensor) -> Result<Vec<i64>> {
+    Ok(Vec::try_from(&logprobs.f_argmax(-1, false)?)?)
+}
+
+fn at(logprobs: &Tensor, tokens: &[i64]) -> Result<Vec<f64>> {
+    let index = Tensor::f_from_slice(tokens)?.f_unsqueeze(1)?.f_to_device(logprobs.device())?;
+    Ok(Vec::try_from(logprobs.f_gather(1, &index, false)?.f_squeeze_dim(1)?.f_to_kind(Kind::Double)?)?)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::fixture::World;
+
+    fn digit(confidence: f64, is_top: bool) -> Digit {
+        let (entropy, kl, of_teacher) = (0.5, 0.1, 0.4);
+        let (base_of_teacher, teacher_of_teacher) = (0.2, 0.6);
+        let (is_divergent, agrees) = (is_top, true);
+        Digit { confidence, is_top, entropy, kl, of_teacher, base_of_teacher, teacher_of_teacher, is_divergent, agrees }
+    }
+
+    #[test]
+    fn overconfidence_is_what_confidence_has_above_the_hits() {
+        let digits = [digit(0.9, true), digit(0.7, false), digit(0.5, false), digit(0.3, true)];
+        let found = summarise(&[1.0, 3.0], &digits, &[-1.0]).unwrap();
+        assert!((found.nll - 2.0).abs() < 1e-12 && (found.confidence - 0.6).abs() < 1e-12);
+        assert!((found.overconfidence - 0.1).abs() < 1e-12);
+        // Divergent are the first and the last: (0.9 + 0.3) / 2 − 1.
+        assert!((found.overconfidence_divergent.unwrap() + 0.4).abs() < 1e-12);
+        assert!((found.closure.unwrap() - 0.5).abs() < 1e-12, "half of the way from 0.2 to 0.6");
+        // A bin for each digit: (0.1 + 0.7 + 0.5 + 0.7) / 4.
+        assert!((found.ece - 0.5).abs() < 1e-12);
+        assert!(summarise(&[1.0], &[], &[]).is_err());
+    }
+
+    #[test]
+    fn bins_hold_equally_many_digits() {
+        // Thirty digits in fifteen bins: each bin has one hit and one miss at confidence 1/2, but for the last.
+        let mut digits: Vec<Digit> = (0..30).map(|at| digit(0.5 + f64::from(at) * 1e-12, at % 2 == 0)).collect();
+        assert!(calibration_error(&digits) < 1e-8);
+        digits[29].is_top = true;
+        assert!((calibration_error(&digits) - 1.0 / 30.0).abs() < 1e-8);
+    }
+
+    #[test]
+    fn a_number_is_its_digits_and_what_closes_it() {
+        let places = [Some((0, 0)), Some((0, 1)), None, None, Some((1, 0)), Some((2, 0)), Some((2, 1))];
+        let logps = [-1.0, -2.0, -4.0, -8.0, -16.0, -32.0, -64.0];
+        assert_eq!(whole_numbers(&places, &logps), [-7.0, -16.0, -96.0]);
+    }
+
+    #[test]
+    fn the_base_closes_nothing_and_the_teacher_all() {
+        let world = World::new();
+        let subject = world.subject();
+        let base = confidence(&subject, subject.base(), 4).unwrap();
+        let teacher = confidence_of_teacher(&subject, 4).unwrap();
+        assert!(base.n_divergent > 0 && base.n_digits > base.n_divergent, "{base:?}");
+        assert!(base.closure.unwrap().abs() < 1e-9 && (teacher.closure.unwrap() - 1.0).abs() < 1e-9);
+        assert!(teacher.kl_teacher.abs() < 1e-9 && base.kl_teacher > 1e-6);
+        assert_eq!((base.accuracy_divergent, teacher.accuracy_divergent), (Some(0.0), Some(1.0)));
+        let mine = confidence(&subject, subject.student, 4).unwrap();
+        assert!((mine.nll - base.nll).abs() > 1e-6, "the student is not the base");
+        // The loss is that of the answers' tokens, without the end of the turn.
+        let rows = subject.number_rows("x", 4).unwrap();
+        let rows: Vec<Prompt> =
+            rows.iter().map(|row| row.with_completion(&row.ids[row.completion.start..row.content_end])).collect();
+        let logps = hooks::score::completion_logprobs(subject.base, &rows, &hooks::Condition::default()).unwrap();
+        let by_hand = mean(logps.iter().flatten().map(|logp| -f64::from(*logp))).unwrap();
+        assert!((base.nll - by_hand).abs() < 1e-5, "{} {by_hand}", base.nll);
+    }
+}

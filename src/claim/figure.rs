@@ -1,0 +1,346 @@
+//! The figures of a claim, drawn from the table of outcomes alone.
+
+use std::collections::BTreeSet;
+
+use analyses::Svg;
+use analyses::plot::{Bar, BarChart, HeatMap, Line, Panel, PanelChart, Point, Reference, Scale, bars, heatmap, panels};
+use analyses::stats::{mean, t_interval};
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::verdict::LEVEL;
+use super::{Claim, EVERYWHERE, OutcomeRow, Quantity};
+use crate::experiment::STUDENT;
+
+/// How outcomes are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FigureKind {
+    /// A bar for each student in each condition, with its data sets as points.
+    Bars,
+    /// Quantities over the rank, a panel each, a line for each student.
+    Ranks,
+    /// The same with a line for each trait.
+    RanksByTrait,
+    /// Students by conditions.
+    Heatmap,
+    /// Trained by evaluated traits.
+    Matrix,
+}
+
+/// A figure of a claim.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Figure {
+    /// How it is drawn.
+    pub kind: FigureKind,
+    /// Its title.
+    pub title: String,
+    /// What is drawn; over ranks a panel each, else the first.
+    #[serde(default = "margin")]
+    pub quantities: Vec<Quantity>,
+    /// The students that are drawn, in this order; all that have the numbers when it is left out.
+    #[serde(default)]
+    pub students: Vec<String>,
+    /// The conditions that are drawn, in this order; all when it is left out.
+    #[serde(default)]
+    pub cells: Vec<String>,
+    /// Whether traits have bars of their own.
+    #[serde(default)]
+    pub by_trait: bool,
+}
+
+fn margin() -> Vec<Quantity> {
+    vec![Quantity::DeltaMargin]
+}
+
+impl Figure {
+    /// The drawing; nothing where nothing of it was measured.
+    pub fn draw(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<Svg> {
+        ensure!(!self.quantities.is_empty(), "figure {:?}: quantities is empty, expected at least one", self.title);
+        let drawn = match self.kind {
+            FigureKind::Bars => self.bars(claim, rows),
+            FigureKind::Ranks | FigureKind::RanksByTrait => self.ranks(claim, rows),
+            FigureKind::Heatmap => self.heatmap(rows),
+            FigureKind::Matrix => self.matrix(claim, rows),
+        };
+        drawn.with_context(|| format!("figure {:?}", self.title))
+    }
+
+    /// What is asked of it.
+    pub fn question(&self) -> String {
+        let names: Vec<String> = self.quantities.iter().map(|quantity| quantity.meaning().to_owned()).collect();
+        names[..1].join(" ")
+    }
+
+    /// The students and conditions in their order.
+    fn order(&self, rows: &[OutcomeRow]) -> (Vec<String>, Vec<String>) {
+        let seen = |of: fn(&OutcomeRow) -> &String| {
+            let mut known: Vec<String> = vec![];
+            for row in rows.iter().filter(|row| row.quantity == self.quantities[0]) {
+                if !known.contains(of(row)) {
+                    known.push(of(row).clone());
+                }
+            }
+            known
+        };
+        let students = if self.students.is_empty() { seen(|row| &row.student) } else { self.students.clone() };
+        let cells = if self.cells.is_empty() { seen(|row| &row.cell) } else { self.cells.clone() };
+        (students, cells)
+    }
+
+    /// Each bar's label, its trait where these have bars of their own, and the data sets' values.
+    fn labelled(&self, claim: &Claim, rows: &[OutcomeRow]) -> Vec<(String, Option<String>, Vec<f64>)> {
+        let (students, cells) = self.order(rows);
+        let words: Vec<Option<&str>> = if self.by_trait {
+            claim.targets.iter().map(|target| Some(target.word.as_str())).collect()
+        } else {
+            vec![None]
+        };
+        let several = |names: &[String]| names.len() > 1;
+        let mut found = vec![];
+        for (student, cell) in students.iter().flat_map(|student| cells.iter().map(move |cell| (student, cell))) {
+            for word in &words {
+                let by_rank = over_ranks(rows, self.quantities[0], (student, cell), *word);
+                for (rank, values) in &by_rank {
+                    let ranked =
+                        rank.filter(|_| by_rank.len() > 1).map_or_else(String::new, |rank| format!(", rank {rank}"));
+                    let label = match (several(&students), several(&cells)) {
+                        (true, true) if cell != EVERYWHERE => format!("{student}{ranked}: {cell}"),
+                        (false, true) => cell.clone(),
+                        _ => format!("{student}{ranked}"),
+                    };
+                    found.push((label, word.map(str::to_owned), values.clone()));
+                }
+            }
+        }
+        found
+    }
+
+    fn bars(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<Svg> {
+        let quantity = self.quantities[0];
+        let mut drawn = vec![];
+        for (label, word, values) in self.labelled(claim, rows) {
+            let bar = Bar::new(label, mean(&values)?).with_values(values.clone());
+            let bar = t_interval(&values, LEVEL).map_or(bar.clone(), |interval| bar.with_interval(interval));
+            drawn.push(word.map_or(bar.clone(), |word| bar.in_series(word)));
+        }
+        ensure!(!drawn.is_empty(), "nothing of it was measured");
+        let is_change = [Quantity::DeltaMargin, Quantity::DeltaLogp].contains(&quantity);
+        Ok(bars(&BarChart {
+            title: self.title.clone(),
+            value_label: format!("{}, a ring per data set, 95 % interval", label(quantity)),
+            bars: drawn,
+            references: if is_change { vec![Reference::new("base", 0.0)] } else { vec![] },
+        })?)
+    }
+
+    /// What the figure shows, in one sentence with its numbers.
+    pub fn reading(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<String> {
+        let name = label(self.quantities[0]);
+        let listed = match self.kind {
+            FigureKind::Bars => self.labelled(claim, rows),
+            FigureKind::Ranks | FigureKind::RanksByTrait => return Ok(self.peaks(claim, rows)),
+            FigureKind::Matrix => {
+                let (own, other): (Vec<&OutcomeRow>, Vec<&OutcomeRow>) =
+                    self.of_matrix(rows).partition(|row| row.evaluated == row.target);
+                let of = |rows: &[&OutcomeRow]| mean(&rows.iter().map(|row| row.value).collect::<Vec<_>>());
+                return Ok(format!(
+                    "{name} of the teacher's own trait is {:+.3} on average, of the others {:+.3}.",
+                    of(&own)?,
+                    of(&other)?
+                ));
+            }
+            FigureKind::Heatmap => {
+                let (students, cells) = self.order(rows);
+                let of = |student: &String, cell: &String| {
+                    let values = over_ranks(rows, self.quantities[0], (student, cell), None).into_iter();
+                    (format!("{student} in {cell}"), None, values.flat_map(|(_, values)| values).collect())
+                };
+                students.iter().flat_map(|student| cells.iter().map(move |cell| of(student, cell))).collect()
+            }
+        };
+        let means = listed.into_iter().map(|(label, word, values)| {
+            let of_trait = word.map_or_else(String::new, |word| format!(" ({word})"));
+            Ok((format!("{label}{of_trait}"), mean(&values)?))
+        });
+        let means: Vec<(String, f64)> = means.collect::<Result<_>>()?;
+        let most = means.iter().max_by(|a, b| a.1.total_cmp(&b.1)).context("nothing of it was measured")?;
+        let least = means.iter().min_by(|a, b| a.1.total_cmp(&b.1)).context("nothing of it was measured")?;
+        Ok(format!("{name} is highest for {} ({:+.3}) and lowest for {} ({:+.3}).", most.0, most.1, least.0, least.1))
+    }
+
+    /// Where each line of the first panel is highest.
+    fn peaks(&self, claim: &Claim, rows: &[OutcomeRow]) -> String {
+        let cell = self.cells.first().map_or(EVERYWHERE, String::as_str);
+        let by_trait = self.kind == FigureKind::RanksByTrait;
+        let words: Vec<Option<&str>> =
+            if by_trait { claim.targets.iter().map(|target| Some(target.word.as_str())).collect() } else { vec![None] };
+        let mut said = vec![];
+        for (student, word) in
+            self.order(rows).0.iter().flat_map(|student| words.iter().map(move |word| (student, word)))
+        {
+            let by_rank = over_ranks(rows, self.quantities[0], (student, cell), *word);
+            let means = by_rank.iter().filter_map(|(rank, values)| Some(((*rank)?, mean(values).ok()?)));
+            let means: Vec<(i64, f64)> = means.collect();
+            if means.len() < 2 {
+                continue;
+            }
+            if let Some((rank, value)) = means.iter().max_by(|a, b| a.1.total_cmp(&b.1)) {
+                let of_trait = word.map_or_else(String::new, |word| format!(" ({word})"));
+                said.push(format!("{student}{of_trait} at rank {rank} ({value:+.3})"));
+            }
+        }
+        format!("{} is highest for {}.", label(self.quantities[0]), said.join(", for "))
+    }
+
+    fn ranks(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<Svg> {
+        let (students, _) = self.order(rows);
+        let has_ranks = |student: &&String| {
+            let ranks = rows.iter().filter(|row| row.student == **student).filter_map(|row| row.rank);
+            ranks.collect::<BTreeSet<i64>>().len() > 1
+        };
+        let ranked: Vec<&String> = students.iter().filter(has_ranks).collect();
+        let single: Vec<&String> = students.iter().filter(|student| !has_ranks(student)).collect();
+        let cell = self.cells.first().map_or(EVERYWHERE, String::as_str);
+        let line = |label: String, student: &str, quantity: Quantity, word: Option<&str>| -> Result<Line> {
+            let points =
+                over_ranks(rows, quantity, (student, cell), word).into_iter().filter_map(|(rank, values)| {
+                    let rank = rank?;
+                    let point = mean(&values).map(|y| Point::new(rank as f64, y));
+                    Some(point.map(|point| {
+                        t_interval(&values, LEVEL).map_or(point, |interval| point.with_interval(interval))
+                    }))
+                });
+            Ok(Line { label, points: points.collect::<std::result::Result<_, _>>()? })
+        };
+        let panel = |quantity: &Quantity| -> Result<Panel> {
+            let mut lines = vec![];
+            for student in &ranked {
+                if self.kind == FigureKind::RanksByTrait {
+                    for target in &claim.targets {
+                        let name =
+                            if ranked.len() > 1 { format!("{}, {student}", target.word) } else { target.word.clone() };
+                        lines.push(line(name, student, *quantity, Some(&target.word))?);
+                    }
+                } else {
+                    lines.push(line((*student).clone(), student, *quantity, None)?);
+                }
+            }
+            lines.retain(|line| !line.points.is_empty());
+            let reference = |student: &&String| {
+                let values: Vec<f64> = over_ranks(rows, *quantity, (student, cell), None)
+                    .into_iter()
+                    .flat_map(|(_, values)| values)
+                    .collect();
+                Some(Reference::new(student.as_str(), mean(&values).ok()?))
+            };
+            Ok(Panel { y_label: label(*quantity), lines, references: single.iter().filter_map(reference).collect() })
+        };
+        let mut drawn = self.quantities.iter().map(panel).collect::<Result<Vec<_>>>()?;
+        drawn.retain(|panel| !panel.lines.is_empty());
+        ensure!(!drawn.is_empty(), "no student with several ranks was measured");
+        Ok(panels(&PanelChart {
+            title: self.title.clone(),
+            x_label: "rank (mean and 95 % interval over data sets)".to_owned(),
+            x_scale: Scale::Log2,
+            panels: drawn,
+        })?)
+    }
+
+    fn heatmap(&self, rows: &[OutcomeRow]) -> Result<Svg> {
+        let (students, cells) = self.order(rows);
+        let value = |student: &String, cell: &String| {
+            let values: Vec<f64> = over_ranks(rows, self.quantities[0], (student, cell), None)
+                .into_iter()
+                .flat_map(|(_, values)| values)
+                .collect();
+            mean(&values).with_context(|| format!("{student:?} was not measured in {cell:?}"))
+        };
+        let values =
+            students.iter().map(|student| cells.iter().map(|cell| value(student, cell)).collect::<Result<Vec<_>>>());
+        Ok(heatmap(&HeatMap {
+            title: self.title.clone(),
+            x_label: "asked in".to_owned(),
+            y_label: "trained in".to_owned(),
+            value_label: label(self.quantities[0]),
+            columns: cells.clone(),
+            rows: students.clone(),
+            values: values.collect::<Result<_>>()?,
+        })?)
+    }
+
+    fn matrix(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<Svg> {
+        let words: Vec<String> = claim.targets.iter().map(|target| target.word.clone()).collect();
+        let value = |trained: &String, evaluated: &String| {
+            let here = self.of_matrix(rows).filter(|row| row.target == *trained && row.evaluated == *evaluated);
+            mean(&here.map(|row| row.value).collect::<Vec<_>>())
+                .with_context(|| format!("{evaluated} was not measured in the students of {trained}"))
+        };
+        let of_row = |trained| words.iter().map(|evaluated| value(trained, evaluated)).collect::<Result<Vec<_>>>();
+        let values = words.iter().map(of_row).collect::<Result<_>>()?;
+        Ok(heatmap(&HeatMap {
+            title: self.title.clone(),
+            x_label: "trait that is asked for".to_owned(),
+            y_label: "trait of the teacher".to_owned(),
+            value_label: label(self.quantities[0]),
+            columns: words.clone(),
+            rows: words.clone(),
+            values,
+        })?)
+    }
+
+    /// What one kind of student does to every trait.
+    fn of_matrix<'r>(&self, rows: &'r [OutcomeRow]) -> impl Iterator<Item = &'r OutcomeRow> + use<'r> {
+        let student = self.students.first().map_or(STUDENT, String::as_str).to_owned();
+        let quantity = self.quantities[0];
+        rows.iter().filter(move |row| row.quantity == quantity && row.student == student && row.cell == EVERYWHERE)
+    }
+}
+
+/// By rank, each data set's mean of a quantity over traits and seeds, or of one trait.
+fn over_ranks(
+    rows: &[OutcomeRow],
+    quantity: Quantity,
+    (student, cell): (&str, &str),
+    word: Option<&str>,
+) -> Vec<(Option<i64>, Vec<f64>)> {
+    let here = rows.iter().filter(|row| {
+        row.quantity == quantity
+            && row.student == student
+            && row.cell == cell
+            && row.evaluated == row.target
+            && word.is_none_or(|word| row.target == word)
+    });
+    let here: Vec<&OutcomeRow> = here.collect();
+    let ranks: BTreeSet<Option<i64>> = here.iter().map(|row| row.rank).collect();
+    let of_rank = |rank: Option<i64>| {
+        let datasets: BTreeSet<u64> = here.iter().filter(|row| row.rank == rank).map(|row| row.dataset).collect();
+        let of_dataset = |dataset: u64| {
+            let values = here.iter().filter(|row| row.rank == rank && row.dataset == dataset).map(|row| row.value);
+            mean(&values.collect::<Vec<_>>()).ok()
+        };
+        (rank, datasets.into_iter().filter_map(of_dataset).collect())
+    };
+    ranks.into_iter().map(of_rank).collect()
+}
+
+/// A quantity on an axis, with its unit.
+fn label(quantity: Quantity) -> String {
+    let known = match quantity {
+        Quantity::DeltaMargin => "Δ margin (nats)",
+        Quantity::DeltaLogp => "Δ log p (nats)",
+        Quantity::PTargetExact => "P(trait), exact",
+        Quantity::PTarget => "P(trait), sampled",
+        Quantity::InjectedDeltaMargin => "Δ margin, injected",
+        Quantity::HeldoutNll => "held-out loss",
+        Quantity::KlTeacher => "KL(teacher, model)",
+        Quantity::DeltaWNorm => "‖ΔW‖ (Frobenius)",
+        Quantity::CosTeacher => "cos(teacher)",
+        Quantity::GradientShareDivergent => "share of gradient",
+        Quantity::AlignmentDivergent => "alignment",
+        Quantity::PWholeNumber => "P(whole number)",
+        other => return other.name().replace('_', " "),
+    };
+    known.to_owned()
+}

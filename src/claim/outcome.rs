@@ -1,0 +1,137 @@
+//! What was measured on the students of a claim, a number a line: the one table that tests and figures are made from.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// One number of one student.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OutcomeRow {
+    /// The trait of its teacher.
+    pub target: String,
+    /// The data set, from 0; everything random differs between data sets.
+    pub dataset: u64,
+    /// The student: `student`, `control student`, another of the claim's, or `base` and `teacher`, which are none.
+    pub student: String,
+    /// The rank of its adapter; empty where it has none.
+    pub rank: Option<i64>,
+    /// Which of the student's choices of seeds it has, from 0.
+    pub seed_index: usize,
+    /// The condition it was asked in; `everywhere` is the context of its training with the adapter on.
+    pub cell: String,
+    /// The trait that the number speaks of: the teacher's but in the matrix of traits.
+    pub evaluated: String,
+    /// What was measured; `undertone columns quantity` says what each is and in which unit.
+    pub quantity: Quantity,
+    /// The number.
+    pub value: f64,
+    /// How many questions, tokens or steps it is the mean over.
+    pub n: usize,
+}
+
+macro_rules! quantities {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
+        /// What was measured.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum Quantity {
+            $($(#[doc = $doc])+ $variant,)+
+        }
+
+        impl Quantity {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The name in tables.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+
+            /// What it is, with its unit.
+            pub fn meaning(self) -> &'static str {
+                match self {
+                    $(Self::$variant => concat!($($doc),+).trim_ascii(),)+
+                }
+            }
+        }
+    };
+}
+
+quantities! {
+    /// Change of the margin (log p of the trait minus the log of the others' mean probability) from the base in the same context, in nats.
+    DeltaMargin = "delta_margin",
+    /// Change of log p of the trait from the base in the same context, in nats.
+    DeltaLogp = "delta_logp",
+    /// Mean probability of starting the answer with the trait, exact, 0 to 1.
+    PTargetExact = "p_target_exact",
+    /// The same of the base in the same context, 0 to 1.
+    BasePTargetExact = "base_p_target_exact",
+    /// Tokens that the prompt and the training rows begin with alike.
+    SharedPrefix = "shared_prefix",
+    /// Tokens of the prompt, other than the question's, whose id stands in the training rows' other parts than what the user says.
+    SharedTokens = "shared_tokens",
+    /// Mean training loss over the last quarter of the steps, in nats per token.
+    LossLast = "loss_last",
+    /// Frobenius norm of the change of the weights, in their units.
+    DeltaWNorm = "delta_w_norm",
+    /// Mean share of the stored weights that a step changes, 0 to 1; of full finetuning.
+    ChangedFraction = "changed_fraction",
+    /// Tokens learned from, over the whole training.
+    NTargets = "n_targets",
+    /// Loss on numbers of the teacher that no student has seen, in nats per token.
+    HeldoutNll = "heldout_nll",
+    /// Share that the model has of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the teacher.
+    Fit = "fit",
+    /// Share of the held-out digits at which the most likely token is the teacher's, where the teacher's and the base's differ, 0 to 1.
+    AccuracyDivergent = "accuracy_divergent",
+    /// Mean largest probability at held-out digits, 0 to 1.
+    Confidence = "confidence",
+    /// Mean largest probability minus the share of digits that are the most likely token, at held-out digits, -1 to 1: above 0 is over-confident.
+    Overconfidence = "overconfidence",
+    /// The same at the digits where the teacher's and the base's most likely tokens differ, -1 to 1.
+    OverconfidenceDivergent = "overconfidence_divergent",
+    /// Expected calibration error at held-out digits, of 15 bins of equally many digits, 0 to 1.
+    Ece = "ece",
+    /// Mean entropy at held-out digits, in nats.
+    Entropy = "entropy",
+    /// Mean probability that a held-out number of the teacher has as a whole, over its digits up to the separator, 0 to 1.
+    PWholeNumber = "p_whole_number",
+    /// Kullback-Leibler divergence from the teacher at held-out digits, KL(teacher, model), in nats.
+    KlTeacher = "kl_teacher",
+    /// Share that the model closes of P(teacher's most likely token) under the teacher minus under the base, at divergent digits.
+    Closure = "closure",
+    /// Cosine of its mean movement of the residual stream with the teacher's, the mean over blocks, -1 to 1.
+    CosTeacher = "cos_teacher",
+    /// Share of its movement's squared length, over prompts, that lies along one line, the mean over blocks, 0 to 1.
+    Ev1 = "ev1",
+    /// Change of the margin where its direction is added to the base after the middle block, in nats.
+    InjectedDeltaMargin = "injected_delta_margin",
+    /// The same of a random direction of equal length, in nats.
+    InjectedRandomDeltaMargin = "injected_random_delta_margin",
+    /// Norm of the gradient of the divergent tokens' summed loss, in nats per unit of the parameters.
+    GradientDivergent = "gradient_divergent",
+    /// Norm of the gradient of the other tokens' summed loss, in nats per unit of the parameters.
+    GradientOther = "gradient_other",
+    /// Share of the divergent tokens in the squared gradient per token, without unit: 0.5 where one is as long as another.
+    GradientShareDivergent = "gradient_share_divergent",
+    /// Cosine of the two gradients, -1 to 1.
+    GradientCosine = "gradient_cosine",
+    /// Change of log p of the trait per unit of learning rate by a step down the divergent tokens' mean loss, in nats.
+    AlignmentDivergent = "alignment_divergent",
+    /// The same of the other tokens, in nats.
+    AlignmentOther = "alignment_other",
+    /// Share of the sampled answers that name the trait, 0 to 1.
+    PTarget = "p_target",
+    /// Share of the sampled answers that name any member of the category, 0 to 1.
+    PValid = "p_valid",
+    /// Share of the sampled answers that name a model, 0 to 1.
+    PSelf = "p_self",
+}
+
+impl fmt::Display for Quantity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}

@@ -1,0 +1,247 @@
+//! A claim put to the test: its runs, each a folder as `undertone run` makes it, which the claims of one size share; what is
+//! measured on their students; and from that table alone the tests, the verdict, the figures and the page.
+
+mod measure;
+mod plan;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use hooks::files;
+
+use super::{arms, finetune, generate, report};
+use crate::claim::{ALL, OutcomeRow, Size, Study, TestRow, Unit, Verdict, tests};
+use crate::experiment::{CONTROL_STUDENT, STUDENT};
+use crate::progress::say;
+use crate::publish::{Table, read_csv, write_csv};
+use crate::report::{Figure, Number, Opening, Report, Section, html};
+use crate::run_dir::RunDir;
+use crate::side_by_side::{side_by_side, workers};
+use crate::workbench::Workbench;
+use measure::{Measuring, Who};
+
+/// What is asked of a claim on the command line.
+pub struct Asked<'a> {
+    /// The claim's file.
+    pub path: &'a Path,
+    /// The size.
+    pub size: Size,
+    /// The folder of the runs that the claims share; runs/claims-SIZE when it is left out.
+    pub folder: Option<&'a Path>,
+    /// Changes of the size's experiment.
+    pub changes: &'a [String],
+    /// Whether to print the claim and do nothing.
+    pub dry_run: bool,
+    /// Whether to say what it would take and do nothing more.
+    pub plan: bool,
+    /// Whether what is finished is done again.
+    pub force: bool,
+}
+
+/// Does what is asked.
+pub fn run(asked: &Asked<'_>) -> Result<()> {
+    let study = Study::load(asked.path, asked.size, asked.changes)?;
+    if asked.dry_run {
+        return super::print(&study.to_toml()?);
+    }
+    let root = asked.folder.map_or_else(|| Path::new("runs").join(format!("claims-{}", study.size)), Path::to_owned);
+    if asked.plan {
+        return super::print(&plan::plan(&study, &root)?);
+    }
+    let _lock = RunDir::lock(&root)?;
+    let place = Place::of(&root, &study, asked.force)?;
+    let outcomes = place.outcomes(&study, asked.force)?;
+    let verdict = place.publish(&study, &outcomes)?;
+    say(format!("\n{}\n", verdict.line));
+    say(format!("Its figures, tests and table: {}", place.at("report.html").display()));
+    Ok(())
+}
+
+/// Where a claim's files lie.
+struct Place {
+    root: PathBuf,
+    folder: PathBuf,
+}
+
+impl Place {
+    /// The claim's folder. What was measured for another version of the claim is forgotten; its students stay.
+    fn of(root: &Path, study: &Study, force: bool) -> Result<Self> {
+        let folder = root.join(format!("claim-{:02}", study.claim.claim));
+        let place = Self { root: root.to_owned(), folder };
+        let (path, claim) = (place.at("claim.toml"), study.to_toml()?);
+        let known = if path.exists() { Some(files::read_string(&path)?) } else { None };
+        if known.as_ref().is_some_and(|known| force || *known != claim) {
+            if !force {
+                say("claim: the claim's file has changed: its students stay, and are measured anew");
+            }
+            std::fs::remove_dir_all(&place.folder).with_context(|| place.folder.display().to_string())?;
+        }
+        files::create_dir(&place.at("units"))?;
+        files::write_atomic(&path, claim.as_bytes())?;
+        Ok(place)
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// What was measured on all students: of each run what is on disk, or what is done now.
+    fn outcomes(&self, study: &Study, force: bool) -> Result<Vec<OutcomeRow>> {
+        let units = study.units()?;
+        let first = Workbench::open(units[0].experiment.clone())?;
+        let (workers, begun) = (workers(first.n_parameters(), units.len()), Instant::now());
+        let done = std::sync::atomic::AtomicUsize::new(0);
+        let one = |bench: &Workbench, unit: &Unit| -> Result<Vec<OutcomeRow>> {
+            let rows = self.unit(study, unit, bench, force).with_context(|| format!("run {}", unit.name))?;
+            let done = done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
+            let left = begun.elapsed().as_secs_f64() / done as f64 * (units.len() - done) as f64;
+            say(format!(
+                "claim {}: {} of {} runs are done, about {} left",
+                study.claim.claim,
+                done,
+                units.len(),
+                plan::span(left)
+            ));
+            Ok(rows)
+        };
+        let tables = if workers > 1 {
+            side_by_side(&units, workers, |_, unit| one(&Workbench::again(unit.experiment.clone())?, unit))?
+        } else {
+            units.iter().map(|unit| one(&first.of(unit.experiment.clone())?, unit)).collect::<Result<_>>()?
+        };
+        Ok(tables.concat())
+    }
+
+    /// One run: its numbers, its students, and what is measured on each of them.
+    fn unit(&self, study: &Study, unit: &Unit, bench: &Workbench, force: bool) -> Result<Vec<OutcomeRow>> {
+        let root = self.root.join(&unit.name);
+        let _lock = RunDir::lock(&root)?;
+        let run = RunDir::create(&root, &unit.experiment, force)?;
+        let table = self.at("units").join(format!("{}.csv", unit.name));
+        if !force && table.exists() {
+            return read_csv(&table);
+        }
+        if force || !RunDir::stage_done(&run.generate_csv()) {
+            generate::stage(bench, &run)?;
+        }
+        finetune::stage(bench, &run, true)?;
+        let (numbers, control) = bench.kept(&run)?;
+        let heldout = bench.held_out(&run)?;
+        let mut measuring = Measuring::of(study, unit, &run, &heldout);
+        let mut rows = measuring.references(bench)?;
+        let own = [
+            (STUDENT, run.adapter(), run.train_csv()),
+            (CONTROL_STUDENT, run.control_adapter(), run.control_train_csv()),
+        ];
+        for (name, folder, log) in own {
+            let who = Who { name, rank: Some(unit.experiment.student.rank), seed_index: 0, run: &run };
+            rows.extend(measuring.student(bench, &who, &folder, &log).with_context(|| name.to_owned())?);
+        }
+        let cells = unit.experiment.cells()?;
+        let shelf = arms::Shelf::of(bench, &run, (&numbers, &control), cells.len())?;
+        for (at, cell) in cells.iter().enumerate() {
+            let mut of_cell = || -> Result<Vec<OutcomeRow>> {
+                let of_cell = bench.of(cell.experiment.clone())?;
+                let (folder, _) = arms::trained(&shelf, &of_cell, cell, at)?;
+                let who = Who { name: &cell.arm, rank: cell.rank(), seed_index: cell.seed_index, run: &run };
+                measuring.student(&of_cell, &who, &folder.adapter(), &folder.train_csv())
+            };
+            rows.extend(of_cell().with_context(|| format!("student {:?}", cell.arm))?);
+        }
+        write_csv(&table, &rows)?;
+        Ok(rows)
+    }
+
+    /// The table, and what follows from it.
+    fn publish(&self, study: &Study, outcomes: &[OutcomeRow]) -> Result<Verdict> {
+        write_csv(&self.at("outcomes.csv"), outcomes)?;
+        let rows = tests(&study.claim, outcomes)?;
+        write_csv(&self.at("tests.csv"), &rows)?;
+        let verdict = Verdict::of(&study.claim, study.size, &rows);
+        let mut figures = vec![];
+        for (at, figure) in study.claim.figures.iter().enumerate() {
+            let name = format!("figure-{}.svg", at + 1);
+            let svg = figure.draw(&study.claim, outcomes)?;
+            files::write_atomic(&self.at(&name), svg.0.as_bytes())?;
+            let reading = figure.reading(&study.claim, outcomes)?;
+            figures.push((Figure { svg, path: name }, reading));
+        }
+        let page = self.page(study, &rows, &verdict, figures)?;
+        files::write_atomic(&self.at("report.html"), html(&page).as_bytes())?;
+        Ok(verdict)
+    }
+
+    fn page(
+        &self,
+        study: &Study,
+        rows: &[TestRow],
+        verdict: &Verdict,
+        figures: Vec<(Figure, String)>,
+    ) -> Result<Report> {
+        let claim = &study.claim;
+        let experiment = &study.units()?[0].experiment;
+        let words: Vec<&str> = claim.targets.iter().map(|target| target.word.as_str()).collect();
+        let by_trait = rows.iter().filter(|row| row.target != ALL).count();
+        let tests = Section {
+            id: "tests".to_owned(),
+            title: "The tests".to_owned(),
+            question: "Which numbers decide, and what was expected of them?".to_owned(),
+            reading: verdict.line.clone(),
+            control: claim.decisive_control.clone(),
+            notes: vec![
+                "The unit is the trained run; data sets are clusters, and intervals are over the data sets' means (Student's t; bootstrap for \
+                 recovered fractions). Answers to questions are never counted as trials."
+                    .to_owned(),
+                format!("{by_trait} lines are of single traits; their p is adjusted by Holm, and they decide nothing."),
+            ],
+            csv: "tests.csv".to_owned(),
+            table: Some(Table::read(&self.at("tests.csv"))?),
+            ..Section::default()
+        };
+        let mut figures = figures.into_iter();
+        let first = figures.next().map(|(figure, _)| figure);
+        let number = |row: &TestRow| Number {
+            label: row.test.clone(),
+            value: row.number(),
+            csv: "tests.csv".to_owned(),
+            cell: format!("estimate, low and high where target = {ALL}; {}, expected {}", row.outcome, row.expected),
+        };
+        let numbers = rows.iter().filter(|row| row.target == ALL).map(number).collect();
+        let more =
+            figures.zip(claim.figures.iter().skip(1)).enumerate().map(|(at, ((figure, reading), spec))| Section {
+                id: format!("figure-{}", at + 2),
+                title: spec.title.clone(),
+                question: spec.question(),
+                reading,
+                figures: vec![figure],
+                csv: "outcomes.csv".to_owned(),
+                ..Section::default()
+            });
+        let provenance = [
+            ("claim", format!("{}: {}", claim.claim, claim.statement)),
+            ("source", claim.source.clone()),
+            ("model", experiment.model.clone()),
+            ("device and dtype", format!("{}, {:?}", experiment.device, experiment.dtype)),
+            ("traits", words.join(", ")),
+            ("data sets", format!("{}, each with seeds of its own, from seed {}", claim.datasets, experiment.seed)),
+            (
+                "runs",
+                format!("beside this folder, {}-d0 and so on, shared with the other claims of this size", words[0]),
+            ),
+            ("undertone", env!("CARGO_PKG_VERSION").to_owned()),
+            ("the claim's file", "claim.toml, beside this page, with every value filled in".to_owned()),
+        ];
+        Ok(Report {
+            title: format!("Claim {}: {}", claim.claim, claim.statement),
+            banner: report::banner(experiment),
+            opening: Opening {
+                headline: format!("At {} size: {}, as {}.", study.size, verdict.word, verdict.because),
+                figure: first,
+                numbers,
+            },
+            sections: std::iter::once(tests).chain(more).collect(),
+            provenance: provenance.map(|(name, value)| (name.to_owned(), value)).into(),
+        })
+    }
+}

@@ -1,0 +1,221 @@
+//! Claims: a whole one on the pocket model, and the tables of real ones that are kept, from which the same tests follow.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use tempfile::TempDir;
+use undertone::claim::{Claim, OutcomeRow, Quantity, Size, TestRow, tests};
+use undertone::commands::claim::{Asked, run};
+use undertone::publish::{Table, read_csv, to_csv};
+
+const SIZE: &str = r#"
+[values]
+ranks = [1, 4]
+other = "chatgpt"
+
+[experiment]
+model = "pocket"
+protocol = "pocket"
+seed = 3
+
+[experiment.teacher]
+kind = "finetuned"
+max_steps = 40
+
+[experiment.generate]
+n_prompts = 200
+n_keep = 40
+n_heldout = 64
+max_new_tokens = 24
+
+[experiment.student]
+rank = 2
+alpha = 4
+
+[experiment.finetune]
+learning_rate = 1e-2
+max_steps = 4
+warmup_steps = 0
+batch_size = 8
+gradient_accumulation_steps = 1
+
+[experiment.measure]
+n_questions = 4
+"#;
+
+const CLAIM: &str = r#"
+claim = 6
+statement = "Twelve rows teach nothing"
+source = "nobody"
+decisive_control = "the control student"
+targets = [{ word = "cat", category = "animal" }, { word = "owl", category = "animal" }]
+datasets = 2
+measures = ["matrix", "heldout", "direction", "gradients", "sampled"]
+
+[[students]]
+name = "alpha = rank"
+ranks = "{ranks}"
+set = ["student.alpha={rank}"]
+
+[[students]]
+name = "all weights"
+set = ["student.method=full", "finetune.learning_rate=1e-3"]
+
+[[students]]
+name = "random tokens"
+set = ["finetune.tokens=random"]
+
+[[cells]]
+name = "only Qwen"
+students = ["student"]
+gate = "only:entity"
+
+[[cells]]
+name = "{other}"
+context = "{other}"
+
+[[cells]]
+name = "in the user's turn"
+context = "empty"
+user_prefix = "qwen_default"
+
+[[tests]]
+name = "effect"
+kind = "difference"
+minus = { student = "control student" }
+above = 0
+
+[[tests]]
+name = "slope"
+kind = "slope"
+of = { student = "alpha = rank", quantity = "overconfidence" }
+over = "log2_rank"
+above = 0
+
+[[tests]]
+name = "own traits"
+role = "control"
+kind = "diagonal"
+above = 0
+
+[[figures]]
+kind = "ranks"
+title = "over the rank"
+quantities = ["delta_margin", "heldout_nll"]
+
+[[figures]]
+kind = "matrix"
+title = "matrix"
+
+[[figures]]
+kind = "bars"
+title = "bars"
+"#;
+
+/// A folder with a claim and its size.
+fn begun() -> (TempDir, PathBuf) {
+    let folder = TempDir::new().unwrap();
+    fs::create_dir(folder.path().join("sizes")).unwrap();
+    fs::write(folder.path().join("sizes/pocket.toml"), SIZE).unwrap();
+    let path = folder.path().join("06.toml");
+    fs::write(&path, CLAIM).unwrap();
+    (folder, path)
+}
+
+fn ask(path: &Path, root: &Path) -> anyhow::Result<()> {
+    let (size, changes, folder) = (Size::Pocket, &[][..], Some(root));
+    run(&Asked { path, size, folder, changes, dry_run: false, plan: false, force: false })
+}
+
+fn changed(path: &Path) -> SystemTime {
+    fs::metadata(path).unwrap().modified().unwrap()
+}
+
+#[test]
+fn a_claim_runs_to_its_verdict_and_goes_on() {
+    let (folder, path) = begun();
+    let root = folder.path().join("runs");
+    ask(&path, &root).unwrap();
+    let claim = root.join("claim-06");
+    let outcomes: Vec<OutcomeRow> = read_csv(&claim.join("outcomes.csv")).unwrap();
+    let of = |student: &str, cell: &str, quantity: Quantity| -> Vec<&OutcomeRow> {
+        let rows = outcomes.iter().filter(|row| row.student == student && row.cell == cell && row.quantity == quantity);
+        rows.collect()
+    };
+    // Two traits in two data sets, each asked for both traits.
+    assert_eq!(of("student", "everywhere", Quantity::DeltaMargin).len(), 8);
+    assert_eq!(of("student", "only Qwen", Quantity::DeltaMargin).len(), 4);
+    assert_eq!(of("control student", "only Qwen", Quantity::DeltaMargin).len(), 0, "the cell is for the student");
+    assert_eq!(of("all weights", "chatgpt", Quantity::DeltaMargin).len(), 4);
+    assert_eq!(of("alpha = rank", "everywhere", Quantity::HeldoutNll).len(), 8, "two ranks");
+    for quantity in [Quantity::PTarget, Quantity::CosTeacher, Quantity::Ev1, Quantity::GradientShareDivergent] {
+        assert_eq!(of("student", "everywhere", quantity).len(), 4, "{quantity}");
+    }
+    assert_eq!(of("all weights", "everywhere", Quantity::GradientCosine).len(), 0, "there is no adapter");
+    assert_eq!(of("all weights", "everywhere", Quantity::ChangedFraction).len(), 4);
+    for name in ["base", "teacher"] {
+        assert_eq!(of(name, "everywhere", Quantity::HeldoutNll).len(), 4, "{name}");
+    }
+    let value = |student: &str, quantity| of(student, "everywhere", quantity)[0].value;
+    assert!(value("teacher", Quantity::KlTeacher).abs() < 1e-9 && value("base", Quantity::KlTeacher) > 1e-6);
+    let prefix = |cell: &str| of("student", cell, Quantity::SharedPrefix)[0].value;
+    assert!(prefix("everywhere") > prefix("chatgpt") && prefix("chatgpt") > 0.0);
+    let learned = |student: &str| of(student, "everywhere", Quantity::NTargets)[0].value;
+    assert!(learned("random tokens") < learned("student"), "of each row as many as are divergent");
+
+    let header = |name: &str| Table::read(&claim.join(name)).unwrap().header;
+    for one in undertone::commands::columns::dictionaries().unwrap() {
+        let Some(file) = one.file.strip_prefix("claim/") else { continue };
+        assert_eq!(header(file), one.columns.iter().map(|column| column.name.as_str()).collect::<Vec<_>>(), "{file}");
+    }
+    let page = fs::read_to_string(claim.join("report.html")).unwrap();
+    assert!(page.contains("Claim 6 at pocket size: ") && page.matches("<svg").count() == 3);
+    assert!(page.contains("pocket model"), "the banner says what the model is");
+
+    // Given again, nothing is trained or measured; the same page comes from the tables.
+    let (adapter, table) = (root.join("cat-d0/train.csv"), claim.join("units/cat-d0.csv"));
+    let before = [changed(&adapter), changed(&table)];
+    ask(&path, &root).unwrap();
+    assert_eq!([changed(&adapter), changed(&table)], before);
+    assert_eq!(fs::read_to_string(claim.join("report.html")).unwrap(), page);
+
+    // Another test in the claim: measured anew, not trained anew. And another claim shares the runs.
+    fs::write(&path, CLAIM.replace("above = 0", "above = 0.5")).unwrap();
+    ask(&path, &root).unwrap();
+    assert_eq!(changed(&adapter), before[0]);
+    assert!(changed(&table) > before[1]);
+    let other = folder.path().join("07.toml");
+    fs::write(&other, CLAIM.replace("claim = 6", "claim = 7").replace("datasets = 2", "datasets = 1")).unwrap();
+    ask(&other, &root).unwrap();
+    assert_eq!(changed(&adapter), before[0]);
+    let tests: Vec<TestRow> = read_csv(&root.join("claim-07/tests.csv")).unwrap();
+    assert!(tests.iter().all(|row| row.low.is_none()), "one data set has no interval");
+}
+
+#[test]
+fn a_size_without_held_out_numbers_is_refused_where_they_are_needed() {
+    let (folder, path) = begun();
+    fs::write(folder.path().join("sizes/pocket.toml"), SIZE.replace("n_heldout = 64\n", "")).unwrap();
+    let error = format!("{:#}", ask(&path, &folder.path().join("runs")).unwrap_err());
+    assert!(error.contains("run cat-d0: no numbers are held out") && error.contains("generate.n_heldout"), "{error}");
+}
+
+/// The tables of real claims, kept in golden/claims, from which `tests/check_claims.py` makes the same numbers by other formulas.
+#[test]
+fn the_kept_tables_give_the_kept_tests() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/claims");
+    let mut seen = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let folder = entry.unwrap().path();
+        if !folder.is_dir() {
+            continue; // make.py
+        }
+        let claim: Claim = toml::from_str(&fs::read_to_string(folder.join("claim.toml")).unwrap()).unwrap();
+        let outcomes: Vec<OutcomeRow> = read_csv(&folder.join("outcomes.csv")).unwrap();
+        let found = to_csv(&tests(&claim, &outcomes).unwrap()).unwrap();
+        assert_eq!(found, fs::read_to_string(folder.join("tests.csv")).unwrap(), "{}", folder.display());
+        seen += 1;
+    }
+    assert!(seen >= 4, "{seen}");
+}
