@@ -17,7 +17,7 @@ use hooks::gate::Gate;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::experiment::{Arm, CONTROL_STUDENT, Experiment, STUDENT, Target};
+use crate::experiment::{Arm, ArmData, CONTROL_STUDENT, Experiment, STUDENT, Target};
 
 pub use figure::{Figure, FigureKind};
 pub use outcome::{OutcomeRow, Quantity};
@@ -77,6 +77,17 @@ pub struct Claim {
     pub figures: Vec<Figure>,
 }
 
+impl Claim {
+    /// Whether another version of the claim takes the same numbers, however it words, tests or draws them.
+    pub fn measures_alike(&self, other: &Self) -> bool {
+        let of = |claim: &Self| {
+            let Self { targets, datasets, set, measures, students, cells, .. } = claim.clone();
+            (targets, datasets, set, measures, students, cells)
+        };
+        of(self) == of(other)
+    }
+}
+
 /// What can be measured on a student beside its answers to questions about the trait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -87,6 +98,8 @@ pub enum Measures {
     Heldout,
     /// The direction in the residual stream, and what it does when it is added to the base.
     Direction,
+    /// The adapter's spectrum, and what its strongest direction does alone, and the rest without it.
+    Spectrum,
     /// Gradients at divergent and at other tokens, and what they would do to the trait.
     Gradients,
     /// Sampled answers: the shares that name the trait, any member, or a model.
@@ -372,7 +385,17 @@ impl Study {
         if let Some(name) = of_cells.into_iter().find(|name| !students.contains(name.as_str())) {
             bail!("a cell names the student {name:?}, expected one of {students:?}");
         }
+        let own = claim.students.iter().find(|arm| arm.data == ArmData::Own);
+        if let Some(arm) = own {
+            bail!(
+                "the student {:?} has data = \"own\", but a claim's students learn from the numbers of their run; hint: another teacher is \
+                 another claim file with set = [\"teacher.kind=...\"]",
+                arm.name
+            );
+        }
+        let mut names = BTreeSet::new();
         for test in &claim.tests {
+            ensure!(names.insert(&test.name), "the test {:?} is there twice", test.name);
             let context = || format!("test {:?}", test.name);
             for of in [Some(&test.of), test.minus.as_ref(), test.all.as_ref()].into_iter().flatten() {
                 known(of, &students, &cells).with_context(context)?;
@@ -407,7 +430,17 @@ impl Study {
                     sentences.context(key).with_context(|| format!("cell {:?}", cell.name))?;
                 }
             }
-            unit.experiment.cells()?;
+            for student in unit.experiment.cells()? {
+                let names_it = |cell: &&Cell| cell.students.iter().flatten().any(|name| *name == student.arm);
+                let gated = claim.cells.iter().filter(|cell| !cell.gate.is_everywhere()).find(names_it);
+                if let (None, Some(cell)) = (student.rank(), gated) {
+                    bail!(
+                        "the cell {:?} gates {:?}, of which all weights are trained: it has no adapter",
+                        cell.name,
+                        student.arm
+                    );
+                }
+            }
         }
         Ok(())
     }
@@ -521,6 +554,13 @@ mod tests {
             ("context = \"{other}\"\n[[tests]]", "context = \"chatgtp\"\n[[tests]]", "the nearest is chatgpt"),
             ("name = \"there\"", "name = \"everywhere\"", "\"everywhere\" is there twice"),
             ("datasets = 2", "datasets = 0", "datasets is 0"),
+            ("name = \"b\"", "name = \"a\"", "the test \"a\" is there twice"),
+            ("[[cells]]", "data = \"own\"\n[[cells]]", "has data = \"own\""),
+            (
+                "[[cells]]",
+                "[[students]]\nname = \"f\"\nset = [\"student.method=full\"]\n[[cells]]\nname = \"g\"\nstudents = [\"f\"]\ngate = \"only:entity\"\n[[cells]]",
+                "it has no adapter",
+            ),
         ] {
             assert!(CLAIM.contains(from), "{from}");
             let found = format!("{:#}", load(&CLAIM.replace(from, to), &[]).unwrap_err());

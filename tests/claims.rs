@@ -51,7 +51,7 @@ source = "nobody"
 decisive_control = "the control student"
 targets = [{ word = "cat", category = "animal" }, { word = "owl", category = "animal" }]
 datasets = 2
-measures = ["matrix", "heldout", "direction", "gradients", "sampled"]
+measures = ["matrix", "heldout", "direction", "gradients", "sampled", "spectrum"]
 
 [[students]]
 name = "alpha = rank"
@@ -149,7 +149,9 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     assert_eq!(of("control student", "only Qwen", Quantity::DeltaMargin).len(), 0, "the cell is for the student");
     assert_eq!(of("all weights", "chatgpt", Quantity::DeltaMargin).len(), 4);
     assert_eq!(of("alpha = rank", "everywhere", Quantity::HeldoutNll).len(), 8, "two ranks");
-    for quantity in [Quantity::PTarget, Quantity::CosTeacher, Quantity::Ev1, Quantity::GradientShareDivergent] {
+    for quantity in
+        [Quantity::PTarget, Quantity::CosTeacher, Quantity::Ev1, Quantity::GradientShareDivergent, Quantity::StableRank]
+    {
         assert_eq!(of("student", "everywhere", quantity).len(), 4, "{quantity}");
     }
     assert_eq!(of("all weights", "everywhere", Quantity::GradientCosine).len(), 0, "there is no adapter");
@@ -170,7 +172,9 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
         assert_eq!(header(file), one.columns.iter().map(|column| column.name.as_str()).collect::<Vec<_>>(), "{file}");
     }
     let page = fs::read_to_string(claim.join("report.html")).unwrap();
-    assert!(page.contains("Claim 6 at pocket size: ") && page.matches("<svg").count() == 3);
+    assert!(page.contains("At pocket size: ") && page.matches("<svg").count() == 3);
+    let verdict = fs::read_to_string(claim.join("verdict.txt")).unwrap();
+    assert!(verdict.starts_with("Claim 6 at pocket size: ") && verdict.contains("control, own traits"), "{verdict}");
     assert!(page.contains("pocket model"), "the banner says what the model is");
 
     // Given again, nothing is trained or measured; the same page comes from the tables.
@@ -180,8 +184,13 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     assert_eq!([changed(&adapter), changed(&table)], before);
     assert_eq!(fs::read_to_string(claim.join("report.html")).unwrap(), page);
 
-    // Another test in the claim: measured anew, not trained anew. And another claim shares the runs.
+    // Another test in the claim: nothing is measured anew. Another condition: measured, not trained anew. And another claim shares
+    // the runs.
     fs::write(&path, CLAIM.replace("above = 0", "above = 0.5")).unwrap();
+    ask(&path, &root).unwrap();
+    assert_eq!([changed(&adapter), changed(&table)], before);
+    assert!(fs::read_to_string(claim.join("tests.csv")).unwrap().contains("above 0.5"));
+    fs::write(&path, CLAIM.replace("only:entity", "only:template")).unwrap();
     ask(&path, &root).unwrap();
     assert_eq!(changed(&adapter), before[0]);
     assert!(changed(&table) > before[1]);

@@ -41,6 +41,7 @@ pub mod provenance;
 pub mod qwen;
 pub mod score;
 pub mod select;
+pub mod spectrum;
 mod stack;
 pub mod tap;
 mod template;

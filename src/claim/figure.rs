@@ -336,6 +336,8 @@ fn label(quantity: Quantity) -> String {
         Quantity::HeldoutNll => "held-out loss",
         Quantity::KlTeacher => "KL(teacher, model)",
         Quantity::DeltaWNorm => "‖ΔW‖ (Frobenius)",
+        Quantity::Top1DeltaMargin => "Δ margin, strongest direction",
+        Quantity::Rest1DeltaMargin => "Δ margin, the others",
         Quantity::CosTeacher => "cos(teacher)",
         Quantity::GradientShareDivergent => "share of gradient",
         Quantity::AlignmentDivergent => "alignment",

@@ -106,6 +106,12 @@ quantities! {
     CosTeacher = "cos_teacher",
     /// Share of its movement's squared length, over prompts, that lies along one line, the mean over blocks, 0 to 1.
     Ev1 = "ev1",
+    /// Squared Frobenius norm over squared largest singular value of the adapter's weight changes, the mean over maps: how many directions they are worth.
+    StableRank = "stable_rank",
+    /// Change of the margin with the adapter's strongest singular direction of each map alone, in nats.
+    Top1DeltaMargin = "top1_delta_margin",
+    /// Change of the margin with all singular directions but the strongest of each map, in nats.
+    Rest1DeltaMargin = "rest1_delta_margin",
     /// Change of the margin where its direction is added to the base after the middle block, in nats.
     InjectedDeltaMargin = "injected_delta_margin",
     /// The same of a random direction of equal length, in nats.

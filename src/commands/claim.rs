@@ -65,15 +65,16 @@ struct Place {
 }
 
 impl Place {
-    /// The claim's folder. What was measured for another version of the claim is forgotten; its students stay.
+    /// The claim's folder. What was measured for a version of the claim that asks for other numbers is forgotten; its students stay.
     fn of(root: &Path, study: &Study, force: bool) -> Result<Self> {
         let folder = root.join(format!("claim-{:02}", study.claim.claim));
         let place = Self { root: root.to_owned(), folder };
         let (path, claim) = (place.at("claim.toml"), study.to_toml()?);
         let known = if path.exists() { Some(files::read_string(&path)?) } else { None };
-        if known.as_ref().is_some_and(|known| force || *known != claim) {
+        let is_alike = |known: &String| toml::from_str(known).is_ok_and(|known| study.claim.measures_alike(&known));
+        if known.is_some_and(|known| force || !is_alike(&known)) {
             if !force {
-                say("claim: the claim's file has changed: its students stay, and are measured anew");
+                say("claim: the claim asks for other numbers than before: its students stay, and are measured anew");
             }
             std::fs::remove_dir_all(&place.folder).with_context(|| place.folder.display().to_string())?;
         }
@@ -169,6 +170,7 @@ impl Place {
         }
         let page = self.page(study, &rows, &verdict, figures)?;
         files::write_atomic(&self.at("report.html"), html(&page).as_bytes())?;
+        files::write_atomic(&self.at("verdict.txt"), format!("{}\n", verdict.line).as_bytes())?; // last: where it is, all is
         Ok(verdict)
     }
 

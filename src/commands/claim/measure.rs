@@ -14,7 +14,8 @@ use analyses::target::{Score, TokenForms};
 use analyses::target_rate::TargetRate;
 use analyses::{Analysis, Subject, Tuned};
 use anyhow::{Context, Result};
-use hooks::{Condition, Prompt, TokenClass};
+use hooks::spectrum::Spectrum;
+use hooks::{Adapter, Condition, Prompt, TokenClass};
 
 use crate::claim::{Cell, EVERYWHERE, Measures, OutcomeRow, Quantity, Study, Unit};
 use crate::commands::measure::{Scene, tuned};
@@ -146,6 +147,11 @@ impl<'a> Measuring<'a> {
         self.cells(bench, who, model, &mut lines)?;
         if self.wants(Measures::Matrix) {
             self.matrix(bench, model, &mut lines)?;
+        }
+        if self.wants(Measures::Spectrum)
+            && let Some(adapter) = model.adapter
+        {
+            self.spectrum(bench, adapter, &mut lines)?;
         }
         let of_numbers = [Measures::Heldout, Measures::Direction, Measures::Gradients, Measures::Sampled];
         if !of_numbers.into_iter().any(|what| self.wants(what)) {
@@ -291,6 +297,28 @@ impl<'a> Measuring<'a> {
             for (quantity, value) in changes(&scores, &base)? {
                 lines.of_trait(other.word.clone(), EVERYWHERE, quantity, value, prompts.len());
             }
+        }
+        Ok(())
+    }
+
+    /// The adapter's singular directions: how many it is worth, and what the strongest do alone.
+    fn spectrum(&mut self, bench: &Workbench, adapter: &Adapter, lines: &mut Lines<'_>) -> Result<()> {
+        let spectra = adapter.spectra()?;
+        let ranks: Vec<f64> = spectra.iter().map(Spectrum::stable_rank).collect();
+        lines.push(EVERYWHERE, Quantity::StableRank, mean(&ranks)?, ranks.len());
+        let place = Place { context: &bench.experiment.student.context, user_prefix: None };
+        let forms = TokenForms::of(&bench.target(), &bench.chat)?;
+        let prompts = place.prompts(bench, &bench.questions()?)?;
+        let base = self.base(bench, place, &bench.experiment.target, &forms, &prompts)?;
+        let mut parts = vec![(Quantity::Top1DeltaMargin, 0..1)];
+        if spectra.iter().any(|spectrum| spectrum.sigma.len() > 1) {
+            parts.push((Quantity::Rest1DeltaMargin, 1..usize::MAX));
+        }
+        for (quantity, directions) in parts {
+            let part = adapter.of_directions(directions)?;
+            let scores = forms.scores(&bench.base, &prompts, &Condition::adapted(&part))?;
+            let [(_, value), ..] = changes(&scores, &base)?;
+            lines.push(EVERYWHERE, quantity, value, prompts.len());
         }
         Ok(())
     }
