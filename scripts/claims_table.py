@@ -12,7 +12,8 @@ from pathlib import Path
 def number(row):
     if not row["estimate"]:
         return "none"
-    value = lambda name: f"{float(row[name]):+.2f}".replace("-", "−")
+    digits = 2 if abs(float(row["estimate"])) >= 0.1 else 3
+    value = lambda name: f"{float(row[name]):+.{digits}f}".replace("-", "−")
     if row["low"]:
         return f"{value('estimate')} ({value('low')} to {value('high')})"
     return value("estimate") + (f", p {float(row['p']):.2f}" if row["p"] else "")
