@@ -145,11 +145,10 @@ impl Figure {
                 let (own, other): (Vec<&OutcomeRow>, Vec<&OutcomeRow>) =
                     self.of_matrix(rows).partition(|row| row.evaluated == row.target);
                 let of = |rows: &[&OutcomeRow]| mean(&rows.iter().map(|row| row.value).collect::<Vec<_>>());
-                return Ok(format!(
-                    "{name} of the teacher's own trait is {:+.3} on average, of the others {:+.3}.",
-                    of(&own)?,
-                    of(&other)?
-                ));
+                // A claim of one trait has no others.
+                let others =
+                    of(&other).map_or("there is no other".to_owned(), |other| format!("of the others {other:+.3}"));
+                return Ok(format!("{name} of the teacher's own trait is {:+.3} on average; {others}.", of(&own)?));
             }
             FigureKind::Heatmap => {
                 let (students, cells) = self.order(rows);
