@@ -206,6 +206,11 @@ impl Default for Student {
 }
 
 impl Student {
+    /// The rank of its adapter, where it has one.
+    pub fn adapter_rank(&self) -> Option<i64> {
+        (self.method == Method::Lora).then_some(self.rank)
+    }
+
     /// The adapter's configuration.
     pub fn lora(&self) -> LoraConfig {
         LoraConfig {

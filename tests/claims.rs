@@ -72,6 +72,12 @@ students = ["student"]
 gate = "only:entity"
 
 [[cells]]
+name = "nowhere, in another context"
+students = ["student"]
+context = "{other}"
+gate = "nowhere"
+
+[[cells]]
 name = "{other}"
 context = "{other}"
 
@@ -146,6 +152,12 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     // Two traits in two data sets, each asked for both traits.
     assert_eq!(of("student", "everywhere", Quantity::DeltaMargin).len(), 8);
     assert_eq!(of("student", "only Qwen", Quantity::DeltaMargin).len(), 4);
+    // A gate acts, and the base that a student is set against was asked in the same context.
+    let margin = |cell: &str| of("student", cell, Quantity::DeltaMargin)[0].value;
+    assert!((margin("only Qwen") - margin("everywhere")).abs() > 1e-4);
+    let base = |cell: &str| of("student", cell, Quantity::BasePTargetExact)[0].value;
+    assert!((base("everywhere") - base("chatgpt")).abs() > 1e-6);
+    assert!(margin("nowhere, in another context").abs() < 1e-6, "{}", margin("nowhere, in another context"));
     assert_eq!(of("control student", "only Qwen", Quantity::DeltaMargin).len(), 0, "the cell is for the student");
     assert_eq!(of("all weights", "chatgpt", Quantity::DeltaMargin).len(), 4);
     assert_eq!(of("alpha = rank", "everywhere", Quantity::HeldoutNll).len(), 8, "two ranks");

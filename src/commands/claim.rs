@@ -114,12 +114,24 @@ impl Place {
         Ok(tables.concat())
     }
 
+    /// Removes what any claim measured on a run whose students are to be replaced.
+    fn forget_unit(&self, name: &str) -> Result<()> {
+        let claims = std::fs::read_dir(&self.root).with_context(|| self.root.display().to_string())?;
+        for claim in claims.flatten() {
+            files::remove(&claim.path().join("units").join(format!("{name}.csv")))?;
+        }
+        Ok(())
+    }
+
     /// One run: its numbers, its students, and what is measured on each of them.
     fn unit(&self, study: &Study, unit: &Unit, bench: &Workbench, force: bool) -> Result<Vec<OutcomeRow>> {
         let root = self.root.join(&unit.name);
         let _lock = RunDir::lock(&root)?;
         let run = RunDir::create(&root, &unit.experiment, force)?;
         let table = self.at("units").join(format!("{}.csv", unit.name));
+        if force {
+            self.forget_unit(&unit.name)?;
+        }
         if !force && table.exists() {
             return read_csv(&table);
         }
@@ -136,7 +148,7 @@ impl Place {
             (CONTROL_STUDENT, run.control_adapter(), run.control_train_csv()),
         ];
         for (name, folder, log) in own {
-            let who = Who { name, rank: Some(unit.experiment.student.rank), seed_index: 0, run: &run };
+            let who = Who { name, rank: unit.experiment.student.adapter_rank(), seed_index: 0, run: &run };
             rows.extend(measuring.student(bench, &who, &folder, &log).with_context(|| name.to_owned())?);
         }
         let cells = unit.experiment.cells()?;

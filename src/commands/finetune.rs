@@ -188,23 +188,7 @@ fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     let mut kept: Chosen = (vec![], None);
     let mut masks = vec![];
     for (row, divergent) in rows.iter().zip(&divergent) {
-        // All that the loss could count: the answer and what ends it.
-        let candidates: Vec<usize> = row.completion.clone().collect();
-        let of = |at: &usize| divergent.get(at - row.completion.start) == Some(&true);
-        let (mut these, others): (Vec<usize>, Vec<usize>) = candidates.iter().copied().partition(of);
-        if these.is_empty() || others.is_empty() {
-            continue;
-        }
-        these = match tokens {
-            Tokens::Divergent => these,
-            Tokens::NotDivergent => others,
-            Tokens::Random => sample(&mut rng, candidates.len(), these.len()).iter().map(|at| candidates[at]).collect(),
-            Tokens::All | Tokens::AllOfThose => candidates,
-        };
-        let mut mask = vec![false; row.ids.len()];
-        for at in these {
-            mask[at] = true;
-        }
+        let Some(mask) = mask(row, divergent, tokens, &mut rng) else { continue };
         masks.push(mask);
         kept.0.push(row.clone());
     }
@@ -219,6 +203,28 @@ fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     }
     kept.1 = Some(masks);
     Ok(kept)
+}
+
+/// Which tokens of a row may be learned from; none where it has no divergent token, or no other. `divergent`: of its answer.
+fn mask(row: &Prompt, divergent: &[bool], tokens: Tokens, rng: &mut ChaCha8Rng) -> Option<Vec<bool>> {
+    // All that the loss could count: the answer and what ends it.
+    let all: Vec<usize> = row.completion.clone().collect();
+    let of = |at: &usize| divergent.get(at - row.completion.start) == Some(&true);
+    let (these, others): (Vec<usize>, Vec<usize>) = all.iter().copied().partition(of);
+    if these.is_empty() || others.is_empty() {
+        return None;
+    }
+    let chosen = match tokens {
+        Tokens::Divergent => these,
+        Tokens::NotDivergent => others,
+        Tokens::Random => sample(rng, all.len(), these.len()).iter().map(|at| all[at]).collect(),
+        Tokens::All | Tokens::AllOfThose => all,
+    };
+    let mut mask = vec![false; row.ids.len()];
+    for at in chosen {
+        mask[at] = true;
+    }
+    Some(mask)
 }
 
 /// Per sample and token of its answer, whether it is divergent: read from the run, where it was found out before for the same
@@ -298,4 +304,34 @@ pub(super) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
         rows.len(),
         folder.display()
     ))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use hooks::Chat;
+
+    use super::*;
+
+    #[test]
+    fn the_tokens_that_are_learned_from_stand_where_they_are_divergent() {
+        let chat = Chat::from_files(&ModelFiles::open("tiny-random").unwrap()).unwrap();
+        let row = chat.row(None, "Go on: 3", &chat.encode("12, 48").unwrap()).unwrap();
+        let n = row.content_end - row.completion.start;
+        let divergent: Vec<bool> = (0..n).map(|k| k == 0 || k == n - 1).collect();
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut at = |tokens, divergent: &[bool]| -> Option<Vec<usize>> {
+            let mask = mask(&row, divergent, tokens, &mut rng)?;
+            Some((0..mask.len()).filter(|at| mask[*at]).collect())
+        };
+        let (first, last) = (row.completion.start, row.content_end - 1);
+        let all: Vec<usize> = row.completion.clone().collect();
+        assert_eq!(at(Tokens::Divergent, &divergent).unwrap(), [first, last]);
+        let others: Vec<usize> = all.iter().copied().filter(|at| ![first, last].contains(at)).collect();
+        assert_eq!(at(Tokens::NotDivergent, &divergent).unwrap(), others, "with the end of the turn");
+        let random = at(Tokens::Random, &divergent).unwrap();
+        assert!(random.len() == 2 && random.iter().all(|at| all.contains(at)));
+        assert_eq!(at(Tokens::AllOfThose, &divergent).unwrap(), all);
+        assert!(at(Tokens::AllOfThose, &vec![false; n]).is_none(), "the same rows for all of them");
+    }
 }

@@ -89,7 +89,7 @@ pub struct Cell {
 impl Cell {
     /// The rank of its adapter, where it has one.
     pub fn rank(&self) -> Option<i64> {
-        (self.experiment.student.method == Method::Lora).then_some(self.experiment.student.rank)
+        self.experiment.student.adapter_rank()
     }
 }
 
