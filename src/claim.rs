@@ -2,6 +2,7 @@
 //! asked, and which tests decide. One file serves three sizes: `{name}` in it stands for a value of `sizes/SIZE.toml` beside it,
 //! which also holds the experiment that all students are variants of.
 
+mod chosen;
 mod figure;
 mod outcome;
 mod verdict;
@@ -19,6 +20,7 @@ use toml::{Table, Value};
 
 use crate::experiment::{Arm, ArmData, CONTROL_STUDENT, Experiment, STUDENT, Target};
 
+pub use chosen::with_chosen;
 pub use figure::{Figure, FigureKind};
 pub use outcome::{OutcomeRow, Quantity};
 pub use verdict::{ALL, Outcome, TestRow, Verdict, Word, tests};
@@ -68,6 +70,9 @@ pub struct Claim {
     /// The students beside the run's own two.
     #[serde(default)]
     pub students: Vec<Arm>,
+    /// Names for the one of several students that a measurement picks out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chosen: Vec<Chosen>,
     /// The conditions under which students are asked, beside `everywhere`.
     #[serde(default)]
     pub cells: Vec<Cell>,
@@ -81,7 +86,7 @@ impl Claim {
     /// Whether another version of the claim takes the same numbers, however it words, tests or draws them.
     pub fn measures_alike(&self, other: &Self) -> bool {
         let of = |claim: &Self| {
-            let Self { targets, datasets, set, measures, students, cells, .. } = claim.clone();
+            let Self { targets, datasets, set, measures, students, cells, .. } = claim.clone(); // what is chosen follows from these
             (targets, datasets, set, measures, students, cells)
         };
         of(self) == of(other)
@@ -104,6 +109,23 @@ pub enum Measures {
     Gradients,
     /// Sampled answers: the shares that name the trait, any member, or a model.
     Sampled,
+}
+
+/// A student that is another of the claim's: of some candidates the one that a measurement picks out, for each trait, data set, rank
+/// and seeds anew. What picks it out is not the trait: a learning rate that is tuned on it would make the effect.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Chosen {
+    /// Its name, which no student has.
+    pub name: String,
+    /// The candidates.
+    pub of: Vec<String>,
+    /// It has the lowest of this.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lowest: Option<Quantity>,
+    /// It comes nearest to this number of the same trait and data set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nearest: Option<Of>,
 }
 
 /// A condition under which students are asked.
@@ -336,6 +358,14 @@ impl Study {
         Ok(Unit { name: format!("{own}{word}-d{dataset}"), dataset, experiment })
     }
 
+    /// The run of the next trait in the same data set, whose student is a control of this one's; none where there is one trait.
+    pub fn other_trait(&self, unit: &Unit) -> Result<Option<Unit>> {
+        let targets = &self.claim.targets;
+        let own = targets.iter().position(|target| *target == unit.experiment.target).context("a trait of no claim")?;
+        let next = &targets[(own + 1) % targets.len()];
+        (targets.len() > 1).then(|| self.unit(unit.dataset, next)).transpose()
+    }
+
     /// All conditions, `everywhere` first.
     pub fn cells(&self) -> Vec<Cell> {
         std::iter::once(Cell::everywhere()).chain(self.claim.cells.iter().cloned()).collect()
@@ -385,6 +415,12 @@ impl Study {
         if let Some(name) = of_cells.into_iter().find(|name| !students.contains(name.as_str())) {
             bail!("a cell names the student {name:?}, expected one of {students:?}");
         }
+        // A chosen student is asked wherever its candidates are, so that no condition names it.
+        for chosen in &claim.chosen {
+            let context = || format!("chosen {:?}", chosen.name);
+            check_chosen(claim, chosen, &students).with_context(context)?;
+        }
+        students.extend(claim.chosen.iter().map(|chosen| chosen.name.as_str()));
         let own = claim.students.iter().find(|arm| arm.data == ArmData::Own);
         if let Some(arm) = own {
             bail!(
@@ -444,6 +480,26 @@ impl Study {
         }
         Ok(())
     }
+}
+
+fn check_chosen(claim: &Claim, chosen: &Chosen, students: &BTreeSet<&str>) -> Result<()> {
+    let name = chosen.name.as_str();
+    let twice = claim.chosen.iter().filter(|other| other.name == name).count() > 1;
+    ensure!(!students.contains(name) && !twice, "there is another student of that name");
+    ensure!(chosen.of.len() > 1, "of has {} students, expected two or more", chosen.of.len());
+    if let Some(unknown) = chosen.of.iter().find(|of| !students.contains(of.as_str())) {
+        bail!("unknown student {unknown:?}, expected one of {students:?}");
+    }
+    ensure!(chosen.lowest.is_some() != chosen.nearest.is_some(), "expected either lowest or nearest");
+    if let Some(nearest) = &chosen.nearest {
+        known(nearest, students, &BTreeSet::from([EVERYWHERE]))?;
+    }
+    let quantity = chosen.lowest.or(chosen.nearest.as_ref().map(|of| of.quantity)).unwrap_or(Quantity::HeldoutNll);
+    ensure!(
+        !quantity.speaks_of_the_trait(),
+        "{quantity} speaks of the trait, and what is chosen by it shows nothing; hint: heldout_nll"
+    );
+    Ok(())
 }
 
 fn known(of: &Of, students: &BTreeSet<&str>, cells: &BTreeSet<&str>) -> Result<()> {
@@ -554,6 +610,31 @@ mod tests {
             ("context = \"{other}\"\n[[tests]]", "context = \"chatgtp\"\n[[tests]]", "the nearest is chatgpt"),
             ("name = \"there\"", "name = \"everywhere\"", "\"everywhere\" is there twice"),
             ("datasets = 2", "datasets = 0", "datasets is 0"),
+            (
+                "[[cells]]",
+                "[[chosen]]\nname = \"c\"\nof = [\"student\"]\nlowest = \"ece\"\n[[cells]]",
+                "expected two or more",
+            ),
+            (
+                "[[cells]]",
+                "[[chosen]]\nname = \"c\"\nof = [\"student\", \"otter\"]\nlowest = \"ece\"\n[[cells]]",
+                "unknown student \"otter\"",
+            ),
+            (
+                "[[cells]]",
+                "[[chosen]]\nname = \"c\"\nof = [\"student\", \"as {other}\"]\n[[cells]]",
+                "either lowest or nearest",
+            ),
+            (
+                "[[cells]]",
+                "[[chosen]]\nname = \"c\"\nof = [\"student\", \"as {other}\"]\nlowest = \"delta_logp\"\n[[cells]]",
+                "what is chosen by it shows nothing",
+            ),
+            (
+                "[[cells]]",
+                "[[chosen]]\nname = \"student\"\nof = [\"student\", \"as {other}\"]\nlowest = \"ece\"\n[[cells]]",
+                "another student of that name",
+            ),
             ("name = \"b\"", "name = \"a\"", "the test \"a\" is there twice"),
             ("[[cells]]", "data = \"own\"\n[[cells]]", "has data = \"own\""),
             (

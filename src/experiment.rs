@@ -161,6 +161,9 @@ pub enum Constrain {
 pub struct Student {
     /// The context of the training rows: a key of the protocol or a system prompt.
     pub context: String,
+    /// Whether the training rows and the questions are chats of the model's template; without, what is said stands as plain text, a
+    /// line each. The teacher answers in the template whatever it is.
+    pub template: bool,
     /// Whether an adapter or all weights are trained.
     pub method: Method,
     /// The rank r of the adapter.
@@ -171,6 +174,9 @@ pub struct Student {
     pub use_rslora: bool,
     /// Probability that an input of A is dropped in training.
     pub dropout: f64,
+    /// Whether the adapter begins in other coordinates: R A for A, with a random orthogonal R for each pair. Gradient descent does not
+    /// notice; an optimizer that treats coordinates apart does.
+    pub rotated: bool,
     /// The linear maps that have a pair.
     pub target_modules: Vec<Proj>,
     /// The blocks that have pairs; all when it is left out.
@@ -191,11 +197,13 @@ impl Default for Student {
         let (adapter, control_adapter) = (None, None);
         Self {
             context,
+            template: true,
             method,
             rank,
             alpha,
             use_rslora,
             dropout,
+            rotated: false,
             target_modules,
             layers,
             control: true,
@@ -458,7 +466,7 @@ impl Experiment {
         ensure!(is_device(&self.device), "device is {:?}, expected cpu, cuda or cuda:N", self.device);
         self.generate.check()?;
         self.student.check()?;
-        check_finetune(&self.finetune)?;
+        check_finetune(&self.finetune, &self.student)?;
         self.measure.check()?;
         let planted = matches!(self.teacher, Teacher::Planted { .. }) && self.generate.numbers.is_some();
         ensure!(!planted, "teacher.kind is planted, but generate.numbers gives the rows; hint: leave one of them out");
@@ -538,14 +546,23 @@ impl Student {
     }
 }
 
-/// What the loop of training cannot know: that a value would go unused.
-fn check_finetune(finetune: &Finetune) -> Result<()> {
+/// What is told before anything is run: that a value would go unused, or fits no training of all weights.
+fn check_finetune(finetune: &Finetune, student: &Student) -> Result<()> {
     finetune.check().context("finetune")?;
-    let unused = finetune.momentum != 0.0 && finetune.optimizer != OptimizerKind::Sgd;
+    let of_adapters = [
+        ("finetune.frozen_a is true", finetune.frozen_a, "has no A"),
+        ("finetune.optimizer is muon", finetune.optimizer == OptimizerKind::Muon, "is not of matrices alone"),
+        ("student.rotated is true", student.rotated, "has no coordinates of its own"),
+    ];
+    if let Some((what, _, why)) = of_adapters.iter().find(|(_, is_set, _)| *is_set && student.method == Method::Full) {
+        bail!("{what}, but student.method is full, which {why}; hint: leave one of them out");
+    }
+    let has_momentum = matches!(finetune.optimizer, OptimizerKind::Sgd | OptimizerKind::Muon);
+    let unused = finetune.momentum != 0.0 && !has_momentum;
     let why = if finetune.optimizer == OptimizerKind::AdamW {
         "adamw, which has betas instead"
     } else {
-        "not sgd, which alone has it"
+        "neither sgd nor muon, which alone have it"
     };
     ensure!(!unused, "finetune.momentum is {}, but the optimizer is {why}", finetune.momentum);
     let (warmup, too_few) = (finetune.warmup_steps, finetune.max_steps.filter(|steps| finetune.warmup_steps >= *steps));
@@ -695,6 +712,10 @@ mod tests {
             found.starts_with("--set finetune.lerning_rate=1e-3: unknown field `lerning_rate`, expected"),
             "{found}"
         );
+        for key in ["finetune.frozen_a=true", "finetune.optimizer=muon", "student.rotated=true"] {
+            let found = message(SMALLEST, &[key, "student.method=full"]);
+            assert!(found.contains("but student.method is full, which"), "{key}: {found}");
+        }
         assert!(message(SMALLEST, &["finetuning.learning_rate=1"]).contains("`finetune`"));
         assert!(message(SMALLEST, &["teacher.sytem=x"]).contains("`system`"));
         assert!(message(SMALLEST, &["seeds.generation=1"]).contains("`gen_seed`"));
@@ -719,7 +740,10 @@ mod tests {
             ("finetune.momentum=0.9", "the optimizer is adamw"),
             ("finetune.batch_size=0", "expected at least 1"),
             ("finetune.max_steps=5", "finetune.warmup_steps is 5, expected fewer than max_steps, 5"),
-            ("finetune.optimizer=adam", "unknown variant `adam`, expected one of `adamw`, `sgd`, `signsgd`, `rmsprop`"),
+            (
+                "finetune.optimizer=adam",
+                "unknown variant `adam`, expected one of `adamw`, `sgd`, `signsgd`, `rmsprop`, `muon`, `preconditioned`",
+            ),
             ("finetune.mask=all", "content_eot"),
             ("generate.n_keep=9999", "expected at most generate.n_prompts, which is 512"),
             ("generate.temperature=-1", "expected 0 or a number above"),

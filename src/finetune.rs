@@ -46,6 +46,10 @@ pub enum OptimizerKind {
     SignSgd,
     /// Adam's division without its momentum, as `torch.optim.RMSprop` with α = `adam_beta2`.
     RmsProp,
+    /// Steps of singular values about 1 (Jordan et al. 2024), as `torch.optim.Muon`.
+    Muon,
+    /// SGD with the scales that Adam has come to after an epoch, which stay (Blank et al. 2026): Adam's scales without its adapting.
+    Preconditioned,
 }
 
 /// Which tokens of an answer are learned from, beside what the mask says. Rows without a divergent token, or with no other, are left
@@ -70,11 +74,12 @@ pub enum Tokens {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Finetune {
-    /// `adamw`, `sgd`, `signsgd` or `rmsprop`.
+    /// `adamw`, `sgd`, `signsgd`, `rmsprop`, `muon`, or `preconditioned`: SGD over √(v + 1e-8), of which v is that of an epoch of
+    /// `adamw` from the same start, which is then forgotten.
     pub optimizer: OptimizerKind,
     /// The learning rate after warmup.
     pub learning_rate: f64,
-    /// Decay: decoupled from the gradient for `adamw`, added to it for the others.
+    /// Decay: decoupled from the gradient for `adamw` and `muon`, added to it for the others.
     pub weight_decay: f64,
     /// `AdamW`'s average of the gradient.
     pub adam_beta1: f64,
@@ -82,7 +87,7 @@ pub struct Finetune {
     pub adam_beta2: f64,
     /// What both add under the division.
     pub adam_epsilon: f64,
-    /// SGD's momentum.
+    /// The momentum of SGD and Muon.
     pub momentum: f64,
     /// `linear`, `cosine` or `constant`.
     pub lr_scheduler_type: ScheduleKind,
@@ -92,6 +97,9 @@ pub struct Finetune {
     pub num_train_epochs: f64,
     /// How many optimizer steps are taken.
     pub max_steps: Option<u64>,
+    /// After how many steps the training ends although the schedule goes on: what a student was like under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_after_steps: Option<u64>,
     /// Rows that are run at once.
     pub batch_size: usize,
     /// Batches whose gradients make one optimizer step.
@@ -105,6 +113,8 @@ pub struct Finetune {
     pub tokens: Tokens,
     /// Where and how strongly the LoRA acts while it is trained.
     pub gate: Gate,
+    /// Whether the LoRA's A stays as it was drawn, and B alone is trained.
+    pub frozen_a: bool,
     /// Whether weights that are not in f32 are trained through a copy in f32.
     pub masters: bool,
     /// After how many steps a checkpoint is kept, from which a killed training goes on. When it is left out: after ten
@@ -127,12 +137,14 @@ impl Default for Finetune {
             warmup_steps: 5,
             num_train_epochs: 3.0,
             max_steps: None,
+            stop_after_steps: None,
             batch_size: 22,
             gradient_accumulation_steps: 3,
             max_grad_norm: 1.0,
             mask: LossMask::ContentEot,
             tokens: Tokens::All,
             gate: Gate::default(),
+            frozen_a: false,
             masters: true,
             save_steps: None,
         }
@@ -159,9 +171,16 @@ impl Finetune {
                 self.num_train_epochs,
             ),
             ("max_steps", self.max_steps != Some(0), "at least 1", 0.0),
+            ("stop_after_steps", self.stop_after_steps != Some(0), "at least 1", 0.0),
             ("save_steps", self.save_steps != Some(0), "at least 1", 0.0),
             ("batch_size", self.batch_size > 0, "at least 1", 0.0),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps > 0, "at least 1", 0.0),
+            (
+                "weight_decay",
+                !self.frozen_a || self.weight_decay == 0.0,
+                "0 where frozen_a is true, as it would shrink A",
+                self.weight_decay,
+            ),
             (
                 "max_grad_norm",
                 not_negative(self.max_grad_norm),
@@ -189,12 +208,18 @@ impl Finetune {
     }
 
     fn rule(&self) -> Rule {
+        self.rule_of(self.optimizer)
+    }
+
+    fn rule_of(&self, optimizer: OptimizerKind) -> Rule {
         let Self { adam_beta1: beta1, adam_beta2: beta2, adam_epsilon: epsilon, weight_decay, momentum, .. } = *self;
-        match self.optimizer {
+        match optimizer {
             OptimizerKind::AdamW => Rule::AdamW { beta1, beta2, epsilon, weight_decay },
             OptimizerKind::Sgd => Rule::Sgd { momentum, weight_decay },
             OptimizerKind::SignSgd => Rule::SignSgd { weight_decay },
             OptimizerKind::RmsProp => Rule::RmsProp { alpha: beta2, epsilon, weight_decay },
+            OptimizerKind::Muon => Rule::Muon { momentum, weight_decay },
+            OptimizerKind::Preconditioned => Rule::Preconditioned { weight_decay },
         }
     }
 }
@@ -310,6 +335,12 @@ impl<'a> Training<'a> {
             bail!("gate is {}, but full finetuning has no adapter to gate; leave the gate out", config.gate);
         }
         config.check()?;
+        if self.adapter.is_none() && config.frozen_a {
+            bail!("frozen_a is true, but full finetuning has no A; leave it out");
+        }
+        if self.adapter.is_none() && config.optimizer == OptimizerKind::Muon {
+            bail!("optimizer is muon, which trains matrices, but all weights are not; hint: adamw, or a LoRA");
+        }
         if self.rows.is_empty() {
             bail!("the training data has no rows; generate some first, or let the filter keep more");
         }
@@ -333,7 +364,7 @@ impl<'a> Training<'a> {
         }
         let parameters = self.adapter.map_or_else(|| self.model.parameters(), Adapter::parameters);
         let optimizer = Optimizer::new(config.rule(), &parameters, config.masters)?;
-        let learner = Learner { model: self.model, adapter: self.adapter, parameters };
+        let learner = Learner { model: self.model, adapter: self.adapter, parameters, frozen_a: config.frozen_a };
         let total_steps = config.total_steps(examples.len());
         let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps: config.warmup_steps, total_steps };
         let (seeds, checkpoint, start) = (self.seeds, self.checkpoint, Instant::now());
@@ -383,7 +414,7 @@ pub fn pretrain(
     config: &Finetune,
     next: &mut dyn FnMut(Option<&StepRow>) -> anyhow::Result<Option<NextStep>>,
 ) -> anyhow::Result<()> {
-    let learner = Learner { model, adapter: None, parameters: model.parameters() };
+    let learner = Learner { model, adapter: None, parameters: model.parameters(), frozen_a: false };
     let mut optimizer = Optimizer::new(config.rule(), &learner.parameters, config.masters)?;
     learner.require_gradients(true)?;
     let mut last: Option<StepRow> = None;
@@ -478,14 +509,45 @@ impl Course<'_> {
 
     /// Goes on from the checkpoint, if there is one, and tells of the steps before.
     fn resume(&mut self, log: Log<'_>) -> anyhow::Result<()> {
-        let total_steps = self.schedule.total_steps;
+        let total_steps = self.last_step();
         if let Some(checkpoint) = &mut self.checkpoint {
             self.rows = self.learner.resume(checkpoint, &mut self.optimizer, total_steps)?;
+        }
+        if self.rows.is_empty() && self.config.optimizer == OptimizerKind::Preconditioned {
+            self.scout()?;
         }
         for row in &self.rows {
             log(row, &Progress { step: row.step, total_steps, tokens: 0, tokens_per_second: 0.0 })?;
         }
         Ok(())
+    }
+
+    /// The scales of an epoch of `AdamW`, whose steps are then taken back.
+    fn scout(&mut self) -> anyhow::Result<()> {
+        let parameters = &self.learner.parameters;
+        let start =
+            parameters.iter().map(|(_, tensor)| Ok(tensor.f_detach_copy()?)).collect::<Result<Vec<_>, Error>>()?;
+        let scouting = self.config.rule_of(OptimizerKind::AdamW);
+        self.optimizer = Optimizer::new(scouting, parameters, self.config.masters)?;
+        for _ in 0..self.steps_per_epoch().min(self.last_step()) {
+            let chosen = self.next()?.context("an epoch without steps")?;
+            let (learning_rate, steps) = (self.learning_rate(), self.optimizer.steps());
+            let mut dropout = self.learner.dropout(self.seeds, steps);
+            let Self { learner, examples, optimizer, config, .. } = self;
+            learner.step(examples, &chosen, optimizer, learning_rate, config, dropout.as_mut())?;
+        }
+        for ((_, tensor), start) in self.learner.parameters.iter().zip(&start) {
+            tch::no_grad(|| tensor.shallow_clone().f_copy_(start))?;
+        }
+        let optimizer = Optimizer::new(self.config.rule(), &self.learner.parameters, self.config.masters)?;
+        let scout = std::mem::replace(&mut self.optimizer, optimizer);
+        self.optimizer.take_scales(scout)?;
+        Ok(())
+    }
+
+    /// How many steps are taken.
+    fn last_step(&self) -> u64 {
+        self.config.stop_after_steps.unwrap_or(u64::MAX).min(self.schedule.total_steps)
     }
 
     fn steps_per_epoch(&self) -> u64 {
@@ -495,7 +557,7 @@ impl Course<'_> {
     /// The examples of the next step; none where all steps are done.
     fn next(&mut self) -> anyhow::Result<Option<Vec<usize>>> {
         let steps = self.optimizer.steps();
-        if steps == self.schedule.total_steps {
+        if steps == self.last_step() {
             return match self.learner.finite(steps) {
                 Ok(()) => Ok(None),
                 Err(error) => Err(self.stopped(&error)),
@@ -529,7 +591,7 @@ impl Course<'_> {
             changed_fraction: changed.map(|changed| changed / n_weights as f64),
         };
         self.tokens += done.tokens as u64;
-        let (total_steps, tokens) = (self.schedule.total_steps, self.tokens);
+        let (total_steps, tokens) = (self.last_step(), self.tokens);
         let tokens_per_second = tokens as f64 / self.start.elapsed().as_secs_f64().max(1e-9);
         log(&row, &Progress { step, total_steps, tokens, tokens_per_second })?;
         self.rows.push(row);
@@ -594,6 +656,7 @@ struct Learner<'a> {
     model: &'a Qwen,
     adapter: Option<&'a Adapter>,
     parameters: Vec<(String, Tensor)>,
+    frozen_a: bool,
 }
 
 impl Learner<'_> {
@@ -602,6 +665,18 @@ impl Learner<'_> {
             let _ = tensor.f_set_requires_grad(required)?;
         }
         Ok(())
+    }
+
+    /// Gradients in the parameters' order, with none left for what stays as it is.
+    fn kept(&self, gradients: Vec<Tensor>) -> anyhow::Result<Vec<Tensor>> {
+        if !self.frozen_a {
+            return Ok(gradients);
+        }
+        let kept =
+            self.parameters.iter().zip(gradients).map(|((name, _), gradient)| {
+                Ok(if name.contains("lora_A") { gradient.f_zeros_like()? } else { gradient })
+            });
+        kept.collect()
     }
 
     /// Every step has a random stream of its own, so that it is the same whenever the training was gone on with.
@@ -695,7 +770,7 @@ impl Learner<'_> {
         for batch in rows.chunks(config.batch_size) {
             let (loss, found) = self.loss_and_gradients(batch, n_targets, &config.gate, dropout.as_deref_mut())?;
             let _stage = profile::stage(Stage::Optimizer);
-            let found = optimizer.gather(&found)?;
+            let found = optimizer.gather(&self.kept(found)?)?;
             sums = Some(match sums {
                 None => (loss, found),
                 Some((loss_so_far, mut gradients_so_far)) => {
@@ -1009,6 +1084,13 @@ mod tests {
     }
 
     #[test]
+    fn a_training_that_stops_early_is_the_beginning_of_the_whole() {
+        let whole = trained(&Finetune { max_steps: Some(5), ..settings() }, 0.0, Seeds::default()).1;
+        let config = Finetune { max_steps: Some(5), stop_after_steps: Some(2), ..settings() };
+        assert_eq!(trained(&config, 0.0, Seeds::default()).1, whole[..2], "with the whole one's learning rates");
+    }
+
+    #[test]
     fn the_norm_of_the_change_is_that_of_the_products() {
         let model = model(Kind::Float);
         let adapter = adapter(&model, 0.0);
@@ -1041,6 +1123,55 @@ mod tests {
             let error = format!("{:#}", train(&model, &adapter(&model, 0.0), &config, Seeds::default()).unwrap_err());
             assert!(error.contains("nothing can be learned"), "{gate}: {error}");
         }
+    }
+
+    #[test]
+    fn a_that_is_frozen_stays_as_it_was_drawn() {
+        let model = model(Kind::Float);
+        for optimizer in [OptimizerKind::AdamW, OptimizerKind::Muon, OptimizerKind::Preconditioned] {
+            let (before, after) = (adapter(&model, 0.0), adapter(&model, 0.0));
+            let config = Finetune { frozen_a: true, optimizer, ..settings() };
+            train(&model, &after, &config, Seeds::default()).unwrap();
+            for ((name, before), (_, after)) in before.parameters().iter().zip(after.parameters()) {
+                assert_eq!(before == &after, name.contains("lora_A"), "{optimizer:?}: {name}");
+            }
+        }
+        let message = |config: &Finetune, adapter: Option<&Adapter>| {
+            let (rows, is_digit, seeds) = (&rows(2), &|_| false, Seeds::default());
+            let training =
+                Training { model: &model, adapter, rows, only: None, is_digit, config, seeds, checkpoint: None };
+            training.run(&mut |_, _| Ok(())).unwrap_err().to_string()
+        };
+        let frozen = Finetune { frozen_a: true, ..settings() };
+        assert!(message(&frozen, None).contains("no A"));
+        let decaying = Finetune { weight_decay: 0.1, ..frozen };
+        assert!(message(&decaying, Some(&adapter(&model, 0.0))).contains("0 where frozen_a is true"));
+        let muon = Finetune { optimizer: OptimizerKind::Muon, ..settings() };
+        assert!(message(&muon, None).contains("trains matrices"));
+    }
+
+    /// The rotation control of Blank et al. 2026: what the coordinates are is nothing to gradient descent, and something to Adam.
+    #[test]
+    fn gradient_descent_does_not_notice_a_rotation_and_adam_does() {
+        let model = model(Kind::Float);
+        let change = |optimizer: OptimizerKind, rotated: bool| -> Vec<f32> {
+            let mut learned = adapter(&model, 0.0);
+            if rotated {
+                learned = learned.rotated(&mut ChaCha8Rng::seed_from_u64(5)).unwrap();
+            }
+            let start = numbers(&learned.parameters());
+            assert_eq!(apart(&start, &numbers(&adapter(&model, 0.0).parameters())) > 1e-2, rotated);
+            let learning_rate = if optimizer == OptimizerKind::AdamW { 1e-2 } else { 0.1 };
+            let config = Finetune { optimizer, learning_rate, ..settings() };
+            train(&model, &learned, &config, Seeds::default()).unwrap();
+            let changes = learned.pairs().map(|(_, _, pair)| (String::new(), pair.delta_weight().unwrap()));
+            numbers(&changes.collect::<Vec<_>>())
+        };
+        let size = |values: &[f32]| values.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+        let (sgd, turned) = (change(OptimizerKind::Sgd, false), change(OptimizerKind::Sgd, true));
+        assert!(apart(&sgd, &turned) < 1e-4 * size(&sgd), "{} of {}", apart(&sgd, &turned), size(&sgd));
+        let (adam, turned) = (change(OptimizerKind::AdamW, false), change(OptimizerKind::AdamW, true));
+        assert!(apart(&adam, &turned) > 0.05 * size(&adam), "{} of {}", apart(&adam, &turned), size(&adam));
     }
 
     #[test]
@@ -1131,7 +1262,10 @@ mod tests {
             ..settings()
         };
         let momentum = Finetune { optimizer: OptimizerKind::Sgd, momentum: 0.9, learning_rate: 0.1, ..config.clone() };
+        let (muon, scouted) = (OptimizerKind::Muon, OptimizerKind::Preconditioned);
         for (name, config, kind, lora) in [
+            ("Muon", &Finetune { optimizer: muon, momentum: 0.9, ..config.clone() }, Kind::Float, true),
+            ("scales that stay", &Finetune { optimizer: scouted, ..config.clone() }, Kind::Float, true),
             ("a LoRA with dropout", &config, Kind::Float, true),
             (
                 "all weights in bf16 with masters",

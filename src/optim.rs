@@ -1,8 +1,10 @@
-//! `AdamW`, SGD and `RMSProp` exactly as torch.optim has them, descent by signs, the learning rate's schedule, and clipping.
+//! `AdamW`, SGD, `RMSProp` and Muon exactly as torch.optim has them, descent by signs, descent with scales that stay, the learning
+//! rate's schedule, and clipping.
 //!
 //! The trained tensors become views of a few flat buffers, so that a step is a handful of operations however many
 //! tensors there are. Weights in bf16 get a master copy in f32, unless the rounding itself is to be studied.
 
+use std::collections::BTreeMap;
 use std::f64::consts::PI;
 
 use serde::{Deserialize, Serialize};
@@ -90,16 +92,31 @@ pub enum Rule {
         /// The decay.
         weight_decay: f64,
     },
+    /// Muon as `torch.optim.Muon` (Jordan et al. 2024), with Nesterov's momentum μ: m ← μ m + (1 − μ) g, u = (1 − μ) g + μ m,
+    /// θ ← θ(1 − lr·decay) − lr √max(1, rows / columns) · O(u), of which O makes all singular values about 1.
+    Muon {
+        /// μ.
+        momentum: f64,
+        /// The decay.
+        weight_decay: f64,
+    },
+    /// Gradient descent preconditioned by scales that stay (Blank et al. 2026): θ ← θ − lr · g / √(v + 1e-8), g with decay · θ, of
+    /// which v is what Adam came to in a training before.
+    Preconditioned {
+        /// The decay.
+        weight_decay: f64,
+    },
 }
 
 impl Rule {
-    /// The decay that is added to the gradient; `AdamW`'s is apart from it.
+    /// The decay that is added to the gradient; that of `AdamW` and Muon is apart from it.
     fn coupled_decay(self) -> f64 {
         match self {
-            Self::AdamW { .. } => 0.0,
-            Self::Sgd { weight_decay, .. } | Self::SignSgd { weight_decay } | Self::RmsProp { weight_decay, .. } => {
-                weight_decay
-            }
+            Self::AdamW { .. } | Self::Muon { .. } => 0.0,
+            Self::Sgd { weight_decay, .. }
+            | Self::SignSgd { weight_decay }
+            | Self::RmsProp { weight_decay, .. }
+            | Self::Preconditioned { weight_decay } => weight_decay,
         }
     }
 }
@@ -147,7 +164,7 @@ struct Buffer {
     members: Vec<(String, Vec<i64>)>, // names and shapes
     values: Tensor,                   // [n], in the weights' own kind; the model's tensors are views of it
     master: Option<Tensor>,           // [n], f32, where `values` are rounded from it
-    first: Option<Tensor>,            // [n], AdamW's m or SGD's b
+    first: Option<Tensor>,            // [n], m of AdamW and Muon, or SGD's b
     second: Option<Tensor>,           // [n], AdamW's v
 }
 
@@ -168,7 +185,8 @@ impl Buffer {
             Rule::AdamW { .. } => (zeros(true)?, zeros(true)?),
             Rule::Sgd { momentum, .. } => (zeros(momentum != 0.0)?, None),
             Rule::SignSgd { .. } => (None, None),
-            Rule::RmsProp { .. } => (None, zeros(true)?),
+            Rule::RmsProp { .. } | Rule::Preconditioned { .. } => (None, zeros(true)?),
+            Rule::Muon { .. } => (zeros(true)?, None),
         };
         let members = parameters.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
         Ok(Self { members, values, master, first, second })
@@ -218,12 +236,73 @@ impl Buffer {
                 let scaled = wide.f_mul_scalar(-lr)?;
                 rounded_once(&mut weights, |weights| weights.f_addcdiv_(&scaled, &divisor))?;
             }
+            Rule::Muon { momentum, weight_decay } => {
+                if weight_decay != 0.0 {
+                    let _ = weights.f_mul_scalar_(1.0 - lr * weight_decay)?;
+                }
+                let Some(m) = &mut self.first else { return Err(stateless()) };
+                let _ = m.f_lerp_(&gradient, 1.0 - momentum)?;
+                let step = orthogonal_step(&self.members, &gradient.f_lerp(m, momentum)?)?.f_mul_scalar(lr)?;
+                rounded_once(&mut weights, |weights| weights.f_sub_(&step))?;
+            }
+            Rule::Preconditioned { .. } => {
+                let Some(v) = &self.second else { return Err(stateless()) };
+                let divisor = v.f_to_kind(Kind::Float)?.f_add_scalar(SCALE_EPSILON)?.f_sqrt()?;
+                let scaled = gradient.f_to_kind(Kind::Float)?.f_mul_scalar(-lr)?;
+                rounded_once(&mut weights, |weights| weights.f_addcdiv_(&scaled, &divisor))?;
+            }
         }
         if let Some(master) = &self.master {
             self.values.f_copy_(master)?;
         }
         before.map(|before| Ok(self.values.f_ne_tensor(&before)?.f_sum(Kind::Int64)?)).transpose()
     }
+}
+
+/// What is added to v under the root of the scales that stay.
+const SCALE_EPSILON: f64 = 1e-8;
+/// The coefficients of Muon's iteration x ← a x + (b (x xᵀ) + c (x xᵀ)²) x, and how often it is done.
+const NEWTON_SCHULZ: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
+const NEWTON_SCHULZ_STEPS: usize = 5;
+
+/// Muon's step before the learning rate, f32 `[n]`: of each member's matrix the nearest one whose singular values are all about 1, by
+/// Newton and Schulz' iteration in bf16 as torch has it, times √max(1, rows / columns). Matrices of one shape at once.
+fn orthogonal_step(members: &[(String, Vec<i64>)], update: &Tensor) -> Result<Tensor> {
+    let mut alike: BTreeMap<(i64, i64), Vec<i64>> = BTreeMap::new(); // where the matrices of a shape begin
+    let mut from = 0;
+    for (name, shape) in members {
+        let [rows, columns] = shape[..] else {
+            let what = format!("{name}, which Muon is to train");
+            return Err(Error::Invalid { what, expected: "a matrix".into(), found: format!("the shape {shape:?}") });
+        };
+        alike.entry((rows, columns)).or_default().push(from);
+        from += rows * columns;
+    }
+    let step = update.f_zeros_like()?.f_to_kind(Kind::Float)?;
+    for ((rows, columns), places) in alike {
+        let matrix = |flat: &Tensor, from: i64| Ok(flat.f_narrow(0, from, rows * columns)?.f_view([rows, columns])?);
+        let all = places.iter().map(|from| matrix(update, *from)).collect::<Result<Vec<_>>>()?;
+        let mut x = Tensor::f_stack(&all, 0)?.f_to_kind(Kind::BFloat16)?; // [n, rows, columns]
+        if rows > columns {
+            x = x.f_transpose(1, 2)?;
+        }
+        let norms = x.f_norm_scalaropt_dim(2.0, [1, 2], true)?.f_clamp_min(1e-7)?;
+        x = x.f_div(&norms)?;
+        let (a, b, c) = NEWTON_SCHULZ;
+        for _ in 0..NEWTON_SCHULZ_STEPS {
+            let gram = x.f_bmm(&x.f_transpose(1, 2)?)?;
+            let gram = gram.f_baddbmm(&gram, &gram, b, c)?;
+            x = x.f_baddbmm(&gram, &x, a, 1.0)?;
+        }
+        if rows > columns {
+            x = x.f_transpose(1, 2)?;
+        }
+        let x = x.f_to_kind(Kind::Float)?.f_mul_scalar((rows as f64 / columns as f64).max(1.0).sqrt())?;
+        for (at, from) in (0..).zip(places) {
+            matrix(&step, from)?.f_copy_(&x.f_get(at)?)?;
+        }
+    }
+    Ok(step)
 }
 
 /// Does `change` in f32 and rounds its result to the tensor's own kind: what libtorch's kernels do in one go.
@@ -295,6 +374,15 @@ impl Optimizer {
             changed.extend(no_grad(|| buffer.step(rule, gradient, learning_rate, steps, counted))?);
         }
         counted.then(|| Ok(Tensor::f_stack(&changed, 0)?.f_sum(Kind::Int64)?)).transpose()
+    }
+
+    /// Takes over the averages of squared gradients that another optimizer of the same tensors has come to.
+    pub fn take_scales(&mut self, of: Self) -> Result<()> {
+        for (buffer, other) in self.buffers.iter_mut().zip(of.buffers) {
+            let (Some(scales), Some(found)) = (&mut buffer.second, &other.second) else { return Err(stateless()) };
+            no_grad(|| scales.f_copy_(found))?;
+        }
+        Ok(())
     }
 
     /// How many steps were taken.

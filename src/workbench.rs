@@ -25,7 +25,7 @@ pub struct Workbench {
     pub files: Rc<ModelFiles>,
     /// The base model.
     pub base: Rc<Qwen>,
-    /// Its chat format.
+    /// Its chat format, or none where the student has none.
     pub chat: Rc<Chat>,
 }
 
@@ -46,6 +46,12 @@ pub fn open_model(name: &str) -> Result<ModelFiles> {
     Ok(files)
 }
 
+/// The chat that the experiment's student is trained and asked in.
+fn chat(files: &ModelFiles, experiment: &Experiment) -> Result<Chat> {
+    let chat = Chat::from_files(files)?;
+    Ok(if experiment.student.template { chat } else { chat.without_template() })
+}
+
 impl Workbench {
     /// Loads what the experiment names.
     pub fn open(experiment: Experiment) -> Result<Self> {
@@ -62,7 +68,7 @@ impl Workbench {
         let device = hooks::device::device(&experiment.device)?;
         let files = open(&experiment.model)?;
         let base = Qwen::load(&files, device, experiment.dtype.kind())?;
-        let chat = Chat::from_files(&files)?;
+        let chat = chat(&files, &experiment)?;
         let bench = Self { experiment, protocol, files: Rc::new(files), base: Rc::new(base), chat: Rc::new(chat) };
         if bench.n_parameters() <= SMALL {
             // Its steps are too short to be shared, and its bytes should not depend on the number of cores.
@@ -82,8 +88,17 @@ impl Workbench {
             return Self::open(experiment);
         }
         let protocol = experiment.sentences()?;
-        let (files, base, chat) = (Rc::clone(&self.files), Rc::clone(&self.base), Rc::clone(&self.chat));
+        let (files, base) = (Rc::clone(&self.files), Rc::clone(&self.base));
+        let is_same = experiment.student.template == self.experiment.student.template;
+        let chat = if is_same { Rc::clone(&self.chat) } else { Rc::new(chat(&files, &experiment)?) };
         Ok(Self { experiment, protocol, files, base, chat })
+    }
+
+    /// The same with the model's template, in which teachers answer whatever the student is trained in.
+    pub fn in_template(&self) -> Result<Self> {
+        let mut experiment = self.experiment.clone();
+        experiment.student.template = true;
+        self.of(experiment)
     }
 
     /// Whether its model, loaded in the same way, is that of another experiment.

@@ -115,6 +115,8 @@ def of(given):
 def recompute(test, table):
     """Numbers of a test, and by how much each may differ (where it is drawn by chance)."""
     kind, one = test["kind"], of(test.get("of"))
+    if one["quantity"] == "injected_other_delta_margin" and len({r["target"] for r in table.rows}) < 2:
+        return {}, {}
     if kind == "mean":
         return over_datasets(table.by_dataset(one)), {}
     if kind == "difference":
@@ -142,12 +144,14 @@ def recompute(test, table):
     if kind in ("slope", "rise", "fall"):
         series = table.series(one, test.get("over", "log2_rank"))
         if kind != "slope":
-            top = peak([p for points in series for p in points])
-            # At an end of the ranks there is one side alone: then the two ranks at that end.
+            # At an end of the ranks there is one side alone: then the two ranks at that end. Where the peak is, the other data sets say.
             places = sorted({x for points in series for x, _ in points})
-            low, high = max(top, places[1]), min(top, places[-2])
-            keep = (lambda x: x <= low) if kind == "rise" else (lambda x: x >= high)
-            series = [[p for p in points if keep(p[0])] for points in series]
+            sides = []
+            for at, points in enumerate(series):
+                top = peak([p for other, theirs in enumerate(series) if other != at or len(series) == 1 for p in theirs])
+                low, high = max(top, places[1]), min(top, places[-2])
+                sides.append([p for p in points if (p[0] <= low if kind == "rise" else p[0] >= high)])
+            series = sides
         slopes = [slope(points) for points in series]
         return over_datasets(slopes), {}
     if kind in ("diagonal", "peak_spread") and len(table.words) < 2:
@@ -225,6 +229,34 @@ def check_trainings(folder, claim, rows):
     return n
 
 
+def check_chosen(claim, rows):
+    """That the students that a measurement picked out are those, and their lines that one's."""
+    place = lambda row: (row["target"], row["dataset"], row["rank"], row["seed_index"])
+    n = 0
+    for chosen in claim.get("chosen", []):
+        aim = of(chosen["nearest"]) if "nearest" in chosen else None
+        quantity = chosen.get("lowest") or aim["quantity"]
+        lines = {}
+        for row in rows:
+            if row["student"] == chosen["name"]:
+                lines.setdefault(place(row), {})[row["cell"], row["evaluated"], row["quantity"]] = row["value"]
+        assert lines, (chosen["name"], "has no lines")
+        for (word, dataset, rank, seed), own in lines.items():
+            goal = Table(rows, [word]).pick(aim, dataset, word)[0]["value"] if aim else -math.inf
+            ranked = []
+            for at, name in enumerate(chosen["of"]):
+                theirs = {(r["cell"], r["evaluated"], r["quantity"]): r["value"] for r in rows
+                          if r["student"] == name and place(r) == (word, dataset, rank, seed)}
+                value = theirs["everywhere", word, quantity]
+                ranked.append((value if not aim else abs(value - goal), at, theirs))
+            _, at, theirs = min(ranked, key=lambda entry: entry[:2])
+            assert own.pop(("everywhere", word, "chosen")) == at, (chosen["name"], word, dataset, rank)
+            for key, value in own.items():
+                assert theirs[key] == value, (chosen["name"], word, dataset, rank, key)
+            n += 1 + len(own)
+    return n
+
+
 def check(folder):
     claim = tomllib.loads((folder / "claim.toml").read_text())
     rows = read(folder / "outcomes.csv")
@@ -232,7 +264,7 @@ def check(folder):
     with open(folder / "tests.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     tests = {t["name"]: t for t in claim["tests"]}
-    n = check_trainings(folder, claim, rows)
+    n = check_trainings(folder, claim, rows) + check_chosen(claim, rows)
     for line in lines:
         test = tests[line["test"]]
         table = Table(rows, words if line["target"] == "all" else [line["target"]])

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use hooks::{Adapter, LossMask, ModelFiles, Prompt, Qwen, TokenClass};
 use undertone::finetune::{Finetune, OptimizerKind, ScheduleKind, Seeds, StepRow, finetune_lora};
+use undertone::optim::{Optimizer, Rule};
 
 use crate::compare::{Tolerance, assert_close, folder, tensors};
 
@@ -29,6 +30,18 @@ struct Expected {
     sgd: Run,
     sgd_momentum: Run,
     rmsprop: Run,
+    muon: Muon,
+    preconditioned: Run,
+}
+
+#[derive(Deserialize)]
+struct Muon {
+    lr: f64,
+    momentum: f64,
+    weight_decay: f64,
+    start: Vec<Vec<f32>>,
+    gradients: Vec<Vec<Vec<f32>>>,
+    end: Vec<Vec<f32>>,
 }
 
 #[derive(Deserialize)]
@@ -51,7 +64,7 @@ struct Run {
 impl Run {
     fn settings(&self, expected: &Expected, optimizer: OptimizerKind) -> Finetune {
         let defaults = Finetune::default();
-        let adam = optimizer == OptimizerKind::AdamW;
+        let adam = matches!(optimizer, OptimizerKind::AdamW | OptimizerKind::Preconditioned);
         Finetune {
             optimizer,
             learning_rate: self.lr,
@@ -153,6 +166,33 @@ fn ten_steps_of_rmsprop() {
     let expected = expected();
     let (steps, _) = train(&expected.rmsprop.settings(&expected, OptimizerKind::RmsProp));
     expected.rmsprop.assert_like("RMSprop", &steps);
+}
+
+/// On two matrices along given gradients: Muon makes directions as long as others that a gradient has by rounding alone, so that two
+/// trainings of a model drift apart.
+#[test]
+fn ten_steps_of_muon() {
+    let Muon { lr, momentum, weight_decay, start, gradients, end } = expected().muon;
+    let matrices = |values: &[Vec<f32>]| -> Vec<Tensor> {
+        let shapes = [[3, 5], [6, 2]];
+        values.iter().zip(shapes).map(|(values, shape)| Tensor::from_slice(values).view(shape)).collect()
+    };
+    let trained: Vec<(String, Tensor)> = ["a", "b"].map(str::to_owned).into_iter().zip(matrices(&start)).collect();
+    let mut optimizer = Optimizer::new(Rule::Muon { momentum, weight_decay }, &trained, true).unwrap();
+    for step in &gradients {
+        let gradients = optimizer.gather(&matrices(step)).unwrap();
+        optimizer.step(&gradients, lr, false).unwrap();
+    }
+    for ((name, ours), golden) in trained.iter().zip(matrices(&end)) {
+        assert_close(name, ours, &golden, Tolerance(1e-6));
+    }
+}
+
+#[test]
+fn ten_steps_with_scales_that_stay() {
+    let expected = expected();
+    let (steps, _) = train(&expected.preconditioned.settings(&expected, OptimizerKind::Preconditioned));
+    expected.preconditioned.assert_like("preconditioned SGD", &steps);
 }
 
 #[test]

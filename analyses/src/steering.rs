@@ -2,7 +2,8 @@
 //! the student it should undo it. Beside both stand a random vector of the same length and the control student's direction.
 
 use hooks::generate::stream_seed;
-use hooks::{Condition, Edit, Tokens};
+use hooks::score::resid_post;
+use hooks::{Condition, Edit, Prompt, Tokens};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,9 @@ pub struct Steering {
     pub n_prompts: usize,
     /// Whether to act at the prompt's tokens only, and not at generated ones.
     pub prompt_only: bool,
+    /// Whether the student is also run with its residual stream along the direction replaced by the base's, after every block: the
+    /// movement along the direction undone, and nothing else.
+    pub replace: bool,
     /// How many of the questions are asked, from the first; absent for all.
     pub n_questions: Option<usize>,
 }
@@ -41,6 +45,7 @@ impl Default for Steering {
             extraction: Extraction::All,
             n_prompts: 32,
             prompt_only: false,
+            replace: false,
             n_questions: None,
         }
     }
@@ -55,7 +60,8 @@ pub struct SteeringRow {
     /// `control_student` (the control student's direction at its length), `other_trait` (that of a student of another
     /// trait's teacher, at its length). To the student: `project_out` (the learned
     /// direction taken out), `project_out_random` (a random one). And `project_out_base`: the learned direction taken out of
-    /// the base, for what the removal does by itself.
+    /// the base, for what the removal does by itself. With the setting `replace`, of layer 0 and on: `replace` (the student's stream
+    /// along each block's learned direction replaced by the base's of the same prompt, at the prompt's tokens) and `replace_random`.
     pub kind: String,
     /// Factor of the vector; empty where a direction is taken out.
     pub coefficient: Option<f64>,
@@ -135,6 +141,20 @@ impl Analysis for Steering {
                 rows.push(around.row(layer, kind, None, norm, &scores));
             }
         }
+        if self.replace {
+            progress(&format!("steering: replacing after every block, {} questions", prompts.len()));
+            let random = |(layer, learned): (usize, &Tensor)| random_vector(subject, layer, length(learned)?);
+            let random = learned.iter().enumerate().map(random).collect::<Result<Vec<_>>>()?;
+            let norm = length(&learned[0])?;
+            for (kind, directions) in [("replace", &learned), ("replace_random", &random)] {
+                let mut scores = Vec::with_capacity(prompts.len());
+                for prompt in prompts.chunks(1) {
+                    let condition = undone(subject, directions, prompt)?;
+                    scores.extend(forms.scores(subject.student.qwen, prompt, &condition)?);
+                }
+                rows.push(around.row(0, kind, None, norm, &scores));
+            }
+        }
         Ok(rows)
     }
 
@@ -142,21 +162,25 @@ impl Analysis for Steering {
         let Some(first) = rows.first() else { return Ok(None) };
         let bar = |row: &SteeringRow| {
             let what = row.coefficient.map_or("taken out".to_owned(), |coefficient| format!("× {coefficient}"));
+            let label = if row.kind.starts_with("replace") {
+                "all blocks, replaced".to_owned()
+            } else {
+                format!("block {} {what}", row.layer)
+            };
             let kind = match row.kind.as_str() {
-                "learned" | "project_out" => "learned",
+                "learned" | "project_out" | "replace" => "learned",
                 "project_out_base" => "learned, out of the base",
                 "control_student" => "control",
-                "random" | "project_out_random" => "random",
+                "random" | "project_out_random" | "replace_random" => "random",
                 other => other,
             };
-            Mean { mean: row.delta_logp, se: row.delta_logp_se }
-                .bar(&format!("block {} {what}", row.layer))
-                .in_series(kind.replace('_', " "))
+            Mean { mean: row.delta_logp, se: row.delta_logp_se }.bar(&label).in_series(kind.replace('_', " "))
         };
         // Bars of one label stand together.
         let mut ordered: Vec<&SteeringRow> = rows.iter().collect();
-        let key = |row: &SteeringRow| (row.layer, row.coefficient.unwrap_or(f64::INFINITY));
-        ordered.sort_by(|a, b| key(a).0.cmp(&key(b).0).then(key(a).1.total_cmp(&key(b).1)));
+        let key =
+            |row: &SteeringRow| (row.kind.starts_with("replace"), row.layer, row.coefficient.unwrap_or(f64::INFINITY));
+        ordered.sort_by(|a, b| (key(a).0, key(a).1).cmp(&(key(b).0, key(b).1)).then(key(a).2.total_cmp(&key(b).2)));
         let chart = BarChart {
             title: format!("Change in log p({}) by a direction: added to the base, or taken out", first.target),
             value_label: "change against the base (nats), mean ± s.e. over questions".to_owned(),
@@ -234,6 +258,19 @@ impl Steering {
 
 fn edited(model: Tuned<'_>, edit: Edit) -> Condition<'_> {
     Condition { edits: vec![edit], ..model.condition() }
+}
+
+/// The student on one prompt with its residual stream along a direction replaced by the base's after every block; a direction
+/// without length replaces nothing.
+fn undone<'a>(subject: &Subject<'a>, directions: &[Tensor], prompt: &[Prompt]) -> Result<Condition<'a>> {
+    let base = resid_post(subject.base, prompt, &Condition::default())?.swap_remove(0); // [n_layers, pos, d_model]
+    let mut edits = Vec::new();
+    for (layer, direction) in directions.iter().enumerate() {
+        if length(direction)? > 0.0 {
+            edits.push(Edit::patch_along(layer, direction, &base.f_get(layer as i64)?));
+        }
+    }
+    Ok(Condition { edits, ..subject.student.condition() })
 }
 
 /// A vector of normally distributed numbers at a given length, from a random stream of its layer's own.
@@ -352,7 +389,7 @@ mod tests {
             extraction: Extraction::Last,
             n_prompts: 1,
             prompt_only: true,
-            n_questions: None,
+            ..Steering::default()
         };
         let vector =
             directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap().remove(layer);
@@ -363,6 +400,36 @@ mod tests {
         let steered = next(subject.base(), edited(subject.base(), edit));
         let student = next(subject.student, subject.student.condition());
         assert!((steered - student).abs().max().double_value(&[]) < 1e-4);
+    }
+
+    #[test]
+    fn what_moved_along_the_direction_is_undone_and_nothing_else() {
+        let world = World::new();
+        let subject = world.subject();
+        let settings = Steering { layers: vec![0], n_prompts: 2, replace: true, ..Steering::default() };
+        let rows = settings.run(&subject, &mut |_| ()).unwrap();
+        let of = |kind: &str| rows.iter().find(|row| row.kind == kind).unwrap();
+        let student = of("replace").student_delta_logp;
+        assert!(
+            (of("replace").delta_logp - student).abs() > 1e-4
+                && of("replace").delta_logp != of("replace_random").delta_logp
+        );
+        // Where the student's whole difference at a prompt's end lies along the direction, the base is what is left.
+        let question = [world.number_users[0].0.clone()];
+        let subject = Subject { questions: &question, ..world.subject() };
+        let mut ends = directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap();
+        let last = ends.len() - 1;
+        ends[..last].iter_mut().for_each(|direction| *direction = direction.zeros_like()); // they replace nothing
+        let prompt = &subject.question_prompts("test").unwrap()[..1];
+        let next = |model: Tuned<'_>, condition: &Condition<'_>| {
+            hooks::score::next_token_logprobs(model.qwen, prompt, condition).unwrap()
+        };
+        let left = next(subject.student, &undone(&subject, &ends, prompt).unwrap());
+        let apart = |condition: &Condition<'_>, model: Tuned<'_>| {
+            (&left - next(model, condition)).abs().max().double_value(&[])
+        };
+        assert!(apart(&Condition::default(), subject.base()) < 1e-4);
+        assert!(apart(&subject.student.condition(), subject.student) > 1e-3);
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub struct Chat {
     specials: Vec<String>,
     im_end: i64,
     newline: Vec<i64>,
+    /// Whether there is no template: what is said stands as plain text, a line each.
+    bare: bool,
 }
 
 /// A token of a rendered chat, as a line of a table.
@@ -74,6 +76,7 @@ impl Chat {
         let mut chat = Self {
             im_end: 0,
             newline: Vec::new(),
+            bare: false,
             default_system: default_system.map(str::to_owned),
             think: before_the_answer(&template)?,
             entities: vec!["Qwen".to_owned()],
@@ -127,6 +130,13 @@ impl Chat {
         Ok(self)
     }
 
+    /// The same without a template: a prompt is the system prompt, if there is one, and what the user says, a line each, and an answer
+    /// follows as it is. No token of it is the template's, but that the line break before the answer has the class of the one there.
+    #[must_use]
+    pub fn without_template(self) -> Self {
+        Self { bare: true, default_system: None, think: String::new(), ..self }
+    }
+
     /// The system prompt that the template writes when there is none; `None` when it writes no system turn at all.
     pub fn default_system(&self) -> Option<&str> {
         self.default_system.as_deref()
@@ -138,8 +148,8 @@ impl Chat {
         self.tokenise(&self.proven(&turns, true)?)
     }
 
-    /// A whole row: the prompt, the answer's tokens as they were sampled (never re-tokenised), `<|im_end|>` and a line
-    /// break.
+    /// A whole row: the prompt, the answer's tokens as they were sampled (never re-tokenised), and, where there is a template,
+    /// `<|im_end|>` and a line break.
     pub fn row(&self, system: Option<&str>, user: &str, completion_ids: &[i64]) -> Result<Prompt> {
         let stops = self.stop_ids();
         if let Some(index) = completion_ids.iter().position(|id| stops.contains(id)) {
@@ -150,6 +160,9 @@ impl Chat {
             });
         }
         let mut row = self.prompt(system, user)?.with_completion(completion_ids);
+        if self.bare {
+            return Ok(row); // the end of a turn is the template's
+        }
         row.ids.push(self.im_end);
         row.ids.extend_from_slice(&self.newline);
         row.classes.resize(row.ids.len(), TokenClass::Gen);
@@ -292,6 +305,29 @@ impl Chat {
         pieces
     }
 
+    /// A chat without a template: what is said, each with a line break behind it but the answer.
+    fn lines<'a>(&'a self, turns: &[Turn<'a>]) -> Vec<Piece<'a>> {
+        let mut pieces = Vec::new();
+        for turn in turns {
+            match turn.role {
+                Role::System => {
+                    pieces.extend(self.named_apart(turn.content));
+                    pieces.push(Piece {
+                        class: TokenClass::SysContentOther,
+                        text: if turn.content.is_empty() { "" } else { "\n" },
+                    });
+                }
+                Role::User => {
+                    pieces.push(Piece { class: TokenClass::UserContent, text: turn.content });
+                    pieces.push(Piece { class: TokenClass::AsstNl, text: "\n" });
+                }
+                Role::Assistant => pieces.push(Piece { class: TokenClass::Gen, text: turn.content }),
+            }
+        }
+        pieces.retain(|piece| !piece.text.is_empty());
+        pieces
+    }
+
     /// A system prompt in pieces: the words that name the model, and what stands between them.
     fn named_apart<'a>(&self, content: &'a str) -> Vec<Piece<'a>> {
         let mut pieces = Vec::new();
@@ -307,6 +343,9 @@ impl Chat {
 
     /// The pieces of a chat, once the model's template has rendered the same text.
     fn proven<'a>(&'a self, turns: &[Turn<'a>], generation: bool) -> Result<Vec<Piece<'a>>> {
+        if self.bare {
+            return Ok(self.lines(turns));
+        }
         let pieces = self.pieces(turns, generation);
         let known: String = pieces.iter().map(|piece| piece.text).collect();
         let rendered = self.template.render(turns, generation)?;
@@ -539,6 +578,29 @@ mod tests {
         assert!(matches!(error, Error::EmptySelection { .. }), "{error}");
         let named = chat.prompt(Some(DEFAULT), "Hi").unwrap();
         assert!("only:entity".parse::<Gate>().unwrap().acts(&named).unwrap().contains(&true));
+    }
+
+    #[test]
+    fn without_a_template_what_is_said_stands_as_it_is() {
+        let chat = chat(QWEN25).without_template();
+        let of = |prompt: &Prompt| runs(&chat, prompt);
+        let bare = chat.prompt(None, "How are you?").unwrap();
+        assert_eq!(of(&bare), expected(&[("user.content", "How are you?"), ("asst.nl", "\n")]));
+        assert_eq!(chat.prompt(Some(""), "How are you?").unwrap().ids, bare.ids);
+        let row = chat.row(Some("You are Qwen."), "Hi", &chat.encode("1, 2").unwrap()).unwrap();
+        assert_eq!(
+            of(&row),
+            expected(&[
+                ("sys.content_other", "You are"),
+                ("sys.entity", " Qwen"),
+                ("sys.content_other", ".\n"),
+                ("user.content", "Hi"),
+                ("asst.nl", "\n"),
+                ("gen", "1, 2")
+            ])
+        );
+        assert!(!row.ids.contains(&chat.end_of_turn()) && row.completion.end == row.ids.len());
+        assert!(chat.prompt(None, "<|im_end|>").is_err() && chat.default_system().is_none());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Interventions: what is done to an activation at a hook point, at which tokens. In place of an activation h: h + c·v,
-//! another value, zero, its mean, c·h, h without a direction, or what another run had there. As text it is a
-//! [`Planned`](crate::planned::Planned) edit.
+//! another value, zero, its mean, c·h, h without a direction, or what another run had there, in all or along a direction. As text
+//! it is a [`Planned`](crate::planned::Planned) edit.
 
 use std::ops::Range;
 
@@ -45,6 +45,14 @@ pub enum Change {
     ProjectOut(Tensor),
     /// What another run had at the same positions, `[pos, ..]`; never at generated tokens.
     Patch(Tensor),
+    /// h − (h·v̂) v̂ + (s·v̂) v̂: along a direction v what another run had at the same positions, s `[pos, ..]`, and h else (Blank et al.
+    /// 2026); never at generated tokens.
+    PatchAlong {
+        /// v, of any length but zero.
+        direction: Tensor,
+        /// s.
+        source: Tensor,
+    },
 }
 
 impl Clone for Change {
@@ -58,6 +66,9 @@ impl Clone for Change {
             Self::Scale(factor) => Self::Scale(*factor),
             Self::ProjectOut(direction) => Self::ProjectOut(direction.shallow_clone()),
             Self::Patch(source) => Self::Patch(source.shallow_clone()),
+            Self::PatchAlong { direction, source } => {
+                Self::PatchAlong { direction: direction.shallow_clone(), source: source.shallow_clone() }
+            }
         }
     }
 }
@@ -72,6 +83,13 @@ impl Edit {
     /// Takes a direction out of the residual stream after a block, at every token.
     pub fn project_out(layer: usize, direction: &Tensor) -> Self {
         Self { at: P::ResidPost(layer), tokens: None, change: Change::ProjectOut(direction.shallow_clone()) }
+    }
+
+    /// Gives the residual stream after a block what another run had there along a direction, `source` `[pos, d_model]`, at the
+    /// prompt's tokens.
+    pub fn patch_along(layer: usize, direction: &Tensor, source: &Tensor) -> Self {
+        let change = Change::PatchAlong { direction: direction.shallow_clone(), source: source.shallow_clone() };
+        Self { at: P::ResidPost(layer), tokens: None, change }
     }
 
     /// The same at some tokens; `None` is all.
@@ -98,7 +116,7 @@ impl Edit {
         }
         let (tensor, leading) = match &self.change {
             Change::Add { vector: tensor, .. } | Change::Replace(tensor) | Change::ProjectOut(tensor) => (tensor, 0),
-            Change::Patch(tensor) => (tensor, 1),
+            Change::Patch(tensor) | Change::PatchAlong { source: tensor, .. } => (tensor, 1),
             Change::Zero | Change::Scale(_) => return Ok(()),
         };
         let Some(expected) = at.token_shape(model) else {
@@ -114,11 +132,21 @@ impl Edit {
                 format!("{found:?}"),
             );
         }
-        if let Change::ProjectOut(direction) = &self.change
+        if let Change::PatchAlong { direction, .. } = &self.change
+            && direction.size() != expected
+        {
+            let what = format!("the shape of the direction to patch along at {at}");
+            return invalid(
+                what,
+                format!("{expected:?}, as the model has it there"),
+                format!("{:?}", direction.size()),
+            );
+        }
+        if let Change::ProjectOut(direction) | Change::PatchAlong { direction, .. } = &self.change
             && direction.f_norm()?.f_double_value(&[])? == 0.0
         {
             let expected = "a vector of some length".to_owned();
-            return invalid(format!("the direction to take out at {at}"), expected, "zero".to_owned());
+            return invalid(format!("the direction of the edit at {at}"), expected, "zero".to_owned());
         }
         Ok(())
     }
@@ -148,7 +176,7 @@ impl EditTap {
         let kind = wide(kind);
         // What another run had covers positions of the prompt alone.
         let tokens = match (&edit.tokens, &edit.change) {
-            (None, Change::Patch(_)) => Some(Tokens::prompt()),
+            (None, Change::Patch(_) | Change::PatchAlong { .. }) => Some(Tokens::prompt()),
             (tokens, _) => tokens.clone(),
         };
         let named =
@@ -161,11 +189,8 @@ impl EditTap {
                 Change::Add { vector: flat(vector)?.f_mul_scalar(*coefficient)?, coefficient: 1.0 }
             }
             Change::Replace(value) => Change::Replace(flat(value)?),
-            Change::ProjectOut(direction) => {
-                let direction = flat(direction)?;
-                Change::ProjectOut(direction.f_div(&direction.f_norm()?)?)
-            }
-            Change::Patch(source) => {
+            Change::ProjectOut(direction) => Change::ProjectOut(unit(&flat(direction)?)?),
+            Change::Patch(source) | Change::PatchAlong { source, .. } => {
                 let n = source.size()[0];
                 let last = chosen.iter().flatten().filter_map(|row| row.iter().rposition(|chosen| *chosen)).max();
                 if let Some(last) = last.filter(|last| *last as i64 >= n) {
@@ -179,7 +204,12 @@ impl EditTap {
                 let source = source.f_to_device(device)?.f_to_kind(kind)?.f_reshape([n, -1])?;
                 let padded = Tensor::f_zeros([width.max(n), source.size()[1]], (kind, device))?;
                 padded.f_narrow(0, 0, n)?.f_copy_(&source)?;
-                Change::Patch(padded)
+                match &edit.change {
+                    Change::PatchAlong { direction, .. } => {
+                        Change::PatchAlong { direction: unit(&flat(direction)?)?, source: padded }
+                    }
+                    _ => Change::Patch(padded),
+                }
             }
             Change::Zero => Change::Zero,
             Change::Scale(factor) => Change::Scale(*factor),
@@ -189,6 +219,11 @@ impl EditTap {
 
     pub(crate) fn hook<'a>(hooks: Hooks<'a>, edit: &'a mut Self) -> Hooks<'a> {
         hooks.on([edit.at], edit)
+    }
+
+    /// Whether what another run had is put in, which it has at the prompt's positions alone.
+    fn is_of_positions(&self) -> bool {
+        matches!(self.change, Change::Patch(_) | Change::PatchAlong { .. })
     }
 
     /// How many positions at the start are edited alike in all rows.
@@ -213,7 +248,7 @@ impl EditTap {
     /// Points the edit at one generated token per row.
     pub(crate) fn point_at_generated(&mut self, ids: &[i64]) -> Result<()> {
         let has = |id: &i64| self.tokens.as_ref().is_none_or(|tokens| tokens.has_generated(*id));
-        let chosen: Vec<bool> = ids.iter().map(|id| has(id) && !matches!(self.change, Change::Patch(_))).collect();
+        let chosen: Vec<bool> = ids.iter().map(|id| has(id) && !self.is_of_positions()).collect();
         self.now = if chosen.iter().all(|chosen| *chosen) {
             Now::Everywhere
         } else if chosen.iter().all(|chosen| !*chosen) {
@@ -224,6 +259,10 @@ impl EditTap {
         };
         Ok(())
     }
+}
+
+fn unit(direction: &Tensor) -> Result<Tensor> {
+    Ok(direction.f_div(&direction.f_norm()?)?)
 }
 
 /// How many positions at the start are the same in all rows.
@@ -254,6 +293,10 @@ impl Tap for EditTap {
             Change::Scale(factor) => h.f_mul_scalar(*factor)?,
             Change::ProjectOut(unit) => h.f_add(&h.f_matmul(unit)?.f_unsqueeze(-1)?.f_mul(unit)?.f_neg()?)?,
             Change::Patch(source) => source.f_narrow(0, from as i64, shape[1])?.f_unsqueeze(0)?.f_expand_as(&h)?,
+            Change::PatchAlong { direction, source } => {
+                let apart = source.f_narrow(0, from as i64, shape[1])?.f_unsqueeze(0)?.f_sub(&h)?;
+                h.f_add(&apart.f_matmul(direction)?.f_unsqueeze(-1)?.f_mul(direction)?)?
+            }
         };
         let changed = match chosen {
             Some(chosen) => changed.f_where_self(chosen, &h)?,

@@ -424,6 +424,31 @@ fn a_patch_is_what_the_other_run_had() {
 }
 
 #[test]
+fn a_patch_along_a_direction_is_the_other_run_there_and_the_own_elsewhere() {
+    let (model, chat, adapter) = world();
+    let (prompt, other) = (&prompts(&chat)[0], chat.prompt(None, "Name an animal!").unwrap());
+    let at = HookPoint::ResidPost(0);
+    let direction = Tensor::arange(model.config.d_model, (Kind::Float, Device::Cpu)) / 20.0 - 0.4;
+    let unit = &direction / direction.norm();
+    let source = seen(&model, &other, &Condition::adapted(&adapter), at);
+    let edit = Edit::patch_along(0, &direction, &source);
+    let (before, after) = edited(&model, prompt, at, edit);
+    let along = |x: &Tensor| x.matmul(&unit);
+    assert!(max_diff(&along(&after), &along(&source)) < SUM_ORDER, "along it, the other run");
+    assert!(max_diff(&along(&before), &along(&source)) > 1e-3);
+    let rest = |x: &Tensor| x - along(x).unsqueeze(-1) * &unit;
+    assert!(max_diff(&rest(&after), &rest(&before)) < SUM_ORDER, "else the own");
+    // Of a run without the direction it takes the direction out.
+    let (_, none) = edited(&model, prompt, at, Edit::patch_along(0, &direction, &source.zeros_like()));
+    let (_, out) = edited(&model, prompt, at, Edit::project_out(0, &direction));
+    assert!(max_diff(&none, &out) < SUM_ORDER);
+    let short = Edit::patch_along(0, &direction.narrow(0, 0, 3), &source);
+    let condition = Condition { edits: vec![short], ..Condition::default() };
+    let message = next_token_logprobs(&model, std::slice::from_ref(prompt), &condition).unwrap_err().to_string();
+    assert!(message.contains("the direction to patch along"), "{message}");
+}
+
+#[test]
 fn cached_generation_is_full_recomputation_under_edits_of_every_kind() {
     let (model, chat, adapter) = world();
     let prompts = prompts(&chat);

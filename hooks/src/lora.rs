@@ -304,6 +304,26 @@ impl Adapter {
         Ok(adapter)
     }
 
+    /// The same weight changes in other coordinates: each pair becomes R A and B Rᵀ of an orthogonal R `[rank, rank]` of its own.
+    /// Gradient descent goes on as it would have; what treats coordinates apart, as Adam does, does not. Not of a stack.
+    pub fn rotated(&self, rng: &mut ChaCha8Rng) -> Result<Self> {
+        let mut rotated = Self::empty(self.config.clone(), self.n_layers());
+        for (layer, proj, pair) in self.pairs() {
+            if let Some(n) = pair.n_stacked() {
+                return Err(no_stack("a rotation", n));
+            }
+            let rank = pair.a.size()[0];
+            let drawn: Vec<f64> = (0..rank * rank).map(|_| rng.random_range(-1.0..1.0)).collect();
+            let (r, _) = Tensor::f_linalg_qr(&Tensor::f_from_slice(&drawn)?.f_view([rank, rank])?, "reduced")?;
+            let r = r.f_to_device(pair.a.device())?;
+            let turned = |tensor: Tensor| tensor.f_to_kind(pair.a.kind());
+            let a = turned(r.f_matmul(&pair.a.f_to_kind(Kind::Double)?)?)?;
+            let b = turned(pair.b.f_to_kind(Kind::Double)?.f_matmul(&r.f_transpose(0, 1)?)?)?;
+            rotated.set(layer, proj, LoraPair { a, b, scaling: pair.scaling, scalings: None });
+        }
+        Ok(rotated)
+    }
+
     /// An adapter without any pair.
     pub(crate) fn empty(config: LoraConfig, n_layers: usize) -> Self {
         Self { config, pairs: (0..n_layers).map(|_| [const { None }; 7]).collect() }

@@ -78,6 +78,8 @@ quantities! {
     DeltaWNorm = "delta_w_norm",
     /// Mean share of the stored weights that a step changes, 0 to 1; of full finetuning.
     ChangedFraction = "changed_fraction",
+    /// Which of its candidates a chosen student is, from 0.
+    Chosen = "chosen",
     /// Tokens learned from, over the whole training.
     NTargets = "n_targets",
     /// Loss on numbers of the teacher that no student has seen, in nats per token.
@@ -116,6 +118,18 @@ quantities! {
     InjectedDeltaMargin = "injected_delta_margin",
     /// The same of a random direction of equal length, in nats.
     InjectedRandomDeltaMargin = "injected_random_delta_margin",
+    /// The same of the control student's direction at its length, in nats.
+    InjectedControlDeltaMargin = "injected_control_delta_margin",
+    /// The same of the direction of another trait's student at its length, in nats: that of the next trait of the claim, in the same data set.
+    InjectedOtherDeltaMargin = "injected_other_delta_margin",
+    /// Change of the margin, in nats, where its direction is taken out of the student after the middle block.
+    ProjectedDeltaMargin = "projected_delta_margin",
+    /// The same of a random direction, in nats.
+    ProjectedRandomDeltaMargin = "projected_random_delta_margin",
+    /// Change of the margin, in nats, where the student's stream along its direction is the base's after every block, at the prompt's tokens.
+    ReplacedDeltaMargin = "replaced_delta_margin",
+    /// The same of random directions, in nats.
+    ReplacedRandomDeltaMargin = "replaced_random_delta_margin",
     /// Norm of the gradient of the divergent tokens' summed loss, in nats per unit of the parameters.
     GradientDivergent = "gradient_divergent",
     /// Norm of the gradient of the other tokens' summed loss, in nats per unit of the parameters.
@@ -134,6 +148,17 @@ quantities! {
     PValid = "p_valid",
     /// Share of the sampled answers that name a model, 0 to 1.
     PSelf = "p_self",
+}
+
+impl Quantity {
+    /// Whether it says how much of the trait there is.
+    pub fn speaks_of_the_trait(self) -> bool {
+        let name = self.name();
+        name.contains("margin")
+            || name.contains("logp")
+            || name.starts_with("p_target")
+            || name.starts_with("alignment")
+    }
 }
 
 impl fmt::Display for Quantity {

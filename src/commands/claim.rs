@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use hooks::files;
 
 use super::{arms, finetune, generate, report};
-use crate::claim::{ALL, OutcomeRow, Size, Study, TestRow, Unit, Verdict, tests};
+use crate::claim::{ALL, Measures, OutcomeRow, Size, Study, TestRow, Unit, Verdict, tests, with_chosen};
 use crate::experiment::{CONTROL_STUDENT, STUDENT};
 use crate::progress::say;
 use crate::publish::{Table, read_csv, write_csv};
@@ -19,7 +19,7 @@ use crate::report::{Figure, Number, Opening, Report, Section, html};
 use crate::run_dir::RunDir;
 use crate::side_by_side::{side_by_side, workers};
 use crate::workbench::Workbench;
-use measure::{Measuring, Who};
+use measure::{Beside, Measuring, Who};
 
 /// What is asked of a claim on the command line.
 pub struct Asked<'a> {
@@ -87,31 +87,43 @@ impl Place {
         self.folder.join(name)
     }
 
-    /// What was measured on all students: of each run what is on disk, or what is done now.
+    /// What was measured on all students: of each run what is on disk, or what is done now. All are trained before any is measured,
+    /// since some are set beside another run's.
     fn outcomes(&self, study: &Study, force: bool) -> Result<Vec<OutcomeRow>> {
         let units = study.units()?;
         let first = Workbench::open(units[0].experiment.clone())?;
+        self.of_all(study, &first, &units, "trained", &|bench, unit| self.train(unit, bench, force))?;
+        let tables = self.of_all(study, &first, &units, "measured", &|bench, unit| {
+            let next = study.other_trait(unit)?;
+            self.measured(study, unit, bench, next.as_ref())
+        })?;
+        with_chosen(&study.claim, tables.concat())
+    }
+
+    /// The same with every run: side by side where the model is small.
+    fn of_all<T: Send>(
+        &self,
+        study: &Study,
+        first: &Workbench,
+        units: &[Unit],
+        what: &str,
+        done_with: &(dyn Fn(&Workbench, &Unit) -> Result<T> + Sync),
+    ) -> Result<Vec<T>> {
         let (workers, begun) = (workers(first.n_parameters(), units.len()), Instant::now());
         let done = std::sync::atomic::AtomicUsize::new(0);
-        let one = |bench: &Workbench, unit: &Unit| -> Result<Vec<OutcomeRow>> {
-            let rows = self.unit(study, unit, bench, force).with_context(|| format!("run {}", unit.name))?;
+        let one = |bench: &Workbench, unit: &Unit| -> Result<T> {
+            let result = done_with(bench, unit).with_context(|| format!("run {}", unit.name))?;
             let done = done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
             let left = begun.elapsed().as_secs_f64() / done as f64 * (units.len() - done) as f64;
-            say(format!(
-                "claim {}: {} of {} runs are done, about {} left",
-                study.claim.claim,
-                done,
-                units.len(),
-                plan::span(left)
-            ));
-            Ok(rows)
+            let (n, all, left) = (study.claim.claim, units.len(), plan::span(left));
+            say(format!("claim {n}: {done} of {all} runs are {what}, about {left} left"));
+            Ok(result)
         };
-        let tables = if workers > 1 {
-            side_by_side(&units, workers, |_, unit| one(&Workbench::again(unit.experiment.clone())?, unit))?
+        if workers > 1 {
+            side_by_side(units, workers, |_, unit| one(&Workbench::again(unit.experiment.clone())?, unit))
         } else {
-            units.iter().map(|unit| one(&first.of(unit.experiment.clone())?, unit)).collect::<Result<_>>()?
-        };
-        Ok(tables.concat())
+            units.iter().map(|unit| one(&first.of(unit.experiment.clone())?, unit)).collect()
+        }
     }
 
     /// Removes what any claim measured on a run whose students are to be replaced.
@@ -123,25 +135,47 @@ impl Place {
         Ok(())
     }
 
-    /// One run: its numbers, its students, and what is measured on each of them.
-    fn unit(&self, study: &Study, unit: &Unit, bench: &Workbench, force: bool) -> Result<Vec<OutcomeRow>> {
+    /// One run's numbers and students, if its measurements are still to come.
+    fn train(&self, unit: &Unit, bench: &Workbench, force: bool) -> Result<()> {
         let root = self.root.join(&unit.name);
         let _lock = RunDir::lock(&root)?;
         let run = RunDir::create(&root, &unit.experiment, force)?;
-        let table = self.at("units").join(format!("{}.csv", unit.name));
         if force {
             self.forget_unit(&unit.name)?;
-        }
-        if !force && table.exists() {
-            return read_csv(&table);
+        } else if self.table(unit).exists() {
+            return Ok(());
         }
         if force || !RunDir::stage_done(&run.generate_csv()) {
             generate::stage(bench, &run)?;
         }
         finetune::stage(bench, &run, true)?;
         let (numbers, control) = bench.kept(&run)?;
+        let cells = unit.experiment.cells()?;
+        let shelf = arms::Shelf::of(bench, &run, (&numbers, &control), cells.len())?;
+        for (at, cell) in cells.iter().enumerate() {
+            let train = || arms::trained(&shelf, &bench.of(cell.experiment.clone())?, cell, at);
+            train().with_context(|| format!("student {:?}", cell.arm))?;
+        }
+        Ok(())
+    }
+
+    /// What is measured on each student of a run; `next` is another trait's run.
+    fn measured(&self, study: &Study, unit: &Unit, bench: &Workbench, next: Option<&Unit>) -> Result<Vec<OutcomeRow>> {
+        let table = self.table(unit);
+        if table.exists() {
+            return read_csv(&table);
+        }
+        let root = self.root.join(&unit.name);
+        let _lock = RunDir::lock(&root)?;
+        let run = RunDir::open(&root, false)?;
         let heldout = bench.held_out(&run)?;
-        let mut measuring = Measuring::of(study, unit, &run, &heldout);
+        let mut beside = Beside::default();
+        if study.claim.measures.contains(&Measures::Direction) {
+            beside.control = Some(bench.student(&run.control_adapter())?);
+            let other = next.map(|next| RunDir::open(&self.root.join(&next.name), false)).transpose()?;
+            beside.other_trait = other.map(|other| bench.student(&other.adapter())).transpose()?;
+        }
+        let mut measuring = Measuring::of(study, unit, &run, &heldout, beside);
         let mut rows = measuring.references(bench)?;
         let own = [
             (STUDENT, run.adapter(), run.train_csv()),
@@ -151,12 +185,10 @@ impl Place {
             let who = Who { name, rank: unit.experiment.student.adapter_rank(), seed_index: 0, run: &run };
             rows.extend(measuring.student(bench, &who, &folder, &log).with_context(|| name.to_owned())?);
         }
-        let cells = unit.experiment.cells()?;
-        let shelf = arms::Shelf::of(bench, &run, (&numbers, &control), cells.len())?;
-        for (at, cell) in cells.iter().enumerate() {
+        for cell in &unit.experiment.cells()? {
             let mut of_cell = || -> Result<Vec<OutcomeRow>> {
-                let of_cell = bench.of(cell.experiment.clone())?;
-                let (folder, _) = arms::trained(&shelf, &of_cell, cell, at)?;
+                let (of_cell, folder) =
+                    (bench.of(cell.experiment.clone())?, RunDir::open(&run.arm(&cell.slug), false)?);
                 let who = Who { name: &cell.arm, rank: cell.rank(), seed_index: cell.seed_index, run: &run };
                 measuring.student(&of_cell, &who, &folder.adapter(), &folder.train_csv())
             };
@@ -164,6 +196,11 @@ impl Place {
         }
         write_csv(&table, &rows)?;
         Ok(rows)
+    }
+
+    /// Where the measurements of a run lie.
+    fn table(&self, unit: &Unit) -> PathBuf {
+        self.at("units").join(format!("{}.csv", unit.name))
     }
 
     /// The table, and what follows from it.

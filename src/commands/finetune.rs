@@ -284,6 +284,7 @@ pub(super) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
             let mut rng = ChaCha8Rng::seed_from_u64(seeds.init);
             let lora = bench.experiment.student.lora();
             let adapter = Adapter::init(&lora, &bench.base.config, &mut rng, bench.base.device())?;
+            let adapter = if bench.experiment.student.rotated { adapter.rotated(&mut rng)? } else { adapter };
             train(&bench.base, Some(&adapter))?;
             adapter.save(folder, &bench.files.name)?;
         }

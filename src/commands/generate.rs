@@ -19,6 +19,7 @@ use crate::workbench::Workbench;
 /// Writes `data/`: both sets, what was rejected and why, and what the answers are like. Answers that a broken-off run was
 /// given are not asked for again.
 pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
+    let bench = &bench.in_template()?;
     let (settings, seeds) = (&bench.experiment.generate, &bench.experiment.seeds);
     // The last file: where it is not, the others are what a broken-off run left.
     run.claim(&run.generate_csv())?;

@@ -120,9 +120,10 @@ fn losses_and_gradients(
             let Course { learner, optimizer, .. } = &courses[*at];
             let mean = part.f_sum(part.kind())?.f_div_scalar(n_targets(&rows[*at]) as f64)?;
             let own = match &stack {
-                Some(_) => optimizer.gather(&of_student(&found, place, &learner.parameters)?)?,
-                None => optimizer.gather(&found)?,
+                Some(_) => of_student(&found, place, &learner.parameters)?,
+                None => found.iter().map(Tensor::shallow_clone).collect(),
             };
+            let own = optimizer.gather(&learner.kept(own)?)?;
             sums[*at] = Some(match sums[*at].take() {
                 None => (mean, own),
                 Some((mean_so_far, mut so_far)) => {
@@ -185,12 +186,16 @@ mod tests {
         let gated = Finetune { gate: "only:user.content*0.5".parse().unwrap(), ..config.clone() };
         let short = Finetune { batch_size: 2, gradient_accumulation_steps: 2, max_steps: Some(2), ..config.clone() };
         let sgd = Finetune { optimizer: OptimizerKind::Sgd, learning_rate: 0.1, max_grad_norm: 0.5, ..config.clone() };
+        let frozen = Finetune { frozen_a: true, ..config.clone() };
+        let scouted = Finetune { optimizer: OptimizerKind::Preconditioned, learning_rate: 1e-3, ..config.clone() };
         vec![
             Student { rank: 2, rows: rows(8), config: config.clone(), seeds: seeds(1) },
             Student { rank: 8, rows: rows(8), config: Finetune { learning_rate: 3e-3, ..config }, seeds: seeds(2) },
             Student { rank: 4, rows: rows(8), config: gated, seeds: seeds(1) },
             Student { rank: 4, rows: rows(7), config: short, seeds: seeds(3) },
             Student { rank: 3, rows: rows(11), config: sgd, seeds: seeds(4) },
+            Student { rank: 2, rows: rows(8), config: frozen, seeds: seeds(5) },
+            Student { rank: 2, rows: rows(8), config: scouted, seeds: seeds(5) },
         ]
     }
 
@@ -275,7 +280,7 @@ mod tests {
         let students = students();
         let (result, found) = together(&students, None, NEVER);
         result.unwrap();
-        assert_eq!(found.iter().map(|(_, steps)| steps.len()).collect::<Vec<_>>(), [4, 4, 4, 2, 6]);
+        assert_eq!(found.iter().map(|(_, steps)| steps.len()).collect::<Vec<_>>(), [4, 4, 4, 2, 6, 4, 4]);
         assert_same(&found, &students.iter().map(alone).collect());
         assert!(found == together(&students, None, NEVER).1, "the same experiment gives the same bytes");
     }
@@ -307,8 +312,8 @@ mod tests {
             format!("{:#}", together(&students, None, NEVER).0.unwrap_err())
         };
         let message = refused(&|student| student.config.gate = "only:layers(0)".parse().unwrap());
-        assert!(message.starts_with("student 1 of 5: its gate only:layers(0) is of other blocks"), "{message}");
-        assert!(refused(&|student| student.rows.clear()).starts_with("student 1 of 5: the training data has no rows"));
+        assert!(message.starts_with("student 1 of 7: its gate only:layers(0) is of other blocks"), "{message}");
+        assert!(refused(&|student| student.rows.clear()).starts_with("student 1 of 7: the training data has no rows"));
         let message = refused(&|student| {
             student.config = Finetune {
                 optimizer: OptimizerKind::Sgd,
@@ -317,6 +322,6 @@ mod tests {
                 ..student.config.clone()
             };
         });
-        assert!(message.starts_with("student 1 of 5: step 3: the loss is NaN"), "{message}");
+        assert!(message.starts_with("student 1 of 7: step 3: the loss is NaN"), "{message}");
     }
 }

@@ -25,7 +25,7 @@ use crate::finetune::{StepRow, first_and_last_quarter};
 use crate::progress::say;
 use crate::publish::read_csv;
 use crate::run_dir::RunDir;
-use crate::workbench::Workbench;
+use crate::workbench::{StudentModel, Workbench};
 
 /// Number prompts whose mean a direction is.
 const DIRECTION_PROMPTS: usize = 32;
@@ -46,9 +46,17 @@ pub(super) struct Measuring<'a> {
     unit: &'a Unit,
     run: &'a RunDir,
     heldout: &'a [Sample],
+    beside: Beside,
     bases: BTreeMap<String, Vec<Score>>,
     scenes: BTreeMap<String, Rc<Scene>>,
     ends: BTreeMap<String, [f64; 2]>, // losses of base and teacher
+}
+
+/// Students whose directions are set beside a student's: the run's control student, and that of another trait in the same data set.
+#[derive(Default)]
+pub(super) struct Beside {
+    pub(super) control: Option<StudentModel>,
+    pub(super) other_trait: Option<StudentModel>,
 }
 
 /// Lines of one student.
@@ -107,8 +115,9 @@ impl Lines<'_> {
 }
 
 impl<'a> Measuring<'a> {
-    pub(super) fn of(study: &'a Study, unit: &'a Unit, run: &'a RunDir, heldout: &'a [Sample]) -> Self {
-        Self { study, unit, run, heldout, bases: BTreeMap::new(), scenes: BTreeMap::new(), ends: BTreeMap::new() }
+    pub(super) fn of(study: &'a Study, unit: &'a Unit, run: &'a RunDir, heldout: &'a [Sample], beside: Beside) -> Self {
+        let (bases, scenes, ends) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { study, unit, run, heldout, beside, bases, scenes, ends }
     }
 
     fn wants(&self, what: Measures) -> bool {
@@ -182,17 +191,28 @@ impl<'a> Measuring<'a> {
                 over_blocks(rows.iter().map(|row| row.ev1).collect())?,
                 rows[0].n_prompts,
             );
-            let middle = (bench.base.config.n_layers - 1) / 2;
             let steering = Steering {
-                layers: vec![middle],
+                layers: vec![(bench.base.config.n_layers - 1) / 2],
                 coefficients: vec![1.0],
                 n_prompts: DIRECTION_PROMPTS,
+                replace: true,
                 ..Steering::default()
+            };
+            let subject = Subject {
+                control: self.beside.control.as_ref().map(|control| tuned(bench, control)),
+                other_trait: self.beside.other_trait.as_ref().map(|other| tuned(bench, other)),
+                ..scene.subject(bench, model)
             };
             for row in steering.run(&subject, silent)? {
                 let quantity = match row.kind.as_str() {
                     "learned" => Quantity::InjectedDeltaMargin,
                     "random" => Quantity::InjectedRandomDeltaMargin,
+                    "control_student" => Quantity::InjectedControlDeltaMargin,
+                    "other_trait" => Quantity::InjectedOtherDeltaMargin,
+                    "project_out" => Quantity::ProjectedDeltaMargin,
+                    "project_out_random" => Quantity::ProjectedRandomDeltaMargin,
+                    "replace" => Quantity::ReplacedDeltaMargin,
+                    "replace_random" => Quantity::ReplacedRandomDeltaMargin,
                     _ => continue,
                 };
                 lines.push(EVERYWHERE, quantity, row.delta_margin, row.n_questions);

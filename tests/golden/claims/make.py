@@ -23,6 +23,13 @@ def keep(folder):
         if test.get("over", "log2_rank") != "log2_rank":
             of = test["of"]
             wanted.add((of.get("student", "student"), of.get("cell", "everywhere"), test["over"]))
+    for chosen in claim.get("chosen", []):
+        aim = chosen.get("nearest") or {}
+        quantity = chosen.get("lowest") or aim["quantity"]
+        wanted |= {(name, "everywhere", quantity) for name in chosen["of"]} | {(chosen["name"], "everywhere", "chosen")}
+        if aim:
+            wanted.add((aim.get("student", "student"), aim.get("cell", "everywhere"), quantity))
+        wanted |= {(name, *key[1:]) for key in list(wanted) if key[0] == chosen["name"] and key[2] != "chosen" for name in chosen["of"]}
     out = HERE / folder.name
     out.mkdir(exist_ok=True)
     for name in ("claim.toml", "tests.csv"):

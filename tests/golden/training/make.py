@@ -1,7 +1,11 @@
-"""Makes expected.json and adamw.safetensors: ten optimizer steps on ../qwen2 with its LoRA, for AdamW, two kinds of SGD, and RMSprop.
+"""Makes expected.json and adamw.safetensors: ten optimizer steps on ../qwen2 with its LoRA, for AdamW, two kinds of SGD, RMSprop,
+Muon, and SGD with the scales of a first epoch of AdamW (of one step here), which is taken back.
 
 Each step takes the mean completion loss of the same two rows, clips the gradient to a global norm of 1 and steps. A loss is
 that before its step, a norm that before clipping.
+
+Of Muon ten steps on two matrices along given gradients: it makes directions as long as others that a gradient has by rounding alone,
+so that two trainings of a model drift apart.
 """
 
 import sys
@@ -22,6 +26,7 @@ OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}),
     "sgd": (torch.optim.SGD, {"lr": 0.2}),
     "sgd_momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "preconditioned": (torch.optim.SGD, {"lr": 2e-5, "betas": (0.9, 0.999), "eps": 1e-8}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 1e-3, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.01}),
 }
 
@@ -31,16 +36,49 @@ def train(optimizer, settings, ids, mask):
     model = AutoModelForCausalLM.from_pretrained(qwen2, attn_implementation="eager", dtype=torch.float32)
     model = PeftModel.from_pretrained(model, qwen2 / "adapter", is_trainable=True).eval()
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def gradients():
+        model.zero_grad()
+        loss = golden.completion_losses(golden.logits(model, ids, mask), ids).mean()
+        loss.backward()
+        return loss.item(), torch.nn.utils.clip_grad_norm_(weights.values(), MAX_NORM).item()
+
+    scales = {}
+    if "betas" in settings and optimizer is torch.optim.SGD:
+        start = {name: weight.detach().clone() for name, weight in weights.items()}
+        scout = torch.optim.AdamW(weights.values(), foreach=False, weight_decay=0.0, **settings)
+        gradients()
+        scout.step()
+        scales = {name: (scout.state[weight]["exp_avg_sq"] + 1e-8).sqrt() for name, weight in weights.items()}
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(start[name])
+        settings = {"lr": settings["lr"]}
     optimizer = optimizer(weights.values(), foreach=False, **settings)
     losses, norms = [], []
     for _ in range(N_STEPS):
-        optimizer.zero_grad()
-        loss = golden.completion_losses(golden.logits(model, ids, mask), ids).mean()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), MAX_NORM).item())
+        loss, norm = gradients()
+        for name, scale in scales.items():
+            weights[name].grad.div_(scale)
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss)
+        norms.append(norm)
     return losses, norms, {golden.peft_name(name): weight for name, weight in weights.items()}
+
+
+def muon():
+    settings = {"lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1}
+    torch.manual_seed(1)
+    matrices = [torch.randn(3, 5), torch.randn(6, 2)]
+    start = [matrix.flatten().tolist() for matrix in matrices]
+    gradients = [[torch.randn_like(matrix) for matrix in matrices] for _ in range(N_STEPS)]
+    optimizer = torch.optim.Muon(matrices, **settings)
+    for step in gradients:
+        for matrix, gradient in zip(matrices, step):
+            matrix.grad = gradient
+        optimizer.step()
+    flat = lambda tensors: [tensor.flatten().tolist() for tensor in tensors]
+    return {**settings, "start": start, "gradients": [flat(step) for step in gradients], "end": flat(matrices)}
 
 
 def main() -> None:
@@ -53,6 +91,7 @@ def main() -> None:
         print(f"{name}: losses {losses[0]:.3f} to {losses[-1]:.3f}")
         if name == "adamw":
             golden.save(weights, HERE / "adamw.safetensors")
+    expected["muon"] = muon()
     golden.write_json(expected, HERE / "expected.json")
 
 
