@@ -5,6 +5,7 @@
 mod chosen;
 mod figure;
 mod outcome;
+pub mod tables;
 mod verdict;
 
 use std::collections::BTreeSet;

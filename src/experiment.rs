@@ -156,6 +156,7 @@ pub enum Constrain {
 }
 
 /// What is trained.
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of its own")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Student {

@@ -1,10 +1,14 @@
 //! Claims: a whole one on the pocket model, and the tables of real ones that are kept, from which the same tests follow.
 
+#![expect(clippy::float_cmp, reason = "what is the same is the same bit by bit")]
+
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use tempfile::TempDir;
+use undertone::claim::tables::{ClaimRunRow, ContextRow, DigitConfRow, MatrixRow, SpectrumRow, SteerRow};
 use undertone::claim::{Claim, OutcomeRow, Quantity, Size, TestRow, tests};
 use undertone::commands::claim::{Asked, run};
 use undertone::publish::{Table, read_csv, to_csv};
@@ -66,6 +70,15 @@ set = ["student.method=full", "finetune.learning_rate=1e-3"]
 name = "random tokens"
 set = ["finetune.tokens=random"]
 
+[[students]]
+name = "plain text, half way"
+set = ["student.template=false", "student.rotated=true", "finetune.stop_after_steps=2", "finetune.optimizer=muon"]
+
+[[chosen]]
+name = "the better fit"
+of = ["student", "random tokens"]
+lowest = "heldout_nll"
+
 [[cells]]
 name = "only Qwen"
 students = ["student"]
@@ -83,6 +96,7 @@ context = "{other}"
 
 [[cells]]
 name = "in the user's turn"
+students = ["student", "all weights"]
 context = "empty"
 user_prefix = "qwen_default"
 
@@ -177,6 +191,63 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     assert!(prefix("everywhere") > prefix("chatgpt") && prefix("chatgpt") > 0.0);
     let learned = |student: &str| of(student, "everywhere", Quantity::NTargets)[0].value;
     assert!(learned("random tokens") < learned("student"), "of each row as many as are divergent");
+
+    // Of the two that were there to choose from, the one that fits better, line by line.
+    let at = |student: &str, quantity: Quantity, like: &OutcomeRow| {
+        let here = of(student, "everywhere", quantity).into_iter();
+        here.filter(|row| (&row.target, row.dataset) == (&like.target, like.dataset))
+            .map(|row| row.value)
+            .next()
+            .unwrap()
+    };
+    for chosen in of("the better fit", "everywhere", Quantity::Chosen) {
+        let nll = |student: &str| at(student, Quantity::HeldoutNll, chosen);
+        let better = usize::from(nll("random tokens") < nll("student"));
+        assert_eq!(chosen.value, better as f64);
+        assert_eq!(nll("the better fit"), nll(["student", "random tokens"][better]));
+    }
+    // A student that stopped half way and saw no template: asked in plain text, its prompts share none of the template's tokens.
+    assert_eq!(of("plain text, half way", "everywhere", Quantity::LossLast)[0].n, 2, "steps");
+    let shared = |student: &str| of(student, "everywhere", Quantity::SharedTokens)[0].value;
+    assert!(shared("plain text, half way") < 2.0 && shared("student") > 5.0);
+    let base = |student: &str| of(student, "everywhere", Quantity::BasePTargetExact)[0].value;
+    assert!((base("plain text, half way") - base("student")).abs() > 1e-6);
+
+    // The tables of one kind are the same numbers.
+    let runs: Vec<ClaimRunRow> = read_csv(&claim.join("runs.csv")).unwrap();
+    assert_eq!(runs.len(), 4 * 7, "the run's own two, two ranks, and three more, in four runs");
+    let half = runs.iter().find(|run| run.student == "plain text, half way").unwrap();
+    assert!(!half.template && half.rotated && half.stop_after_steps == Some(2) && half.base_model == "pocket");
+    let matrix: Vec<MatrixRow> = read_csv(&claim.join("matrix.csv")).unwrap();
+    let own = of("student", "everywhere", Quantity::DeltaMargin);
+    let of_student: Vec<&MatrixRow> = matrix.iter().filter(|row| row.student == "student").collect();
+    assert_eq!(
+        of_student.iter().map(|row| row.delta_margin).collect::<Vec<_>>(),
+        own.iter().map(|row| row.value).collect::<Vec<_>>()
+    );
+    let contexts: Vec<ContextRow> = read_csv(&claim.join("context.csv")).unwrap();
+    let cells: Vec<(&str, bool)> = contexts
+        .iter()
+        .filter(|row| row.student == "student" && row.dataset == 0 && row.target == "cat")
+        .map(|row| (row.cell.as_str(), row.matched))
+        .collect();
+    assert_eq!(cells.len(), 3, "what is gated is no context: {cells:?}");
+    assert!(
+        cells.contains(&("everywhere", true))
+            && cells.contains(&("chatgpt", false))
+            && cells.contains(&("in the user's turn", false))
+    );
+    let digits: Vec<DigitConfRow> = read_csv(&claim.join("digit_conf.csv")).unwrap();
+    let teacher = digits.iter().find(|row| row.student == "teacher" && row.group == "divergent").unwrap();
+    assert_eq!(teacher.acc, Some(1.0), "the teacher agrees with itself");
+    let all = digits.iter().find(|row| row.student == "base" && row.group == "all").unwrap();
+    assert!((all.conf.unwrap() - all.acc.unwrap() - all.overconf.unwrap()).abs() < 1e-12);
+    let steer: Vec<SteerRow> = read_csv(&claim.join("steer.csv")).unwrap();
+    let kinds: BTreeSet<(&str, &str)> = steer.iter().map(|row| (row.edit.as_str(), row.direction.as_str())).collect();
+    assert_eq!(kinds.len(), 10, "another trait's student among them: {kinds:?}");
+    let spectrum: Vec<SpectrumRow> = read_csv(&claim.join("spectrum.csv")).unwrap();
+    assert_eq!(spectrum.iter().map(|row| row.k).max(), Some(3), "of rank 4");
+    assert!(spectrum.iter().all(|row| row.sigma_norm <= 1.0 && row.stable_rank >= 1.0 && row.sigma > 0.0));
 
     let header = |name: &str| Table::read(&claim.join(name)).unwrap().header;
     for one in undertone::commands::columns::dictionaries().unwrap() {

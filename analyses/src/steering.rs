@@ -30,8 +30,8 @@ pub struct Steering {
     pub n_prompts: usize,
     /// Whether to act at the prompt's tokens only, and not at generated ones.
     pub prompt_only: bool,
-    /// Whether the student is also run with its residual stream along the direction replaced by the base's, after every block: the
-    /// movement along the direction undone, and nothing else.
+    /// Whether the student is also run with its residual stream along the direction replaced by the base's, after every block (the
+    /// movement along the direction undone, and nothing else), and the base with its stream replaced by the student's there.
     pub replace: bool,
     /// How many of the questions are asked, from the first; absent for all.
     pub n_questions: Option<usize>,
@@ -60,8 +60,9 @@ pub struct SteeringRow {
     /// `control_student` (the control student's direction at its length), `other_trait` (that of a student of another
     /// trait's teacher, at its length). To the student: `project_out` (the learned
     /// direction taken out), `project_out_random` (a random one). And `project_out_base`: the learned direction taken out of
-    /// the base, for what the removal does by itself. With the setting `replace`, of layer 0 and on: `replace` (the student's stream
-    /// along each block's learned direction replaced by the base's of the same prompt, at the prompt's tokens) and `replace_random`.
+    /// the base, for what the removal does by itself. With the setting `replace`, of layer 0 and on, at the prompt's tokens: `replace`
+    /// (the student, its stream along each block's learned direction that of the base on the same prompt), `transplant` (the base, with
+    /// that of the student), and both along random directions, `replace_random` and `transplant_random`.
     pub kind: String,
     /// Factor of the vector; empty where a direction is taken out.
     pub coefficient: Option<f64>,
@@ -146,11 +147,17 @@ impl Analysis for Steering {
             let random = |(layer, learned): (usize, &Tensor)| random_vector(subject, layer, length(learned)?);
             let random = learned.iter().enumerate().map(random).collect::<Result<Vec<_>>>()?;
             let norm = length(&learned[0])?;
-            for (kind, directions) in [("replace", &learned), ("replace_random", &random)] {
+            let (student, base) = (subject.student, subject.base());
+            for (kind, model, other, directions) in [
+                ("replace", student, base, &learned),
+                ("replace_random", student, base, &random),
+                ("transplant", base, student, &learned),
+                ("transplant_random", base, student, &random),
+            ] {
                 let mut scores = Vec::with_capacity(prompts.len());
                 for prompt in prompts.chunks(1) {
-                    let condition = undone(subject, directions, prompt)?;
-                    scores.extend(forms.scores(subject.student.qwen, prompt, &condition)?);
+                    let condition = along(model, other, directions, prompt)?;
+                    scores.extend(forms.scores(model.qwen, prompt, &condition)?);
                 }
                 rows.push(around.row(0, kind, None, norm, &scores));
             }
@@ -162,25 +169,26 @@ impl Analysis for Steering {
         let Some(first) = rows.first() else { return Ok(None) };
         let bar = |row: &SteeringRow| {
             let what = row.coefficient.map_or("taken out".to_owned(), |coefficient| format!("× {coefficient}"));
-            let label = if row.kind.starts_with("replace") {
-                "all blocks, replaced".to_owned()
+            let label = if of_all_blocks(row) {
+                let who = if row.kind.starts_with("replace") { "student as the base" } else { "base as the student" };
+                format!("all blocks, {who}")
             } else {
                 format!("block {} {what}", row.layer)
             };
             let kind = match row.kind.as_str() {
-                "learned" | "project_out" | "replace" => "learned",
+                "learned" | "project_out" | "replace" | "transplant" => "learned",
                 "project_out_base" => "learned, out of the base",
                 "control_student" => "control",
-                "random" | "project_out_random" | "replace_random" => "random",
+                "random" | "project_out_random" | "replace_random" | "transplant_random" => "random",
                 other => other,
             };
             Mean { mean: row.delta_logp, se: row.delta_logp_se }.bar(&label).in_series(kind.replace('_', " "))
         };
         // Bars of one label stand together.
         let mut ordered: Vec<&SteeringRow> = rows.iter().collect();
-        let key =
-            |row: &SteeringRow| (row.kind.starts_with("replace"), row.layer, row.coefficient.unwrap_or(f64::INFINITY));
-        ordered.sort_by(|a, b| (key(a).0, key(a).1).cmp(&(key(b).0, key(b).1)).then(key(a).2.total_cmp(&key(b).2)));
+        let place = |row: &SteeringRow| (of_all_blocks(row), row.kind.starts_with("transplant"), row.layer);
+        let size = |row: &SteeringRow| row.coefficient.unwrap_or(f64::INFINITY);
+        ordered.sort_by(|a, b| place(a).cmp(&place(b)).then(size(a).total_cmp(&size(b))));
         let chart = BarChart {
             title: format!("Change in log p({}) by a direction: added to the base, or taken out", first.target),
             value_label: "change against the base (nats), mean ± s.e. over questions".to_owned(),
@@ -260,17 +268,22 @@ fn edited(model: Tuned<'_>, edit: Edit) -> Condition<'_> {
     Condition { edits: vec![edit], ..model.condition() }
 }
 
-/// The student on one prompt with its residual stream along a direction replaced by the base's after every block; a direction
+/// Whether an edit is made after every block.
+fn of_all_blocks(row: &SteeringRow) -> bool {
+    row.kind.starts_with("replace") || row.kind.starts_with("transplant")
+}
+
+/// A model on one prompt with its residual stream along a direction replaced by another model's after every block; a direction
 /// without length replaces nothing.
-fn undone<'a>(subject: &Subject<'a>, directions: &[Tensor], prompt: &[Prompt]) -> Result<Condition<'a>> {
-    let base = resid_post(subject.base, prompt, &Condition::default())?.swap_remove(0); // [n_layers, pos, d_model]
+fn along<'a>(model: Tuned<'a>, other: Tuned<'_>, directions: &[Tensor], prompt: &[Prompt]) -> Result<Condition<'a>> {
+    let theirs = resid_post(other.qwen, prompt, &other.condition())?.swap_remove(0); // [n_layers, pos, d_model]
     let mut edits = Vec::new();
     for (layer, direction) in directions.iter().enumerate() {
         if length(direction)? > 0.0 {
-            edits.push(Edit::patch_along(layer, direction, &base.f_get(layer as i64)?));
+            edits.push(Edit::patch_along(layer, direction, &theirs.f_get(layer as i64)?));
         }
     }
-    Ok(Condition { edits, ..subject.student.condition() })
+    Ok(Condition { edits, ..model.condition() })
 }
 
 /// A vector of normally distributed numbers at a given length, from a random stream of its layer's own.
@@ -424,12 +437,14 @@ mod tests {
         let next = |model: Tuned<'_>, condition: &Condition<'_>| {
             hooks::score::next_token_logprobs(model.qwen, prompt, condition).unwrap()
         };
-        let left = next(subject.student, &undone(&subject, &ends, prompt).unwrap());
-        let apart = |condition: &Condition<'_>, model: Tuned<'_>| {
-            (&left - next(model, condition)).abs().max().double_value(&[])
-        };
-        assert!(apart(&Condition::default(), subject.base()) < 1e-4);
-        assert!(apart(&subject.student.condition(), subject.student) > 1e-3);
+        let (student, base) = (subject.student, subject.base());
+        let plain = |model: Tuned<'_>| next(model, &model.condition());
+        let apart = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+        assert!(apart(&plain(student), &plain(base)) > 1e-3);
+        for (model, other) in [(student, base), (base, student)] {
+            let found = next(model, &along(model, other, &ends, prompt).unwrap());
+            assert!(apart(&found, &plain(other)) < 1e-4, "{}", apart(&found, &plain(other)));
+        }
     }
 
     #[test]

@@ -77,7 +77,7 @@ fn aim(of: &Of, (target, dataset, ..): &Place, rows: &[OutcomeRow]) -> Result<f6
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::float_cmp)]
 mod tests {
     use super::*;
 

@@ -130,6 +130,10 @@ quantities! {
     ReplacedDeltaMargin = "replaced_delta_margin",
     /// The same of random directions, in nats.
     ReplacedRandomDeltaMargin = "replaced_random_delta_margin",
+    /// Change of the margin, in nats, where the base's stream along the student's direction is the student's after every block, at the prompt's tokens.
+    TransplantedDeltaMargin = "transplanted_delta_margin",
+    /// The same of random directions, in nats.
+    TransplantedRandomDeltaMargin = "transplanted_random_delta_margin",
     /// Norm of the gradient of the divergent tokens' summed loss, in nats per unit of the parameters.
     GradientDivergent = "gradient_divergent",
     /// Norm of the gradient of the other tokens' summed loss, in nats per unit of the parameters.

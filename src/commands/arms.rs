@@ -271,8 +271,8 @@ impl Scorer {
         let prompts = questions.iter().map(prompt).collect::<hooks::Result<Vec<Prompt>>>()?;
         // Where all of this is equal, so are the base's scores.
         let key = format!(
-            "{} {:?} {} {target:?} {system:?} {questions:?}",
-            experiment.model, experiment.dtype, experiment.device
+            "{} {:?} {} {} {target:?} {system:?} {questions:?}",
+            experiment.model, experiment.dtype, experiment.device, settings.template
         );
         let base = match self.bases.remove(&key) {
             Some(known) => known,

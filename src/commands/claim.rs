@@ -8,9 +8,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use hooks::files;
+use hooks::{Adapter, ModelFiles, files};
+use serde::Serialize;
+use tch::Device;
 
 use super::{arms, finetune, generate, report};
+use crate::claim::tables::{self, SpectrumRow};
 use crate::claim::{ALL, Measures, OutcomeRow, Size, Study, TestRow, Unit, Verdict, tests, with_chosen};
 use crate::experiment::{CONTROL_STUDENT, STUDENT};
 use crate::progress::say;
@@ -92,38 +95,12 @@ impl Place {
     fn outcomes(&self, study: &Study, force: bool) -> Result<Vec<OutcomeRow>> {
         let units = study.units()?;
         let first = Workbench::open(units[0].experiment.clone())?;
-        self.of_all(study, &first, &units, "trained", &|bench, unit| self.train(unit, bench, force))?;
-        let tables = self.of_all(study, &first, &units, "measured", &|bench, unit| {
+        of_all(study, &first, &units, "trained", &|bench, unit| self.train(unit, bench, force))?;
+        let tables = of_all(study, &first, &units, "measured", &|bench, unit| {
             let next = study.other_trait(unit)?;
             self.measured(study, unit, bench, next.as_ref())
         })?;
         with_chosen(&study.claim, tables.concat())
-    }
-
-    /// The same with every run: side by side where the model is small.
-    fn of_all<T: Send>(
-        &self,
-        study: &Study,
-        first: &Workbench,
-        units: &[Unit],
-        what: &str,
-        done_with: &(dyn Fn(&Workbench, &Unit) -> Result<T> + Sync),
-    ) -> Result<Vec<T>> {
-        let (workers, begun) = (workers(first.n_parameters(), units.len()), Instant::now());
-        let done = std::sync::atomic::AtomicUsize::new(0);
-        let one = |bench: &Workbench, unit: &Unit| -> Result<T> {
-            let result = done_with(bench, unit).with_context(|| format!("run {}", unit.name))?;
-            let done = done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
-            let left = begun.elapsed().as_secs_f64() / done as f64 * (units.len() - done) as f64;
-            let (n, all, left) = (study.claim.claim, units.len(), plan::span(left));
-            say(format!("claim {n}: {done} of {all} runs are {what}, about {left} left"));
-            Ok(result)
-        };
-        if workers > 1 {
-            side_by_side(units, workers, |_, unit| one(&Workbench::again(unit.experiment.clone())?, unit))
-        } else {
-            units.iter().map(|unit| one(&first.of(unit.experiment.clone())?, unit)).collect()
-        }
     }
 
     /// Removes what any claim measured on a run whose students are to be replaced.
@@ -209,6 +186,15 @@ impl Place {
         let rows = tests(&study.claim, outcomes)?;
         write_csv(&self.at("tests.csv"), &rows)?;
         let verdict = Verdict::of(&study.claim, study.size, &rows);
+        let runs = tables::runs(study)?;
+        write_csv(&self.at("runs.csv"), &runs)?;
+        self.write_some("matrix.csv", &tables::matrix(outcomes))?;
+        self.write_some("context.csv", &tables::contexts(&study.cells(), &runs, outcomes))?;
+        self.write_some("digit_conf.csv", &tables::digit_conf(outcomes))?;
+        self.write_some("steer.csv", &tables::steer(outcomes))?;
+        if study.claim.measures.contains(&Measures::Spectrum) {
+            write_csv(&self.at("spectrum.csv"), &self.spectra(study)?)?;
+        }
         let mut figures = vec![];
         for (at, figure) in study.claim.figures.iter().enumerate() {
             let name = format!("figure-{}.svg", at + 1);
@@ -221,6 +207,35 @@ impl Place {
         files::write_atomic(&self.at("report.html"), html(&page).as_bytes())?;
         files::write_atomic(&self.at("verdict.txt"), format!("{}\n", verdict.line).as_bytes())?; // last: where it is, all is
         Ok(verdict)
+    }
+
+    /// Writes a table that not every claim has lines of.
+    fn write_some<R: Serialize>(&self, name: &str, rows: &[R]) -> Result<()> {
+        if rows.is_empty() { Ok(files::remove(&self.at(name))?) } else { write_csv(&self.at(name), rows) }
+    }
+
+    /// The singular values of every adapter.
+    fn spectra(&self, study: &Study) -> Result<Vec<SpectrumRow>> {
+        let (units, mut rows) = (study.units()?, vec![]);
+        let config = ModelFiles::open(&units[0].experiment.model)?.config;
+        for unit in units {
+            let run = RunDir::open(&self.root.join(&unit.name), false)?;
+            let rank = unit.experiment.student.adapter_rank();
+            let mut adapters = vec![
+                (STUDENT.to_owned(), rank, 0, run.adapter()),
+                (CONTROL_STUDENT.to_owned(), rank, 0, run.control_adapter()),
+            ];
+            for cell in unit.experiment.cells()? {
+                let folder = RunDir::open(&run.arm(&cell.slug), false)?.adapter();
+                adapters.push((cell.arm.clone(), cell.rank(), cell.seed_index, folder));
+            }
+            for (student, rank, seed_index, folder) in adapters.into_iter().filter(|(_, rank, ..)| rank.is_some()) {
+                let adapter = Adapter::load(&folder, &config, Device::Cpu)?;
+                let of_student = tables::SpectrumOf { unit: &unit, student: &student, rank, seed_index };
+                rows.extend(tables::spectrum(&of_student, &adapter.spectra()?));
+            }
+        }
+        Ok(rows)
     }
 
     fn page(
@@ -294,5 +309,30 @@ impl Place {
             sections: std::iter::once(tests).chain(more).collect(),
             provenance: provenance.map(|(name, value)| (name.to_owned(), value)).into(),
         })
+    }
+}
+
+/// The same done with every run: side by side where the model is small.
+fn of_all<T: Send>(
+    study: &Study,
+    first: &Workbench,
+    units: &[Unit],
+    what: &str,
+    done_with: &(dyn Fn(&Workbench, &Unit) -> Result<T> + Sync),
+) -> Result<Vec<T>> {
+    let (workers, begun) = (workers(first.n_parameters(), units.len()), Instant::now());
+    let done = std::sync::atomic::AtomicUsize::new(0);
+    let one = |bench: &Workbench, unit: &Unit| -> Result<T> {
+        let result = done_with(bench, unit).with_context(|| format!("run {}", unit.name))?;
+        let done = done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
+        let left = begun.elapsed().as_secs_f64() / done as f64 * (units.len() - done) as f64;
+        let (n, all, left) = (study.claim.claim, units.len(), plan::span(left));
+        say(format!("claim {n}: {done} of {all} runs are {what}, about {left} left"));
+        Ok(result)
+    };
+    if workers > 1 {
+        side_by_side(units, workers, |_, unit| one(&Workbench::again(unit.experiment.clone())?, unit))
+    } else {
+        units.iter().map(|unit| one(&first.of(unit.experiment.clone())?, unit)).collect()
     }
 }

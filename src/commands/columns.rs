@@ -78,6 +78,12 @@ const SOURCES: &[Source] = &[
     Source { file: "arms/rows.csv", row: "ArmRow", code: include_str!("../arms.rs") },
     Source { file: "claim/outcomes.csv", row: "OutcomeRow", code: include_str!("../claim/outcome.rs") },
     Source { file: "claim/tests.csv", row: "TestRow", code: include_str!("../claim/verdict.rs") },
+    Source { file: "claim/runs.csv", row: "ClaimRunRow", code: include_str!("../claim/tables.rs") },
+    Source { file: "claim/matrix.csv", row: "MatrixRow", code: include_str!("../claim/tables.rs") },
+    Source { file: "claim/context.csv", row: "ContextRow", code: include_str!("../claim/tables.rs") },
+    Source { file: "claim/digit_conf.csv", row: "DigitConfRow", code: include_str!("../claim/tables.rs") },
+    Source { file: "claim/steer.csv", row: "SteerRow", code: include_str!("../claim/tables.rs") },
+    Source { file: "claim/spectrum.csv", row: "SpectrumRow", code: include_str!("../claim/tables.rs") },
 ];
 
 /// A CSV file of a run, with what it holds.

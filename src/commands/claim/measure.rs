@@ -20,7 +20,7 @@ use hooks::{Adapter, Condition, Prompt, TokenClass};
 use crate::claim::{Cell, EVERYWHERE, Measures, OutcomeRow, Quantity, Study, Unit};
 use crate::commands::measure::{Scene, tuned};
 use crate::dataset::Sample;
-use crate::experiment::Target;
+use crate::experiment::{Dtype, Target};
 use crate::finetune::{StepRow, first_and_last_quarter};
 use crate::progress::say;
 use crate::publish::read_csv;
@@ -213,6 +213,8 @@ impl<'a> Measuring<'a> {
                     "project_out_random" => Quantity::ProjectedRandomDeltaMargin,
                     "replace" => Quantity::ReplacedDeltaMargin,
                     "replace_random" => Quantity::ReplacedRandomDeltaMargin,
+                    "transplant" => Quantity::TransplantedDeltaMargin,
+                    "transplant_random" => Quantity::TransplantedRandomDeltaMargin,
                     _ => continue,
                 };
                 lines.push(EVERYWHERE, quantity, row.delta_margin, row.n_questions);
@@ -352,7 +354,7 @@ impl<'a> Measuring<'a> {
         forms: &TokenForms,
         prompts: &[Prompt],
     ) -> Result<Vec<Score>> {
-        let known = format!("{:?}", (&bench.experiment.model, bench.experiment.dtype, place, target));
+        let known = format!("{:?}", (base_key(bench), place, target));
         if let Some(scores) = self.bases.get(&known) {
             return Ok(scores.clone());
         }
@@ -368,10 +370,15 @@ impl<'a> Measuring<'a> {
     }
 }
 
-/// What makes a scene another one: the model, the context of the rows, and whose numbers they are.
-fn scene_key(bench: &Workbench, run: &RunDir) -> String {
+/// What makes a base another one, and what it is asked: the model, its numbers' kind, and whether there is a template.
+fn base_key(bench: &Workbench) -> (&str, Dtype, bool) {
     let experiment = &bench.experiment;
-    format!("{:?}", (&experiment.model, experiment.dtype, &experiment.student.context, run.root()))
+    (&experiment.model, experiment.dtype, experiment.student.template)
+}
+
+/// What makes a scene another one: the base, the context of the rows, and whose numbers they are.
+fn scene_key(bench: &Workbench, run: &RunDir) -> String {
+    format!("{:?}", (base_key(bench), &bench.experiment.student.context, run.root()))
 }
 
 /// Answers sampled for each question.
