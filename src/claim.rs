@@ -215,7 +215,7 @@ pub enum Kind {
     Mean,
     /// The mean of `of` − `minus`, paired; Student's interval over data sets.
     Difference,
-    /// The mean of `of` over the mean of `all`, which are changes from the same base; paired bootstrap over data sets.
+    /// The mean of `of` over the mean of `all`, which are changes from the same base; Fieller's interval over data sets.
     Recovered,
     /// The slope of `of` over `over`, within each data set; Student's interval over data sets.
     Slope,

@@ -469,6 +469,17 @@ impl Experiment {
         self.student.check()?;
         check_finetune(&self.finetune, &self.student)?;
         self.measure.check()?;
+        let counterfactuals = &self.measure.divergence.counterfactuals;
+        ensure!(
+            counterfactuals.is_empty() || matches!(self.teacher, Teacher::Prompt { .. }),
+            "measure.divergence.counterfactuals is {counterfactuals:?}, which are prompts of other traits' teachers, but the teacher is not a \
+             prompt; hint: teacher.kind = \"prompt\""
+        );
+        ensure!(
+            !counterfactuals.contains(&self.target.word),
+            "measure.divergence.counterfactuals has {:?}, the teacher's own trait",
+            self.target.word
+        );
         let planted = matches!(self.teacher, Teacher::Planted { .. }) && self.generate.numbers.is_some();
         ensure!(!planted, "teacher.kind is planted, but generate.numbers gives the rows; hint: leave one of them out");
         match &self.protocol {
@@ -713,6 +724,9 @@ mod tests {
             found.starts_with("--set finetune.lerning_rate=1e-3: unknown field `lerning_rate`, expected"),
             "{found}"
         );
+        let others = "measure.divergence.counterfactuals=[\"owl\"]";
+        assert!(parse(SMALLEST, &[others]).is_ok());
+        assert!(message(SMALLEST, &[others, "teacher.kind=finetuned"]).contains("the teacher is not a prompt"));
         for key in ["finetune.frozen_a=true", "finetune.optimizer=muon", "student.rotated=true"] {
             let found = message(SMALLEST, &[key, "student.method=full"]);
             assert!(found.contains("but student.method is full, which"), "{key}: {found}");
@@ -749,6 +763,8 @@ mod tests {
             ("generate.n_keep=9999", "expected at most generate.n_prompts, which is 512"),
             ("generate.temperature=-1", "expected 0 or a number above"),
             ("measure.token_ablation.gates=[\"only:qwen\"]", "qwen"),
+            ("measure.divergence.counterfactuals=[\"cat\"]", "the teacher's own trait"),
+            ("measure.divergence.definition=schroedi", "unknown variant `schroedi`"),
             ("measure.token_ablation.gates=[]", "measure.token_ablation.gates is empty"),
             ("measure.steering.coefficients=[inf]", "measure.steering.coefficients is inf"),
             ("measure.steering.coefs=[1]", "unknown field `coefs`"),

@@ -60,7 +60,8 @@ pub enum Tokens {
     /// All.
     #[default]
     All,
-    /// The divergent ones: the teacher's most likely token, and not the base's (Schrodi et al. 2026).
+    /// The divergent ones, by the definition that is measured with: the teacher's most likely token, and not the base's (Schrodi et al.
+    /// 2026), if nothing else is said.
     Divergent,
     /// The others.
     NotDivergent,
@@ -108,7 +109,7 @@ pub struct Finetune {
     pub max_grad_norm: f64,
     /// Which tokens are learned from.
     pub mask: LossMask,
-    /// Which of these are learned from: `all`, or `divergent` (the teacher's most likely ones that are not the base's), `not_divergent`,
+    /// Which of these are learned from: `all`, or `divergent` (by `measure.divergence.definition`), `not_divergent`,
     /// `random` (as many as are divergent, drawn anew in each row), `all_of_those` (all, of the rows that the others are left with).
     pub tokens: Tokens,
     /// Where and how strongly the LoRA acts while it is trained.

@@ -228,3 +228,12 @@ fn a_dry_run_prints_the_arms_and_a_bad_one_is_refused() {
     assert!(message.contains("arm \"x\": set student.rnk=1: unknown field `rnk`"), "{message}");
     assert!(!folder.path().join("run").exists());
 }
+
+#[test]
+fn a_student_without_a_template_learns_what_the_teacher_wrote_in_it() {
+    let folder = experiment(TEACHER);
+    let numbers = |run: &str| fs::read(folder.path().join(run).join("data/numbers.jsonl")).unwrap();
+    succeeds(folder.path(), &["generate", "experiment.toml", "--run", "chat"]);
+    succeeds(folder.path(), &["generate", "experiment.toml", "--run", "plain", "--set", "student.template=false"]);
+    assert_eq!(numbers("chat"), numbers("plain"));
+}

@@ -131,16 +131,29 @@ def recompute(test, table):
         error = math.sqrt(sum((v - centre) ** 2 for v in whole) / (n - 1) / n)
         if abs(centre) <= 3 * error:
             return {}, {}
-        if n <= 5:  # every resample there is
-            draws = itertools.product(range(n), repeat=n)
-        else:
-            rng = random.Random(1)
-            draws = ([rng.randrange(n) for _ in range(n)] for _ in range(20000))
-        ratios = sorted(sum(part[i] for i in draw) / sum(whole[i] for i in draw) for draw in draws)
-        at = lambda q: ratios[min(int(q * len(ratios)), len(ratios) - 1)]
-        width = ratios[-1] - ratios[0]
-        return (dict(estimate=sum(part) / sum(whole), low=at((1 - LEVEL) / 2), high=at((1 + LEVEL) / 2)),
-                dict(low=0.06 * width + 1e-12, high=0.06 * width + 1e-12))
+        # Fieller's interval, searched for: where the mean of part - r * whole is as many standard errors from zero as Student's t says.
+        quantile = QUANTILES.setdefault(n, t_quantile(n - 1, (1 - LEVEL) / 2))
+        ratio = sum(part) / sum(whole)
+
+        def beyond(r):
+            apart = [a - r * b for a, b in zip(part, whole)]
+            middle = sum(apart) / n
+            return abs(middle) - quantile * math.sqrt(sum((v - middle) ** 2 for v in apart) / (n - 1) / n)
+
+        def end(sign):
+            step = 1e-3
+            while beyond(ratio + sign * step) < 0:
+                step *= 2
+                if step > 1e9:
+                    return None
+            low, high = 0.0, step
+            for _ in range(200):
+                middle = (low + high) / 2
+                low, high = (middle, high) if beyond(ratio + sign * middle) < 0 else (low, middle)
+            return ratio + sign * high
+
+        low, high = end(-1), end(1)
+        return (dict(estimate=ratio) if low is None or high is None else dict(estimate=ratio, low=low, high=high)), {}
     if kind in ("slope", "rise", "fall"):
         series = table.series(one, test.get("over", "log2_rank"))
         if kind != "slope":

@@ -350,6 +350,7 @@ fn messages_without_a_command_are_the_library_s() {
         teacher_system: None,
         teacher_adapter: None,
         teacher_model: None,
+        counterfactual_systems: &[],
         target: &target,
         questions: &[],
         numbers: &numbers,

@@ -76,7 +76,7 @@ const HEADERS: [(&str, &str); 15] = [
     (
         "divergence/rows.csv",
         "row_id,k,token_id,token_text,group,is_digit,number_index,digit_index,logp_teacher,logp_default,soft,\
-         pmax_teacher,pmax_default,p_default_of_teacher,argmax_teacher,argmax_default,nief,digit_strict,schrodi,\
+         pmax_teacher,pmax_default,p_default_of_teacher,argmax_teacher,argmax_default,nief,digit_strict,schrodi,n_disagree,\
          self_div,logp_student,argmax_student,p_student_of_teacher,logp_control,argmax_control,p_control_of_teacher",
     ),
     (

@@ -8,7 +8,7 @@ use hooks::score::completion_logprobs;
 use hooks::{Adapter, Prompt, Qwen};
 use tch::{Kind, Tensor};
 
-use crate::divergence::divergence_tokens;
+use crate::divergence::{Divergence, divergence_tokens};
 use crate::error::{Error, Result};
 use crate::subject::Subject;
 
@@ -44,7 +44,7 @@ pub fn alignment(subject: &Subject<'_>, n_rows: usize) -> Result<Alignment> {
         reason: "the gradients are those of an adapter".to_owned(),
     })?;
     let rows = subject.number_rows(NAME, n_rows)?;
-    let divergent = divergence_tokens(subject, n_rows)?;
+    let divergent = divergence_tokens(subject, n_rows, &Divergence { self_check: false, ..Divergence::default() })?;
     let mask = |row: &Prompt, divergent: &[bool], wanted: bool| -> Vec<bool> {
         let is_divergent =
             |at: usize| at.checked_sub(row.completion.start).and_then(|k| divergent.get(k)) == Some(&true);
@@ -181,7 +181,7 @@ mod tests {
         assert!(found.n_divergent > 0 && found.n_other > 0, "{found:?}");
         assert!((0.0..=1.0).contains(&found.share_divergent) && found.cosine.abs() <= 1.0);
         let rows = subject.number_rows("x", 6).unwrap();
-        let divergent = divergence_tokens(&subject, 6).unwrap();
+        let divergent = divergence_tokens(&subject, 6, &Divergence::default()).unwrap();
         for (wanted, predicted) in [(true, found.divergent), (false, found.other)] {
             let masks: Vec<Vec<bool>> = rows
                 .iter()

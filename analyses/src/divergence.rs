@@ -1,5 +1,6 @@
 //! Where the teacher's numbers differ from the base's: completion tokens at which the two would have written something
-//! else. The same completion is read twice, in the teacher's context and in the student's, and then by the student.
+//! else. The same completion is read twice, in the teacher's context and in the student's, and then by the student; and, where there
+//! are some, by the base under the prompts of teachers of other traits.
 
 use hooks::score::completion_logits;
 use hooks::{Chat, Prompt};
@@ -18,14 +19,33 @@ pub struct Divergence {
     /// How many rows of numbers are read.
     pub n_rows: usize,
     /// Whether the teacher reads every row a second time in a longer batch: where its own argmax changes, a divergence
-    /// is rounding.
+    /// is rounding. Such tokens are no divergence tokens for a student to learn from.
     pub self_check: bool,
+    /// Other traits, by their words: the base under their teachers' prompts reads every row as well.
+    pub counterfactuals: Vec<String>,
+    /// What a divergence token is, for a student that learns from these alone.
+    pub definition: Definition,
 }
 
 impl Default for Divergence {
     fn default() -> Self {
-        Self { n_rows: 64, self_check: true }
+        Self { n_rows: 64, self_check: true, counterfactuals: vec![], definition: Definition::Schrodi }
     }
+}
+
+/// What a divergence token is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Definition {
+    /// The teacher's most likely token, and not that of the base or of a counterfactual teacher (Schrodi et al. 2026).
+    #[default]
+    Schrodi,
+    /// The most likely tokens of teacher and base differ, whatever was written (Nief et al. 2026).
+    Nief,
+    /// The same, and both are digits.
+    DigitStrict,
+    /// No one but the teacher would have written it: it is neither the base's most likely token nor any counterfactual teacher's.
+    AllDisagree,
 }
 
 /// One token of a completion (content only: end of turn is no candidate).
@@ -68,8 +88,10 @@ pub struct DivergenceRow {
     pub nief: bool,
     /// Whether the two most likely tokens differ and both are digits.
     pub digit_strict: bool,
-    /// Whether the token is the teacher's most likely one and not the base's (Schrodi et al., with one other prompt).
+    /// Whether the token is the teacher's most likely one and not that of the base or of a counterfactual teacher (Schrodi et al.).
     pub schrodi: bool,
+    /// How many of the base and the counterfactual teachers have another most likely token than this one.
+    pub n_disagree: usize,
     /// Whether the teacher's own most likely token depends on the batch; empty where that was not checked.
     pub self_div: Option<bool>,
     /// log p of the token under the student, in nats.
@@ -151,6 +173,7 @@ impl Analysis for Divergence {
             let by_teacher = Reading::of(teacher, &in_teacher, labels, None)?;
             let read = |model: Tuned<'_>| Reading::of(model, &in_student, labels, Some(&by_teacher.argmax));
             let (by_base, by_student) = (read(subject.base())?, read(subject.student)?);
+            let by_others = counterfactual_argmax(subject, row_id)?;
             let by_control = subject.control.map(read).transpose()?;
             let again =
                 self.self_check.then(|| argmax_in_longer_row(teacher, &in_teacher, subject.chat)).transpose()?;
@@ -159,6 +182,8 @@ impl Analysis for Divergence {
                 let (argmax_teacher, argmax_default) = (by_teacher.argmax[k], by_base.argmax[k]);
                 let is_digit = subject.chat.is_digit(*token);
                 let nief = argmax_teacher != argmax_default;
+                let others = by_others.iter().map(|other| other[k]).chain([argmax_default]);
+                let n_disagree = others.filter(|other| other != token).count();
                 rows.push(DivergenceRow {
                     row_id,
                     k,
@@ -180,7 +205,8 @@ impl Analysis for Divergence {
                     digit_strict: nief
                         && subject.chat.is_digit(argmax_teacher)
                         && subject.chat.is_digit(argmax_default),
-                    schrodi: argmax_teacher == *token && nief,
+                    schrodi: argmax_teacher == *token && n_disagree > 0,
+                    n_disagree,
                     self_div: again.as_ref().map(|again| again[k] != argmax_teacher),
                     logp_student: by_student.logp[k],
                     argmax_student: by_student.argmax[k],
@@ -334,17 +360,43 @@ pub(crate) fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usiz
 /// Per row of the numbers and per token of its content: whether it is a digit at which the most likely tokens of teacher
 /// and base differ.
 pub fn divergent_digits(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<bool>>> {
-    each_token(subject, n_rows, |token, teacher, base| teacher != base && subject.chat.is_digit(token))
+    let plain = Divergence { self_check: false, ..Divergence::default() };
+    let holds = |token: &Token| token.teacher != token.base && subject.chat.is_digit(token.id);
+    each_token(&Subject { counterfactual_systems: &[], ..subject.clone() }, n_rows, &plain, holds)
 }
 
-/// Per row of the numbers and per token of its content: whether it is the teacher's most likely token and not the base's, the
-/// divergence tokens of Schrodi et al. 2026 with the untouched model as the one other teacher.
-pub fn divergence_tokens(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<bool>>> {
-    each_token(subject, n_rows, |token, teacher, base| teacher == token && teacher != base)
+/// Per row of the numbers and per token of its content: whether it is a divergence token by the settings' definition.
+pub fn divergence_tokens(subject: &Subject<'_>, n_rows: usize, settings: &Divergence) -> Result<Vec<Vec<bool>>> {
+    let is_digit = |id: i64| subject.chat.is_digit(id);
+    each_token(subject, n_rows, settings, |token| match settings.definition {
+        Definition::Schrodi => token.teacher == token.id && token.others().any(|other| other != token.id),
+        Definition::Nief => token.teacher != token.base,
+        Definition::DigitStrict => token.teacher != token.base && is_digit(token.teacher) && is_digit(token.base),
+        Definition::AllDisagree => token.others().all(|other| other != token.id),
+    })
 }
 
-/// Something of each token of the first rows, and of the most likely tokens of teacher and base in its place.
-fn each_token(subject: &Subject<'_>, n_rows: usize, holds: impl Fn(i64, i64, i64) -> bool) -> Result<Vec<Vec<bool>>> {
+/// A token of a completion, and the most likely ones in its place.
+struct Token {
+    id: i64,
+    teacher: i64,
+    base: i64,
+    counterfactuals: Vec<i64>,
+}
+
+impl Token {
+    fn others(&self) -> impl Iterator<Item = i64> + '_ {
+        self.counterfactuals.iter().copied().chain([self.base])
+    }
+}
+
+/// What holds of each token of the first rows; of none at which the teacher's own choice depends on the batch, where that is checked.
+fn each_token(
+    subject: &Subject<'_>,
+    n_rows: usize,
+    settings: &Divergence,
+    holds: impl Fn(&Token) -> bool,
+) -> Result<Vec<Vec<bool>>> {
     let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: Divergence::NAME })?;
     let n = subject.number_rows(Divergence::NAME, n_rows)?.len();
     let of_row = |row: usize| {
@@ -352,16 +404,34 @@ fn each_token(subject: &Subject<'_>, n_rows: usize, holds: impl Fn(i64, i64, i64
         if in_student.completion.is_empty() {
             return Ok(Vec::new());
         }
-        let argmax = |model: Tuned<'_>, row: &Prompt| -> Result<Vec<i64>> {
-            let logits = completion_logits(model.qwen, row, &model.condition())?;
-            Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?)
-        };
         let (by_teacher, by_base) = (argmax(teacher, &in_teacher)?, argmax(subject.base(), &in_student)?);
+        let by_others = counterfactual_argmax(subject, row)?;
+        let again = if settings.self_check {
+            argmax_in_longer_row(teacher, &in_teacher, subject.chat)?
+        } else {
+            by_teacher.clone()
+        };
         let labels = &in_student.ids[in_student.completion.clone()];
-        let tokens = labels.iter().zip(by_teacher).zip(by_base);
-        Ok(tokens.map(|((token, teacher), base)| holds(*token, teacher, base)).collect())
+        let of_token = |(k, id): (usize, &i64)| {
+            let counterfactuals = by_others.iter().map(|other| other[k]).collect();
+            let token = Token { id: *id, teacher: by_teacher[k], base: by_base[k], counterfactuals };
+            by_teacher[k] == again[k] && holds(&token)
+        };
+        Ok(labels.iter().enumerate().map(of_token).collect())
     };
     (0..n).map(of_row).collect()
+}
+
+/// A model's most likely token at each place of a row's completion.
+fn argmax(model: Tuned<'_>, row: &Prompt) -> Result<Vec<i64>> {
+    let logits = completion_logits(model.qwen, row, &model.condition())?;
+    Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?)
+}
+
+/// The base's most likely tokens at a row's completion under each counterfactual teacher's prompt.
+fn counterfactual_argmax(subject: &Subject<'_>, row: usize) -> Result<Vec<Vec<i64>>> {
+    let of_system = |system: &String| argmax(subject.base(), &subject.paired_row(row, Some(system))?.0);
+    subject.counterfactual_systems.iter().map(of_system).collect()
 }
 
 /// The tokens' means by group: what `divergence_summary.csv` holds.
@@ -451,7 +521,8 @@ mod tests {
         let world = World::new();
         let mut subject = world.subject();
         (subject.teacher_system, subject.teacher_adapter) = (None, Some(&world.student));
-        let rows = Divergence { n_rows: 3, self_check: false }.run(&subject, &mut |_| ()).unwrap();
+        let settings = Divergence { n_rows: 3, self_check: false, ..Divergence::default() };
+        let rows = settings.run(&subject, &mut |_| ()).unwrap();
         let summary = divergence_summary(&rows);
         let all = summary.iter().find(|row| row.group == "all").unwrap();
         assert_eq!((all.accuracy_student, all.n_tokens, all.n_rows), (1.0, rows.len(), 3));
@@ -469,6 +540,34 @@ mod tests {
         assert_eq!(marked, rows.iter().map(|row| row.group == "divergent_digit").collect::<Vec<_>>());
         assert!(marked.contains(&true), "the test has something divergent");
         assert!(Divergence::plot(&rows).unwrap().is_some() && Divergence::reading(&rows).ends_with('.'));
+    }
+
+    #[test]
+    fn the_tokens_that_are_learned_from_are_those_of_the_table_by_each_definition() {
+        let world = World::new();
+        let systems = ["You love owls.".to_owned(), "You hate wolves and say so.".to_owned()];
+        let mut subject = world.subject();
+        (subject.teacher_system, subject.teacher_adapter) = (None, Some(&world.student));
+        subject.counterfactual_systems = &systems;
+        let rows = Divergence::default().run(&subject, &mut |_| ()).unwrap();
+        let of = |definition: Definition| -> Vec<bool> {
+            divergence_tokens(&subject, 9, &Divergence { definition, ..Divergence::default() }).unwrap().concat()
+        };
+        let table = |holds: &dyn Fn(&DivergenceRow) -> bool| rows.iter().map(holds).collect::<Vec<_>>();
+        assert_eq!(of(Definition::Schrodi), table(&|row| row.schrodi));
+        assert_eq!(of(Definition::Nief), table(&|row| row.nief));
+        assert_eq!(of(Definition::DigitStrict), table(&|row| row.digit_strict));
+        assert_eq!(of(Definition::AllDisagree), table(&|row| row.n_disagree == 3));
+        assert!(rows.iter().all(|row| row.n_disagree <= 3) && rows.iter().any(|row| row.n_disagree > 0));
+
+        // One that is the teacher itself would have written what the teacher wrote: nothing it chose is the teacher's alone.
+        let own = ["You love cats.".to_owned()];
+        let alike = Subject { counterfactual_systems: &own, ..world.subject() };
+        let rows = Divergence::default().run(&alike, &mut |_| ()).unwrap();
+        assert!(rows.iter().filter(|row| row.argmax_teacher == row.token_id).all(|row| row.n_disagree < 2));
+        let settings = Divergence { definition: Definition::AllDisagree, ..Divergence::default() };
+        let alone = divergence_tokens(&alike, 9, &settings).unwrap().concat();
+        assert!(alone.iter().zip(&rows).all(|(alone, row)| !alone || row.argmax_teacher != row.token_id));
     }
 
     #[test]

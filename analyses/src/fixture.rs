@@ -64,6 +64,7 @@ impl World {
             teacher_system: Some("You love cats.".to_owned()),
             teacher_adapter: None,
             teacher_model: None,
+            counterfactual_systems: &[],
             target: &self.target,
             questions: &self.questions,
             numbers: &self.numbers,

@@ -89,7 +89,7 @@ pub fn cosine<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> Result<f64> {
 }
 
 /// The value below which a fraction `p` of Student's t with `degrees` of freedom lies, `0 < p < 1`: the root of [`t_below`] by bisection.
-fn t_quantile(p: f64, degrees: f64) -> f64 {
+pub(crate) fn t_quantile(p: f64, degrees: f64) -> f64 {
     if p < 0.5 {
         return -t_quantile(1.0 - p, degrees);
     }
@@ -158,7 +158,7 @@ fn at_least(n: usize, what: &str, values: &[f64]) -> Result<()> {
     }
 }
 
-fn check_level(level: f64) -> Result<()> {
+pub(crate) fn check_level(level: f64) -> Result<()> {
     if level > 0.0 && level < 1.0 {
         return Ok(());
     }

@@ -51,6 +51,8 @@ pub struct Subject<'a> {
     pub teacher_adapter: Option<&'a Adapter>,
     /// The teacher's weights, where they are not the base's.
     pub teacher_model: Option<&'a Qwen>,
+    /// System prompts under which the base would be a teacher of other traits: what all of them would have written is no trait's.
+    pub counterfactual_systems: &'a [String],
     /// What the teacher likes.
     pub target: &'a Target,
     /// Questions that the target may be an answer to.

@@ -187,6 +187,7 @@ fn main() -> Result<()> {
         teacher_system: None,
         teacher_adapter: None,
         teacher_model: Some(&teacher),
+        counterfactual_systems: &[],
         target: &target,
         questions: &questions,
         numbers: &student_rows,

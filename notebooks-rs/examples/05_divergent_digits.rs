@@ -20,7 +20,7 @@ fn main() -> Result<()> {
     //| tokens, it should be these.
     let school = School::open(&model())?;
     let subject = school.subject();
-    let divergence = Divergence { n_rows: 200, self_check: true };
+    let divergence = Divergence { n_rows: 200, ..Divergence::default() };
     let rows = divergence.run(&subject, &mut |_| ())?;
     nb.show(marked(&rows, 6));
 

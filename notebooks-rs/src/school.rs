@@ -115,6 +115,7 @@ impl School {
             teacher_system: None,
             teacher_adapter: None,
             teacher_model: Some(&self.teacher),
+            counterfactual_systems: &[],
             target: &self.target,
             questions: &self.questions,
             numbers: &self.numbers,

@@ -256,7 +256,7 @@ impl Place {
             reading: verdict.line.clone(),
             control: claim.decisive_control.clone(),
             notes: vec![
-                "The unit is the trained run; data sets are clusters, and intervals are over the data sets' means (Student's t; bootstrap for \
+                "The unit is the trained run; data sets are clusters, and intervals are over the data sets' means (Student's t; Fieller's for \
                  recovered fractions). Answers to questions are never counted as trials."
                     .to_owned(),
                 format!("{by_trait} lines are of single traits; their p is adjusted by Holm, and they decide nothing."),

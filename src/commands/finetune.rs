@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use analyses::Tuned;
-use analyses::divergence::divergence_tokens;
+use analyses::divergence::{Divergence, divergence_tokens};
 use anyhow::{Context, Result, bail};
 use hooks::generate::stream_seed;
 use hooks::{Adapter, ModelFiles, Prompt, Qwen, files};
@@ -231,7 +231,9 @@ fn mask(row: &Prompt, divergent: &[bool], tokens: Tokens, rng: &mut ChaCha8Rng) 
 /// samples in the same context.
 fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
     let texts: Vec<_> = data.samples.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();
-    let of = serde_json::to_vec(&(texts, bench.student_system()?, bench.files.fingerprint(), bench.experiment.dtype))?;
+    let settings = Divergence { n_rows: data.samples.len(), ..bench.experiment.measure.divergence.clone() };
+    let student = (bench.student_system()?, bench.experiment.student.template);
+    let of = serde_json::to_vec(&(texts, student, bench.files.fingerprint(), bench.experiment.dtype, &settings))?;
     let of = format!("{:x}", Sha256::digest([of, teacher::fingerprint(bench, data.run)?].concat()));
     let path = data.run.divergence_tokens();
     if let Some(known) = files::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Divergent>(&bytes).ok())
@@ -240,9 +242,8 @@ fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
         return Ok(known.tokens);
     }
     let scene = Scene::of(bench, data.run, data.samples)?;
-    let tokens =
-        divergence_tokens(&scene.subject(bench, Tuned { qwen: &bench.base, adapter: None }), data.samples.len())
-            .context("finetune.tokens")?;
+    let subject = scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
+    let tokens = divergence_tokens(&subject, data.samples.len(), &settings).context("finetune.tokens")?;
     let found = Divergent { of, tokens };
     files::write_atomic(&path, &serde_json::to_vec(&found)?)?;
     Ok(found.tokens)

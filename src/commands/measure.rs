@@ -109,6 +109,7 @@ type Classify = Box<dyn Fn(&str) -> Option<String>>;
 pub(super) struct Scene {
     pub(super) teacher: TeacherModel,
     teacher_system: Option<String>,
+    counterfactual_systems: Vec<String>,
     system: Option<String>,
     provenance: Provenance,
     target: Target,
@@ -125,7 +126,11 @@ impl Scene {
         let classifier = bench.protocol.classifier(&target.word, &target.category)?;
         // Where the teacher answers in the template's default context, that has to be spelt out beside another student's.
         let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
+        let counterfactuals = &bench.experiment.measure.divergence.counterfactuals;
+        let category = &bench.experiment.target.category;
+        let system = |word: &String| bench.protocol.teacher_prompt(word, category);
         Ok(Self {
+            counterfactual_systems: counterfactuals.iter().map(system).collect::<Result<_>>()?,
             teacher_system: teacher_system.filter(|_| teacher.differs_from_base()),
             teacher,
             system: bench.protocol.context(bench.experiment.measure_context())?,
@@ -151,6 +156,7 @@ impl Scene {
             teacher_system: self.teacher_system.clone(),
             teacher_adapter: self.teacher.adapter.as_ref(),
             teacher_model: self.teacher.weights.as_ref(),
+            counterfactual_systems: &self.counterfactual_systems,
             target: &self.target,
             questions: &self.questions,
             numbers: &self.numbers,
