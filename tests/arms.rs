@@ -7,11 +7,14 @@ use std::fs;
 use std::path::Path;
 
 use analyses::target_rate::TargetRateRow;
+use tch::Tensor;
 use tempfile::TempDir;
 use undertone::arms::ArmRow;
+use undertone::finetune::StepRow;
 use undertone::publish::read_csv;
 use undertone::teacher::TeacherRow;
 
+use crate::compare::tensors;
 use crate::pipeline::{EXPERIMENT, contents, differing, fails, run, succeeds};
 
 const TEACHER: &str = "\n[teacher]\nkind = \"finetuned\"\nlearning_rate = 1e-2\nmax_steps = 8\n";
@@ -236,4 +239,35 @@ fn a_student_without_a_template_learns_what_the_teacher_wrote_in_it() {
     succeeds(folder.path(), &["generate", "experiment.toml", "--run", "chat"]);
     succeeds(folder.path(), &["generate", "experiment.toml", "--run", "plain", "--set", "student.template=false"]);
     assert_eq!(numbers("chat"), numbers("plain"));
+}
+
+#[test]
+fn what_an_arm_says_of_a_and_of_divergent_tokens_is_obeyed() {
+    let tokens = "finetune.tokens=divergent";
+    let arms = format!(
+        "{TEACHER}[[arms]]\nname = \"frozen\"\nset = [\"finetune.frozen_a=true\"]\n\
+         [[arms]]\nname = \"rotated\"\nset = [\"finetune.frozen_a=true\", \"student.rotated=true\"]\n\
+         [[arms]]\nname = \"schrodi\"\nset = [\"{tokens}\"]\n\
+         [[arms]]\nname = \"nief\"\nset = [\"{tokens}\", \"measure.divergence.definition=nief\"]\n"
+    );
+    let folder = experiment(&arms);
+    succeeds(folder.path(), &["generate", "experiment.toml", "--run", "run"]);
+    succeeds(folder.path(), &["finetune", "experiment.toml", "--run", "run"]);
+    succeeds(folder.path(), &ALONE);
+    let arm = |name: &str| folder.path().join("run/arms").join(name);
+    // A stays as it was drawn: in other coordinates, R A, of which AᵀA is the same.
+    let a_of = |name: &str| -> Tensor {
+        let tensors = tensors(&arm(name).join("adapter/adapter_model.safetensors"));
+        tensors.into_iter().find(|(name, _)| name.contains("q_proj.lora_A")).unwrap().1
+    };
+    let (frozen, rotated) = (a_of("frozen"), a_of("rotated"));
+    let far = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+    assert!(far(&frozen, &rotated) > 1e-2, "{}", far(&frozen, &rotated));
+    assert!(far(&frozen.tr().matmul(&frozen), &rotated.tr().matmul(&rotated)) < 1e-5);
+    // What is divergent by Nief need not be what the teacher wrote, so that there is more of it.
+    let learned = |name: &str| -> usize {
+        let steps: Vec<StepRow> = read_csv(&arm(name).join("train.csv")).unwrap();
+        steps.iter().map(|step| step.n_targets).sum()
+    };
+    assert!(learned("nief") > learned("schrodi"), "{} {}", learned("nief"), learned("schrodi"));
 }

@@ -97,7 +97,7 @@ context = "{other}"
 [[cells]]
 name = "in the user's turn"
 students = ["student", "all weights"]
-context = "empty"
+context = "qwen_default"
 user_prefix = "qwen_default"
 
 [[tests]]
@@ -245,6 +245,14 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     let steer: Vec<SteerRow> = read_csv(&claim.join("steer.csv")).unwrap();
     let kinds: BTreeSet<(&str, &str)> = steer.iter().map(|row| (row.edit.as_str(), row.direction.as_str())).collect();
     assert_eq!(kinds.len(), 10, "another trait's student among them: {kinds:?}");
+    let injected = |direction: &str| {
+        let here = steer.iter().find(|row| {
+            row.student == "student" && (row.edit.as_str(), row.direction.as_str()) == ("injected", direction)
+        });
+        here.unwrap().delta_margin
+    };
+    assert_ne!(injected("other"), injected("own"), "another trait's student is another one");
+    assert_ne!(injected("other"), injected("control"));
     let spectrum: Vec<SpectrumRow> = read_csv(&claim.join("spectrum.csv")).unwrap();
     assert_eq!(spectrum.iter().map(|row| row.k).max(), Some(3), "of rank 4");
     assert!(spectrum.iter().all(|row| row.sigma_norm <= 1.0 && row.stable_rank >= 1.0 && row.sigma > 0.0));

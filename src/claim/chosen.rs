@@ -129,11 +129,11 @@ mod tests {
 
     #[test]
     fn the_one_nearest_to_another_is_picked_out() {
-        let nearest = Of { student: "slow".to_owned(), rank: Some(8), quantity: Quantity::HeldoutNll, ..Of::default() };
+        let nearest = Of { student: "fast".to_owned(), rank: Some(8), quantity: Quantity::HeldoutNll, ..Of::default() };
         let rows = with_chosen(&chosen(None, Some(nearest.clone())), measured()).unwrap();
         let picked: Vec<f64> =
             rows[8..].iter().filter(|row| row.quantity == Quantity::HeldoutNll).map(|row| row.value).collect();
-        assert_eq!(picked, [1.5, 1.0], "at rank 1 the nearest to 1.0 is 1.5");
+        assert_eq!(picked, [1.5, 1.3], "the nearest to 1.3, which at rank 8 is not the lowest");
         let several = chosen(None, Some(Of { rank: None, ..nearest }));
         assert!(format!("{:#}", with_chosen(&several, measured()).unwrap_err()).contains("several numbers"));
         let mut gap = measured();

@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::claim::Study;
 use crate::dataset;
 use crate::experiment::{ArmData, Experiment, Method};
-use crate::finetune::{Finetune, Progress, StepRow, finetune_lora};
+use crate::finetune::{Finetune, OptimizerKind, Progress, StepRow, finetune_lora};
 use crate::run_dir::RunDir;
 use crate::side_by_side::workers;
 use crate::workbench::Workbench;
@@ -43,9 +43,11 @@ pub(super) fn plan(study: &Study, root: &Path) -> Result<String> {
     let rate = tokens_per_second(&bench, &rows)?;
     let threads = workers(bench.n_parameters(), units.len()) as f64;
     let rows_seen = |experiment: &Experiment| {
-        let of = &experiment.finetune;
-        let n = experiment.generate.n_keep;
-        of.max_steps.map_or(of.num_train_epochs * n as f64, |steps| (steps as usize * of.rows_per_step()) as f64)
+        let (of, n) = (&experiment.finetune, experiment.generate.n_keep as f64);
+        let of_steps = |steps: u64| (steps as usize * of.rows_per_step()) as f64;
+        let whole = of.max_steps.map_or(of.num_train_epochs * n, of_steps);
+        let scout = if of.optimizer == OptimizerKind::Preconditioned { n } else { 0.0 };
+        scout + of.stop_after_steps.map_or(whole, |steps| whole.min(of_steps(steps)))
     };
     let training: f64 = students.iter().map(|(_, experiment)| rows_seen(experiment) * per_row / rate).sum();
     let sets = 2 + 2 * cells.iter().filter(|cell| cell.data == ArmData::Own).count();
