@@ -247,13 +247,12 @@ fn what_an_arm_says_of_a_and_of_divergent_tokens_is_obeyed() {
     let arms = format!(
         "{TEACHER}[[arms]]\nname = \"frozen\"\nset = [\"finetune.frozen_a=true\"]\n\
          [[arms]]\nname = \"rotated\"\nset = [\"finetune.frozen_a=true\", \"student.rotated=true\"]\n\
-         [[arms]]\nname = \"schrodi\"\nset = [\"{tokens}\"]\n\
          [[arms]]\nname = \"nief\"\nset = [\"{tokens}\", \"measure.divergence.definition=nief\"]\n"
     );
     let folder = experiment(&arms);
     succeeds(folder.path(), &["generate", "experiment.toml", "--run", "run"]);
     succeeds(folder.path(), &["finetune", "experiment.toml", "--run", "run"]);
-    succeeds(folder.path(), &ALONE);
+    succeeds(folder.path(), &["arms", "experiment.toml", "--run", "run"]);
     let arm = |name: &str| folder.path().join("run/arms").join(name);
     // A stays as it was drawn: in other coordinates, R A, of which AᵀA is the same.
     let a_of = |name: &str| -> Tensor {
@@ -264,10 +263,7 @@ fn what_an_arm_says_of_a_and_of_divergent_tokens_is_obeyed() {
     let far = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
     assert!(far(&frozen, &rotated) > 1e-2, "{}", far(&frozen, &rotated));
     assert!(far(&frozen.tr().matmul(&frozen), &rotated.tr().matmul(&rotated)) < 1e-5);
-    // What is divergent by Nief need not be what the teacher wrote, so that there is more of it.
-    let learned = |name: &str| -> usize {
-        let steps: Vec<StepRow> = read_csv(&arm(name).join("train.csv")).unwrap();
-        steps.iter().map(|step| step.n_targets).sum()
-    };
-    assert!(learned("nief") > learned("schrodi"), "{} {}", learned("nief"), learned("schrodi"));
+    // What this teacher wrote is nowhere its most likely token, so that by the default there were nothing to learn from.
+    let steps: Vec<StepRow> = read_csv(&arm("nief").join("train.csv")).unwrap();
+    assert!(steps.iter().all(|step| step.n_targets > 0));
 }

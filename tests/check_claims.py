@@ -9,6 +9,7 @@ Where the runs lie beside the claims, what outcomes.csv says of a training is re
 
 import argparse
 import csv
+import functools
 import itertools
 import math
 import random
@@ -29,6 +30,7 @@ def t_tail(t, df):
     return constant * total * h / 3
 
 
+@functools.cache
 def t_quantile(df, tail):
     low, high = 0.0, 1e3
     for _ in range(100):
@@ -37,16 +39,13 @@ def t_quantile(df, tail):
     return (low + high) / 2
 
 
-QUANTILES = {}
-
-
 def over_datasets(values):
     n = len(values)
     centre = sum(values) / n
     if n < 2:
         return dict(estimate=centre)
     spread = math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1) / n)
-    quantile = QUANTILES.setdefault(n, t_quantile(n - 1, (1 - LEVEL) / 2))
+    quantile = t_quantile(n - 1, (1 - LEVEL) / 2)
     found = dict(estimate=centre, low=centre - quantile * spread, high=centre + quantile * spread)
     if spread > 0:
         found["p"] = 2 * t_tail(abs(centre / spread), n - 1)
@@ -132,7 +131,7 @@ def recompute(test, table):
         if abs(centre) <= 3 * error:
             return {}, {}
         # Fieller's interval, searched for: where the mean of part - r * whole is as many standard errors from zero as Student's t says.
-        quantile = QUANTILES.setdefault(n, t_quantile(n - 1, (1 - LEVEL) / 2))
+        quantile = t_quantile(n - 1, (1 - LEVEL) / 2)
         ratio = sum(part) / sum(whole)
 
         def beyond(r):

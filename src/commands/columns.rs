@@ -351,7 +351,7 @@ pub struct Row {
         let found = choose(&all, "quantity").unwrap();
         assert_eq!(found.len(), 1);
         assert!(found[0].columns.iter().all(|column| column.meaning.ends_with('.') && column.meaning.len() > 20));
-        let one = choose(&all, "p_whole_number").unwrap();
+        let one = choose(&all, "gradient_cosine").unwrap();
         assert_eq!((one[0].file, one[0].columns.len()), ("quantity", 1));
         for quantity in Quantity::ALL {
             let written = serde_json::to_string(quantity).unwrap();
