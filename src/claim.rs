@@ -28,6 +28,8 @@ pub use verdict::{ALL, Outcome, TestRow, Verdict, Word, tests};
 
 /// The cell that every claim has: the student as it was trained, asked in the context of its training.
 pub const EVERYWHERE: &str = "everywhere";
+/// What the cell of a part of a gradient begins with, before the part's name: what is due to what the adapter reads there.
+pub const THROUGH: &str = "through";
 
 /// On what a claim is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -352,6 +352,11 @@ impl RunDir {
         self.analysis(name).join("plot.svg")
     }
 
+    /// A further plot of an analysis.
+    pub fn more_plot(&self, name: AnalysisName, which: &str) -> PathBuf {
+        self.analysis(name).join(format!("plot_{which}.svg"))
+    }
+
     /// The settings of an analysis.
     pub fn settings(&self, name: AnalysisName) -> PathBuf {
         self.analysis(name).join("settings.toml")

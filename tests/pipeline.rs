@@ -87,8 +87,8 @@ const HEADERS: [(&str, &str); 15] = [
     ),
     (
         "gradients/rows.csv",
-        "scope,model,row_id,k,token_text,group,layer,n_tokens,p_label,logit_grad_norm,hidden_grad_norm,\
-         resid_grad_norm,lora_grad_norm,share,cosine",
+        "scope,model,row_id,k,token_text,group,part,layer,n_tokens,p_label,logit_grad_norm,hidden_grad_norm,\
+         resid_grad_norm,lora_grad_norm,share,cosine,alignment",
     ),
     (
         "interventions/rows.csv",

@@ -1,11 +1,14 @@
-//! What learning some tokens would do to the trait: the gradient of the divergent tokens' loss and that of the others, beside the
-//! gradient of naming the trait. A small step down a loss S changes log p(trait) by lr · ⟨∇S, ∇(−log p(trait))⟩ to first order.
+//! What learning some tokens would do to the trait, and where the adapter would be written: the gradients of two groups of tokens,
+//! beside the gradient of naming the trait, split by what the adapter reads at each position.
+//!
+//! A small step down a loss S changes log p(trait) by lr · ⟨∇S, ∇(−log p(trait))⟩ to first order. A LoRA's gradient is a sum over
+//! positions, so that each part of a chat has a share of both.
 
 use hooks::batch::Batch;
 use hooks::loss::Targets;
 use hooks::packing::Row;
 use hooks::score::completion_logprobs;
-use hooks::{Adapter, Prompt, Qwen};
+use hooks::{Adapter, Condition, Prompt, Qwen, TokenClass};
 use tch::{Kind, Tensor};
 
 use crate::divergence::{Divergence, divergence_tokens};
@@ -15,29 +18,88 @@ use crate::subject::Subject;
 /// The analysis' name in errors.
 const NAME: &str = "alignment";
 
-/// The gradients of two groups of tokens at a student's adapter.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Alignment {
-    /// How many divergent tokens.
-    pub n_divergent: usize,
-    /// How many others.
-    pub n_other: usize,
-    /// ‖Σ ∇ℓ‖ over the divergent tokens.
-    pub norm_divergent: f64,
-    /// The same of the others.
-    pub norm_other: f64,
-    /// `‖ḡ_D‖² / (‖ḡ_D‖² + ‖ḡ_N‖²)` of the two groups' means per token.
-    pub share_divergent: f64,
-    /// The cosine of the two.
-    pub cosine: f64,
-    /// First-order change of log p(trait) per unit of learning rate by a step of gradient descent on the divergent tokens' mean loss.
-    pub divergent: f64,
-    /// The same of the others' mean loss.
-    pub other: f64,
+/// A part of a chat, named as the gate that chooses its tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// The words of the system prompt that name the model.
+    Entity,
+    /// The rest of the system prompt.
+    System,
+    /// The tokens of the chat template.
+    Template,
+    /// What the user says.
+    User,
+    /// What is answered.
+    Gen,
 }
 
-/// The alignment of an adapter over the first rows of the numbers. The divergent tokens are those of `divergence_tokens`; the
-/// others are all that is learned from beside them, the end of the turn included.
+impl Part {
+    /// All parts, each token being in one.
+    pub const ALL: [Self; 5] = [Self::Entity, Self::System, Self::Template, Self::User, Self::Gen];
+
+    /// The gate's word for its tokens.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Entity => "entity",
+            Self::System => "sys.content_other",
+            Self::Template => "template",
+            Self::User => "user.content",
+            Self::Gen => "gen",
+        }
+    }
+
+    fn of(class: TokenClass) -> Self {
+        match class {
+            TokenClass::SysEntity => Self::Entity,
+            TokenClass::SysContentOther => Self::System,
+            TokenClass::UserContent => Self::User,
+            TokenClass::Gen => Self::Gen,
+            _ => Self::Template,
+        }
+    }
+}
+
+/// The gradients of two groups of tokens at an adapter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alignment {
+    /// The divergent tokens' summed loss, `g_D`.
+    pub divergent: Group,
+    /// The others' summed loss, `g_N`.
+    pub other: Group,
+    /// The cosine of the two.
+    pub cosine: f64,
+}
+
+/// The gradient g of the summed loss of a group of tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    /// How many tokens.
+    pub n_tokens: usize,
+    /// ‖g‖.
+    pub norm: f64,
+    /// `‖g‖² / ‖g_D + g_N‖²`.
+    pub share: f64,
+    /// First-order change of log p(trait) per unit of learning rate by a step of gradient descent on the group's mean loss.
+    pub towards_trait: f64,
+    /// What each part of the chat adds to g, in the order of `Part::ALL`.
+    pub parts: Vec<AtPart>,
+}
+
+/// The gradient `g_P` through what the adapter reads at one part of the chat; those of all parts add up to g.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AtPart {
+    /// The part.
+    pub part: Part,
+    /// `‖g_P‖`.
+    pub norm: f64,
+    /// `⟨g_P, g⟩ / ‖g‖²`; those of all parts add up to 1.
+    pub share: f64,
+    /// The part of `Group::towards_trait` that is due to `g_P`.
+    pub towards_trait: f64,
+}
+
+/// The alignment of the student's adapter over the first rows of the numbers. The divergent tokens are those of
+/// `divergence_tokens`; the others are all that is learned from beside them, the end of the turn included.
 pub fn alignment(subject: &Subject<'_>, n_rows: usize) -> Result<Alignment> {
     let adapter = subject.student.adapter.ok_or_else(|| Error::NeedsAdapter {
         analysis: NAME,
@@ -45,38 +107,65 @@ pub fn alignment(subject: &Subject<'_>, n_rows: usize) -> Result<Alignment> {
     })?;
     let rows = subject.number_rows(NAME, n_rows)?;
     let divergent = divergence_tokens(subject, n_rows, &Divergence { self_check: false, ..Divergence::default() })?;
-    let mask = |row: &Prompt, divergent: &[bool], wanted: bool| -> Vec<bool> {
-        let is_divergent =
-            |at: usize| at.checked_sub(row.completion.start).and_then(|k| divergent.get(k)) == Some(&true);
-        (0..row.ids.len()).map(|at| row.completion.contains(&at) && is_divergent(at) == wanted).collect()
-    };
-    let masks = |wanted: bool| -> Vec<Vec<bool>> {
-        rows.iter().zip(&divergent).map(|(row, divergent)| mask(row, divergent, wanted)).collect()
-    };
-    let of_group = |wanted: bool| sum_of_gradients(subject.base, adapter, rows, &masks(wanted));
-    let (d, n_divergent) = of_group(true)?;
-    let (o, n_other) = of_group(false)?;
-    let (t, n_questions) = trait_gradient(subject, adapter)?;
+    of_groups(subject, adapter, rows, &divergent)
+}
 
-    let (dd, oo, cross) = (dot(&d, &d)?, dot(&o, &o)?, dot(&d, &o)?);
-    let (per_d, per_o) = (dd / (n_divergent as f64).powi(2), oo / (n_other as f64).powi(2));
-    let towards = |group: &[Tensor], n: usize| -> Result<f64> { Ok(dot(group, &t)? / (n * n_questions) as f64) };
+/// The same of any adapter, with the rows' tokens up to their completion's end in two groups: `divergent[row][k]` of the token k of
+/// the completion, those behind its end being others.
+pub(crate) fn of_groups(
+    subject: &Subject<'_>,
+    adapter: &Adapter,
+    rows: &[Prompt],
+    divergent: &[Vec<bool>],
+) -> Result<Alignment> {
+    let masks = |wanted: bool| -> Vec<Vec<bool>> {
+        let of_row = |(row, divergent): (&Prompt, &Vec<bool>)| {
+            let is_divergent =
+                |at: usize| at.checked_sub(row.completion.start).and_then(|k| divergent.get(k)) == Some(&true);
+            (0..row.ids.len()).map(|at| row.completion.contains(&at) && is_divergent(at) == wanted).collect()
+        };
+        rows.iter().zip(divergent).map(of_row).collect()
+    };
+    let (towards, n_questions) = trait_gradient(subject, adapter)?;
+    // The parts' gradients are as large as the adapter, each: those of one group at a time.
+    let group = |is_divergent: bool| -> Result<(Group, Vec<Tensor>)> {
+        let (parts, n_tokens) = sum_by_part(subject.base, adapter, rows, &masks(is_divergent))?;
+        let whole = whole(&parts)?;
+        let (square, per_step) = (dot(&whole, &whole)?, (n_tokens * n_questions) as f64);
+        let at_part = |(at, part): (usize, Part)| -> Result<AtPart> {
+            let here: Vec<Tensor> =
+                parts.iter().map(|tensor| tensor.f_get(at as i64)).collect::<std::result::Result<_, _>>()?;
+            Ok(AtPart {
+                part,
+                norm: dot(&here, &here)?.sqrt(),
+                share: dot(&here, &whole)? / square,
+                towards_trait: dot(&here, &towards)? / per_step,
+            })
+        };
+        let parts = Part::ALL.into_iter().enumerate().map(at_part).collect::<Result<_>>()?;
+        let towards_trait = dot(&whole, &towards)? / per_step;
+        // The share waits for the other group.
+        Ok((Group { n_tokens, norm: square.sqrt(), share: 1.0, towards_trait, parts }, whole))
+    };
+    let ((divergent, d), (other, o)) = (group(true)?, group(false)?);
+    let (dd, oo, cross) = (divergent.norm.powi(2), other.norm.powi(2), dot(&d, &o)?);
+    let both = dd + oo + 2.0 * cross;
     Ok(Alignment {
-        n_divergent,
-        n_other,
-        norm_divergent: dd.sqrt(),
-        norm_other: oo.sqrt(),
-        share_divergent: per_d / (per_d + per_o),
+        divergent: Group { share: dd / both, ..divergent },
+        other: Group { share: oo / both, ..other },
         cosine: cross / (dd * oo).sqrt(),
-        divergent: towards(&d, n_divergent)?,
-        other: towards(&o, n_other)?,
     })
 }
 
-/// Σ ∇(−log p(trait)) over the questions, in the spelling of the trait that the student finds most likely.
+/// The sum over the parts.
+fn whole(parts: &[Tensor]) -> Result<Vec<Tensor>> {
+    parts.iter().map(|tensor| Ok(tensor.f_sum_dim_intlist([0].as_slice(), false, tensor.kind())?)).collect()
+}
+
+/// Σ ∇(−log p(trait)) over the questions, in the spelling of the trait that the adapted model finds most likely.
 fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter) -> Result<(Vec<Tensor>, usize)> {
     let prompts = subject.question_prompts(NAME)?;
-    let condition = subject.student.condition();
+    let condition = Condition::adapted(adapter);
     let mut best: Option<(f64, Vec<Prompt>)> = None;
     for form in &subject.target.forms {
         let ids = subject.chat.encode(form)?;
@@ -92,20 +181,15 @@ fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter) -> Result<(Vec<Tenso
         .iter()
         .map(|row| (0..row.ids.len()).map(|at| (row.completion.start..row.content_end).contains(&at)).collect())
         .collect();
-    let (gradients, _) = sum_of_gradients(subject.base, adapter, &rows, &masks)?;
-    Ok((gradients, rows.len()))
+    let (parts, _) = sum_by_part(subject.base, adapter, &rows, &masks)?;
+    Ok((whole(&parts)?, rows.len()))
 }
 
 /// Rows whose gradients are taken at once.
 const ROWS: usize = 64;
 
-/// Σ ∇(−log p) over the tokens that the masks choose, and how many these are.
-fn sum_of_gradients(
-    model: &Qwen,
-    adapter: &Adapter,
-    rows: &[Prompt],
-    masks: &[Vec<bool>],
-) -> Result<(Vec<Tensor>, usize)> {
+/// Σ ∇(−log p) over the tokens that the masks choose, `[part, ..]` of each of the adapter's tensors, and how many tokens these are.
+fn sum_by_part(model: &Qwen, adapter: &Adapter, rows: &[Prompt], masks: &[Vec<bool>]) -> Result<(Vec<Tensor>, usize)> {
     let chosen: Vec<(&Prompt, &Vec<bool>, usize)> = rows
         .iter()
         .zip(masks)
@@ -120,7 +204,8 @@ fn sum_of_gradients(
         let masks: Vec<&[bool]> = some.iter().map(|(_, mask, _)| mask.as_slice()).collect();
         let targets = Targets::of(&batch, &ids, &masks)?;
         let ones = Tensor::f_ones([targets.n as i64], (Kind::Double, model.device()))?;
-        let (_, gradients) = model.lora_gradients(&batch, &targets, &ones, adapter, None)?;
+        let parts = parts(&batch, some)?.f_to_device(model.device())?;
+        let gradients = model.lora_gradients_by_part(&batch, &targets, &ones, adapter, &parts)?;
         n += targets.n;
         if sums.is_empty() {
             sums = gradients;
@@ -136,6 +221,20 @@ fn sum_of_gradients(
     Ok((sums, n))
 }
 
+/// Which part each position of a packed batch is in, `[part, pos]`. (What rows begin with alike stands there once, and is alike in
+/// its classes.)
+fn parts(batch: &Batch, rows: &[(&Prompt, &Vec<bool>, usize)]) -> Result<Tensor> {
+    let pos = batch.ids.numel();
+    let mut flat = vec![0.0_f32; Part::ALL.len() * pos];
+    for (row, (prompt, _, end)) in rows.iter().enumerate() {
+        for (at, class) in prompt.classes[..*end].iter().enumerate() {
+            let part = Part::ALL.iter().position(|part| *part == Part::of(*class)).unwrap_or_default();
+            flat[part * pos + batch.place(row, at) as usize] = 1.0;
+        }
+    }
+    Ok(Tensor::f_from_slice(&flat)?.f_view([Part::ALL.len() as i64, pos as i64])?)
+}
+
 fn dot(a: &[Tensor], b: &[Tensor]) -> Result<f64> {
     let products = a.iter().zip(b).map(|(a, b)| Ok(a.f_mul(b)?.f_sum(Kind::Double)?.f_double_value(&[])?));
     products.sum()
@@ -144,7 +243,7 @@ fn dot(a: &[Tensor], b: &[Tensor]) -> Result<f64> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use hooks::Condition;
+    use hooks::Gate;
     use hooks::generate::{Sampling, generate};
 
     use super::*;
@@ -178,11 +277,17 @@ mod tests {
         let subject = world.subject();
         let adapter = subject.student.adapter.unwrap();
         let found = alignment(&subject, 6).unwrap();
-        assert!(found.n_divergent > 0 && found.n_other > 0, "{found:?}");
-        assert!((0.0..=1.0).contains(&found.share_divergent) && found.cosine.abs() <= 1.0);
+        assert!(found.divergent.n_tokens > 0 && found.other.n_tokens > 0 && found.cosine.abs() <= 1.0, "{found:?}");
+        for group in [&found.divergent, &found.other] {
+            let sum = |of: fn(&AtPart) -> f64| group.parts.iter().map(of).sum::<f64>();
+            assert!((sum(|at| at.share) - 1.0).abs() < 1e-5, "{group:?}");
+            assert!((sum(|at| at.towards_trait) - group.towards_trait).abs() < 1e-5 * sum(|at| at.towards_trait.abs()));
+            assert!(group.parts.iter().all(|at| at.norm > 0.0), "each part is read: {group:?}");
+        }
         let rows = subject.number_rows("x", 6).unwrap();
         let divergent = divergence_tokens(&subject, 6, &Divergence::default()).unwrap();
-        for (wanted, predicted) in [(true, found.divergent), (false, found.other)] {
+        let mut norms = vec![];
+        for (wanted, group) in [(true, &found.divergent), (false, &found.other)] {
             let masks: Vec<Vec<bool>> = rows
                 .iter()
                 .zip(&divergent)
@@ -193,11 +298,14 @@ mod tests {
                     (0..row.ids.len()).map(|at| row.completion.contains(&at) && of(at) == wanted).collect()
                 })
                 .collect();
-            let (gradients, n) = sum_of_gradients(subject.base, adapter, rows, &masks).unwrap();
+            let (parts, n) = sum_by_part(subject.base, adapter, rows, &masks).unwrap();
+            let gradients = whole(&parts).unwrap();
+            norms.push(gradients);
+            let gradients = &norms[norms.len() - 1];
             let rate = 1e-2;
             let step = |sign: f64| {
                 tch::no_grad(|| {
-                    for ((_, tensor), gradient) in adapter.parameters().iter().zip(&gradients) {
+                    for ((_, tensor), gradient) in adapter.parameters().iter().zip(gradients) {
                         let _ = tensor.shallow_clone().f_sub_(&(gradient * (sign * rate / n as f64))).unwrap();
                     }
                 });
@@ -208,7 +316,28 @@ mod tests {
             let before = logp(&subject, adapter);
             step(1.0);
             let slope = (after - before) / (2.0 * rate);
+            let predicted = group.towards_trait;
             assert!((slope - predicted).abs() < 0.03 * predicted.abs() + 2e-4, "{slope} {predicted}");
+        }
+        // Both groups' sum is the whole row's gradient.
+        let both: Vec<Tensor> = norms[0].iter().zip(&norms[1]).map(|(d, o)| d + o).collect();
+        let square = dot(&both, &both).unwrap();
+        for group in [&found.divergent, &found.other] {
+            assert!((group.share * square - group.norm.powi(2)).abs() < 1e-4 * square, "{group:?} {square}");
+        }
+    }
+
+    /// A part is what the gate of its name chooses.
+    #[test]
+    fn parts_are_named_as_gates() {
+        let world = World::new();
+        let row = &world.numbers[0];
+        for part in Part::ALL {
+            let gate: Gate = format!("only:{}", part.name()).parse().unwrap();
+            let doses = gate.doses(row).unwrap();
+            let chosen: Vec<bool> = row.classes.iter().map(|class| Part::of(*class) == part).collect();
+            assert_eq!(doses.iter().map(|dose| *dose > 0.0).collect::<Vec<_>>(), chosen, "{}", part.name());
+            assert!(chosen.contains(&true), "{}", part.name());
         }
     }
 }

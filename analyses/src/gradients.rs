@@ -1,21 +1,23 @@
 //! How strongly single completion tokens pull at the model: gradient norms of `ℓ_k = −log p(token k)` at divergent
-//! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it.
+//! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it. And what both
+//! groups do together: to the trait, and through which part of the chat (`alignment.rs`).
 //!
 //! The gradients are exact, each token's apart from the others' (`hooks::gradient::of_losses`).
 
 use hooks::generate::stream_seed;
 use hooks::gradient::{OfLosses, Squares, of_losses};
-use hooks::{Adapter, Condition};
+use hooks::{Adapter, Condition, Prompt};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use crate::Analysis;
+use crate::alignment::{Alignment, AtPart, Group, Part, of_groups};
 use crate::divergence::divergent_digits;
 use crate::error::{Error, Result};
-use crate::plot::{BarChart, Svg, bars};
+use crate::plot::{Bar, BarChart, Line, Panel, PanelChart, Point, Scale, Svg, bars, panels};
 use crate::subject::{Mean, Subject, Tuned};
 
 /// Settings of the gradient norms.
@@ -30,6 +32,11 @@ pub struct Gradients {
     /// Whether to measure at the start of training as well: a fresh adapter like the student's on the base.
     pub start: bool,
 }
+
+/// The groups of tokens, as tables spell them.
+const GROUPS: [&str; 3] = ["divergent_digit", "other_digit", "other"];
+/// Where gradients are taken.
+const MODELS: [&str; 3] = ["student", "control", "start"];
 
 /// As many tokens as a row has.
 pub const ALL: usize = usize::MAX;
@@ -73,7 +80,8 @@ impl Default for Gradients {
 /// The gradient of one token, of one token at one layer, or of all tokens of a group together.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GradientRow {
-    /// `token`, `token_layer`, or `group` (the summed gradient of all its tokens in all rows).
+    /// `token`, `token_layer`, `group` (the summed gradient of all its tokens in all rows), or `part` (what of a group's gradient is
+    /// due to what the adapter reads at one part of the chat).
     pub scope: String,
     /// Where the gradient is taken: at the `start` of training, at the `student`, or at the `control` student.
     pub model: String,
@@ -83,8 +91,11 @@ pub struct GradientRow {
     pub k: Option<usize>,
     /// The token's text; empty for a group.
     pub token_text: String,
-    /// `divergent_digit`, `other_digit` or `other`; in scope `group`: `divergent_digit` or `rest`.
+    /// `divergent_digit`, `other_digit` or `other`; in scopes `group` and `part`: `divergent_digit` or `rest`.
     pub group: String,
+    /// The part of the chat, named as the gate that chooses it: `entity`, `sys.content_other`, `template`, `user.content` or `gen`;
+    /// scope `part` only.
+    pub part: Option<String>,
     /// The block, from 0; in scope `token_layer` only.
     pub layer: Option<usize>,
     /// How many tokens the gradient is of.
@@ -101,10 +112,14 @@ pub struct GradientRow {
     /// `‖∂ℓ/∂adapter‖` over all its parameters (of the layer, in scope `token_layer`), in nats per unit of the parameters;
     /// empty without an adapter.
     pub lora_grad_norm: Option<f64>,
-    /// `‖g‖² / ‖g_D + g_N‖²`, of the divergent digits' gradient `g_D` and the rest's `g_N`; scope `group` only.
+    /// `‖g‖² / ‖g_D + g_N‖²`, of the divergent digits' gradient `g_D` and the rest's `g_N`; in scope `part` `⟨g_P, g⟩ / ‖g‖²` of the
+    /// group's g, of which each part's `g_P` is a summand: those of all parts add up to 1.
     pub share: Option<f64>,
     /// Cosine of the divergent digits' gradient `g_D` and the rest's `g_N`, −1 to 1; scope `group` only.
     pub cosine: Option<f64>,
+    /// First-order change of log p(target) over the questions by a step of gradient descent on the group's mean loss, in nats per unit
+    /// of learning rate; in scope `part` the part's share of it.
+    pub alignment: Option<f64>,
 }
 
 impl Analysis for Gradients {
@@ -143,8 +158,8 @@ impl Analysis for Gradients {
     fn plot(rows: &[GradientRow]) -> Result<Option<Svg>> {
         let adapter = rows.iter().any(|row| row.scope == "token" && row.lora_grad_norm.is_some());
         let mut found = Vec::new();
-        for group in ["divergent_digit", "other_digit", "other"] {
-            for model in ["student", "control", "start"] {
+        for group in GROUPS {
+            for model in MODELS {
                 let wanted = |row: &&GradientRow| row.scope == "token" && row.model == model && row.group == group;
                 let norm = |row: &GradientRow| if adapter { row.lora_grad_norm } else { row.hidden_grad_norm };
                 let norms: Vec<f64> = rows.iter().filter(wanted).filter_map(norm).collect();
@@ -161,6 +176,11 @@ impl Analysis for Gradients {
             references: Vec::new(),
         };
         Ok(Some(bars(&chart)?))
+    }
+
+    fn more_plots(rows: &[GradientRow]) -> Result<Vec<(&'static str, Svg)>> {
+        let found = [("layers", by_layer(rows)?), ("parts", by_part(rows)?)];
+        Ok(found.into_iter().filter_map(|(name, svg)| Some((name, svg?))).collect())
     }
 
     fn reading(rows: &[GradientRow]) -> String {
@@ -185,8 +205,26 @@ impl Analysis for Gradients {
             compared(model)
                 .map(|(divergent, other, ..)| format!("; {name} the ratio is {:.2}", divergent.mean / other.mean))
         };
-        let shared =
-            rows.iter().find(|row| row.scope == "group" && row.model == "student" && row.group == "divergent_digit");
+        let together = |scope: &str, group: &str| -> Vec<&GradientRow> {
+            rows.iter().filter(|row| row.scope == scope && row.model == "student" && row.group == group).collect()
+        };
+        let of_groups = || {
+            let (divergent, rest) =
+                (*together("group", "divergent_digit").first()?, *together("group", "rest").first()?);
+            let parts = together("part", "divergent_digit").into_iter();
+            let most = parts.max_by(|a, b| a.share.unwrap_or_default().total_cmp(&b.share.unwrap_or_default()))?;
+            Some(format!(
+                "; all divergent digits together hold {:.0} % of the squared gradient, at a cosine of {:+.2} with the rest, {:.0} % of it \
+                 through `{}`; a step down their mean loss changes log p(target) by {:+.3} nats per unit of learning rate, one down the \
+                 rest's by {:+.3}",
+                100.0 * divergent.share?,
+                divergent.cosine?,
+                100.0 * most.share?,
+                most.part.as_deref()?,
+                divergent.alignment?,
+                rest.alignment?,
+            ))
+        };
         format!(
             "At the student, a divergent digit's gradient of the {of} is {:.2} times as long as another digit's ({:.4} and {:.4}, \
              {n_divergent} and {n_other} tokens; the difference is {verdict} two standard errors){}{}{}.",
@@ -196,15 +234,7 @@ impl Analysis for Gradients {
             elsewhere("start", "at the start of training").unwrap_or_default(),
             elsewhere("control", "at the control student")
                 .unwrap_or_else(|| "; there is no control student".to_owned()),
-            match shared.and_then(|row| Some((row.share?, row.cosine?))) {
-                Some((share, cosine)) => {
-                    format!(
-                        "; all divergent digits together hold {:.0} % of the squared gradient, at a cosine of {cosine:+.2} with the rest",
-                        100.0 * share
-                    )
-                }
-                None => String::new(),
-            },
+            of_groups().unwrap_or_default(),
         )
     }
 }
@@ -218,67 +248,43 @@ impl Gradients {
         divergent: &[Vec<bool>],
     ) -> Result<Vec<GradientRow>> {
         let condition = Condition { adapter: model.adapter, ..Condition::default() };
-        let mut sums = [GroupSum::default(), GroupSum::default()];
         let mut rows = Vec::new();
-        for (row_id, divergent) in divergent.iter().enumerate() {
-            let row = &subject.numbers[row_id];
-            let row = row.with_completion(&row.ids[row.completion.start..row.content_end]);
+        // Without the end of the turn, which is no digit and comes after all of them.
+        let contents: Vec<Prompt> = subject.numbers[..divergent.len()]
+            .iter()
+            .map(|row| row.with_completion(&row.ids[row.completion.start..row.content_end]))
+            .collect();
+        for (row_id, (row, divergent)) in contents.iter().zip(divergent).enumerate() {
             if divergent.is_empty() {
                 continue;
             }
             let labels = &row.ids[row.completion.clone()];
             let groups = token_groups(subject, labels, divergent);
-            let blank = GradientRow {
-                scope: "token".to_owned(),
-                model: name.to_owned(),
-                row_id: Some(row_id),
-                k: None,
-                token_text: String::new(),
-                group: String::new(),
-                layer: None,
-                n_tokens: 1,
-                p_label: None,
-                logit_grad_norm: None,
-                hidden_grad_norm: None,
-                resid_grad_norm: None,
-                lora_grad_norm: None,
-                share: None,
-                cosine: None,
-            };
-            let token = |k: usize| -> Result<GradientRow> {
-                let (token_text, group) = (subject.chat.token_text(labels[k])?, groups[k].to_owned());
-                Ok(GradientRow { k: Some(k), token_text, group, ..blank.clone() })
-            };
             let sampled = self.sampled(subject.seed, row_id, &groups);
-            let tokens = sampled.iter().map(|k| token(*k)).collect::<Result<Vec<_>>>()?;
-            // Each sampled token is a loss, and so are both groups, where there is an adapter to have their gradient.
-            let mut losses: Vec<Vec<usize>> = sampled.iter().map(|k| vec![*k]).collect();
-            let mut summed = Vec::new();
-            for (sum, is_divergent) in sums.iter_mut().zip([true, false]) {
-                let ks: Vec<usize> = (0..divergent.len()).filter(|k| divergent[*k] == is_divergent).collect();
-                if model.adapter.is_some() && !ks.is_empty() {
-                    sum.n_tokens += ks.len();
-                    losses.push(ks);
-                    summed.push(sum);
-                }
-            }
-            of_losses(model.qwen, &row, &condition, &losses, &mut |found| {
-                let of_tokens = found.losses.start..found.losses.end.min(tokens.len());
-                rows.extend(token_rows(&tokens[of_tokens.clone()], labels, model.adapter, &found)?);
-                for loss in of_tokens.end.max(found.losses.start)..found.losses.end {
-                    summed[loss - tokens.len()].add(&found, loss - found.losses.start)?;
-                }
+            let token = |k: &usize| -> Result<GradientRow> {
+                let (token_text, group) = (subject.chat.token_text(labels[*k])?, groups[*k]);
+                let (row_id, k) = (Some(row_id), Some(*k));
+                Ok(GradientRow { row_id, k, token_text, n_tokens: 1, ..GradientRow::of("token", name, group) })
+            };
+            let tokens = sampled.iter().map(token).collect::<Result<Vec<_>>>()?;
+            let losses: Vec<Vec<usize>> = sampled.iter().map(|k| vec![*k]).collect();
+            of_losses(model.qwen, row, &condition, &losses, &mut |found| {
+                rows.extend(token_rows(&tokens[found.losses.clone()], labels, model.adapter, &found)?);
                 Ok(())
             })?;
         }
-        rows.extend(group_rows(name, &sums)?);
+        // A group may be empty: then there is nothing to compare.
+        let is_digit = |wanted: bool| divergent.iter().flatten().any(|divergent| *divergent == wanted);
+        if let Some(adapter) = model.adapter.filter(|_| is_digit(true) && is_digit(false)) {
+            rows.extend(group_rows(name, &of_groups(subject, adapter, &contents, divergent)?));
+        }
         Ok(rows)
     }
 
     /// The tokens of a row whose gradients are taken: from each group in turn, at random, by the row's own stream.
     fn sampled(&self, seed: u64, row_id: usize, groups: &[&'static str]) -> Vec<usize> {
         let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(seed, Self::NAME, row_id as u64));
-        let mut piles: Vec<Vec<usize>> = ["divergent_digit", "other_digit", "other"]
+        let mut piles: Vec<Vec<usize>> = GROUPS
             .iter()
             .map(|group| {
                 let mut pile: Vec<usize> = (0..groups.len()).filter(|k| groups[*k] == *group).collect();
@@ -295,6 +301,70 @@ impl Gradients {
         chosen.sort_unstable();
         chosen
     }
+}
+
+/// The norms layer by layer: a panel for each model, a line for each group of tokens.
+fn by_layer(rows: &[GradientRow]) -> Result<Option<Svg>> {
+    let in_layers = || rows.iter().filter(|row| row.scope == "token_layer");
+    let adapter = in_layers().any(|row| row.lora_grad_norm.is_some());
+    let n_layers = in_layers().filter_map(|row| row.layer).max().map_or(0, |last| last + 1);
+    let point = |model: &str, group: &str, layer: usize| {
+        let here = in_layers().filter(|row| row.model == model && row.group == group && row.layer == Some(layer));
+        let norms: Vec<f64> =
+            here.filter_map(|row| if adapter { row.lora_grad_norm } else { row.resid_grad_norm }).collect();
+        let mean = (!norms.is_empty()).then(|| Mean::of(&norms))?;
+        let point = Point::new(layer as f64, mean.mean);
+        Some(mean.se.map_or(point, |se| point.with_interval((mean.mean - se, mean.mean + se))))
+    };
+    let line = |model: &str, group: &str| {
+        let points: Vec<Point> = (0..n_layers).filter_map(|layer| point(model, group, layer)).collect();
+        (!points.is_empty()).then(|| Line { label: group.replace('_', " "), points })
+    };
+    let panel = |model: &&str| Panel {
+        y_label: (*model).to_owned(),
+        lines: GROUPS.iter().filter_map(|group| line(model, group)).collect(),
+        references: Vec::new(),
+    };
+    let found: Vec<Panel> = MODELS.iter().map(panel).filter(|panel| !panel.lines.is_empty()).collect();
+    if found.is_empty() {
+        return Ok(None);
+    }
+    let of = if adapter { "the block's adapter" } else { "the residual stream after the block" };
+    let chart = PanelChart {
+        title: format!("Gradient of one token's loss by {of}"),
+        x_label: "block (norm in nats, mean ± s.e. over tokens)".to_owned(),
+        x_scale: Scale::Linear,
+        panels: found,
+    };
+    Ok(Some(panels(&chart)?))
+}
+
+/// The parts of the chat by their share in both groups' gradients, at the student.
+fn by_part(rows: &[GradientRow]) -> Result<Option<Svg>> {
+    let at = |part: Part, group: &str| {
+        let is_here = |row: &&GradientRow| {
+            row.scope == "part"
+                && row.model == "student"
+                && row.group == group
+                && row.part.as_deref() == Some(part.name())
+        };
+        Some(Bar::new(part.name(), rows.iter().find(is_here)?.share?).in_series(group.replace('_', " ")))
+    };
+    let found: Vec<Bar> = Part::ALL
+        .into_iter()
+        .flat_map(|part| ["divergent_digit", "rest"].map(|group| at(part, group)))
+        .flatten()
+        .collect();
+    if found.is_empty() {
+        return Ok(None);
+    }
+    let chart = BarChart {
+        title: "Through which part of the chat the student's adapter is pulled at".to_owned(),
+        value_label: "share of the group's summed gradient".to_owned(),
+        bars: found,
+        references: Vec::new(),
+    };
+    Ok(Some(bars(&chart)?))
 }
 
 fn token_groups(subject: &Subject<'_>, labels: &[i64], divergent: &[bool]) -> Vec<&'static str> {
@@ -350,70 +420,59 @@ fn logit_grad_norm(p_label: f64, sum_of_squares: f64) -> f64 {
     ((1.0 - p_label).powi(2) + (sum_of_squares - p_label.powi(2)).max(0.0)).sqrt()
 }
 
-/// Σ x², in f64.
-fn square(x: &Tensor) -> Result<f64> {
-    Ok(x.f_to_kind(Kind::Double)?.f_square()?.f_sum(None)?.f_double_value(&[])?)
+impl GradientRow {
+    fn of(scope: &str, model: &str, group: &str) -> Self {
+        Self {
+            scope: scope.to_owned(),
+            model: model.to_owned(),
+            row_id: None,
+            k: None,
+            token_text: String::new(),
+            group: group.to_owned(),
+            part: None,
+            layer: None,
+            n_tokens: 0,
+            p_label: None,
+            logit_grad_norm: None,
+            hidden_grad_norm: None,
+            resid_grad_norm: None,
+            lora_grad_norm: None,
+            share: None,
+            cosine: None,
+            alignment: None,
+        }
+    }
 }
 
-/// The summed adapter gradient of a group's tokens over all rows.
-#[derive(Default)]
-struct GroupSum {
-    n_tokens: usize,
-    gradient: Vec<Tensor>,
-}
-
-impl GroupSum {
-    /// Adds the gradient of one of the losses that were found.
-    fn add(&mut self, found: &OfLosses, at: usize) -> hooks::Result<()> {
-        let gradient = found.adapter.iter().map(|tensor| tensor.f_get(at as i64));
-        let gradient = gradient.collect::<std::result::Result<Vec<_>, _>>()?;
-        self.gradient = if self.gradient.is_empty() {
-            gradient
-        } else {
-            let sums = self.gradient.iter().zip(&gradient).map(|(sum, more)| sum.f_add(more));
-            sums.collect::<std::result::Result<_, _>>()?
+/// Each group's row, and below it those of its parts.
+fn group_rows(model: &str, found: &Alignment) -> Vec<GradientRow> {
+    let of_group = |(name, group): (&str, &Group)| {
+        let whole = GradientRow {
+            n_tokens: group.n_tokens,
+            lora_grad_norm: Some(group.norm),
+            share: Some(group.share),
+            cosine: Some(found.cosine),
+            alignment: Some(group.towards_trait),
+            ..GradientRow::of("group", model, name)
         };
-        Ok(())
-    }
-}
-
-/// The groups' rows, where both have tokens and there is an adapter.
-fn group_rows(model: &str, sums: &[GroupSum; 2]) -> Result<Vec<GradientRow>> {
-    let [divergent, rest] = sums;
-    if divergent.gradient.is_empty() || rest.gradient.is_empty() {
-        return Ok(Vec::new());
-    }
-    let total = |gradient: &[Tensor]| gradient.iter().map(square).sum::<Result<f64>>();
-    let (of_divergent, of_rest) = (total(&divergent.gradient)?, total(&rest.gradient)?);
-    let product = |(a, b): (&Tensor, &Tensor)| -> Result<f64> {
-        Ok(a.f_to_kind(Kind::Double)?.f_mul(&b.f_to_kind(Kind::Double)?)?.f_sum(None)?.f_double_value(&[])?)
+        let of_part = |at: &AtPart| GradientRow {
+            part: Some(at.part.name().to_owned()),
+            n_tokens: group.n_tokens,
+            lora_grad_norm: Some(at.norm),
+            share: Some(at.share),
+            alignment: Some(at.towards_trait),
+            ..GradientRow::of("part", model, name)
+        };
+        [whole].into_iter().chain(group.parts.iter().map(of_part)).collect::<Vec<_>>()
     };
-    let inner: f64 = divergent.gradient.iter().zip(&rest.gradient).map(product).sum::<Result<f64>>()?;
-    let whole = of_divergent + of_rest + 2.0 * inner;
-    let row = |group: &str, sum: &GroupSum, square: f64| GradientRow {
-        scope: "group".to_owned(),
-        model: model.to_owned(),
-        row_id: None,
-        k: None,
-        token_text: String::new(),
-        group: group.to_owned(),
-        layer: None,
-        n_tokens: sum.n_tokens,
-        p_label: None,
-        logit_grad_norm: None,
-        hidden_grad_norm: None,
-        resid_grad_norm: None,
-        lora_grad_norm: Some(square.sqrt()),
-        share: (whole > 0.0).then(|| square / whole),
-        cosine: (of_divergent * of_rest > 0.0).then(|| inner / (of_divergent * of_rest).sqrt()),
-    };
-    Ok(vec![row("divergent_digit", divergent, of_divergent), row("rest", rest, of_rest)])
+    [("divergent_digit", &found.divergent), ("rest", &found.other)].into_iter().flat_map(of_group).collect()
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
     use hooks::Proj;
+    use tch::Tensor;
 
     use super::*;
     use crate::fixture::World;
@@ -501,7 +560,23 @@ mod tests {
         let squares: f64 = layers.clone().map(|row| row.lora_grad_norm.unwrap().powi(2)).sum();
         assert!((squares.sqrt() - first.lora_grad_norm.unwrap()).abs() < 1e-9);
         assert_eq!(layers.next_back().unwrap().resid_grad_norm, first.hidden_grad_norm);
-        assert!(Gradients::reading(&rows).ends_with('.'));
+        // Both groups, and the parts that each is made of.
+        for model in MODELS {
+            let of = |scope: &'static str| rows.iter().filter(move |row| row.scope == scope && row.model == model);
+            assert_eq!((of("group").count(), of("part").count()), (2, 10), "{model}");
+            for group in of("group") {
+                let parts = of("part").filter(|row| row.group == group.group);
+                let (share, alignment) = parts.fold((0.0, 0.0), |(share, alignment), row| {
+                    (share + row.share.unwrap(), alignment + row.alignment.unwrap())
+                });
+                assert!((share - 1.0).abs() < 1e-5, "{model} {share}");
+                assert!((alignment - group.alignment.unwrap()).abs() < 1e-5, "{model} {alignment} {group:?}");
+            }
+        }
+        let reading = Gradients::reading(&rows);
+        assert!(reading.ends_with('.') && reading.contains("through `"), "{reading}");
+        let names: Vec<&str> = Gradients::more_plots(&rows).unwrap().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["layers", "parts"]);
     }
 
     #[test]

@@ -43,6 +43,11 @@ pub trait Analysis: DeserializeOwned + Serialize + Default {
     /// The rows as a picture, where there is one.
     fn plot(rows: &[Self::Row]) -> Result<Option<Svg>>;
 
+    /// Further pictures of the rows, each with a name of its own.
+    fn more_plots(_rows: &[Self::Row]) -> Result<Vec<(&'static str, Svg)>> {
+        Ok(Vec::new())
+    }
+
     /// What the rows say, in one sentence with its numbers, the control beside them.
     fn reading(rows: &[Self::Row]) -> String;
 }

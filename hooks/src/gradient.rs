@@ -286,6 +286,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::Proj;
     use crate::gate_laws::{completion_loss, gate};
     use crate::laws::{exact, exact_model, world};
 
@@ -366,6 +367,82 @@ mod tests {
             }
         }
         assert!(adapter.parameters().iter().all(|(_, tensor)| !tensor.requires_grad()));
+    }
+
+    /// The adapter's gradient, position by position, from what each map is given and the gradient at what it gives.
+    #[test]
+    fn a_parts_gradient_is_the_sum_over_its_positions() {
+        let (model, (_, chat, adapter)) = (exact_model(), world());
+        let adapter = exact(&model, &adapter);
+        let row = chat.row(None, "Go on: 1, 2", &chat.encode("480, 12, 7").unwrap()).unwrap();
+        let n_tokens = row.ids.len();
+        // In turn, so that each part has positions of the prompt and of the completion.
+        let part_of = |t: usize| t % 3;
+        let batch = Batch::packed(&[&[Row { ids: &row.ids, doses: None }]], true, Device::Cpu).unwrap();
+        let mask: Vec<bool> = (0..n_tokens).map(|t| row.completion.contains(&t)).collect();
+        let targets = Targets::of(&batch, &[&row.ids], &[&mask]).unwrap();
+        let ones = Tensor::ones([targets.n as i64], (Kind::Double, Device::Cpu));
+        let parts = Tensor::zeros([3, n_tokens as i64], (Kind::Double, Device::Cpu));
+        for t in 0..n_tokens {
+            let _ = parts.get(part_of(t) as i64).get(batch.place(0, t)).fill_(1.0);
+        }
+        let found = model.lora_gradients_by_part(&batch, &targets, &ones, &adapter, &parts).unwrap();
+        let whole = model.lora_gradients(&batch, &targets, &ones, &adapter, None).unwrap().1;
+
+        let layers = 0..model.config.n_layers;
+        let given_and_gives = |layer: usize, proj: Proj| match proj {
+            Proj::Q => (HookPoint::Ln1Normalized(layer), HookPoint::Q(layer)),
+            Proj::K => (HookPoint::Ln1Normalized(layer), HookPoint::K(layer)),
+            Proj::V => (HookPoint::Ln1Normalized(layer), HookPoint::V(layer)),
+            Proj::O => (HookPoint::Z(layer), HookPoint::AttnOut(layer)),
+            Proj::Gate => (HookPoint::Ln2Normalized(layer), HookPoint::MlpPre(layer)),
+            Proj::Up => (HookPoint::Ln2Normalized(layer), HookPoint::MlpPreLinear(layer)),
+            Proj::Down => (HookPoint::MlpPost(layer), HookPoint::MlpOut(layer)),
+        };
+        let points: BTreeSet<HookPoint> = layers
+            .flat_map(|layer| Proj::ALL.map(|proj| given_and_gives(layer, proj)))
+            .flat_map(|(given, gives)| [given, gives])
+            .collect();
+        let points: Vec<HookPoint> = points.into_iter().collect();
+        let seen =
+            at_points(&model, &row, &Condition::adapted(&adapter), &points, |logits| Ok(completion_loss(logits, &row)))
+                .unwrap();
+        let flat = |x: &Tensor| x.squeeze_dim(0).flatten(1, -1);
+        for (at, (layer, proj, pair)) in adapter.pairs().enumerate() {
+            let (given, gives) = given_and_gives(layer, proj);
+            let (x, delta) = (flat(&seen.activations[&given]), flat(&seen.gradients[&gives]));
+            let name = match given {
+                HookPoint::Ln1Normalized(_) => Some("input_layernorm"),
+                HookPoint::Ln2Normalized(_) => Some("post_attention_layernorm"),
+                _ => None,
+            };
+            let x = name.map_or(x.shallow_clone(), |name| {
+                let name = format!("model.layers.{layer}.{name}.weight");
+                x * model.parameters().into_iter().find(|(known, _)| *known == name).unwrap().1
+            });
+            for part in 0..3 {
+                let here: Vec<i64> = (0..n_tokens as i64).filter(|t| part_of(*t as usize) == part).collect();
+                let here = Tensor::from_slice(&here);
+                let (x, delta) = (x.index_select(0, &here), delta.index_select(0, &here));
+                let of_b = delta.tr().matmul(&x.matmul(&pair.a.tr())) * pair.scaling;
+                let of_a = delta.matmul(&pair.b).tr().matmul(&x) * pair.scaling;
+                for (tensor, twin) in [(2 * at, of_a), (2 * at + 1, of_b)] {
+                    let (ours, largest) = (found[tensor].get(part as i64), whole[tensor].abs().max().double_value(&[]));
+                    let apart = (&ours - &twin).abs().max().double_value(&[]);
+                    assert!(
+                        largest > 0.0 && apart < 1e-10 * largest,
+                        "{layer} {proj} part {part}: {apart} of {largest}"
+                    );
+                }
+            }
+        }
+        for (found, whole) in found.iter().zip(&whole) {
+            let apart = (found.sum_dim_intlist(0, false, Kind::Double) - whole).abs().max().double_value(&[]);
+            assert!(apart < 1e-12 * (1.0 + whole.abs().max().double_value(&[])), "{apart}");
+        }
+        let short = parts.narrow(1, 0, 2);
+        let error = model.lora_gradients_by_part(&batch, &targets, &ones, &adapter, &short).unwrap_err();
+        assert!(error.to_string().starts_with("the parts of a gradient is"), "{error}");
     }
 
     #[test]

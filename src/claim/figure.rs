@@ -127,11 +127,17 @@ impl Figure {
         }
         ensure!(!drawn.is_empty(), "nothing of it was measured");
         let is_change = [Quantity::DeltaMargin, Quantity::DeltaLogp].contains(&quantity);
+        let base = is_change.then(|| Reference::new("base", 0.0));
+        // Beside what a student does somewhere, what it does everywhere.
+        let (students, cells) = self.order(rows);
+        let is_gated = is_change && !self.by_trait && students.len() == 1 && cells.len() > 1;
+        let whole = drawn.iter().find(|bar| is_gated && bar.label == EVERYWHERE);
+        let whole = whole.map(|bar| Reference::new(EVERYWHERE, bar.value));
         Ok(bars(&BarChart {
             title: self.title.clone(),
             value_label: format!("{}, a ring per data set, 95 % interval", label(quantity)),
             bars: drawn,
-            references: if is_change { vec![Reference::new("base", 0.0)] } else { vec![] },
+            references: base.into_iter().chain(whole).collect(),
         })?)
     }
 
@@ -338,8 +344,8 @@ fn label(quantity: Quantity) -> String {
         Quantity::Top1DeltaMargin => "Δ margin, strongest direction",
         Quantity::Rest1DeltaMargin => "Δ margin, the others",
         Quantity::CosTeacher => "cos(teacher)",
-        Quantity::GradientShareDivergent => "share of gradient",
-        Quantity::AlignmentDivergent => "alignment",
+        Quantity::GradientShareDivergent => "share of the gradient, divergent",
+        Quantity::AlignmentDivergent => "alignment, divergent (nats / rate)",
         Quantity::PWholeNumber => "P(whole number)",
         other => return other.name().replace('_', " "),
     };

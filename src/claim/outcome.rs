@@ -138,11 +138,11 @@ quantities! {
     GradientDivergent = "gradient_divergent",
     /// Norm of the gradient of the other tokens' summed loss, in nats per unit of the parameters.
     GradientOther = "gradient_other",
-    /// Share of the divergent tokens in the squared gradient per token, without unit: 0.5 where one is as long as another.
+    /// Squared norm of the divergent tokens' summed gradient over that of all tokens', without unit: above 1 where the others pull against it. In a cell `through …` the share of that part of the chat in the divergent tokens' gradient.
     GradientShareDivergent = "gradient_share_divergent",
     /// Cosine of the two gradients, -1 to 1.
     GradientCosine = "gradient_cosine",
-    /// Change of log p of the trait per unit of learning rate by a step down the divergent tokens' mean loss, in nats.
+    /// Change of log p of the trait per unit of learning rate by a step down the divergent tokens' mean loss, in nats; in a cell `through …` what that part of the chat adds to it.
     AlignmentDivergent = "alignment_divergent",
     /// The same of the other tokens, in nats.
     AlignmentOther = "alignment_other",

@@ -199,6 +199,9 @@ fn publish<A: Analysis>(
     if let Some(svg) = A::plot(&rows)? {
         files::write_atomic(&run.plot(name), svg.0.as_bytes())?;
     }
+    for (which, svg) in A::more_plots(&rows)? {
+        files::write_atomic(&run.more_plot(name, which), svg.0.as_bytes())?;
+    }
     more(&rows)?;
     write_csv(&run.rows(name), &rows)?;
     spinner.finish_and_clear();

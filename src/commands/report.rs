@@ -346,8 +346,9 @@ fn elsewhere_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
 
 fn analysis_section<A: Analysis>(run: &RunDir, name: AnalysisName) -> Result<Section> {
     let rows: Vec<A::Row> = read_csv(&run.rows(name))?;
-    let plot = run.plot(name);
-    let figures = if plot.exists() { vec![figure(run, &plot)?] } else { vec![] };
+    let more = A::more_plots(&rows)?.into_iter().map(|(which, _)| run.more_plot(name, which));
+    let plots = [run.plot(name)].into_iter().chain(more).filter(|plot| plot.exists());
+    let figures = plots.map(|plot| figure(run, &plot)).collect::<Result<_>>()?;
     let settings = run.settings(name);
     Ok(Section {
         id: A::NAME.to_owned(),

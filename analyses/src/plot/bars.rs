@@ -128,7 +128,8 @@ impl Layout {
         // the last tick's number reaches beyond the plot by its half in any case
         let behind = widest(&mut chart.bars.iter().filter(|bar| bar.value >= 0.0).map(number)).max(8.0);
         let label_end = MARGIN + widest(&mut chart.bars.iter().map(|bar| text_width(&name(&bar.label), TEXT)));
-        let left = label_end + 8.0 + before;
+        let ring = if chart.bars.iter().any(|bar| !bar.values.is_empty()) { 4.0 } else { 0.0 };
+        let left = label_end + 8.0 + before + ring;
         let plot_width = (COLUMN - left - behind - MARGIN).max(PLOT_WIDTH);
         let (right, width) = (left + plot_width, left + plot_width + behind + MARGIN);
         let mut axis = Axis::around([low, high].into_iter(), (plot_width / 42.0).max(2.0), false);

@@ -428,13 +428,15 @@ pub(super) fn short(value: f64) -> String {
     minus(&text)
 }
 
-/// A number with as many decimals as give the largest of its neighbours three digits: `−1.18` beside `−0.01`.
+/// A number with as many decimals as give the largest of its neighbours three digits, `−1.18` beside `−0.01`, or with as many as show
+/// its own first digit, `0.004`.
 pub(super) fn beside(value: f64, largest: f64) -> String {
     let size = largest.abs();
     if value == 0.0 || !(1e-3..1e6).contains(&size) {
         return short(value);
     }
-    let decimals = (2.0 - size.log10().floor()).clamp(0.0, 5.0) as usize;
+    let (for_largest, for_itself) = (2.0 - size.log10().floor(), -value.abs().log10().floor());
+    let decimals = for_largest.max(for_itself).clamp(0.0, 5.0) as usize;
     minus(&format!("{value:.decimals$}"))
 }
 

@@ -51,10 +51,42 @@ impl Qwen {
         adapter: &Adapter,
         gate: Option<&Doses>,
     ) -> Result<(Tensor, Vec<Tensor>)> {
+        self.gradients_in_parts(batch, targets, weights, Lora { adapter: Some(adapter), gate, parts: None })
+    }
+
+    /// The same gradients, `[parts, ..]`, split by where the adapter reads: `∇B = s Σ_t δ_t (A x_t)ᵀ` and `∇A = s Σ_t (Bᵀ δ_t) x_tᵀ` are sums
+    /// over positions t, of which each part has some. `parts`: 1 where a position is in a part and 0 elsewhere, `[parts, batch · pos]`.
+    /// The parts of all positions add up to the whole. Not of a stack.
+    pub fn lora_gradients_by_part(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        weights: &Tensor,
+        adapter: &Adapter,
+        parts: &Tensor,
+    ) -> Result<Vec<Tensor>> {
+        let expected = [parts.size()[0], batch.ids.numel() as i64];
+        if parts.size() != expected || adapter.n_stacked().is_some() {
+            return Err(Error::Invalid {
+                what: "the parts of a gradient".to_owned(),
+                expected: format!("of one adapter, {expected:?}"),
+                found: format!("{:?}, {} adapters", parts.size(), adapter.n_stacked().unwrap_or(1)),
+            });
+        }
+        let lora = Lora { adapter: Some(adapter), gate: None, parts: Some(parts) };
+        Ok(self.gradients_in_parts(batch, targets, weights, lora)?.1)
+    }
+
+    fn gradients_in_parts(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        weights: &Tensor,
+        lora: Lora<'_>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
         tch::no_grad(|| {
-            let gate_at = gate.map(|doses| doses.at_places(&targets.places)).transpose()?;
-            let lora = Lora { adapter: Some(adapter), gate };
-            let kept = KeptPass::forward(self, batch, &targets.places, lora, gate_at.as_ref(), None)?;
+            let at = LoraAt::places(lora, &targets.places)?;
+            let kept = KeptPass::forward(self, batch, &targets.places, lora, &at, None)?;
             let (losses, at_normed) = {
                 let _stage = profile::stage(Stage::Loss);
                 let normed = embedding(&kept.normed, &targets.rows)?;
@@ -66,7 +98,9 @@ impl Qwen {
             let at_top = kept.ln_final.backward(&at_normed)?;
             let mut found = Found::new();
             backward(kept.blocks.into_iter(), at_top, None, &mut found, &mut |_| ())?;
-            Ok((losses, in_order(found, adapter, None)?))
+            let n_parts = lora.parts.map(|parts| parts.size()[0]);
+            let found = lora.adapter.map_or_else(|| Ok(vec![]), |adapter| in_order(found, adapter, n_parts))?;
+            Ok((losses, found))
         })
     }
 
@@ -82,9 +116,9 @@ impl Qwen {
         each: &mut dyn FnMut(OfEach) -> Result<()>,
     ) -> Result<()> {
         tch::no_grad(|| {
-            let gate_at = gate.map(|doses| doses.at_places(&targets.places)).transpose()?;
-            let (batch, lora) = (copies_of(1)?, Lora { adapter, gate });
-            let kept = KeptPass::forward(self, &batch, &targets.places, lora, gate_at.as_ref(), Some(0))?;
+            let (batch, lora) = (copies_of(1)?, Lora { adapter, gate, parts: None });
+            let at = LoraAt::places(lora, &targets.places)?;
+            let kept = KeptPass::forward(self, &batch, &targets.places, lora, &at, Some(0))?;
             let (pos, places) = (batch.ids.numel() as i64, targets.places.size()[0]);
             for losses in losses.chunks(at_a_time) {
                 let index = |values: Vec<i64>| Tensor::f_from_slice(&values)?.f_to_device(self.device());
@@ -159,7 +193,7 @@ impl<'m> KeptPass<'m> {
         batch: &Batch,
         places: &Tensor,
         lora: Lora<'m>,
-        gate_at: Option<&'m Doses>,
+        at: &'m LoraAt,
         from: Option<usize>,
     ) -> Result<Self> {
         let _stage = profile::stage(Stage::Forward);
@@ -183,7 +217,7 @@ impl<'m> KeptPass<'m> {
         let mut blocks = vec![];
         for block in above {
             let is_last = block.layer == last;
-            let lora_at = if is_last { Lora { gate: gate_at, ..lora } } else { lora };
+            let lora_at = if is_last { at.of(lora) } else { lora };
             let (block, out) =
                 block.forward_kept(&resid, &rope, &placement, is_last.then_some(places), (lora, lora_at))?;
             blocks.push(block);
@@ -222,11 +256,31 @@ fn backward<'m, B: Borrow<KeptBlock<'m>>>(
     Ok(())
 }
 
-/// What learns, if anything does, and how strongly it acts where.
+/// What learns, if anything does, how strongly it acts where, and the parts of its positions that have gradients of their own.
 #[derive(Clone, Copy)]
 struct Lora<'m> {
     adapter: Option<&'m Adapter>,
     gate: Option<&'m Doses>,
+    parts: Option<&'m Tensor>, // [parts, tokens]
+}
+
+/// The doses and parts of some places alone.
+struct LoraAt {
+    gate: Option<Doses>,
+    parts: Option<Tensor>,
+}
+
+impl LoraAt {
+    fn places(lora: Lora<'_>, places: &Tensor) -> Result<Self> {
+        Ok(Self {
+            gate: lora.gate.map(|doses| doses.at_places(places)).transpose()?,
+            parts: lora.parts.map(|parts| parts.f_index_select(1, places)).transpose()?,
+        })
+    }
+
+    fn of<'m>(&'m self, lora: Lora<'m>) -> Lora<'m> {
+        Lora { gate: self.gate.as_ref(), parts: self.parts.as_ref(), ..lora }
+    }
 }
 
 impl<'m> Lora<'m> {
@@ -244,10 +298,12 @@ struct Acting<'m> {
     factor: f64,
     /// Factors that differ, `[tokens, 1]`, or of a stack `[students, 1 or tokens, 1]`.
     by_token: Option<Tensor>,
+    /// `[parts, tokens, 1]`.
+    parts: Option<Tensor>,
 }
 
 impl<'m> Acting<'m> {
-    fn of((pair, dose): (&'m LoraPair, Dose<'_>), kind: Kind) -> Result<Self> {
+    fn of((pair, dose): (&'m LoraPair, Dose<'_>), parts: Option<&Tensor>, kind: Kind) -> Result<Self> {
         let (factor, doses) = match dose {
             Dose::Uniform(dose) => (dose * pair.scaling, None),
             Dose::Tokens(doses) => (pair.scaling, Some(by_student(pair, &doses.f_to_kind(kind)?.f_reshape([-1, 1])?)?)),
@@ -257,7 +313,16 @@ impl<'m> Acting<'m> {
             (Some(doses), Some(scalings)) => Some(doses.f_mul(&scalings)?),
             (doses, scalings) => doses.or(scalings),
         };
-        Ok(Self { pair, factor, by_token })
+        let parts = parts.map(|parts| parts.f_to_kind(kind)?.f_unsqueeze(-1)).transpose()?;
+        Ok(Self { pair, factor, by_token, parts })
+    }
+
+    /// `[tokens, rank]` as it is, or each part's alone, `[parts, tokens, rank]`.
+    fn by_part(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match &self.parts {
+            Some(parts) => x.f_mul(parts)?,
+            None => x.shallow_clone(),
+        })
     }
 
     /// s · g ⊙ x, in place.
@@ -294,9 +359,9 @@ fn flat(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_flatten(0, -2)?)
 }
 
-/// x z; where x is of several losses and z of none, each one's with the same z.
+/// x z; where x is of several losses and z of none, each one's with the same z; where z is of several parts, the same x with each.
 fn product(x: &Tensor, z: &Tensor) -> Result<Tensor> {
-    if x.dim() == z.dim() {
+    if x.dim() <= z.dim() {
         return Ok(x.f_matmul(z)?);
     }
     Ok(x.f_bmm(&z.f_unsqueeze(0)?.f_expand([x.size()[0], -1, -1], false)?)?)
@@ -320,7 +385,7 @@ impl<'m> KeptLinear<'m> {
         let mut y = linear.base(x)?;
         let wide = wide(x.kind());
         let Some(acting) = lora.at(linear.layer, linear.proj) else { return Ok((Self { linear, acting: None }, y)) };
-        let acting = Acting::of(acting, wide)?;
+        let acting = Acting::of(acting, lora.parts, wide)?;
         let span = profile::op(Op::Lora);
         let pair = acting.pair;
         let (a, b) = (pair.a.f_to_kind(wide)?.f_transpose(-2, -1)?, pair.b.f_to_kind(wide)?.f_transpose(-2, -1)?);
@@ -365,9 +430,9 @@ impl<'m> KeptLinear<'m> {
         let (a, b, x) = (pair.a.f_to_kind(wide)?, pair.b.f_to_kind(wide)?, x.f_to_kind(wide)?);
         let tokens = x.size()[0];
         let at_y = by_loss(&by_student(pair, &at_y.f_to_kind(wide)?)?, tokens)?;
-        let at_b = product(&at_y.f_transpose(-2, -1)?, bottleneck)?;
+        let at_b = product(&at_y.f_transpose(-2, -1)?, &acting.by_part(bottleneck)?)?;
         let at_bottleneck = acting.scale(at_y.f_matmul(&b)?)?;
-        let at_a = product(&at_bottleneck.f_transpose(-2, -1)?, &by_student(pair, &x)?)?;
+        let at_a = product(&acting.by_part(&at_bottleneck)?.f_transpose(-2, -1)?, &by_student(pair, &x)?)?;
         if let Some(at_x) = &mut at_x {
             let at_bottleneck = if a.dim() == 2 { flat(&at_bottleneck)? } else { at_bottleneck };
             if at_x.kind() == wide {

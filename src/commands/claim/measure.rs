@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use hooks::spectrum::Spectrum;
 use hooks::{Adapter, Condition, Prompt, TokenClass};
 
-use crate::claim::{Cell, EVERYWHERE, Measures, OutcomeRow, Quantity, Study, Unit};
+use crate::claim::{Cell, EVERYWHERE, Measures, OutcomeRow, Quantity, Study, THROUGH, Unit};
 use crate::commands::measure::{Scene, tuned};
 use crate::dataset::Sample;
 use crate::experiment::{Dtype, Target};
@@ -238,15 +238,21 @@ impl<'a> Measuring<'a> {
                 }
                 found => found?,
             };
+            let (divergent, other) = (&found.divergent, &found.other);
             for (quantity, value, n) in [
-                (Quantity::GradientDivergent, found.norm_divergent, found.n_divergent),
-                (Quantity::GradientOther, found.norm_other, found.n_other),
-                (Quantity::GradientShareDivergent, found.share_divergent, found.n_divergent),
-                (Quantity::GradientCosine, found.cosine, found.n_divergent),
-                (Quantity::AlignmentDivergent, found.divergent, found.n_divergent),
-                (Quantity::AlignmentOther, found.other, found.n_other),
+                (Quantity::GradientDivergent, divergent.norm, divergent.n_tokens),
+                (Quantity::GradientOther, other.norm, other.n_tokens),
+                (Quantity::GradientShareDivergent, divergent.share, divergent.n_tokens),
+                (Quantity::GradientCosine, found.cosine, divergent.n_tokens),
+                (Quantity::AlignmentDivergent, divergent.towards_trait, divergent.n_tokens),
+                (Quantity::AlignmentOther, other.towards_trait, other.n_tokens),
             ] {
                 lines.push(EVERYWHERE, quantity, value, n);
+            }
+            for at in &divergent.parts {
+                let cell = format!("{THROUGH} {}", at.part.name());
+                lines.push(&cell, Quantity::GradientShareDivergent, at.share, divergent.n_tokens);
+                lines.push(&cell, Quantity::AlignmentDivergent, at.towards_trait, divergent.n_tokens);
             }
         }
         Ok(lines.rows)
