@@ -22,7 +22,7 @@ use toml::{Table, Value};
 use crate::experiment::{Arm, ArmData, CONTROL_STUDENT, Experiment, STUDENT, Target};
 
 pub use chosen::with_chosen;
-pub use figure::{Figure, FigureKind};
+pub use figure::{Figure, FigureKind, spectrum as spectrum_figure};
 pub use outcome::{OutcomeRow, Quantity};
 pub use verdict::{ALL, Outcome, TestRow, Verdict, Word, tests};
 

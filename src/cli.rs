@@ -65,7 +65,9 @@ enum Command {
     Arms(Stage),
     Export(export::Export),
     /// Writes report.html from a run's CSV files, and with --png a PNG beside each SVG.
-    #[command(after_help = "Example:\n  undertone report runs/demo")]
+    #[command(
+        after_help = "Examples:\n  undertone report runs/demo\n  undertone report runs/claims-pocket/claim-06 --png"
+    )]
     Report(Folder),
     Tokens(tokens::Tokens),
     Ask(ask::Ask),
@@ -125,9 +127,9 @@ struct Measure {
 /// A run.
 #[derive(Args, Debug)]
 struct Folder {
-    /// The run's folder.
+    /// The run's folder, or that of a claim, whose page is written already.
     run: PathBuf,
-    /// Also writes each SVG of the run as PNG, at twice its size, in a font of this machine.
+    /// Also writes each SVG of the folder as PNG, at twice its size, in a font of this machine.
     #[arg(long)]
     png: bool,
 }
@@ -184,6 +186,7 @@ fn obey(cli: &Cli) -> Result<()> {
         }
         Command::Arms(stage) => with_stage(cli, stage, |bench, folder| arms::stage(bench, folder, false)),
         Command::Export(args) => export::run(args, cli.force),
+        Command::Report(args) if report::is_claim(&args.run) => report::of_claim(&args.run, args.png),
         Command::Report(args) => {
             let folder = RunDir::open(&args.run, cli.force)?;
             let _lock = RunDir::lock(&args.run)?;

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use tempfile::TempDir;
 use undertone::claim::tables::{ClaimRunRow, ContextRow, DigitConfRow, MatrixRow, SpectrumRow, SteerRow};
-use undertone::claim::{Claim, OutcomeRow, Quantity, Size, TestRow, tests};
+use undertone::claim::{Claim, EVERYWHERE, OutcomeRow, Quantity, Size, THROUGH, TestRow, tests};
 use undertone::commands::claim::{Asked, run};
 use undertone::publish::{Table, read_csv, to_csv};
 
@@ -256,6 +256,24 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     let spectrum: Vec<SpectrumRow> = read_csv(&claim.join("spectrum.csv")).unwrap();
     assert_eq!(spectrum.iter().map(|row| row.k).max(), Some(3), "of rank 4");
     assert!(spectrum.iter().all(|row| row.sigma_norm <= 1.0 && row.stable_rank >= 1.0 && row.sigma > 0.0));
+    let (drawn, page) = (fs::read_to_string(claim.join("spectrum.svg")), fs::read_to_string(claim.join("report.html")));
+    assert!(drawn.unwrap().contains("σ_k / σ_1") && page.unwrap().contains("id=\"spectrum\""));
+    let outcomes: Vec<OutcomeRow> = read_csv(&claim.join("outcomes.csv")).unwrap();
+    let cut = outcomes.iter().filter(|row| row.quantity == Quantity::TruncatedDeltaMargin);
+    let cut: Vec<(&str, f64)> = cut.map(|row| (row.student.as_str(), row.value)).collect();
+    assert!(cut.len() == 4 && cut.iter().all(|(student, value)| *student == "all weights" && *value != 0.0), "{cut:?}");
+    // What the parts of a chat add to the divergent tokens' alignment is all of it.
+    let aligned = |student: &str, whole: bool| -> f64 {
+        let of = outcomes.iter().filter(|row| {
+            row.quantity == Quantity::AlignmentDivergent
+                && row.student == student
+                && (row.cell == EVERYWHERE) == whole
+                && (whole || row.cell.starts_with(THROUGH))
+        });
+        of.map(|row| row.value).sum()
+    };
+    let (whole, parts) = (aligned("student", true), aligned("student", false));
+    assert!(whole != 0.0 && (whole - parts).abs() < 1e-4 * whole.abs().max(1e-3), "{whole} {parts}");
 
     let header = |name: &str| Table::read(&claim.join(name)).unwrap().header;
     for one in undertone::commands::columns::dictionaries().unwrap() {
@@ -263,7 +281,7 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
         assert_eq!(header(file), one.columns.iter().map(|column| column.name.as_str()).collect::<Vec<_>>(), "{file}");
     }
     let page = fs::read_to_string(claim.join("report.html")).unwrap();
-    assert!(page.contains("At pocket size: ") && page.matches("<svg").count() == 3);
+    assert!(page.contains("At pocket size: ") && page.matches("<svg").count() == 4);
     let verdict = fs::read_to_string(claim.join("verdict.txt")).unwrap();
     assert!(verdict.starts_with("Claim 6 at pocket size: ") && verdict.contains("control, own traits"), "{verdict}");
     assert!(page.contains("pocket model"), "the banner says what the model is");

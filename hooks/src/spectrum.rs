@@ -1,12 +1,15 @@
 //! The singular values of what an adapter adds to each weight, and adapters of some of its singular directions: which part of a
 //! learned change carries what. ΔW = s·B·A = U Σ Vᵀ, by thin QR of B and of Aᵀ and an SVD of the small core between them.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use crate::error::Result;
-use crate::lora::{Adapter, LoraPair, Proj, no_stack};
+use crate::error::{Error, Result};
+use crate::lora::{Adapter, LoraConfig, LoraPair, Proj, no_stack};
+use crate::nn::wide;
+use crate::qwen::Qwen;
 
 /// The singular values of one pair's weight change.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,6 +59,37 @@ impl Adapter {
         }
         part.config.rank = most;
         Ok(part)
+    }
+}
+
+impl Adapter {
+    /// What training of all weights added to the projections, cut to its strongest directions: of each ΔW = W' − W the first `rank`
+    /// singular directions, as an adapter of the base. What embeddings, norms and biases became is not in it.
+    pub fn of_difference(tuned: &Qwen, base: &Qwen, rank: i64) -> Result<Self> {
+        if tuned.config != base.config || rank < 1 {
+            return Err(Error::Invalid {
+                what: "the difference of two models".to_owned(),
+                expected: "one architecture, and a rank of at least 1".to_owned(),
+                found: format!("{:?} and {:?}, rank {rank}", tuned.config, base.config),
+            });
+        }
+        let config = LoraConfig { rank, alpha: rank as f64, ..LoraConfig::default() };
+        let mut cut = Self::empty(config, base.config.n_layers);
+        let mut before = base.parameters().into_iter().collect::<BTreeMap<_, _>>();
+        let after = tuned.parameters().into_iter().collect::<BTreeMap<_, _>>();
+        tch::no_grad(|| {
+            for (layer, proj) in (0..base.config.n_layers).flat_map(|layer| Proj::ALL.map(|proj| (layer, proj))) {
+                let name = format!("model.layers.{layer}.{}.weight", proj.path());
+                let (Some(after), Some(before)) = (after.get(&name), before.remove(&name)) else { continue };
+                let wide = wide(after.kind());
+                let (u, sigma, v) = after.f_to_kind(wide)?.f_sub(&before.f_to_kind(wide)?)?.f_svd(true, true)?;
+                let n = rank.min(sigma.size()[0]);
+                let b = u.f_narrow(1, 0, n)?.f_mul(&sigma.f_narrow(0, 0, n)?)?;
+                let a = v.f_narrow(1, 0, n)?.f_transpose(0, 1)?.f_contiguous()?;
+                cut.set(layer, proj, LoraPair { a, b, scaling: 1.0, scalings: None });
+            }
+            Ok(cut)
+        })
     }
 }
 
@@ -122,6 +156,30 @@ mod tests {
                 assert!((delta(&top).to_kind(Kind::Double).norm().double_value(&[]) - largest).abs() < 1e-4 * largest);
             }
         }
+    }
+
+    /// A model whose weights are the base's and an adapter's, cut to the adapter's rank, is the adapter; cut to less, its strongest part.
+    #[test]
+    fn a_merged_adapter_is_found_again() {
+        let files = ModelFiles::open("tiny-random").unwrap();
+        let [base, tuned] = [(); 2].map(|()| Qwen::load(&files, Device::Cpu, Kind::Double).unwrap());
+        let whole = adapter(4);
+        let weights: BTreeMap<String, Tensor> = tuned.parameters().into_iter().collect();
+        for (layer, proj, pair) in whole.pairs() {
+            let weight = &weights[&format!("model.layers.{layer}.{}.weight", proj.path())];
+            let _ = weight.shallow_clone().g_add_(&pair.delta_weight().unwrap());
+        }
+        for (rank, part) in [(4, whole.of_directions(0..4).unwrap()), (2, whole.of_directions(0..2).unwrap())] {
+            let found = Adapter::of_difference(&tuned, &base, rank).unwrap();
+            assert_eq!(found.pairs().count(), whole.pairs().count());
+            for (layer, proj, pair) in part.pairs() {
+                let cut = found.pair(layer, proj).unwrap().delta_weight().unwrap();
+                let expected = pair.delta_weight().unwrap();
+                assert!(apart(&cut, &expected) < 1e-5 * (1.0 + expected.abs().max().double_value(&[])), "rank {rank}");
+            }
+        }
+        let error = Adapter::of_difference(&tuned, &base, 0).unwrap_err().to_string();
+        assert!(error.contains("a rank of at least 1"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The figures of a claim, drawn from the table of outcomes alone.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use analyses::Svg;
 use analyses::plot::{Bar, BarChart, HeatMap, Line, Panel, PanelChart, Point, Reference, Scale, bars, heatmap, panels};
@@ -8,6 +8,7 @@ use analyses::stats::{mean, t_interval};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::tables::SpectrumRow;
 use super::verdict::LEVEL;
 use super::{Claim, EVERYWHERE, OutcomeRow, Quantity};
 use crate::experiment::STUDENT;
@@ -303,6 +304,51 @@ impl Figure {
     }
 }
 
+/// The adapters' spectra: how large each singular value is beside the first of its map, the mean over maps and runs; and that in one
+/// sentence. A line for each rank of the students that have several, or one for each student; nothing where no adapter has two.
+pub fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
+    let mut ranks: Vec<(&str, BTreeSet<Option<i64>>)> = vec![];
+    for row in rows {
+        match ranks.iter_mut().find(|(student, _)| *student == row.student) {
+            Some((_, known)) => drop(known.insert(row.rank)),
+            None => ranks.push((&row.student, BTreeSet::from([row.rank]))),
+        }
+    }
+    let are_ranked = ranks.iter().any(|(_, ranks)| ranks.len() > 1);
+    ranks.retain(|(_, ranks)| ranks.len() > 1 || !are_ranked);
+    let several = ranks.len() > 1;
+    let line = |student: &str, rank: Option<i64>| -> Option<Line> {
+        let mut by_k: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+        for row in rows.iter().filter(|row| row.student == student && row.rank == rank) {
+            by_k.entry(row.k).or_default().push(row.sigma_norm);
+        }
+        let rank = rank.filter(|_| are_ranked).map(|rank| format!("rank {rank}"));
+        let label = match rank {
+            Some(rank) if several => format!("{student}, {rank}"),
+            Some(rank) => rank,
+            None => student.to_owned(),
+        };
+        let points = by_k.iter().map(|(k, values)| Some(Point::new((k + 1) as f64, mean(values).ok()?)));
+        // One value is all there is of rank 1.
+        Some(Line { label, points: points.collect::<Option<Vec<_>>>()? }).filter(|line| line.points.len() > 1)
+    };
+    let lines: Vec<Line> =
+        ranks.iter().flat_map(|(student, ranks)| ranks.iter().filter_map(move |rank| line(student, *rank))).collect();
+    if lines.is_empty() {
+        return Ok(None);
+    }
+    let second: Vec<String> = lines.iter().map(|line| format!("{:.2} ({})", line.points[1].y, line.label)).collect();
+    let reading = format!("The second singular value is, of the first, {}.", second.join(", "));
+    let panel = Panel { y_label: "σ_k / σ_1, mean over maps and runs".to_owned(), lines, references: vec![] };
+    let chart = PanelChart {
+        title: "Singular values of what the adapters add to the weights".to_owned(),
+        x_label: "k".to_owned(),
+        x_scale: Scale::Log2,
+        panels: vec![panel],
+    };
+    Ok(Some((panels(&chart)?, reading)))
+}
+
 /// By rank, each data set's mean of a quantity over traits and seeds, or of one trait.
 fn over_ranks(
     rows: &[OutcomeRow],
@@ -343,6 +389,7 @@ fn label(quantity: Quantity) -> String {
         Quantity::DeltaWNorm => "‖ΔW‖ (Frobenius)",
         Quantity::Top1DeltaMargin => "Δ margin, strongest direction",
         Quantity::Rest1DeltaMargin => "Δ margin, the others",
+        Quantity::TruncatedDeltaMargin => "Δ margin, cut to the LoRA's rank (nats)",
         Quantity::CosTeacher => "cos(teacher)",
         Quantity::GradientShareDivergent => "share of the gradient, divergent",
         Quantity::AlignmentDivergent => "alignment, divergent (nats / rate)",

@@ -114,6 +114,8 @@ quantities! {
     Top1DeltaMargin = "top1_delta_margin",
     /// Change of the margin with all singular directions but the strongest of each map, in nats.
     Rest1DeltaMargin = "rest1_delta_margin",
+    /// Change of the margin with the strongest singular directions alone of what each map of a student of all weights became, as many as the run's LoRA has ranks, in nats.
+    TruncatedDeltaMargin = "truncated_delta_margin",
     /// Change of the margin where its direction is added to the base after the middle block, in nats.
     InjectedDeltaMargin = "injected_delta_margin",
     /// The same of a random direction of equal length, in nats.

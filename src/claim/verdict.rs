@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use analyses::inference::{diagonal_contrast, diagonal_gamma, fieller_interval, holm, paired_t_p, recovered_fraction};
+use analyses::inference::{
+    bootstrap_peak, diagonal_contrast, diagonal_gamma, fieller_interval, holm, paired_t_p, peak_of, recovered_fraction,
+};
 use analyses::stats::{mean, sign_flip_p, t_interval};
 use anyhow::{Context, Result, ensure};
 use rand::SeedableRng;
@@ -359,7 +361,13 @@ fn slopes(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     let peak = peak_of(&series.concat())?;
     let at_end = peak.to_bits() == first.to_bits() || peak.to_bits() == last.to_bits();
     let end = if at_end { ", an end of the ranks" } else { "" };
-    let note = format!("the mean is highest at rank {}{end}", peak.exp2());
+    let spread = if series.len() > 1 {
+        let found = bootstrap_peak(&series, LEVEL, DRAWS, SEED)?;
+        format!(" ({:.0} to {:.0} by a bootstrap over data sets)", found.low.exp2(), found.high.exp2())
+    } else {
+        String::new()
+    };
+    let note = format!("the mean is highest at rank {}{spread}{end}", peak.exp2());
     Ok(Found { note, ..over_datasets(&values, n_runs) })
 }
 
@@ -369,22 +377,6 @@ fn least_squares(points: &[(f64, f64)]) -> Option<f64> {
     let (x, y) = (points.iter().map(|(x, _)| x).sum::<f64>() / n, points.iter().map(|(_, y)| y).sum::<f64>() / n);
     let (xx, xy) = points.iter().fold((0.0, 0.0), |(xx, xy), (a, b)| (xx + (a - x).powi(2), xy + (a - x) * (b - y)));
     (xx > 0.0).then(|| xy / xx)
-}
-
-/// The x with the highest mean y, the lowest such x.
-fn peak_of(points: &[(f64, f64)]) -> Result<f64> {
-    let mut places: Vec<f64> = points.iter().map(|(x, _)| *x).collect();
-    places.sort_by(f64::total_cmp);
-    places.dedup();
-    let mut best: Option<(f64, f64)> = None;
-    for place in places {
-        let here: Vec<f64> = points.iter().filter(|(x, _)| x.to_bits() == place.to_bits()).map(|(_, y)| *y).collect();
-        let height = mean(&here)?;
-        if best.is_none_or(|(_, highest)| height > highest) {
-            best = Some((place, height));
-        }
-    }
-    Ok(best.context("there is nothing to find a peak of")?.0)
 }
 
 /// What a comparison of traits says of one.
@@ -409,7 +401,7 @@ fn peak_spread(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
         let peaks = by_trait
             .iter()
             .map(|datasets| peak_of(&datasets.iter().flat_map(|points| points.iter().copied()).collect::<Vec<_>>()));
-        let peaks: Vec<f64> = peaks.collect::<Result<_>>()?;
+        let peaks: Vec<f64> = peaks.collect::<std::result::Result<_, _>>()?;
         let (low, high) = peaks
             .iter()
             .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), peak| (low.min(*peak), high.max(*peak)));

@@ -14,7 +14,9 @@ use tch::Device;
 
 use super::{arms, finetune, generate, report};
 use crate::claim::tables::{self, SpectrumRow};
-use crate::claim::{ALL, Measures, OutcomeRow, Size, Study, TestRow, Unit, Verdict, tests, with_chosen};
+use crate::claim::{
+    ALL, Measures, OutcomeRow, Size, Study, TestRow, Unit, Verdict, spectrum_figure, tests, with_chosen,
+};
 use crate::experiment::{CONTROL_STUDENT, STUDENT};
 use crate::progress::say;
 use crate::publish::{Table, read_csv, write_csv};
@@ -192,8 +194,10 @@ impl Place {
         self.write_some("context.csv", &tables::contexts(&study.cells(), &runs, outcomes))?;
         self.write_some("digit_conf.csv", &tables::digit_conf(outcomes))?;
         self.write_some("steer.csv", &tables::steer(outcomes))?;
+        let mut spectra = vec![];
         if study.claim.measures.contains(&Measures::Spectrum) {
-            write_csv(&self.at("spectrum.csv"), &self.spectra(study)?)?;
+            spectra = self.spectra(study)?;
+            write_csv(&self.at("spectrum.csv"), &spectra)?;
         }
         let mut figures = vec![];
         for (at, figure) in study.claim.figures.iter().enumerate() {
@@ -203,7 +207,20 @@ impl Place {
             let reading = figure.reading(&study.claim, outcomes)?;
             figures.push((Figure { svg, path: name }, reading));
         }
-        let page = self.page(study, &rows, &verdict, figures)?;
+        let mut page = self.page(study, &rows, &verdict, figures)?;
+        if let Some((svg, reading)) = spectrum_figure(&spectra)? {
+            let name = "spectrum.svg".to_owned();
+            files::write_atomic(&self.at(&name), svg.0.as_bytes())?;
+            page.sections.push(Section {
+                id: "spectrum".to_owned(),
+                title: "The adapters' spectra".to_owned(),
+                question: "How many directions is what an adapter adds to a weight?".to_owned(),
+                reading,
+                figures: vec![Figure { svg, path: name }],
+                csv: "spectrum.csv".to_owned(),
+                ..Section::default()
+            });
+        }
         files::write_atomic(&self.at("report.html"), html(&page).as_bytes())?;
         files::write_atomic(&self.at("verdict.txt"), format!("{}\n", verdict.line).as_bytes())?; // last: where it is, all is
         Ok(verdict)

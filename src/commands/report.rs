@@ -1,6 +1,8 @@
 //! The last stage: report.html from what lies in the run's folder. Nothing is computed anew; the CSV files are the truth.
 //! A section is a function of the run that gives nothing where its files are not there; `sections` is their order.
 
+use std::path::Path;
+
 use analyses::direction::Direction;
 use analyses::divergence::{Divergence, DivergenceSummaryRow};
 use analyses::gradients::Gradients;
@@ -30,10 +32,23 @@ use crate::run_dir::RunDir;
 /// Writes `report.html`, and with `png` a PNG beside each SVG of the run.
 pub fn run(run: &RunDir, png: bool) -> Result<()> {
     stage(run)?;
-    if png {
-        let made = png::beside_svgs(run.root())?;
-        say(format!("report: {} figures as PNG, each beside its SVG", made.len()));
-    }
+    if png { pngs(run.root()) } else { Ok(()) }
+}
+
+/// Whether a folder is a claim's.
+pub fn is_claim(folder: &Path) -> bool {
+    folder.join("claim.toml").is_file()
+}
+
+/// The same of a claim, whose page was written with its verdict.
+pub fn of_claim(folder: &Path, png: bool) -> Result<()> {
+    say(format!("report: {}", folder.join("report.html").display()));
+    if png { pngs(folder) } else { Ok(()) }
+}
+
+fn pngs(folder: &Path) -> Result<()> {
+    let made = png::beside_svgs(folder)?;
+    say(format!("report: {} figures as PNG, each beside its SVG", made.len()));
     Ok(())
 }
 
@@ -216,7 +231,7 @@ fn answer(
 }
 
 /// A drawing of the run's folder.
-pub(super) fn figure(run: &RunDir, path: &std::path::Path) -> Result<Figure> {
+pub(super) fn figure(run: &RunDir, path: &Path) -> Result<Figure> {
     Ok(Figure { svg: Svg(files::read_string(path)?), path: relative(run, path) })
 }
 
@@ -304,7 +319,7 @@ fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
 }
 
 /// Whether an adapter that was trained elsewhere lies in a folder of the run.
-fn taken(run: &RunDir, folder: &std::path::Path) -> Result<bool> {
+fn taken(run: &RunDir, folder: &Path) -> Result<bool> {
     run.has_recorded(&[folder.join("adapter_model.safetensors")])
 }
 
@@ -475,6 +490,6 @@ fn provenance(run: &RunDir, experiment: &Experiment) -> Result<Vec<(String, Stri
 }
 
 /// A path as a link from the page.
-fn relative(run: &RunDir, path: &std::path::Path) -> String {
+fn relative(run: &RunDir, path: &Path) -> String {
     path.strip_prefix(run.root()).unwrap_or(path).display().to_string()
 }

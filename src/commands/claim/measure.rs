@@ -15,7 +15,7 @@ use analyses::target_rate::TargetRate;
 use analyses::{Analysis, Subject, Tuned};
 use anyhow::{Context, Result};
 use hooks::spectrum::Spectrum;
-use hooks::{Adapter, Condition, Prompt, TokenClass};
+use hooks::{Adapter, Condition, Prompt, Qwen, TokenClass};
 
 use crate::claim::{Cell, EVERYWHERE, Measures, OutcomeRow, Quantity, Study, THROUGH, Unit};
 use crate::commands::measure::{Scene, tuned};
@@ -157,10 +157,11 @@ impl<'a> Measuring<'a> {
         if self.wants(Measures::Matrix) {
             self.matrix(bench, model, &mut lines)?;
         }
-        if self.wants(Measures::Spectrum)
-            && let Some(adapter) = model.adapter
-        {
-            self.spectrum(bench, adapter, &mut lines)?;
+        if self.wants(Measures::Spectrum) {
+            match model.adapter {
+                Some(adapter) => self.spectrum(bench, adapter, &mut lines)?,
+                None => self.truncated(bench, model.qwen, &mut lines)?,
+            }
         }
         let of_numbers = [Measures::Heldout, Measures::Direction, Measures::Gradients, Measures::Sampled];
         if !of_numbers.into_iter().any(|what| self.wants(what)) {
@@ -334,19 +335,30 @@ impl<'a> Measuring<'a> {
         let spectra = adapter.spectra()?;
         let ranks: Vec<f64> = spectra.iter().map(Spectrum::stable_rank).collect();
         lines.push(EVERYWHERE, Quantity::StableRank, mean(&ranks)?, ranks.len());
+        let mut parts = vec![(Quantity::Top1DeltaMargin, adapter.of_directions(0..1)?)];
+        if spectra.iter().any(|spectrum| spectrum.sigma.len() > 1) {
+            parts.push((Quantity::Rest1DeltaMargin, adapter.of_directions(1..usize::MAX)?));
+        }
+        self.parts(bench, &parts, lines)
+    }
+
+    /// What all weights became, cut to the rank that the run's LoRA has, and to one.
+    fn truncated(&mut self, bench: &Workbench, tuned: &Qwen, lines: &mut Lines<'_>) -> Result<()> {
+        let cut = Adapter::of_difference(tuned, &bench.base, bench.experiment.student.rank)?;
+        let top = cut.of_directions(0..1)?;
+        self.parts(bench, &[(Quantity::TruncatedDeltaMargin, cut), (Quantity::Top1DeltaMargin, top)], lines)
+    }
+
+    /// What parts of a student's change do alone.
+    fn parts(&mut self, bench: &Workbench, parts: &[(Quantity, Adapter)], lines: &mut Lines<'_>) -> Result<()> {
         let place = Place { context: &bench.experiment.student.context, user_prefix: None };
         let forms = TokenForms::of(&bench.target(), &bench.chat)?;
         let prompts = place.prompts(bench, &bench.questions()?)?;
         let base = self.base(bench, place, &bench.experiment.target, &forms, &prompts)?;
-        let mut parts = vec![(Quantity::Top1DeltaMargin, 0..1)];
-        if spectra.iter().any(|spectrum| spectrum.sigma.len() > 1) {
-            parts.push((Quantity::Rest1DeltaMargin, 1..usize::MAX));
-        }
-        for (quantity, directions) in parts {
-            let part = adapter.of_directions(directions)?;
-            let scores = forms.scores(&bench.base, &prompts, &Condition::adapted(&part))?;
+        for (quantity, part) in parts {
+            let scores = forms.scores(&bench.base, &prompts, &Condition::adapted(part))?;
             let [(_, value), ..] = changes(&scores, &base)?;
-            lines.push(EVERYWHERE, quantity, value, prompts.len());
+            lines.push(EVERYWHERE, *quantity, value, prompts.len());
         }
         Ok(())
     }
