@@ -269,18 +269,22 @@ impl Direction {
 /// The student's learned direction of every layer, each `[d_model]`, f32 on the CPU, with its length: the mean of
 /// student − base over number prompts, at the first of the settings' positions.
 pub fn directions(subject: &Subject<'_>, settings: &Direction) -> Result<Vec<Tensor>> {
-    directions_of(subject, subject.student, settings)
+    Ok(directions_of(subject, &[subject.student], settings)?.swap_remove(0))
 }
 
-/// The same for any finetuned model in the student's context.
-pub fn directions_of(subject: &Subject<'_>, model: Tuned<'_>, settings: &Direction) -> Result<Vec<Tensor>> {
+/// The same for each of some finetuned models in the student's context.
+pub fn directions_of(subject: &Subject<'_>, models: &[Tuned<'_>], settings: &Direction) -> Result<Vec<Vec<Tensor>>> {
     let prompts = settings.prompts(subject)?;
-    let read = |model| Ok::<_, Error>(means(model, &prompts, &settings.positions[..1])?.swap_remove(0));
-    let (Some(moved), Some(base)) = (read(model)?, read(subject.base())?) else {
-        return Err(unselected(&settings.positions[0]));
+    let read = |model: Tuned<'_>| -> Result<Tensor> {
+        let found = means(model, &prompts, &settings.positions[..1])?.swap_remove(0);
+        found.ok_or_else(|| unselected(&settings.positions[0]))
     };
-    let mean = moved.f_sub(&base)?.f_mean_dim(0, false, Kind::Float)?; // [n_layers, d_model]
-    (0..subject.base.config.n_layers).map(|layer| Ok(mean.f_get(layer as i64)?)).collect()
+    let base = read(subject.base())?;
+    let of_model = |model: &Tuned<'_>| {
+        let mean = read(*model)?.f_sub(&base)?.f_mean_dim(0, false, Kind::Float)?; // [n_layers, d_model]
+        (0..subject.base.config.n_layers).map(|layer| Ok(mean.f_get(layer as i64)?)).collect()
+    };
+    models.iter().map(of_model).collect()
 }
 
 fn unselected(positions: &Extraction) -> Error {
@@ -288,12 +292,15 @@ fn unselected(positions: &Extraction) -> Error {
     Error::Setting { analysis: Direction::NAME, setting: "positions", expected, found: positions.to_string() }
 }
 
+/// Prompts whose residual streams are held at a time.
+const PROMPTS: usize = 32;
+
 /// Per choice of positions: the mean residual stream of each prompt, `[n_prompts, n_layers, d_model]`, f32 on the CPU, or
-/// `None` where a prompt has none of the positions. One prompt at a time: all positions of all layers are large.
+/// `None` where a prompt has none of the positions. Some prompts at a time: all positions of all layers are large.
 fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Result<Vec<Option<Tensor>>> {
     let mut found: Vec<Vec<Tensor>> = positions.iter().map(|_| Vec::new()).collect();
-    for prompt in prompts {
-        for resid in resid_post(model.qwen, std::slice::from_ref(prompt), &model.condition())? {
+    for prompts in prompts.chunks(PROMPTS) {
+        for (prompt, resid) in prompts.iter().zip(resid_post(model.qwen, prompts, &model.condition())?) {
             for (found, positions) in found.iter_mut().zip(positions) {
                 found.extend(positions.mean(&resid, prompt)?);
             }

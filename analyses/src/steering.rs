@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::Analysis;
-use crate::direction::{Direction, Extraction, directions, directions_of, length};
+use crate::direction::{Direction, Extraction, directions_of, length};
 use crate::error::{Error, Result};
 use crate::plot::{BarChart, Reference, Svg, bars};
 use crate::subject::{Mean, Subject, Tuned};
@@ -103,9 +103,14 @@ impl Analysis for Steering {
         let forms = TokenForms::of(subject.target, subject.chat)?;
         let settings = Direction { positions: vec![self.extraction.clone()], n_prompts: self.n_prompts };
         progress("steering: reading the directions");
-        let learned = directions(subject, &settings)?;
-        let control = subject.control.map(|control| directions_of(subject, control, &settings)).transpose()?;
-        let other = subject.other_trait.map(|other| directions_of(subject, other, &settings)).transpose()?;
+        let beside = [("control_student", subject.control), ("other_trait", subject.other_trait)];
+        let beside: Vec<(&str, Tuned<'_>)> =
+            beside.into_iter().filter_map(|(kind, model)| Some((kind, model?))).collect();
+        let models: Vec<Tuned<'_>> =
+            [subject.student].into_iter().chain(beside.iter().map(|(_, model)| *model)).collect();
+        let mut found = directions_of(subject, &models, &settings)?.into_iter();
+        let learned = found.next().unwrap_or_default();
+        let beside: Vec<(&str, Vec<Tensor>)> = beside.into_iter().map(|(kind, _)| kind).zip(found).collect();
 
         let base = forms.scores(subject.base, &prompts, &Condition::default())?;
         let student = forms.scores(subject.student.qwen, &prompts, &subject.student.condition())?;
@@ -117,10 +122,8 @@ impl Analysis for Steering {
             let norm = length(vector)?;
             let random = random_vector(subject, layer, norm)?;
             let mut vectors = vec![("learned", vector.shallow_clone()), ("random", random.shallow_clone())];
-            for (kind, directions) in [("control_student", &control), ("other_trait", &other)] {
-                if let Some(directions) = directions {
-                    vectors.push((kind, with_length(&directions[layer], norm)?));
-                }
+            for (kind, directions) in &beside {
+                vectors.push((*kind, with_length(&directions[layer], norm)?));
             }
             for (kind, vector) in vectors {
                 for coefficient in &self.coefficients {
@@ -352,6 +355,7 @@ impl Around<'_> {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
     use super::*;
+    use crate::direction::directions;
     use crate::fixture::World;
 
     #[test]

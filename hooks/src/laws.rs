@@ -328,6 +328,28 @@ fn a_tap_that_never_fires_is_an_error() {
 }
 
 #[test]
+fn the_residual_streams_of_some_prompts_are_those_of_each_alone() {
+    let (model, chat, adapter) = world();
+    let mut rows = prompts(&chat);
+    rows.push(rows[0].with_completion(&chat.encode("480, 12").unwrap()));
+    rows.swap(0, 1);
+    let gated = Condition::adapted(&adapter).gated("except:entity".parse().unwrap());
+    let direction = Tensor::arange(model.config.d_model, (Kind::Float, Device::Cpu)) - 11.0;
+    let edited = Condition { edits: vec![Edit::add(0, &direction, 0.1)], ..Condition::adapted(&adapter) };
+    for condition in [Condition::default(), Condition::adapted(&adapter), gated, edited] {
+        let found = resid_post(&model, &rows, &condition).unwrap();
+        assert_eq!(found.len(), rows.len());
+        for (row, found) in rows.iter().zip(&found) {
+            for layer in 0..model.config.n_layers {
+                let alone = seen(&model, row, &condition, HookPoint::ResidPost(layer));
+                let largest = alone.abs().max().double_value(&[]);
+                assert!(max_diff(&found.get(layer as i64), &alone) < 1e-5 * largest, "{}, {layer}", condition.gate);
+            }
+        }
+    }
+}
+
+#[test]
 fn edits_add_and_take_out_where_they_say() {
     let (model, chat, _) = world();
     let prompt = &prompts(&chat)[0];

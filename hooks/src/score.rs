@@ -15,10 +15,10 @@ use crate::kv_cache::KvCache;
 use crate::listen::Cache;
 use crate::lora::Adapter;
 use crate::packing::{Row, embedding};
-use crate::pass::Pass;
+use crate::pass::{Doses, Pass};
 use crate::profile::{self, Stage};
 use crate::qwen::Qwen;
-use crate::tap::{Listener, Tap};
+use crate::tap::{Hooks, Listener, Tap};
 use crate::tokens::Prompt;
 
 /// Tokens per batch: enough to keep two cores busy, little enough for their memory. A GPU takes more.
@@ -148,6 +148,15 @@ impl Company<'_, '_> {
         batches
     }
 
+    /// Some members as one batch, with its doses where they are gated.
+    fn batch(&self, model: &Qwen, cases: &[Case<'_, '_>], members: &[Member]) -> Result<(Batch, Option<Doses>)> {
+        let rows: Vec<Row<'_>> = members.iter().map(|member| member.row(cases)).collect();
+        let batch = Batch::packed(&[&rows], true, model.device())?;
+        let gated = rows.iter().any(|row| row.doses.is_some());
+        let gate = gated.then(|| self.gate.spread(batch.doses(), model.device())).transpose()?;
+        Ok((batch, gate))
+    }
+
     fn run(
         &self,
         model: &Qwen,
@@ -156,12 +165,10 @@ impl Company<'_, '_> {
         read: Read,
         keep: bool,
     ) -> Result<Prefilled> {
-        let rows: Vec<Row<'_>> = members.iter().map(|member| member.row(cases)).collect();
-        let batch = Batch::packed(&[&rows], true, model.device())?;
-        let gated = rows.iter().any(|row| row.doses.is_some());
-        let gate = gated.then(|| self.gate.spread(batch.doses(), model.device())).transpose()?;
-        let capacity = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
-        let cache = || KvCache::new(&model.config, rows.len() as i64, capacity as i64, model.kind(), model.device());
+        let (batch, gate) = self.batch(model, cases, members)?;
+        let capacity = members.iter().map(|member| cases[member.case].0.ids.len()).max().unwrap_or(0);
+        let rows = members.len() as i64;
+        let cache = || KvCache::new(&model.config, rows, capacity as i64, model.kind(), model.device());
         let mut cache = keep.then(cache).transpose()?;
         let mut pass = Pass { adapter: self.adapter, gate, kv_cache: cache.as_mut(), ..Pass::default() };
         let prompts = members.iter().map(|member| cases[member.case].0);
@@ -353,13 +360,40 @@ pub fn completion_logits(model: &Qwen, row: &Prompt, condition: &Condition<'_>) 
 /// Per prompt, the residual stream after every block, `[n_layers, pos, d_model]`.
 pub fn resid_post(model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -> Result<Vec<Tensor>> {
     let points: Vec<HookPoint> = (0..model.config.n_layers).map(HookPoint::ResidPost).collect();
-    let capture = |prompt: &Prompt| {
+    let stack = |cache: &Cache| -> Result<Tensor> {
+        let layers = points.iter().map(|point| Ok(cache.get(*point)?.f_squeeze_dim(0)?)).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::f_stack(&layers, 0)?.f_to_kind(Kind::Float)?)
+    };
+    let of_one = |prompt: &Prompt| {
         let mut cache = Cache::default();
         let _ = listen_rows(model, &[prompt], condition, &points, &mut cache, Qwen::resid_final)?;
-        let layers = points.iter().map(|point| Ok(cache.get(*point)?.f_squeeze_dim(0)?)).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::f_stack(&layers, 0)?.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?)
+        Ok(stack(&cache)?.f_to_device(Device::Cpu)?)
     };
-    tch::no_grad(|| prompts.iter().map(capture).collect())
+    tch::no_grad(|| {
+        if !condition.edits.is_empty() {
+            return prompts.iter().map(of_one).collect();
+        }
+        let cases: Vec<Case<'_, '_>> = prompts.iter().map(|prompt| (prompt, condition)).collect();
+        let mut found: Vec<Option<Tensor>> = prompts.iter().map(|_| None).collect();
+        for company in companies(&cases, &(0..prompts.len()).collect::<Vec<_>>())? {
+            // All positions of all blocks are large: no more of them at once on a GPU.
+            for members in company.batches(&cases, token_budget(Device::Cpu)) {
+                let (batch, gate) = company.batch(model, &cases, members)?;
+                let mut cache = Cache::default();
+                let hooks = Hooks::default().on(points.iter().copied(), &mut cache);
+                let mut pass = Pass { adapter: company.adapter, gate, hooks, ..Pass::default() };
+                let _ = model.resid_final(&batch, &mut pass)?;
+                drop(pass);
+                let all = stack(&cache)?; // [n_layers, places, d_model]
+                for (row, member) in members.iter().enumerate() {
+                    let places = (0..prompts[member.case].ids.len()).map(|token| batch.place(row, token));
+                    let places = Tensor::f_from_slice(&places.collect::<Vec<_>>())?.f_to_device(model.device())?;
+                    found[member.case] = Some(all.f_index_select(1, &places)?.f_to_device(Device::Cpu)?);
+                }
+            }
+        }
+        Ok(found.into_iter().flatten().collect())
+    })
 }
 
 /// Runs one row and lets a tap see (or change) some hook points, after the condition's edits. Returns the logits,
