@@ -76,7 +76,8 @@ pub(crate) fn prefill(
             done(company.run(model, cases, members, read, keep)?)?;
         }
     }
-    for members in edited.chunk_by(|one, next| std::ptr::eq(cases[*one].1, cases[*next].1)) {
+    let of_conditions = edited.chunk_by(|one, next| std::ptr::eq(cases[*one].1, cases[*next].1));
+    for members in of_conditions.flat_map(|members| by_prompt(cases, members)) {
         let prompts: Vec<&Prompt> = members.iter().map(|case| cases[*case].0).collect();
         for batch in padded_batches(&prompts, budget) {
             let rows: Vec<&Prompt> = batch.iter().map(|row| prompts[*row]).collect();
@@ -86,6 +87,14 @@ pub(crate) fn prefill(
         }
     }
     Ok(())
+}
+
+/// Cases of one condition prompt by prompt, where prompts have many completions (the spellings of an answer): padded rows have no
+/// more run once than what all of them begin with.
+fn by_prompt<'s>(cases: &[Case<'_, '_>], members: &'s [usize]) -> Vec<&'s [usize]> {
+    let start = |case: &usize| &cases[*case].0.ids[..cases[*case].0.completion.start];
+    let of_prompts: Vec<&[usize]> = members.chunk_by(|one, next| start(one) == start(next)).collect();
+    if of_prompts.len() * 4 <= members.len() { of_prompts } else { vec![members] }
 }
 
 /// Cases that can share a pass, whatever tokens their gates select: they have the same adapter, in the same blocks and
