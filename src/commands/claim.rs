@@ -160,18 +160,32 @@ impl Place {
             (STUDENT, run.adapter(), run.train_csv()),
             (CONTROL_STUDENT, run.control_adapter(), run.control_train_csv()),
         ];
-        for (name, folder, log) in own {
+        let cells = unit.experiment.cells()?;
+        let n_students = own.len() + cells.len();
+        let mut keep = |of_student: Vec<OutcomeRow>, name: &str, at: usize, begun: Instant| {
+            rows.extend(of_student);
+            let seconds = begun.elapsed().as_secs_f64();
+            if seconds > SLOW {
+                let (unit, took) = (&unit.name, plan::span(seconds));
+                say(format!("measure: {unit}: {name} ({at} of {n_students}) in {took}"));
+            }
+        };
+        for (at, (name, folder, log)) in own.into_iter().enumerate() {
+            let begun = Instant::now();
             let who = Who { name, rank: unit.experiment.student.adapter_rank(), seed_index: 0, run: &run };
-            rows.extend(measuring.student(bench, &who, &folder, &log).with_context(|| name.to_owned())?);
+            let found = measuring.student(bench, &who, &folder, &log).with_context(|| name.to_owned())?;
+            keep(found, name, at + 1, begun);
         }
-        for cell in &unit.experiment.cells()? {
+        for (at, cell) in cells.iter().enumerate() {
+            let begun = Instant::now();
             let mut of_cell = || -> Result<Vec<OutcomeRow>> {
                 let (of_cell, folder) =
                     (bench.of(cell.experiment.clone())?, RunDir::open(&run.arm(&cell.slug), false)?);
                 let who = Who { name: &cell.arm, rank: cell.rank(), seed_index: cell.seed_index, run: &run };
                 measuring.student(&of_cell, &who, &folder.adapter(), &folder.train_csv())
             };
-            rows.extend(of_cell().with_context(|| format!("student {:?}", cell.arm))?);
+            let found = of_cell().with_context(|| format!("student {:?}", cell.arm))?;
+            keep(found, &cell.slug, at + 3, begun);
         }
         write_csv(&table, &rows)?;
         Ok(rows)
@@ -328,6 +342,9 @@ impl Place {
         })
     }
 }
+
+/// Seconds after which a student's measurement is worth a line of its own.
+const SLOW: f64 = 10.0;
 
 /// The same done with every run: side by side where the model is small.
 fn of_all<T: Send>(

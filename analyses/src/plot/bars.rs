@@ -2,7 +2,7 @@
 
 use super::canvas::{
     AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, Look, MARGIN, SMALL, TEXT, TITLE, beside,
-    draw, looks, name, text_width, wrap,
+    draw, looks, name, text_width, wrap, wrap_title,
 };
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
@@ -135,7 +135,7 @@ impl Layout {
         let mut axis = Axis::around([low, high].into_iter(), (plot_width / 42.0).max(2.0), false);
         axis.end_at(low, high);
 
-        let title = wrap(&chart.title, width - 2.0 * MARGIN, TITLE);
+        let title = wrap_title(&chart.title, width);
         let mut series: Vec<String> = Vec::new();
         for bar in &chart.bars {
             if !series.contains(&bar.series) {

@@ -474,6 +474,11 @@ pub(super) fn wrap(text: &str, width: f64, size: f64) -> Vec<String> {
     lines
 }
 
+/// A title in lines that a sheet of this width has room for: bold letters are wider.
+pub(super) fn wrap_title(text: &str, width: f64) -> Vec<String> {
+    wrap(text, (width - 2.0 * MARGIN) / 1.15, TITLE)
+}
+
 /// A token's text with its blanks and line ends made visible.
 pub(super) fn visible(token: &str) -> String {
     let shown = |character: char| match character {

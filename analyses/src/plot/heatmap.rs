@@ -5,7 +5,7 @@ use plotters::style::RGBColor;
 
 use super::canvas::{
     AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, INK, MARGIN, SMALL, TEXT, TITLE, blend, draw, minus, name,
-    short, text_width, wrap,
+    short, text_width, wrap_title,
 };
 use super::{Svg, check_value, refuse};
 use crate::error::Result;
@@ -114,7 +114,7 @@ impl Layout {
 
         let right = left + cell_width * columns;
         let width = COLUMN.max(right + MARGIN);
-        let title = wrap(&chart.title, width - 2.0 * MARGIN, TITLE);
+        let title = wrap_title(&chart.title, width);
         let head = if chart.y_label.is_empty() { 8.0 } else { 22.0 };
         let top = MARGIN + TITLE * 1.3 * title.len() as f64 + head;
         let bottom = top + CELL * chart.rows.len() as f64;

@@ -3,7 +3,7 @@
 
 use super::canvas::{
     AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, Look, MARGIN, SMALL, TEXT, TITLE, draw,
-    looks, room_for, short, text_width, wrap,
+    looks, room_for, short, text_width, wrap_title,
 };
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
@@ -225,7 +225,7 @@ impl Layout {
         let after = room_for(chart.panels.iter().flat_map(|panel| &panel.references));
         let width = COLUMN.max(left + PLOT_WIDTH + after);
 
-        let title = wrap(&chart.title, width - 2.0 * MARGIN, TITLE);
+        let title = wrap_title(&chart.title, width);
         let mut names: Vec<String> = Vec::new();
         for line in all_lines() {
             if !names.contains(&line.label) {

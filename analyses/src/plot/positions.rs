@@ -3,7 +3,7 @@
 
 use super::canvas::{
     AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, Look, MARGIN, SMALL, TEXT, TITLE, draw,
-    looks, room_for, text_width, visible, wrap,
+    looks, room_for, text_width, visible, wrap_title,
 };
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
@@ -91,7 +91,7 @@ impl Layout {
         let width = COLUMN.max(left + PITCH * count + after);
         let (right, pitch) = (width - after, (width - after - left) / count);
 
-        let title = wrap(&chart.title, width - 2.0 * MARGIN, TITLE);
+        let title = wrap_title(&chart.title, width);
         let mut classes: Vec<String> = Vec::new();
         for position in &chart.positions {
             if !classes.contains(&position.class) {
