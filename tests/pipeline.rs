@@ -121,7 +121,7 @@ const HEADERS: [(&str, &str); 15] = [
 ];
 
 /// The other files that a run leaves.
-const OTHERS: [&str; 29] = [
+const OTHERS: [&str; 31] = [
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
     "answer.svg",
@@ -135,6 +135,8 @@ const OTHERS: [&str; 29] = [
     "divergence/plot.svg",
     "divergence/settings.toml",
     "gradients/plot.svg",
+    "gradients/plot_layers.svg",
+    "gradients/plot_parts.svg",
     "gradients/settings.toml",
     "interventions/plot.svg",
     "interventions/settings.toml",
