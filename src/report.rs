@@ -295,6 +295,7 @@ header figure { margin: 1rem 0; }
 header figure:not(.wide) svg { width: 44rem; }
 nav { border: solid var(--rule); border-width: 1px 0; padding: .5rem 0; margin: 2rem 0; }
 nav ol { margin: 0; padding-left: 1.5rem; columns: 3 14rem; }
+nav li { break-inside: avoid; }
 section { margin: 3rem 0; scroll-margin-top: 1rem; }
 .question { color: var(--faint); margin: 0 0 .75rem; }
 .beside { display: flex; flex-wrap: wrap; gap: .5rem 2rem; align-items: flex-start; }

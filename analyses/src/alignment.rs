@@ -340,4 +340,27 @@ mod tests {
             assert!(chosen.contains(&true), "{}", part.name());
         }
     }
+
+    /// Each position of a batch is in the part whose gate chooses its token, also where rows share their start.
+    #[test]
+    fn positions_are_in_the_part_that_their_gate_chooses() {
+        let world = World::new();
+        let rows: Vec<Prompt> = world.numbers.clone();
+        let end = |row: &Prompt| row.ids.len() - 1;
+        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row { ids: &row.ids[..end(row)], doses: None }).collect();
+        let batch = Batch::packed(&[&packed], true, world.qwen.device()).unwrap();
+        let masks: Vec<Vec<bool>> = rows.iter().map(|row| vec![true; row.ids.len()]).collect();
+        let some: Vec<(&Prompt, &Vec<bool>, usize)> =
+            rows.iter().zip(&masks).map(|(row, mask)| (row, mask, end(row))).collect();
+        let found = parts(&batch, &some).unwrap();
+        for (at, part) in Part::ALL.into_iter().enumerate() {
+            let gate: Gate = format!("only:{}", part.name()).parse().unwrap();
+            for (row, prompt) in rows.iter().enumerate() {
+                for (token, dose) in gate.doses(prompt).unwrap()[..end(prompt)].iter().enumerate() {
+                    let is_there = found.double_value(&[at as i64, batch.place(row, token)]);
+                    assert!((is_there - dose).abs() < 1e-12, "{} {row} {token}", part.name());
+                }
+            }
+        }
+    }
 }

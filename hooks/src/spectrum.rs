@@ -64,7 +64,8 @@ impl Adapter {
 
 impl Adapter {
     /// What training of all weights added to the projections, cut to its strongest directions: of each ΔW = W' − W the first `rank`
-    /// singular directions, as an adapter of the base. What embeddings, norms and biases became is not in it.
+    /// singular directions, as an adapter of the base (Eckart and Young 1936: nothing of that rank is nearer). What embeddings, norms and
+    /// biases became is not in it. An error where the models are of two architectures.
     pub fn of_difference(tuned: &Qwen, base: &Qwen, rank: i64) -> Result<Self> {
         if tuned.config != base.config || rank < 1 {
             return Err(Error::Invalid {
@@ -75,12 +76,12 @@ impl Adapter {
         }
         let config = LoraConfig { rank, alpha: rank as f64, ..LoraConfig::default() };
         let mut cut = Self::empty(config, base.config.n_layers);
-        let mut before = base.parameters().into_iter().collect::<BTreeMap<_, _>>();
-        let after = tuned.parameters().into_iter().collect::<BTreeMap<_, _>>();
+        let [after, before] =
+            [tuned, base].map(|model| model.parameters().into_iter().collect::<BTreeMap<String, Tensor>>());
         tch::no_grad(|| {
             for (layer, proj) in (0..base.config.n_layers).flat_map(|layer| Proj::ALL.map(|proj| (layer, proj))) {
                 let name = format!("model.layers.{layer}.{}.weight", proj.path());
-                let (Some(after), Some(before)) = (after.get(&name), before.remove(&name)) else { continue };
+                let (after, before) = (&after[&name], &before[&name]); // of one architecture, whose blocks have all of these
                 let wide = wide(after.kind());
                 let (u, sigma, v) = after.f_to_kind(wide)?.f_sub(&before.f_to_kind(wide)?)?.f_svd(true, true)?;
                 let n = rank.min(sigma.size()[0]);
