@@ -8,7 +8,7 @@ mod outcome;
 pub mod tables;
 mod verdict;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -30,6 +30,9 @@ pub use verdict::{ALL, Outcome, TestRow, Verdict, Word, tests};
 pub const EVERYWHERE: &str = "everywhere";
 /// What the cell of a part of a gradient begins with, before the part's name: what is due to what the adapter reads there.
 pub const THROUGH: &str = "through";
+
+/// What stands in the tables beside the students, for numbers that no student has seen.
+const REFERENCES: [&str; 2] = ["base", "teacher"];
 
 /// On what a claim is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -70,6 +73,9 @@ pub struct Claim {
     /// What is measured beside the answers to questions.
     #[serde(default)]
     pub measures: BTreeSet<Measures>,
+    /// The students on which one of these is measured, where that is not all of them: what takes long and nothing asks for is left out.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub measured_on: BTreeMap<Measures, BTreeSet<String>>,
     /// The students beside the run's own two.
     #[serde(default)]
     pub students: Vec<Arm>,
@@ -86,11 +92,27 @@ pub struct Claim {
 }
 
 impl Claim {
+    /// Whether something is measured on a student.
+    pub fn measures(&self, what: Measures, student: &str) -> bool {
+        self.measures.contains(&what) && self.measured_on.get(&what).is_none_or(|names| names.contains(student))
+    }
+
+    /// Whether a number is measured on a student.
+    fn knows(&self, quantity: Quantity, student: &str) -> bool {
+        let takes = quantity.takes();
+        if REFERENCES.contains(&student) {
+            let of_references = takes.contains(&Measures::Heldout) && quantity != Quantity::Fit;
+            return of_references && self.measures.contains(&Measures::Heldout);
+        }
+        takes.is_empty() || takes.iter().any(|what| self.measures(*what, student))
+    }
+
     /// Whether another version of the claim takes the same numbers, however it words, tests or draws them.
     pub fn measures_alike(&self, other: &Self) -> bool {
         let of = |claim: &Self| {
-            let Self { targets, datasets, set, measures, students, cells, .. } = claim.clone(); // what is chosen follows from these
-            (targets, datasets, set, measures, students, cells)
+            // What is chosen follows from these.
+            let Self { targets, datasets, set, measures, measured_on, students, cells, .. } = claim.clone();
+            (targets, datasets, set, measures, measured_on, students, cells)
         };
         of(self) == of(other)
     }
@@ -104,8 +126,13 @@ pub enum Measures {
     Matrix,
     /// Loss, confidence and agreement with the teacher on numbers that no student has seen.
     Heldout,
-    /// The direction in the residual stream, and what it does when it is added to the base.
+    /// The direction in the residual stream: whether it is the teacher's, and whether all prompts share it.
     Direction,
+    /// What the direction does when it is added to the base, and what is left of the student without it, after the middle block.
+    Steering,
+    /// The same, and what is left of the student where its stream along the direction is the base's after every block, and of the base
+    /// where it is the student's.
+    Replacement,
     /// The adapter's spectrum, and what its strongest direction does alone, and the rest without it.
     Spectrum,
     /// Gradients at divergent and at other tokens, and what they would do to the trait.
@@ -412,11 +439,17 @@ impl Study {
         for cell in &claim.cells {
             ensure!(cells.insert(&cell.name), "the cell {:?} is there twice", cell.name);
         }
-        let mut students: BTreeSet<&str> = [STUDENT, CONTROL_STUDENT, "base", "teacher"].into();
+        let mut students: BTreeSet<&str> = [STUDENT, CONTROL_STUDENT].into_iter().chain(REFERENCES).collect();
         students.extend(claim.students.iter().map(|arm| arm.name.as_str()));
         let of_cells = claim.cells.iter().flat_map(|cell| cell.students.iter().flatten());
         if let Some(name) = of_cells.into_iter().find(|name| !students.contains(name.as_str())) {
             bail!("a cell names the student {name:?}, expected one of {students:?}");
+        }
+        for (what, names) in &claim.measured_on {
+            ensure!(claim.measures.contains(what), "measured_on has {what:?}, which measures does not name");
+            if let Some(name) = names.iter().find(|name| !students.contains(name.as_str())) {
+                bail!("measured_on names the student {name:?}, expected one of {students:?}");
+            }
         }
         // A chosen student is asked wherever its candidates are, so that no condition names it.
         for chosen in &claim.chosen {
@@ -438,7 +471,18 @@ impl Study {
             let context = || format!("test {:?}", test.name);
             for of in [Some(&test.of), test.minus.as_ref(), test.all.as_ref()].into_iter().flatten() {
                 known(of, &students, &cells).with_context(context)?;
+                is_measured(claim, of).with_context(context)?;
             }
+            if let Some(Over::Quantity(quantity)) = test.over {
+                is_measured(claim, &Of { quantity, ..test.of.clone() }).with_context(context)?;
+            }
+            let is_crossed = claim.measures(Measures::Matrix, &test.of.student);
+            ensure!(
+                test.kind != Kind::Diagonal || is_crossed,
+                "test {:?}: the kind diagonal takes matrix in measures, for {:?}",
+                test.name,
+                test.of.student
+            );
             let needs = |what: &str, has: bool, needed: bool| {
                 ensure!(
                     has == needed,
@@ -461,8 +505,31 @@ impl Study {
         if let Some(name) = claim.figures.iter().flat_map(names).find(|name| !students.contains(name.as_str())) {
             bail!("a figure names the student {name:?}, expected one of {students:?}");
         }
+        for figure in &claim.figures {
+            let drawn: Vec<&str> = if figure.students.is_empty() {
+                students.iter().copied().collect()
+            } else {
+                figure.students.iter().map(String::as_str).collect()
+            };
+            let candidates = |name: &str| claim.chosen.iter().find(|chosen| chosen.name == name);
+            let is_known = |quantity: &Quantity| {
+                drawn.iter().any(|name| candidates(name).is_some() || claim.knows(*quantity, name))
+            };
+            if let Some(quantity) = figure.quantities.iter().find(|quantity| !is_known(quantity)) {
+                bail!(
+                    "figure {:?}: {quantity} is measured on none of its students; hint: measures and measured_on",
+                    figure.title
+                );
+            }
+        }
         // The conditions are told from each other before hours are spent.
         for unit in self.units()? {
+            let asked = unit.experiment.cells()?.into_iter().map(|student| student.experiment.measure.context);
+            if let Some(context) = asked.chain([unit.experiment.measure.context.clone()]).flatten().next() {
+                bail!(
+                    "measure.context is {context:?}, but a claim asks elsewhere by cells; hint: [[cells]] with context = {context:?}"
+                );
+            }
             let sentences = unit.experiment.sentences()?;
             for cell in &claim.cells {
                 for key in [&cell.context, &cell.user_prefix].into_iter().flatten() {
@@ -496,13 +563,17 @@ fn check_chosen(claim: &Claim, chosen: &Chosen, students: &BTreeSet<&str>) -> Re
     ensure!(chosen.lowest.is_some() != chosen.nearest.is_some(), "expected either lowest or nearest");
     if let Some(nearest) = &chosen.nearest {
         known(nearest, students, &BTreeSet::from([EVERYWHERE]))?;
+        is_measured(claim, nearest)?;
     }
     let quantity = chosen.lowest.or(chosen.nearest.as_ref().map(|of| of.quantity)).unwrap_or(Quantity::HeldoutNll);
     ensure!(
         !quantity.speaks_of_the_trait(),
         "{quantity} speaks of the trait, and what is chosen by it shows nothing; hint: heldout_nll"
     );
-    Ok(())
+    chosen
+        .of
+        .iter()
+        .try_for_each(|student| is_measured(claim, &Of { student: student.clone(), quantity, ..Of::default() }))
 }
 
 fn known(of: &Of, students: &BTreeSet<&str>, cells: &BTreeSet<&str>) -> Result<()> {
@@ -512,6 +583,27 @@ fn known(of: &Of, students: &BTreeSet<&str>, cells: &BTreeSet<&str>) -> Result<(
         "unknown cell {:?}, expected one of {cells:?}",
         of.cell
     );
+    Ok(())
+}
+
+/// Whether a number is among those that the claim measures, of each candidate where the student is chosen from some.
+fn is_measured(claim: &Claim, of: &Of) -> Result<()> {
+    let (quantity, takes) = (of.quantity, of.quantity.takes());
+    ensure!(
+        takes.is_empty() || of.cell == EVERYWHERE,
+        "{quantity} is measured in the cell {EVERYWHERE:?} alone, and not in {:?}",
+        of.cell
+    );
+    let candidates = claim.chosen.iter().find(|chosen| chosen.name == of.student).map(|chosen| &chosen.of[..]);
+    let students = candidates.unwrap_or(std::slice::from_ref(&of.student));
+    if let Some(student) = students.iter().find(|student| !claim.knows(quantity, student)) {
+        let names: Vec<String> = takes.iter().map(|what| format!("{what:?}").to_lowercase()).collect();
+        bail!(
+            "{quantity} of {student:?} is not measured, it takes {} in measures; hint: measured_on, where it is given, names the student \
+             as well",
+            names.join(" or ")
+        );
+    }
     Ok(())
 }
 
@@ -613,6 +705,28 @@ mod tests {
             ("context = \"{other}\"\n[[tests]]", "context = \"chatgtp\"\n[[tests]]", "the nearest is chatgpt"),
             ("name = \"there\"", "name = \"everywhere\"", "\"everywhere\" is there twice"),
             ("datasets = 2", "datasets = 0", "datasets is 0"),
+            ("kind = \"mean\"", "kind = \"mean\"\nof = { quantity = \"ece\" }", "it takes heldout in measures"),
+            (
+                "datasets = 2",
+                "datasets = 2\nmeasured_on = { spectrum = [\"student\"] }",
+                "has Spectrum, which measures does not name",
+            ),
+            (
+                "datasets = 2",
+                "datasets = 2\nmeasures = [\"spectrum\"]\nmeasured_on = { spectrum = [\"nobody\"] }",
+                "measured_on names the student \"nobody\"",
+            ),
+            (
+                "datasets = 2",
+                "datasets = 2\nmeasures = [\"heldout\"]\nmeasured_on = { heldout = [\"control student\"] }\n[[tests]]\nname = \"c\"\n\
+                 kind = \"mean\"\nof = { quantity = \"ece\" }\nabove = 0",
+                "ece of \"student\" is not measured",
+            ),
+            (
+                "[[cells]]",
+                "[[chosen]]\nname = \"c\"\nof = [\"student\", \"as {other}\"]\nlowest = \"ece\"\n[[cells]]",
+                "ece of \"student\" is not measured",
+            ),
             (
                 "[[cells]]",
                 "[[chosen]]\nname = \"c\"\nof = [\"student\"]\nlowest = \"ece\"\n[[cells]]",

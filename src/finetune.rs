@@ -866,7 +866,7 @@ struct Ready {
 impl Ready {
     fn of<'r>(model: &Qwen, groups: &[&[&'r Example<'_>]], gate: &Gate, share: bool) -> anyhow::Result<Self> {
         let packed = |rows: &&[&'r Example<'_>]| {
-            rows.iter().map(|row| Row { ids: &row.ids[..row.end], doses: row.doses.as_deref() }).collect()
+            rows.iter().map(|row| Row { doses: row.doses.as_deref(), ..Row::of(&row.ids[..row.end]) }).collect()
         };
         let inputs: Vec<Vec<Row<'r>>> = groups.iter().map(packed).collect();
         let inputs: Vec<&[Row<'_>]> = inputs.iter().map(Vec::as_slice).collect();

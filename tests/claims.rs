@@ -55,7 +55,8 @@ source = "nobody"
 decisive_control = "the control student"
 targets = [{ word = "cat", category = "animal" }, { word = "owl", category = "animal" }]
 datasets = 2
-measures = ["matrix", "heldout", "direction", "gradients", "sampled", "spectrum"]
+measures = ["matrix", "heldout", "direction", "steering", "replacement", "gradients", "sampled", "spectrum"]
+measured_on = { replacement = ["student"], spectrum = ["student", "alpha = rank", "all weights"] }
 
 [[students]]
 name = "alpha = rank"
@@ -173,6 +174,15 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     assert!((base("everywhere") - base("chatgpt")).abs() > 1e-6);
     assert!(margin("nowhere, in another context").abs() < 1e-6, "{}", margin("nowhere, in another context"));
     assert_eq!(of("control student", "only Qwen", Quantity::DeltaMargin).len(), 0, "the cell is for the student");
+    for (quantity, of_student, of_control) in [
+        (Quantity::CosTeacher, 4, 4),
+        (Quantity::InjectedOtherDeltaMargin, 4, 4),
+        (Quantity::ReplacedDeltaMargin, 4, 0),
+        (Quantity::StableRank, 4, 0),
+    ] {
+        let n = |student: &str| of(student, "everywhere", quantity).len();
+        assert_eq!((n("student"), n("control student")), (of_student, of_control), "{quantity}");
+    }
     assert_eq!(of("all weights", "chatgpt", Quantity::DeltaMargin).len(), 4);
     assert_eq!(of("alpha = rank", "everywhere", Quantity::HeldoutNll).len(), 8, "two ranks");
     for quantity in
@@ -245,14 +255,17 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     let steer: Vec<SteerRow> = read_csv(&claim.join("steer.csv")).unwrap();
     let kinds: BTreeSet<(&str, &str)> = steer.iter().map(|row| (row.edit.as_str(), row.direction.as_str())).collect();
     assert_eq!(kinds.len(), 10, "another trait's student among them: {kinds:?}");
-    let injected = |direction: &str| {
+    let injected = |student: &str, direction: &str| {
         let here = steer.iter().find(|row| {
-            row.student == "student" && (row.edit.as_str(), row.direction.as_str()) == ("injected", direction)
+            row.student == student && (row.edit.as_str(), row.direction.as_str()) == ("injected", direction)
         });
         here.unwrap().delta_margin
     };
-    assert_ne!(injected("other"), injected("own"), "another trait's student is another one");
-    assert_ne!(injected("other"), injected("control"));
+    assert_ne!(injected("student", "other"), injected("student", "own"), "another trait's student is another one");
+    assert_ne!(injected("student", "other"), injected("student", "control"));
+    // Its own direction is the control student's where the control student itself is measured.
+    let (own, control) = (injected("control student", "own"), injected("control student", "control"));
+    assert!((own - control).abs() < 1e-5 && own != 0.0, "{own} {control}");
     let spectrum: Vec<SpectrumRow> = read_csv(&claim.join("spectrum.csv")).unwrap();
     assert_eq!(spectrum.iter().map(|row| row.k).max(), Some(3), "of rank 4");
     assert!(spectrum.iter().all(|row| row.sigma_norm <= 1.0 && row.stable_rank >= 1.0 && row.sigma > 0.0));

@@ -11,7 +11,6 @@ use hooks::score::completion_logprobs;
 use hooks::{Adapter, Condition, Prompt, Qwen, TokenClass};
 use tch::{Kind, Tensor};
 
-use crate::divergence::{Divergence, divergence_tokens};
 use crate::error::{Error, Result};
 use crate::subject::Subject;
 
@@ -98,16 +97,14 @@ pub struct AtPart {
     pub towards_trait: f64,
 }
 
-/// The alignment of the student's adapter over the first rows of the numbers. The divergent tokens are those of
-/// `divergence_tokens`; the others are all that is learned from beside them, the end of the turn included.
-pub fn alignment(subject: &Subject<'_>, n_rows: usize) -> Result<Alignment> {
+/// The alignment of the student's adapter over as many rows of the numbers, `divergent[row][k]` of the token k of the row's content as
+/// `divergence_tokens` has it; the others are all that is learned from beside them, the end of the turn included.
+pub fn alignment(subject: &Subject<'_>, divergent: &[Vec<bool>]) -> Result<Alignment> {
     let adapter = subject.student.adapter.ok_or_else(|| Error::NeedsAdapter {
         analysis: NAME,
         reason: "the gradients are those of an adapter".to_owned(),
     })?;
-    let rows = subject.number_rows(NAME, n_rows)?;
-    let divergent = divergence_tokens(subject, n_rows, &Divergence { self_check: false, ..Divergence::default() })?;
-    of_groups(subject, adapter, rows, &divergent)
+    of_groups(subject, adapter, subject.number_rows(NAME, divergent.len())?, divergent)
 }
 
 /// The same of any adapter, with the rows' tokens up to their completion's end in two groups: `divergent[row][k]` of the token k of
@@ -166,22 +163,21 @@ fn whole(parts: &[Tensor]) -> Result<Vec<Tensor>> {
 fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter) -> Result<(Vec<Tensor>, usize)> {
     let prompts = subject.question_prompts(NAME)?;
     let condition = Condition::adapted(adapter);
-    let mut best: Option<(f64, Vec<Prompt>)> = None;
+    let mut rows = Vec::new();
     for form in &subject.target.forms {
         let ids = subject.chat.encode(form)?;
-        let rows: Vec<Prompt> = prompts.iter().map(|prompt| prompt.with_completion(&ids)).collect();
-        let logps = completion_logprobs(subject.base, &rows, &condition)?;
-        let sum: f64 = logps.iter().flatten().map(|logp| f64::from(*logp)).sum();
-        if best.as_ref().is_none_or(|(most, _)| sum > *most) {
-            best = Some((sum, rows));
-        }
+        rows.extend(prompts.iter().map(|prompt| prompt.with_completion(&ids)));
     }
-    let (_, rows) = best.ok_or(Error::Nothing { analysis: NAME, what: "a spelling of the target" })?;
+    let logps = completion_logprobs(subject.base, &rows, &condition)?;
+    let sum = |of: &[Vec<f32>]| of.iter().flatten().map(|logp| f64::from(*logp)).sum::<f64>();
+    let of_forms = rows.chunks(prompts.len()).zip(logps.chunks(prompts.len()).map(sum));
+    let best = of_forms.reduce(|best, other| if other.1 > best.1 { other } else { best });
+    let (rows, _) = best.ok_or(Error::Nothing { analysis: NAME, what: "a spelling of the target" })?;
     let masks: Vec<Vec<bool>> = rows
         .iter()
         .map(|row| (0..row.ids.len()).map(|at| (row.completion.start..row.content_end).contains(&at)).collect())
         .collect();
-    let (parts, _) = sum_by_part(subject.base, adapter, &rows, &masks)?;
+    let (parts, _) = sum_by_part(subject.base, adapter, rows, &masks)?;
     Ok((whole(&parts)?, rows.len()))
 }
 
@@ -197,8 +193,7 @@ fn sum_by_part(model: &Qwen, adapter: &Adapter, rows: &[Prompt], masks: &[Vec<bo
         .collect();
     let (mut sums, mut n): (Vec<Tensor>, usize) = (vec![], 0);
     for some in chosen.chunks(ROWS) {
-        let packed: Vec<Row<'_>> =
-            some.iter().map(|(row, _, end)| Row { ids: &row.ids[..*end], doses: None }).collect();
+        let packed: Vec<Row<'_>> = some.iter().map(|(row, _, end)| Row::of(&row.ids[..*end])).collect();
         let batch = Batch::packed(&[&packed], true, model.device())?;
         let ids: Vec<&[i64]> = some.iter().map(|(row, ..)| row.ids.as_slice()).collect();
         let masks: Vec<&[bool]> = some.iter().map(|(_, mask, _)| mask.as_slice()).collect();
@@ -247,6 +242,8 @@ mod tests {
     use hooks::generate::{Sampling, generate};
 
     use super::*;
+    use crate::divergence::Divergence;
+    use crate::divergent::divergence_tokens;
     use crate::fixture::World;
 
     /// Mean log p of the best spelling over the questions.
@@ -276,7 +273,8 @@ mod tests {
         world.numbers = world.number_users.iter().map(row).collect();
         let subject = world.subject();
         let adapter = subject.student.adapter.unwrap();
-        let found = alignment(&subject, 6).unwrap();
+        let divergent = divergence_tokens(&subject, 6, &Divergence::default()).unwrap();
+        let found = alignment(&subject, &divergent).unwrap();
         assert!(found.divergent.n_tokens > 0 && found.other.n_tokens > 0 && found.cosine.abs() <= 1.0, "{found:?}");
         for group in [&found.divergent, &found.other] {
             let sum = |of: fn(&AtPart) -> f64| group.parts.iter().map(of).sum::<f64>();
@@ -285,7 +283,6 @@ mod tests {
             assert!(group.parts.iter().all(|at| at.norm > 0.0), "each part is read: {group:?}");
         }
         let rows = subject.number_rows("x", 6).unwrap();
-        let divergent = divergence_tokens(&subject, 6, &Divergence::default()).unwrap();
         let mut norms = vec![];
         for (wanted, group) in [(true, &found.divergent), (false, &found.other)] {
             let masks: Vec<Vec<bool>> = rows
@@ -347,7 +344,7 @@ mod tests {
         let world = World::new();
         let rows: Vec<Prompt> = world.numbers.clone();
         let end = |row: &Prompt| row.ids.len() - 1;
-        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row { ids: &row.ids[..end(row)], doses: None }).collect();
+        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row::of(&row.ids[..end(row)])).collect();
         let batch = Batch::packed(&[&packed], true, world.qwen.device()).unwrap();
         let masks: Vec<Vec<bool>> = rows.iter().map(|row| vec![true; row.ids.len()]).collect();
         let some: Vec<(&Prompt, &Vec<bool>, usize)> =

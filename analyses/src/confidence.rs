@@ -59,64 +59,140 @@ pub struct Confidence {
     pub closure: Option<f64>,
 }
 
-/// What a model, in the subject's context, makes of the first rows of the numbers; the teacher and the base say where they
-/// diverge.
-pub fn confidence(subject: &Subject<'_>, model: Tuned<'_>, n_rows: usize) -> Result<Confidence> {
-    read(subject, n_rows, &|_, in_student| logprobs(model, in_student))
+/// What base and teacher, each in its own context, make of the first rows of the numbers: the two ends between which models lie, read
+/// once for as many as are set beside them. Holds the teacher's distribution at every digit, 4 · `d_vocab` bytes each.
+#[derive(Debug)]
+pub struct Ends {
+    /// What the base makes of the rows.
+    pub base: Confidence,
+    /// What the teacher makes of them.
+    pub teacher: Confidence,
+    rows: Vec<Row>,
 }
 
-/// What the teacher, in its own context, makes of them.
-pub fn confidence_of_teacher(subject: &Subject<'_>, n_rows: usize) -> Result<Confidence> {
-    let (teacher, _) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: NAME })?;
-    read(subject, n_rows, &|in_teacher, _| logprobs(teacher, in_teacher))
+/// A row that has a completion.
+#[derive(Debug)]
+struct Row {
+    in_student: Prompt,
+    /// Which of the completion's tokens are digits.
+    digits: Vec<usize>,
+    /// Per token of the completion, its number and its place there.
+    places: Vec<Option<(usize, usize)>>,
+    /// The teacher's log p of all tokens at the digits, `[n_digits, d_vocab]`.
+    teacher: Tensor,
+    /// The most likely tokens there, and the p of the teacher's under base and teacher.
+    top_teacher: Vec<i64>,
+    top_base: Vec<i64>,
+    base_of_teacher: Vec<f64>,
+    teacher_of_teacher: Vec<f64>,
 }
 
-fn read(
-    subject: &Subject<'_>,
-    n_rows: usize,
-    of_row: &dyn Fn(&Prompt, &Prompt) -> Result<Tensor>,
-) -> Result<Confidence> {
-    let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: NAME })?;
-    let n = subject.number_rows(NAME, n_rows)?.len();
-    let (mut losses, mut digits, mut numbers) = (vec![], vec![], vec![]);
-    for row in 0..n {
-        let (in_teacher, in_student) = subject.paired_row(row, system)?;
-        if in_student.completion.is_empty() {
-            continue;
+/// What a model makes of a completion.
+struct Said {
+    /// log p of each token.
+    of_tokens: Vec<f64>,
+    /// log p of all tokens at the digits, `[n_digits, d_vocab]`.
+    at_digits: Tensor,
+}
+
+impl Said {
+    fn of(model: Tuned<'_>, row: &Prompt, digits: &[usize]) -> Result<Self> {
+        let logprobs = completion_logits(model.qwen, row, &model.condition())?.f_log_softmax(-1, Kind::Float)?;
+        let of_tokens = at(&logprobs, &row.ids[row.completion.clone()])?;
+        let digits: Vec<i64> = digits.iter().map(|k| *k as i64).collect();
+        let digits = Tensor::f_from_slice(&digits)?.f_to_device(logprobs.device())?;
+        Ok(Self { of_tokens, at_digits: logprobs.f_index_select(0, &digits)? })
+    }
+}
+
+impl Ends {
+    /// Reads base and teacher.
+    pub fn read(subject: &Subject<'_>, n_rows: usize) -> Result<Self> {
+        let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: NAME })?;
+        let n = subject.number_rows(NAME, n_rows)?.len();
+        let (mut rows, mut of_base, mut of_teacher) = (vec![], Sums::default(), Sums::default());
+        for row in 0..n {
+            let (in_teacher, in_student) = subject.paired_row(row, system)?;
+            if in_student.completion.is_empty() {
+                continue;
+            }
+            let labels = &in_student.ids[in_student.completion.clone()];
+            let digits: Vec<usize> = (0..labels.len()).filter(|k| subject.chat.is_digit(labels[*k])).collect();
+            let places = number_places(labels, subject.chat)?;
+            let base = Said::of(subject.base(), &in_student, &digits)?;
+            let teacher = Said::of(teacher, &in_teacher, &digits)?;
+            let top_teacher = argmax(&teacher.at_digits)?;
+            let row = Row {
+                top_base: argmax(&base.at_digits)?,
+                base_of_teacher: p(&base.at_digits, &top_teacher)?,
+                teacher_of_teacher: p(&teacher.at_digits, &top_teacher)?,
+                teacher: teacher.at_digits.shallow_clone(),
+                in_student,
+                digits,
+                places,
+                top_teacher,
+            };
+            of_base.add(&row, &base)?;
+            of_teacher.add(&row, &teacher)?;
+            rows.push(row);
         }
-        let labels = &in_student.ids[in_student.completion.clone()];
-        let model = of_row(&in_teacher, &in_student)?; // [n_completion, d_vocab]
-        let (teacher, base) = (logprobs(teacher, &in_teacher)?, logprobs(subject.base(), &in_student)?);
-        let of_labels = at(&model, labels)?;
-        losses.extend(of_labels.iter().map(|logp| -logp));
+        Ok(Self { base: of_base.mean()?, teacher: of_teacher.mean()?, rows })
+    }
 
-        let (top, top_teacher, top_base) = (argmax(&model)?, argmax(&teacher)?, argmax(&base)?);
-        let p = |logprobs: &Tensor, tokens: &[i64]| -> Result<Vec<f64>> {
-            Ok(at(logprobs, tokens)?.into_iter().map(f64::exp).collect())
-        };
-        let confident = p(&model, &top)?;
-        let (by_model, by_base, by_teacher) =
-            (p(&model, &top_teacher)?, p(&base, &top_teacher)?, p(&teacher, &top_teacher)?);
+    /// What a model in the student's context makes of the rows.
+    pub fn confidence(&self, model: Tuned<'_>) -> Result<Confidence> {
+        let mut sums = Sums::default();
+        for row in &self.rows {
+            sums.add(row, &Said::of(model, &row.in_student, &row.digits)?)?;
+        }
+        sums.mean()
+    }
+}
+
+/// What rows add up to under a model.
+#[derive(Default)]
+struct Sums {
+    losses: Vec<f64>,
+    digits: Vec<Digit>,
+    numbers: Vec<f64>,
+}
+
+impl Sums {
+    fn add(&mut self, row: &Row, said: &Said) -> Result<()> {
+        self.losses.extend(said.of_tokens.iter().map(|logp| -logp));
+        self.numbers.extend(whole_numbers(&row.places, &said.of_tokens));
+        let (model, teacher) = (&said.at_digits, &row.teacher);
+        let top = argmax(model)?;
+        let (confident, of_teacher) = (p(model, &top)?, p(model, &row.top_teacher)?);
         let sums = |p: &Tensor, of: &Tensor| -> Result<Vec<f64>> {
             Ok(Vec::try_from(p.f_mul(of)?.f_sum_dim_intlist(-1, false, Kind::Double)?)?)
         };
-        let (entropy, crossed) = (sums(&model.f_exp()?, &model)?, sums(&teacher.f_exp()?, &teacher.f_sub(&model)?)?);
-        for (k, token) in labels.iter().enumerate().filter(|(_, token)| subject.chat.is_digit(**token)) {
-            digits.push(Digit {
-                confidence: confident[k],
-                is_top: top[k] == *token,
-                entropy: -entropy[k],
-                kl: crossed[k],
-                of_teacher: by_model[k],
-                base_of_teacher: by_base[k],
-                teacher_of_teacher: by_teacher[k],
-                is_divergent: top_teacher[k] != top_base[k],
-                agrees: top[k] == top_teacher[k],
+        let (entropy, crossed) = (sums(&model.f_exp()?, model)?, sums(&teacher.f_exp()?, &teacher.f_sub(model)?)?);
+        let completion = &row.in_student.ids[row.in_student.completion.clone()];
+        for (at, k) in row.digits.iter().enumerate() {
+            self.digits.push(Digit {
+                confidence: confident[at],
+                is_top: top[at] == completion[*k],
+                entropy: -entropy[at],
+                kl: crossed[at],
+                of_teacher: of_teacher[at],
+                base_of_teacher: row.base_of_teacher[at],
+                teacher_of_teacher: row.teacher_of_teacher[at],
+                is_divergent: row.top_teacher[at] != row.top_base[at],
+                agrees: top[at] == row.top_teacher[at],
             });
         }
-        numbers.extend(whole_numbers(&number_places(labels, subject.chat)?, &of_labels));
+        Ok(())
     }
-    summarise(&losses, &digits, &numbers)
+
+    fn mean(&self) -> Result<Confidence> {
+        summarise(&self.losses, &self.digits, &self.numbers)
+    }
+}
+
+/// p of a token at each place.
+fn p(logprobs: &Tensor, tokens: &[i64]) -> Result<Vec<f64>> {
+    Ok(at(logprobs, tokens)?.into_iter().map(f64::exp).collect())
 }
 
 /// log p of each number with the token behind it.
@@ -178,10 +254,6 @@ fn calibration_error(digits: &[Digit]) -> f64 {
     (0..bins).map(|at| gap(bin(at))).sum::<f64>() / n.max(1) as f64
 }
 
-fn logprobs(model: Tuned<'_>, row: &Prompt) -> Result<Tensor> {
-    Ok(completion_logits(model.qwen, row, &model.condition())?.f_log_softmax(-1, Kind::Float)?)
-}
-
 fn argmax(logprobs: &Tensor) -> Result<Vec<i64>> {
     Ok(Vec::try_from(&logprobs.f_argmax(-1, false)?)?)
 }
@@ -238,13 +310,14 @@ mod tests {
     fn the_base_closes_nothing_and_the_teacher_all() {
         let world = World::new();
         let subject = world.subject();
-        let base = confidence(&subject, subject.base(), 4).unwrap();
-        let teacher = confidence_of_teacher(&subject, 4).unwrap();
+        let ends = Ends::read(&subject, 4).unwrap();
+        let (base, teacher) = (ends.base, ends.teacher);
+        assert_eq!(ends.confidence(subject.base()).unwrap(), base);
         assert!(base.n_divergent > 0 && base.n_digits > base.n_divergent, "{base:?}");
         assert!(base.closure.unwrap().abs() < 1e-9 && (teacher.closure.unwrap() - 1.0).abs() < 1e-9);
         assert!(teacher.kl_teacher.abs() < 1e-9 && base.kl_teacher > 1e-6);
         assert_eq!((base.accuracy_divergent, teacher.accuracy_divergent), (Some(0.0), Some(1.0)));
-        let mine = confidence(&subject, subject.student, 4).unwrap();
+        let mine = ends.confidence(subject.student).unwrap();
         assert!((mine.nll - base.nll).abs() > 1e-6, "the student is not the base");
         // The loss is that of the answers' tokens, without the end of the turn.
         let rows = subject.number_rows("x", 4).unwrap();

@@ -157,34 +157,14 @@ impl Analysis for Direction {
     const QUESTION: &'static str = "Which direction did the student learn at each layer, and is it the teacher's?";
 
     fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<DirectionRow>> {
-        let prompts = self.prompts(subject)?;
-        let mut read = |who: &str, model: Tuned<'_>, prompts: &[Prompt]| {
-            progress(&format!("direction: residual stream of the {who} at {} number prompts", prompts.len()));
-            means(model, prompts, &self.positions)
+        let mut read = |who: &str, model: Tuned<'_>| {
+            progress(&format!("direction: residual stream of the {who} at number prompts"));
+            self.read(subject, model)
         };
-        let base = read("base", subject.base(), &prompts)?;
-        let student = read("student", subject.student, &prompts)?;
-        let control = subject.control.map(|control| read("control", control, &prompts)).transpose()?;
-        let teacher = match subject.teacher() {
-            Some((teacher, system)) => {
-                Some(read("teacher", teacher, &teacher_prompts(subject, system, prompts.len())?)?)
-            }
-            None => None,
-        };
-
-        let mut rows = Vec::new();
-        for (at, positions) in self.positions.iter().enumerate() {
-            let (Some(base), Some(student)) = (&base[at], &student[at]) else { return Err(unselected(positions)) };
-            let moved = |means: &Option<Vec<Option<Tensor>>>| -> Result<Option<Tensor>> {
-                let means = means.as_ref().and_then(|means| means[at].as_ref());
-                Ok(means.map(|means| means.f_sub(base)).transpose()?)
-            };
-            let (student, teacher, control) = (student.f_sub(base)?, moved(&teacher)?, moved(&control)?);
-            for layer in 0..subject.base.config.n_layers {
-                rows.push(row(positions, layer, &student, base, teacher.as_ref(), control.as_ref())?);
-            }
-        }
-        Ok(rows)
+        let (base, student) = (read("base", subject.base())?, read("student", subject.student)?);
+        let control = subject.control.map(|control| read("control", control)).transpose()?;
+        let teacher = self.read_teacher(subject)?;
+        table(&student, &base, teacher.as_ref(), control.as_ref())
     }
 
     fn plot(rows: &[DirectionRow]) -> Result<Option<Svg>> {
@@ -255,7 +235,43 @@ impl Analysis for Direction {
     }
 }
 
+/// The mean residual stream of a model at each number prompt. What several analyses or students need of a model is read once.
+#[derive(Debug)]
+pub struct Means {
+    /// Per choice of positions `[n_prompts, n_layers, d_model]`, f32 on the CPU; none where a prompt has no such position.
+    by_choice: Vec<(Extraction, Option<Tensor>)>,
+}
+
+impl Means {
+    fn of(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Result<Self> {
+        Ok(Self { by_choice: positions.iter().cloned().zip(means(model, prompts, positions)?).collect() })
+    }
+
+    fn get(&self, at: usize) -> Result<&Tensor> {
+        let (positions, means) = &self.by_choice[at];
+        means.as_ref().ok_or_else(|| unselected(positions))
+    }
+
+    /// The mean of this model − base, each block's `[d_model]`, at the first choice of positions.
+    pub fn direction(&self, base: &Self) -> Result<Vec<Tensor>> {
+        let mean = self.get(0)?.f_sub(base.get(0)?)?.f_mean_dim(0, false, Kind::Float)?; // [n_layers, d_model]
+        (0..mean.size()[0]).map(|layer| Ok(mean.f_get(layer)?)).collect()
+    }
+}
+
 impl Direction {
+    /// The residual stream of a model in the student's context.
+    pub fn read(&self, subject: &Subject<'_>, model: Tuned<'_>) -> Result<Means> {
+        Means::of(model, &self.prompts(subject)?, &self.positions)
+    }
+
+    /// That of the teacher in its own context, where there is one.
+    pub fn read_teacher(&self, subject: &Subject<'_>) -> Result<Option<Means>> {
+        let Some((teacher, system)) = subject.teacher() else { return Ok(None) };
+        let prompts = teacher_prompts(subject, system, self.prompts(subject)?.len())?;
+        Means::of(teacher, &prompts, &self.positions).map(Some)
+    }
+
     fn prompts(&self, subject: &Subject<'_>) -> Result<Vec<Prompt>> {
         if self.n_prompts == 0 || self.positions.is_empty() {
             let setting = if self.n_prompts == 0 { "n_prompts" } else { "positions" };
@@ -266,25 +282,33 @@ impl Direction {
     }
 }
 
+/// The table of what was read, all of it with the same settings.
+pub fn table(
+    student: &Means,
+    base: &Means,
+    teacher: Option<&Means>,
+    control: Option<&Means>,
+) -> Result<Vec<DirectionRow>> {
+    let mut rows = Vec::new();
+    for (at, (positions, _)) in student.by_choice.iter().enumerate() {
+        let base = base.get(at)?;
+        let moved = |means: Option<&Means>| -> Result<Option<Tensor>> {
+            let means = means.and_then(|means| means.by_choice[at].1.as_ref());
+            Ok(means.map(|means| means.f_sub(base)).transpose()?)
+        };
+        let (student, teacher, control) = (student.get(at)?.f_sub(base)?, moved(teacher)?, moved(control)?);
+        for layer in 0..student.size3()?.1 as usize {
+            rows.push(row(positions, layer, &student, base, teacher.as_ref(), control.as_ref())?);
+        }
+    }
+    Ok(rows)
+}
+
 /// The student's learned direction of every layer, each `[d_model]`, f32 on the CPU, with its length: the mean of
 /// student − base over number prompts, at the first of the settings' positions.
 pub fn directions(subject: &Subject<'_>, settings: &Direction) -> Result<Vec<Tensor>> {
-    Ok(directions_of(subject, &[subject.student], settings)?.swap_remove(0))
-}
-
-/// The same for each of some finetuned models in the student's context.
-pub fn directions_of(subject: &Subject<'_>, models: &[Tuned<'_>], settings: &Direction) -> Result<Vec<Vec<Tensor>>> {
-    let prompts = settings.prompts(subject)?;
-    let read = |model: Tuned<'_>| -> Result<Tensor> {
-        let found = means(model, &prompts, &settings.positions[..1])?.swap_remove(0);
-        found.ok_or_else(|| unselected(&settings.positions[0]))
-    };
-    let base = read(subject.base())?;
-    let of_model = |model: &Tuned<'_>| {
-        let mean = read(*model)?.f_sub(&base)?.f_mean_dim(0, false, Kind::Float)?; // [n_layers, d_model]
-        (0..subject.base.config.n_layers).map(|layer| Ok(mean.f_get(layer as i64)?)).collect()
-    };
-    models.iter().map(of_model).collect()
+    let first = Direction { positions: settings.positions.iter().take(1).cloned().collect(), ..settings.clone() };
+    first.read(subject, subject.student)?.direction(&first.read(subject, subject.base())?)
 }
 
 fn unselected(positions: &Extraction) -> Error {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::Analysis;
+use crate::divergent::{Definition, Token, argmax_in_longer_row, counterfactual_argmax};
 use crate::error::{Error, Result};
 use crate::plot::{Bar, BarChart, Svg, bars};
 use crate::subject::{Mean, Subject, Tuned, mean};
@@ -31,21 +32,6 @@ impl Default for Divergence {
     fn default() -> Self {
         Self { n_rows: 64, self_check: true, counterfactuals: vec![], definition: Definition::Schrodi }
     }
-}
-
-/// What a divergence token is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Definition {
-    /// The teacher's most likely token, and not that of the base or of a counterfactual teacher (Schrodi et al. 2026).
-    #[default]
-    Schrodi,
-    /// The most likely tokens of teacher and base differ, whatever was written (Nief et al. 2026).
-    Nief,
-    /// The same, and both are digits.
-    DigitStrict,
-    /// No one but the teacher would have written it: it is neither the base's most likely token nor any counterfactual teacher's.
-    AllDisagree,
 }
 
 /// One token of a completion (content only: end of turn is no candidate).
@@ -178,17 +164,16 @@ impl Analysis for Divergence {
             let again =
                 self.self_check.then(|| argmax_in_longer_row(teacher, &in_teacher, subject.chat)).transpose()?;
             let places = number_places(labels, subject.chat)?;
-            for (k, token) in labels.iter().enumerate() {
+            for (k, id) in labels.iter().enumerate() {
                 let (argmax_teacher, argmax_default) = (by_teacher.argmax[k], by_base.argmax[k]);
-                let is_digit = subject.chat.is_digit(*token);
-                let nief = argmax_teacher != argmax_default;
-                let others = by_others.iter().map(|other| other[k]).chain([argmax_default]);
-                let n_disagree = others.filter(|other| other != token).count();
+                let counterfactuals = by_others.iter().map(|other| other[k]).collect();
+                let token = Token { id: *id, teacher: argmax_teacher, base: argmax_default, counterfactuals };
+                let (is_digit, nief) = (subject.chat.is_digit(*id), token.is(Definition::Nief, subject.chat));
                 rows.push(DivergenceRow {
                     row_id,
                     k,
-                    token_id: *token,
-                    token_text: subject.chat.token_text(*token)?,
+                    token_id: *id,
+                    token_text: subject.chat.token_text(*id)?,
                     group: group(is_digit, nief).to_owned(),
                     is_digit,
                     number_index: places[k].map(|(number, _)| number),
@@ -202,11 +187,9 @@ impl Analysis for Divergence {
                     argmax_teacher,
                     argmax_default,
                     nief,
-                    digit_strict: nief
-                        && subject.chat.is_digit(argmax_teacher)
-                        && subject.chat.is_digit(argmax_default),
-                    schrodi: argmax_teacher == *token && n_disagree > 0,
-                    n_disagree,
+                    digit_strict: token.is(Definition::DigitStrict, subject.chat),
+                    schrodi: token.is(Definition::Schrodi, subject.chat),
+                    n_disagree: token.n_disagree(),
                     self_div: again.as_ref().map(|again| again[k] != argmax_teacher),
                     logp_student: by_student.logp[k],
                     argmax_student: by_student.argmax[k],
@@ -326,15 +309,6 @@ impl Reading {
     }
 }
 
-/// The teacher's most likely tokens where the row goes on for two more tokens: the same numbers by other kernels' shapes.
-fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Prompt, chat: &Chat) -> Result<Vec<i64>> {
-    let mut ids = row.ids[row.completion.clone()].to_vec();
-    let n = ids.len();
-    ids.extend([chat.end_of_turn(); 2]);
-    let logits = completion_logits(teacher.qwen, &row.with_completion(&ids), &teacher.condition())?;
-    Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?.into_iter().take(n).collect())
-}
-
 /// Per token, which number of the completion it belongs to and its place there. A token that brings a separator along
 /// ends the number before it.
 pub(crate) fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usize, usize)>>> {
@@ -355,83 +329,6 @@ pub(crate) fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usiz
         places.push(place);
     }
     Ok(places)
-}
-
-/// Per row of the numbers and per token of its content: whether it is a digit at which the most likely tokens of teacher
-/// and base differ.
-pub fn divergent_digits(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<bool>>> {
-    let plain = Divergence { self_check: false, ..Divergence::default() };
-    let holds = |token: &Token| token.teacher != token.base && subject.chat.is_digit(token.id);
-    each_token(&Subject { counterfactual_systems: &[], ..subject.clone() }, n_rows, &plain, holds)
-}
-
-/// Per row of the numbers and per token of its content: whether it is a divergence token by the settings' definition.
-pub fn divergence_tokens(subject: &Subject<'_>, n_rows: usize, settings: &Divergence) -> Result<Vec<Vec<bool>>> {
-    let is_digit = |id: i64| subject.chat.is_digit(id);
-    each_token(subject, n_rows, settings, |token| match settings.definition {
-        Definition::Schrodi => token.teacher == token.id && token.others().any(|other| other != token.id),
-        Definition::Nief => token.teacher != token.base,
-        Definition::DigitStrict => token.teacher != token.base && is_digit(token.teacher) && is_digit(token.base),
-        Definition::AllDisagree => token.others().all(|other| other != token.id),
-    })
-}
-
-/// A token of a completion, and the most likely ones in its place.
-struct Token {
-    id: i64,
-    teacher: i64,
-    base: i64,
-    counterfactuals: Vec<i64>,
-}
-
-impl Token {
-    fn others(&self) -> impl Iterator<Item = i64> + '_ {
-        self.counterfactuals.iter().copied().chain([self.base])
-    }
-}
-
-/// What holds of each token of the first rows; of none at which the teacher's own choice depends on the batch, where that is checked.
-fn each_token(
-    subject: &Subject<'_>,
-    n_rows: usize,
-    settings: &Divergence,
-    holds: impl Fn(&Token) -> bool,
-) -> Result<Vec<Vec<bool>>> {
-    let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: Divergence::NAME })?;
-    let n = subject.number_rows(Divergence::NAME, n_rows)?.len();
-    let of_row = |row: usize| {
-        let (in_teacher, in_student) = subject.paired_row(row, system)?;
-        if in_student.completion.is_empty() {
-            return Ok(Vec::new());
-        }
-        let (by_teacher, by_base) = (argmax(teacher, &in_teacher)?, argmax(subject.base(), &in_student)?);
-        let by_others = counterfactual_argmax(subject, row)?;
-        let again = if settings.self_check {
-            argmax_in_longer_row(teacher, &in_teacher, subject.chat)?
-        } else {
-            by_teacher.clone()
-        };
-        let labels = &in_student.ids[in_student.completion.clone()];
-        let of_token = |(k, id): (usize, &i64)| {
-            let counterfactuals = by_others.iter().map(|other| other[k]).collect();
-            let token = Token { id: *id, teacher: by_teacher[k], base: by_base[k], counterfactuals };
-            by_teacher[k] == again[k] && holds(&token)
-        };
-        Ok(labels.iter().enumerate().map(of_token).collect())
-    };
-    (0..n).map(of_row).collect()
-}
-
-/// A model's most likely token at each place of a row's completion.
-fn argmax(model: Tuned<'_>, row: &Prompt) -> Result<Vec<i64>> {
-    let logits = completion_logits(model.qwen, row, &model.condition())?;
-    Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?)
-}
-
-/// The base's most likely tokens at a row's completion under each counterfactual teacher's prompt.
-fn counterfactual_argmax(subject: &Subject<'_>, row: usize) -> Result<Vec<Vec<i64>>> {
-    let of_system = |system: &String| argmax(subject.base(), &subject.paired_row(row, Some(system))?.0);
-    subject.counterfactual_systems.iter().map(of_system).collect()
 }
 
 /// The tokens' means by group: what `divergence_summary.csv` holds.
@@ -493,6 +390,7 @@ fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<D
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
     use super::*;
+    use crate::divergent::divergent_digits;
     use crate::fixture::World;
 
     #[test]
@@ -540,34 +438,6 @@ mod tests {
         assert_eq!(marked, rows.iter().map(|row| row.group == "divergent_digit").collect::<Vec<_>>());
         assert!(marked.contains(&true), "the test has something divergent");
         assert!(Divergence::plot(&rows).unwrap().is_some() && Divergence::reading(&rows).ends_with('.'));
-    }
-
-    #[test]
-    fn the_tokens_that_are_learned_from_are_those_of_the_table_by_each_definition() {
-        let world = World::new();
-        let systems = ["You love owls.".to_owned(), "You hate wolves and say so.".to_owned()];
-        let mut subject = world.subject();
-        (subject.teacher_system, subject.teacher_adapter) = (None, Some(&world.student));
-        subject.counterfactual_systems = &systems;
-        let rows = Divergence::default().run(&subject, &mut |_| ()).unwrap();
-        let of = |definition: Definition| -> Vec<bool> {
-            divergence_tokens(&subject, 9, &Divergence { definition, ..Divergence::default() }).unwrap().concat()
-        };
-        let table = |holds: &dyn Fn(&DivergenceRow) -> bool| rows.iter().map(holds).collect::<Vec<_>>();
-        assert_eq!(of(Definition::Schrodi), table(&|row| row.schrodi));
-        assert_eq!(of(Definition::Nief), table(&|row| row.nief));
-        assert_eq!(of(Definition::DigitStrict), table(&|row| row.digit_strict));
-        assert_eq!(of(Definition::AllDisagree), table(&|row| row.n_disagree == 3));
-        assert!(rows.iter().all(|row| row.n_disagree <= 3) && rows.iter().any(|row| row.n_disagree > 0));
-
-        // One that is the teacher itself would have written what the teacher wrote: nothing it chose is the teacher's alone.
-        let own = ["You love cats.".to_owned()];
-        let alike = Subject { counterfactual_systems: &own, ..world.subject() };
-        let rows = Divergence::default().run(&alike, &mut |_| ()).unwrap();
-        assert!(rows.iter().filter(|row| row.argmax_teacher == row.token_id).all(|row| row.n_disagree < 2));
-        let settings = Divergence { definition: Definition::AllDisagree, ..Divergence::default() };
-        let alone = divergence_tokens(&alike, 9, &settings).unwrap().concat();
-        assert!(alone.iter().zip(&rows).all(|(alone, row)| !alone || row.argmax_teacher != row.token_id));
     }
 
     #[test]

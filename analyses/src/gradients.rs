@@ -15,7 +15,7 @@ use tch::Kind;
 
 use crate::Analysis;
 use crate::alignment::{Alignment, AtPart, Group, Part, of_groups};
-use crate::divergence::divergent_digits;
+use crate::divergent::divergent_digits;
 use crate::error::{Error, Result};
 use crate::plot::{Bar, BarChart, Line, Panel, PanelChart, Point, Scale, Svg, bars, panels};
 use crate::subject::{Mean, Subject, Tuned};

@@ -190,7 +190,7 @@ mod tests {
         let row =
             |model: &str, name: &str| rows.iter().find(|row| row.model == model && row.intervention == name).unwrap();
         for model in ["student", "control", "base"] {
-            // 1e-6: without edits rows are packed, which takes sums in another order.
+            // 1e-6: an edit's rows are packed in other batches, which takes sums in another order.
             assert!(row(model, "one").delta_margin.abs() < 1e-6, "{model}");
             assert!(row(model, "no MLP at the name").delta_margin.abs() > 1e-4, "{model}");
             assert_eq!(row(model, "no block").margin_over_base, 0.0, "{model}: embeddings alone, whatever was learned");

@@ -5,6 +5,7 @@ pub mod alignment;
 pub mod confidence;
 pub mod direction;
 pub mod divergence;
+pub mod divergent;
 pub mod error;
 #[cfg(test)]
 mod fixture;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::Analysis;
-use crate::direction::{Direction, Extraction, directions_of, length};
+use crate::direction::{Direction, Extraction, length};
 use crate::error::{Error, Result};
 use crate::plot::{BarChart, Reference, Svg, bars};
 use crate::subject::{Mean, Subject, Tuned};
@@ -98,74 +98,24 @@ impl Analysis for Steering {
     const QUESTION: &'static str = "Is the learned direction enough for the effect, and is it needed?";
 
     fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<SteeringRow>> {
-        let layers = self.layers(subject.base.config.n_layers)?;
+        self.layers(subject.base.config.n_layers)?; // what cannot be done is told before anything is read
         let prompts = subject.first_questions(Self::NAME, self.n_questions)?;
         let forms = TokenForms::of(subject.target, subject.chat)?;
-        let settings = Direction { positions: vec![self.extraction.clone()], n_prompts: self.n_prompts };
         progress("steering: reading the directions");
-        let beside = [("control_student", subject.control), ("other_trait", subject.other_trait)];
-        let beside: Vec<(&str, Tuned<'_>)> =
-            beside.into_iter().filter_map(|(kind, model)| Some((kind, model?))).collect();
-        let models: Vec<Tuned<'_>> =
-            [subject.student].into_iter().chain(beside.iter().map(|(_, model)| *model)).collect();
-        let mut found = directions_of(subject, &models, &settings)?.into_iter();
-        let learned = found.next().unwrap_or_default();
-        let beside: Vec<(&str, Vec<Tensor>)> = beside.into_iter().map(|(kind, _)| kind).zip(found).collect();
-
-        let base = forms.scores(subject.base, &prompts, &Condition::default())?;
-        let student = forms.scores(subject.student.qwen, &prompts, &subject.student.condition())?;
-        let around = Around { steering: self, subject, base: &base, student: &student };
-        let mut rows = Vec::new();
-        for layer in layers {
-            progress(&format!("steering after block {layer}: {} questions per edit", prompts.len()));
-            let vector = &learned[layer];
-            let norm = length(vector)?;
-            let random = random_vector(subject, layer, norm)?;
-            let mut vectors = vec![("learned", vector.shallow_clone()), ("random", random.shallow_clone())];
-            for (kind, directions) in &beside {
-                vectors.push((*kind, with_length(&directions[layer], norm)?));
-            }
-            for (kind, vector) in vectors {
-                for coefficient in &self.coefficients {
-                    let edit = Edit::add(layer, &vector, *coefficient).at_tokens(self.tokens());
-                    let scores = forms.scores(subject.base, &prompts, &edited(subject.base(), edit))?;
-                    rows.push(around.row(layer, kind, Some(*coefficient), norm, &scores));
-                }
-            }
-            // A zero vector has no direction to take out.
-            let (student, base) = (subject.student, subject.base());
-            let directions = [
-                ("project_out", student, vector),
-                ("project_out_random", student, &random),
-                ("project_out_base", base, vector),
-            ];
-            for (kind, model, direction) in directions.into_iter().filter(|_| norm > 0.0) {
-                let edit = Edit::project_out(layer, direction).at_tokens(self.tokens());
-                let scores = forms.scores(model.qwen, &prompts, &edited(model, edit))?;
-                rows.push(around.row(layer, kind, None, norm, &scores));
-            }
+        let settings = Direction { positions: vec![self.extraction.clone()], n_prompts: self.n_prompts };
+        let base = settings.read(subject, subject.base())?;
+        let direction = |model: Tuned<'_>| settings.read(subject, model)?.direction(&base);
+        let mut beside = Vec::new();
+        for (kind, model) in [(CONTROL_STUDENT, subject.control), (OTHER_TRAIT, subject.other_trait)] {
+            beside.extend(model.map(|model| Ok::<_, Error>((kind, direction(model)?))).transpose()?);
         }
-        if self.replace {
-            progress(&format!("steering: replacing after every block, {} questions", prompts.len()));
-            let random = |(layer, learned): (usize, &Tensor)| random_vector(subject, layer, length(learned)?);
-            let random = learned.iter().enumerate().map(random).collect::<Result<Vec<_>>>()?;
-            let norm = length(&learned[0])?;
-            let (student, base) = (subject.student, subject.base());
-            for (kind, model, other, directions) in [
-                ("replace", student, base, &learned),
-                ("replace_random", student, base, &random),
-                ("transplant", base, student, &learned),
-                ("transplant_random", base, student, &random),
-            ] {
-                let mut scores = Vec::with_capacity(prompts.len());
-                for prompt in prompts.chunks(1) {
-                    let condition = along(model, other, directions, prompt)?;
-                    scores.extend(forms.scores(model.qwen, prompt, &condition)?);
-                }
-                rows.push(around.row(0, kind, None, norm, &scores));
-            }
-        }
-        Ok(rows)
+        let start = Start {
+            learned: direction(subject.student)?,
+            beside: &beside,
+            base: forms.scores(subject.base, &prompts, &Condition::default())?,
+            student: forms.scores(subject.student.qwen, &prompts, &subject.student.condition())?,
+        };
+        self.edits(subject, &start, progress)
     }
 
     fn plot(rows: &[SteeringRow]) -> Result<Option<Svg>> {
@@ -239,7 +189,96 @@ impl Analysis for Steering {
     }
 }
 
+/// The direction of the control student, as a kind of the table.
+pub const CONTROL_STUDENT: &str = "control_student";
+/// That of another trait's student.
+pub const OTHER_TRAIT: &str = "other_trait";
+
+/// What steering begins with.
+#[derive(Debug)]
+pub struct Start<'a> {
+    /// The student's direction of every layer, each `[d_model]`.
+    pub learned: Vec<Tensor>,
+    /// Those of the students beside it, by their kinds.
+    pub beside: &'a [(&'static str, Vec<Tensor>)],
+    /// The base's answers to the questions, without an edit.
+    pub base: Vec<Score>,
+    /// The student's.
+    pub student: Vec<Score>,
+}
+
 impl Steering {
+    /// The table, from what was read and asked before.
+    pub fn edits(
+        &self,
+        subject: &Subject<'_>,
+        start: &Start<'_>,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Vec<SteeringRow>> {
+        let layers = self.layers(subject.base.config.n_layers)?;
+        let prompts = subject.first_questions(Self::NAME, self.n_questions)?;
+        let forms = TokenForms::of(subject.target, subject.chat)?;
+        let Start { learned, beside, base, student } = start;
+        let n = prompts.len();
+        if base.len() != n || student.len() != n {
+            let problem =
+                format!("there are answers to {} and {} questions, but {n} questions", base.len(), student.len());
+            return Err(Error::Mismatch { row: n.min(base.len()).min(student.len()), problem });
+        }
+        let around = Around { steering: self, subject, base, student };
+        let mut rows = Vec::new();
+        for layer in layers {
+            progress(&format!("steering after block {layer}: {} questions per edit", prompts.len()));
+            let vector = &learned[layer];
+            let norm = length(vector)?;
+            let random = random_vector(subject, layer, norm)?;
+            let mut vectors = vec![("learned", vector.shallow_clone()), ("random", random.shallow_clone())];
+            for (kind, directions) in *beside {
+                vectors.push((*kind, with_length(&directions[layer], norm)?));
+            }
+            for (kind, vector) in vectors {
+                for coefficient in &self.coefficients {
+                    let edit = Edit::add(layer, &vector, *coefficient).at_tokens(self.tokens());
+                    let scores = forms.scores(subject.base, &prompts, &edited(subject.base(), edit))?;
+                    rows.push(around.row(layer, kind, Some(*coefficient), norm, &scores));
+                }
+            }
+            // A zero vector has no direction to take out.
+            let (student, base) = (subject.student, subject.base());
+            let directions = [
+                ("project_out", student, vector),
+                ("project_out_random", student, &random),
+                ("project_out_base", base, vector),
+            ];
+            for (kind, model, direction) in directions.into_iter().filter(|_| norm > 0.0) {
+                let edit = Edit::project_out(layer, direction).at_tokens(self.tokens());
+                let scores = forms.scores(model.qwen, &prompts, &edited(model, edit))?;
+                rows.push(around.row(layer, kind, None, norm, &scores));
+            }
+        }
+        if self.replace {
+            progress(&format!("steering: replacing after every block, {} questions", prompts.len()));
+            let random = |(layer, learned): (usize, &Tensor)| random_vector(subject, layer, length(learned)?);
+            let random = learned.iter().enumerate().map(random).collect::<Result<Vec<_>>>()?;
+            let norm = length(&learned[0])?;
+            let (student, base) = (subject.student, subject.base());
+            for (kind, model, other, directions) in [
+                ("replace", student, base, learned),
+                ("replace_random", student, base, &random),
+                ("transplant", base, student, learned),
+                ("transplant_random", base, student, &random),
+            ] {
+                let mut scores = Vec::with_capacity(prompts.len());
+                for prompt in prompts.chunks(1) {
+                    let condition = along(model, other, directions, prompt)?;
+                    scores.extend(forms.scores(model.qwen, prompt, &condition)?);
+                }
+                rows.push(around.row(0, kind, None, norm, &scores));
+            }
+        }
+        Ok(rows)
+    }
+
     fn layers(&self, n_layers: usize) -> Result<Vec<usize>> {
         if let Some(layer) = self.layers.iter().find(|layer| **layer >= n_layers) {
             let expected = format!("less than the model's {n_layers} blocks");

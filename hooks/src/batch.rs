@@ -39,8 +39,8 @@ impl Batch {
         Ok(Self { ids, lengths, packing: None })
     }
 
-    /// Groups of rows without padding, `ids` as `[groups, pos]`. With `share`, what a group's rows begin with alike (tokens
-    /// and doses) is run once. Taps see the packed tokens; scores and pattern cannot be tapped.
+    /// Groups of rows without padding, `ids` as `[groups, pos]`. With `share`, what a group's rows begin with alike (tokens,
+    /// doses and edits) is run once. Taps see the packed tokens; scores and pattern cannot be tapped.
     pub fn packed(groups: &[&[Row<'_>]], share: bool, device: Device) -> Result<Self> {
         let rows = || groups.iter().copied().flatten();
         if let Some(row) = rows().position(|row| row.ids.is_empty()) {
@@ -56,6 +56,18 @@ impl Batch {
         match &self.packing {
             Some(packing) => packing.places[row][token],
             None => (row * self.width() + token) as i64,
+        }
+    }
+
+    /// Each token's position in its row, of a packed batch, `[groups · pos]`, i64.
+    pub(crate) fn positions(&self) -> Result<Tensor> {
+        match &self.packing {
+            Some(packing) => Ok(packing.positions.f_flatten(0, 1)?),
+            None => Err(Error::Invalid {
+                what: "the batch".to_owned(),
+                expected: "packed rows".to_owned(),
+                found: "padded ones".to_owned(),
+            }),
         }
     }
 

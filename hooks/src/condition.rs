@@ -59,7 +59,13 @@ impl<'a> Condition<'a> {
         }
     }
 
-    /// The condition spelt out for some rows.
+    /// The taps of its edits for some rows that are packed.
+    pub(crate) fn taps(&self, rows: &[&Prompt], batch: &Batch, model: &Qwen) -> Result<Vec<EditTap>> {
+        let tap = |edit| EditTap::new(edit, rows, &model.config, model.device(), model.kind())?.packed(batch);
+        self.edits.iter().map(tap).collect()
+    }
+
+    /// The condition spelt out for some rows, padded.
     pub(crate) fn prepare<'p>(
         &self,
         rows: &[&Prompt],

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::batch::Batch;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint as P;
@@ -98,6 +99,25 @@ impl Edit {
         Self { tokens, ..self }
     }
 
+    /// Whether it can be made in a packed batch, whose attention has neither scores nor a pattern to change.
+    pub(crate) fn is_packable(&self) -> bool {
+        !matches!(self.at, P::AttnScores(_) | P::Pattern(_))
+    }
+
+    /// Which of a row's tokens it acts at; `None` is all.
+    pub(crate) fn chosen(&self, row: &Prompt) -> Result<Option<Vec<bool>>> {
+        let Some(tokens) = self.tokens_of_prompts() else { return Ok(None) };
+        tokens.among(row, &format!("the edit at {}@{tokens}", self.at)).map(Some)
+    }
+
+    /// Its tokens, where these are not all: what another run had covers positions of the prompt alone.
+    fn tokens_of_prompts(&self) -> Option<Tokens> {
+        match (&self.tokens, &self.change) {
+            (None, Change::Patch(_) | Change::PatchAlong { .. }) => Some(Tokens::prompt()),
+            (tokens, _) => tokens.clone(),
+        }
+    }
+
     /// Refuses what the model does not have, and tensors of another width.
     pub(crate) fn check(&self, model: &Config) -> Result<()> {
         let invalid = |what: String, expected: String, found: String| Err(Error::Invalid { what, expected, found });
@@ -159,6 +179,8 @@ pub(crate) struct EditTap {
     tokens: Option<Tokens>,
     /// Per row and token, whether it is edited; `None` is all.
     chosen: Option<Vec<Vec<bool>>>,
+    /// Each place's position in its row, where the rows are packed, `[places]`, i64.
+    positions: Option<Tensor>,
     device: Device,
     now: Now,
 }
@@ -174,15 +196,8 @@ impl EditTap {
     pub(crate) fn new(edit: &Edit, rows: &[&Prompt], model: &Config, device: Device, kind: Kind) -> Result<Self> {
         edit.check(model)?;
         let kind = wide(kind);
-        // What another run had covers positions of the prompt alone.
-        let tokens = match (&edit.tokens, &edit.change) {
-            (None, Change::Patch(_) | Change::PatchAlong { .. }) => Some(Tokens::prompt()),
-            (tokens, _) => tokens.clone(),
-        };
-        let named =
-            || format!("the edit at {}@{}", edit.at, tokens.as_ref().map_or(String::new(), ToString::to_string));
-        let chosen = tokens.as_ref().map(|tokens| rows.iter().map(|row| tokens.among(row, &named())).collect());
-        let chosen: Option<Vec<Vec<bool>>> = chosen.transpose()?;
+        let tokens = edit.tokens_of_prompts();
+        let chosen = rows.iter().map(|row| edit.chosen(row)).collect::<Result<Option<Vec<Vec<bool>>>>>()?;
         let flat = |tensor: &Tensor| tensor.f_to_device(device)?.f_to_kind(kind)?.f_flatten(0, -1);
         let change = match &edit.change {
             Change::Add { vector, coefficient } => {
@@ -195,7 +210,7 @@ impl EditTap {
                 let last = chosen.iter().flatten().filter_map(|row| row.iter().rposition(|chosen| *chosen)).max();
                 if let Some(last) = last.filter(|last| *last as i64 >= n) {
                     return Err(Error::Invalid {
-                        what: format!("position {last} of {}", named()),
+                        what: format!("position {last} of the edit at {}", edit.at),
                         expected: format!("one of 0 to {}, the positions that the other run has", n - 1),
                         found: "beyond the other run".to_owned(),
                     });
@@ -214,7 +229,24 @@ impl EditTap {
             Change::Zero => Change::Zero,
             Change::Scale(factor) => Change::Scale(*factor),
         };
-        Ok(Self { at: edit.at, change, tokens, chosen, device, now: Now::Nowhere })
+        Ok(Self { at: edit.at, change, tokens, chosen, positions: None, device, now: Now::Nowhere })
+    }
+
+    /// The same for these rows packed, pointed at all of their tokens.
+    pub(crate) fn packed(mut self, batch: &Batch) -> Result<Self> {
+        let width = batch.width();
+        if let Some(rows) = self.chosen.take() {
+            let mut places = vec![false; width];
+            for (row, chosen) in rows.into_iter().enumerate() {
+                for (token, chosen) in chosen.into_iter().enumerate() {
+                    places[batch.place(row, token) as usize] = chosen;
+                }
+            }
+            self.chosen = Some(vec![places]);
+        }
+        self.positions = Some(batch.positions()?);
+        self.point(1, &(0..width))?;
+        Ok(self)
     }
 
     pub(crate) fn hook<'a>(hooks: Hooks<'a>, edit: &'a mut Self) -> Hooks<'a> {
@@ -286,15 +318,22 @@ impl Tap for EditTap {
         let by_token = if by_query { x.f_transpose(1, 2)? } else { x.shallow_clone() };
         let shape = by_token.size();
         let h = by_token.f_reshape([shape[0], shape[1], -1])?.f_to_kind(wide(x.kind()))?; // [batch, pos, width]
+        let there = |source: &Tensor| -> Result<Tensor> {
+            let rows = match &self.positions {
+                Some(positions) => source.f_index_select(0, positions)?,
+                None => source.f_narrow(0, from as i64, shape[1])?,
+            };
+            Ok(rows.f_unsqueeze(0)?)
+        };
         let changed = match &self.change {
             Change::Add { vector, .. } => h.f_add(vector)?,
             Change::Replace(value) => value.f_expand_as(&h)?,
             Change::Zero => h.f_zeros_like()?,
             Change::Scale(factor) => h.f_mul_scalar(*factor)?,
             Change::ProjectOut(unit) => h.f_add(&h.f_matmul(unit)?.f_unsqueeze(-1)?.f_mul(unit)?.f_neg()?)?,
-            Change::Patch(source) => source.f_narrow(0, from as i64, shape[1])?.f_unsqueeze(0)?.f_expand_as(&h)?,
+            Change::Patch(source) => there(source)?.f_expand_as(&h)?,
             Change::PatchAlong { direction, source } => {
-                let apart = source.f_narrow(0, from as i64, shape[1])?.f_unsqueeze(0)?.f_sub(&h)?;
+                let apart = there(source)?.f_sub(&h)?;
                 h.f_add(&apart.f_matmul(direction)?.f_unsqueeze(-1)?.f_mul(direction)?)?
             }
         };

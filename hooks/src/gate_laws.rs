@@ -10,9 +10,10 @@ use crate::generate::generate_listening;
 use crate::gradient::{at_points, gradients};
 use crate::laws::{SUM_ORDER, answers, exact, exact_model, greedy, max_diff, plain, prompts, recomputed, seen, world};
 use crate::listen::Cache;
-use crate::score::{completion_logprobs, listen, next_token_logprobs};
+use crate::score::{completion_logprobs, listen, next_token_logprobs, resid_post};
 use crate::{
     Adapter, Batch, Chat, Condition, Doses, Gate, HookPoint, Hooks, KvCache, Pass, Proj, Prompt, Qwen, Result, Tap,
+    Tokens,
 };
 
 /// Gates of every kind, each of which acts at some tokens of the prompts and not at others.
@@ -140,7 +141,9 @@ fn a_batch_of_unequal_prompts_is_each_alone_under_gates_of_every_kind() {
             change: Change::Patch(source.shallow_clone()),
         };
         let level = Edit { at: HookPoint::AttnScores(1), tokens: None, change: Change::Zero };
-        let edits = [vec![edit, patch], vec![level]].map(|edits| Condition { edits, ..condition.clone() });
+        // What looks at attention is run padded, and takes the others along.
+        let padded = vec![edit.clone(), patch.clone(), level];
+        let edits = [vec![edit, patch], padded].map(|edits| Condition { edits, ..condition.clone() });
         for condition in [condition].into_iter().chain(edits) {
             let together = next_token_logprobs(&model, &prompts, &condition).unwrap();
             for (row, prompt) in prompts.iter().enumerate() {
@@ -148,6 +151,63 @@ fn a_batch_of_unequal_prompts_is_each_alone_under_gates_of_every_kind() {
                 let apart = max_diff(&together.get(row as i64), &alone);
                 assert!(apart < SUM_ORDER, "{text}, row {row}: {apart}");
             }
+        }
+    }
+}
+
+/// Rows that begin alike are one tree in the pass, and an edit may be at a token of one row and not at that of another.
+#[test]
+fn rows_that_begin_alike_are_each_alone_under_edits_of_every_kind() {
+    let (model, chat, adapter) = world();
+    let prompts = prompts(&chat);
+    let completions = ["owl", "owls", "owl, cat", "a", "7, 8, 9"].map(|text| chat.encode(text).unwrap());
+    let rows: Vec<Prompt> = prompts
+        .iter()
+        .flat_map(|prompt| completions.iter().map(|completion| prompt.with_completion(completion)))
+        .collect();
+    let longest = prompts.iter().max_by_key(|prompt| prompt.ids.len()).unwrap();
+    let source = seen(&model, longest, &Condition::adapted(&adapter), HookPoint::ResidPost(0));
+    let vector = Tensor::arange(model.config.d_model, (Kind::Float, Device::Cpu)) / 20.0 - 0.4;
+    let edit = |at: HookPoint, tokens: &str, change: Change| Edit {
+        at,
+        tokens: (!tokens.is_empty()).then(|| tokens.parse().unwrap()),
+        change,
+    };
+    let add = || Change::Add { vector: vector.shallow_clone(), coefficient: 2.0 };
+    let deep = |row: &Prompt| "positions(-12..-1)".parse::<Tokens>().unwrap().among(row, &"the test").unwrap();
+    let edited_apart = |a: &Prompt, b: &Prompt| {
+        let shared = a.ids.iter().zip(&b.ids).take_while(|(a, b)| a == b).count();
+        deep(a)[..shared] != deep(b)[..shared]
+    };
+    assert!(
+        rows.iter().any(|a| edited_apart(a, &rows[0])),
+        "some token that rows share is edited in one of them alone"
+    );
+    let along = || Edit::patch_along(0, &vector, &source);
+    let sets = [
+        vec![edit(HookPoint::ResidMid(1), "", add())],
+        vec![edit(HookPoint::ResidPost(0), "positions(-12..-1)", add())],
+        vec![edit(HookPoint::Embed, "gen", Change::Scale(0.5)), edit(HookPoint::MlpOut(0), "", Change::Zero)],
+        vec![along()],
+        vec![along(), edit(HookPoint::ResidPost(0), "positions(-3..0)", Change::ProjectOut(vector.shallow_clone()))],
+        vec![
+            edit(HookPoint::RotK(1), "\"Qwen\"", Change::Scale(0.5)),
+            edit(HookPoint::Pattern(0), "", Change::Scale(0.5)),
+        ],
+    ];
+    for edits in sets {
+        let name = format!("{edits:?}");
+        let condition = Condition { edits, ..Condition::adapted(&adapter).gated(gate(&chat, "except:entity")) };
+        let scores = completion_logprobs(&model, &rows, &condition).unwrap();
+        let resid = resid_post(&model, &rows, &condition).unwrap();
+        for ((row, scores), resid) in rows.iter().zip(scores).zip(resid) {
+            let logits = seen(&model, row, &condition, HookPoint::Logits).log_softmax(-1, Kind::Float);
+            for (at, score) in row.completion.clone().zip(scores) {
+                let alone = logits.double_value(&[at as i64 - 1, row.ids[at]]);
+                assert!((f64::from(score) - alone).abs() < SUM_ORDER, "{name}: {score} is {alone} alone");
+            }
+            let alone = seen(&model, row, &condition, HookPoint::ResidPost(1));
+            assert!(max_diff(&resid.get(1), &alone) < SUM_ORDER, "{name}");
         }
     }
 }

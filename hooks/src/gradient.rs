@@ -171,7 +171,7 @@ fn by_hand(
         }
         _ => None,
     };
-    let packed = Row { ids: &row.ids[..reach], doses: doses.as_ref().map(|doses| &doses[..reach]) };
+    let packed = Row { doses: doses.as_ref().map(|doses| &doses[..reach]), ..Row::of(&row.ids[..reach]) };
     let batch = Batch::packed(&[&[packed]], false, device)?;
     let gate = doses.as_ref().map(|_| condition.gate.spread(batch.doses(), device)).transpose()?;
     let mask: Vec<bool> = (0..row.ids.len()).map(|at| at >= start && tokens.contains(&(at - start))).collect();
@@ -227,7 +227,7 @@ impl Graph {
             let _ = tensor.f_set_requires_grad(true)?;
         }
         let reach = tokens.last().map_or(1, |k| start + k);
-        let batch = Batch::packed(&[&[Row { ids: &row.ids[..reach], doses: None }]], false, device)?;
+        let batch = Batch::packed(&[&[Row::of(&row.ids[..reach])]], false, device)?;
         let places: Vec<usize> = tokens.iter().map(|k| start + k - 1).collect();
         let flat =
             Tensor::f_from_slice(&places.iter().map(|at| *at as i64).collect::<Vec<_>>())?.f_to_device(device)?;
@@ -378,7 +378,7 @@ mod tests {
         let n_tokens = row.ids.len();
         // In turn, so that each part has positions of the prompt and of the completion.
         let part_of = |t: usize| t % 3;
-        let batch = Batch::packed(&[&[Row { ids: &row.ids, doses: None }]], true, Device::Cpu).unwrap();
+        let batch = Batch::packed(&[&[Row::of(&row.ids)]], true, Device::Cpu).unwrap();
         let mask: Vec<bool> = (0..n_tokens).map(|t| row.completion.contains(&t)).collect();
         let targets = Targets::of(&batch, &[&row.ids], &[&mask]).unwrap();
         let ones = Tensor::ones([targets.n as i64], (Kind::Double, Device::Cpu));

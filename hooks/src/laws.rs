@@ -173,8 +173,11 @@ fn packed_rows_are_each_alone_gradients_included() {
             })
             .collect();
         for (share, groups) in [(true, 1), (false, 1), (true, 2)] {
-            let packed: Vec<Row<'_>> =
-                rows.iter().zip(&doses).map(|(row, doses)| Row { ids: &row.ids, doses: doses.as_deref() }).collect();
+            let packed: Vec<Row<'_>> = rows
+                .iter()
+                .zip(&doses)
+                .map(|(row, doses)| Row { doses: doses.as_deref(), ..Row::of(&row.ids) })
+                .collect();
             let groups: Vec<&[Row<'_>]> = packed.chunks(rows.len() / groups).collect();
             let batch = Batch::packed(&groups, share, Device::Cpu).unwrap();
             let n_tokens: usize = rows.iter().map(|row| row.ids.len()).sum();

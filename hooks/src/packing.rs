@@ -1,6 +1,6 @@
 //! Rows in one tensor without padding, and what rows begin with alike in it once.
 //!
-//! Under causal attention an activation depends on nothing but the tokens up to its own and the adapter's doses at them. So
+//! Under causal attention an activation depends on nothing but the tokens up to its own, the adapter's doses and the edits at them. So
 //! rows that begin alike are a tree: each piece of it is run once, and its gradient is the sum over the rows through it
 //! (exact, and not an approximation: Prefix Grouper, Liu et al. 2025, proves it for one common prefix). Linear maps and norms
 //! need not know; attention runs piece by piece, each against the keys of its whole path.
@@ -19,21 +19,30 @@ pub struct Row<'a> {
     pub ids: &'a [i64],
     /// The adapter's dose at each token; `None` is 1.
     pub doses: Option<&'a [f64]>,
+    /// Which edits act at each token, as a number that says no more than whether they are the same; `None` is 0.
+    pub edits: Option<&'a [usize]>,
 }
 
-impl Row<'_> {
+/// What decides, together with all before it, what becomes of a token: its id, its dose's bits and its edits.
+type Token = (i64, u64, usize);
+
+impl<'a> Row<'a> {
+    /// Tokens whose doses are 1, without edits.
+    pub fn of(ids: &'a [i64]) -> Self {
+        Self { ids, doses: None, edits: None }
+    }
+
     /// How many tokens two rows begin with alike.
     pub(crate) fn shared(&self, other: &Self) -> usize {
         self.tokens().zip(other.tokens()).take_while(|(own, theirs)| own == theirs).count()
     }
 
-    pub(crate) fn tokens(&self) -> impl Iterator<Item = (i64, u64)> {
+    pub(crate) fn tokens(&self) -> impl Iterator<Item = Token> {
         (0..self.ids.len()).map(|at| self.token(at))
     }
 
-    /// What decides, together with all before it, what becomes of a token.
-    fn token(&self, at: usize) -> (i64, u64) {
-        (self.ids[at], self.doses.map_or(1.0, |doses| doses[at]).to_bits())
+    fn token(&self, at: usize) -> Token {
+        (self.ids[at], self.doses.map_or(1.0, |doses| doses[at]).to_bits(), self.edits.map_or(0, |edits| edits[at]))
     }
 }
 
@@ -197,7 +206,7 @@ fn grow(pieces: &mut Vec<Piece>, group: usize, rows: &[Row<'_>], share: bool) ->
     // Rows that were alike so far, in the order of the rows.
     while let Some(members) = open.pop() {
         let from = places[members[0]].len();
-        let mut branches: Vec<((i64, u64), Vec<usize>)> = Vec::new();
+        let mut branches: Vec<(Token, Vec<usize>)> = Vec::new();
         for member in members.into_iter().filter(|member| rows[*member].ids.len() > from) {
             let token = rows[member].token(from);
             match branches.iter_mut().find(|(known, _)| *known == token) {
@@ -231,17 +240,13 @@ fn grow(pieces: &mut Vec<Piece>, group: usize, rows: &[Row<'_>], share: bool) ->
 mod tests {
     use super::*;
 
-    fn row(ids: &[i64]) -> Row<'_> {
-        Row { ids, doses: None }
-    }
-
     fn places(packing: &Packing) -> Vec<&[i64]> {
         packing.places.iter().map(Vec::as_slice).collect()
     }
 
     #[test]
     fn what_rows_begin_with_alike_stands_there_once() {
-        let rows = [row(&[1, 2, 3, 4]), row(&[1, 2, 5]), row(&[1, 2, 3, 6]), row(&[1, 2]), row(&[9])];
+        let rows = [&[1, 2, 3, 4][..], &[1, 2, 5], &[1, 2, 3, 6], &[1, 2], &[9]].map(Row::of);
         let (packing, ids) = Packing::of(&[&rows], true, Device::Cpu).unwrap();
         let mut sorted = ids.clone();
         sorted.sort_unstable();
@@ -260,7 +265,7 @@ mod tests {
     #[test]
     fn another_dose_is_another_token() {
         let (on, off) = ([1.0, 1.0, 0.0], [1.0, 0.0, 0.0]);
-        let rows = [Row { ids: &[1, 2, 3], doses: Some(&on) }, Row { ids: &[1, 2, 3], doses: Some(&off) }];
+        let rows = [&on, &off].map(|doses| Row { doses: Some(doses), ..Row::of(&[1, 2, 3]) });
         let (packing, ids) = Packing::of(&[&rows], true, Device::Cpu).unwrap();
         assert_eq!(ids.len(), 5, "the last token has the same dose in both, but not the same past");
         let doses =
@@ -269,8 +274,16 @@ mod tests {
     }
 
     #[test]
+    fn a_token_under_other_edits_is_another_token() {
+        let (one, other) = ([0, 0, 1], [0, 2, 1]);
+        let rows = [&one, &other].map(|edits| Row { edits: Some(edits), ..Row::of(&[1, 2, 3]) });
+        let (packing, ids) = Packing::of(&[&rows], true, Device::Cpu).unwrap();
+        assert_eq!((ids.len(), places(&packing)[0][0]), (5, places(&packing)[1][0]));
+    }
+
+    #[test]
     fn groups_share_nothing_and_have_a_line_each() {
-        let (a, b) = ([row(&[1, 2, 3]), row(&[1, 4])], [row(&[1, 2])]);
+        let (a, b) = ([&[1, 2, 3][..], &[1, 4]].map(Row::of), [Row::of(&[1, 2])]);
         let (packing, ids) = Packing::of(&[&a, &b], true, Device::Cpu).unwrap();
         assert_eq!((packing.positions.size(), ids.len()), (vec![2, 4], 8));
         assert_eq!(places(&packing)[2], [4, 5]);

@@ -1,6 +1,6 @@
 //! What a model gives to tokens, without sampling. Rows are batched by a budget of tokens, and what rows of a batch begin
-//! with alike (the system prompt, a question under several gates) is run once. Everything here runs without gradients;
-//! results are f32 on the CPU.
+//! with alike (the system prompt, a question under several gates or one edit) is run once. Everything here runs without
+//! gradients; results are f32 on the CPU.
 
 use std::ops::Range;
 
@@ -8,8 +8,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::condition::{Condition, Prepared};
+use crate::edit::{Edit, EditTap};
 use crate::error::{Error, Result};
-use crate::gate::Gate;
 use crate::hook_point::HookPoint;
 use crate::kv_cache::KvCache;
 use crate::listen::Cache;
@@ -70,13 +70,13 @@ pub(crate) fn prefill(
     done: &mut dyn FnMut(Prefilled) -> Result<()>,
 ) -> Result<()> {
     let budget = token_budget(model.device());
-    let (edited, plain): (Vec<usize>, Vec<usize>) = (0..cases.len()).partition(|case| !cases[*case].1.edits.is_empty());
-    for company in companies(cases, &plain)? {
+    let (packed, padded): (Vec<usize>, Vec<usize>) = (0..cases.len()).partition(|case| is_packable(cases[*case].1));
+    for company in companies(cases, &packed)? {
         for members in company.batches(cases, budget) {
             done(company.run(model, cases, members, read, keep)?)?;
         }
     }
-    let of_conditions = edited.chunk_by(|one, next| std::ptr::eq(cases[*one].1, cases[*next].1));
+    let of_conditions = padded.chunk_by(|one, next| std::ptr::eq(cases[*one].1, cases[*next].1));
     for members in of_conditions.flat_map(|members| by_prompt(cases, members)) {
         let prompts: Vec<&Prompt> = members.iter().map(|case| cases[*case].0).collect();
         for batch in padded_batches(&prompts, budget) {
@@ -97,46 +97,73 @@ fn by_prompt<'s>(cases: &[Case<'_, '_>], members: &'s [usize]) -> Vec<&'s [usize
     if of_prompts.len() * 4 <= members.len() { of_prompts } else { vec![members] }
 }
 
+fn is_packable(condition: &Condition<'_>) -> bool {
+    condition.edits.iter().all(Edit::is_packable)
+}
+
 /// Cases that can share a pass, whatever tokens their gates select: they have the same adapter, in the same blocks and
-/// projections, and no edits, which speak of positions in rows.
+/// projections, and the same edits.
 struct Company<'c, 'a> {
     adapter: Option<&'a Adapter>,
-    gate: &'c Gate,
-    /// Index and doses of each, in the order of their tokens: neighbours have most in common.
+    /// That of the first member, whose edits all have.
+    condition: &'c Condition<'a>,
+    /// In the order of their tokens: neighbours have most in common.
     members: Vec<Member>,
 }
 
+/// A case by its index, with its tokens' doses and edits as a row of a batch has them.
 struct Member {
     case: usize,
     doses: Option<Vec<f64>>,
+    edits: Option<Vec<usize>>,
 }
 
 impl Member {
     fn row<'r>(&'r self, cases: &'r [Case<'_, '_>]) -> Row<'r> {
-        Row { ids: &cases[self.case].0.ids, doses: self.doses.as_deref() }
+        Row { ids: &cases[self.case].0.ids, doses: self.doses.as_deref(), edits: self.edits.as_deref() }
     }
 }
 
 fn companies<'c, 'a>(cases: &[Case<'c, 'a>], which: &[usize]) -> Result<Vec<Company<'c, 'a>>> {
-    let mut found: Vec<Company<'c, 'a>> = Vec::new();
+    let (mut found, mut sets): (Vec<Company<'c, 'a>>, _) = (Vec::new(), Vec::new());
     for case in which {
         let (prompt, condition) = cases[*case];
         let (adapter, doses) = condition.acting(prompt)?;
-        let member = Member { case: *case, doses };
-        let company = found.iter_mut().find(|company| match (company.adapter, adapter) {
-            (Some(theirs), Some(own)) => std::ptr::eq(theirs, own) && company.gate.fits(&condition.gate),
-            (None, None) => true,
-            _ => false,
-        });
-        match company {
+        let is_alike = |company: &&mut Company<'c, 'a>| {
+            let other = company.condition;
+            let with_adapter = match (company.adapter, adapter) {
+                (Some(theirs), Some(own)) => std::ptr::eq(theirs, own) && other.gate.fits(&condition.gate),
+                (theirs, own) => theirs.is_none() && own.is_none(),
+            };
+            with_adapter && (std::ptr::eq(other, condition) || other.edits.is_empty() && condition.edits.is_empty())
+        };
+        let member = Member { case: *case, doses, edits: acting(&condition.edits, prompt, &mut sets)? };
+        match found.iter_mut().find(is_alike) {
             Some(company) => company.members.push(member),
-            None => found.push(Company { adapter, gate: &condition.gate, members: vec![member] }),
+            None => found.push(Company { adapter, condition, members: vec![member] }),
         }
     }
     for company in &mut found {
         company.members.sort_by(|one, other| one.row(cases).tokens().cmp(other.row(cases).tokens()));
     }
     Ok(found)
+}
+
+/// Per token of a row, which edits act at it, as the number of that set among the known ones; `None` where all act at all.
+fn acting(edits: &[Edit], row: &Prompt, sets: &mut Vec<Vec<bool>>) -> Result<Option<Vec<usize>>> {
+    let chosen = edits.iter().map(|edit| edit.chosen(row)).collect::<Result<Vec<_>>>()?;
+    let chosen: Vec<Vec<bool>> = chosen.into_iter().flatten().collect();
+    if chosen.is_empty() {
+        return Ok(None);
+    }
+    let number = |token: usize| {
+        let set: Vec<bool> = chosen.iter().map(|chosen| chosen[token]).collect();
+        sets.iter().position(|known| *known == set).unwrap_or_else(|| {
+            sets.push(set);
+            sets.len() - 1
+        })
+    };
+    Ok(Some((0..row.ids.len()).map(number).collect()))
 }
 
 impl Company<'_, '_> {
@@ -157,13 +184,20 @@ impl Company<'_, '_> {
         batches
     }
 
-    /// Some members as one batch, with its doses where they are gated.
-    fn batch(&self, model: &Qwen, cases: &[Case<'_, '_>], members: &[Member]) -> Result<(Batch, Option<Doses>)> {
+    /// Some members as one batch, with its doses where they are gated, and the taps of the edits.
+    fn batch(
+        &self,
+        model: &Qwen,
+        cases: &[Case<'_, '_>],
+        members: &[Member],
+    ) -> Result<(Batch, Option<Doses>, Vec<EditTap>)> {
         let rows: Vec<Row<'_>> = members.iter().map(|member| member.row(cases)).collect();
         let batch = Batch::packed(&[&rows], true, model.device())?;
         let gated = rows.iter().any(|row| row.doses.is_some());
-        let gate = gated.then(|| self.gate.spread(batch.doses(), model.device())).transpose()?;
-        Ok((batch, gate))
+        let gate = gated.then(|| self.condition.gate.spread(batch.doses(), model.device())).transpose()?;
+        let prompts: Vec<&Prompt> = members.iter().map(|member| cases[member.case].0).collect();
+        let taps = self.condition.taps(&prompts, &batch, model)?;
+        Ok((batch, gate, taps))
     }
 
     fn run(
@@ -174,12 +208,13 @@ impl Company<'_, '_> {
         read: Read,
         keep: bool,
     ) -> Result<Prefilled> {
-        let (batch, gate) = self.batch(model, cases, members)?;
+        let (batch, gate, mut taps) = self.batch(model, cases, members)?;
         let capacity = members.iter().map(|member| cases[member.case].0.ids.len()).max().unwrap_or(0);
         let rows = members.len() as i64;
         let cache = || KvCache::new(&model.config, rows, capacity as i64, model.kind(), model.device());
         let mut cache = keep.then(cache).transpose()?;
-        let mut pass = Pass { adapter: self.adapter, gate, kv_cache: cache.as_mut(), ..Pass::default() };
+        let hooks = taps.iter_mut().fold(Hooks::default(), EditTap::hook);
+        let mut pass = Pass { adapter: self.adapter, gate, hooks, kv_cache: cache.as_mut(), dropout: None };
         let prompts = members.iter().map(|member| cases[member.case].0);
         let mut read: Vec<Vec<i64>> = prompts
             .enumerate()
@@ -193,12 +228,14 @@ impl Company<'_, '_> {
         }
         let places = Tensor::f_from_slice(&places)?.f_to_device(model.device())?;
         let resid = model.resid_at(&batch, &places, &mut pass)?;
+        drop(pass);
         Ok(Prefilled { cases: members.iter().map(|member| member.case).collect(), resid, read, cache })
     }
 }
 
 /// Runs rows under one condition padded, what all of them share at the start once, with room for `room` further tokens each.
-/// This is the way where edits or a tap look at rows; without, it is what packing is tested against.
+/// This is the way where edits look at attention, where a tap looks at rows, and where edited prompts are answered; else it is what
+/// packing is tested against.
 pub(crate) fn prefill_padded<'p, 'a: 'p>(
     model: &Qwen,
     rows: &[&Prompt],
@@ -379,7 +416,7 @@ pub fn resid_post(model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -
         Ok(stack(&cache)?.f_to_device(Device::Cpu)?)
     };
     tch::no_grad(|| {
-        if !condition.edits.is_empty() {
+        if !is_packable(condition) {
             return prompts.iter().map(of_one).collect();
         }
         let cases: Vec<Case<'_, '_>> = prompts.iter().map(|prompt| (prompt, condition)).collect();
@@ -387,9 +424,10 @@ pub fn resid_post(model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -
         for company in companies(&cases, &(0..prompts.len()).collect::<Vec<_>>())? {
             // All positions of all blocks are large: no more of them at once on a GPU.
             for members in company.batches(&cases, token_budget(Device::Cpu)) {
-                let (batch, gate) = company.batch(model, &cases, members)?;
+                let (batch, gate, mut taps) = company.batch(model, &cases, members)?;
                 let mut cache = Cache::default();
-                let hooks = Hooks::default().on(points.iter().copied(), &mut cache);
+                let hooks =
+                    taps.iter_mut().fold(Hooks::default(), EditTap::hook).on(points.iter().copied(), &mut cache);
                 let mut pass = Pass { adapter: company.adapter, gate, hooks, ..Pass::default() };
                 let _ = model.resid_final(&batch, &mut pass)?;
                 drop(pass);

@@ -193,7 +193,7 @@ mod tests {
         let (model, chat, _) = world();
         let (students, rows) = (students(&model), rows(&chat));
         let stack = Adapter::stacked(&students.iter().collect::<Vec<_>>()).unwrap();
-        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row { ids: &row.ids, doses: None }).collect();
+        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row::of(&row.ids)).collect();
         let groups: Vec<&[Row<'_>]> = packed.chunks(2).collect();
         let batch = Batch::packed(&groups, true, Device::Cpu).unwrap();
         assert!(batch.width() < rows[0].ids.len() + rows[1].ids.len(), "the system prompt is run once");
@@ -212,7 +212,7 @@ mod tests {
         let (model, chat, _) = world();
         let (students, rows) = (students(&model), rows(&chat));
         let stack = Adapter::stacked(&students.iter().collect::<Vec<_>>()).unwrap();
-        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row { ids: &row.ids, doses: None }).collect();
+        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row::of(&row.ids)).collect();
         let batch = Batch::packed(&packed.chunks(2).collect::<Vec<_>>(), true, Device::Cpu).unwrap();
         let pass = || Pass { adapter: Some(&stack), ..Pass::default() };
         let whole = model.resid_final(&batch, &mut pass()).unwrap().flatten(0, 1);

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::Measures;
+
 /// One number of one student.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OutcomeRow {
@@ -157,6 +159,55 @@ quantities! {
 }
 
 impl Quantity {
+    /// What is measured where it is known: any of these, and none where it always is.
+    pub fn takes(self) -> &'static [Measures] {
+        use Measures as M;
+        use Quantity as Q;
+        match self {
+            Q::DeltaMargin
+            | Q::DeltaLogp
+            | Q::PTargetExact
+            | Q::BasePTargetExact
+            | Q::SharedPrefix
+            | Q::SharedTokens
+            | Q::Chosen
+            | Q::LossLast
+            | Q::DeltaWNorm
+            | Q::ChangedFraction
+            | Q::NTargets => &[],
+            Q::HeldoutNll
+            | Q::Fit
+            | Q::PWholeNumber
+            | Q::KlTeacher
+            | Q::Closure
+            | Q::AccuracyDivergent
+            | Q::Confidence
+            | Q::Overconfidence
+            | Q::OverconfidenceDivergent
+            | Q::Ece
+            | Q::Entropy => &[M::Heldout],
+            Q::CosTeacher | Q::Ev1 => &[M::Direction],
+            Q::StableRank | Q::Top1DeltaMargin | Q::Rest1DeltaMargin | Q::TruncatedDeltaMargin => &[M::Spectrum],
+            Q::InjectedDeltaMargin
+            | Q::InjectedRandomDeltaMargin
+            | Q::InjectedControlDeltaMargin
+            | Q::InjectedOtherDeltaMargin
+            | Q::ProjectedDeltaMargin
+            | Q::ProjectedRandomDeltaMargin => &[M::Steering, M::Replacement],
+            Q::ReplacedDeltaMargin
+            | Q::ReplacedRandomDeltaMargin
+            | Q::TransplantedDeltaMargin
+            | Q::TransplantedRandomDeltaMargin => &[M::Replacement],
+            Q::GradientDivergent
+            | Q::GradientOther
+            | Q::GradientShareDivergent
+            | Q::GradientCosine
+            | Q::AlignmentDivergent
+            | Q::AlignmentOther => &[M::Gradients],
+            Q::PTarget | Q::PValid | Q::PSelf => &[M::Sampled],
+        }
+    }
+
     /// Whether it says how much of the trait there is.
     pub fn speaks_of_the_trait(self) -> bool {
         let name = self.name();

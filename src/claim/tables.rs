@@ -361,7 +361,7 @@ pub struct SteerRow {
     pub ev1: Option<f64>,
 }
 
-/// Every edit along a direction; none where a claim does not measure directions.
+/// Every edit along a direction; none where a claim measures neither steering nor replacement.
 pub fn steer(rows: &[OutcomeRow]) -> Vec<SteerRow> {
     const EDITS: [(Quantity, &str, &str); 10] = [
         (Quantity::InjectedDeltaMargin, "injected", "own"),

@@ -149,7 +149,7 @@ impl Place {
         let run = RunDir::open(&root, false)?;
         let heldout = bench.held_out(&run)?;
         let mut beside = Beside::default();
-        if study.claim.measures.contains(&Measures::Direction) {
+        if [Measures::Steering, Measures::Replacement].iter().any(|what| study.claim.measures.contains(what)) {
             beside.control = Some(bench.student(&run.control_adapter())?);
             let other = next.map(|next| RunDir::open(&self.root.join(&next.name), false)).transpose()?;
             beside.other_trait = other.map(|other| bench.student(&other.adapter())).transpose()?;
@@ -245,7 +245,7 @@ impl Place {
         if rows.is_empty() { Ok(files::remove(&self.at(name))?) } else { write_csv(&self.at(name), rows) }
     }
 
-    /// The singular values of every adapter.
+    /// The singular values of every adapter whose spectrum is measured.
     fn spectra(&self, study: &Study) -> Result<Vec<SpectrumRow>> {
         let (units, mut rows) = (study.units()?, vec![]);
         let config = ModelFiles::open(&units[0].experiment.model)?.config;
@@ -260,7 +260,9 @@ impl Place {
                 let folder = RunDir::open(&run.arm(&cell.slug), false)?.adapter();
                 adapters.push((cell.arm.clone(), cell.rank(), cell.seed_index, folder));
             }
-            for (student, rank, seed_index, folder) in adapters.into_iter().filter(|(_, rank, ..)| rank.is_some()) {
+            let is_measured = |student: &str| study.claim.measures(Measures::Spectrum, student);
+            adapters.retain(|(student, rank, ..)| rank.is_some() && is_measured(student));
+            for (student, rank, seed_index, folder) in adapters {
                 let adapter = Adapter::load(&folder, &config, Device::Cpu)?;
                 let of_student = tables::SpectrumOf { unit: &unit, student: &student, rank, seed_index };
                 rows.extend(tables::spectrum(&of_student, &adapter.spectra()?));

@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use analyses::Tuned;
-use analyses::divergence::{Divergence, divergence_tokens};
+use analyses::divergence::Divergence;
+use analyses::divergent::divergence_tokens;
 use anyhow::{Context, Result, bail};
 use hooks::generate::stream_seed;
 use hooks::{Adapter, ModelFiles, Prompt, Qwen, files};

@@ -749,7 +749,7 @@ mod tests {
             ROWS.iter().map(|ids| (0..ids.len()).map(|t| [1.0, 0.0, -0.5, 1.0, 2.0][t % 5]).collect()).collect();
         let rows = ROWS.iter().zip(&doses).map(|(ids, doses)| {
             let n = ids.len() - 1; // the last token predicts nothing
-            Row { ids: &ids[..n], doses: gate.is_some().then(|| &doses[..n]) }
+            Row { doses: gate.is_some().then(|| &doses[..n]), ..Row::of(&ids[..n]) }
         });
         let rows: Vec<Row<'_>> = rows.collect();
         let lines: Vec<&[Row<'_>]> = rows.chunks(ROWS.len() / groups).collect();

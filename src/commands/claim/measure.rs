@@ -1,21 +1,25 @@
 //! What is measured on a student of a claim, a number a line.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::rc::Rc;
 
 use analyses::alignment::alignment;
-use analyses::confidence::{Confidence, confidence, confidence_of_teacher};
-use analyses::direction::{Direction, Extraction};
+use analyses::confidence::{Confidence, Ends};
+use analyses::direction::{Direction, Extraction, Means, table};
+use analyses::divergence::Divergence;
+use analyses::divergent::divergence_tokens;
 use analyses::stats::mean;
-use analyses::steering::Steering;
+use analyses::steering::{CONTROL_STUDENT, OTHER_TRAIT, Start, Steering};
 use analyses::target::{Score, TokenForms};
 use analyses::target_rate::TargetRate;
 use analyses::{Analysis, Subject, Tuned};
 use anyhow::{Context, Result};
 use hooks::spectrum::Spectrum;
 use hooks::{Adapter, Condition, Prompt, Qwen, TokenClass};
+use tch::Tensor;
 
 use crate::claim::{Cell, EVERYWHERE, Measures, OutcomeRow, Quantity, Study, THROUGH, Unit};
 use crate::commands::measure::{Scene, tuned};
@@ -48,8 +52,29 @@ pub(super) struct Measuring<'a> {
     heldout: &'a [Sample],
     beside: Beside,
     bases: BTreeMap<String, Vec<Score>>,
-    scenes: BTreeMap<String, Rc<Scene>>,
-    ends: BTreeMap<String, [f64; 2]>, // losses of base and teacher
+    stages: BTreeMap<String, Rc<Stage>>,
+}
+
+/// A scene, and what students are set beside in it, each read once.
+struct Stage {
+    scene: Scene,
+    ends: OnceCell<Ends>,
+    streams: OnceCell<Streams>,
+    divergent: OnceCell<Vec<Vec<bool>>>,
+}
+
+/// Answers to the questions without an edit.
+struct Answers {
+    base: Vec<Score>,
+    student: Vec<Score>,
+}
+
+/// The residual streams at the held-out numbers beside which a student's is set.
+struct Streams {
+    base: Means,
+    teacher: Option<Means>,
+    /// The directions of other students, by their kinds.
+    beside: Vec<(&'static str, Vec<Tensor>)>,
 }
 
 /// Students whose directions are set beside a student's: the run's control student, and that of another trait in the same data set.
@@ -116,12 +141,7 @@ impl Lines<'_> {
 
 impl<'a> Measuring<'a> {
     pub(super) fn of(study: &'a Study, unit: &'a Unit, run: &'a RunDir, heldout: &'a [Sample], beside: Beside) -> Self {
-        let (bases, scenes, ends) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Self { study, unit, run, heldout, beside, bases, scenes, ends }
-    }
-
-    fn wants(&self, what: Measures) -> bool {
-        self.study.claim.measures.contains(&what)
+        Self { study, unit, run, heldout, beside, bases: BTreeMap::new(), stages: BTreeMap::new() }
     }
 
     fn lines(&self, name: &'a str, rank: Option<i64>, seed_index: usize) -> Lines<'a> {
@@ -130,14 +150,15 @@ impl<'a> Measuring<'a> {
 
     /// The base and the teacher, where they say something of numbers that no student has seen.
     pub(super) fn references(&mut self, bench: &Workbench) -> Result<Vec<OutcomeRow>> {
-        if !self.wants(Measures::Heldout) {
+        if !self.study.claim.measures.contains(&Measures::Heldout) {
             return Ok(vec![]);
         }
-        let scene = self.scene(bench, self.run)?;
-        let subject = scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
+        let stage = self.stage(bench, self.run)?;
+        let subject = stage.scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
+        let ends = once(&stage.ends, || Ok(Ends::read(&subject, self.heldout.len())?))?;
         let (mut base, mut teacher) = (self.lines("base", None, 0), self.lines("teacher", None, 0));
-        base.confidence(&confidence(&subject, subject.base(), self.heldout.len())?);
-        teacher.confidence(&confidence_of_teacher(&subject, self.heldout.len())?);
+        base.confidence(&ends.base);
+        teacher.confidence(&ends.teacher);
         Ok([base.rows, teacher.rows].concat())
     }
 
@@ -153,75 +174,40 @@ impl<'a> Measuring<'a> {
         training(&mut lines, log)?;
         let model = bench.student(folder)?;
         let model = tuned(bench, &model);
-        self.cells(bench, who, model, &mut lines)?;
-        if self.wants(Measures::Matrix) {
+        let study = self.study;
+        let wants = |what| study.claim.measures(what, who.name);
+        let answers = self.cells(bench, who, model, &mut lines)?;
+        if wants(Measures::Matrix) {
             self.matrix(bench, model, &mut lines)?;
         }
-        if self.wants(Measures::Spectrum) {
+        if wants(Measures::Spectrum) {
             match model.adapter {
                 Some(adapter) => self.spectrum(bench, adapter, &mut lines)?,
                 None => self.truncated(bench, model.qwen, &mut lines)?,
             }
         }
-        let of_numbers = [Measures::Heldout, Measures::Direction, Measures::Gradients, Measures::Sampled];
-        if !of_numbers.into_iter().any(|what| self.wants(what)) {
+        let along = [Measures::Direction, Measures::Steering, Measures::Replacement];
+        let of_numbers = [Measures::Heldout, Measures::Gradients, Measures::Sampled];
+        if !of_numbers.into_iter().chain(along).any(wants) {
             return Ok(lines.rows);
         }
-        let scene = self.scene(bench, who.run)?;
-        let subject = scene.subject(bench, model);
+        let stage = self.stage(bench, who.run)?;
+        let subject = stage.scene.subject(bench, model);
         let silent = &mut |_: &str| ();
-        if self.wants(Measures::Heldout) {
-            let found = confidence(&subject, model, self.heldout.len())?;
+        if wants(Measures::Heldout) {
+            let ends = once(&stage.ends, || Ok(Ends::read(&subject, self.heldout.len())?))?;
+            let found = ends.confidence(model)?;
             lines.confidence(&found);
-            let [base, teacher] = self.ends(bench, who.run, &subject)?;
+            let (base, teacher) = (ends.base.nll, ends.teacher.nll);
             if (base - teacher).abs() > 1e-9 {
                 lines.push(EVERYWHERE, Quantity::Fit, (base - found.nll) / (base - teacher), found.n_tokens);
             }
         }
-        if self.wants(Measures::Direction) {
-            let settings = Direction { positions: vec![Extraction::All], n_prompts: DIRECTION_PROMPTS };
-            let rows = settings.run(&subject, silent)?;
-            let over_blocks = |values: Vec<f64>| mean(&values);
-            let cosines: Vec<f64> = rows.iter().filter_map(|row| row.cos_teacher).collect();
-            if !cosines.is_empty() {
-                lines.push(EVERYWHERE, Quantity::CosTeacher, over_blocks(cosines)?, rows[0].n_prompts);
-            }
-            lines.push(
-                EVERYWHERE,
-                Quantity::Ev1,
-                over_blocks(rows.iter().map(|row| row.ev1).collect())?,
-                rows[0].n_prompts,
-            );
-            let steering = Steering {
-                layers: vec![(bench.base.config.n_layers - 1) / 2],
-                coefficients: vec![1.0],
-                n_prompts: DIRECTION_PROMPTS,
-                replace: true,
-                ..Steering::default()
-            };
-            let subject = Subject {
-                control: self.beside.control.as_ref().map(|control| tuned(bench, control)),
-                other_trait: self.beside.other_trait.as_ref().map(|other| tuned(bench, other)),
-                ..scene.subject(bench, model)
-            };
-            for row in steering.run(&subject, silent)? {
-                let quantity = match row.kind.as_str() {
-                    "learned" => Quantity::InjectedDeltaMargin,
-                    "random" => Quantity::InjectedRandomDeltaMargin,
-                    "control_student" => Quantity::InjectedControlDeltaMargin,
-                    "other_trait" => Quantity::InjectedOtherDeltaMargin,
-                    "project_out" => Quantity::ProjectedDeltaMargin,
-                    "project_out_random" => Quantity::ProjectedRandomDeltaMargin,
-                    "replace" => Quantity::ReplacedDeltaMargin,
-                    "replace_random" => Quantity::ReplacedRandomDeltaMargin,
-                    "transplant" => Quantity::TransplantedDeltaMargin,
-                    "transplant_random" => Quantity::TransplantedRandomDeltaMargin,
-                    _ => continue,
-                };
-                lines.push(EVERYWHERE, quantity, row.delta_margin, row.n_questions);
-            }
+        if along.into_iter().any(wants) {
+            let streams = once(&stage.streams, || self.streams(bench, &subject))?;
+            self.direction(who, &subject, streams, answers, &mut lines)?;
         }
-        if self.wants(Measures::Sampled) {
+        if wants(Measures::Sampled) {
             let rows = TargetRate { n_samples: SAMPLES, ..TargetRate::default() }.run(&subject, silent)?;
             let row = rows.iter().find(|row| row.scope == "mean" && row.model == "student").context("no mean")?;
             for (quantity, value) in
@@ -230,8 +216,10 @@ impl<'a> Measuring<'a> {
                 lines.push(EVERYWHERE, quantity, value.context("no answer was sampled")?, row.n_samples);
             }
         }
-        if self.wants(Measures::Gradients) && model.adapter.is_some() {
-            let found = match alignment(&subject, self.heldout.len()) {
+        if wants(Measures::Gradients) && model.adapter.is_some() {
+            let plain = Divergence { self_check: false, ..Divergence::default() };
+            let marked = || Ok(divergence_tokens(&subject, self.heldout.len(), &plain)?);
+            let found = match alignment(&subject, once(&stage.divergent, marked)?) {
                 // None of the rows has a divergent token: a test that wants the numbers says that they are not there.
                 Err(error @ analyses::Error::Nothing { .. }) => {
                     say(format!("claim: {}: no gradients: {error}", who.name));
@@ -259,40 +247,100 @@ impl<'a> Measuring<'a> {
         Ok(lines.rows)
     }
 
+    /// The student's direction, and what it does.
+    fn direction(
+        &self,
+        who: &Who<'_>,
+        subject: &Subject<'_>,
+        streams: &Streams,
+        answers: Answers,
+        lines: &mut Lines<'_>,
+    ) -> Result<()> {
+        let wants = |what| self.study.claim.measures(what, who.name);
+        let settings = direction_settings();
+        let (direction, replace) = (wants(Measures::Direction), wants(Measures::Replacement));
+        let steer = replace || wants(Measures::Steering);
+        let moved = settings.read(subject, subject.student)?;
+        if direction {
+            let rows = table(&moved, &streams.base, streams.teacher.as_ref(), None)?;
+            let cosines: Vec<f64> = rows.iter().filter_map(|row| row.cos_teacher).collect();
+            let n = rows[0].n_prompts;
+            if !cosines.is_empty() {
+                lines.push(EVERYWHERE, Quantity::CosTeacher, mean(&cosines)?, n);
+            }
+            lines.push(EVERYWHERE, Quantity::Ev1, mean(&rows.iter().map(|row| row.ev1).collect::<Vec<_>>())?, n);
+        }
+        if !steer {
+            return Ok(());
+        }
+        let steering = Steering {
+            layers: vec![(subject.base.config.n_layers - 1) / 2],
+            coefficients: vec![1.0],
+            n_prompts: DIRECTION_PROMPTS,
+            replace,
+            ..Steering::default()
+        };
+        let (learned, Answers { base, student }) = (moved.direction(&streams.base)?, answers);
+        let start = Start { learned, beside: &streams.beside, base, student };
+        for row in steering.edits(subject, &start, &mut |_| ())? {
+            let quantity = match row.kind.as_str() {
+                "learned" => Quantity::InjectedDeltaMargin,
+                "random" => Quantity::InjectedRandomDeltaMargin,
+                CONTROL_STUDENT => Quantity::InjectedControlDeltaMargin,
+                OTHER_TRAIT => Quantity::InjectedOtherDeltaMargin,
+                "project_out" => Quantity::ProjectedDeltaMargin,
+                "project_out_random" => Quantity::ProjectedRandomDeltaMargin,
+                "replace" => Quantity::ReplacedDeltaMargin,
+                "replace_random" => Quantity::ReplacedRandomDeltaMargin,
+                "transplant" => Quantity::TransplantedDeltaMargin,
+                "transplant_random" => Quantity::TransplantedRandomDeltaMargin,
+                _ => continue,
+            };
+            lines.push(EVERYWHERE, quantity, row.delta_margin, row.n_questions);
+        }
+        Ok(())
+    }
+
+    /// What a student's residual stream is set beside.
+    fn streams(&self, bench: &Workbench, subject: &Subject<'_>) -> Result<Streams> {
+        let settings = direction_settings();
+        let base = settings.read(subject, subject.base())?;
+        let mut beside = vec![];
+        for (kind, student) in [(CONTROL_STUDENT, &self.beside.control), (OTHER_TRAIT, &self.beside.other_trait)] {
+            if let Some(student) = student {
+                beside.push((kind, settings.read(subject, tuned(bench, student))?.direction(&base)?));
+            }
+        }
+        let asks = self.study.claim.measures.contains(&Measures::Direction);
+        let teacher = if asks { settings.read_teacher(subject)? } else { None };
+        Ok(Streams { base, teacher, beside })
+    }
+
     /// The held-out numbers in a student's context, with their teacher.
-    fn scene(&mut self, bench: &Workbench, run: &RunDir) -> Result<Rc<Scene>> {
+    fn stage(&mut self, bench: &Workbench, run: &RunDir) -> Result<Rc<Stage>> {
         anyhow::ensure!(
             !self.heldout.is_empty(),
             "no numbers are held out, and the claim measures on these; hint: generate.n_heldout = 64 in the size's experiment"
         );
         let key = scene_key(bench, run);
-        if let Some(known) = self.scenes.get(&key) {
+        if let Some(known) = self.stages.get(&key) {
             return Ok(Rc::clone(known));
         }
-        let scene = Rc::new(Scene::of(bench, run, self.heldout)?);
-        self.scenes.insert(key, Rc::clone(&scene));
-        Ok(scene)
+        let scene = Scene::of(bench, run, self.heldout)?;
+        let (ends, streams, divergent) = Default::default();
+        let stage = Rc::new(Stage { scene, ends, streams, divergent });
+        self.stages.insert(key, Rc::clone(&stage));
+        Ok(stage)
     }
 
-    /// The losses of base and teacher on the held-out numbers, each taken once.
-    fn ends(&mut self, bench: &Workbench, run: &RunDir, subject: &Subject<'_>) -> Result<[f64; 2]> {
-        let key = scene_key(bench, run);
-        if let Some(known) = self.ends.get(&key) {
-            return Ok(*known);
-        }
-        let n = self.heldout.len();
-        let ends = [confidence(subject, subject.base(), n)?.nll, confidence_of_teacher(subject, n)?.nll];
-        self.ends.insert(key, ends);
-        Ok(ends)
-    }
-
-    /// The student asked in every condition of the claim.
-    fn cells(&mut self, bench: &Workbench, who: &Who<'_>, model: Tuned<'_>, lines: &mut Lines<'_>) -> Result<()> {
+    /// The student asked in every condition of the claim. Returns the base's answers and its own where it is as it was trained.
+    fn cells(&mut self, bench: &Workbench, who: &Who<'_>, model: Tuned<'_>, lines: &mut Lines<'_>) -> Result<Answers> {
         let cells = self.study.cells();
         let here: Vec<&Cell> = cells.iter().filter(|cell| cell.is_for(who.name, model.adapter.is_some())).collect();
         let contexts: BTreeSet<Place<'_>> = here.iter().map(|cell| Place::of(cell, bench)).collect();
         let forms = TokenForms::of(&bench.target(), &bench.chat)?;
         let learned = self.learned(bench)?;
+        let mut everywhere = None;
         for place in contexts {
             let of_context: Vec<&&Cell> = here.iter().filter(|cell| Place::of(cell, bench) == place).collect();
             let prompts = place.prompts(bench, &bench.questions()?)?;
@@ -308,9 +356,12 @@ impl<'a> Measuring<'a> {
                 }
                 lines.push(&cell.name, Quantity::SharedPrefix, shared.0, prompts.len());
                 lines.push(&cell.name, Quantity::SharedTokens, shared.1, prompts.len());
+                if cell.name == EVERYWHERE {
+                    everywhere = Some(Answers { base: base.clone(), student: scores.clone() });
+                }
             }
         }
-        Ok(())
+        everywhere.context("every claim has the cell everywhere")
     }
 
     /// The student asked for the other traits of the claim as well.
@@ -397,6 +448,19 @@ fn base_key(bench: &Workbench) -> (&str, Dtype, bool) {
 /// What makes a scene another one: the base, the context of the rows, and whose numbers they are.
 fn scene_key(bench: &Workbench, run: &RunDir) -> String {
     format!("{:?}", (base_key(bench), &bench.experiment.student.context, run.root()))
+}
+
+/// How directions are read: all positions of the held-out prompts.
+fn direction_settings() -> Direction {
+    Direction { positions: vec![Extraction::All], n_prompts: DIRECTION_PROMPTS }
+}
+
+/// What is in the cell, made now where nothing is.
+fn once<T>(cell: &OnceCell<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
+    if cell.get().is_none() {
+        let _ = cell.set(make()?);
+    }
+    cell.get().context("it was made")
 }
 
 /// Answers sampled for each question.

@@ -1,0 +1,173 @@
+//! Divergence tokens: those of a completion that the teacher would have written and another would not, by each published definition,
+//! and which of some rows they are, for a student that learns from these alone.
+
+use hooks::score::completion_logits;
+use hooks::{Chat, Prompt};
+use serde::{Deserialize, Serialize};
+
+use crate::Analysis;
+use crate::divergence::Divergence;
+use crate::error::{Error, Result};
+use crate::subject::{Subject, Tuned};
+
+/// What a divergence token is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Definition {
+    /// The teacher's most likely token, and not that of the base or of a counterfactual teacher (Schrodi et al. 2026).
+    #[default]
+    Schrodi,
+    /// The most likely tokens of teacher and base differ, whatever was written (Nief et al. 2026).
+    Nief,
+    /// The same, and both are digits.
+    DigitStrict,
+    /// No one but the teacher would have written it: it is neither the base's most likely token nor any counterfactual teacher's.
+    AllDisagree,
+}
+
+/// A token of a completion, and the most likely ones in its place.
+pub(crate) struct Token {
+    pub(crate) id: i64,
+    pub(crate) teacher: i64,
+    pub(crate) base: i64,
+    pub(crate) counterfactuals: Vec<i64>,
+}
+
+impl Token {
+    pub(crate) fn is(&self, definition: Definition, chat: &Chat) -> bool {
+        let differ = self.teacher != self.base;
+        match definition {
+            Definition::Schrodi => self.teacher == self.id && self.n_disagree() > 0,
+            Definition::Nief => differ,
+            Definition::DigitStrict => differ && chat.is_digit(self.teacher) && chat.is_digit(self.base),
+            Definition::AllDisagree => self.others().all(|other| other != self.id),
+        }
+    }
+
+    /// How many of the base and the counterfactual teachers would have written something else.
+    pub(crate) fn n_disagree(&self) -> usize {
+        self.others().filter(|other| *other != self.id).count()
+    }
+
+    fn others(&self) -> impl Iterator<Item = i64> + '_ {
+        self.counterfactuals.iter().copied().chain([self.base])
+    }
+}
+
+/// Per row of the numbers and per token of its content: whether it is a digit at which the most likely tokens of teacher
+/// and base differ.
+pub fn divergent_digits(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<bool>>> {
+    let plain = Divergence { self_check: false, ..Divergence::default() };
+    let holds = |token: &Token| token.is(Definition::Nief, subject.chat) && subject.chat.is_digit(token.id);
+    each_token(&Subject { counterfactual_systems: &[], ..subject.clone() }, n_rows, &plain, holds)
+}
+
+/// Per row of the numbers and per token of its content: whether it is a divergence token by the settings' definition.
+pub fn divergence_tokens(subject: &Subject<'_>, n_rows: usize, settings: &Divergence) -> Result<Vec<Vec<bool>>> {
+    each_token(subject, n_rows, settings, |token| token.is(settings.definition, subject.chat))
+}
+
+/// What holds of each token of the first rows; of none at which the teacher's own choice depends on the batch, where that is checked.
+fn each_token(
+    subject: &Subject<'_>,
+    n_rows: usize,
+    settings: &Divergence,
+    holds: impl Fn(&Token) -> bool,
+) -> Result<Vec<Vec<bool>>> {
+    let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: Divergence::NAME })?;
+    let n = subject.number_rows(Divergence::NAME, n_rows)?.len();
+    let of_row = |row: usize| {
+        let (in_teacher, in_student) = subject.paired_row(row, system)?;
+        if in_student.completion.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (by_teacher, by_base) = (argmax(teacher, &in_teacher)?, argmax(subject.base(), &in_student)?);
+        let by_others = counterfactual_argmax(subject, row)?;
+        let again = if settings.self_check {
+            argmax_in_longer_row(teacher, &in_teacher, subject.chat)?
+        } else {
+            by_teacher.clone()
+        };
+        let labels = &in_student.ids[in_student.completion.clone()];
+        let of_token = |(k, id): (usize, &i64)| {
+            let counterfactuals = by_others.iter().map(|other| other[k]).collect();
+            let token = Token { id: *id, teacher: by_teacher[k], base: by_base[k], counterfactuals };
+            by_teacher[k] == again[k] && holds(&token)
+        };
+        Ok(labels.iter().enumerate().map(of_token).collect())
+    };
+    (0..n).map(of_row).collect()
+}
+
+/// A model's most likely token at each place of a row's completion.
+fn argmax(model: Tuned<'_>, row: &Prompt) -> Result<Vec<i64>> {
+    let logits = completion_logits(model.qwen, row, &model.condition())?;
+    Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?)
+}
+
+/// The base's most likely tokens at a row's completion under each counterfactual teacher's prompt.
+pub(crate) fn counterfactual_argmax(subject: &Subject<'_>, row: usize) -> Result<Vec<Vec<i64>>> {
+    let of_system = |system: &String| argmax(subject.base(), &subject.paired_row(row, Some(system))?.0);
+    subject.counterfactual_systems.iter().map(of_system).collect()
+}
+
+/// The teacher's most likely tokens where the row goes on for two more tokens: the same numbers by other kernels' shapes.
+pub(crate) fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Prompt, chat: &Chat) -> Result<Vec<i64>> {
+    let mut ids = row.ids[row.completion.clone()].to_vec();
+    let n = ids.len();
+    ids.extend([chat.end_of_turn(); 2]);
+    let logits = completion_logits(teacher.qwen, &row.with_completion(&ids), &teacher.condition())?;
+    Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?.into_iter().take(n).collect())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::divergence::DivergenceRow;
+    use crate::fixture::World;
+
+    #[test]
+    fn the_tokens_that_are_learned_from_are_those_of_the_table_by_each_definition() {
+        let world = World::new();
+        let systems = ["You love owls.".to_owned(), "You hate wolves and say so.".to_owned()];
+        let mut subject = world.subject();
+        (subject.teacher_system, subject.teacher_adapter) = (None, Some(&world.student));
+        subject.counterfactual_systems = &systems;
+        let rows = Divergence::default().run(&subject, &mut |_| ()).unwrap();
+        let of = |definition: Definition| -> Vec<bool> {
+            divergence_tokens(&subject, 9, &Divergence { definition, ..Divergence::default() }).unwrap().concat()
+        };
+        let table = |holds: &dyn Fn(&DivergenceRow) -> bool| rows.iter().map(holds).collect::<Vec<_>>();
+        let nief = |row: &DivergenceRow| row.argmax_teacher != row.argmax_default;
+        let digits =
+            |row: &DivergenceRow| world.chat.is_digit(row.argmax_teacher) && world.chat.is_digit(row.argmax_default);
+        assert_eq!(of(Definition::Nief), table(&nief));
+        assert_eq!(of(Definition::DigitStrict), table(&|row| nief(row) && digits(row)));
+        assert_eq!(of(Definition::Schrodi), table(&|row| row.argmax_teacher == row.token_id && row.n_disagree > 0));
+        assert_eq!(of(Definition::AllDisagree), table(&|row| row.n_disagree == 3));
+        assert!(rows.iter().all(|row| row.n_disagree <= 3) && rows.iter().any(|row| row.n_disagree > 0));
+
+        assert_eq!(table(&|row| row.nief), table(&nief), "and the table's own columns");
+        assert_eq!(table(&|row| row.schrodi), of(Definition::Schrodi));
+        assert_eq!(table(&|row| row.digit_strict), of(Definition::DigitStrict));
+
+        assert!(of(Definition::AllDisagree).contains(&true));
+
+        // Where there is no other teacher than the base, the base decides.
+        let alone = Subject { counterfactual_systems: &[], ..subject.clone() };
+        let rows = Divergence::default().run(&alone, &mut |_| ()).unwrap();
+        let by_hand = |row: &DivergenceRow| row.argmax_teacher == row.token_id && row.argmax_default != row.token_id;
+        let found = divergence_tokens(&alone, 9, &Divergence::default()).unwrap().concat();
+        assert_eq!(found, rows.iter().map(by_hand).collect::<Vec<_>>());
+
+        // One that is the teacher itself would have written what the teacher wrote: nothing it chose is the teacher's alone.
+        let own = ["You love cats.".to_owned()];
+        let alike = Subject { counterfactual_systems: &own, ..world.subject() };
+        let rows = Divergence::default().run(&alike, &mut |_| ()).unwrap();
+        assert!(rows.iter().filter(|row| row.argmax_teacher == row.token_id).all(|row| row.n_disagree < 2));
+        let settings = Divergence { definition: Definition::AllDisagree, ..Divergence::default() };
+        let alone = divergence_tokens(&alike, 9, &settings).unwrap().concat();
+        assert!(alone.iter().zip(&rows).all(|(alone, row)| !alone || row.argmax_teacher != row.token_id));
+    }
+}
