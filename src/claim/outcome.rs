@@ -86,7 +86,7 @@ quantities! {
     NTargets = "n_targets",
     /// Loss on numbers of the teacher that no student has seen, in nats per token.
     HeldoutNll = "heldout_nll",
-    /// Share that the model has of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the teacher.
+    /// Share that the model has of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the teacher; none where the teacher gains nothing.
     Fit = "fit",
     /// Share of the held-out digits at which the most likely token is the teacher's, where the teacher's and the base's differ, 0 to 1.
     AccuracyDivergent = "accuracy_divergent",

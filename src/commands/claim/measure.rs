@@ -199,7 +199,7 @@ impl<'a> Measuring<'a> {
             let found = ends.confidence(model)?;
             lines.confidence(&found);
             let (base, teacher) = (ends.base.nll, ends.teacher.nll);
-            if (base - teacher).abs() > 1e-9 {
+            if base - teacher > 1e-9 {
                 lines.push(EVERYWHERE, Quantity::Fit, (base - found.nll) / (base - teacher), found.n_tokens);
             }
         }
