@@ -707,6 +707,13 @@ mod tests {
             ("datasets = 2", "datasets = 0", "datasets is 0"),
             ("kind = \"mean\"", "kind = \"mean\"\nof = { quantity = \"ece\" }", "it takes heldout in measures"),
             (
+                "kind = \"mean\"",
+                "kind = \"mean\"\nof = { cell = \"there\", quantity = \"ece\" }",
+                "alone, and not in \"there\"",
+            ),
+            ("kind = \"rise\"", "kind = \"diagonal\"", "the kind diagonal takes matrix in measures"),
+            ("title = \"t\"", "title = \"t\"\nquantities = [\"ece\"]", "ece is measured on none of its students"),
+            (
                 "datasets = 2",
                 "datasets = 2\nmeasured_on = { spectrum = [\"student\"] }",
                 "has Spectrum, which measures does not name",
@@ -766,6 +773,8 @@ mod tests {
         }
         let found = format!("{:#}", load(CLAIM, &["generate.keep=7"]).unwrap_err());
         assert!(found.contains("unknown field `keep`"), "{found}");
+        let found = format!("{:#}", load(CLAIM, &["measure.context=chatgpt"]).unwrap_err());
+        assert!(found.contains("a claim asks elsewhere by cells"), "{found}");
     }
 
     #[test]
