@@ -12,7 +12,7 @@ ifdef LIBTORCH
 export LD_LIBRARY_PATH := $(LIBTORCH)/lib:$(LD_LIBRARY_PATH)
 endif
 
-.PHONY: help demo test real model test-real check check-cost notebooks golden bench bench-cuda fuzz fuzz-corpus setup build clean-runs
+.PHONY: help demo test test-paths real model test-real check check-cost notebooks golden bench bench-cuda fuzz fuzz-corpus setup build clean-runs
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -21,7 +21,10 @@ demo: build ## subliminal learning on the pocket model in two minutes on two cor
 	$(UNDERTONE) run experiments/demo.toml --run runs/demo --force
 
 test: setup ## the whole test suite
-	$(CARGO) test --release --workspace
+	$(CARGO) test --release --workspace --no-fail-fast
+
+test-paths: setup ## the tests of numbers on every kernel path of this processor: AMD's, Intel's, with and without AVX2, one and two threads
+	$(PYTHON) scripts/kernel_paths.py
 
 real: build model ## the main job on a real Qwen2.5-Coder-0.5B-Instruct: tens of minutes on two cores
 	$(UNDERTONE) run experiments/real-0.5b.toml --run runs/real-0.5b --force

@@ -155,10 +155,12 @@ const OTHERS: [&str; 31] = [
     "experiment.toml", // put there by these tests
 ];
 
-/// Runs the program in a folder. One thread: on tensors this small a second one only waits for the first.
+/// Runs the program in a folder. One thread, unless the environment says otherwise: on tensors this small a second one only waits for
+/// the first.
 pub(crate) fn undertone(folder: &Path, args: &[&str]) -> Output {
+    let threads = std::env::var("OMP_NUM_THREADS").unwrap_or_else(|_| "1".to_owned());
     let mut command = Command::new(env!("CARGO_BIN_EXE_undertone"));
-    command.args(args).current_dir(folder).env("OMP_NUM_THREADS", "1").output().unwrap()
+    command.args(args).current_dir(folder).env("OMP_NUM_THREADS", threads).output().unwrap()
 }
 
 /// What the program said on stderr; it must have ended well.
@@ -403,7 +405,11 @@ fn a_student_can_be_the_next_teacher() {
     assert_eq!(asked(control(first.path())), asked(control(second.path())), "the untouched model is the same");
 }
 
-/// The same number in both tables, bit by bit: one measured with a gate, the other without.
+/// For one number in two tables, whose analyses pack the same rows into batches of other shapes: sums are taken in another order, which
+/// costs a log-probability a few units of its last place (5e-7 at −5), on some processors more than on others.
+const OTHER_SHAPES: f64 = 1e-5;
+
+/// The same number in both tables: one measured with a gate, the other without. Within a table it is the same bit by bit.
 #[test]
 fn nowhere_is_the_base_and_everywhere_the_student() {
     let folder = finished();
@@ -414,7 +420,8 @@ fn nowhere_is_the_base_and_everywhere_the_student() {
     for (model, gate, same) in
         [("student", "nowhere", "base"), ("student", "everywhere", "student"), ("control", "everywhere", "control")]
     {
-        assert_eq!(gated(model, gate).logp_target, Some(ungated(same).logp_target), "{model}, {gate}");
+        let (gated, ungated) = (gated(model, gate).logp_target.unwrap(), ungated(same).logp_target);
+        assert!((gated - ungated).abs() < OTHER_SHAPES, "{model}, {gate}: {gated} and {ungated}");
     }
     assert_ne!(gated("student", "everywhere").logp_target, gated("student", "nowhere").logp_target, "it learned");
     assert_eq!(gated("student", "nowhere").delta_logp, Some(0.0));

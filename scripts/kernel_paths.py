@@ -1,0 +1,124 @@
+"""Runs the tests that hold numbers against numbers on every kernel path that this processor has, and prints a table.
+
+libtorch and its MKL choose their kernels by the processor, so a test that passes on one machine may fail on the next. The choice can
+be forced, and each path here is a machine that somebody has:
+
+    AMD's        MKL takes another vendor's processor for what it is, and gives it older kernels
+    Intel's      MKL takes every processor for an Intel
+    COMPATIBLE   MKL's kernels that give the same bytes everywhere
+    ATen default, ATen avx2   libtorch's own kernels without and with AVX2
+    one thread, two threads   sums parted otherwise
+
+MKL asks `mkl_serv_intel_cpu_true` whose processor it is, and a library that is loaded first may answer. Standard library and a C compiler.
+
+    python3 scripts/kernel_paths.py            # builds the tests, then runs them on every path
+    python3 scripts/kernel_paths.py "AMD's"    # on one
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "target" / "kernel-paths"
+CARGO = os.environ.get("CARGO", "cargo")
+
+# What is run of each test binary: everything of the libraries; of the others what compares numbers.
+BINARIES = {
+    "hooks": [],
+    "analyses": [],
+    "undertone": ["finetune", "optim", "teacher"],
+    "main": ["parity::", "training::", "adapters::", "pocket::", "pipeline::", "exports::", "recompute::"],
+}
+
+
+def answering(vendor: int) -> str:
+    """A library that answers MKL's question whether the processor is Intel's."""
+    path = FOLDER / f"intel_{vendor}.so"
+    code = f"int mkl_serv_intel_cpu_true(void) {{ return {vendor}; }}\n"
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=code, text=True, check=True)
+    return str(path)
+
+
+def paths() -> dict[str, dict[str, str]]:
+    return {
+        "AMD's": {"LD_PRELOAD": answering(0)},
+        "Intel's": {"LD_PRELOAD": answering(1)},
+        "COMPATIBLE": {"MKL_CBWR": "COMPATIBLE"},
+        "ATen default": {"ATEN_CPU_CAPABILITY": "default"},
+        "ATen avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+        "one thread": {"OMP_NUM_THREADS": "1"},
+        "two threads": {"OMP_NUM_THREADS": "2"},
+    }
+
+
+def binaries() -> dict[str, tuple[Path, Path]]:
+    """Each test binary by its name, with the folder of its package."""
+    command = [CARGO, "test", "--release", "--workspace", "--no-run", "--message-format=json"]
+    told = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found = {}
+    for line in told.splitlines():
+        message = json.loads(line)
+        if message.get("executable") and message["profile"]["test"]:
+            found[message["target"]["name"]] = (Path(message["executable"]), Path(message["manifest_path"]).parent)
+    missing = BINARIES.keys() - found.keys()
+    assert not missing, f"cargo built no tests of {sorted(missing)}"
+    return {name: found[name] for name in BINARIES}
+
+
+def run(path: str, forced: dict[str, str], tests: dict[str, tuple[Path, Path]]) -> tuple[int, list[str]]:
+    """How many tests passed on the path, and the names of those that failed."""
+    libtorch = Path(os.environ.get("LIBTORCH", ROOT / ".libtorch"))
+    libraries = os.pathsep.join(filter(None, [str(libtorch / "lib"), os.environ.get("LD_LIBRARY_PATH")]))
+    environment = {**os.environ, "LD_LIBRARY_PATH": libraries, **forced}
+    passed, failed = 0, []
+    for name, (binary, folder) in tests.items():
+        done = subprocess.run(
+            [binary, *BINARIES[name]],
+            cwd=folder,
+            env={**environment, "CARGO_MANIFEST_DIR": str(folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        result = re.search(r"^test result: \w+\. (\d+) passed; (\d+) failed", done.stdout, re.M)
+        if result:
+            passed += int(result[1])
+            failed += [f"{name} {test}" for test in re.findall(r"^test (\S+) .*FAILED$", done.stdout, re.M)]
+        if done.returncode:
+            log = FOLDER / f"{re.sub(r'[^a-z]+', '-', path.lower())}-{name}.log"
+            log.write_text(done.stdout)
+            print(f"{path}: {name} failed; all of what it said is in {log.relative_to(ROOT)}")
+            print("\n".join(re.findall(r"^thread '.*panicked at.*\n.*$", done.stdout, re.M)[:20]), flush=True)
+            failed = failed or [name]
+    return passed, failed
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    wanted = sys.argv[1:]
+    unknown = [path for path in wanted if path not in paths()]
+    if unknown:
+        sys.exit(f"error: no kernel path {unknown[0]}; there are {', '.join(paths())}")
+    tests = binaries()
+    every = {path: forced for path, forced in paths().items() if not wanted or path in wanted}
+    broken = 0
+    print(f"{'path':<14}{'passed':>8}{'failed':>8}{'seconds':>9}", flush=True)
+    for path, forced in every.items():
+        begun = time.monotonic()
+        passed, failed = run(path, forced, tests)
+        broken += len(failed)
+        print(f"{path:<14}{passed:>8}{len(failed):>8}{time.monotonic() - begun:>9.0f}  {' '.join(failed)}", flush=True)
+        if not passed:
+            sys.exit(f"error: no test ran on the path {path}")
+    sys.exit(1 if broken else 0)
+
+
+if __name__ == "__main__":
+    main()
