@@ -71,10 +71,10 @@ pub struct ArmRow {
 }
 
 /// The students of an arm at one rank, which differ in their seeds.
-struct Group<'a> {
-    arm: &'a str,
-    rank: Option<i64>,
-    rows: Vec<&'a ArmRow>,
+pub(crate) struct Group<'a> {
+    pub(crate) arm: &'a str,
+    pub(crate) rank: Option<i64>,
+    pub(crate) rows: Vec<&'a ArmRow>,
 }
 
 impl Group<'_> {
@@ -101,12 +101,16 @@ impl Group<'_> {
     }
 
     /// `+0.120`, with `± 0.050 over 3 students` where there are several.
-    fn effect(&self) -> String {
+    pub(crate) fn effect(&self) -> String {
         let error = standard_error(&self.values(effect)).ok();
         let error = error.map_or_else(String::new, |error| format!(" ± {error:.3} over {} students", self.rows.len()));
         format!("{:+.3}{error}", self.mean(effect))
     }
 }
+
+/// The fewest students at each rank that a shape over the rank is told from. Students of one recipe differ by as much as their effect, and
+/// at a high rate by what rounding alone makes of them, so that a curve of single students has a peak by chance.
+pub(crate) const FEWEST_FOR_A_SHAPE: usize = 5;
 
 fn effect(row: &ArmRow) -> f64 {
     row.delta_margin
@@ -124,8 +128,11 @@ fn groups(rows: &[ArmRow]) -> Vec<Group<'_>> {
     found
 }
 
+/// Arms with several ranks, each in rising rank.
+pub(crate) type Ranked<'a> = Vec<(&'a str, Vec<Group<'a>>)>;
+
 /// The groups parted into the arms with several ranks, each in rising rank, and the other groups without the run's own.
-fn parted(rows: &[ArmRow]) -> (Vec<(&str, Vec<Group<'_>>)>, Vec<Group<'_>>) {
+pub(crate) fn parted(rows: &[ArmRow]) -> (Ranked<'_>, Vec<Group<'_>>) {
     let (mut ranked, mut single) = (Vec::new(), Vec::new());
     let mut left = groups(rows).into_iter().filter(|group| ![STUDENT, CONTROL_STUDENT].contains(&group.arm)).peekable();
     while let Some(first) = left.next() {
@@ -247,6 +254,15 @@ pub fn reading(rows: &[ArmRow]) -> String {
     let mut said =
         vec![format!("The student's margin of \"{word}\" changed by {:+.3} nats, {control}", effect(student))];
     for (arm, groups) in &ranked {
+        let fewest = groups.iter().map(|group| group.rows.len()).min().unwrap_or_default();
+        if fewest < FEWEST_FOR_A_SHAPE {
+            let students = if fewest == 1 { "one student".to_owned() } else { format!("{fewest} students") };
+            said.push(format!(
+                "\"{arm}\" has {students} at some ranks, too few to say how the effect goes with the rank (seeds = \
+                 {FEWEST_FOR_A_SHAPE} in the arm)"
+            ));
+            continue;
+        }
         let Some(best) = groups.iter().max_by(|a, b| a.mean(effect).total_cmp(&b.mean(effect))) else { continue };
         let at = |group: &Group<'_>| format!("{} at rank {}", group.effect(), group.rank.unwrap_or_default());
         let ends: Vec<String> = [groups.first(), groups.last()].into_iter().flatten().map(at).collect();
@@ -274,10 +290,9 @@ pub fn reading(rows: &[ArmRow]) -> String {
 /// Below which p-value a side of the two-lines test counts.
 const LEVEL: f64 = 0.05;
 
-/// Whether an arm's effect rises and falls with its rank, by the two-lines test over its students; nothing where a rank has one
-/// student alone, or there are two ranks.
+/// Whether an arm's effect rises and falls with its rank, by the two-lines test over its students; nothing where there are two ranks.
 fn bend(groups: &[Group<'_>]) -> Option<String> {
-    if groups.len() < 3 || groups.iter().any(|group| group.rows.len() < 2) {
+    if groups.len() < 3 {
         return None;
     }
     let points = groups.iter().flat_map(|group| {
@@ -305,7 +320,7 @@ fn caveat(student: &ArmRow, groups: &[Group<'_>], rows: &[ArmRow]) -> String {
          of one student."
     } else {
         "Every number is that of one student: differences between arms can be the luck of a seed, and no interval says how large that \
-         is (seeds = 3 in an arm does)."
+         is (seeds = 5 in an arm does)."
     };
     let others = if rows.iter().any(|row| row.model != student.model || row.dtype != student.dtype) {
         " A student of another model, or of weights of another kind, is compared with that model itself."
@@ -387,13 +402,15 @@ mod tests {
             rows
         };
         let hill = |x: f64| 1.0 - (x - 3.0).abs() / 3.0;
-        let said = reading(&arm(&hill, 3));
+        let said = reading(&arm(&hill, 5));
         assert!(said.contains("up to rank 8 +0.33"), "{said}");
         assert!(said.contains("from it on -0.33"), "{said}");
         assert!(said.contains(": an inverted U by the two-lines test"), "{said}");
-        let said = reading(&arm(&|x| x / 6.0, 3));
+        let said = reading(&arm(&|x| x / 6.0, 5));
         assert!(said.contains("from it on no line: no inverted U by"), "{said}");
-        assert!(!reading(&arm(&hill, 1)).contains("two-lines"), "one student each");
+        let said = reading(&arm(&hill, 4));
+        assert!(said.contains("\"ranks\" has 4 students at some ranks, too few"), "{said}");
+        assert!(!said.contains("two-lines") && !said.contains("highest"), "{said}");
     }
 
     #[test]
@@ -425,7 +442,7 @@ mod tests {
         let found = reading(&rows());
         for part in [
             "changed by +1.200 nats, the control student's by +0.050",
-            "\"alpha = rank\" has +0.300 at rank 1 and +0.400 at rank 16, and is highest at rank 4 (+0.900); ",
+            "\"alpha = rank\" has one student at some ranks, too few to say how the effect goes with the rank",
             "\"full finetuning\": +0.700",
             "\"shuffled completions\", shuffled completions: +0.010",
             "Every number is that of one student",

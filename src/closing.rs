@@ -8,8 +8,8 @@ use analyses::token_ablation::TokenAblationRow;
 use anyhow::Result;
 use serde::de::DeserializeOwned;
 
-use crate::arms::ArmRow;
-use crate::experiment::{AnalysisName, CONTROL_STUDENT, Experiment, STUDENT};
+use crate::arms::{ArmRow, FEWEST_FOR_A_SHAPE, Group, parted};
+use crate::experiment::{AnalysisName, Experiment, STUDENT};
 use crate::publish::read_csv;
 use crate::run_dir::RunDir;
 use crate::teacher::TeacherRow;
@@ -61,18 +61,19 @@ fn effect(rates: &[TargetRateRow], word: &str) -> Option<String> {
 
 fn controls(arms: &[ArmRow]) -> Option<String> {
     let student = arms.iter().find(|row| row.arm == STUDENT)?;
-    let own = [STUDENT, CONTROL_STUDENT];
-    let ranked = |row: &ArmRow| arms.iter().any(|other| other.arm == row.arm && other.rank != row.rank);
-    let others = arms.iter().filter(|row| !own.contains(&row.arm.as_str()) && row.target == student.target);
-    let single: Vec<String> =
-        others.clone().filter(|row| !ranked(row)).map(|row| format!("{} {:+.2}", row.arm, row.delta_margin)).collect();
-    let best = others.filter(|row| ranked(row)).max_by(|a, b| a.delta_margin.total_cmp(&b.delta_margin));
-    let best = best.map(|row| format!("; of the ranks most at {:?} {}", row.arm, row.rank.unwrap_or_default()));
+    let (ranked, single) = parted(arms);
+    let others = single.iter().filter(|group| group.rows[0].target == student.target);
+    let others: Vec<String> = others.map(|group| format!("{} {}", group.arm, group.effect())).collect();
+    let shape = ranked.iter().find(|(_, groups)| groups.iter().all(|group| group.rows.len() >= FEWEST_FOR_A_SHAPE));
+    let shape = shape.map(|(arm, groups)| {
+        let at = |group: &Group<'_>| format!("{} at rank {}", group.effect(), group.rank.unwrap_or_default());
+        format!("; {arm:?} has {}", groups.iter().map(at).collect::<Vec<_>>().join(", "))
+    });
     Some(format!(
-        "Its margin (log p against the other answers' mean) moves by {:+.2} nats; other students': {}{}.",
+        "Its margin (log p against the other answers' mean) moves by {:+.3} nats; other students' (one each, unless it says otherwise): {}{}.",
         student.delta_margin,
-        single.join(", "),
-        best.unwrap_or_default()
+        others.join(", "),
+        shape.unwrap_or_default()
     ))
 }
 
