@@ -13,7 +13,7 @@ use analyses::target_rate::TargetRate;
 use analyses::token_ablation::TokenAblation;
 use analyses::{Analysis, Subject, Target, Tuned};
 use anyhow::{Context, Result, bail};
-use hooks::{Adapter, Prompt, Provenance, files};
+use hooks::{Prompt, Provenance, files};
 
 use crate::dataset::Sample;
 use crate::experiment::{AnalysisName, Cell, Method};
@@ -38,9 +38,10 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     let control = if experiment.student.control { Some(bench.student(&run.control_adapter())?) } else { None };
     let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
     let scene = Scene::of(bench, run, &bench.measured(run)?)?;
-    let start = start(bench)?;
+    // Where the training of a student began that was trained elsewhere, nobody knows.
+    let own = (!elsewhere && experiment.student.method == Method::Lora).then(|| bench.initial_adapter()).transpose()?;
     let subject = Subject {
-        start: start.as_ref().map(|adapter| Tuned { qwen: &bench.base, adapter: adapter.as_ref() }),
+        start: (!elsewhere).then_some(Tuned { qwen: &bench.base, adapter: own.as_ref() }),
         control: control.as_ref().map(|control| tuned(bench, control)),
         other_trait: other_trait.as_ref().map(|other| tuned(bench, other)),
         ..scene.subject(bench, tuned(bench, &student))
@@ -168,17 +169,6 @@ impl Scene {
             seed: bench.experiment.seeds.eval_seed,
         }
     }
-}
-
-/// What the student's training began with beside the base: an adapter, or nothing where all weights are trained. None of a student that
-/// was trained elsewhere, whose start nobody knows.
-fn start(bench: &Workbench) -> Result<Option<Option<Adapter>>> {
-    let student = &bench.experiment.student;
-    Ok(match (&student.adapter, student.method) {
-        (Some(_), _) => None,
-        (None, Method::Full) => Some(None),
-        (None, Method::Lora) => Some(Some(bench.initial_adapter()?)),
-    })
 }
 
 /// The student of the arm that learned another trait.
