@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use analyses::divergence::DivergenceRow;
 use analyses::gradients::GradientRow;
+use analyses::steering::SteeringRow;
 use analyses::target_rate::TargetRateRow;
 use analyses::token_ablation::TokenAblationRow;
 use hooks::ModelFiles;
@@ -359,7 +360,24 @@ fn the_lines_at_the_end_are_those_of_the_tables() {
     let effect = lines.iter().find(|line| line.starts_with("The student now answers")).unwrap();
     assert!(effect.contains(&format!("with probability {p:.2} (")), "{effect}");
     assert!(effect.ends_with(&format!(": {:+.2} nats.", student.delta_logp)), "{effect}");
-    assert!(lines.iter().any(|line| line.contains("times its length after block")), "{lines:?}");
+    let steering: Vec<SteeringRow> = read_csv(&folder.path().join("steering/rows.csv")).unwrap();
+    let learned = steering.iter().filter(|row| row.kind == "learned");
+    let best = learned.max_by(|a, b| a.delta_logp.abs().total_cmp(&b.delta_logp.abs())).unwrap();
+    let beside =
+        |row: &&SteeringRow| row.kind == "random" && (row.layer, row.coefficient) == (best.layer, best.coefficient);
+    let random = steering.iter().find(beside).unwrap();
+    let (mean, spread, as_far) = (random.delta_logp, random.delta_logp_sd.unwrap(), best.rank_logp.unwrap() - 1);
+    let said = format!("20 random ones {mean:+.2} ± {spread:.2}, {as_far} of them as far");
+    let pushed = lines.iter().find(|line| line.contains("times its length after block")).unwrap();
+    assert!(pushed.contains(&said), "{pushed}: {said}");
+    // Where the adapter acts is said of a change that is clear of zero, and of no other.
+    let gates: Vec<TokenAblationRow> = read_csv(&folder.path().join("token_ablation/rows.csv")).unwrap();
+    let everywhere = gates.iter().find(|row| row.model == "student" && row.gate == "everywhere").unwrap();
+    let (change, error) = (everywhere.delta_logp.unwrap(), everywhere.delta_logp_se.unwrap());
+    assert_eq!(everywhere.recovered_logp.is_some(), change.abs() > 3.0 * error);
+    let said =
+        if everywhere.recovered_logp.is_some() { "at the system prompt alone" } else { "where it sits cannot be said" };
+    assert_eq!(lines.iter().filter(|line| line.contains(said)).count(), 1, "{lines:?}");
 }
 
 #[test]

@@ -110,7 +110,7 @@ pub struct DivergenceSummaryRow {
     pub nief: f64,
     /// Share of its tokens where the two most likely tokens differ and both are digits, 0 to 1.
     pub digit_strict: f64,
-    /// Share of its tokens that are the teacher's most likely one and not the base's, 0 to 1.
+    /// Share of its tokens that are the teacher's most likely one and not that of the base or of a counterfactual teacher, 0 to 1.
     pub schrodi: f64,
     /// Mean of log p(teacher) − log p(base) of the token, in nats.
     pub soft: f64,

@@ -99,7 +99,8 @@ pub struct GradientRow {
     pub k: Option<usize>,
     /// The token's text; empty for a group.
     pub token_text: String,
-    /// `divergent_digit`, `other_digit` or `other`; in scopes `group` and `part`: `divergent_digit` or `rest`.
+    /// `divergent_digit`, `other_digit` or `other`; in scopes `group` and `part`: `divergent_digit` or `rest` (all other tokens of the
+    /// completions, without the end of the turn).
     pub group: String,
     /// The part of the chat, named as the gate that chooses it: `entity`, `sys.content_other`, `template`, `user.content` or `gen`;
     /// scope `part` only.
@@ -117,8 +118,8 @@ pub struct GradientRow {
     pub hidden_grad_norm: Option<f64>,
     /// `‖∂ℓ/∂resid_post‖` over all positions, in nats per unit of the residual stream; scope `token_layer` only.
     pub resid_grad_norm: Option<f64>,
-    /// `‖∂ℓ/∂adapter‖` over all its parameters (of the layer, in scope `token_layer`), in nats per unit of the parameters;
-    /// empty without an adapter.
+    /// `‖∂ℓ/∂adapter‖` over all its parameters (of the layer, in scope `token_layer`), in nats per unit of the parameters: ℓ is the
+    /// token's loss, in scope `group` the sum over the group's tokens, and in scope `part` it is `‖g_P‖`. Empty without an adapter.
     pub lora_grad_norm: Option<f64>,
     /// `‖g‖² / ‖g_D + g_N‖²`, of the divergent digits' gradient `g_D` and the rest's `g_N`; in scope `part` `⟨g_P, g⟩ / ‖g‖²` of the
     /// group's g, of which each part's `g_P` is a summand: those of all parts add up to 1. Empty where the length of the sum below the

@@ -70,9 +70,9 @@ quantities! {
     PTargetExact = "p_target_exact",
     /// The same of the base in the same context, 0 to 1.
     BasePTargetExact = "base_p_target_exact",
-    /// Tokens that the prompt and the training rows begin with alike.
+    /// Tokens that the prompt and one of the first 32 training rows begin with alike, of the row that has most; the mean over prompts.
     SharedPrefix = "shared_prefix",
-    /// Tokens of the prompt, other than the question's, whose id stands in the training rows' other parts than what the user says.
+    /// Tokens of the prompt, other than the question's, whose id stands in one of the first 32 training rows, in other parts than what user and answer say; the mean over prompts.
     SharedTokens = "shared_tokens",
     /// Mean training loss over the last quarter of the steps, in nats per token.
     LossLast = "loss_last",
@@ -100,7 +100,7 @@ quantities! {
     Ece = "ece",
     /// Mean entropy at held-out digits, in nats.
     Entropy = "entropy",
-    /// Mean probability that a held-out number of the teacher has as a whole, over its digits up to the separator, 0 to 1.
+    /// Mean probability that a held-out number of the teacher has as a whole, over its digits and the token behind them, 0 to 1.
     PWholeNumber = "p_whole_number",
     /// Kullback-Leibler divergence from the teacher at held-out digits, KL(teacher, model), in nats.
     KlTeacher = "kl_teacher",
