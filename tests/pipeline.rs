@@ -61,7 +61,7 @@ none = ["blocks.*.hook_mlp_out: zero", 'blocks.0.hook_resid_post@"Qwen": scale(2
 n_rows = 3
 
 [measure.gradients]
-n_rows = 2
+n_rows = 6
 "#;
 
 /// Columns by file: scripts and the report read them by name.
