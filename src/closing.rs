@@ -79,7 +79,13 @@ fn controls(arms: &[ArmRow]) -> Option<String> {
 
 fn tokens(gates: &[TokenAblationRow], scan: &[PositionScanRow], word: &str) -> Option<String> {
     let left = |gate: &str| gates.iter().find(|row| row.model == "student" && row.gate == gate)?.recovered_logp;
-    let (only, except) = (left("only:system")?, left("except:system")?);
+    let Some((only, except)) = left("only:system").zip(left("except:system")) else {
+        let everywhere = gates.iter().find(|row| row.model == "student" && row.gate == "everywhere");
+        let change = everywhere.filter(|row| row.recovered_logp.is_none())?.delta_logp?;
+        return Some(format!(
+            "The change in log p({word}), {change:+.2} nats, is not three standard errors clear of zero: where it sits cannot be said."
+        ));
+    };
     let most = scan.iter().filter(|row| !row.class.is_empty());
     let most = most.min_by(|a, b| a.delta_margin_except.total_cmp(&b.delta_margin_except));
     let most = most.map(|row| format!("; the one token it misses most is {:?}", row.token.trim()));
@@ -98,11 +104,15 @@ fn direction(run: &RunDir) -> Result<Option<String>> {
     let same = |kind: &str| {
         let beside =
             |row: &&SteeringRow| row.kind == kind && (row.layer, row.coefficient) == (best.layer, best.coefficient);
-        steering.iter().find(beside).map(|row| format!("{:+.2}", row.delta_logp))
+        steering.iter().find(beside)
     };
-    let named = [("random", "a random one"), ("control_student", "the control's"), ("other_trait", "another trait's")];
-    let beside: Vec<String> =
-        named.iter().filter_map(|(kind, name)| same(kind).map(|change| format!("{name} {change}"))).collect();
+    let random = same("random").and_then(|row| {
+        let (n, spread, as_far) = (row.n_random?, row.delta_logp_sd?, best.rank_logp? - 1);
+        Some(format!("{n} random ones {:+.2} ± {spread:.2}, {as_far} of them as far", row.delta_logp))
+    });
+    let named = [("control_student", "the control's"), ("other_trait", "another trait's")];
+    let others = named.iter().filter_map(|(kind, name)| same(kind).map(|row| format!("{name} {:+.2}", row.delta_logp)));
+    let beside: Vec<String> = random.into_iter().chain(others).collect();
     let divergence: Vec<DivergenceSummaryRow> = there(&run.analysis(AnalysisName::Divergence).join("summary.csv"))?;
     let digits = divergence.iter().find(|row| row.group == "digits");
     let digits = digits.map(|row| format!("; teacher and base diverge at {:.0} % of the digits", 100.0 * row.nief));

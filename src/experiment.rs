@@ -111,7 +111,8 @@ pub struct Generate {
     pub n_prompts: usize,
     /// How many accepted rows are kept.
     pub n_keep: usize,
-    /// How many accepted rows more the teacher writes, that no student learns from.
+    /// How many accepted rows more the teacher writes, that no student learns from. Directions, steering, divergence and gradients are
+    /// measured at these; at the training rows where it is 0.
     pub n_heldout: usize,
     /// 0 for the most likely token each time, 1 for the model's own probabilities.
     pub temperature: f64,
@@ -450,6 +451,11 @@ impl Experiment {
     /// The context of the questions.
     pub fn measure_context(&self) -> &str {
         self.measure.context.as_deref().unwrap_or(&self.student.context)
+    }
+
+    /// Whether directions, steering, divergence and gradients are measured at rows that no student learned from.
+    pub fn measures_held_out(&self) -> bool {
+        self.generate.n_heldout > 0
     }
 
     fn check(&self) -> Result<()> {

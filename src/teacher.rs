@@ -166,7 +166,7 @@ pub struct TeacherRow {
     pub scope: String,
     /// `base` in the student's context, or `teacher` in the context in which it writes numbers.
     pub model: String,
-    /// Who the teacher is: `prompt`, `adapter`, `finetuned`, or `planted` (the base itself).
+    /// Who the teacher is: `prompt`, `adapter`, `finetuned`, `steered`, or `planted` (the base itself).
     pub teacher_kind: TeacherKind,
     /// The question's index, from 0; empty for the mean.
     pub question_id: Option<usize>,

@@ -125,7 +125,7 @@ def recompute(test, table):
         part, whole = table.by_dataset(one), table.by_dataset(of(test["all"]))
         n = len(part)
         if n < 2:
-            return dict(estimate=part[0] / whole[0]) if whole[0] > 0 else {}, {}
+            return {}, {}
         centre = sum(whole) / n
         error = math.sqrt(sum((v - centre) ** 2 for v in whole) / (n - 1) / n)
         if abs(centre) <= 3 * error:

@@ -343,6 +343,7 @@ fn messages_without_a_command_are_the_library_s() {
         base: &qwen,
         provenance: &provenance,
         student: Tuned { qwen: &qwen, adapter: None },
+        start: None,
         control: None,
         other_trait: None,
         chat: &chat,

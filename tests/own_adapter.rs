@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::Path;
 
+use analyses::gradients::GradientRow;
 use analyses::target_rate::TargetRateRow;
 use tempfile::TempDir;
 use undertone::arms::ArmRow;
@@ -51,9 +52,17 @@ fn a_student_from_elsewhere_is_measured_as_if_it_were_trained_here() {
     let same = |name: &&String| is_table(name) || name.contains("adapter/");
     let measured: Vec<&String> = there.keys().filter(same).collect();
     assert!(measured.len() > 12, "{measured:?}");
-    for name in measured {
+    for name in measured.into_iter().filter(|name| *name != "gradients/rows.csv") {
         assert!(here.get(name) == there.get(name), "{name} differs");
     }
+    // But for the start of its training, which only the run that trained it knows.
+    let gradients = |run: &Path| read_csv::<GradientRow>(&run.join("gradients/rows.csv")).unwrap();
+    let (starts, others): (Vec<_>, Vec<_>) =
+        gradients(finished().path()).into_iter().partition(|row| row.model == "start");
+    assert_eq!(gradients(&folder.path().join("run")), others);
+    assert!(starts.iter().any(|row| row.scope == "group") && others.iter().any(|row| row.model == "start_draw_12"));
+    let page = String::from_utf8(here["report.html"].clone()).unwrap();
+    assert!(page.contains("where its training began is not known"), "the sentence says so");
     assert!(!at("train.csv").exists() && !at("control_train.csv").exists(), "nothing was trained");
     let meta = String::from_utf8(here["meta.json"].clone()).unwrap();
     for file in

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use analyses::divergence::DivergenceRow;
+use analyses::gradients::GradientRow;
+use analyses::steering::SteeringRow;
 use analyses::target_rate::TargetRateRow;
 use analyses::token_ablation::TokenAblationRow;
 use hooks::ModelFiles;
@@ -58,7 +61,7 @@ none = ["blocks.*.hook_mlp_out: zero", 'blocks.0.hook_resid_post@"Qwen": scale(2
 n_rows = 3
 
 [measure.gradients]
-n_rows = 2
+n_rows = 6
 "#;
 
 /// Columns by file: scripts and the report read them by name.
@@ -81,7 +84,7 @@ const HEADERS: [(&str, &str); 15] = [
     ),
     (
         "divergence/summary.csv",
-        "group,n_tokens,n_rows,share,nief,digit_strict,schrodi,soft,soft_se,pmax_teacher,pmax_default,lift,\
+        "group,n_tokens,n_rows,share,nief,digit_strict,schrodi,soft,soft_se,pmax_teacher,pmax_default,lift,lift_se,\
          closure_student,closure_control,accuracy_student,accuracy_control,accuracy_default,drift_to_default,\
          gain_student,gain_control",
     ),
@@ -102,8 +105,9 @@ const HEADERS: [(&str, &str); 15] = [
     ),
     (
         "steering/rows.csv",
-        "layer,kind,coefficient,extraction,target,n_questions,vector_norm,delta_logp,delta_logp_se,delta_margin,\
-         delta_margin_se,student_delta_logp,student_delta_margin,fraction_logp,fraction_margin",
+        "layer,kind,coefficient,extraction,target,n_questions,n_random,vector_norm,delta_logp,delta_logp_se,delta_logp_sd,\
+         rank_logp,delta_margin,delta_margin_se,delta_margin_sd,rank_margin,student_delta_logp,student_delta_margin,\
+         fraction_logp,fraction_margin",
     ),
     (
         "target_rate/rows.csv",
@@ -358,7 +362,24 @@ fn the_lines_at_the_end_are_those_of_the_tables() {
     let effect = lines.iter().find(|line| line.starts_with("The student now answers")).unwrap();
     assert!(effect.contains(&format!("with probability {p:.2} (")), "{effect}");
     assert!(effect.ends_with(&format!(": {:+.2} nats.", student.delta_logp)), "{effect}");
-    assert!(lines.iter().any(|line| line.contains("times its length after block")), "{lines:?}");
+    let steering: Vec<SteeringRow> = read_csv(&folder.path().join("steering/rows.csv")).unwrap();
+    let learned = steering.iter().filter(|row| row.kind == "learned");
+    let best = learned.max_by(|a, b| a.delta_logp.abs().total_cmp(&b.delta_logp.abs())).unwrap();
+    let beside =
+        |row: &&SteeringRow| row.kind == "random" && (row.layer, row.coefficient) == (best.layer, best.coefficient);
+    let random = steering.iter().find(beside).unwrap();
+    let (mean, spread, as_far) = (random.delta_logp, random.delta_logp_sd.unwrap(), best.rank_logp.unwrap() - 1);
+    let said = format!("20 random ones {mean:+.2} ± {spread:.2}, {as_far} of them as far");
+    let pushed = lines.iter().find(|line| line.contains("times its length after block")).unwrap();
+    assert!(pushed.contains(&said), "{pushed}: {said}");
+    // Where the adapter acts is said of a change that is clear of zero, and of no other.
+    let gates: Vec<TokenAblationRow> = read_csv(&folder.path().join("token_ablation/rows.csv")).unwrap();
+    let everywhere = gates.iter().find(|row| row.model == "student" && row.gate == "everywhere").unwrap();
+    let (change, error) = (everywhere.delta_logp.unwrap(), everywhere.delta_logp_se.unwrap());
+    assert_eq!(everywhere.recovered_logp.is_some(), change.abs() > 3.0 * error);
+    let said =
+        if everywhere.recovered_logp.is_some() { "at the system prompt alone" } else { "where it sits cannot be said" };
+    assert_eq!(lines.iter().filter(|line| line.contains(said)).count(), 1, "{lines:?}");
 }
 
 #[test]
@@ -403,6 +424,58 @@ fn a_student_can_be_the_next_teacher() {
     let control = |folder: &Path| fs::read(folder.join("data/control.jsonl")).unwrap();
     let asked = |bytes: Vec<u8>| bytes.split(|byte| *byte == b'\n').next().map(<[u8]>::to_vec);
     assert_eq!(asked(control(first.path())), asked(control(second.path())), "the untouched model is the same");
+}
+
+/// A student whose steps are too small to move it is its own start: the two have the same gradients, and other draws of A have others.
+#[test]
+fn gradients_at_the_start_are_those_of_the_adapter_that_training_begins_with() {
+    let set = ["finetune.learning_rate=1e-30", "student.rotated=true", "measure.analyses=[\"gradients\"]"];
+    let folder = run(&set.map(|change| ["--set", change]).concat());
+    let rows: Vec<GradientRow> = read_csv(&folder.path().join("gradients/rows.csv")).unwrap();
+    let of = |model: &str, scopes: &[&str]| -> Vec<GradientRow> {
+        let wanted = |row: &&GradientRow| row.model == model && scopes.contains(&row.scope.as_str());
+        rows.iter().filter(wanted).cloned().collect()
+    };
+    let scopes = ["token", "token_layer", "group", "part"];
+    let (student, start) = (of("student", &scopes), of("start", &scopes));
+    assert!(student.len() == start.len() && student.iter().any(|row| row.scope == "group"), "{}", student.len());
+    for (student, start) in student.iter().zip(&start) {
+        assert_eq!((&student.scope, student.k, student.layer), (&start.scope, start.k, start.layer));
+        let near = |of: fn(&GradientRow) -> Option<f64>| match (of(student), of(start)) {
+            (Some(a), Some(b)) => (a - b).abs() <= 1e-6 * (1e-3 + a.abs().max(b.abs())),
+            (a, b) => a == b,
+        };
+        let is_near = near(|row| row.lora_grad_norm) && near(|row| row.alignment) && near(|row| row.cosine);
+        assert!(is_near, "{student:?}\n{start:?}");
+    }
+    for at in 1..=12 {
+        let drawn = of(&format!("start_draw_{at}"), &scopes);
+        let (tokens, groups) = (drawn.iter().filter(|row| row.scope == "token").count(), drawn.len());
+        assert_eq!((tokens, groups - tokens), (of("start", &["token"]).len(), 2), "draw {at}");
+        assert_ne!(drawn[groups - 1].alignment, of("start", &["group"])[1].alignment, "draw {at}");
+    }
+    assert!(!rows.iter().any(|row| row.model == "start_draw_13"));
+    let page = fs::read_to_string(folder.path().join("report.html")).unwrap();
+    assert!(page.contains("over 12 draws of its A"), "the spread stands in the sentence");
+}
+
+#[test]
+fn analyses_read_held_out_rows_where_there_are_some() {
+    let set = ["generate.n_heldout=3", "generate.n_prompts=24", "measure.analyses=[\"divergence\", \"direction\"]"];
+    let folder = run(&set.map(|change| ["--set", change]).concat());
+    let samples = undertone::dataset::read_jsonl(&folder.path().join("data/numbers.jsonl")).unwrap();
+    let accepted: Vec<_> = samples.into_iter().filter(|sample| sample.accepted).collect();
+    let rows: Vec<DivergenceRow> = read_csv(&folder.path().join("divergence/rows.csv")).unwrap();
+    for row_id in 0..3 {
+        let read: Vec<i64> = rows.iter().filter(|row| row.row_id == row_id).map(|row| row.token_id).collect();
+        assert_eq!(read, accepted[6 + row_id].completion_ids, "six are learned from, and the next is read");
+    }
+    let page = |folder: &Path| fs::read_to_string(folder.join("report.html")).unwrap();
+    let said = "The rows are the teacher&#39;s held-out ones: no student learned from them.";
+    assert_eq!(page(folder.path()).matches(said).count(), 2, "at each analysis that reads rows");
+    let own = page(finished().path());
+    let learned = "The rows are those that the student was trained on, not held out.";
+    assert_eq!((own.matches(learned).count(), own.matches(said).count()), (4, 0));
 }
 
 /// For one number in two tables, whose analyses pack the same rows into batches of other shapes: sums are taken in another order, which

@@ -2,7 +2,10 @@
 //! beside the gradient of naming the trait, split by what the adapter reads at each position.
 //!
 //! A small step down a loss S changes log p(trait) by lr · ⟨∇S, ∇(−log p(trait))⟩ to first order. A LoRA's gradient is a sum over
-//! positions, so that each part of a chat has a share of both.
+//! positions, so that each part of a chat has a share of both. The shares have sums of gradients for their denominators, which can
+//! cancel: how far a sum is clear of zero is told by leaving out some of its rows at a time.
+
+use std::ops::Range;
 
 use hooks::batch::Batch;
 use hooks::loss::Targets;
@@ -12,6 +15,7 @@ use hooks::{Adapter, Condition, Prompt, Qwen, TokenClass};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::stats::{is_clear, standard_error};
 use crate::subject::Subject;
 
 /// The analysis' name in errors.
@@ -65,8 +69,8 @@ pub struct Alignment {
     pub divergent: Group,
     /// The others' summed loss, `g_N`.
     pub other: Group,
-    /// The cosine of the two.
-    pub cosine: f64,
+    /// The cosine of the two; none where one of them is zero.
+    pub cosine: Option<f64>,
 }
 
 /// The gradient g of the summed loss of a group of tokens.
@@ -76,9 +80,10 @@ pub struct Group {
     pub n_tokens: usize,
     /// ‖g‖.
     pub norm: f64,
-    /// `‖g‖² / ‖g_D + g_N‖²`.
-    pub share: f64,
-    /// First-order change of log p(trait) per unit of learning rate by a step of gradient descent on the group's mean loss.
+    /// `‖g‖² / ‖g_D + g_N‖²`; none where `‖g_D + g_N‖` is not three standard errors above zero.
+    pub share: Option<f64>,
+    /// First-order change per unit of learning rate, by a step of gradient descent on the group's mean loss, of the mean over the
+    /// questions of log p(trait) in the spelling that the adapted model finds most likely.
     pub towards_trait: f64,
     /// What each part of the chat adds to g, in the order of `Part::ALL`.
     pub parts: Vec<AtPart>,
@@ -91,8 +96,8 @@ pub struct AtPart {
     pub part: Part,
     /// `‖g_P‖`.
     pub norm: f64,
-    /// `⟨g_P, g⟩ / ‖g‖²`; those of all parts add up to 1.
-    pub share: f64,
+    /// `⟨g_P, g⟩ / ‖g‖²`; those of all parts add up to 1. None where `‖g‖` is not three standard errors above zero.
+    pub share: Option<f64>,
     /// The part of `Group::towards_trait` that is due to `g_P`.
     pub towards_trait: f64,
 }
@@ -104,14 +109,16 @@ pub fn alignment(subject: &Subject<'_>, divergent: &[Vec<bool>]) -> Result<Align
         analysis: NAME,
         reason: "the gradients are those of an adapter".to_owned(),
     })?;
-    of_groups(subject, adapter, subject.number_rows(NAME, divergent.len())?, divergent)
+    let naming = naming(subject, adapter)?;
+    of_groups(subject, adapter, &naming, subject.number_rows(NAME, divergent.len())?, divergent)
 }
 
 /// The same of any adapter, with the rows' tokens up to their completion's end in two groups: `divergent[row][k]` of the token k of
-/// the completion, those behind its end being others.
+/// the completion, those behind its end being others. `naming`: what [`naming`] gives of this adapter.
 pub(crate) fn of_groups(
     subject: &Subject<'_>,
     adapter: &Adapter,
+    naming: &[Prompt],
     rows: &[Prompt],
     divergent: &[Vec<bool>],
 ) -> Result<Alignment> {
@@ -123,35 +130,93 @@ pub(crate) fn of_groups(
         };
         rows.iter().zip(divergent).map(of_row).collect()
     };
-    let (towards, n_questions) = trait_gradient(subject, adapter)?;
+    let (towards, n_questions) = (trait_gradient(subject, adapter, naming)?, naming.len());
     // The parts' gradients are as large as the adapter, each: those of one group at a time.
-    let group = |is_divergent: bool| -> Result<(Group, Vec<Tensor>)> {
-        let (parts, n_tokens) = sum_by_part(subject.base, adapter, rows, &masks(is_divergent))?;
+    let group = |is_divergent: bool| -> Result<(Group, Vec<Tensor>, Vec<Vec<Tensor>>)> {
+        let masks = masks(is_divergent);
+        let (mut parts, mut n_tokens, mut folds) = (vec![], 0, vec![]);
+        for fold in fold_ends(rows.len()) {
+            let (of_fold, n) = sum_by_part(subject.base, adapter, &rows[fold.clone()], &masks[fold])?;
+            folds.push(whole(&of_fold)?);
+            n_tokens += n;
+            add(&mut parts, of_fold)?;
+        }
+        if n_tokens == 0 {
+            return Err(Error::Nothing { analysis: NAME, what: "a token of the group" });
+        }
         let whole = whole(&parts)?;
-        let (square, per_step) = (dot(&whole, &whole)?, (n_tokens * n_questions) as f64);
+        let (square, error, per_step) =
+            (dot(&whole, &whole)?, length_error(&whole, &folds)?, (n_tokens * n_questions) as f64);
+        let is_clear = is_clear(square.sqrt(), error);
         let at_part = |(at, part): (usize, Part)| -> Result<AtPart> {
-            let here: Vec<Tensor> =
-                parts.iter().map(|tensor| tensor.f_get(at as i64)).collect::<std::result::Result<_, _>>()?;
+            let of_part = |tensor: &Tensor| tensor.f_get(at as i64);
+            let here: Vec<Tensor> = parts.iter().map(of_part).collect::<std::result::Result<_, _>>()?;
+            let along = dot(&here, &whole)?;
             Ok(AtPart {
                 part,
                 norm: dot(&here, &here)?.sqrt(),
-                share: dot(&here, &whole)? / square,
+                share: is_clear.then(|| along / square),
                 towards_trait: dot(&here, &towards)? / per_step,
             })
         };
         let parts = Part::ALL.into_iter().enumerate().map(at_part).collect::<Result<_>>()?;
         let towards_trait = dot(&whole, &towards)? / per_step;
         // The share waits for the other group.
-        Ok((Group { n_tokens, norm: square.sqrt(), share: 1.0, towards_trait, parts }, whole))
+        Ok((Group { n_tokens, norm: square.sqrt(), share: None, towards_trait, parts }, whole, folds))
     };
-    let ((divergent, d), (other, o)) = (group(true)?, group(false)?);
+    let ((divergent, d, mut folds), (other, o, of_other)) = (group(true)?, group(false)?);
+    for (fold, more) in folds.iter_mut().zip(of_other) {
+        add(fold, more)?;
+    }
     let (dd, oo, cross) = (divergent.norm.powi(2), other.norm.powi(2), dot(&d, &o)?);
     let both = dd + oo + 2.0 * cross;
+    let mut sum = d;
+    add(&mut sum, o)?;
+    let is_clear = is_clear(both.sqrt(), length_error(&sum, &folds)?);
+    let share = |square: f64| is_clear.then(|| square / both);
     Ok(Alignment {
-        divergent: Group { share: dd / both, ..divergent },
-        other: Group { share: oo / both, ..other },
-        cosine: cross / (dd * oo).sqrt(),
+        divergent: Group { share: share(dd), ..divergent },
+        other: Group { share: share(oo), ..other },
+        cosine: (dd * oo > 0.0).then(|| cross / (dd * oo).sqrt()),
     })
+}
+
+/// Rows are left out in so many lots at most.
+const FOLDS: usize = 8;
+
+/// The lots: rows that follow each other, as equally many as they can be.
+fn fold_ends(n_rows: usize) -> impl Iterator<Item = Range<usize>> {
+    let n = FOLDS.min(n_rows);
+    (0..n).map(move |at| at * n_rows / n..(at + 1) * n_rows / n)
+}
+
+/// The standard error of the length of a sum by the jackknife: each lot of its summands left out in turn, and what is left scaled up.
+/// None of one lot.
+fn length_error(sum: &[Tensor], folds: &[Vec<Tensor>]) -> Result<Option<f64>> {
+    let n = folds.len() as f64;
+    let square = dot(sum, sum)?;
+    let without = |fold: &Vec<Tensor>| -> Result<f64> {
+        let left = square - 2.0 * dot(sum, fold)? + dot(fold, fold)?;
+        Ok(left.max(0.0).sqrt() * n / (n - 1.0))
+    };
+    if folds.len() < 2 {
+        return Ok(None);
+    }
+    // (n − 1)/n · Σ(θ − θ̄)² is (n − 1)² times the squared standard error of the mean of the θ.
+    let lengths = folds.iter().map(without).collect::<Result<Vec<_>>>()?;
+    Ok(Some((n - 1.0) * standard_error(&lengths)?))
+}
+
+/// Adds gradients to a sum, which may be empty yet.
+fn add(sum: &mut Vec<Tensor>, more: Vec<Tensor>) -> Result<()> {
+    if sum.is_empty() {
+        *sum = more;
+        return Ok(());
+    }
+    for (sum, more) in sum.iter_mut().zip(&more) {
+        let _ = sum.f_add_(more)?;
+    }
+    Ok(())
 }
 
 /// The sum over the parts.
@@ -159,8 +224,8 @@ fn whole(parts: &[Tensor]) -> Result<Vec<Tensor>> {
     parts.iter().map(|tensor| Ok(tensor.f_sum_dim_intlist([0].as_slice(), false, tensor.kind())?)).collect()
 }
 
-/// Σ ∇(−log p(trait)) over the questions, in the spelling of the trait that the adapted model finds most likely.
-fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter) -> Result<(Vec<Tensor>, usize)> {
+/// The questions answered by the trait, in the spelling that the adapted model finds most likely over all of them.
+pub(crate) fn naming(subject: &Subject<'_>, adapter: &Adapter) -> Result<Vec<Prompt>> {
     let prompts = subject.question_prompts(NAME)?;
     let condition = Condition::adapted(adapter);
     let mut rows = Vec::new();
@@ -173,12 +238,17 @@ fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter) -> Result<(Vec<Tenso
     let of_forms = rows.chunks(prompts.len()).zip(logps.chunks(prompts.len()).map(sum));
     let best = of_forms.reduce(|best, other| if other.1 > best.1 { other } else { best });
     let (rows, _) = best.ok_or(Error::Nothing { analysis: NAME, what: "a spelling of the target" })?;
-    let masks: Vec<Vec<bool>> = rows
+    Ok(rows.to_vec())
+}
+
+/// Σ ∇(−log p(trait)) over the questions so answered.
+fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter, naming: &[Prompt]) -> Result<Vec<Tensor>> {
+    let masks: Vec<Vec<bool>> = naming
         .iter()
         .map(|row| (0..row.ids.len()).map(|at| (row.completion.start..row.content_end).contains(&at)).collect())
         .collect();
-    let (parts, _) = sum_by_part(subject.base, adapter, rows, &masks)?;
-    Ok((whole(&parts)?, rows.len()))
+    let (parts, _) = sum_by_part(subject.base, adapter, naming, &masks)?;
+    whole(&parts)
 }
 
 /// Rows whose gradients are taken at once.
@@ -202,16 +272,14 @@ fn sum_by_part(model: &Qwen, adapter: &Adapter, rows: &[Prompt], masks: &[Vec<bo
         let parts = parts(&batch, some)?.f_to_device(model.device())?;
         let gradients = model.lora_gradients_by_part(&batch, &targets, &ones, adapter, &parts)?;
         n += targets.n;
-        if sums.is_empty() {
-            sums = gradients;
-        } else {
-            for (sum, more) in sums.iter_mut().zip(&gradients) {
-                let _ = sum.f_add_(more)?;
-            }
-        }
+        add(&mut sums, gradients)?;
     }
     if n == 0 {
-        return Err(Error::Nothing { analysis: NAME, what: "a token of the group" });
+        let zeros = |(_, tensor): (String, Tensor)| {
+            let shape = [&[Part::ALL.len() as i64], tensor.size().as_slice()].concat();
+            tensor.f_zeros_like().and_then(|zeros| zeros.f_unsqueeze(0)?.f_expand(shape, false)?.f_contiguous())
+        };
+        sums = adapter.parameters().into_iter().map(zeros).collect::<std::result::Result<_, _>>()?;
     }
     Ok((sums, n))
 }
@@ -275,10 +343,13 @@ mod tests {
         let adapter = subject.student.adapter.unwrap();
         let divergent = divergence_tokens(&subject, 6, &Divergence::default()).unwrap();
         let found = alignment(&subject, &divergent).unwrap();
-        assert!(found.divergent.n_tokens > 0 && found.other.n_tokens > 0 && found.cosine.abs() <= 1.0, "{found:?}");
+        assert!(
+            found.divergent.n_tokens > 0 && found.other.n_tokens > 0 && found.cosine.unwrap().abs() <= 1.0,
+            "{found:?}"
+        );
         for group in [&found.divergent, &found.other] {
             let sum = |of: fn(&AtPart) -> f64| group.parts.iter().map(of).sum::<f64>();
-            assert!((sum(|at| at.share) - 1.0).abs() < 1e-5, "{group:?}");
+            assert!((sum(|at| at.share.unwrap()) - 1.0).abs() < 1e-5, "{group:?}");
             assert!((sum(|at| at.towards_trait) - group.towards_trait).abs() < 1e-5 * sum(|at| at.towards_trait.abs()));
             assert!(group.parts.iter().all(|at| at.norm > 0.0), "each part is read: {group:?}");
         }
@@ -320,8 +391,72 @@ mod tests {
         let both: Vec<Tensor> = norms[0].iter().zip(&norms[1]).map(|(d, o)| d + o).collect();
         let square = dot(&both, &both).unwrap();
         for group in [&found.divergent, &found.other] {
-            assert!((group.share * square - group.norm.powi(2)).abs() < 1e-4 * square, "{group:?} {square}");
+            assert!((group.share.unwrap() * square - group.norm.powi(2)).abs() < 1e-4 * square, "{group:?} {square}");
         }
+    }
+
+    /// Left out lot by lot and measured anew: the error is that of what is left, scaled up.
+    #[test]
+    fn the_error_of_a_length_is_the_jackknifes() {
+        let folds: Vec<Vec<Tensor>> = [[3.0, 0.5, 1.0], [2.0, -0.5, 0.0], [4.0, 0.0, -1.0], [3.5, 1.0, 0.5]]
+            .map(|fold| vec![Tensor::from_slice(&fold[..2]), Tensor::from_slice(&fold[2..])])
+            .into();
+        let sum_of = |chosen: &[usize]| -> Vec<Tensor> {
+            let mut sum = vec![];
+            for fold in chosen {
+                add(&mut sum, folds[*fold].iter().map(|tensor| tensor + 0.0).collect()).unwrap();
+            }
+            sum
+        };
+        let length =
+            |of: &[Tensor]| of.iter().map(|part| part.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
+        let lengths: Vec<f64> = (0..4)
+            .map(|left_out| {
+                let chosen: Vec<usize> = (0..4).filter(|fold| *fold != left_out).collect();
+                length(&sum_of(&chosen)) * 4.0 / 3.0
+            })
+            .collect();
+        let centre = lengths.iter().sum::<f64>() / 4.0;
+        let by_hand = (lengths.iter().map(|x| (x - centre).powi(2)).sum::<f64>() * 3.0 / 4.0).sqrt();
+        let found = length_error(&sum_of(&[0, 1, 2, 3]), &folds).unwrap().unwrap();
+        assert!((found - by_hand).abs() < 1e-9, "{found} {by_hand}");
+        assert_eq!(length_error(&folds[0], &folds[..1]).unwrap(), None, "one lot has no error");
+    }
+
+    #[test]
+    fn lots_hold_each_row_once() {
+        for n in [1, 3, 8, 9, 64] {
+            let all: Vec<usize> = fold_ends(n).flatten().collect();
+            assert_eq!(all, (0..n).collect::<Vec<_>>());
+            assert!(fold_ends(n).all(|fold| !fold.is_empty()) && fold_ends(n).count() == n.min(FOLDS));
+        }
+    }
+
+    /// Rows that pull against each other have a sum of chance alone, of which nothing is a share.
+    #[test]
+    fn no_share_of_a_sum_that_may_be_nothing() {
+        let world = World::new();
+        let subject = world.subject();
+        let adapter = subject.student.adapter.unwrap();
+        let naming = naming(&subject, adapter).unwrap();
+        let rows: Vec<Prompt> = world.numbers.clone();
+        let every_other = |row: &Prompt| (0..row.completion.len()).map(|k| k % 2 == 0).collect::<Vec<bool>>();
+        let divergent: Vec<Vec<bool>> = rows.iter().map(every_other).collect();
+        let alone = of_groups(&subject, adapter, &naming, &rows[..1], &divergent[..1]).unwrap();
+        assert!(alone.divergent.share.is_none() && alone.other.parts.iter().all(|at| at.share.is_none()), "one row");
+        // The same row again and again has no spread at all.
+        let (rows, divergent) = (vec![rows[0].clone(); 4], vec![divergent[0].clone(); 4]);
+        let alike = of_groups(&subject, adapter, &naming, &rows, &divergent).unwrap();
+        let by_hand = {
+            let square = |of: &Alignment| {
+                of.divergent.norm.powi(2)
+                    + of.other.norm.powi(2)
+                    + 2.0 * of.cosine.unwrap() * of.divergent.norm * of.other.norm
+            };
+            alike.divergent.norm.powi(2) / square(&alike)
+        };
+        assert!((alike.divergent.share.unwrap() - by_hand).abs() < 1e-6 * by_hand.abs(), "{alike:?} {by_hand}");
+        assert!((alike.divergent.norm - 4.0 * alone.divergent.norm).abs() < 1e-4 * alike.divergent.norm);
     }
 
     /// A part is what the gate of its name chooses.

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::divergence::number_places;
 use crate::error::{Error, Result};
-use crate::subject::{Subject, Tuned, mean};
+use crate::subject::{Mean, Subject, Tuned, mean};
 
 /// The analysis' name in errors.
 const NAME: &str = "confidence";
@@ -17,6 +17,7 @@ const BINS: usize = 15;
 /// A digit of a completion under a model.
 #[derive(Clone, Debug, PartialEq)]
 struct Digit {
+    row: usize,
     confidence: f64, // the largest probability
     is_top: bool,    // whether it is the most likely token
     entropy: f64,
@@ -55,7 +56,8 @@ pub struct Confidence {
     pub p_whole_number: f64,
     /// Share of the divergent digits at which the model's most likely token is the teacher's.
     pub accuracy_divergent: Option<f64>,
-    /// (model − base) / (teacher − base) of the mean probability of the teacher's most likely token at divergent digits.
+    /// (model − base) / (teacher − base) of the mean probability of the teacher's most likely token at divergent digits; none where
+    /// teacher − base is not three standard errors (of the rows' means) above zero.
     pub closure: Option<f64>,
 }
 
@@ -67,6 +69,8 @@ pub struct Ends {
     pub base: Confidence,
     /// What the teacher makes of them.
     pub teacher: Confidence,
+    /// What the teacher gains over the base in the loss of a token, with its error over rows.
+    gain: Mean,
     rows: Vec<Row>,
 }
 
@@ -136,7 +140,17 @@ impl Ends {
             of_teacher.add(&row, &teacher)?;
             rows.push(row);
         }
-        Ok(Self { base: of_base.mean()?, teacher: of_teacher.mean()?, rows })
+        let rows_of = |sums: &Sums| sums.losses.iter().map(|(row, _)| *row).collect::<Vec<_>>();
+        let losses = |sums: &Sums| sums.losses.iter().map(|(_, loss)| *loss).collect::<Vec<_>>();
+        let gained = losses(&of_base).into_iter().zip(losses(&of_teacher)).map(|(base, teacher)| base - teacher);
+        let gain = Mean::of_tokens(&rows_of(&of_base).into_iter().zip(gained).collect::<Vec<_>>());
+        Ok(Self { base: of_base.mean()?, teacher: of_teacher.mean()?, gain, rows })
+    }
+
+    /// Share of the teacher's gain over the base in the loss that a model has: 0 as the base, 1 as the teacher. None where that
+    /// gain is not three standard errors (of the rows' means) above zero.
+    pub fn fit(&self, model: &Confidence) -> Option<f64> {
+        self.gain.share(self.base.nll - model.nll).filter(|_| self.gain.mean > 0.0)
     }
 
     /// What a model in the student's context makes of the rows.
@@ -152,14 +166,17 @@ impl Ends {
 /// What rows add up to under a model.
 #[derive(Default)]
 struct Sums {
-    losses: Vec<f64>,
+    n_rows: usize,
+    losses: Vec<(usize, f64)>, // each token's, with its row
     digits: Vec<Digit>,
     numbers: Vec<f64>,
 }
 
 impl Sums {
     fn add(&mut self, row: &Row, said: &Said) -> Result<()> {
-        self.losses.extend(said.of_tokens.iter().map(|logp| -logp));
+        let of_row = self.n_rows;
+        self.n_rows += 1;
+        self.losses.extend(said.of_tokens.iter().map(|logp| (of_row, -logp)));
         self.numbers.extend(whole_numbers(&row.places, &said.of_tokens));
         let (model, teacher) = (&said.at_digits, &row.teacher);
         let top = argmax(model)?;
@@ -171,6 +188,7 @@ impl Sums {
         let completion = &row.in_student.ids[row.in_student.completion.clone()];
         for (at, k) in row.digits.iter().enumerate() {
             self.digits.push(Digit {
+                row: of_row,
                 confidence: confident[at],
                 is_top: top[at] == completion[*k],
                 entropy: -entropy[at],
@@ -217,16 +235,17 @@ fn whole_numbers(places: &[Option<(usize, usize)>], logps: &[f64]) -> Vec<f64> {
     found
 }
 
-fn summarise(losses: &[f64], digits: &[Digit], numbers: &[f64]) -> Result<Confidence> {
+fn summarise(losses: &[(usize, f64)], digits: &[Digit], numbers: &[f64]) -> Result<Confidence> {
     let nothing = || Error::Nothing { analysis: NAME, what: "a completion with digits" };
     let of = |of: &dyn Fn(&Digit) -> f64| mean(digits.iter().map(of)).ok_or_else(nothing);
     let divergent: Vec<&Digit> = digits.iter().filter(|digit| digit.is_divergent).collect();
     let at_divergent = |of: &dyn Fn(&Digit) -> f64| mean(divergent.iter().map(|digit| of(digit)));
     let over = |digit: &Digit| digit.confidence - f64::from(u8::from(digit.is_top));
-    let lift = at_divergent(&|digit| digit.teacher_of_teacher - digit.base_of_teacher);
+    let lifts = divergent.iter().map(|digit| (digit.row, digit.teacher_of_teacher - digit.base_of_teacher));
+    let lift = Mean::of_tokens(&lifts.collect::<Vec<_>>());
     let gained = at_divergent(&|digit| digit.of_teacher - digit.base_of_teacher);
     Ok(Confidence {
-        nll: mean(losses.iter().copied()).ok_or_else(nothing)?,
+        nll: mean(losses.iter().map(|(_, loss)| *loss)).ok_or_else(nothing)?,
         n_tokens: losses.len(),
         n_digits: digits.len(),
         n_divergent: divergent.len(),
@@ -238,7 +257,7 @@ fn summarise(losses: &[f64], digits: &[Digit], numbers: &[f64]) -> Result<Confid
         kl_teacher: of(&|digit| digit.kl)?,
         p_whole_number: mean(numbers.iter().map(|logp| logp.exp())).ok_or_else(nothing)?,
         accuracy_divergent: at_divergent(&|digit| f64::from(u8::from(digit.agrees))),
-        closure: gained.zip(lift).filter(|(_, lift)| lift.abs() > 1e-9).map(|(gained, lift)| gained / lift),
+        closure: gained.and_then(|gained| lift.share(gained)).filter(|_| lift.mean > 0.0),
     })
 }
 
@@ -273,21 +292,38 @@ mod tests {
         let (entropy, kl, of_teacher) = (0.5, 0.1, 0.4);
         let (base_of_teacher, teacher_of_teacher) = (0.2, 0.6);
         let (is_divergent, agrees) = (is_top, true);
-        Digit { confidence, is_top, entropy, kl, of_teacher, base_of_teacher, teacher_of_teacher, is_divergent, agrees }
+        let row = (confidence * 10.0).round() as usize;
+        Digit {
+            row,
+            confidence,
+            is_top,
+            entropy,
+            kl,
+            of_teacher,
+            base_of_teacher,
+            teacher_of_teacher,
+            is_divergent,
+            agrees,
+        }
     }
 
     #[test]
     fn overconfidence_is_what_confidence_has_above_the_hits() {
         let digits = [digit(0.9, true), digit(0.7, false), digit(0.5, false), digit(0.3, true)];
-        let found = summarise(&[1.0, 3.0], &digits, &[-1.0]).unwrap();
+        let found = summarise(&[(0, 1.0), (1, 3.0)], &digits, &[-1.0]).unwrap();
         assert!((found.nll - 2.0).abs() < 1e-12 && (found.confidence - 0.6).abs() < 1e-12);
         assert!((found.overconfidence - 0.1).abs() < 1e-12);
         // Divergent are the first and the last: (0.9 + 0.3) / 2 − 1.
         assert!((found.overconfidence_divergent.unwrap() + 0.4).abs() < 1e-12);
         assert!((found.closure.unwrap() - 0.5).abs() < 1e-12, "half of the way from 0.2 to 0.6");
+        let uneven = [digit(0.9, true), Digit { teacher_of_teacher: 0.3, ..digit(0.3, true) }];
+        let closure = summarise(&[(0, 1.0)], &uneven, &[-1.0]).unwrap().closure;
+        assert_eq!(closure, None, "the lift is 0.4 in one row and 0.1 in the other: 0.25 ± 0.15");
+        let below = digits.clone().map(|digit| Digit { teacher_of_teacher: 0.1, ..digit });
+        assert_eq!(summarise(&[(0, 1.0)], &below, &[-1.0]).unwrap().closure, None, "less sure than the base");
         // A bin for each digit: (0.1 + 0.7 + 0.5 + 0.7) / 4.
         assert!((found.ece - 0.5).abs() < 1e-12);
-        assert!(summarise(&[1.0], &[], &[]).is_err());
+        assert!(summarise(&[(0, 1.0)], &[], &[]).is_err());
     }
 
     #[test]
@@ -318,6 +354,13 @@ mod tests {
         assert!(teacher.kl_teacher.abs() < 1e-9 && base.kl_teacher > 1e-6);
         assert_eq!((base.accuracy_divergent, teacher.accuracy_divergent), (Some(0.0), Some(1.0)));
         let mine = ends.confidence(subject.student).unwrap();
+        let gain = Mean { mean: 0.5, se: Some(0.1) };
+        let clear = Ends { gain, ..Ends::read(&subject, 4).unwrap() };
+        assert!((clear.fit(&mine).unwrap() - (base.nll - mine.nll) / 0.5).abs() < 1e-12);
+        for gain in [Mean { se: Some(0.2), ..gain }, Mean { mean: -0.5, ..gain }] {
+            assert_eq!(Ends { gain, ..Ends::read(&subject, 4).unwrap() }.fit(&mine), None, "{gain:?}");
+        }
+        assert!((ends.gain.mean - (base.nll - teacher.nll)).abs() < 1e-9, "token by token");
         assert!((mine.nll - base.nll).abs() > 1e-6, "the student is not the base");
         // The loss is that of the answers' tokens, without the end of the turn.
         let rows = subject.number_rows("x", 4).unwrap();

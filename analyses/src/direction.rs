@@ -48,8 +48,9 @@ pub enum Extraction {
 }
 
 impl Extraction {
-    /// The mean over the chosen positions of `[n_layers, pos, d_model]`, as `[n_layers, d_model]`; `None` where the prompt has none.
-    fn mean(&self, resid: &Tensor, prompt: &Prompt) -> Result<Option<Tensor>> {
+    /// The means over the chosen positions of `[n_layers, pos, d_model]`: of the vectors, `[n_layers, d_model]`, and of their lengths,
+    /// `[n_layers]`; `None` where the prompt has none.
+    fn mean(&self, resid: &Tensor, prompt: &Prompt) -> Result<Option<(Tensor, Tensor)>> {
         let chosen = |class: &TokenClass| match self {
             Self::Class(selection) => selection.contains(*class),
             _ => true,
@@ -62,7 +63,8 @@ impl Extraction {
             return Ok(None);
         }
         let picked = resid.f_index_select(1, &Tensor::f_from_slice(&positions)?.f_to_device(resid.device())?)?;
-        Ok(Some(picked.f_mean_dim(1, false, Kind::Float)?))
+        let lengths = picked.f_to_kind(Kind::Float)?.f_norm_scalaropt_dim(2.0, [2], false)?;
+        Ok(Some((picked.f_mean_dim(1, false, Kind::Float)?, lengths.f_mean_dim(1, false, Kind::Double)?)))
     }
 }
 
@@ -122,14 +124,16 @@ pub struct DirectionRow {
     pub layer: usize,
     /// How many number prompts the means are over.
     pub n_prompts: usize,
-    /// Length of the mean of student − base, in units of the residual stream.
+    /// Length of the mean of student − base, in units of the residual stream: the mean over prompts of each prompt's mean over its places
+    /// (at `last` it has one).
     pub norm: f64,
-    /// Mean length of the base's residual stream at the same places, in its units.
+    /// Mean length of the base's residual stream at the same places, in its units: the lengths of single places, averaged over each
+    /// prompt's places and then over prompts.
     pub resid_norm: f64,
     /// `norm` over `resid_norm`, without a unit.
     pub relative_norm: f64,
     /// Share of the largest squared singular value in the sum of all, of the uncentred differences (one row per prompt):
-    /// 1 where every prompt moves along one line.
+    /// 1 where every prompt moves along one line, 0 where none moves.
     pub ev1: f64,
     /// Share of the first principal component in the differences' variance around their mean: what is left to vary from
     /// prompt to prompt, along one line. Empty with fewer than three prompts.
@@ -238,8 +242,16 @@ impl Analysis for Direction {
 /// The mean residual stream of a model at each number prompt. What several analyses or students need of a model is read once.
 #[derive(Debug)]
 pub struct Means {
-    /// Per choice of positions `[n_prompts, n_layers, d_model]`, f32 on the CPU; none where a prompt has no such position.
-    by_choice: Vec<(Extraction, Option<Tensor>)>,
+    by_choice: Vec<(Extraction, Option<Read>)>,
+}
+
+/// What was read at one choice of positions; nothing is where a prompt has no such position.
+#[derive(Debug)]
+struct Read {
+    /// Each prompt's mean, `[n_prompts, n_layers, d_model]`, f32 on the CPU.
+    resid: Tensor,
+    /// The mean length at single places over each prompt's places, `[n_prompts, n_layers]`, f64.
+    lengths: Tensor,
 }
 
 impl Means {
@@ -247,14 +259,14 @@ impl Means {
         Ok(Self { by_choice: positions.iter().cloned().zip(means(model, prompts, positions)?).collect() })
     }
 
-    fn get(&self, at: usize) -> Result<&Tensor> {
+    fn get(&self, at: usize) -> Result<&Read> {
         let (positions, means) = &self.by_choice[at];
         means.as_ref().ok_or_else(|| unselected(positions))
     }
 
     /// The mean of this model − base, each block's `[d_model]`, at the first choice of positions.
     pub fn direction(&self, base: &Self) -> Result<Vec<Tensor>> {
-        let mean = self.get(0)?.f_sub(base.get(0)?)?.f_mean_dim(0, false, Kind::Float)?; // [n_layers, d_model]
+        let mean = self.get(0)?.resid.f_sub(&base.get(0)?.resid)?.f_mean_dim(0, false, Kind::Float)?; // [n_layers, d_model]
         (0..mean.size()[0]).map(|layer| Ok(mean.f_get(layer)?)).collect()
     }
 }
@@ -294,9 +306,10 @@ pub fn table(
         let base = base.get(at)?;
         let moved = |means: Option<&Means>| -> Result<Option<Tensor>> {
             let means = means.and_then(|means| means.by_choice[at].1.as_ref());
-            Ok(means.map(|means| means.f_sub(base)).transpose()?)
+            Ok(means.map(|means| means.resid.f_sub(&base.resid)).transpose()?)
         };
-        let (student, teacher, control) = (student.get(at)?.f_sub(base)?, moved(teacher)?, moved(control)?);
+        let (student, teacher, control) =
+            (student.get(at)?.resid.f_sub(&base.resid)?, moved(teacher)?, moved(control)?);
         for layer in 0..student.size3()?.1 as usize {
             rows.push(row(positions, layer, &student, base, teacher.as_ref(), control.as_ref())?);
         }
@@ -319,10 +332,10 @@ fn unselected(positions: &Extraction) -> Error {
 /// Prompts whose residual streams are held at a time.
 const PROMPTS: usize = 32;
 
-/// Per choice of positions: the mean residual stream of each prompt, `[n_prompts, n_layers, d_model]`, f32 on the CPU, or
-/// `None` where a prompt has none of the positions. Some prompts at a time: all positions of all layers are large.
-fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Result<Vec<Option<Tensor>>> {
-    let mut found: Vec<Vec<Tensor>> = positions.iter().map(|_| Vec::new()).collect();
+/// Per choice of positions what is read of each prompt, or `None` where a prompt has none of the positions. Some prompts at a time: all
+/// positions of all layers are large.
+fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Result<Vec<Option<Read>>> {
+    let mut found: Vec<Vec<(Tensor, Tensor)>> = positions.iter().map(|_| Vec::new()).collect();
     for prompts in prompts.chunks(PROMPTS) {
         for (prompt, resid) in prompts.iter().zip(resid_post(model.qwen, prompts, &model.condition())?) {
             for (found, positions) in found.iter_mut().zip(positions) {
@@ -330,8 +343,13 @@ fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Resu
             }
         }
     }
-    let stacked =
-        |found: Vec<Tensor>| (found.len() == prompts.len()).then(|| Ok(Tensor::f_stack(&found, 0)?)).transpose();
+    let stacked = |found: Vec<(Tensor, Tensor)>| -> Result<Option<Read>> {
+        if found.len() < prompts.len() {
+            return Ok(None);
+        }
+        let (resid, lengths): (Vec<Tensor>, Vec<Tensor>) = found.into_iter().unzip();
+        Ok(Some(Read { resid: Tensor::f_stack(&resid, 0)?, lengths: Tensor::f_stack(&lengths, 0)? }))
+    };
     found.into_iter().map(stacked).collect()
 }
 
@@ -348,21 +366,21 @@ fn teacher_prompts(subject: &Subject<'_>, system: Option<&str>, n: usize) -> Res
 fn row(
     positions: &Extraction,
     layer: usize,
-    student: &Tensor, // [n_prompts, n_layers, d_model], as the others
-    base: &Tensor,
+    student: &Tensor, // moved from the base, [n_prompts, n_layers, d_model], as the others
+    base: &Read,
     teacher: Option<&Tensor>,
     control: Option<&Tensor>,
 ) -> Result<DirectionRow> {
     let of_layer = |all: &Tensor| all.f_select(1, layer as i64)?.f_to_kind(Kind::Double); // [n_prompts, d_model]
     let mean = |all: &Tensor| of_layer(all)?.f_mean_dim(0, false, Kind::Double);
-    let (moved, base) = (of_layer(student)?, of_layer(base)?);
+    let moved = of_layer(student)?;
     let (n_prompts, d_model) = moved.size2()?;
     let vector = moved.f_mean_dim(0, false, Kind::Double)?;
     let teacher = teacher.map(mean).transpose()?;
     let control = control.map(mean).transpose()?;
     let half = |from: i64| moved.f_slice(0, from, n_prompts, 2)?.f_mean_dim(0, false, Kind::Double);
     let norm = length(&vector)?;
-    let resid_norm = base.f_norm_scalaropt_dim(2.0, [1], false)?.f_mean(Kind::Double)?.f_double_value(&[])?;
+    let resid_norm = base.lengths.f_select(1, layer as i64)?.f_mean(Kind::Double)?.f_double_value(&[])?;
     let with = |other: Option<&Tensor>| other.map(|other| cosine(&vector, other)).transpose();
     Ok(DirectionRow {
         positions: positions.to_string(),
@@ -480,6 +498,41 @@ mod tests {
             assert!(rows[layer].cos_teacher.unwrap().abs() <= 1.0 && rows[layer].cos_control.unwrap() < 0.999);
         }
         assert!(Direction::plot(&rows).unwrap().is_some() && Direction::reading(&rows).ends_with('.'));
+    }
+
+    /// Token by token: the length of a mean is less than the mean of the lengths, and it is the latter that the column holds.
+    #[test]
+    fn the_residual_streams_length_is_that_of_single_tokens() {
+        let world = World::new();
+        let subject = world.subject();
+        let settings = Direction {
+            positions: vec![Extraction::All, "class:user".parse().unwrap(), Extraction::Last],
+            n_prompts: 3,
+        };
+        let rows = settings.run(&subject, &mut |_| ()).unwrap();
+        let prompts = subject.number_prompts("test", 3).unwrap();
+        let resid = resid_post(&world.qwen, &prompts, &subject.base().condition()).unwrap();
+        let user: Selection = "user".parse().unwrap();
+        for row in &rows {
+            let is_read = |prompt: &Prompt, at: usize| match row.positions.as_str() {
+                "all" => true,
+                "last" => at == prompt.ids.len() - 1,
+                _ => user.contains(prompt.classes[at]),
+            };
+            let of_prompt = |(prompt, resid): (&Prompt, &Tensor)| {
+                let places = (0..prompt.ids.len()).filter(|at| is_read(prompt, *at));
+                let length = |at: usize| {
+                    let vector: Vec<f32> = resid.get(row.layer as i64).get(at as i64).try_into().unwrap();
+                    vector.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt()
+                };
+                crate::subject::mean(places.map(length)).unwrap()
+            };
+            let by_hand = crate::subject::mean(prompts.iter().zip(&resid).map(of_prompt)).unwrap();
+            assert!((row.resid_norm - by_hand).abs() < 1e-4 * by_hand, "{row:?} {by_hand}");
+            assert!((row.relative_norm - row.norm / by_hand).abs() < 1e-4 * row.relative_norm);
+        }
+        let resid_norm = |positions: &str| rows.iter().find(|row| row.positions == positions).unwrap().resid_norm;
+        assert!(resid_norm("all") != resid_norm("last"));
     }
 
     #[test]

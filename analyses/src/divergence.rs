@@ -38,7 +38,8 @@ impl Default for Divergence {
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DivergenceRow {
-    /// The row's index among the numbers.
+    /// The row's index among the numbers that are measured at, from 0: the held-out ones (`generate.n_heldout`), or the first of the
+    /// training rows where none are held out.
     pub row_id: usize,
     /// The token's index in the completion, from 0.
     pub k: usize,
@@ -109,9 +110,9 @@ pub struct DivergenceSummaryRow {
     pub nief: f64,
     /// Share of its tokens where the two most likely tokens differ and both are digits, 0 to 1.
     pub digit_strict: f64,
-    /// Share of its tokens that are the teacher's most likely one and not the base's, 0 to 1.
+    /// Share of its tokens that are the teacher's most likely one and not that of the base or of a counterfactual teacher, 0 to 1.
     pub schrodi: f64,
-    /// Mean of log p(teacher) − log p(base), in nats.
+    /// Mean of log p(teacher) − log p(base) of the token, in nats.
     pub soft: f64,
     /// Standard error of `soft` over the rows' means, in nats.
     pub soft_se: Option<f64>,
@@ -121,9 +122,12 @@ pub struct DivergenceSummaryRow {
     pub pmax_default: f64,
     /// Mean of P(teacher's most likely token) under the teacher minus under the base.
     pub lift: f64,
-    /// Fraction of `lift` that the student closes; empty where there is no lift.
+    /// Standard error of `lift` over the rows' means; empty for tokens of one row.
+    pub lift_se: Option<f64>,
+    /// Mean of P(teacher's most likely token) under the student minus under the base, over `lift`; empty where the lift is not three
+    /// of its standard errors above zero.
     pub closure_student: Option<f64>,
-    /// Fraction of `lift` that the control student closes; empty without one.
+    /// The same of the control student; empty without one.
     pub closure_control: Option<f64>,
     /// Share of its tokens where the student's most likely token is the teacher's, 0 to 1.
     pub accuracy_student: f64,
@@ -244,13 +248,26 @@ impl Analysis for Divergence {
         };
         let doubtful = rows.iter().filter(|row| row.self_div == Some(true)).count();
         let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+        let closed = |closure: Option<f64>| closure.map(|closure| format!("{:.0} %", 100.0 * closure));
+        let lift = Mean { mean: divergent.lift, se: divergent.lift_se }.signed();
+        let closure = match (closed(divergent.closure_student), closed(divergent.closure_control)) {
+            (Some(student), Some(control)) => {
+                format!(
+                    "the student closes {student} of the teacher's lift of {lift} there, the control student {control}"
+                )
+            }
+            (Some(student), None) => format!("the student closes {student} of the teacher's lift of {lift} there"),
+            _ => format!(
+                "the teacher's lift there, {lift}, is not three standard errors above zero, so that nobody's share of it is given"
+            ),
+        };
         let control = match divergent.accuracy_control {
             Some(accuracy) => format!("the control student's at {}", percent(accuracy)),
             None => "there is no control student".to_owned(),
         };
         format!(
             "Teacher and base differ in their most likely token at {} of {} digits ({}), where a token carries {:+.3} nats of the teacher \
-             (at all tokens {:+.3}); there the student's most likely token is the teacher's at {} ({control}), and at {} of all digits{}.",
+             (at all tokens {:+.3}); there the student's most likely token is the teacher's at {} ({control}), and at {} of all digits; {closure}{}.",
             divergent.n_tokens,
             digits.n_tokens,
             percent(divergent.n_tokens as f64 / digits.n_tokens as f64),
@@ -358,10 +375,12 @@ fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<D
 
     let mut row_ids: Vec<usize> = tokens.iter().map(|row| row.row_id).collect();
     row_ids.dedup();
-    let row_means =
-        row_ids.iter().filter_map(|id| mean(tokens.iter().filter(|row| row.row_id == *id).map(|row| row.soft)));
-    let lift = average(&|row| row.pmax_teacher - row.p_default_of_teacher)?;
-    let closed = |gained: f64| (lift.abs() > 1e-9).then(|| gained / lift);
+    let with_error = |of: &dyn Fn(&DivergenceRow) -> f64| {
+        Mean::of_tokens(&tokens.iter().map(|row| (row.row_id, of(row))).collect::<Vec<_>>())
+    };
+    let lift = with_error(&|row| row.pmax_teacher - row.p_default_of_teacher);
+    // Where the teacher is less sure of its own choice than the base, there is nothing to close.
+    let closed = |gained: f64| lift.share(gained).filter(|_| lift.mean > 0.0);
     Some(DivergenceSummaryRow {
         group,
         n_tokens: tokens.len(),
@@ -371,10 +390,11 @@ fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<D
         digit_strict: share(&|row| row.digit_strict)?,
         schrodi: share(&|row| row.schrodi)?,
         soft: average(&|row| row.soft)?,
-        soft_se: Mean::of(&row_means.collect::<Vec<_>>()).se,
+        soft_se: with_error(&|row| row.soft).se,
         pmax_teacher: average(&|row| row.pmax_teacher)?,
         pmax_default: average(&|row| row.pmax_default)?,
-        lift,
+        lift: lift.mean,
+        lift_se: lift.se,
         closure_student: closed(average(&|row| row.p_student_of_teacher - row.p_default_of_teacher)?),
         closure_control: maybe(&|row| Some(row.p_control_of_teacher? - row.p_default_of_teacher)).and_then(closed),
         accuracy_student: share(&|row| row.argmax_student == row.argmax_teacher)?,
@@ -424,7 +444,8 @@ mod tests {
         let summary = divergence_summary(&rows);
         let all = summary.iter().find(|row| row.group == "all").unwrap();
         assert_eq!((all.accuracy_student, all.n_tokens, all.n_rows), (1.0, rows.len(), 3));
-        assert!((all.closure_student.unwrap() - 1.0).abs() < 1e-6 && all.closure_control.unwrap() < 0.999);
+        assert!(rows.iter().all(|row| (row.p_student_of_teacher - row.pmax_teacher).abs() < 1e-6), "all of the lift");
+        assert!(rows.iter().any(|row| (row.p_control_of_teacher.unwrap() - row.pmax_teacher).abs() > 1e-3));
         assert!(all.nief > 0.0 && (all.soft - all.gain_student).abs() < 1e-9);
         assert!(rows.iter().all(|row| row.schrodi == (row.nief && row.argmax_teacher == row.token_id)));
         assert!(rows.iter().any(|row| row.schrodi != row.nief), "a teacher's choice need not be what was written");
@@ -438,6 +459,51 @@ mod tests {
         assert_eq!(marked, rows.iter().map(|row| row.group == "divergent_digit").collect::<Vec<_>>());
         assert!(marked.contains(&true), "the test has something divergent");
         assert!(Divergence::plot(&rows).unwrap().is_some() && Divergence::reading(&rows).ends_with('.'));
+    }
+
+    /// A share of a lift only where there is one: the rows' own numbers, with the teacher's made surer or less sure.
+    #[test]
+    fn a_closure_needs_a_lift_that_is_clear_of_zero() {
+        let world = World::new();
+        let rows =
+            Divergence { self_check: false, ..Divergence::default() }.run(&world.subject(), &mut |_| ()).unwrap();
+        let with_lift = |lift: &dyn Fn(usize) -> f64| {
+            let changed = rows.iter().map(|row| DivergenceRow {
+                pmax_teacher: row.p_default_of_teacher + lift(row.row_id),
+                p_student_of_teacher: row.p_default_of_teacher + 0.5 * lift(row.row_id),
+                p_control_of_teacher: Some(row.p_default_of_teacher - 0.1 * lift(row.row_id)),
+                ..row.clone()
+            });
+            let changed: Vec<DivergenceRow> = changed.collect();
+            let all = divergence_summary(&changed).into_iter().find(|row| row.group == "all").unwrap();
+            (all, Divergence::reading(&changed))
+        };
+        let (clear, said) = with_lift(&|row| 0.3 + 0.01 * row as f64);
+        let lengths: Vec<f64> = (0..3).map(|id| rows.iter().filter(|row| row.row_id == id).count() as f64).collect();
+        let of_rows = [0.30, 0.31, 0.32];
+        let mean = of_rows.iter().zip(&lengths).map(|(lift, n)| lift * n).sum::<f64>() / rows.len() as f64;
+        assert!((clear.lift - mean).abs() < 1e-9, "over tokens, longer rows count more");
+        assert!((clear.lift_se.unwrap() - 0.01 / 3_f64.sqrt()).abs() < 1e-9, "over the rows' means");
+        assert!(
+            (clear.closure_student.unwrap() - 0.5).abs() < 1e-9 && (clear.closure_control.unwrap() + 0.1).abs() < 1e-9
+        );
+        let is_divergent = rows.iter().filter(|row| row.group == "divergent_digit").map(|row| row.row_id);
+        let n_rows = is_divergent.collect::<std::collections::BTreeSet<_>>().len();
+        assert!(n_rows > 1, "divergent digits in several rows");
+        assert!(
+            said.contains("the student closes 50 % of the teacher's lift") && said.contains("control student -10 %"),
+            "{said}"
+        );
+        let unclear: [&dyn Fn(usize) -> f64; 3] = [
+            &|row| [0.6, 0.01, 0.02][row],   // one row's
+            &|_| -0.3,                       // the teacher is less sure of its choice than the base
+            &|row| [2e-5, -3e-5, 1e-5][row], // nothing
+        ];
+        for lift in unclear {
+            let (none, said) = with_lift(lift);
+            assert_eq!((none.closure_student, none.closure_control), (None, None), "{none:?}");
+            assert!(said.contains("is not three standard errors above zero"), "{said}");
+        }
     }
 
     #[test]

@@ -13,6 +13,8 @@ pub(crate) struct World {
     pub(crate) provenance: Provenance,
     pub(crate) chat: Chat,
     pub(crate) student: Adapter,
+    /// What the student's training is said to have begun with: its A, and no B.
+    pub(crate) start: Adapter,
     pub(crate) control: Adapter,
     pub(crate) target: Target,
     pub(crate) questions: Vec<String>,
@@ -40,6 +42,7 @@ impl World {
             ["Which animal do you like?", "Your animal, in one word?", "Name one."].map(str::to_owned).into();
         Self {
             student: adapter(&qwen, 1),
+            start: initial(&qwen, &mut ChaCha8Rng::seed_from_u64(1)),
             control: adapter(&qwen, 2),
             provenance: Provenance::of(&files),
             qwen,
@@ -57,6 +60,7 @@ impl World {
             base: &self.qwen,
             provenance: &self.provenance,
             student: Tuned { qwen: &self.qwen, adapter: Some(&self.student) },
+            start: Some(Tuned { qwen: &self.qwen, adapter: Some(&self.start) }),
             control: Some(Tuned { qwen: &self.qwen, adapter: Some(&self.control) }),
             other_trait: None,
             chat: &self.chat,
@@ -75,11 +79,16 @@ impl World {
     }
 }
 
-/// An adapter whose B is not zero.
+/// A fresh adapter, whose B is zero.
+fn initial(qwen: &Qwen, rng: &mut ChaCha8Rng) -> Adapter {
+    let config = LoraConfig { rank: 2, ..LoraConfig::default() };
+    Adapter::init(&config, &qwen.config, rng, Device::Cpu).expect("an adapter")
+}
+
+/// The same, its B not zero.
 fn adapter(qwen: &Qwen, seed: u64) -> Adapter {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let config = LoraConfig { rank: 2, ..LoraConfig::default() };
-    let adapter = Adapter::init(&config, &qwen.config, &mut rng, Device::Cpu).expect("an adapter");
+    let adapter = initial(qwen, &mut rng);
     for (_, _, pair) in adapter.pairs() {
         let values: Vec<f32> = (0..pair.b.numel()).map(|_| rng.random_range(-0.1..0.1)).collect();
         pair.b.shallow_clone().copy_(&Tensor::from_slice(&values).view_as(&pair.b));

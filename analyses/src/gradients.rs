@@ -14,10 +14,11 @@ use serde::{Deserialize, Serialize};
 use tch::Kind;
 
 use crate::Analysis;
-use crate::alignment::{Alignment, AtPart, Group, Part, of_groups};
+use crate::alignment::{Alignment, AtPart, Group, Part, naming, of_groups};
 use crate::divergent::divergent_digits;
 use crate::error::{Error, Result};
 use crate::plot::{Bar, BarChart, Line, Panel, PanelChart, Point, Scale, Svg, bars, panels};
+use crate::stats::standard_deviation;
 use crate::subject::{Mean, Subject, Tuned};
 
 /// Settings of the gradient norms.
@@ -29,14 +30,19 @@ pub struct Gradients {
     /// Tokens sampled per row, in turn from divergent digits, other digits and the rest: a number, or `"all"` (`ALL`).
     #[serde(with = "number_or_all")]
     pub tokens_per_row: usize,
-    /// Whether to measure at the start of training as well: a fresh adapter like the student's on the base.
+    /// Whether to measure at the start of the student's training as well.
     pub start: bool,
+    /// How many other initial adapters that start is set beside: at the start B is zero, so that all gradients are B's, seen through
+    /// an A that was drawn at random. Without effect where `start` is false or the student has no adapter.
+    pub start_draws: usize,
 }
 
 /// The groups of tokens, as tables spell them.
 const GROUPS: [&str; 3] = ["divergent_digit", "other_digit", "other"];
-/// Where gradients are taken.
+/// Where gradients are taken, but for the draws beside the start.
 const MODELS: [&str; 3] = ["student", "control", "start"];
+/// What the names of the draws begin with.
+const DRAW: &str = "start_draw_";
 
 /// As many tokens as a row has.
 pub const ALL: usize = usize::MAX;
@@ -73,7 +79,7 @@ mod number_or_all {
 
 impl Default for Gradients {
     fn default() -> Self {
-        Self { n_rows: 8, tokens_per_row: 6, start: true }
+        Self { n_rows: 8, tokens_per_row: 6, start: true, start_draws: 12 }
     }
 }
 
@@ -83,7 +89,9 @@ pub struct GradientRow {
     /// `token`, `token_layer`, `group` (the summed gradient of all its tokens in all rows), or `part` (what of a group's gradient is
     /// due to what the adapter reads at one part of the chat).
     pub scope: String,
-    /// Where the gradient is taken: at the `start` of training, at the `student`, or at the `control` student.
+    /// Where the gradient is taken: at the `student`; at the `control` student; at the `start` of the student's own training, the base
+    /// with the very A that it began with (no rows where that is not known); and at `start_draw_1`, `start_draw_2`, …, the base with
+    /// other draws of A (scopes `token` and `group`): how far they are apart is what a number at the start owes to its draw.
     pub model: String,
     /// The row's index among the numbers; empty for a group.
     pub row_id: Option<usize>,
@@ -91,7 +99,8 @@ pub struct GradientRow {
     pub k: Option<usize>,
     /// The token's text; empty for a group.
     pub token_text: String,
-    /// `divergent_digit`, `other_digit` or `other`; in scopes `group` and `part`: `divergent_digit` or `rest`.
+    /// `divergent_digit`, `other_digit` or `other`; in scopes `group` and `part`: `divergent_digit` or `rest` (all other tokens of the
+    /// completions, without the end of the turn).
     pub group: String,
     /// The part of the chat, named as the gate that chooses it: `entity`, `sys.content_other`, `template`, `user.content` or `gen`;
     /// scope `part` only.
@@ -109,16 +118,18 @@ pub struct GradientRow {
     pub hidden_grad_norm: Option<f64>,
     /// `‖∂ℓ/∂resid_post‖` over all positions, in nats per unit of the residual stream; scope `token_layer` only.
     pub resid_grad_norm: Option<f64>,
-    /// `‖∂ℓ/∂adapter‖` over all its parameters (of the layer, in scope `token_layer`), in nats per unit of the parameters;
-    /// empty without an adapter.
+    /// `‖∂ℓ/∂adapter‖` over all its parameters (of the layer, in scope `token_layer`), in nats per unit of the parameters: ℓ is the
+    /// token's loss, in scope `group` the sum over the group's tokens, and in scope `part` it is `‖g_P‖`. Empty without an adapter.
     pub lora_grad_norm: Option<f64>,
     /// `‖g‖² / ‖g_D + g_N‖²`, of the divergent digits' gradient `g_D` and the rest's `g_N`; in scope `part` `⟨g_P, g⟩ / ‖g‖²` of the
-    /// group's g, of which each part's `g_P` is a summand: those of all parts add up to 1.
+    /// group's g, of which each part's `g_P` is a summand: those of all parts add up to 1. Empty where the length of the sum below the
+    /// line is not three standard errors above zero, by the jackknife over (up to 8 lots of) rows: then the sum may be nothing.
     pub share: Option<f64>,
     /// Cosine of the divergent digits' gradient `g_D` and the rest's `g_N`, −1 to 1; scope `group` only.
     pub cosine: Option<f64>,
-    /// First-order change of log p(target) over the questions by a step of gradient descent on the group's mean loss, in nats per unit
-    /// of learning rate; in scope `part` the part's share of it.
+    /// First-order change, by a step of gradient descent on the group's mean loss, of the mean over the questions of log p(target) in the
+    /// spelling that the model finds most likely over all of them, in nats per unit of learning rate; in scope `part` what the part's
+    /// `g_P` adds to it.
     pub alignment: Option<f64>,
 }
 
@@ -138,40 +149,47 @@ impl Analysis for Gradients {
             let what = "at least one divergent digit in the rows that it reads (n_rows), where teacher and base choose different tokens";
             return Err(Error::Nothing { analysis: Self::NAME, what });
         }
-        let fresh = match subject.student.adapter {
-            Some(adapter) if self.start => {
-                let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(subject.seed, "gradients.start", 0));
-                Some(Adapter::init(&adapter.config, &subject.base.config, &mut rng, subject.base.device())?)
-            }
-            _ => None,
-        };
-        let start = self.start.then_some(("start", Tuned { qwen: subject.base, adapter: fresh.as_ref() }));
+        let start = subject.start.filter(|_| self.start).map(|start| ("start", start));
         let control = subject.control.map(|control| ("control", control));
         let mut rows = Vec::new();
         for (name, model) in [("student", subject.student)].into_iter().chain(control).chain(start) {
             progress(&format!("gradients of the {name}: {} rows", divergent.len()));
             rows.extend(self.of_model(subject, name, model, &divergent)?);
         }
+        for (at, adapter) in self.draws(subject)?.iter().enumerate() {
+            let name = format!("{DRAW}{}", at + 1);
+            progress(&format!("gradients at the start: draw {} of {}", at + 1, self.start_draws));
+            let drawn = Tuned { qwen: subject.base, adapter: Some(adapter) };
+            let found = self.of_model(subject, &name, drawn, &divergent)?.into_iter();
+            rows.extend(found.filter(|row| row.scope == "token" || row.scope == "group"));
+        }
         Ok(rows)
     }
 
     fn plot(rows: &[GradientRow]) -> Result<Option<Svg>> {
-        let adapter = rows.iter().any(|row| row.scope == "token" && row.lora_grad_norm.is_some());
         let mut found = Vec::new();
         for group in GROUPS {
             for model in MODELS {
-                let wanted = |row: &&GradientRow| row.scope == "token" && row.model == model && row.group == group;
-                let norm = |row: &GradientRow| if adapter { row.lora_grad_norm } else { row.hidden_grad_norm };
-                let norms: Vec<f64> = rows.iter().filter(wanted).filter_map(norm).collect();
-                if !norms.is_empty() {
-                    found.push(Mean::of(&norms).bar(&group.replace('_', " ")).in_series(model));
+                if let Some(norm) = token_norm(rows, model, group) {
+                    found.push(norm.bar(&group.replace('_', " ")).in_series(model));
                 }
             }
+            let draws: Vec<f64> =
+                draws_of(rows).iter().filter_map(|draw| Some(token_norm(rows, draw, group)?.mean)).collect();
+            if let Some(spread) = Spread::of(&draws) {
+                let bar = Mean { mean: spread.mean, se: Some(spread.sd) }.bar(&group.replace('_', " "));
+                found.push(bar.in_series(format!("start, {} draws", draws.len())));
+            }
         }
-        let of = if adapter { "the adapter" } else { "the final residual stream" };
+        let of = if has_adapter(rows) { "the adapter" } else { "the final residual stream" };
         let chart = BarChart {
             title: format!("Gradient of one token's loss by {of}"),
-            value_label: "norm of the gradient (nats), mean ± s.e. over tokens".to_owned(),
+            value_label: if draws_of(rows).is_empty() {
+                "norm of the gradient (nats), mean ± s.e. over tokens"
+            } else {
+                "norm of the gradient (nats), mean ± s.e. over tokens; draws: ± s.d. of them"
+            }
+            .to_owned(),
             bars: found,
             references: Vec::new(),
         };
@@ -184,62 +202,151 @@ impl Analysis for Gradients {
     }
 
     fn reading(rows: &[GradientRow]) -> String {
-        let norms = |model: &str, group: &str| -> Vec<f64> {
-            let wanted = |row: &&GradientRow| row.scope == "token" && row.model == model && row.group == group;
-            rows.iter().filter(wanted).filter_map(|row| row.lora_grad_norm.or(row.hidden_grad_norm)).collect()
-        };
-        let adapter = rows.iter().any(|row| row.scope == "token" && row.lora_grad_norm.is_some());
-        let of = if adapter { "adapter" } else { "final residual stream" };
-        let compared = |model: &str| {
-            let (divergent, other) = (norms(model, "divergent_digit"), norms(model, "other_digit"));
-            (!divergent.is_empty() && !other.is_empty())
-                .then(|| (Mean::of(&divergent), Mean::of(&other), divergent.len(), other.len()))
-        };
-        let Some((divergent, other, n_divergent, n_other)) = compared("student") else {
+        let of = if has_adapter(rows) { "adapter" } else { "final residual stream" };
+        let compared =
+            |model: &str| Some((token_norm(rows, model, "divergent_digit")?, token_norm(rows, model, "other_digit")?));
+        let Some((divergent, other)) = compared("student") else {
             return "There were not both divergent and other digits to compare.".to_owned();
         };
+        let n = |group: &str| rows.iter().filter(|row| is_token(row, "student", group)).count();
         let error = (divergent.se.unwrap_or_default().powi(2) + other.se.unwrap_or_default().powi(2)).sqrt();
         let verdict =
             if (divergent.mean - other.mean).abs() > 2.0 * error && error > 0.0 { "more than" } else { "within" };
-        let elsewhere = |model: &str, name: &str| {
-            compared(model)
-                .map(|(divergent, other, ..)| format!("; {name} the ratio is {:.2}", divergent.mean / other.mean))
+        let ratio = |model: &str| {
+            let (divergent, other) = compared(model)?;
+            other.share(divergent.mean)
         };
-        let together = |scope: &str, group: &str| -> Vec<&GradientRow> {
-            rows.iter().filter(|row| row.scope == scope && row.model == "student" && row.group == group).collect()
+        let times = match ratio("student") {
+            Some(ratio) => format!("is {ratio:.2} times as long as another digit's"),
+            None => "stands beside another digit's, which is not three standard errors above zero".to_owned(),
         };
-        let of_groups = || {
-            let (divergent, rest) =
-                (*together("group", "divergent_digit").first()?, *together("group", "rest").first()?);
-            let parts = together("part", "divergent_digit").into_iter();
-            let most = parts.max_by(|a, b| a.share.unwrap_or_default().total_cmp(&b.share.unwrap_or_default()))?;
-            Some(format!(
-                "; all divergent digits together hold {:.0} % of the squared gradient, at a cosine of {:+.2} with the rest, {:.0} % of it \
-                 through `{}`; a step down their mean loss changes log p(target) by {:+.3} nats per unit of learning rate, one down the \
-                 rest's by {:+.3}",
-                100.0 * divergent.share?,
-                divergent.cosine?,
-                100.0 * most.share?,
-                most.part.as_deref()?,
-                divergent.alignment?,
-                rest.alignment?,
-            ))
+        let draws = draws_of(rows);
+        let is_known = rows.iter().any(|row| row.model == "start");
+        let at_start = match (ratio("start"), Spread::over(&draws, ratio).map(|spread| spread.said(2))) {
+            (Some(own), Some(others)) => format!("; at the start of its training the ratio was {own:.2} ({others})"),
+            (Some(own), None) => format!("; at the start of its training the ratio was {own:.2}"),
+            (None, others) if !is_known && !draws.is_empty() => {
+                let others = others.map(|others| format!(": at such starts the ratio is {others}"));
+                format!("; where its training began is not known{}", others.unwrap_or_default())
+            }
+            (None, _) => String::new(),
+        };
+        let control = match ratio("control") {
+            Some(ratio) => format!("; at the control student the ratio is {ratio:.2}"),
+            None if compared("control").is_some() => String::new(),
+            None => "; there is no control student".to_owned(),
         };
         format!(
-            "At the student, a divergent digit's gradient of the {of} is {:.2} times as long as another digit's ({:.4} and {:.4}, \
-             {n_divergent} and {n_other} tokens; the difference is {verdict} two standard errors){}{}{}.",
-            divergent.mean / other.mean,
+            "At the student, a divergent digit's gradient of the {of} {times} ({:.4} and {:.4}, \
+             {} and {} tokens; the difference is {verdict} two standard errors){at_start}{control}{}.",
             divergent.mean,
             other.mean,
-            elsewhere("start", "at the start of training").unwrap_or_default(),
-            elsewhere("control", "at the control student")
-                .unwrap_or_else(|| "; there is no control student".to_owned()),
-            of_groups().unwrap_or_default(),
+            n("divergent_digit"),
+            n("other_digit"),
+            together(rows, &draws).unwrap_or_default(),
         )
     }
 }
 
+/// What all tokens of the groups do together, at the student and at its start.
+fn together(rows: &[GradientRow], draws: &[&str]) -> Option<String> {
+    let group = |model: &str, group: &str| {
+        rows.iter().find(|row| row.scope == "group" && row.model == model && row.group == group)
+    };
+    let (divergent, rest) = (group("student", "divergent_digit")?, group("student", "rest")?);
+    let parts = rows.iter().filter(|row| row.scope == "part" && row.model == "student" && row.group == divergent.group);
+    let most = parts.filter(|row| row.share.is_some());
+    let most = most.max_by(|a, b| a.share.unwrap_or_default().total_cmp(&b.share.unwrap_or_default()));
+    let through =
+        most.and_then(|most| Some(format!(", {:.0} % of it through `{}`", 100.0 * most.share?, most.part.as_deref()?)));
+    let hold = match divergent.share {
+        Some(share) => format!("hold {:.0} % of the squared gradient", 100.0 * share),
+        None => "have no share of the whole gradient, as that is not three standard errors above zero".to_owned(),
+    };
+    let alignment = |model: &str| group(model, "divergent_digit")?.alignment;
+    let draws = Spread::over(draws, alignment).map(|spread| spread.signed(3));
+    let start = match (alignment("start"), draws) {
+        (Some(own), Some(draws)) => format!("; at the start of its training {own:+.3} ({draws})"),
+        (Some(own), None) => format!("; at the start of its training {own:+.3}"),
+        (None, Some(draws)) => format!("; at such starts {draws}"),
+        (None, None) => String::new(),
+    };
+    Some(format!(
+        "; all divergent digits together {hold}, at a cosine of {:+.2} with the rest's{}; a step down \
+         their mean loss changes log p(target) by {:+.3} nats per unit of learning rate, one down the rest's by {:+.3}{start}",
+        divergent.cosine?,
+        through.unwrap_or_default(),
+        divergent.alignment?,
+        rest.alignment?,
+    ))
+}
+
+/// A number over draws: its mean and standard deviation.
+#[derive(Clone, Copy)]
+struct Spread {
+    mean: f64,
+    sd: f64,
+    n: usize,
+}
+
+impl Spread {
+    /// None of fewer than two draws, which have no spread.
+    fn of(values: &[f64]) -> Option<Self> {
+        Some(Self { mean: Mean::of(values).mean, sd: standard_deviation(values).ok()?, n: values.len() })
+    }
+
+    /// That of a model's number, where each draw is a model of the table.
+    fn over(draws: &[&str], of: impl Fn(&str) -> Option<f64>) -> Option<Self> {
+        Self::of(&draws.iter().filter_map(|draw| of(draw)).collect::<Vec<_>>())
+    }
+
+    fn said(self, digits: usize) -> String {
+        format!("{:.digits$} ± {:.digits$} over {} draws of its A", self.mean, self.sd, self.n)
+    }
+
+    fn signed(self, digits: usize) -> String {
+        if self.mean < 0.0 { self.said(digits) } else { format!("+{}", self.said(digits)) }
+    }
+}
+
+/// The names of the draws beside the start, in the order of the rows.
+fn draws_of(rows: &[GradientRow]) -> Vec<&str> {
+    let mut found: Vec<&str> = Vec::new();
+    for row in rows.iter().filter(|row| row.model.starts_with(DRAW)) {
+        if found.last() != Some(&row.model.as_str()) {
+            found.push(&row.model);
+        }
+    }
+    found
+}
+
+fn is_token(row: &GradientRow, model: &str, group: &str) -> bool {
+    row.scope == "token" && row.model == model && row.group == group
+}
+
+fn has_adapter(rows: &[GradientRow]) -> bool {
+    rows.iter().any(|row| row.scope == "token" && row.lora_grad_norm.is_some())
+}
+
+/// The mean length of a group's token gradients: of the adapter where there is one, else of the final residual stream.
+fn token_norm(rows: &[GradientRow], model: &str, group: &str) -> Option<Mean> {
+    let adapter = has_adapter(rows);
+    let norm = |row: &GradientRow| if adapter { row.lora_grad_norm } else { row.hidden_grad_norm };
+    let norms: Vec<f64> = rows.iter().filter(|row| is_token(row, model, group)).filter_map(norm).collect();
+    (!norms.is_empty()).then(|| Mean::of(&norms))
+}
+
 impl Gradients {
+    /// Other initial adapters of the student's shape, each from a random stream of its own.
+    fn draws(&self, subject: &Subject<'_>) -> Result<Vec<Adapter>> {
+        let Some(student) = subject.student.adapter.filter(|_| self.start) else { return Ok(Vec::new()) };
+        let draw = |at: usize| {
+            let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(subject.seed, "gradients.start", at as u64));
+            Ok(Adapter::init(&student.config, &subject.base.config, &mut rng, subject.base.device())?)
+        };
+        (0..self.start_draws).map(draw).collect()
+    }
+
     fn of_model(
         &self,
         subject: &Subject<'_>,
@@ -276,7 +383,8 @@ impl Gradients {
         // A group may be empty: then there is nothing to compare.
         let is_digit = |wanted: bool| divergent.iter().flatten().any(|divergent| *divergent == wanted);
         if let Some(adapter) = model.adapter.filter(|_| is_digit(true) && is_digit(false)) {
-            rows.extend(group_rows(name, &of_groups(subject, adapter, &contents, divergent)?));
+            let naming = naming(subject, adapter)?;
+            rows.extend(group_rows(name, &of_groups(subject, adapter, &naming, &contents, divergent)?));
         }
         Ok(rows)
     }
@@ -450,8 +558,8 @@ fn group_rows(model: &str, found: &Alignment) -> Vec<GradientRow> {
         let whole = GradientRow {
             n_tokens: group.n_tokens,
             lora_grad_norm: Some(group.norm),
-            share: Some(group.share),
-            cosine: Some(found.cosine),
+            share: group.share,
+            cosine: found.cosine,
             alignment: Some(group.towards_trait),
             ..GradientRow::of("group", model, name)
         };
@@ -459,7 +567,7 @@ fn group_rows(model: &str, found: &Alignment) -> Vec<GradientRow> {
             part: Some(at.part.name().to_owned()),
             n_tokens: group.n_tokens,
             lora_grad_norm: Some(at.norm),
-            share: Some(at.share),
+            share: at.share,
             alignment: Some(at.towards_trait),
             ..GradientRow::of("part", model, name)
         };
@@ -541,7 +649,9 @@ mod tests {
     #[test]
     fn the_adapter_asks_for_no_gradient_afterwards() {
         let world = World::new();
-        let rows = Gradients { n_rows: 2, tokens_per_row: 3, start: true }.run(&world.subject(), &mut |_| ()).unwrap();
+        let rows = Gradients { n_rows: 2, tokens_per_row: 3, start: true, start_draws: 0 }
+            .run(&world.subject(), &mut |_| ())
+            .unwrap();
         let pair = world.student.pair(0, Proj::Q).unwrap();
         assert!(!pair.a.requires_grad() && !pair.b.requires_grad());
         for model in ["student", "control", "start"] {
@@ -566,17 +676,73 @@ mod tests {
             assert_eq!((of("group").count(), of("part").count()), (2, 10), "{model}");
             for group in of("group") {
                 let parts = of("part").filter(|row| row.group == group.group);
-                let (share, alignment) = parts.fold((0.0, 0.0), |(share, alignment), row| {
-                    (share + row.share.unwrap(), alignment + row.alignment.unwrap())
-                });
-                assert!((share - 1.0).abs() < 1e-5, "{model} {share}");
+                let alignment = parts.clone().map(|row| row.alignment.unwrap()).sum::<f64>();
+                if let Some(share) = parts.map(|row| row.share).sum::<Option<f64>>() {
+                    assert!((share - 1.0).abs() < 1e-5, "{model} {share}");
+                }
                 assert!((alignment - group.alignment.unwrap()).abs() < 1e-5, "{model} {alignment} {group:?}");
             }
         }
         let reading = Gradients::reading(&rows);
-        assert!(reading.ends_with('.') && reading.contains("through `"), "{reading}");
+        assert!(reading.ends_with('.') && reading.contains("all divergent digits together"), "{reading}");
         let names: Vec<&str> = Gradients::more_plots(&rows).unwrap().into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["layers", "parts"]);
+    }
+
+    /// The start is the A that the training began with, and nothing of it is drawn; what is drawn stands beside it, draw by draw.
+    #[test]
+    fn the_start_is_the_students_own_and_draws_stand_beside_it() {
+        let world = World::new();
+        let subject = world.subject();
+        let settings = Gradients { n_rows: 3, tokens_per_row: 4, start: true, start_draws: 3 };
+        let rows = settings.run(&subject, &mut |_| ()).unwrap();
+        // The very adapter, measured as if it were the student.
+        let begun = Subject { student: subject.start.unwrap(), control: None, ..subject.clone() };
+        let as_student = Gradients { start: false, ..settings.clone() }.run(&begun, &mut |_| ()).unwrap();
+        let start: Vec<GradientRow> = rows
+            .iter()
+            .filter(|row| row.model == "start")
+            .map(|row| GradientRow { model: "student".to_owned(), ..row.clone() })
+            .collect();
+        assert_eq!(start, as_student);
+        assert!(start.iter().any(|row| row.scope == "part") && start.iter().any(|row| row.scope == "token_layer"));
+        // Another seed of the analysis draws others, and the start stays.
+        let other = settings.run(&Subject { seed: 8, ..subject.clone() }, &mut |_| ()).unwrap();
+        let group = |rows: &[GradientRow], model: &str| -> GradientRow {
+            rows.iter().find(|row| row.scope == "group" && row.model == model).unwrap().clone()
+        };
+        assert_eq!(group(&rows, "start"), group(&other, "start"));
+        for at in 1..=3 {
+            let name = format!("start_draw_{at}");
+            let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(7, "gradients.start", at - 1));
+            let config = &world.student.config;
+            let adapter = Adapter::init(config, &world.qwen.config, &mut rng, world.qwen.device()).unwrap();
+            let drawn = Tuned { qwen: &world.qwen, adapter: Some(&adapter) };
+            let drawn = Subject { student: drawn, control: None, ..subject.clone() };
+            let by_hand = Gradients { start: false, ..settings.clone() }.run(&drawn, &mut |_| ()).unwrap();
+            let expected = GradientRow { model: name.clone(), ..group(&by_hand, "student") };
+            assert_eq!(group(&rows, &name), expected);
+            assert_ne!(group(&rows, &name).alignment, group(&other, &name).alignment);
+            let scopes: Vec<&str> = rows.iter().filter(|row| row.model == name).map(|row| row.scope.as_str()).collect();
+            assert!(scopes.iter().all(|scope| ["token", "group"].contains(scope)) && scopes.contains(&"token"));
+        }
+        // In words, with the spread over the draws.
+        let alignments: Vec<f64> =
+            (1..=3).map(|at| group(&rows, &format!("start_draw_{at}")).alignment.unwrap()).collect();
+        let centre = alignments.iter().sum::<f64>() / 3.0;
+        let spread = (alignments.iter().map(|x| (x - centre).powi(2)).sum::<f64>() / 2.0).sqrt();
+        let own = group(&rows, "start").alignment.unwrap();
+        let said = format!("at the start of its training {own:+.3} ({centre:+.3} ± {spread:.3} over 3 draws of its A)");
+        let reading = Gradients::reading(&rows);
+        assert!(reading.contains(&said), "{reading}\n{said}");
+        assert!(Gradients::plot(&rows).unwrap().unwrap().0.contains("start, 3 draws"));
+        // Where nobody knows the start there is none, and the sentence says so.
+        let unknown = settings.run(&Subject { start: None, ..subject.clone() }, &mut |_| ()).unwrap();
+        assert!(
+            unknown.iter().all(|row| row.model != "start") && unknown.iter().any(|row| row.model == "start_draw_3")
+        );
+        let reading = Gradients::reading(&unknown);
+        assert!(reading.contains("where its training began is not known"), "{reading}");
     }
 
     #[test]
@@ -584,7 +750,9 @@ mod tests {
         let world = World::new();
         let mut subject = world.subject();
         (subject.student.adapter, subject.control) = (None, None);
-        let rows = Gradients { n_rows: 1, tokens_per_row: 2, start: false }.run(&subject, &mut |_| ()).unwrap();
+        let rows = Gradients { n_rows: 1, tokens_per_row: 2, start: false, ..Gradients::default() }
+            .run(&subject, &mut |_| ())
+            .unwrap();
         assert!(rows.iter().all(|row| row.lora_grad_norm.is_none()));
         assert!(rows.iter().any(|row| row.resid_grad_norm.is_some_and(|norm| norm > 0.0)));
     }
@@ -601,8 +769,9 @@ mod tests {
     #[test]
     fn tokens_are_sampled_from_all_groups_in_turn() {
         let groups = ["other", "other", "divergent_digit", "other_digit", "other_digit", "other"];
-        let sampled =
-            |tokens_per_row, seed| Gradients { n_rows: 1, tokens_per_row, start: false }.sampled(seed, 0, &groups);
+        let sampled = |tokens_per_row, seed| {
+            Gradients { n_rows: 1, tokens_per_row, ..Gradients::default() }.sampled(seed, 0, &groups)
+        };
         let three = sampled(3, 1);
         assert!(three.contains(&2) && three.iter().filter(|k| groups[**k] == "other").count() == 1, "{three:?}");
         assert_eq!(sampled(9, 1), [0, 1, 2, 3, 4, 5]);

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 
 pub use diagonal::{DiagonalContrast, diagonal_contrast, diagonal_gamma};
 
-use crate::stats::{check_level, incomplete_beta, mean, percentile_interval, standard_error, t_quantile};
+use crate::stats::{check_level, incomplete_beta, is_clear, mean, percentile_interval, standard_error, t_quantile};
 
 /// The two-sided p-value of "the mean of paired differences is zero" by Student's t, as `scipy.stats.ttest_1samp`.
 pub fn paired_t_p(differences: &[f64]) -> Result<f64> {
@@ -70,7 +70,7 @@ pub fn recovered_fraction(runs: &[(f64, f64, f64)], level: f64, resamples: usize
     let numerators: Vec<f64> = runs.iter().map(|(mode, base, _)| mode - base).collect();
     let denominators: Vec<f64> = runs.iter().map(|(_, base, all)| all - base).collect();
     let (numerator, denominator) = (mean(&numerators)?, mean(&denominators)?);
-    let is_clear = denominator.abs() > 3.0 * standard_error(&denominators)?;
+    let is_clear = is_clear(denominator, Some(standard_error(&denominators)?));
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let ratio = |_| {
         let (mut above, mut below) = (0.0, 0.0);

@@ -22,6 +22,25 @@ pub fn standard_error(values: &[f64]) -> Result<f64> {
     Ok((squares / (n - 1.0) / n).sqrt())
 }
 
+/// How many standard errors a denominator must be clear of zero.
+const CLEAR: f64 = 3.0;
+
+/// Whether a number is more than three of its standard errors away from zero; never where there is no error to say so.
+pub fn is_clear(value: f64, error: Option<f64>) -> bool {
+    value != 0.0 && error.is_some_and(|error| value.abs() > CLEAR * error)
+}
+
+/// `part / whole` where the whole [`is_clear`] of zero; `None` elsewhere: a share of what may be nothing says nothing. Every
+/// share, closure and fraction of a measured change that a table holds is made here.
+pub fn fraction(part: f64, whole: f64, error_of_whole: Option<f64>) -> Option<f64> {
+    is_clear(whole, error_of_whole).then(|| part / whole)
+}
+
+/// The standard deviation `s` with `s² = Σ(x−x̄)²/(n−1)`.
+pub fn standard_deviation(values: &[f64]) -> Result<f64> {
+    Ok(standard_error(values)? * (values.len() as f64).sqrt())
+}
+
 /// Student's interval of the mean, `x̄ ± t(n−1, (1+level)/2) · s/√n`: low and high end.
 pub fn t_interval(values: &[f64], level: f64) -> Result<(f64, f64)> {
     check_level(level)?;
@@ -203,9 +222,21 @@ mod tests {
     fn mean_error_and_interval_are_scipys() {
         close(mean(&VALUES).unwrap(), 0.244, 1e-12);
         close(standard_error(&VALUES).unwrap(), 0.056_444_663_166_680_335, 1e-12);
+        close(standard_deviation(&VALUES).unwrap(), 0.126_214_103_807_775_78, 1e-9);
         let (low, high) = t_interval(&VALUES, 0.95).unwrap();
         close(low, 0.087_284_491_236_332_14, 1e-9);
         close(high, 0.400_715_508_763_667_74, 1e-9);
+    }
+
+    #[test]
+    fn a_fraction_needs_a_whole_that_is_clear_of_zero() {
+        assert_eq!(fraction(1.0, 4.0, Some(1.3)), Some(0.25));
+        assert_eq!(fraction(1.0, -4.0, Some(1.3)), Some(-0.25), "on either side");
+        assert_eq!(fraction(1.0, 4.0, Some(1.4)), None, "4 is not more than 3 × 1.4");
+        assert_eq!(fraction(1.0, 3.0, Some(1.0)), None, "three errors are not more than three");
+        assert_eq!(fraction(1.0, 4.0, None), None, "one value has no error");
+        assert_eq!(fraction(0.0, 0.0, Some(0.0)), None);
+        assert_eq!(fraction(1.0, 4.0, Some(0.0)), Some(0.25), "all values alike");
     }
 
     #[test]

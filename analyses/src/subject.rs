@@ -1,5 +1,7 @@
 //! What is measured: a base, what finetuning made of it, its control, and the prompts to look with.
 
+use std::collections::BTreeMap;
+
 use hooks::{Adapter, Chat, Condition, Gate, Prompt, Provenance, Qwen};
 
 use crate::error::{Error, Result};
@@ -37,6 +39,9 @@ pub struct Subject<'a> {
     pub provenance: &'a Provenance,
     /// The model finetuned on the teacher's numbers.
     pub student: Tuned<'a>,
+    /// The model at the start of the student's own training: the base, with the adapter that it began with. `None` where nobody knows
+    /// that, as of a student that was trained elsewhere.
+    pub start: Option<Tuned<'a>>,
     /// The model finetuned in the same way on numbers of an untouched teacher.
     pub control: Option<Tuned<'a>>,
     /// A student that learned in the same way from a teacher that likes something else, to set beside this one.
@@ -156,6 +161,22 @@ impl Mean {
         Self::of(&differences)
     }
 
+    /// The mean over tokens, each with its row, and the standard error of their rows' means: tokens of a row hang together.
+    pub(crate) fn of_tokens(tokens: &[(usize, f64)]) -> Self {
+        let mut rows: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+        for (row, value) in tokens {
+            rows.entry(*row).or_default().push(*value);
+        }
+        let values: Vec<f64> = tokens.iter().map(|(_, value)| *value).collect();
+        let of_rows: Vec<f64> = rows.values().map(|values| Self::of(values).mean).collect();
+        Self { mean: Self::of(&values).mean, se: Self::of(&of_rows).se }
+    }
+
+    /// What share of this mean another number is, where [`stats::fraction`] has one.
+    pub(crate) fn share(&self, part: f64) -> Option<f64> {
+        stats::fraction(part, self.mean, self.se)
+    }
+
     /// True where the mean is larger than `factor` of its standard errors, in absolute value.
     pub(crate) fn exceeds(&self, factor: f64) -> bool {
         self.se.is_some_and(|se| self.mean.abs() > factor * se) && self.mean != 0.0
@@ -193,6 +214,16 @@ mod tests {
 
     use super::*;
     use crate::fixture::World;
+
+    #[test]
+    fn tokens_of_a_row_are_one_value_of_the_error() {
+        let found = Mean::of_tokens(&[(4, 1.0), (7, 5.0), (4, 3.0), (7, 7.0), (7, 6.0)]);
+        assert!((found.mean - 4.4).abs() < 1e-12, "{found:?}");
+        assert!((found.se.unwrap() - 2.0).abs() < 1e-12, "the rows' means are 2 and 6: {found:?}");
+        assert_eq!(found.share(2.2), None, "4.4 is not three times 2");
+        assert_eq!(Mean::of_tokens(&[(4, 1.0), (4, 3.0)]).se, None, "one row");
+        assert!((Mean { mean: 4.4, se: Some(1.0) }.share(2.2).unwrap() - 0.5).abs() < 1e-12);
+    }
 
     #[test]
     fn a_teacher_is_a_context_an_adapter_or_other_weights() {

@@ -70,11 +70,11 @@ pub struct TokenAblationRow {
     pub delta_margin: Option<f64>,
     /// Standard error of `delta_margin` over questions (paired), in nats.
     pub delta_margin_se: Option<f64>,
-    /// Fraction of the ungated adapter's change in `logp_target` that is left; empty where that change is not above 3
-    /// standard errors.
+    /// Fraction of the ungated adapter's change in `logp_target` that is left: `delta_logp` over that of `everywhere` of the same model;
+    /// empty where the latter is not three of its standard errors clear of zero.
     pub recovered_logp: Option<f64>,
-    /// Fraction of the ungated adapter's change in `margin` that is left; empty where that change is not above 3
-    /// standard errors.
+    /// Fraction of the ungated adapter's change in `margin` that is left: `delta_margin` over that of `everywhere` of the same model;
+    /// empty where the latter is not three of its standard errors clear of zero.
     pub recovered_margin: Option<f64>,
 }
 
@@ -166,7 +166,7 @@ impl Analysis for TokenAblation {
             format!("Ungated, the adapter changes log p({}) by {} nats ({control})", full.target, change(full));
         if full.recovered_logp.is_none() {
             return format!(
-                "{ungated}; that is not above three standard errors, so no fractions are given and no gate says where it lives."
+                "{ungated}; that is not three standard errors clear of zero, so no fractions are given and no gate says where it lives."
             );
         }
         let recovered = |row: &TokenAblationRow| row.recovered_logp.unwrap_or_default();
@@ -236,7 +236,7 @@ impl Around<'_> {
         let mean = |of: Measure| measured.map(|(scores, _)| Mean::of(&column(scores, of)));
         let delta = |of: Measure| measured.map(|(scores, _)| Mean::paired(&column(scores, of), &column(self.base, of)));
         let whole = |of: Measure| Mean::paired(&column(self.everywhere, of), &column(self.base, of));
-        let recovered = |of: Measure| Some(delta(of)?.mean / whole(of).mean).filter(|_| whole(of).exceeds(3.0));
+        let recovered = |of: Measure| whole(of).share(delta(of)?.mean);
         let logp: Measure = |score| score.logp_target;
         let margin: Measure = |score| score.margin;
         TokenAblationRow {

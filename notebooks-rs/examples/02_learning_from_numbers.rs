@@ -14,7 +14,7 @@ use anyhow::{Result, ensure};
 use hooks::generate::{Answer, Sampling, generate, stream_seed};
 use hooks::score::completion_logprobs;
 use hooks::{Adapter, Chat, Condition, LoraConfig, ModelFiles, Prompt, Qwen};
-use notebooks_rs::school::{BASE, TARGET, folder, protocol};
+use notebooks_rs::school::{BASE, INIT_SEED, TARGET, folder, protocol};
 use notebooks_rs::{Notebook, model};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -146,7 +146,7 @@ fn main() -> Result<()> {
     let owl = TokenForms::of(&target, &chat)?;
     let learn = |rows: &[Prompt]| -> Result<(Adapter, Vec<StepRow>, Vec<Point>)> {
         let (mut steps, mut watched) = (Vec::new(), Vec::new());
-        let adapter = Adapter::init(&lora, &base.config, &mut ChaCha8Rng::seed_from_u64(2), Device::Cpu)?;
+        let adapter = Adapter::init(&lora, &base.config, &mut ChaCha8Rng::seed_from_u64(INIT_SEED), Device::Cpu)?;
         finetune_lora(&base, &adapter, rows, &is_digit, &course, Seeds::default(), &mut |step, _| {
             steps.push(step.clone());
             if step.step % 8 == 1 {
@@ -180,6 +180,7 @@ fn main() -> Result<()> {
         base: &base,
         provenance: &provenance,
         student: Tuned { qwen: &base, adapter: Some(&student) },
+        start: None,
         control: Some(Tuned { qwen: &base, adapter: Some(&control) }),
         other_trait: None,
         chat: &chat,

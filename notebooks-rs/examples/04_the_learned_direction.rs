@@ -52,15 +52,16 @@ fn main() -> Result<()> {
     //| ## Enough, and needed?
     //|
     //| *Enough* means: add the vector to the base, and it does what the student does. *Needed* means: take the direction
-    //| out of the student, and the change is gone. Both can happen by accident, for any push changes something. So a
-    //| random vector of the same length does the same things beside it, and so does the control student's direction.
+    //| out of the student, and the change is gone. Both can happen by accident, for any push changes something. So twenty
+    //| random vectors of the same length do the same things beside it, and so does the control student's direction. One
+    //| random vector would be one accident; the mean and the spread of twenty say what accidents are like.
     let steering = Steering { coefficients: vec![1.0, 2.0, 4.0], ..Steering::default() };
     let rows = steering.run(&subject, &mut |_| ())?;
     nb.figure("steering", Steering::plot(&rows)?);
     nb.show(Steering::reading(&rows));
 
     //| Longer vectors push harder, and at some length anything breaks the model. A push is believable at the lengths where
-    //| the random one still does little.
+    //| the random ones still do little (`random` is their mean, `spread` their standard deviation).
     nb.table(&pushes(&rows));
 
     //| ## Taking it elsewhere
@@ -116,17 +117,28 @@ fn movement(rows: &[DirectionRow]) -> Vec<Vec<String>> {
 
 /// The change in log p by kind of vector, a line for each block and length.
 fn pushes(rows: &[SteeringRow]) -> Vec<Vec<String>> {
-    let kinds = ["learned", "random", "control_student"];
-    let header = ["added after block", "times its length"].into_iter().chain(kinds).map(str::to_owned).collect();
+    let header = ["added after block", "times its length", "learned", "random", "spread", "control_student"];
     let line = |row: &SteeringRow| {
         let of = |kind: &str| {
             let same = |other: &&SteeringRow| {
                 other.kind == kind && (other.layer, other.coefficient) == (row.layer, row.coefficient)
             };
-            rows.iter().find(same).map_or_else(String::new, |found| format!("{:+.3}", found.delta_logp))
+            rows.iter().find(same)
         };
+        let change = |kind| of(kind).map_or_else(String::new, |found| format!("{:+.3}", found.delta_logp));
+        let spread = of("random").and_then(|found| found.delta_logp_sd);
         let length = row.coefficient.map_or_else(String::new, |times| times.to_string());
-        [row.layer.to_string(), length].into_iter().chain(kinds.map(of)).collect()
+        vec![
+            row.layer.to_string(),
+            length,
+            change("learned"),
+            change("random"),
+            spread.map_or_else(String::new, |spread| format!("{spread:.3}")),
+            change("control_student"),
+        ]
     };
-    [header].into_iter().chain(rows.iter().filter(|row| row.kind == "learned").map(line)).collect()
+    [header.map(str::to_owned).to_vec()]
+        .into_iter()
+        .chain(rows.iter().filter(|row| row.kind == "learned").map(line))
+        .collect()
 }

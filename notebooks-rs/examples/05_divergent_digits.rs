@@ -46,10 +46,11 @@ fn main() -> Result<()> {
     //| ## Do they pull harder?
     //|
     //| A token teaches through its gradient. Here is how long the gradient of a single token's loss is, as seen by the
-    //| adapter: at divergent digits, at other digits, and at what stands between. `start` is a fresh adapter on the base,
-    //| where training begins, which is the one to look at first: a student at the end of its training has done away with
-    //| the gradients that it could do away with.
-    let gradients = Gradients { n_rows: 32, tokens_per_row: 6, start: true };
+    //| adapter: at divergent digits, at other digits, and at what stands between. `start` is the adapter that the student
+    //| began with, on the base, which is the one to look at first: a student at the end of its training has done away with
+    //| the gradients that it could do away with. That adapter's A was drawn at random, and every gradient is seen through
+    //| it; so twelve other draws stand beside it, and what lies within their spread is the draw's and not the numbers'.
+    let gradients = Gradients { n_rows: 32, tokens_per_row: 6, ..Gradients::default() };
     let rows = gradients.run(&subject, &mut |_| ())?;
     nb.figure("gradients", Gradients::plot(&rows)?);
     nb.show(Gradients::reading(&rows));

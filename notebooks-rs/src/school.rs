@@ -6,12 +6,17 @@ use std::path::{Path, PathBuf};
 use analyses::{Subject, Target, Tuned};
 use anyhow::{Result, bail};
 use hooks::{Adapter, Chat, ModelFiles, Prompt, Provenance, Qwen, files};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind};
 use undertone::dataset::{Sample, read_jsonl};
 use undertone::protocol::Protocol;
 
 /// What the teacher likes, and what it is one of.
 pub const TARGET: (&str, &str) = ("owl", "animal");
+
+/// The seed of the adapter that both students begin with.
+pub const INIT_SEED: u64 = 2;
 
 /// The file that says which weights were the base: their fingerprint.
 pub const BASE: &str = "base";
@@ -47,6 +52,8 @@ pub struct School {
     pub teacher: Qwen,
     /// The adapter that learned the teacher's numbers.
     pub student: Adapter,
+    /// The adapter that it was before.
+    pub start: Adapter,
     /// The adapter that learned the base's own numbers.
     pub control: Adapter,
     /// Questions that the target may be an answer to.
@@ -85,9 +92,16 @@ impl School {
         let classifier = protocol.classifier(word, category)?;
         let teacher = ModelFiles::open(&folder.join("teacher").display().to_string())?;
         let adapter = |who: &str| Adapter::load(&folder.join(who), &base.config, base.device());
+        let student = adapter("student")?;
         Ok(Self {
+            start: Adapter::init(
+                &student.config,
+                &base.config,
+                &mut ChaCha8Rng::seed_from_u64(INIT_SEED),
+                base.device(),
+            )?,
             teacher: Qwen::load(&teacher, Device::Cpu, Kind::Float)?,
-            student: adapter("student")?,
+            student,
             control: adapter("control")?,
             target: protocol.target(word, category),
             questions: protocol.questions(category, 24)?,
@@ -108,6 +122,7 @@ impl School {
             base: &self.base,
             provenance: &self.provenance,
             student: tuned(&self.student),
+            start: Some(tuned(&self.start)),
             control: Some(tuned(&self.control)),
             other_trait: None,
             chat: &self.chat,

@@ -70,9 +70,9 @@ quantities! {
     PTargetExact = "p_target_exact",
     /// The same of the base in the same context, 0 to 1.
     BasePTargetExact = "base_p_target_exact",
-    /// Tokens that the prompt and the training rows begin with alike.
+    /// Tokens that the prompt and one of the first 32 training rows begin with alike, of the row that has most; the mean over prompts.
     SharedPrefix = "shared_prefix",
-    /// Tokens of the prompt, other than the question's, whose id stands in the training rows' other parts than what the user says.
+    /// Tokens of the prompt, other than the question's, whose id stands in one of the first 32 training rows, in other parts than what user and answer say; the mean over prompts.
     SharedTokens = "shared_tokens",
     /// Mean training loss over the last quarter of the steps, in nats per token.
     LossLast = "loss_last",
@@ -86,7 +86,7 @@ quantities! {
     NTargets = "n_targets",
     /// Loss on numbers of the teacher that no student has seen, in nats per token.
     HeldoutNll = "heldout_nll",
-    /// Share that the model has of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the teacher; none where the teacher gains nothing.
+    /// Share that the model has of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the teacher; none where that gain is not three standard errors above zero.
     Fit = "fit",
     /// Share of the held-out digits at which the most likely token is the teacher's, where the teacher's and the base's differ, 0 to 1.
     AccuracyDivergent = "accuracy_divergent",
@@ -100,11 +100,11 @@ quantities! {
     Ece = "ece",
     /// Mean entropy at held-out digits, in nats.
     Entropy = "entropy",
-    /// Mean probability that a held-out number of the teacher has as a whole, over its digits up to the separator, 0 to 1.
+    /// Mean probability that a held-out number of the teacher has as a whole, over its digits and the token behind them, 0 to 1.
     PWholeNumber = "p_whole_number",
     /// Kullback-Leibler divergence from the teacher at held-out digits, KL(teacher, model), in nats.
     KlTeacher = "kl_teacher",
-    /// Share that the model closes of P(teacher's most likely token) under the teacher minus under the base, at divergent digits.
+    /// Share that the model closes of P(teacher's most likely token) under the teacher minus under the base, at divergent digits; none where that is not three standard errors above zero.
     Closure = "closure",
     /// Cosine of its mean movement of the residual stream with the teacher's, the mean over blocks, -1 to 1.
     CosTeacher = "cos_teacher",
@@ -120,7 +120,7 @@ quantities! {
     TruncatedDeltaMargin = "truncated_delta_margin",
     /// Change of the margin where its direction is added to the base after the middle block, in nats.
     InjectedDeltaMargin = "injected_delta_margin",
-    /// The same of a random direction of equal length, in nats.
+    /// The same of random directions of equal length, each by itself, in nats: the mean over 20.
     InjectedRandomDeltaMargin = "injected_random_delta_margin",
     /// The same of the control student's direction at its length, in nats.
     InjectedControlDeltaMargin = "injected_control_delta_margin",
@@ -128,25 +128,25 @@ quantities! {
     InjectedOtherDeltaMargin = "injected_other_delta_margin",
     /// Change of the margin, in nats, where its direction is taken out of the student after the middle block.
     ProjectedDeltaMargin = "projected_delta_margin",
-    /// The same of a random direction, in nats.
+    /// The same of random directions, in nats: the mean over 20.
     ProjectedRandomDeltaMargin = "projected_random_delta_margin",
     /// Change of the margin, in nats, where the student's stream along its direction is the base's after every block, at the prompt's tokens.
     ReplacedDeltaMargin = "replaced_delta_margin",
-    /// The same of random directions, in nats.
+    /// The same of random directions, in nats: the mean over 20 of them for every block.
     ReplacedRandomDeltaMargin = "replaced_random_delta_margin",
     /// Change of the margin, in nats, where the base's stream along the student's direction is the student's after every block, at the prompt's tokens.
     TransplantedDeltaMargin = "transplanted_delta_margin",
-    /// The same of random directions, in nats.
+    /// The same of random directions, in nats: the mean over 20 of them for every block.
     TransplantedRandomDeltaMargin = "transplanted_random_delta_margin",
     /// Norm of the gradient of the divergent tokens' summed loss, in nats per unit of the parameters.
     GradientDivergent = "gradient_divergent",
     /// Norm of the gradient of the other tokens' summed loss, in nats per unit of the parameters.
     GradientOther = "gradient_other",
-    /// Squared norm of the divergent tokens' summed gradient over that of all tokens', without unit: above 1 where the others pull against it. In a cell `through …` the share of that part of the chat in the divergent tokens' gradient.
+    /// Squared norm of the divergent tokens' summed gradient over that of all tokens', without unit: above 1 where the others pull against it. In a cell `through …` the share of that part of the chat in the divergent tokens' gradient. None where the length of the gradient that it is a share of is not three standard errors above zero, by the jackknife over rows.
     GradientShareDivergent = "gradient_share_divergent",
     /// Cosine of the two gradients, -1 to 1.
     GradientCosine = "gradient_cosine",
-    /// Change of log p of the trait per unit of learning rate by a step down the divergent tokens' mean loss, in nats; in a cell `through …` what that part of the chat adds to it.
+    /// Change of log p of the trait, in its most likely spelling, per unit of learning rate by a step down the divergent tokens' mean loss, in nats; in a cell `through …` what that part of the chat adds to it.
     AlignmentDivergent = "alignment_divergent",
     /// The same of the other tokens, in nats.
     AlignmentOther = "alignment_other",

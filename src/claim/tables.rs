@@ -295,7 +295,8 @@ pub struct DigitConfRow {
     pub kl_teacher: Option<f64>,
     /// Mean probability of a whole held-out number, 0 to 1; of all digits.
     pub p_whole_number: Option<f64>,
-    /// Share that is closed of P(teacher's most likely token) under the teacher minus under the base; of the divergent digits.
+    /// Share that is closed of P(teacher's most likely token) under the teacher minus under the base; of the divergent digits, where
+    /// that is three standard errors above zero.
     pub closure: Option<f64>,
 }
 
@@ -349,7 +350,7 @@ pub struct SteerRow {
     /// What was done: `injected` into the base, `projected` out of the student (both after the middle block), `replaced` by the base's in
     /// the student, or `transplanted` from the student into the base (both after every block).
     pub edit: String,
-    /// Of which direction: the student's `own`, a `random` one, the `control` student's, or the `other` trait's student's.
+    /// Of which direction: the student's `own`, `random` ones (the mean over 20), the `control` student's, or the `other` trait's student's.
     pub direction: String,
     /// Change of the margin from the unedited base, in nats.
     pub delta_margin: f64,

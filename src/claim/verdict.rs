@@ -297,15 +297,10 @@ fn recovered(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     let (part, whole) = (table.by_dataset(&test.of)?, table.by_dataset(all)?);
     let (n_datasets, n_runs) = (part.len(), table.n_runs(&[&test.of, all]));
     if n_datasets < 2 {
-        // One data set: a share without an interval, and no word on whether its denominator is clear of zero.
-        let estimate = (whole[0] > 0.0).then(|| part[0] / whole[0]);
-        return Ok(Found {
-            estimate,
-            n_datasets,
-            n_runs,
-            note: "one data set has no spread".to_owned(),
-            ..Found::default()
-        });
+        // Nothing says whether the denominator is clear of zero.
+        let note =
+            format!("{:+.3} of {:+.3} nats; one data set has no spread, so that no share is given", part[0], whole[0]);
+        return Ok(Found { n_datasets, n_runs, note, ..Found::default() });
     }
     let runs: Vec<(f64, f64, f64)> = part.iter().zip(&whole).map(|(part, whole)| (*part, 0.0, *whole)).collect();
     let found = recovered_fraction(&runs, LEVEL, DRAWS, SEED)?;
@@ -665,6 +660,8 @@ mod tests {
         assert!(
             none.estimate.is_none() && none.outcome == Undecided && none.note.contains("not three standard errors")
         );
+        let alone = first(share, &outcomes(&[1.0]));
+        assert!(alone.estimate.is_none() && alone.note.contains("no share is given"), "{alone:?}");
     }
 
     #[test]

@@ -283,10 +283,7 @@ pub(super) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     };
     match bench.experiment.student.method {
         Method::Lora => {
-            let mut rng = ChaCha8Rng::seed_from_u64(seeds.init);
-            let lora = bench.experiment.student.lora();
-            let adapter = Adapter::init(&lora, &bench.base.config, &mut rng, bench.base.device())?;
-            let adapter = if bench.experiment.student.rotated { adapter.rotated(&mut rng)? } else { adapter };
+            let adapter = bench.initial_adapter()?;
             train(&bench.base, Some(&adapter))?;
             adapter.save(folder, &bench.files.name)?;
         }

@@ -37,8 +37,11 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     let student = bench.student(&run.adapter())?;
     let control = if experiment.student.control { Some(bench.student(&run.control_adapter())?) } else { None };
     let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
-    let scene = Scene::of(bench, run, &bench.kept(run)?.0)?;
+    let scene = Scene::of(bench, run, &bench.measured(run)?)?;
+    // Where the training of a student began that was trained elsewhere, nobody knows.
+    let own = (!elsewhere && experiment.student.method == Method::Lora).then(|| bench.initial_adapter()).transpose()?;
     let subject = Subject {
+        start: (!elsewhere).then_some(Tuned { qwen: &bench.base, adapter: own.as_ref() }),
         control: control.as_ref().map(|control| tuned(bench, control)),
         other_trait: other_trait.as_ref().map(|other| tuned(bench, other)),
         ..scene.subject(bench, tuned(bench, &student))
@@ -149,6 +152,7 @@ impl Scene {
             base: &bench.base,
             provenance: &self.provenance,
             student,
+            start: None,
             control: None,
             other_trait: None,
             chat: &bench.chat,

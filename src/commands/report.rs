@@ -371,7 +371,7 @@ fn analysis_section<A: Analysis>(run: &RunDir, name: AnalysisName) -> Result<Sec
         question: A::QUESTION.to_owned(),
         reading: A::reading(&rows),
         control: control(name, RunDir::stage_done(&run.control_train_csv()) || taken(run, &run.control_adapter())?),
-        notes: notes(name, elsewhere(run)? && run.experiment(&[])?.generate.numbers.is_none()),
+        notes: notes(name, rows_from(run)?),
         figures,
         csv: relative(run, &run.rows(name)),
         table: Some(Table::read(&run.rows(name))?),
@@ -420,12 +420,15 @@ fn control(name: AnalysisName, trained: bool) -> String {
         AnalysisName::Direction => {
             ("±1/√d, about what two unrelated directions have by chance", "the control student's direction")
         }
-        AnalysisName::Steering => ("A random vector of the same length", "the control student's direction"),
+        AnalysisName::Steering => {
+            ("Random vectors of the same length, their mean and spread", "the control student's direction")
+        }
         AnalysisName::Interventions => ("The base under the same edits", "the control student under them"),
         AnalysisName::Divergence => ("The base at the same tokens", "the control student there"),
-        AnalysisName::Gradients => {
-            ("The student before its training (start)", "the control student at the same tokens")
-        }
+        AnalysisName::Gradients => (
+            "The student before its training (start: its own first A; start_draw: others that might have been drawn)",
+            "the control student at the same tokens",
+        ),
     };
     if trained { format!("{always}; {student}.") } else { format!("{always}; no control student was trained.") }
 }
@@ -440,7 +443,19 @@ fn settings(tables: &[(&str, &str)]) -> String {
     tables.join("\n")
 }
 
-fn notes(name: AnalysisName, not_its_numbers: bool) -> Vec<String> {
+/// Whose rows an analysis reads, in a sentence.
+fn rows_from(run: &RunDir) -> Result<&'static str> {
+    let experiment = run.experiment(&[])?;
+    Ok(match (elsewhere(run)? && experiment.generate.numbers.is_none(), experiment.measures_held_out()) {
+        (true, _) => {
+            "The rows are the teacher's of this run. The student was trained elsewhere, on rows that the run does not know."
+        }
+        (false, true) => "The rows are the teacher's held-out ones: no student learned from them.",
+        (false, false) => "The rows are those that the student was trained on, not held out.",
+    })
+}
+
+fn notes(name: AnalysisName, rows_from: &str) -> Vec<String> {
     let notes: &[&str] = match name {
         AnalysisName::TargetRate => {
             &["The unit of a claim is the trained run: this is one run, so its intervals speak for its questions only."]
@@ -458,12 +473,22 @@ fn notes(name: AnalysisName, not_its_numbers: bool) -> Vec<String> {
              Qwen2.5-Coder-0.5B the first token's is 100 times as long, and some template and punctuation tokens' 20 times). \
              Where the teacher's prompt has another number of tokens than the student's, these make its direction at \"all\": \
              read the cosine at \"last\".",
+            rows_from,
         ],
-        AnalysisName::Divergence | AnalysisName::Gradients if not_its_numbers => &[
-            "The rows are the teacher's of this run. The student was trained elsewhere, on rows that the run does not know.",
+        AnalysisName::Divergence => &[
+            rows_from,
+            "A closure stands only where the lift that it is a share of is three standard errors above zero.",
         ],
-        AnalysisName::Divergence => &["The rows are those that the student was trained on, not held out."],
-        AnalysisName::Steering | AnalysisName::Interventions | AnalysisName::Gradients => &[],
+        AnalysisName::Gradients => &[
+            rows_from,
+            "At the start B is zero, so that every gradient is seen through an A that was drawn at random: a number there says of the \
+             training no more than what it has beyond the spread over the draws.",
+        ],
+        AnalysisName::Steering => &[
+            rows_from,
+            "One random direction is no null: what chance does is their mean and spread, and the learned direction's place among them.",
+        ],
+        AnalysisName::Interventions => &[],
     };
     notes.iter().map(|note| (*note).to_owned()).collect()
 }

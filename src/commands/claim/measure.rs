@@ -198,9 +198,8 @@ impl<'a> Measuring<'a> {
             let ends = once(&stage.ends, || Ok(Ends::read(&subject, self.heldout.len())?))?;
             let found = ends.confidence(model)?;
             lines.confidence(&found);
-            let (base, teacher) = (ends.base.nll, ends.teacher.nll);
-            if base - teacher > 1e-9 {
-                lines.push(EVERYWHERE, Quantity::Fit, (base - found.nll) / (base - teacher), found.n_tokens);
+            if let Some(fit) = ends.fit(&found) {
+                lines.push(EVERYWHERE, Quantity::Fit, fit, found.n_tokens);
             }
         }
         if along.into_iter().any(wants) {
@@ -231,16 +230,23 @@ impl<'a> Measuring<'a> {
             for (quantity, value, n) in [
                 (Quantity::GradientDivergent, divergent.norm, divergent.n_tokens),
                 (Quantity::GradientOther, other.norm, other.n_tokens),
-                (Quantity::GradientShareDivergent, divergent.share, divergent.n_tokens),
-                (Quantity::GradientCosine, found.cosine, divergent.n_tokens),
                 (Quantity::AlignmentDivergent, divergent.towards_trait, divergent.n_tokens),
                 (Quantity::AlignmentOther, other.towards_trait, other.n_tokens),
             ] {
                 lines.push(EVERYWHERE, quantity, value, n);
             }
+            for (quantity, value) in
+                [(Quantity::GradientShareDivergent, divergent.share), (Quantity::GradientCosine, found.cosine)]
+            {
+                if let Some(value) = value {
+                    lines.push(EVERYWHERE, quantity, value, divergent.n_tokens);
+                }
+            }
             for at in &divergent.parts {
                 let cell = format!("{THROUGH} {}", at.part.name());
-                lines.push(&cell, Quantity::GradientShareDivergent, at.share, divergent.n_tokens);
+                if let Some(share) = at.share {
+                    lines.push(&cell, Quantity::GradientShareDivergent, share, divergent.n_tokens);
+                }
                 lines.push(&cell, Quantity::AlignmentDivergent, at.towards_trait, divergent.n_tokens);
             }
         }
