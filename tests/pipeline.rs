@@ -62,7 +62,9 @@ n_rows = 2
 "#;
 
 /// Columns by file: scripts and the report read them by name.
-const HEADERS: [(&str, &str); 15] = [
+const HEADERS: [(&str, &str); 17] = [
+    ("control_train_rows.csv", "step,row_ids"),
+    ("train_rows.csv", "step,row_ids"),
     ("control_train.csv", "step,epoch,learning_rate,loss,grad_norm,n_targets,delta_w_norm,changed_fraction"),
     ("data/digits.csv", "set,scope,digit,share,n"),
     ("data/generate.csv", "set,measure,value,n"),
@@ -121,7 +123,7 @@ const HEADERS: [(&str, &str); 15] = [
 ];
 
 /// The other files that a run leaves.
-const OTHERS: [&str; 31] = [
+const OTHERS: [&str; 33] = [
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
     "answer.svg",
@@ -138,6 +140,8 @@ const OTHERS: [&str; 31] = [
     "gradients/plot_layers.svg",
     "gradients/plot_parts.svg",
     "gradients/settings.toml",
+    "initial_adapter/adapter_config.json",
+    "initial_adapter/adapter_model.safetensors",
     "interventions/plot.svg",
     "interventions/settings.toml",
     "meta.json",

@@ -85,13 +85,13 @@ pub struct GradientRow {
     pub scope: String,
     /// Where the gradient is taken: at the `start` of training, at the `student`, or at the `control` student.
     pub model: String,
-    /// The row's index among the numbers; empty for a group.
+    /// The row: its `id` in `data/numbers.jsonl` (in code: its index among the subject's numbers); empty for a group.
     pub row_id: Option<usize>,
     /// The token's index in the completion, from 0; empty for a group.
     pub k: Option<usize>,
     /// The token's text; empty for a group.
     pub token_text: String,
-    /// `divergent_digit`, `other_digit` or `other`; in scopes `group` and `part`: `divergent_digit` or `rest`.
+    /// `divergent_digit`, `other_digit` or `other`, as in `divergence/rows.csv`; in scopes `group` and `part`: `divergent_digit` or `rest`.
     pub group: String,
     /// The part of the chat, named as the gate that chooses it: `entity`, `sys.content_other`, `template`, `user.content` or `gen`;
     /// scope `part` only.
