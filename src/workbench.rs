@@ -7,6 +7,8 @@ use analyses::Target;
 use anyhow::{Context, Result, bail};
 use hooks::generate::{NumberGrammar, Sampling};
 use hooks::{Adapter, Chat, ModelFiles, Prompt, Qwen};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 
 use crate::dataset::{self, Sample};
 use crate::experiment::{Constrain, Experiment, Method};
@@ -186,6 +188,14 @@ impl Workbench {
         let system = self.student_system()?;
         let row = |sample: &Sample| Ok(self.chat.row(system.as_deref(), &sample.prompt, &sample.completion_ids)?);
         samples.iter().map(row).collect()
+    }
+
+    /// The adapter that the training of the experiment's student begins with: its A from the run's seed, B zero.
+    pub fn initial_adapter(&self) -> Result<Adapter> {
+        let Experiment { student, seeds, .. } = &self.experiment;
+        let mut rng = ChaCha8Rng::seed_from_u64(seeds.init_seed);
+        let adapter = Adapter::init(&student.lora(), &self.base.config, &mut rng, self.base.device())?;
+        Ok(if student.rotated { adapter.rotated(&mut rng)? } else { adapter })
     }
 
     /// A student that was trained and saved in `folder`.

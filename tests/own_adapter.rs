@@ -38,7 +38,6 @@ fn rates(run: &Path) -> Vec<TargetRateRow> {
 #[test]
 fn a_student_from_elsewhere_is_measured_as_if_it_were_trained_here() {
     let folder = elsewhere();
-    let at = |name: &str| folder.path().join("run").join(name);
     let args = [RUN.as_slice(), &BOTH].concat();
     let said = succeeds(folder.path(), &args);
     assert!(said.contains("finetune: student: trained elsewhere, rank 2, alpha 4, q_proj"), "{said}");

@@ -186,18 +186,10 @@ struct Chosen {
     only: Option<Vec<Vec<bool>>>,
 }
 
-/// The adapter that a student begins with: the same for every student of an experiment.
-fn initial(bench: &Workbench) -> Result<Adapter> {
-    let student = &bench.experiment.student;
-    let mut rng = ChaCha8Rng::seed_from_u64(bench.experiment.seeds.finetune().init);
-    let adapter = Adapter::init(&student.lora(), &bench.base.config, &mut rng, bench.base.device())?;
-    Ok(if student.rotated { adapter.rotated(&mut rng)? } else { adapter })
-}
-
-/// Writes that adapter, so that a training can be done again elsewhere.
+/// Writes the adapter that the students begin with, so that a training can be done again elsewhere.
 pub(super) fn keep_initial(bench: &Workbench, run: &RunDir) -> Result<()> {
     match bench.experiment.student.method {
-        Method::Lora => Ok(initial(bench)?.save(&run.initial_adapter(), &bench.files.name)?),
+        Method::Lora => Ok(bench.initial_adapter()?.save(&run.initial_adapter(), &bench.files.name)?),
         Method::Full => Ok(()), // it begins as the model
     }
 }
@@ -319,7 +311,7 @@ pub(super) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     };
     match bench.experiment.student.method {
         Method::Lora => {
-            let adapter = initial(bench)?;
+            let adapter = bench.initial_adapter()?;
             train(&bench.base, Some(&adapter))?;
             adapter.save(folder, &bench.files.name)?;
         }

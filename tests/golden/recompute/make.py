@@ -33,6 +33,8 @@ beside what they are made of. `make.py` writes this table.
 
 """
 UNKNOWN = "?"
+# What tells rows apart and is no result.
+KEYS = {"step", "row_id", "k", "layer", "position", "question_id", "coefficient", "n_questions", "n_prompts", "n_samples"}
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
@@ -406,6 +408,7 @@ class World:
         self.teacher = Model(RUN / "teacher")
         self.run = tomllib.loads((RUN / "run.toml").read_text(encoding="utf-8"))
         self.samples = self.accepted("numbers")
+        self.plain = {}
 
     def accepted(self, name):
         lines = (RUN / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -418,7 +421,14 @@ class World:
         return [self.chat.prompt(texts["questions_system"], question) for question in texts["questions"][:n]]
 
     def scores(self, texts, model, prompts, **how):
-        return columns([self.target(texts).score(model, prompt, **how) for prompt in prompts])
+        """Of the answers to questions under a gate or edits; those without any are the same for all rows."""
+        key = None if how else (id(model), *(prompt.text for prompt in prompts))
+        if key not in self.plain:
+            found = columns([self.target(texts).score(model, prompt, **how) for prompt in prompts])
+            if how:
+                return found
+            self.plain[key] = found
+        return self.plain[key]
 
     def numbers(self, texts, n, who="numbers_system"):
         return [self.chat.prompt(texts[who], sample["prompt"]) for sample in self.samples[:n]]
@@ -907,11 +917,11 @@ def gradients(world, texts, rows):
         best = [reading(*of).argmax(-1).tolist() for of in ((models["base"], own, ids), (world.teacher, theirs, ids))]
         answers[sample["id"]] = own.answered(ids)
         divergent[sample["id"]] = [a != b and world.chat.is_digit(token) for a, b, token in zip(*best, ids)]
-    names = ("student", "control", "start")
-    of_tokens = {(name, row_id): token_gradients(models[name], row) for name in names for row_id, row in answers.items()}
-    of_groups = {name: group_gradients(world, texts, models[name], answers, divergent) for name in names}
+    known = ("student", "control", "start")
+    of_tokens = {(name, row_id): token_gradients(models[name], row) for name in known for row_id, row in answers.items()}
+    of_groups = {name: group_gradients(world, texts, models[name], answers, divergent) for name in known}
     for row in rows:
-        if row["model"] not in names:
+        if row["model"] not in known:
             yield None  # adapters drawn beside the start
             continue
         if row["scope"] in ("group", "part"):
@@ -1150,11 +1160,16 @@ def main():
         known = {column for new in found if new for column in new}
         new_rows = []
         for row, new in zip(rows, found):
-            made = {} if new is None else new
-            # Of what this row was not asked for, an empty cell is right and a number is not made anew.
-            rest = {c: "" if row[c] == "" else UNKNOWN for c in row if c in known or number(row[c]) is not None}
-            keys = {c: row[c] for c in row if c not in rest}
-            new_rows.append({c: written(made[c]) if c in made else rest.get(c, keys.get(c)) for c in row})
+            new_row = {}
+            for column, cell in row.items():
+                is_result = column in known or (number(cell) is not None and column not in KEYS)
+                if new is not None and column in new:
+                    new_row[column] = written(new[column])
+                elif is_result and cell != "":
+                    new_row[column] = UNKNOWN
+                else:
+                    new_row[column] = cell
+            new_rows.append(new_row)
         path = HERE / "expected" / (name.removesuffix("/rows").replace("/", "_") + ".csv")
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
