@@ -6,7 +6,14 @@ kept/ is from them to deviations.csv. Models are f64, so that what differs is th
 
     python make.py            (transformers, peft and torch: ../requirements.txt)
 
-A cell "?" is not made anew; why not stands in tests/recompute.rs.
+A cell "?" is not made anew; why not stands in tests/recompute.rs. kept/ itself is made by
+
+    undertone run experiment.toml --run kept && find kept -name '*.svg' -delete && rm kept/report.html
+
+and activations.safetensors by
+
+    undertone activations --model pocket --user "Name your favorite animal." \\
+        --points 'blocks.*.hook_resid_post,blocks.*.hook_mlp_out' --out activations.safetensors
 """
 
 import csv
