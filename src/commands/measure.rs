@@ -78,13 +78,17 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
             AnalysisName::Divergence => {
                 let summary = run.analysis(*name).join("summary.csv");
                 publish::<Divergence>(&settings.divergence, &desk, *name, |rows| {
-                    rows.iter_mut().for_each(|row| row.row_id = scene.row_ids[row.row_id]);
+                    for row in rows.iter_mut() {
+                        row.row_id = scene.row_ids[row.row_id];
+                    }
                     write_csv(&summary, &divergence_summary(rows))
                 })
             }
             AnalysisName::Gradients => {
                 let measured = publish::<Gradients>(&settings.gradients, &desk, *name, |rows| {
-                    rows.iter_mut().for_each(|row| row.row_id = row.row_id.map(|row_id| scene.row_ids[row_id]));
+                    for row in rows.iter_mut() {
+                        row.row_id = row.row_id.map(|row_id| scene.row_ids[row_id]);
+                    }
                     Ok(())
                 });
                 match measured {
