@@ -82,9 +82,12 @@ fn numbers(row: &TestRow, written: As) -> [String; 3] {
     }
 }
 
+/// A page, and a sentence on it.
+type Sentences = [(&'static str, &'static str)];
+
 /// A claim, a test of it, how its numbers are written, and the sentences that have them: `{}` is the estimate, `{-}` and `{+}` are the
 /// ends of its interval.
-const STATED: &[(u32, &str, As, &[(&str, &str)])] = &[
+const STATED: &[(u32, &str, As, &Sentences)] = &[
     (
         1,
         "the student's margin rises more than the control student's",
