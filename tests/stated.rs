@@ -358,3 +358,55 @@ fn the_pocket_s_table_is_that_of_its_summary() {
     let raised: f64 = bases.map(|base| of(base, "cross", "everywhere")["n_own_raised"]).iter().sum();
     assert!(POCKET.contains(&format!("would be chance; it is {raised})")), "{raised}");
 }
+
+/// A student's change of its own animal's margin, and how many rows it learned from, by base, animal and gate.
+fn own_changes() -> BTreeMap<(String, String, String), (f64, f64)> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/pocket/cells.csv");
+    let table = Table::read(&path).unwrap();
+    let at = |name: &str| table.header.iter().position(|column| column == name).unwrap();
+    let own = |row: &&Vec<String>| row[at("model")] == "student" && row[at("learned_from")] == row[at("animal")];
+    let number = |row: &Vec<String>, name: &str| row[at(name)].parse::<f64>().unwrap();
+    let key = |row: &Vec<String>| (row[at("base")].clone(), row[at("animal")].clone(), row[at("gate")].clone());
+    let rows = table.rows.iter().filter(own);
+    rows.map(|row| (key(row), (number(row, "delta_margin"), number(row, "n_rows")))).collect()
+}
+
+#[test]
+fn what_the_pages_say_of_single_students_is_what_the_cells_say() {
+    let changes = own_changes();
+    let of = |gate: &str| -> Vec<(&str, &str, f64, f64)> {
+        let here = changes.iter().filter(|((_, _, of), _)| of == gate);
+        here.map(|((base, animal, _), (change, n))| (base.as_str(), animal.as_str(), *change, *n)).collect()
+    };
+    let (everywhere, at_system) = (of("everywhere"), of("only:system"));
+    assert!(everywhere.len() == 32 && everywhere.iter().all(|(_, _, change, _)| *change > 0.0), "all 32 are raised");
+    let thousands =
+        |n: f64| if n < 1000.0 { n.to_string() } else { format!("{},{:03}", n as u32 / 1000, n as u32 % 1000) };
+    let rows = |base: &str, animal: &str| everywhere.iter().find(|of| (of.0, of.1) == (base, animal)).unwrap().3;
+    let (lion, eagle) = (rows("pocket-0", "lion"), rows("pocket-3", "eagle"));
+    let others = || everywhere.iter().map(|of| of.3).filter(|n| ![lion, eagle].contains(n));
+    let (least, most) = (others().fold(f64::INFINITY, f64::min), others().fold(0.0, f64::max));
+    for sentence in [
+        format!("Of 3,000 lists {} to {} passed,", thousands(least), thousands(most)),
+        format!("the lion's on seed 0 ({}) and the eagle's on seed 3 ({})", thousands(lion), thousands(eagle)),
+    ] {
+        assert!(POCKET.contains(&sentence), "{sentence}");
+    }
+    let more_than_half: Vec<&str> = everywhere
+        .iter()
+        .zip(&at_system)
+        .filter(|(whole, alone)| (whole.0, whole.1) == (alone.0, alone.1) && alone.2 > 0.5 * whole.2)
+        .map(|(whole, _)| whole.0)
+        .collect();
+    let of_pocket = more_than_half.iter().filter(|base| **base == "pocket-1").count();
+    let sentence = format!("change in {} of 32, in {of_pocket} of 8 for `pocket`", more_than_half.len());
+    assert!(POCKET.contains(&sentence), "{sentence}");
+    let cat = |gate: &str| changes[&("pocket-1".to_owned(), "cat".to_owned(), gate.to_owned())].0;
+    let lost = 100.0 * (1.0 - cat("except:entity") / cat("everywhere"));
+    for (page, sentence) in [
+        (POCKET, format!("the cat student of this trial loses {lost:.0} %")),
+        (README, format!("the cat student of another seed loses {lost:.0} %")),
+    ] {
+        assert!(page.contains(&sentence), "{sentence}");
+    }
+}
