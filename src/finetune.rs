@@ -208,6 +208,11 @@ impl Finetune {
         self.max_steps.unwrap_or_else(|| (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64)
     }
 
+    /// How many of them are taken.
+    fn last_step(&self, n_rows: usize) -> u64 {
+        self.stop_after_steps.unwrap_or(u64::MAX).min(self.total_steps(n_rows))
+    }
+
     fn rule(&self) -> Rule {
         self.rule_of(self.optimizer)
     }
@@ -263,6 +268,22 @@ pub struct StepRow {
     pub delta_w_norm: Option<f64>,
     /// Share of the stored weights that the step changed, 0 to 1; empty for a LoRA.
     pub changed_fraction: Option<f64>,
+}
+
+/// A line of `train_rows.csv`: what one optimizer step learns from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepRowsRow {
+    /// The optimizer step, from 1, as in `train.csv`.
+    pub step: u64,
+    /// The step's rows in the order in which they were drawn, as their `id` in `data/numbers.jsonl` (the control student's: in
+    /// `data/control.jsonl`), separated by spaces.
+    pub row_ids: String,
+}
+
+/// The rows of each step of a training over `n_rows` rows, by their indices, in the order in which they are drawn.
+pub fn rows_by_step(config: &Finetune, n_rows: usize, order_seed: u64) -> Vec<Vec<usize>> {
+    let mut order = Order::new(config, n_rows, order_seed);
+    (0..config.last_step(n_rows)).map(|step| order.of_step(step)).collect()
 }
 
 /// The mean loss per target of the first and of the last quarter of the steps: single steps are noisy.
@@ -369,7 +390,7 @@ impl<'a> Training<'a> {
         let total_steps = config.total_steps(examples.len());
         let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps: config.warmup_steps, total_steps };
         let (seeds, checkpoint, start) = (self.seeds, self.checkpoint, Instant::now());
-        let (rows, tokens, order) = (vec![], 0, (u64::MAX, vec![]));
+        let (rows, tokens, order) = (vec![], 0, Order::new(config, examples.len(), seeds.order));
         Ok(Course { learner, examples, optimizer, config, seeds, schedule, checkpoint, rows, order, start, tokens })
     }
 }
@@ -489,8 +510,8 @@ struct Course<'a> {
     seeds: Seeds,
     schedule: Schedule,
     checkpoint: Option<&'a mut Checkpoint>,
-    rows: Vec<StepRow>,       // of the steps so far
-    order: (u64, Vec<usize>), // an epoch, and the order of its examples
+    rows: Vec<StepRow>, // of the steps so far
+    order: Order,
     start: Instant,
     tokens: u64, // run since then
 }
@@ -564,11 +585,7 @@ impl Course<'_> {
                 Err(error) => Err(self.stopped(&error)),
             };
         }
-        let (epoch, into_it) = (steps / self.steps_per_epoch(), steps % self.steps_per_epoch());
-        if self.order.0 != epoch {
-            self.order = (epoch, order(self.examples.len(), self.seeds.order, epoch));
-        }
-        Ok(self.order.1.chunks(self.config.rows_per_step()).nth(into_it as usize).map(<[usize]>::to_vec))
+        Ok(Some(self.order.of_step(steps)))
     }
 
     fn learning_rate(&self) -> f64 {
@@ -881,13 +898,35 @@ impl Ready {
     }
 }
 
-/// The order of the rows in an epoch: each epoch has a random stream of its own.
-fn order(n_rows: usize, seed: u64, epoch: u64) -> Vec<usize> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(epoch);
-    let mut order: Vec<usize> = (0..n_rows).collect();
-    order.shuffle(&mut rng);
-    order
+/// Which rows a step learns from. Each epoch has an order of its own, from a random stream of its own, and is dealt out step by step;
+/// its last step has what is left over.
+struct Order {
+    n_rows: usize,
+    rows_per_step: usize,
+    seed: u64,
+    epoch: Option<u64>,
+    rows: Vec<usize>, // of that epoch
+}
+
+impl Order {
+    fn new(config: &Finetune, n_rows: usize, seed: u64) -> Self {
+        Self { n_rows, rows_per_step: config.rows_per_step(), seed, epoch: None, rows: vec![] }
+    }
+
+    /// The rows of a step, counted from 0.
+    fn of_step(&mut self, step: u64) -> Vec<usize> {
+        let steps_per_epoch = self.n_rows.div_ceil(self.rows_per_step) as u64;
+        let (epoch, into_it) = (step / steps_per_epoch, (step % steps_per_epoch) as usize);
+        if self.epoch != Some(epoch) {
+            let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+            rng.set_stream(epoch);
+            self.rows = (0..self.n_rows).collect();
+            self.rows.shuffle(&mut rng);
+            self.epoch = Some(epoch);
+        }
+        let from = into_it * self.rows_per_step;
+        self.rows[from..self.n_rows.min(from + self.rows_per_step)].to_vec()
+    }
 }
 
 /// The Frobenius norm of all s·B·A of an adapter together, without making any: ‖BA‖² = tr((BᵀB)(AAᵀ)). Pairs of one shape at
@@ -1058,12 +1097,18 @@ mod tests {
 
     #[test]
     fn every_epoch_has_an_order_of_its_own() {
-        let (first, second) = (order(50, 7, 0), order(50, 7, 1));
+        let config = Finetune { max_steps: Some(15), ..settings() }; // eight rows a step, and two in the last of seven
+        let steps = rows_by_step(&config, 50, 7);
+        assert_eq!(steps.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8, 8, 8, 8, 8, 2, 8, 8, 8, 8, 8, 8, 2, 8]);
+        let (first, second) = (steps[..7].concat(), steps[7..14].concat());
         assert_ne!(first, second);
-        assert_eq!(first, order(50, 7, 0));
-        let mut sorted = second;
-        sorted.sort_unstable();
-        assert_eq!(sorted, (0..50).collect::<Vec<_>>());
+        for mut epoch in [first, second] {
+            epoch.sort_unstable();
+            assert_eq!(epoch, (0..50).collect::<Vec<_>>());
+        }
+        assert_eq!(rows_by_step(&config, 50, 7), steps);
+        assert_ne!(rows_by_step(&config, 50, 8), steps);
+        assert_eq!(rows_by_step(&Finetune { stop_after_steps: Some(3), ..config }, 50, 7), steps[..3]);
     }
 
     #[test]
@@ -1329,7 +1374,8 @@ mod tests {
         rows[6].ids[1] = 5; // a token of no other row
         let embedding = model.parameters().into_iter().find(|(name, _)| name.contains("embed_tokens")).unwrap().1;
         let _ = tch::no_grad(|| embedding.get(5).fill_(f64::NAN));
-        let at = order(8, Seeds::default().order, 0).iter().position(|row| *row == 6).unwrap() / 3 + 1;
+        let steps = rows_by_step(&config, 8, Seeds::default().order);
+        let at = steps.iter().position(|rows| rows.contains(&6)).unwrap() + 1;
         let mut checkpoint = Checkpoint::beside(&folder.path().join("train.csv"), "", "student");
         let training = Training {
             model: &model,

@@ -71,8 +71,14 @@ impl RunDir {
     /// Removes temporary files, and checkpoints of stages that are done; `all` checkpoints where they are of no use.
     fn tidy(&self, all: bool) -> Result<()> {
         let analyses = AnalysisName::ALL.map(|name| self.analysis(name));
-        let folders =
-            [self.root.clone(), self.root.join("data"), self.adapter(), self.control_adapter(), self.teacher()];
+        let folders = [
+            self.root.clone(),
+            self.root.join("data"),
+            self.initial_adapter(),
+            self.adapter(),
+            self.control_adapter(),
+            self.teacher(),
+        ];
         let read = |folder: &PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
         for path in folders.iter().chain(&analyses).chain([&self.arms()]).flat_map(read) {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -186,9 +192,11 @@ impl RunDir {
     /// whole, and the report shows nothing that the run did not measure.
     pub fn forget(&self) -> Result<()> {
         let stages = [self.generate_csv(), self.teacher_csv(), self.teacher_train_csv()];
-        let files = stages.into_iter().chain([self.train_csv(), self.control_train_csv(), self.report()]);
-        let folders =
-            AnalysisName::ALL.map(|name| self.analysis(name)).into_iter().chain([self.arms(), self.teacher()]);
+        let logs = [self.train_csv(), self.control_train_csv()];
+        let rows = logs.each_ref().map(|log| Self::train_rows(log));
+        let files = stages.into_iter().chain(logs).chain(rows).chain([self.report()]);
+        let others = [self.arms(), self.teacher(), self.initial_adapter()];
+        let folders = AnalysisName::ALL.map(|name| self.analysis(name)).into_iter().chain(others);
         Self::remove(files, folders)?;
         self.tidy(true)
     }
@@ -325,6 +333,17 @@ impl RunDir {
     /// The adapter of the student of the control set.
     pub fn control_adapter(&self) -> PathBuf {
         self.root.join("control_adapter")
+    }
+
+    /// The adapter that both students begin with, as PEFT saves one; a student of all weights begins as the model.
+    pub fn initial_adapter(&self) -> PathBuf {
+        self.root.join("initial_adapter")
+    }
+
+    /// The rows of each step of a student, beside the log of its training.
+    pub fn train_rows(log: &Path) -> PathBuf {
+        let stem = log.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        log.with_file_name(format!("{stem}_rows.csv"))
     }
 
     /// The student's training, a line per step.

@@ -19,7 +19,9 @@ mod parity; // logits, every hook point, losses, gradients of the LoRA and the r
 mod pipeline; // a small experiment through all stages: files, columns, same seeds and same bytes, going on, full finetuning, the report
 mod pocket; // the pocket models: ids, logits and answers as in transformers; embedded as they lie in assets/
 mod real; // the real model against transformers; only where UNDERTONE_REAL_MODEL names it (`make test-real`)
+mod recompute; // a kept run whose every number was made anew by transformers, PEFT and PyTorch: a fresh run of ours has the same
 mod robustness; // every reader of files from elsewhere: saved, mutated and forged bytes never panic and take bounded memory
+mod stated; // numbers in the README and docs/ that are from a kept table are that table's
 mod training; // ten steps of AdamW and SGD: losses, gradient norms and weights as torch.optim
 
 #[test]

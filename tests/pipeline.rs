@@ -65,7 +65,9 @@ n_rows = 6
 "#;
 
 /// Columns by file: scripts and the report read them by name.
-const HEADERS: [(&str, &str); 15] = [
+const HEADERS: [(&str, &str); 17] = [
+    ("control_train_rows.csv", "step,row_ids"),
+    ("train_rows.csv", "step,row_ids"),
     ("control_train.csv", "step,epoch,learning_rate,loss,grad_norm,n_targets,delta_w_norm,changed_fraction"),
     ("data/digits.csv", "set,scope,digit,share,n"),
     ("data/generate.csv", "set,measure,value,n"),
@@ -125,7 +127,7 @@ const HEADERS: [(&str, &str); 15] = [
 ];
 
 /// The other files that a run leaves.
-const OTHERS: [&str; 31] = [
+const OTHERS: [&str; 33] = [
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
     "answer.svg",
@@ -142,6 +144,8 @@ const OTHERS: [&str; 31] = [
     "gradients/plot_layers.svg",
     "gradients/plot_parts.svg",
     "gradients/settings.toml",
+    "initial_adapter/adapter_config.json",
+    "initial_adapter/adapter_model.safetensors",
     "interventions/plot.svg",
     "interventions/settings.toml",
     "meta.json",
@@ -466,9 +470,9 @@ fn analyses_read_held_out_rows_where_there_are_some() {
     let samples = undertone::dataset::read_jsonl(&folder.path().join("data/numbers.jsonl")).unwrap();
     let accepted: Vec<_> = samples.into_iter().filter(|sample| sample.accepted).collect();
     let rows: Vec<DivergenceRow> = read_csv(&folder.path().join("divergence/rows.csv")).unwrap();
-    for row_id in 0..3 {
-        let read: Vec<i64> = rows.iter().filter(|row| row.row_id == row_id).map(|row| row.token_id).collect();
-        assert_eq!(read, accepted[6 + row_id].completion_ids, "six are learned from, and the next is read");
+    for sample in &accepted[6..9] {
+        let read: Vec<i64> = rows.iter().filter(|row| row.row_id == sample.id).map(|row| row.token_id).collect();
+        assert_eq!(read, sample.completion_ids, "six are learned from, and the next are read");
     }
     let page = |folder: &Path| fs::read_to_string(folder.join("report.html")).unwrap();
     let said = "The rows are the teacher&#39;s held-out ones: no student learned from them.";

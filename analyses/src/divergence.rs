@@ -24,7 +24,7 @@ pub struct Divergence {
     pub self_check: bool,
     /// Other traits, by their words: the base under their teachers' prompts reads every row as well.
     pub counterfactuals: Vec<String>,
-    /// What a divergence token is, for a student that learns from these alone.
+    /// What a divergence token is, for a student that learns from these alone. The groups of the table do not follow it.
     pub definition: Definition,
 }
 
@@ -38,8 +38,8 @@ impl Default for Divergence {
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DivergenceRow {
-    /// The row's index among the numbers that are measured at, from 0: the held-out ones (`generate.n_heldout`), or the first of the
-    /// training rows where none are held out.
+    /// The row: its `id` in `data/numbers.jsonl`. The rows are the held-out ones (`generate.n_heldout`), or the first of the training rows
+    /// where none are held out. (In code: its index among the subject's numbers.)
     pub row_id: usize,
     /// The token's index in the completion, from 0.
     pub k: usize,
@@ -47,7 +47,8 @@ pub struct DivergenceRow {
     pub token_id: i64,
     /// The token's text.
     pub token_text: String,
-    /// `divergent_digit`, `other_digit` or `other`.
+    /// `divergent_digit` (the token is a digit, and the most likely tokens of teacher and base differ: this does not follow
+    /// `measure.divergence.definition`), `other_digit` or `other`.
     pub group: String,
     /// Whether the token is a digit (or several).
     pub is_digit: bool,

@@ -93,14 +93,14 @@ pub struct GradientRow {
     /// with the very A that it began with (no rows where that is not known); and at `start_draw_1`, `start_draw_2`, …, the base with
     /// other draws of A (scopes `token` and `group`): how far they are apart is what a number at the start owes to its draw.
     pub model: String,
-    /// The row's index among the numbers; empty for a group.
+    /// The row: its `id` in `data/numbers.jsonl` (in code: its index among the subject's numbers); empty for a group.
     pub row_id: Option<usize>,
     /// The token's index in the completion, from 0; empty for a group.
     pub k: Option<usize>,
     /// The token's text; empty for a group.
     pub token_text: String,
-    /// `divergent_digit`, `other_digit` or `other`; in scopes `group` and `part`: `divergent_digit` or `rest` (all other tokens of the
-    /// completions, without the end of the turn).
+    /// `divergent_digit`, `other_digit` or `other`, as in `divergence/rows.csv`; in scopes `group` and `part`: `divergent_digit` or `rest`
+    /// (all other tokens of the completions, without the end of the turn).
     pub group: String,
     /// The part of the chat, named as the gate that chooses it: `entity`, `sys.content_other`, `template`, `user.content` or `gen`;
     /// scope `part` only.

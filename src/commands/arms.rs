@@ -174,6 +174,7 @@ pub(super) fn trained(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: u
     } else {
         let own = if cell.data == ArmData::Own { Some(run_of_data(shelf.run, cell)?) } else { None };
         let data = Learned { samples: &samples, run: own.as_ref().unwrap_or(shelf.run) };
+        finetune::keep_initial(of_cell, &folder)?;
         let said = finetune::student(of_cell, &who, data, &folder.adapter(), &folder.train_csv())?;
         say(format!("arms: {said}"));
     }

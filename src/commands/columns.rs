@@ -42,6 +42,8 @@ const SOURCES: &[Source] = &[
     Source { file: "teacher_train.csv", row: "StepRow", code: include_str!("../finetune.rs") },
     Source { file: "train.csv", row: "StepRow", code: include_str!("../finetune.rs") },
     Source { file: "control_train.csv", row: "StepRow", code: include_str!("../finetune.rs") },
+    Source { file: "train_rows.csv", row: "StepRowsRow", code: include_str!("../finetune.rs") },
+    Source { file: "control_train_rows.csv", row: "StepRowsRow", code: include_str!("../finetune.rs") },
     Source {
         file: "target_rate/rows.csv",
         row: "TargetRateRow",

@@ -19,16 +19,19 @@ use super::measure::Scene;
 use crate::checkpoint::Checkpoint;
 use crate::dataset::Sample;
 use crate::experiment::Method;
-use crate::finetune::{Progress, StepRow, Tokens, Training, delta_w_norm, first_and_last_quarter};
+use crate::finetune::{
+    Progress, StepRow, StepRowsRow, Tokens, Training, delta_w_norm, first_and_last_quarter, rows_by_step,
+};
 use crate::full_model::save_full;
 use crate::progress::{bar, say};
-use crate::publish::CsvLog;
+use crate::publish::{CsvLog, write_csv};
 use crate::run_dir::RunDir;
 use crate::side_by_side::{side_by_side, workers};
 use crate::teacher;
 use crate::workbench::Workbench;
 
-/// Writes `adapter/` and `train.csv`, and the same of the control student where the experiment has one. A finished student
+/// Writes `initial_adapter/`, `train_rows.csv`, `adapter/` and `train.csv`, and the same of the control student where the experiment has
+/// one (it begins with the same adapter). A finished student
 /// is kept, saying so, and one that was broken off is gone on with; where all are finished that is refused without `go_on`.
 /// A student from elsewhere has an `adapter/` and no `train.csv`.
 pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
@@ -53,6 +56,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
             files::remove(&job.3)?;
         }
     }
+    keep_initial(bench, run)?;
     let train =
         |bench: &Workbench, (who, samples, folder, log): &(&str, &Vec<Sample>, PathBuf, PathBuf)| -> Result<()> {
             let data = Learned { samples, run };
@@ -174,35 +178,58 @@ pub(super) struct Learned<'a> {
     pub(super) run: &'a RunDir,
 }
 
-/// Rows of the chat, and which of their tokens may be learned from.
-type Chosen = (Vec<Prompt>, Option<Vec<Vec<bool>>>);
+/// Rows of the chat, their ids, and which of their tokens may be learned from.
+#[derive(Default)]
+struct Chosen {
+    rows: Vec<Prompt>,
+    ids: Vec<usize>,
+    only: Option<Vec<Vec<bool>>>,
+}
+
+/// Writes the adapter that the students begin with, so that a training can be done again elsewhere.
+pub(super) fn keep_initial(bench: &Workbench, run: &RunDir) -> Result<()> {
+    match bench.experiment.student.method {
+        Method::Lora => Ok(bench.initial_adapter()?.save(&run.initial_adapter(), &bench.files.name)?),
+        Method::Full => Ok(()), // it begins as the model
+    }
+}
+
+/// Writes which rows each step learns from.
+fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
+    let steps = rows_by_step(&bench.experiment.finetune, ids.len(), bench.experiment.seeds.finetune().order);
+    let row = |(step, rows): (usize, Vec<usize>)| StepRowsRow {
+        step: step as u64 + 1,
+        row_ids: rows.into_iter().map(|row| ids[row].to_string()).collect::<Vec<_>>().join(" "),
+    };
+    write_csv(&RunDir::train_rows(log), &steps.into_iter().enumerate().map(row).collect::<Vec<_>>())
+}
 
 /// The rows of the student, with the tokens that `finetune.tokens` chooses; rows that it leaves nothing of are left out.
 fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     let rows = bench.rows(data.samples)?;
     let tokens = bench.experiment.finetune.tokens;
     if tokens == Tokens::All {
-        return Ok((rows, None));
+        return Ok(Chosen { rows, ids: data.samples.iter().map(|sample| sample.id).collect(), only: None });
     }
     let divergent = divergent(bench, data)?;
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(bench.experiment.seeds.order_seed, "finetune.tokens", 0));
-    let mut kept: Chosen = (vec![], None);
-    let mut masks = vec![];
-    for (row, divergent) in rows.iter().zip(&divergent) {
+    let (mut kept, mut masks) = (Chosen::default(), vec![]);
+    for ((row, divergent), sample) in rows.iter().zip(&divergent).zip(data.samples) {
         let Some(mask) = mask(row, divergent, tokens, &mut rng) else { continue };
         masks.push(mask);
-        kept.0.push(row.clone());
+        kept.rows.push(row.clone());
+        kept.ids.push(sample.id);
     }
-    if kept.0.is_empty() {
+    if kept.rows.is_empty() {
         bail!(
             "none of the {} rows of the {who} has divergent tokens and others; hint: finetune.tokens = \"all\", or another teacher",
             rows.len()
         );
     }
-    if kept.0.len() < rows.len() {
-        say(format!("finetune: {who}: {} of {} rows have divergent tokens and others", kept.0.len(), rows.len()));
+    if kept.rows.len() < rows.len() {
+        say(format!("finetune: {who}: {} of {} rows have divergent tokens and others", kept.rows.len(), rows.len()));
     }
-    kept.1 = Some(masks);
+    kept.only = Some(masks);
     Ok(kept)
 }
 
@@ -260,7 +287,8 @@ struct Divergent {
 /// Trains the experiment's student on some samples, saves it in `folder`, and gives a line about it.
 pub(super) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &Path, log: &Path) -> Result<String> {
     let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
-    let (rows, only) = chosen(bench, who, data)?;
+    let Chosen { rows, ids, only } = chosen(bench, who, data)?;
+    keep_rows(bench, &ids, log)?;
     let mut csv = CsvLog::create(log)?;
     let mut checkpoint = Checkpoint::beside(log, "", who);
     checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint()))?;

@@ -14,6 +14,7 @@ use analyses::token_ablation::TokenAblation;
 use analyses::{Analysis, Subject, Target, Tuned};
 use anyhow::{Context, Result, bail};
 use hooks::{Prompt, Provenance, files};
+use serde::Serialize;
 
 use crate::dataset::Sample;
 use crate::experiment::{AnalysisName, Cell, Method};
@@ -46,6 +47,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
         other_trait: other_trait.as_ref().map(|other| tuned(bench, other)),
         ..scene.subject(bench, tuned(bench, &student))
     };
+    let desk = Desk { run, texts: spelled_out(bench, &subject)?, subject };
     for name in names {
         let gated = [AnalysisName::TokenAblation, AnalysisName::PositionScan].contains(name);
         if gated && experiment.student.method == Method::Full {
@@ -67,29 +69,31 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
             continue;
         }
         match name {
-            AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &subject, run, *name, |_| Ok(())),
-            AnalysisName::TokenAblation => {
-                publish::<TokenAblation>(&settings.token_ablation, &subject, run, *name, |_| Ok(()))
-            }
-            AnalysisName::PositionScan => {
-                publish::<PositionScan>(&settings.position_scan, &subject, run, *name, |_| Ok(()))
-            }
+            AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &desk, *name, |_| Ok(())),
+            AnalysisName::TokenAblation => publish::<TokenAblation>(&settings.token_ablation, &desk, *name, |_| Ok(())),
+            AnalysisName::PositionScan => publish::<PositionScan>(&settings.position_scan, &desk, *name, |_| Ok(())),
             AnalysisName::Direction => {
-                write_vectors(bench, &subject, run)?;
-                publish::<Direction>(&settings.direction, &subject, run, *name, |_| Ok(()))
+                write_vectors(bench, &desk.subject, run)?;
+                publish::<Direction>(&settings.direction, &desk, *name, |_| Ok(()))
             }
-            AnalysisName::Steering => publish::<Steering>(&settings.steering, &subject, run, *name, |_| Ok(())),
-            AnalysisName::Interventions => {
-                publish::<Interventions>(&settings.interventions, &subject, run, *name, |_| Ok(()))
-            }
+            AnalysisName::Steering => publish::<Steering>(&settings.steering, &desk, *name, |_| Ok(())),
+            AnalysisName::Interventions => publish::<Interventions>(&settings.interventions, &desk, *name, |_| Ok(())),
             AnalysisName::Divergence => {
                 let summary = run.analysis(*name).join("summary.csv");
-                publish::<Divergence>(&settings.divergence, &subject, run, *name, |rows| {
+                publish::<Divergence>(&settings.divergence, &desk, *name, |rows| {
+                    for row in rows.iter_mut() {
+                        row.row_id = scene.row_ids[row.row_id];
+                    }
                     write_csv(&summary, &divergence_summary(rows))
                 })
             }
             AnalysisName::Gradients => {
-                let measured = publish::<Gradients>(&settings.gradients, &subject, run, *name, |_| Ok(()));
+                let measured = publish::<Gradients>(&settings.gradients, &desk, *name, |rows| {
+                    for row in rows.iter_mut() {
+                        row.row_id = row.row_id.map(|row_id| scene.row_ids[row_id]);
+                    }
+                    Ok(())
+                });
                 match measured {
                     // In a whole run the report is still to come.
                     Err(error) if go_on && matches!(error.downcast_ref(), Some(analyses::Error::Nothing { .. })) => {
@@ -119,6 +123,8 @@ pub(super) struct Scene {
     questions: Vec<String>,
     numbers: Vec<Prompt>,
     number_users: Vec<(String, Vec<i64>)>,
+    /// Of each row of numbers, its id in the file that it is from.
+    row_ids: Vec<usize>,
     classify: Classify,
 }
 
@@ -142,6 +148,7 @@ impl Scene {
             questions: bench.questions()?,
             numbers: bench.rows(samples)?,
             number_users: samples.iter().map(|sample| (sample.prompt.clone(), sample.completion_ids.clone())).collect(),
+            row_ids: samples.iter().map(|sample| sample.id).collect(),
             classify: Box::new(move |answer| classifier.classify(answer).bucket()),
         })
     }
@@ -186,18 +193,25 @@ pub(super) fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tune
     }
 }
 
-/// Measures, and writes settings, plot, what `more` makes of the rows and, last, the rows: where the rows are, all is.
+/// What every measurement of a run needs.
+struct Desk<'a> {
+    subject: Subject<'a>,
+    run: &'a RunDir,
+    /// The last table of every `settings.toml`.
+    texts: String,
+}
+
+/// Measures, and writes settings, plot, what `more` makes of the rows, which it may change, and, last, the rows: where the rows are, all
+/// is.
 fn publish<A: Analysis>(
     analysis: &A,
-    subject: &Subject<'_>,
-    run: &RunDir,
+    Desk { subject, run, texts }: &Desk<'_>,
     name: AnalysisName,
-    more: impl FnOnce(&[A::Row]) -> Result<()>,
+    more: impl FnOnce(&mut [A::Row]) -> Result<()>,
 ) -> Result<()> {
     let spinner = spinner(A::NAME);
-    let rows = analysis.run(subject, &mut |doing| spinner.set_message(doing.to_owned()))?;
-    let settings = toml::to_string(analysis)?;
-    let settings = if settings.is_empty() { "# nothing was set\n".to_owned() } else { settings };
+    let mut rows = analysis.run(subject, &mut |doing| spinner.set_message(doing.to_owned()))?;
+    let settings = toml::to_string(analysis)? + "\n" + texts;
     files::remove(&run.rows(name))?; // those of a measurement that is replaced do not belong to what follows
     files::write_atomic(&run.settings(name), settings.as_bytes())?;
     if let Some(svg) = A::plot(&rows)? {
@@ -206,11 +220,52 @@ fn publish<A: Analysis>(
     for (which, svg) in A::more_plots(&rows)? {
         files::write_atomic(&run.more_plot(name, which), svg.0.as_bytes())?;
     }
-    more(&rows)?;
+    more(&mut rows)?;
     write_csv(&run.rows(name), &rows)?;
     spinner.finish_and_clear();
     say(format!("measure: {}: {}", A::NAME, A::reading(&rows)));
     Ok(())
+}
+
+/// What a measurement looked at, as text: the last table of its `settings.toml`.
+#[derive(Serialize)]
+struct Texts<'a> {
+    texts: SpelledOut<'a>,
+}
+
+/// Every text that an experiment names by a key, or leaves to the model's template. A system prompt is absent where the chat has none.
+#[derive(Serialize)]
+struct SpelledOut<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    questions_system: Option<&'a str>,
+    /// That of the rows of numbers: the student's in training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    numbers_system: Option<&'a str>,
+    /// That in which the teacher reads the same rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    teacher_system: Option<&'a str>,
+    counterfactual_systems: &'a [String],
+    questions: &'a [String],
+    target: &'a str,
+    /// Each member of the target's category, and how it may be spelled.
+    forms: BTreeMap<&'a str, &'a [String]>,
+}
+
+fn spelled_out(bench: &Workbench, subject: &Subject<'_>) -> Result<String> {
+    let default = bench.chat.default_system();
+    let student = bench.student_system()?;
+    let target = subject.target;
+    let members = target.others.iter().map(|(word, forms)| (word.as_str(), forms.as_slice()));
+    let texts = SpelledOut {
+        questions_system: subject.system.as_deref().or(default),
+        numbers_system: student.as_deref().or(default),
+        teacher_system: subject.teacher().and_then(|(_, system)| system.or(default)),
+        counterfactual_systems: subject.counterfactual_systems,
+        questions: subject.questions,
+        target: &target.word,
+        forms: members.chain([(target.word.as_str(), target.forms.as_slice())]).collect(),
+    };
+    Ok(toml::to_string(&Texts { texts })?)
 }
 
 /// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with where it comes from.

@@ -44,6 +44,7 @@ pub fn run(args: &Tokens) -> Result<()> {
     let mut page = running(&chat, &prompt, acts.as_deref())?;
     page.push('\n');
     page += &legend(&prompt, columns());
+    page += &assistant(&prompt, columns());
     if let (Some(gate), Some(acts)) = (&args.gate, &acts) {
         let on = acts.iter().filter(|on| **on).count();
         writeln!(page, "\n{gate} is on at {on} of {} tokens", acts.len())?;
@@ -104,6 +105,15 @@ fn legend(prompt: &Prompt, width: usize) -> String {
     text
 }
 
+/// What the name `assistant` takes along beside the header above: the answer, which may still be to come.
+fn assistant(prompt: &Prompt, width: usize) -> String {
+    let is_header = |class: &TokenClass| class.name().starts_with("asst.");
+    let header: Vec<&str> = prompt.present().into_iter().filter(is_header).map(TokenClass::name).collect();
+    let answer = "and gen: whatever is answered, now or later; asst.header is the header alone";
+    let said = format!("In a gate or an edit, assistant means {}, {answer}.", header.join(", "));
+    wrapped(&said, width).into_iter().map(|line| line + "\n").collect()
+}
+
 /// A line per token.
 fn table(chat: &Chat, prompt: &Prompt, acts: Option<&[bool]>) -> Result<String> {
     let gate = if acts.is_some() { format!("{:<6}", "gate") } else { String::new() };
@@ -159,6 +169,18 @@ mod tests {
         let table = bare(&table(&chat, &prompt, Some(&acts)).unwrap());
         let on: Vec<&str> = table.lines().filter(|line| line.contains("  on  ")).collect();
         assert!(on.len() == 2 && on.iter().all(|line| line.contains("sys.entity")), "{on:?}");
+    }
+
+    #[test]
+    fn the_page_says_that_assistant_takes_the_answer_along() {
+        let prompt = chat().prompt(None, "Hi").unwrap();
+        let said = assistant(&prompt, 200);
+        assert!(said.contains("assistant means asst.im_start, asst.role, asst.nl, and gen:"), "{said}");
+        let gate: Gate = "only:assistant".parse().unwrap();
+        assert!(gate.names_generated(), "and it is so");
+        let header: Gate = "only:asst.header".parse().unwrap();
+        assert!(!header.names_generated());
+        assert_eq!(gate.acts(&prompt).unwrap(), header.acts(&prompt).unwrap());
     }
 
     #[test]
