@@ -157,7 +157,9 @@ impl Config {
         Err(Error::Invalid {
             what: format!("{what} {row}"),
             found: format!("{length} tokens long{answer}"),
-            expected: format!("at most {most}{together}, the model's context (max_position_embeddings)"),
+            expected: format!(
+                "at most {most}{together}, the model's context (max_position_embeddings or context_length)"
+            ),
         })
     }
 

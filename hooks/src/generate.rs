@@ -446,9 +446,9 @@ mod tests {
         assert_eq!(
             message,
             "prompt 1 is 37 tokens long and may be answered with 4 more (max_new_tokens), expected at most 40 together, \
-             the model's context (max_position_embeddings)"
+             the model's context (max_position_embeddings or context_length)"
         );
-        let too_long = "row 1 is 41 tokens long, expected at most 40, the model's context (max_position_embeddings)";
+        let too_long = "row 1 is 41 tokens long, expected at most 40, the model's context (max_position_embeddings or context_length)";
         let forward = |length| {
             let batch = crate::Batch::of(&[&prompt(3), &prompt(length)], Device::Cpu).unwrap();
             model.forward(&batch, &mut crate::Pass::default())

@@ -1,7 +1,7 @@
 //! The local cache of the Hugging Face hub, in its layout: `models--org--name/refs/main` names the snapshot.
 //!
 //! What is complete in the cache is used as it is. What is missing is downloaded, all files of one commit, unless
-//! `HF_HUB_OFFLINE` forbids it. The environment is read as huggingface_hub reads it.
+//! `HF_HUB_OFFLINE` forbids it. The environment is read as `huggingface_hub` reads it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -50,6 +50,10 @@ fn find_adapter(name: &Path, hub: &Hub) -> Result<PathBuf> {
         let problem = format!("it is a file, expected an adapter's folder; hint: give {}", folder.display());
         return Err(Error::Adapter { path: name.to_owned(), problem });
     }
+    if name.join(CONFIG).is_file() && !name.join(ADAPTER[0]).exists() {
+        let problem = format!("it is a model, not an adapter; hint: --model {}", name.display());
+        return Err(Error::Adapter { path: name.to_owned(), problem });
+    }
     match name.to_str().filter(|_| !name.is_dir()).and_then(HubId::parse) {
         Some(id) => match hub.fetch(&id, Wanted::Adapter) {
             Err(Error::NoSuchModel { reason, .. }) => {
@@ -96,7 +100,7 @@ impl std::fmt::Display for HubId<'_> {
 }
 
 impl Hub {
-    /// As the environment says, in the order of huggingface_hub: `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME/hub`,
+    /// As the environment says, in the order of `huggingface_hub`: `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME/hub`,
     /// `XDG_CACHE_HOME/huggingface/hub`, `~/.cache/huggingface/hub`.
     pub(crate) fn from_env() -> Self {
         Self::of(&|name| std::env::var(name).ok())
@@ -369,7 +373,7 @@ mod tests {
         }
     }
 
-    /// What huggingface_hub 2.4 makes of the same environments, with the home folder `/h`.
+    /// What `huggingface_hub` 2.4 makes of the same environments, with the home folder `/h`.
     #[test]
     fn the_environment_is_read_as_huggingface_hub_reads_it() {
         for (environment, cache, offline) in [
@@ -433,5 +437,13 @@ mod tests {
             "{file}"
         );
         assert_eq!(find("no/such/adapter").unwrap(), Path::new("no/such/adapter"));
+        fs::write(folder.join(CONFIG), "{}").unwrap();
+        assert_eq!(find(folder.to_str().unwrap()).unwrap(), folder, "a base's configuration beside it changes nothing");
+        fs::remove_file(folder.join(ADAPTER[0])).unwrap();
+        let model = find(folder.to_str().unwrap()).unwrap_err();
+        assert!(
+            model.ends_with(&format!("it is a model, not an adapter; hint: --model {}", folder.display())),
+            "{model}"
+        );
     }
 }

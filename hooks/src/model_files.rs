@@ -234,9 +234,7 @@ fn of_a_file(path: &Path) -> String {
     if folder.join(ADAPTER_CONFIG).exists() {
         return of_an_adapter(&name, folder);
     }
-    format!(
-        "it is a file, expected a folder with config.json and model.safetensors, or a .gguf file; hint: is it in {name}?"
-    )
+    "it is a file, expected a folder with config.json and model.safetensors, or a .gguf file".to_owned()
 }
 
 /// Why an adapter's folder is no model, and how to give it.
