@@ -620,7 +620,7 @@ mod tests {
             };
             let numbers = |broken: &[(usize, f32)]| {
                 let at = |at: usize| broken.iter().find(|(place, _)| *place == at).map(|(_, number)| *number);
-                let number = |i: usize| bits(at(i).unwrap_or(if i % 2 == 0 { largest } else { -1e-7 }), dtype);
+                let number = |i: usize| bits(at(i).unwrap_or(if i.is_multiple_of(2) { largest } else { -1e-7 }), dtype);
                 let bytes = (0..n).flat_map(number).collect();
                 write(&path, &[("a.weight", dtype, &[n], bytes)]);
             };
