@@ -217,7 +217,7 @@ fn with_stage(cli: &Cli, stage: &Stage, what: impl FnOnce(&Workbench, &RunDir) -
             take_back(&folder);
         }
     })?;
-    folder.note("model", &bench.files.report)?;
+    folder.note("model", &[bench.files.report.as_slice(), &bench.files.remarks].concat())?;
     what(&bench, &folder)
 }
 

@@ -186,7 +186,7 @@ pub struct Student {
     /// Whether a second student is trained on the control set, to compare with; beside an adapter of one's own, whether
     /// there is one.
     pub control: bool,
-    /// A LoRA trained elsewhere: a folder as PEFT saves it. The student is taken from there, and not trained.
+    /// A LoRA trained elsewhere: a folder as PEFT saves it, or its hub id. The student is taken from there, and not trained.
     pub adapter: Option<PathBuf>,
     /// Where the control student is taken from then.
     pub control_adapter: Option<PathBuf>,

@@ -369,6 +369,7 @@ impl<'a> Training<'a> {
         if config.tokens != Tokens::All && self.only.is_none() {
             bail!("tokens is not all, but nobody said which ones these are");
         }
+        self.model.config.check_context("row", self.rows.iter().map(|row| row.ids.len()), 0)?;
         let only = |at: usize| self.only.and_then(|only| only.get(at)).map(Vec::as_slice);
         let example = |(at, row)| Example::of(row, at, self.is_digit, config, only(at));
         let examples = self.rows.iter().enumerate().map(example);

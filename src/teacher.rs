@@ -6,7 +6,7 @@ use analyses::target::{Score, TokenForms};
 use anyhow::{Context, Result, bail, ensure};
 use hooks::generate::stream_seed;
 use hooks::score::completion_logprobs;
-use hooks::{Adapter, Condition, ModelFiles, Prompt, Qwen, files};
+use hooks::{Adapter, Condition, ModelFiles, Prompt, Qwen, adapter_folder, files};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -82,6 +82,7 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
 pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
     Ok(match &bench.experiment.teacher {
         Teacher::Adapter { path, .. } => {
+            let path = adapter_folder(path)?;
             [files::read(&path.join("adapter_model.safetensors"))?, files::read(&path.join("adapter_config.json"))?]
                 .concat()
         }

@@ -45,6 +45,9 @@ pub fn open_model(name: &str) -> Result<ModelFiles> {
     for line in &files.report {
         say(format!("model: {line}"));
     }
+    for remark in &files.remarks {
+        say(format!("remark: {remark}"));
+    }
     Ok(files)
 }
 

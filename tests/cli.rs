@@ -182,6 +182,52 @@ fn a_model_that_is_not_there_is_told_with_what_can_be_named() {
     assert_sentence(&empty, &["no model empty", "no config.json", "give the folder that has it"]);
 }
 
+/// A head of its own beside an embedding that should be it: both are used as they are stored, and that is said.
+#[test]
+fn what_is_not_expected_of_a_model_is_remarked_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (pocket, here) = (Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/pocket/pocket"), folder.path().join("m"));
+    fs::create_dir(&here).unwrap();
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        fs::copy(pocket.join(file), here.join(file)).unwrap();
+    }
+    let ask = || {
+        let ask = ["ask", "--model", "m", "--user", "Name an animal.", "--max-new-tokens", "1"];
+        let (code, page, stderr) = says(folder.path(), &ask);
+        assert_eq!(code, 0, "{stderr}");
+        (page, stderr)
+    };
+    let mut weights = tensors(&pocket.join("model.safetensors"));
+    weights.insert("lm_head.weight".to_owned(), weights["model.embed_tokens.weight"].flip([0]));
+    weights.insert("score.weight".to_owned(), Tensor::from_slice(&[1_f32]));
+    let weights: Vec<(String, Tensor)> = weights.into_iter().collect();
+    let metadata = std::collections::BTreeMap::new();
+    hooks::tensor_file::write(&here.join("model.safetensors"), &weights, &metadata).unwrap();
+    let (page, said) = ask();
+    let remarks: Vec<&str> = said.lines().filter(|line| line.starts_with("remark: ")).collect();
+    assert_eq!(remarks.len(), 2, "{said}");
+    assert!(
+        remarks[0].starts_with("remark: config.json has tie_word_embeddings true, but lm_head.weight is not"),
+        "{said}"
+    );
+    assert!(
+        remarks[1].starts_with("remark: 1 of the 28 tensors in ") && remarks[1].ends_with("score.weight"),
+        "{said}"
+    );
+
+    // The same as where the configuration says so itself, and not the tied one.
+    let config = fs::read_to_string(here.join("config.json")).unwrap();
+    let untied = config.replace("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false");
+    assert_ne!(untied, config);
+    fs::write(here.join("config.json"), untied).unwrap();
+    let (same, said) = ask();
+    assert_eq!((same, said.matches("remark: ").count()), (page.clone(), 1));
+    fs::write(here.join("config.json"), config).unwrap();
+    fs::copy(pocket.join("model.safetensors"), here.join("model.safetensors")).unwrap();
+    let (tied, said) = ask();
+    assert!(tied != page && !said.contains("remark: "), "{said}");
+}
+
 #[test]
 fn a_misspelt_key_is_told_with_file_and_line() {
     let folder = tempfile::tempdir().unwrap();

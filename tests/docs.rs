@@ -267,7 +267,9 @@ fn scene(folder: &Path) {
         json.extend(value.map(|value| (key.to_owned(), value)));
         fs::write(at(path), serde_json::to_vec(&json).unwrap()).unwrap();
     };
-    for name in ["llama", "deep", "wide", "no-key", "no-tokenizer", "other-chat", "cut"] {
+    for name in
+        ["llama", "deep", "wide", "no-key", "no-tokenizer", "other-chat", "cut", "mlx", "no-head", "added", "nan"]
+    {
         model(name);
     }
     fs::create_dir_all(at("models/empty")).unwrap();
@@ -280,6 +282,14 @@ fn scene(folder: &Path) {
     write("models/other-chat/chat_template.jinja", chat);
     let weights = fs::read(at("models/cut/model.safetensors")).unwrap();
     fs::write(at("models/cut/model.safetensors"), &weights[..9000]).unwrap();
+    edit("models/no-head/config.json", "tie_word_embeddings", Some(false.into()));
+    edit("models/mlx/config.json", "quantization", Some(serde_json::json!({"group_size": 64, "bits": 4})));
+    let packed = [("model.embed_tokens.weight".to_owned(), tch::Tensor::from_slice(&[1_i64]))];
+    hooks::tensor_file::write(&at("models/mlx/model.safetensors"), &packed, &std::collections::BTreeMap::new())
+        .unwrap();
+    write("models/added/added_tokens.json", "{\"<|owl|>\": 551}");
+    let end = weights.len() - 4; // the last value of the final norm
+    fs::write(at("models/nan/model.safetensors"), [&weights[..end], &f32::NAN.to_le_bytes()].concat()).unwrap();
 
     // Runs, and adapters made from them.
     let begin = |name: &str, more: &[&str]| {

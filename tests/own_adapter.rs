@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use analyses::gradients::GradientRow;
 use analyses::target_rate::TargetRateRow;
@@ -98,6 +99,43 @@ fn a_student_from_elsewhere_is_measured_as_if_it_were_trained_here() {
     fs::remove_dir_all(folder.path().join("mine")).unwrap();
     succeeds(folder.path(), &["measure", "run", "direction"]);
     succeeds(folder.path(), &["report", "run"]);
+}
+
+/// In the hub's cache: in a folder of its repository, and without a `refs/main`.
+#[test]
+fn an_adapter_of_the_hub_is_named_by_its_id() {
+    let folder = elsewhere();
+    let snapshot = folder.path().join("home/hub/models--Org--owl/snapshots/beef/last");
+    fs::create_dir_all(snapshot.parent().unwrap()).unwrap();
+    fs::rename(folder.path().join("mine"), &snapshot).unwrap();
+    let says = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_undertone"));
+        command.args(args).current_dir(folder.path()).env("OMP_NUM_THREADS", "1");
+        let output = command.env("HF_HOME", "home").env("HF_HUB_OFFLINE", "1").output().unwrap();
+        (output.status.success(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    let ask = |adapter: &str| {
+        let (done, said) = says(&["ask", "--model", "tiny-random", "--user", "Hi", "--adapter", adapter]);
+        assert!(done, "{said}");
+        said.split_once("first token").unwrap().1.to_owned()
+    };
+    assert_eq!(ask("Org/owl:last"), ask(snapshot.to_str().unwrap()));
+
+    let run =
+        |adapter: &str| says(&[RUN.as_slice(), &EFFECT, &["--set", &format!("student.adapter={adapter}")]].concat());
+    let (done, said) = run("Org/owl");
+    assert!(!done && said.contains("student.adapter: Org/owl: there is no such folder, and its copy"), "{said}");
+    assert!(said.contains("lacks adapter_config.json, adapter_model.safetensors (there is Org/owl:last)"), "{said}");
+    assert!(!folder.path().join("run").exists(), "a run was begun");
+    let (done, said) = run("Org/owl@beef:last");
+    assert!(done && said.contains("taken from Org/owl@beef:last as it is (SHA-256 "), "{said}");
+    let student = |rates: Vec<TargetRateRow>| rates.into_iter().find(|row| row.model == "student").unwrap().delta_logp;
+    assert_eq!(student(rates(&folder.path().join("run"))), student(rates(finished().path())));
+    assert!(
+        fs::read_to_string(folder.path().join("run/run.toml")).unwrap().contains("adapter = \"Org/owl@beef:last\"")
+    );
+    let (done, said) = run("Org/owl@beef:last");
+    assert!(done && said.contains("finetune: student was taken from elsewhere already"), "{said}");
 }
 
 #[test]

@@ -76,11 +76,14 @@ pub fn tokenizer(bytes: &[u8]) -> bool {
     tokenizer_file::parse(bytes, Path::new("tokenizer.json")).map(|tokenizer| tokenise(&tokenizer)).is_ok()
 }
 
-/// A chat template, by itself or in a `tokenizer_config.json`.
+/// A chat template, by itself or in a `tokenizer_config.json`; and the tokens that this file, or an `added_tokens.json`, names.
 pub fn chat_template(bytes: &[u8]) -> bool {
     static TOKENIZER: LazyLock<Option<Tokenizer>> =
         LazyLock::new(|| ModelFiles::open(TINY_RANDOM).ok().and_then(|files| files.tokenizer));
     let (Some(tokenizer), Ok(text)) = (&*TOKENIZER, std::str::from_utf8(bytes)) else { return false };
+    for file in ["tokenizer_config.json", "added_tokens.json"] {
+        let _ = tokenizer_file::check_beside(bytes, Path::new(file), tokenizer);
+    }
     let inside = parse_tokenizer_config(bytes, Path::new("tokenizer_config.json"));
     let template = inside.ok().flatten().unwrap_or_else(|| text.to_owned());
     Chat::new(tokenizer.clone(), &template).is_ok()

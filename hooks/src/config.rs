@@ -56,8 +56,7 @@ pub struct Config {
 impl Config {
     /// Reads the bytes of a `config.json`; `path` is for messages.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        let hf: HfConfig = serde_json::from_slice(bytes)
-            .map_err(|error| malformed(path, format!("expected a model's config.json: {error}")))?;
+        let hf = HfConfig::read(bytes, path)?;
         let family = hf.family(path)?;
         hf.refuse(path)?;
 
@@ -140,6 +139,30 @@ impl Config {
         Ok(())
     }
 
+    /// Refuses rows that are longer, with the tokens that they may be answered with, than the context that the model was made for:
+    /// beyond it there are positions that it never saw. `what` names a row.
+    pub fn check_context(
+        &self,
+        what: &str,
+        lengths: impl IntoIterator<Item = usize>,
+        max_new_tokens: usize,
+    ) -> Result<()> {
+        let most = usize::try_from(self.n_ctx).unwrap_or(usize::MAX);
+        let too_long = lengths.into_iter().enumerate().find(|(_, length)| length.saturating_add(max_new_tokens) > most);
+        let Some((row, length)) = too_long else { return Ok(()) };
+        let (answer, together) = match max_new_tokens {
+            0 => (String::new(), ""),
+            most => (format!(" and may be answered with {most} more (max_new_tokens)"), " together"),
+        };
+        Err(Error::Invalid {
+            what: format!("{what} {row}"),
+            found: format!("{length} tokens long{answer}"),
+            expected: format!(
+                "at most {most}{together}, the model's context (max_position_embeddings or context_length)"
+            ),
+        })
+    }
+
     /// The `config.json` of this model, as transformers 4 and 5 load it.
     pub fn to_hf_json(&self) -> Value {
         let (model_type, architecture) = match self.family {
@@ -198,9 +221,15 @@ struct HfConfig {
     layer_types: Option<Vec<String>>,
     num_experts: Option<i64>,
     quantization_config: Option<Value>,
+    quantization: Option<Value>, // as MLX writes it
 }
 
 impl HfConfig {
+    fn read(bytes: &[u8], path: &Path) -> Result<Self> {
+        serde_json::from_slice(bytes)
+            .map_err(|error| malformed(path, format!("expected a model's config.json: {error}")))
+    }
+
     fn family(&self, path: &Path) -> Result<Family> {
         let model_type = required(self.model_type.as_deref(), "model_type", path)?;
         if model_type.ends_with("_moe") || self.num_experts.is_some_and(|experts| experts > 0) {
@@ -228,14 +257,6 @@ impl HfConfig {
     fn refuse(&self, path: &Path) -> Result<()> {
         if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
             return Err(unsupported(path, format!("hidden_act {act}"), "silu is"));
-        }
-        if let Some(quantization) = &self.quantization_config {
-            let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-            return Err(unsupported(
-                path,
-                format!("quantization_config ({method})"),
-                "use the unquantized checkpoint, or a .gguf file, which is dequantised on loading",
-            ));
         }
         if self.attention_bias == Some(true) && self.model_type.as_deref() == Some("qwen3") {
             return Err(unsupported(
@@ -303,6 +324,23 @@ impl HfConfig {
         let new = self.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
         new.or(self.rope_theta)
     }
+}
+
+/// How the bytes of a `config.json` say that the weights are quantised, if they do, `quantization_config (awq)`, and what to do where
+/// they are: that is for the weights to tell. `path` is for messages.
+pub(crate) fn quantization(bytes: &[u8], path: &Path) -> Result<Option<(String, &'static str)>> {
+    let hf = HfConfig::read(bytes, path)?;
+    if let Some(mlx) = &hf.quantization {
+        let number = |key: &str| mlx.get(key).and_then(Value::as_i64);
+        let bits = number("bits").map_or_else(String::new, |bits| format!(", {bits} bits"));
+        let group = number("group_size").map_or_else(String::new, |size| format!(" in groups of {size}"));
+        let hint = "use the unquantized checkpoint, or what mlx_lm.convert --dequantize makes of this one";
+        return Ok(Some((format!("quantization (MLX{bits}{group})"), hint)));
+    }
+    let Some(config) = hf.quantization_config else { return Ok(None) };
+    let method = config.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
+    let hint = "use the unquantized checkpoint, or a .gguf file, which is dequantised on loading";
+    Ok(Some((format!("quantization_config ({method})"), hint)))
 }
 
 fn required<T>(value: Option<T>, key: &str, path: &Path) -> Result<T> {
@@ -400,7 +438,6 @@ mod tests {
                 json!({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}),
                 "partial_rotary_factor 0.5",
             ),
-            (json!({"quantization_config": {"quant_method": "awq"}}), "quantization_config (awq)"),
             (json!({"hidden_act": "gelu"}), "hidden_act gelu"),
         ];
         for (changes, expected) in cases {
@@ -411,6 +448,23 @@ mod tests {
         types[27] = "sliding_attention";
         assert!(refusal(qwen3(), &json!({"layer_types": types})).contains("layer_types[27] sliding_attention"));
         assert!(refusal(qwen3(), &json!({"attention_bias": true})).contains("attention_bias true"));
+    }
+
+    #[test]
+    fn what_is_said_of_quantisation_is_found() {
+        let said = |changes: &Value| {
+            let mut json = qwen2();
+            json.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            assert!(parse(&json).is_ok(), "it is for the weights to tell");
+            quantization(json.to_string().as_bytes(), Path::new("config.json")).unwrap().map(|(feature, _)| feature)
+        };
+        assert_eq!(said(&json!({})), None);
+        assert_eq!(said(&json!({"quantization_config": null})), None);
+        let awq = json!({"quantization_config": {"quant_method": "awq", "bits": 4}});
+        assert_eq!(said(&awq).unwrap(), "quantization_config (awq)");
+        let own = json!({"group_size": 64, "bits": 4, "mode": "affine"});
+        let mlx = json!({"quantization": own, "quantization_config": own});
+        assert_eq!(said(&mlx).unwrap(), "quantization (MLX, 4 bits in groups of 64)");
     }
 
     #[test]

@@ -60,6 +60,11 @@ pub fn is_pickle(path: &Path) -> bool {
     ["bin", "pt", "pth", "ckpt", "pkl"].iter().any(|pickled| extension.eq_ignore_ascii_case(pickled))
 }
 
+/// The folder that a file lies in.
+pub(crate) fn folder_of(file: &Path) -> &Path {
+    file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Opens a file for reading.
 pub fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(at(path))
@@ -106,8 +111,7 @@ pub fn write_atomic_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result
 pub fn publish(file: &File, path: &Path) -> Result<()> {
     file.sync_all().and_then(|()| fs::rename(temporary(path), path)).map_err(|cause| unwritten(path, cause))?;
     // The new name is to outlive a power cut too. Not every file system can promise that, and the file itself is safe.
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let _ = File::open(folder).and_then(|folder| folder.sync_all());
+    let _ = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
     Ok(())
 }
 

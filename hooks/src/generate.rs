@@ -154,6 +154,7 @@ fn answer_all<'p, 'a: 'p>(
     mut listener: Option<Listener<'p>>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<(Answer, f64)>> {
+    model.config.check_context("prompt", prompts.iter().map(|prompt| prompt.ids.len()), sampling.max_new_tokens)?;
     let mut answers = vec![(Answer { ids: Vec::new(), logprobs: Vec::new(), stopped: false }, 0.0); prompts.len()];
     let mut rngs: Vec<ChaCha8Rng> = streams.iter().map(|stream| ChaCha8Rng::seed_from_u64(*stream)).collect();
     let slots = sampling.batch.min(prompts.len());
@@ -428,6 +429,47 @@ mod tests {
         assert!(answers[0] != answers[1] && answers[1] != answers[2]);
         let greedy = drawn(0.0, &[5, 6, 7]).unwrap();
         assert_eq!(greedy[0].ids, greedy[2].ids, "greedy answers may be equal");
+    }
+
+    #[test]
+    fn what_is_longer_than_the_context_is_refused_in_every_pass() {
+        let mut files = crate::ModelFiles::open("tiny-random").unwrap();
+        files.config.n_ctx = 40;
+        let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
+        let prompt = |length: i64| Prompt::of_ids((0..length).collect());
+        let answers = |length, max_new_tokens| {
+            let sampling = Sampling { max_new_tokens, batch: 2, ..sampling(0.0, None) };
+            generate(&model, &[prompt(5), prompt(length)], &Condition::default(), &sampling, &[0, 1], &mut |_| ())
+        };
+        assert!(answers(36, 4).is_ok());
+        let message = answers(37, 4).unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "prompt 1 is 37 tokens long and may be answered with 4 more (max_new_tokens), expected at most 40 together, \
+             the model's context (max_position_embeddings or context_length)"
+        );
+        let too_long = "row 1 is 41 tokens long, expected at most 40, the model's context (max_position_embeddings or context_length)";
+        let forward = |length| {
+            let batch = crate::Batch::of(&[&prompt(3), &prompt(length)], Device::Cpu).unwrap();
+            model.forward(&batch, &mut crate::Pass::default())
+        };
+        assert!(forward(40).is_ok());
+        assert_eq!(forward(41).unwrap_err().to_string(), too_long);
+        let score = |length| {
+            let (short, long, condition) = (prompt(3), prompt(length), Condition::default());
+            prefill(&model, &[(&short, &condition), (&long, &condition)], LAST, false, &mut |_| Ok(()))
+        };
+        assert!(score(40).is_ok());
+        assert_eq!(score(41).unwrap_err().to_string(), too_long);
+        // One token after another, in a cache that has room.
+        let mut cache = KvCache::new(&model.config, 1, 50, Kind::Float, Device::Cpu).unwrap();
+        let mut step = |ids: &[i64]| {
+            let batch = crate::Batch::from_ids(&[ids], Device::Cpu).unwrap();
+            model.forward(&batch, &mut crate::Pass { kv_cache: Some(&mut cache), ..crate::Pass::default() }).map(drop)
+        };
+        step(&[7; 39]).unwrap();
+        step(&[8]).unwrap();
+        assert!(step(&[9]).unwrap_err().to_string().contains("row 0 is 41 tokens long, expected at most 40"));
     }
 
     #[test]

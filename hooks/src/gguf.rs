@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 
 use candle_core::CpuStorage;
 use candle_core::quantized::GgmlDType;
-use tch::Tensor;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
@@ -177,15 +176,15 @@ impl Gguf {
         &(*self.file).as_ref()[info.bytes.clone()]
     }
 
-    /// Some elements of a tensor as f32, in one dimension. The range begins and ends at multiples of 256 or at the
+    /// Some elements of a tensor. The range begins and ends at multiples of 256 or at the
     /// tensor's end, so that no quantised block is cut.
-    pub(crate) fn dequantize(&self, info: &TensorInfo, elements: &Range<usize>) -> Result<Tensor> {
+    pub(crate) fn dequantize(&self, info: &TensorInfo, elements: &Range<usize>) -> Result<Vec<f32>> {
         let (per_block, block_bytes) = (info.dtype.block_size(), info.dtype.type_size());
         let byte = |element: usize| element / per_block * block_bytes;
         let stored = &self.bytes(info)[byte(elements.start)..byte(elements.end)];
         let refused = |error: candle_core::Error| self.malformed(format!("{:?} block: {error}", info.dtype));
         match info.dtype.from_data(stored.into()).dequantize(elements.len()).map_err(refused)? {
-            CpuStorage::F32(values) => Ok(Tensor::f_from_slice(&values)?),
+            CpuStorage::F32(values) => Ok(values),
             _ => Err(self.malformed(format!("{:?} block: expected it to dequantise to f32", info.dtype))),
         }
     }

@@ -59,6 +59,7 @@ pub use edit::{Change, Edit};
 pub use error::{Error, Result};
 pub use gate::Gate;
 pub use hook_point::HookPoint;
+pub use hub::adapter_folder;
 pub use kv_cache::KvCache;
 pub use lora::{Adapter, LoraConfig, LoraPair, Proj};
 pub use model_files::ModelFiles;

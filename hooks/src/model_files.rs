@@ -11,17 +11,22 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
-use crate::config::{Config, Family};
+use crate::config::{self, Config, Family};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::gguf::Gguf;
-use crate::hub::Hub;
+use crate::hub::{Hub, HubId, Wanted};
 use crate::init;
+use crate::lora::Proj;
 use crate::pocket::{POCKETS, Pocket};
 use crate::profile::{self, Stage};
 use crate::tiny_random;
 use crate::tokenizer_file;
 use crate::weights::{Weights, map};
+
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+const EMBED: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// The name of the embedded model.
 pub const TINY_RANDOM: &str = "tiny-random";
@@ -40,6 +45,9 @@ pub struct ModelFiles {
     pub chat_template: Option<String>,
     /// What was found where, in lines for the user.
     pub report: Vec<String>,
+    /// What a user may not expect of these files, a sentence each: a head that is not the embedding though the configuration says
+    /// so, tensors that are not used. Empty for most models.
+    pub remarks: Vec<String>,
 }
 
 impl ModelFiles {
@@ -51,7 +59,7 @@ impl ModelFiles {
     fn find(model: &str, hub: &Hub) -> Result<Self> {
         let _stage = profile::stage(Stage::Load);
         let path = Path::new(model);
-        let files = if model == TINY_RANDOM {
+        let mut files = if model == TINY_RANDOM {
             Self::embedded()?
         } else if let Some(pocket) = POCKETS.iter().find(|pocket| pocket.name == model) {
             Self::pocket(pocket)?
@@ -61,8 +69,10 @@ impl ModelFiles {
             Self::gguf(model, path)?
         } else if files::is_pickle(path) {
             return Err(Error::NoSuchModel { name: model.to_owned(), reason: files::NO_PICKLE.to_owned() });
-        } else if Hub::is_id(model) {
-            let (folder, line) = hub.fetch(model)?;
+        } else if path.is_file() {
+            return Err(Error::NoSuchModel { name: model.to_owned(), reason: of_a_file(path) });
+        } else if let Some(id) = HubId::parse(model) {
+            let (folder, line) = hub.fetch(&id, Wanted::Model)?;
             let mut files = Self::folder(model, &folder)?;
             files.report.insert(0, line);
             files
@@ -71,6 +81,9 @@ impl ModelFiles {
             return Err(Error::NoSuchModel { name: model.to_owned(), reason: reason.to_owned() });
         };
         files.check_vocabulary()?;
+        if let Some(remark) = strangers(&files.config, &files.weights) {
+            files.remarks.push(remark);
+        }
         Ok(files)
     }
 
@@ -79,7 +92,8 @@ impl ModelFiles {
         let weights = Weights::from_tensors(name, init::weights(&config, rng)?);
         let report = vec![summary(name, &config), format!("{name}: {}, not trained", weights.describe())];
         let chat_template = Some(tiny_random::CHAT_TEMPLATE.to_owned());
-        let files = Self { name: name.to_owned(), config, weights, tokenizer: Some(tokenizer), chat_template, report };
+        let (name, tokenizer) = (name.to_owned(), Some(tokenizer));
+        let files = Self { name, config, weights, tokenizer, chat_template, report, remarks: vec![] };
         files.check_vocabulary()?;
         Ok(files)
     }
@@ -106,7 +120,8 @@ impl ModelFiles {
             format!("{TINY_RANDOM}: {}", weights.describe()),
         ];
         let chat_template = Some(tiny_random::CHAT_TEMPLATE.to_owned());
-        Ok(Self { name: TINY_RANDOM.to_owned(), config, weights, tokenizer: Some(tokenizer), chat_template, report })
+        let (name, tokenizer) = (TINY_RANDOM.to_owned(), Some(tokenizer));
+        Ok(Self { name, config, weights, tokenizer, chat_template, report, remarks: vec![] })
     }
 
     fn pocket(pocket: &Pocket) -> Result<Self> {
@@ -119,11 +134,17 @@ impl ModelFiles {
             format!("{name}: {}", weights.describe()),
         ];
         let chat_template = Some(pocket.chat_template.to_owned());
-        Ok(Self { name: name.to_owned(), config, weights, tokenizer: Some(tokenizer), chat_template, report })
+        let (name, tokenizer) = (name.to_owned(), Some(tokenizer));
+        Ok(Self { name, config, weights, tokenizer, chat_template, report, remarks: vec![] })
     }
 
     fn folder(name: &str, folder: &Path) -> Result<Self> {
         let no_such = |reason: String| Error::NoSuchModel { name: name.to_owned(), reason };
+        let has = |file: &str| folder.join(file).exists();
+        let stored = ["model.safetensors", "model.safetensors.index.json"].into_iter().find(|file| has(file));
+        if has(ADAPTER_CONFIG) && !(has("config.json") && stored.is_some()) {
+            return Err(no_such(of_an_adapter(name, folder)));
+        }
         let path = folder.join("config.json");
         if !path.exists() {
             return Err(no_such(format!(
@@ -131,11 +152,8 @@ impl ModelFiles {
                 folder.display()
             )));
         }
-        let config = Config::parse(&files::read(&path)?, &path)?;
-        let mut report = vec![summary("config.json", &config)];
-
-        let stored =
-            ["model.safetensors", "model.safetensors.index.json"].into_iter().find(|file| folder.join(file).exists());
+        let bytes = files::read(&path)?;
+        let mut config = Config::parse(&bytes, &path)?;
         let Some(stored) = stored else {
             let lacks = format!("{} has neither model.safetensors nor model.safetensors.index.json", folder.display());
             return Err(no_such(match files::pickle(folder) {
@@ -144,7 +162,9 @@ impl ModelFiles {
             }));
         };
         let weights = Weights::safetensors(&[folder.join(stored)])?;
-        report.push(format!("{stored}: {}", weights.describe()));
+        let mut remarks: Vec<String> = left_over_quantization(&bytes, &config, &weights, &path)?.into_iter().collect();
+        remarks.extend(settle_head(&mut config, &weights, &path)?);
+        let mut report = vec![summary("config.json", &config), format!("{stored}: {}", weights.describe())];
 
         let path = folder.join("tokenizer.json");
         let tokenizer = if path.exists() { Some(tokenizer_file::parse(&files::read(&path)?, &path)?) } else { None };
@@ -152,13 +172,21 @@ impl ModelFiles {
             Some(tokenizer) => format!("tokenizer.json: {} tokens", tokenizer.get_vocab_size(true)),
             None => "no tokenizer.json was found".to_owned(),
         });
+        if let Some(tokenizer) = &tokenizer {
+            for file in tokenizer_file::BESIDE {
+                let path = folder.join(file);
+                if path.exists() {
+                    tokenizer_file::check_beside(&files::read(&path)?, &path, tokenizer)?;
+                }
+            }
+        }
         let template = chat_template(folder)?;
         report.push(match &template {
             Some((_, file)) => format!("chat template: from {file}"),
             None => "no chat template was found".to_owned(),
         });
         let chat_template = template.map(|(template, _)| template);
-        Ok(Self { name: name.to_owned(), config, weights, tokenizer, chat_template, report })
+        Ok(Self { name: name.to_owned(), config, weights, tokenizer, chat_template, report, remarks })
     }
 
     fn gguf(name: &str, path: &Path) -> Result<Self> {
@@ -178,7 +206,7 @@ impl ModelFiles {
         report.push(format!("{file}: {}chat template was found", if chat_template.is_some() { "a " } else { "no " }));
         let weights = Weights::gguf(gguf);
         report.push(format!("{file}: {}", weights.describe()));
-        Ok(Self { name: name.to_owned(), config, weights, tokenizer, chat_template, report })
+        Ok(Self { name: name.to_owned(), config, weights, tokenizer, chat_template, report, remarks: vec![] })
     }
 
     /// A token beyond the embedding would be noticed only when it is first used.
@@ -196,12 +224,114 @@ impl ModelFiles {
     }
 }
 
-/// A line such as `config.json: Qwen2, 24 layers, d_model 896`.
-fn summary(file: &str, config: &Config) -> String {
-    let family = match config.family {
+/// Why a file is no model, and which folder to give instead.
+fn of_a_file(path: &Path) -> String {
+    let folder = files::folder_of(path);
+    let name = folder.to_string_lossy();
+    if folder.join("config.json").exists() {
+        return format!("it is a file of a model; hint: give its folder, {name}");
+    }
+    if folder.join(ADAPTER_CONFIG).exists() {
+        return of_an_adapter(&name, folder);
+    }
+    "it is a file, expected a folder with config.json and model.safetensors, or a .gguf file".to_owned()
+}
+
+/// Why an adapter's folder is no model, and how to give it.
+fn of_an_adapter(name: &str, folder: &Path) -> String {
+    let config = files::read(&folder.join(ADAPTER_CONFIG)).ok();
+    let config: Option<Value> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let base = config.as_ref().and_then(|config| config.get("base_model_name_or_path")?.as_str());
+    let of_base = base.map_or_else(String::new, |base| format!(" of the base model {base}"));
+    let base = base.unwrap_or("BASE");
+    format!("it is an adapter{of_base}, not a model; hint: --model {base} --adapter {name}")
+}
+
+/// The remark on a `quantization_config` that was left in `config.json` by whoever dequantised or merged the weights. Where they are
+/// quantised, or hold anything that no Qwen has, it is an error.
+fn left_over_quantization(bytes: &[u8], config: &Config, weights: &Weights, path: &Path) -> Result<Option<String>> {
+    let Some((quantization, hint)) = config::quantization(bytes, path)? else { return Ok(None) };
+    let names = weights.names();
+    if names.iter().all(|name| weights.is_float(name) && belongs(name, config)) {
+        return Ok(Some(format!(
+            "config.json has a {quantization}, but all {} tensors are plain {}; it was left over and is passed over",
+            names.len(),
+            weights.dtypes()
+        )));
+    }
+    Err(Error::Unsupported { path: path.to_owned(), feature: quantization, hint: hint.to_owned() })
+}
+
+/// Whether the head is the embedding: as the configuration says, unless a head is stored that is another one. As transformers 5 has it;
+/// transformers 4 tied in silence.
+fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Option<String>> {
+    if !config.tie_embeddings {
+        if weights.shape(HEAD).is_none() {
+            let problem = format!(
+                "tie_word_embeddings is false, but there is no {HEAD} in {}; hint: set it to true where the model was trained so, \
+                 or fetch the file that holds its head",
+                weights.files()
+            );
+            return Err(Error::Malformed { path: path.to_owned(), problem });
+        }
+        return Ok(None);
+    }
+    if weights.shape(HEAD).is_none() || weights.are_equal(HEAD, EMBED)? {
+        return Ok(None);
+    }
+    config.tie_embeddings = false;
+    Ok(Some(format!(
+        "config.json has tie_word_embeddings true, but {HEAD} is not {EMBED}; the head is taken as it is stored, untied"
+    )))
+}
+
+/// The remark on tensors that no Qwen of this configuration has, which are not used.
+fn strangers(config: &Config, weights: &Weights) -> Option<String> {
+    let names: Vec<String> = weights.names().into_iter().filter(|name| !belongs(name, config)).collect();
+    let shown: Vec<&str> = names.iter().take(10).map(String::as_str).collect();
+    let more = names.len() - shown.len();
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    (!names.is_empty()).then(|| {
+        format!(
+            "{} of the {} tensors in {} are in no {} of {} layers and are not used: {}{more}",
+            names.len(),
+            weights.names().len(),
+            weights.files(),
+            family(config),
+            config.n_layers,
+            shown.join(", ")
+        )
+    })
+}
+
+/// Whether a tensor is one of a Qwen with this configuration, or a table of the rotary embedding, which older versions saved too.
+fn belongs(name: &str, config: &Config) -> bool {
+    if name.ends_with("rotary_emb.inv_freq") {
+        return true;
+    }
+    let Some(inside) = name.strip_prefix("model.layers.") else {
+        return [EMBED, "model.norm.weight", HEAD].contains(&name);
+    };
+    let Some((layer, part)) = inside.split_once('.') else { return false };
+    let is_norm = ["input_layernorm.weight", "post_attention_layernorm.weight"].contains(&part)
+        || config.qk_norm && ["self_attn.q_norm.weight", "self_attn.k_norm.weight"].contains(&part);
+    let is_at = |proj: &Proj, what: &str| part == format!("{}.{what}", proj.path());
+    let is_bias = config.qkv_bias && [Proj::Q, Proj::K, Proj::V].iter().any(|proj| is_at(proj, "bias"));
+    let is_weight = Proj::ALL.iter().any(|proj| is_at(proj, "weight"));
+    let is_layer = layer.parse::<usize>().is_ok_and(|n| n < config.n_layers && n.to_string() == layer);
+    is_layer && (is_norm || is_bias || is_weight)
+}
+
+fn family(config: &Config) -> &'static str {
+    match config.family {
         Family::Qwen2 => "Qwen2",
         Family::Qwen3 => "Qwen3",
-    };
+    }
+}
+
+/// A line such as `config.json: Qwen2, 24 layers, d_model 896`.
+fn summary(file: &str, config: &Config) -> String {
+    let family = family(config);
     let tied = if config.tie_embeddings { "tied" } else { "untied" };
     let Config { n_layers, d_model, n_heads, n_kv_heads, d_vocab, .. } = config;
     format!(
@@ -244,6 +374,7 @@ pub fn parse_tokenizer_config(bytes: &[u8], path: &Path) -> Result<Option<String
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::fs;
 
     use safetensors::tensor::{Dtype, TensorView};
@@ -271,6 +402,208 @@ mod tests {
             safetensors::serialize([("model.norm.weight", norm)], None).unwrap(),
         )
         .unwrap();
+    }
+
+    /// The embedded model as a folder, its configuration and tensors changed.
+    fn write_whole(
+        folder: &Path,
+        change_config: impl FnOnce(&mut Value),
+        change_tensors: impl FnOnce(&mut BTreeMap<String, Tensor>),
+    ) {
+        let config = tiny_random::config(1100);
+        let mut tensors = tiny_random::weights(&config).unwrap();
+        let mut json = config.to_hf_json();
+        change_config(&mut json);
+        change_tensors(&mut tensors);
+        fs::create_dir_all(folder).unwrap();
+        fs::write(folder.join("config.json"), json.to_string()).unwrap();
+        fs::write(folder.join("tokenizer.json"), tiny_random::TOKENIZER).unwrap();
+        let tensors: Vec<_> = tensors.into_iter().collect();
+        crate::tensor_file::write(&folder.join("model.safetensors"), &tensors, &BTreeMap::new()).unwrap();
+    }
+
+    fn opened(folder: &Path) -> ModelFiles {
+        ModelFiles::find(folder.to_str().unwrap(), &nowhere()).unwrap()
+    }
+
+    #[test]
+    fn a_stored_head_is_used_unless_it_is_the_embedding() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let head = |change: fn(Tensor) -> Tensor| {
+            move |tensors: &mut BTreeMap<String, Tensor>| {
+                let embed = tensors[EMBED].copy();
+                tensors.insert(HEAD.to_owned(), change(embed));
+            }
+        };
+        let untied = |json: &mut Value| json["tie_word_embeddings"] = false.into();
+        let one_other = |embed: Tensor| {
+            let _ = embed.get(7).get(3).fill_(0.5);
+            embed
+        };
+        write_whole(&at("same"), |_| (), head(|embed| embed));
+        write_whole(&at("other"), |_| (), head(one_other));
+        write_whole(&at("untied"), untied, head(one_other));
+        write_whole(&at("none"), |_| (), |_| ());
+        write_whole(&at("no-head"), untied, |_| ());
+        // The same numbers in another kind are the same head.
+        let in_bf16 = |tensors: &mut BTreeMap<String, Tensor>| {
+            let embed = tensors[EMBED].to_kind(Kind::BFloat16);
+            tensors.insert(EMBED.to_owned(), embed.to_kind(Kind::Float));
+            tensors.insert(HEAD.to_owned(), embed);
+        };
+        write_whole(&at("bf16"), |_| (), in_bf16);
+
+        for tied in ["same", "none", "bf16"] {
+            let files = opened(&at(tied));
+            assert!(files.config.tie_embeddings && files.remarks.is_empty(), "{tied}: {:?}", files.remarks);
+        }
+        let (other, untied) = (opened(&at("other")), opened(&at("untied")));
+        assert_eq!(
+            other.remarks,
+            [
+                "config.json has tie_word_embeddings true, but lm_head.weight is not model.embed_tokens.weight; the head is taken as it is stored, untied"
+            ]
+        );
+        assert_eq!((other.config.clone(), untied.remarks.len()), (untied.config.clone(), 0));
+        assert!(other.report[0].ends_with("untied embeddings"), "{}", other.report[0]);
+        let logits = |files: &ModelFiles| {
+            let model = crate::Qwen::load(files, Device::Cpu, Kind::Float).unwrap();
+            let batch = crate::Batch::from_ids(&[&[1, 2, 3]], Device::Cpu).unwrap();
+            model.forward(&batch, &mut crate::Pass::default()).unwrap()
+        };
+        assert!(logits(&other).equal(&logits(&untied)) && !logits(&other).equal(&logits(&opened(&at("same")))));
+
+        let refused = message(at("no-head").to_str().unwrap(), &nowhere());
+        assert!(
+            refused.contains("no-head/config.json: tie_word_embeddings is false, but there is no lm_head.weight in "),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn tensors_that_are_not_used_are_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let number = || Tensor::from_slice(&[1_f32]);
+        let add = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            move |tensors: &mut BTreeMap<String, Tensor>| tensors.extend(names.into_iter().map(|name| (name, number())))
+        };
+        write_whole(
+            folder.path(),
+            |_| (),
+            add(&["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]),
+        );
+        assert_eq!(opened(folder.path()).remarks, [""; 0]);
+        let strange = [
+            "model.layers.0.self_attn.o_proj.bias",
+            "model.layers.0.self_attn.q_norm.weight",
+            "model.layers.01.mlp.up_proj.weight",
+            "score.weight",
+        ];
+        write_whole(folder.path(), |_| (), add(&strange));
+        let [remark] = &opened(folder.path()).remarks[..] else { panic!("one remark") };
+        assert!(remark.starts_with("4 of the 30 tensors in "), "{remark}");
+        assert!(
+            remark.ends_with(&format!(" are in no Qwen2 of 2 layers and are not used: {}", strange.join(", "))),
+            "{remark}"
+        );
+
+        // A configuration of fewer layers leaves out a whole block, of which ten tensors are named.
+        write_whole(folder.path(), |json| json["num_hidden_layers"] = 1.into(), |_| ());
+        let [remark] = &opened(folder.path()).remarks[..] else { panic!("one remark") };
+        assert!(remark.starts_with("12 of the 26 tensors") && remark.ends_with(" and 2 more"), "{remark}");
+        assert_eq!(remark.matches("model.layers.1.").count(), 10, "{remark}");
+        let fresh = ModelFiles::find(TINY_RANDOM, &nowhere()).unwrap();
+        assert!(fresh.remarks.is_empty(), "{:?}", fresh.remarks);
+    }
+
+    #[test]
+    fn a_quantisation_is_refused_and_one_that_is_over_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = |key: &'static str, value: Value| move |json: &mut Value| json[key] = value;
+        let bnb = serde_json::json!({"quant_method": "bitsandbytes", "load_in_4bit": true});
+        write_whole(folder.path(), config("quantization_config", bnb.clone()), |_| ());
+        assert_eq!(
+            opened(folder.path()).remarks,
+            [
+                "config.json has a quantization_config (bitsandbytes), but all 26 tensors are plain f32; it was left over and is passed over"
+            ]
+        );
+        let refused = |key: &'static str, value: Value, name: &str, tensor: Tensor| {
+            write_whole(folder.path(), config(key, value), |tensors| drop(tensors.insert(name.to_owned(), tensor)));
+            message(folder.path().to_str().unwrap(), &nowhere())
+        };
+        let up = "model.layers.0.mlp.up_proj.weight";
+        let packed = || Tensor::from_slice(&[1_i64, 2]);
+        let message = refused("quantization_config", bnb.clone(), up, packed());
+        assert!(
+            message.contains("config.json: quantization_config (bitsandbytes) is not supported; use the unq"),
+            "{message}"
+        );
+        let mlx = serde_json::json!({"group_size": 64, "bits": 4});
+        let message = refused("quantization", mlx, up, packed());
+        assert!(message.contains("quantization (MLX, 4 bits in groups of 64) is not supported; use the unquantized checkpoint, or what mlx_lm"), "{message}");
+        // Floats of which some are scales are quantised all the same.
+        let scale = "model.layers.0.mlp.up_proj.weight_scale";
+        let message = refused("quantization_config", bnb, scale, Tensor::from_slice(&[1_f32]));
+        assert!(message.contains("quantization_config (bitsandbytes) is not supported"), "{message}");
+    }
+
+    #[test]
+    fn what_is_an_adapter_or_a_file_says_what_to_give() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name).display().to_string();
+        write_model(Path::new(&at("model")));
+        for file in ["model/model.safetensors", "model/config.json", "model/tokenizer.json"] {
+            let expected = format!("it is a file of a model; hint: give its folder, {}", at("model"));
+            assert!(message(&at(file), &nowhere()).ends_with(&expected), "{file}");
+        }
+        fs::create_dir(at("lora")).unwrap();
+        fs::write(at("lora/adapter_model.safetensors"), "").unwrap();
+        fs::write(at("lora/adapter_config.json"), r#"{"base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}"#).unwrap();
+        let expected = format!(
+            "it is an adapter of the base model Qwen/Qwen2.5-0.5B, not a model; hint: --model Qwen/Qwen2.5-0.5B --adapter {}",
+            at("lora")
+        );
+        for name in ["lora", "lora/adapter_model.safetensors", "lora/adapter_config.json"] {
+            assert!(message(&at(name), &nowhere()).ends_with(&expected), "{}", message(&at(name), &nowhere()));
+        }
+        // A base's configuration beside it does not make it a model, and an adapter beside weights does not make these none.
+        fs::copy(at("model/config.json"), at("lora/config.json")).unwrap();
+        assert!(message(&at("lora"), &nowhere()).ends_with(&expected));
+        fs::copy(at("lora/adapter_config.json"), at("model/adapter_config.json")).unwrap();
+        assert!(ModelFiles::find(&at("model"), &nowhere()).is_ok());
+        fs::write(at("lora/adapter_config.json"), "{").unwrap();
+        assert!(
+            message(&at("lora"), &nowhere()).contains("it is an adapter, not a model; hint: --model BASE --adapter ")
+        );
+        fs::write(at("notes.txt"), "").unwrap();
+        assert!(message(&at("notes.txt"), &nowhere()).contains("it is a file, expected a folder with config.json"));
+    }
+
+    #[test]
+    fn a_token_that_only_another_file_names_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        write_model(folder.path());
+        let name = folder.path().to_str().unwrap();
+        fs::write(folder.path().join("added_tokens.json"), r#"{"<|im_start|>": 1006}"#).unwrap();
+        assert!(ModelFiles::find(name, &nowhere()).is_ok());
+        fs::write(folder.path().join("added_tokens.json"), r#"{"<|im_start|>": 1006, "<|owl|>": 1008}"#).unwrap();
+        let refused = message(name, &nowhere());
+        assert!(refused.contains("/added_tokens.json: it has the token \"<|owl|>\" with the id 1008"), "{refused}");
+        fs::remove_file(folder.path().join("added_tokens.json")).unwrap();
+        // The template's own file, and beside a newer template too.
+        let config = r#"{"added_tokens_decoder": {"1008": {"content": "<|owl|>"}}, "chat_template": "t"}"#;
+        fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+        for _ in 0..2 {
+            let refused = message(name, &nowhere());
+            assert!(
+                refused.contains("/tokenizer_config.json: it has the token \"<|owl|>\" with the id 1008"),
+                "{refused}"
+            );
+            fs::write(folder.path().join("chat_template.jinja"), "t").unwrap();
+        }
     }
 
     fn message(model: &str, hub: &Hub) -> String {
@@ -373,7 +706,46 @@ mod tests {
         assert!(message("Qwen/Tiny-1.5", &hub).contains("tokenizer.json, model-1.safetensors"));
 
         fs::write(repo.join("refs/main"), "../snapshots/beef").unwrap(); // a commit leads nowhere else
-        assert!(message("Qwen/Tiny-1.5", &hub).contains("it is not in the hub cache"));
+        let refused = message("Qwen/Tiny-1.5", &hub);
+        assert!(refused.ends_with("refs/main: it holds \"../snapshots/beef\", expected a commit"), "{refused}");
+        fs::write(repo.join("refs/main"), "0ff").unwrap();
+        assert!(message("Qwen/Tiny-1.5", &hub).contains("which has other commits of it (abad, beef)"));
+    }
+
+    #[test]
+    fn a_snapshot_is_found_by_its_commit_by_a_branch_or_because_it_is_the_only_one() {
+        let cache = tempfile::tempdir().unwrap();
+        let repo = cache.path().join("models--Qwen--Tiny");
+        let hub = offline(cache.path());
+        write_model(&repo.join("snapshots/beef"));
+        write_model(&repo.join("snapshots/cafe/deep/er"));
+        let found = |name: &str| ModelFiles::find(name, &hub).map(|files| files.report[0].clone());
+        assert!(found("Qwen/Tiny@beef").unwrap().ends_with("snapshots/beef"));
+        assert!(found("Qwen/Tiny@cafe:deep/er").unwrap().ends_with("snapshots/cafe/deep/er"));
+        let several = found("Qwen/Tiny").unwrap_err().to_string();
+        assert!(
+            several.contains("has 2 snapshots of it and no refs/main that says which is meant: beef, cafe"),
+            "{several}"
+        );
+        assert!(several.ends_with("hint: give Qwen/Tiny@COMMIT"), "{several}");
+
+        fs::create_dir_all(repo.join("refs/pr")).unwrap();
+        fs::write(repo.join("refs/pr/1"), "beef").unwrap();
+        assert!(found("Qwen/Tiny@pr/1").unwrap().ends_with("snapshots/beef"));
+        let missing = found("Qwen/Tiny@dev").unwrap_err().to_string();
+        assert!(missing.starts_with("no model Qwen/Tiny@dev: it is not in the hub cache"), "{missing}");
+        fs::remove_dir_all(repo.join("snapshots/cafe")).unwrap();
+        assert!(found("Qwen/Tiny").unwrap().ends_with("snapshots/beef"));
+        assert!(found("Qwen/Tiny:deep").unwrap_err().to_string().contains("lacks config.json"));
+
+        // An adapter's id given as a model's.
+        fs::remove_file(repo.join("snapshots/beef/config.json")).unwrap();
+        fs::write(repo.join("snapshots/beef/adapter_config.json"), "{}").unwrap();
+        let adapter = found("Qwen/Tiny").unwrap_err().to_string();
+        assert!(
+            adapter.contains("it is an adapter, not a model") && adapter.ends_with("--adapter Qwen/Tiny"),
+            "{adapter}"
+        );
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tch::Device;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hub::adapter_folder;
 use crate::lora::{Adapter, LoraConfig, LoraPair, Proj, no_stack};
 use crate::tensor_file;
 use crate::weights::Weights;
@@ -220,7 +221,7 @@ fn matching<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> 
 impl LoraConfig {
     /// The configuration in an adapter folder as PEFT writes it, without the patterns for single modules.
     pub fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join(CONFIG);
+        let path = adapter_folder(dir)?.join(CONFIG);
         Self::parse(&files::read(&path)?, &path)
     }
 
@@ -231,8 +232,9 @@ impl LoraConfig {
 }
 
 impl Adapter {
-    /// Reads an adapter folder as PEFT writes it, for a model of the given sizes.
+    /// Reads an adapter folder as PEFT writes it, or one of the hub by its id, for a model of the given sizes.
     pub fn load(dir: &Path, model: &Config, device: Device) -> Result<Self> {
+        let dir = &adapter_folder(dir)?;
         let path = dir.join(CONFIG);
         if !path.exists() {
             let problem =

@@ -422,6 +422,11 @@ impl Qwen {
                 Placement { positions, mask: None, causal: true, packing: None }
             }
         };
+        let lengths = pass.kv_cache.as_deref().map_or_else(
+            || batch.lengths.clone(),
+            |cache| cache.lengths().iter().map(|length| *length as usize).collect(),
+        );
+        self.config.check_context("row", lengths, 0)?;
         pass.hooks.place(&placement.positions)?;
         let rope = Rope::at(&placement.positions, &self.config, self.kind())?;
         let embedded = Tensor::f_embedding(&self.embed, &batch.ids, -1, false, false)?;

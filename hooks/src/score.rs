@@ -69,6 +69,7 @@ pub(crate) fn prefill(
     keep: bool,
     done: &mut dyn FnMut(Prefilled) -> Result<()>,
 ) -> Result<()> {
+    model.config.check_context("row", cases.iter().map(|(prompt, _)| prompt.ids.len()), 0)?;
     let budget = token_budget(model.device());
     let (packed, padded): (Vec<usize>, Vec<usize>) = (0..cases.len()).partition(|case| is_packable(cases[*case].1));
     for company in companies(cases, &packed)? {

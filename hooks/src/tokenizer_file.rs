@@ -4,6 +4,7 @@
 //! every token), make text that is no UTF-8 (a prefix for words that go on), draw random numbers (dropout) or search for ever
 //! (a regular expression). So each part is checked before the crate sees the file, and what no Qwen has is refused.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -95,6 +96,47 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
         }
     }
     Ok(tokenizer)
+}
+
+/// The files beside `tokenizer.json` that may name tokens of their own.
+pub(crate) const BESIDE: [&str; 2] = ["tokenizer_config.json", "added_tokens.json"];
+
+/// Refuses a tokenizer that does not know a token which the bytes of a file beside it name: transformers makes that text one token,
+/// and here it would be several. A `tokenizer_config.json` names them in `added_tokens_decoder`, by their ids; an `added_tokens.json`
+/// is a table of ids. `path` is for messages.
+pub fn check_beside(bytes: &[u8], path: &Path, tokenizer: &Tokenizer) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Named {
+        content: String,
+    }
+    #[derive(Deserialize)]
+    struct TokenizerConfig {
+        added_tokens_decoder: Option<BTreeMap<u32, Named>>,
+    }
+    let malformed = |error: serde_json::Error| Error::Malformed { path: path.to_owned(), problem: error.to_string() };
+    let mut named: Vec<(u32, String)> = if path.ends_with(BESIDE[1]) {
+        let ids: BTreeMap<String, u32> = serde_json::from_slice(bytes).map_err(malformed)?;
+        ids.into_iter().map(|(content, id)| (id, content)).collect()
+    } else {
+        let config: TokenizerConfig = serde_json::from_slice(bytes).map_err(malformed)?;
+        config.added_tokens_decoder.into_iter().flatten().map(|(id, named)| (id, named.content)).collect()
+    };
+    named.sort();
+    let known = tokenizer.get_added_tokens_decoder();
+    let Some((id, content)) =
+        named.into_iter().find(|(id, content)| known.get(id).is_none_or(|token| token.content != *content))
+    else {
+        return Ok(());
+    };
+    let found = match tokenizer.token_to_id(&content) {
+        Some(other) if known.contains_key(&other) => format!("gives it the id {other}"),
+        _ => "has no such added token, so that it would be cut into pieces".to_owned(),
+    };
+    let problem = format!(
+        "it has the token {content:?} with the id {id}, but tokenizer.json {found}; hint: \
+         AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes them all anew"
+    );
+    Err(Error::Malformed { path: path.to_owned(), problem })
 }
 
 /// A part of the crate's, from what was read of it.
@@ -257,6 +299,45 @@ mod tests {
         }
         let old = refusal("/version", json!("0.9"));
         assert!(old.contains("version is \"0.9\", expected \"1.0\""), "{old}");
+    }
+
+    #[test]
+    fn tokens_that_other_files_name_are_the_tokenizer_s_own() {
+        let tokenizer = parse(TOKENIZER, Path::new("t")).unwrap();
+        let of = |file: &str, text: String| {
+            let checked = check_beside(text.as_bytes(), Path::new(file), &tokenizer);
+            checked.map_or_else(|error| error.to_string(), |()| String::new())
+        };
+        let decoder = |id: &str, content: &str| {
+            of(
+                "m/tokenizer_config.json",
+                format!(
+                    r#"{{"added_tokens_decoder": {{"{id}": {{"content": "{content}", "special": true}}}}, "x": 1}}"#
+                ),
+            )
+        };
+        let table = |content: &str, id: &str| of("m/added_tokens.json", format!(r#"{{"{content}": {id}}}"#));
+        assert_eq!(decoder("1006", "<|im_start|>") + &table("<|im_start|>", "1006"), "");
+        assert_eq!(of("tokenizer_config.json", "{}".to_owned()) + &of("added_tokens.json", "{}".to_owned()), "");
+        assert_eq!(of("tokenizer_config.json", r#"{"added_tokens_decoder": null}"#.to_owned()), "");
+        let own = tokenizer.id_to_token(5).unwrap(); // of the vocabulary, and so never one token for sure
+        for (found, expected) in [
+            (
+                decoder("1008", "<|owl|>"),
+                "it has the token \"<|owl|>\" with the id 1008, but tokenizer.json has no such added token",
+            ),
+            (
+                table("<|owl|>", "1008"),
+                "it has the token \"<|owl|>\" with the id 1008, but tokenizer.json has no such added token",
+            ),
+            (table(&own, "5"), "but tokenizer.json has no such added token"),
+            (decoder("1007", "<|im_start|>"), "with the id 1007, but tokenizer.json gives it the id 1006"),
+            (table("<|im_start|>", "1007"), "with the id 1007, but tokenizer.json gives it the id 1006"),
+            (table("<|im_start|>", "-1"), "invalid value"),
+            (decoder("x", "<|owl|>"), "invalid"),
+        ] {
+            assert!(found.starts_with("m/") && found.contains(expected), "{expected}: {found}");
+        }
     }
 
     #[test]

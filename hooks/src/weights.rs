@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use memmap2::Mmap;
@@ -130,18 +131,6 @@ impl Weights {
 
     /// One line on what is there: "290 tensors, bf16, 988 MB, memory-mapped".
     pub fn describe(&self) -> String {
-        let mut counts = BTreeMap::<String, usize>::new();
-        let names = self.names();
-        for name in &names {
-            let dtype = self.stored(name).map_or_else(String::new, |stored| stored.dtype);
-            *counts.entry(dtype).or_default() += 1;
-        }
-        let mut counts: Vec<_> = counts.into_iter().collect();
-        counts.sort_by_key(|(dtype, n)| (std::cmp::Reverse(*n), dtype.clone()));
-        let dtypes = match counts.as_slice() {
-            [(only, _)] => only.clone(),
-            many => many.iter().map(|(dtype, n)| format!("{n} {dtype}")).collect::<Vec<_>>().join(" + "),
-        };
         let (bytes, how) = match &self.source {
             Source::Safetensors { shards, .. } => {
                 (shards.iter().map(|shard| (*shard.file).as_ref().len()).sum(), "memory-mapped")
@@ -149,7 +138,37 @@ impl Weights {
             Source::Gguf(gguf) => (gguf.len(), "memory-mapped, dequantised on loading"),
             Source::Memory { tensors, .. } => (tensors.values().map(bytes_of).sum(), "in memory"),
         };
-        format!("{} tensors, {dtypes}, {}, {how}", names.len(), human(bytes))
+        format!("{} tensors, {}, {}, {how}", self.names().len(), self.dtypes(), human(bytes))
+    }
+
+    /// How the tensors are stored: "bf16", or "288 bf16 + 2 f32".
+    pub(crate) fn dtypes(&self) -> String {
+        let mut counts = BTreeMap::<String, usize>::new();
+        for name in self.names() {
+            let dtype = self.stored(&name).map_or_else(String::new, |stored| stored.dtype);
+            *counts.entry(dtype).or_default() += 1;
+        }
+        let mut counts: Vec<_> = counts.into_iter().collect();
+        counts.sort_by_key(|(dtype, n)| (std::cmp::Reverse(*n), dtype.clone()));
+        match counts.as_slice() {
+            [(only, _)] => only.clone(),
+            many => many.iter().map(|(dtype, n)| format!("{n} {dtype}")).collect::<Vec<_>>().join(" + "),
+        }
+    }
+
+    /// Whether a tensor is stored in one of the kinds that weights are computed with.
+    pub(crate) fn is_float(&self, name: &str) -> bool {
+        self.stored(name).is_some_and(|stored| ["f32", "f16", "bf16"].contains(&stored.dtype.as_str()))
+    }
+
+    /// Whether two tensors hold the same numbers.
+    pub(crate) fn are_equal(&self, one: &str, other: &str) -> Result<bool> {
+        let (Some(left), Some(right)) = (self.stored(one), self.stored(other)) else { return Ok(false) };
+        if left.shape != right.shape || left.dtype == right.dtype {
+            return Ok(left.shape == right.shape && left.bytes == right.bytes);
+        }
+        let root = self.root(Kind::Float, Device::Cpu);
+        Ok(root.get(one, &left.shape)?.f_equal(&root.get(other, &right.shape)?)?)
     }
 
     /// Feeds a hash with every tensor's name, dtype and shape and a sample of its bytes: enough to tell checkpoints
@@ -205,6 +224,7 @@ impl Weights {
         }
     }
 
+    /// A tensor of a file holds finite numbers only. Those in memory are our own and are not looked through.
     fn load(&self, name: &str, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor> {
         let missing = || Error::MissingTensor { name: name.to_owned(), file: self.files() };
         let found = self.shape(name).ok_or_else(missing)?;
@@ -220,20 +240,30 @@ impl Weights {
                     let problem = format!("tensor {name} is stored as {}, expected F32, F16 or BF16", info.dtype);
                     Error::Malformed { path: shard.path.clone(), problem }
                 })?;
-                if let Some(tensor) =
-                    shard.in_place(info, stored, shape).filter(|_| (stored, Device::Cpu) == (kind, device))
-                {
-                    return Ok(tensor);
-                }
                 let (bytes, width) = (shard.bytes(info), stored.elt_size_in_bytes());
-                fill(shape, kind, device, threads, |elements| {
+                if (stored, Device::Cpu) == (kind, device)
+                    && let Some(tensor) = shard.in_place(info, stored, shape)
+                {
+                    let broken = n_not_finite_by(threads, bytes, stored);
+                    return finite(tensor, broken, name, &shard.path);
+                }
+                let broken = AtomicUsize::new(0);
+                let tensor = fill(shape, kind, device, threads, |elements| {
                     let block = &bytes[elements.start * width..elements.end * width];
+                    broken.fetch_add(n_not_finite(block, stored), Ordering::Relaxed);
                     Ok(Tensor::f_from_data_size(block, &[elements.len() as i64], stored)?)
-                })
+                })?;
+                finite(tensor, broken.into_inner(), name, &shard.path)
             }
             Source::Gguf(gguf) => {
                 let info = gguf.tensors().get(name).ok_or_else(missing)?;
-                fill(shape, kind, device, threads, |elements| gguf.dequantize(info, &elements))
+                let broken = AtomicUsize::new(0);
+                let tensor = fill(shape, kind, device, threads, |elements| {
+                    let values = gguf.dequantize(info, &elements)?;
+                    broken.fetch_add(values.iter().filter(|value| !value.is_finite()).count(), Ordering::Relaxed);
+                    Ok(Tensor::f_from_slice(&values)?)
+                })?;
+                finite(tensor, broken.into_inner(), name, gguf.path())
             }
             Source::Memory { tensors, .. } => {
                 let tensor = tensors.get(name).ok_or_else(missing)?;
@@ -243,7 +273,7 @@ impl Weights {
     }
 
     /// The files as they are named in messages.
-    fn files(&self) -> String {
+    pub(crate) fn files(&self) -> String {
         match &self.source {
             Source::Safetensors { shards, .. } => {
                 shards.iter().map(|shard| shard.path.display().to_string()).collect::<Vec<_>>().join(", ")
@@ -387,6 +417,49 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
     }
 }
 
+/// How many of the numbers in the bytes of a tensor are NaN or infinite: those whose exponent has all its bits set. At the speed
+/// of memory, since what has none is told by one pass of wide instructions.
+fn n_not_finite(bytes: &[u8], kind: Kind) -> usize {
+    fn count<const N: usize>(bytes: &[u8], is_broken: impl Fn([u8; N]) -> bool) -> usize {
+        const RUN: usize = 1 << 12;
+        let (numbers, _) = bytes.as_chunks::<N>();
+        let has = |run: &&[[u8; N]]| run.iter().fold(false, |any, number| any | is_broken(*number));
+        numbers.chunks(RUN).filter(has).map(|run| run.iter().filter(|number| is_broken(**number)).count()).sum()
+    }
+    match kind {
+        Kind::Half => count(bytes, |number| u16::from_le_bytes(number) & 0x7c00 == 0x7c00),
+        Kind::BFloat16 => count(bytes, |number| u16::from_le_bytes(number) & 0x7f80 == 0x7f80),
+        _ => count(bytes, |number| u32::from_le_bytes(number) & 0x7f80_0000 == 0x7f80_0000),
+    }
+}
+
+/// The same by several threads, where there is enough for them.
+fn n_not_finite_by(threads: usize, bytes: &[u8], kind: Kind) -> usize {
+    let width = kind.elt_size_in_bytes();
+    let share = (bytes.len() / width).div_ceil(threads).max(THREAD) * width;
+    let mut parts = bytes.chunks(share);
+    let first = parts.next().unwrap_or_default();
+    thread::scope(|scope| {
+        let others: Vec<_> = parts.map(|part| scope.spawn(move || n_not_finite(part, kind))).collect();
+        let join =
+            |other: thread::ScopedJoinHandle<'_, usize>| other.join().unwrap_or_else(|panic| resume_unwind(panic));
+        n_not_finite(first, kind) + others.into_iter().map(join).sum::<usize>()
+    })
+}
+
+/// The tensor, if none of its numbers is broken: one NaN makes all that is computed with it NaN.
+fn finite(tensor: Tensor, n_broken: usize, name: &str, path: &Path) -> Result<Tensor> {
+    if n_broken == 0 {
+        return Ok(tensor);
+    }
+    let problem = format!(
+        "tensor {name} is NaN or infinite in {n_broken} of its {} values, expected finite numbers; hint: fetch the file again, \
+         or go back to a checkpoint from before the training diverged",
+        tensor.numel()
+    );
+    Err(Error::Malformed { path: path.to_owned(), problem })
+}
+
 /// A new tensor, made block by block from what `block` gives for a range of elements; `threads` share a large one.
 fn fill(
     shape: &[i64],
@@ -520,6 +593,74 @@ mod tests {
             let error = fill(&[n as i64], Kind::Float, Device::Cpu, 3, block);
             assert!(message(error).contains("broken"));
         }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_refused_wherever_it_stands() {
+        let n = 2 * THREAD + 3 * BLOCK + 10;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.safetensors");
+        let bits = |number: f32, dtype| match dtype {
+            Dtype::F32 => number.to_le_bytes().to_vec(),
+            Dtype::F16 => f16::from_f32(number).to_le_bytes().to_vec(),
+            _ => bf16::from_f32(number).to_le_bytes().to_vec(),
+        };
+        let load = |kind: Kind| {
+            let weights = Weights::safetensors(std::slice::from_ref(&path)).unwrap();
+            weights
+                .root(kind, Device::Cpu)
+                .get("a.weight", &[n as i64])
+                .map(|tensor| tensor.isfinite().all().int64_value(&[]))
+        };
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let largest = match dtype {
+                Dtype::F32 => f32::MAX,
+                Dtype::F16 => f16::MAX.to_f32(),
+                _ => bf16::MAX.to_f32(),
+            };
+            let numbers = |broken: &[(usize, f32)]| {
+                let at = |at: usize| broken.iter().find(|(place, _)| *place == at).map(|(_, number)| *number);
+                let number = |i: usize| bits(at(i).unwrap_or(if i.is_multiple_of(2) { largest } else { -1e-7 }), dtype);
+                let bytes = (0..n).flat_map(number).collect();
+                write(&path, &[("a.weight", dtype, &[n], bytes)]);
+            };
+            numbers(&[]);
+            for kind in [Kind::Float, Kind::Double] {
+                assert_eq!(load(kind).unwrap(), 1, "{dtype:?}: the largest numbers are numbers");
+            }
+            for (broken, expected) in [
+                (vec![(0, f32::NAN)], 1),
+                (vec![(n - 1, f32::INFINITY)], 1),
+                (vec![(7, -f32::NAN), (BLOCK, f32::NEG_INFINITY), (THREAD + 1, f32::NAN), (n - 2, f32::INFINITY)], 4),
+            ] {
+                numbers(&broken);
+                // As it is stored it lies on the file's pages; else it is converted.
+                for kind in [Kind::Float, Kind::BFloat16] {
+                    let refused = message(load(kind));
+                    let expected =
+                        format!("m.safetensors: tensor a.weight is NaN or infinite in {expected} of its {n} values");
+                    assert!(refused.contains(&expected), "{dtype:?} as {kind:?}: {refused}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_gguf_s_broken_scale_is_refused() {
+        let mut bytes = crate::gguf::tests::tiny();
+        let gguf = Gguf::parse(bytes.clone(), Path::new("m.gguf")).unwrap();
+        let (name, info) = gguf.tensors().iter().find(|(_, info)| info.dtype.block_size() == 32).unwrap();
+        let (name, shape, at) = (name.clone(), info.shape.clone(), info.bytes.start);
+        let load = |bytes: &[u8]| {
+            let weights = Weights::gguf(Gguf::parse(bytes.to_vec(), Path::new("m.gguf")).unwrap());
+            weights.root(Kind::Float, Device::Cpu).get(&name, &shape)
+        };
+        assert!(load(&bytes).is_ok());
+        bytes[at..at + 2].copy_from_slice(&f16::NAN.to_le_bytes()); // a block's scale
+        let refused = message(load(&bytes));
+        let numel: i64 = shape.iter().product();
+        let expected = format!("m.gguf: tensor {name} is NaN or infinite in 32 of its {numel} values");
+        assert!(refused.starts_with(&expected), "{refused}");
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub struct Activations {
     /// Hook points, separated by commas, in TransformerLens' spelling; * stands for every block.
     #[arg(long, value_delimiter = ',', required = true)]
     points: Vec<String>,
-    /// A LoRA as PEFT saves it.
+    /// A LoRA as PEFT saves it: a folder, or a hub id, `Org/Name[@REVISION][:FOLDER]`.
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// Where the adapter acts, as in undertone ask.

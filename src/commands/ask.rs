@@ -35,7 +35,7 @@ pub struct Ask {
     /// What the user says.
     #[arg(long)]
     user: String,
-    /// A LoRA as PEFT saves it.
+    /// A LoRA as PEFT saves it: a folder, or a hub id, `Org/Name[@REVISION][:FOLDER]`.
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// Where the adapter acts: everywhere, nowhere, only:TOKENS, except:TOKENS, and after it any of *layers(0..12),
@@ -81,6 +81,7 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
     edits.extend(super::load_edits(&args.edits, &files)?);
     let condition = Condition { adapter: adapter.as_ref(), gate: args.gate.clone(), edits };
     let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
+    model.config.check_context("prompt", [prompt.ids.len()], args.max_new_tokens)?;
 
     let mut page = setting(args, &prompt, seed)?;
     if args.top > 0 {

@@ -8,7 +8,7 @@ use analyses::divergence::Divergence;
 use analyses::divergent::divergence_tokens;
 use anyhow::{Context, Result, bail};
 use hooks::generate::stream_seed;
-use hooks::{Adapter, ModelFiles, Prompt, Qwen, files};
+use hooks::{Adapter, ModelFiles, Prompt, Qwen, adapter_folder, files};
 use rand::SeedableRng;
 use rand::seq::index::sample;
 use rand_chacha::ChaCha8Rng;
@@ -99,7 +99,8 @@ fn adapter_of(bench: &Workbench, key: &str, folder: &Path) -> Result<Adapter> {
 fn from_elsewhere(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     for (who, key, source) in given(bench) {
         let folder = if who == "student" { run.adapter() } else { run.control_adapter() };
-        let [there, here] = [source, folder.as_path()].map(|folder| FILES.map(|name| files::read(&folder.join(name))));
+        let found = adapter_folder(source)?;
+        let [there, here] = [&found, &folder].map(|folder| FILES.map(|name| files::read(&folder.join(name))));
         let taken = run.has_recorded(&FILES.map(|name| folder.join(name)))?;
         if taken && go_on {
             if there
@@ -129,12 +130,13 @@ fn from_elsewhere(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
 /// Copies an adapter as it is, notes what it is, and gives that in a line.
 fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path), folder: &Path) -> Result<String> {
     let adapter = adapter_of(bench, key, source)?;
-    if let (Ok(source), Ok(folder)) = (source.canonicalize(), folder.canonicalize())
+    let found = adapter_folder(source)?;
+    if let (Ok(source), Ok(folder)) = (found.canonicalize(), folder.canonicalize())
         && source == folder
     {
         bail!("{key} is {}, which the run itself writes to; hint: choose another folder with --run", source.display());
     }
-    let bytes = FILES.map(|name| files::read(&source.join(name)));
+    let bytes = FILES.map(|name| files::read(&found.join(name)));
     if folder.exists() {
         std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?; // of another experiment
     }

@@ -126,6 +126,7 @@ fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_
     let sampling = bench.sampling()?;
     let bar = bar(&format!("numbers of the {}", by.set), prompts.len() as u64);
     let rows = prompts.iter().map(|user| bench.chat.prompt(by.system, user)).collect::<hooks::Result<Vec<Prompt>>>()?;
+    by.qwen.config.check_context("prompt", rows.iter().map(|row| row.ids.len()), settings.max_new_tokens)?;
     let mut checkpoint = by.checkpoint(run);
     checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint(), &by.fingerprint))?;
     checkpoint.depends_on("computed", &(&bench.experiment.device, bench.experiment.dtype))?;
