@@ -381,7 +381,7 @@ fn a_head_beside_the_lora_must_be_the_base_s() {
             "null",
             format!("lies beside the LoRA and differs from the base's in 1 of {rows} rows: a change of the base"),
         ),
-        (&more, "null", format!("has the shape [{}, 64], where the base's is [{rows}, 64]", rows + 1)),
+        (&more, "null", format!("has the shape [{}, 32], where the base's is [{rows}, 32]", rows + 1)),
         (&head, "[\"lm_head\", \"embed_tokens\"]", "modules_to_save is [\"lm_head\", \"embed_tokens\"]".to_owned()),
     ] {
         let message = Adapter::load_on(with_head(head, to_save).path(), &model).unwrap_err().to_string();

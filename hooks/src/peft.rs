@@ -245,7 +245,8 @@ impl AdapterFile {
         let mut problem =
             format!("the tensors do not fit {CONFIG}; missing: {}; unused: {}", few(missing), few(unused));
         let beginning = names::common_beginning(names);
-        if names.len() == unused.len() && !beginning.is_empty() {
+        let is_peft_s = beginning.starts_with("base_model.model.model.layers.");
+        if names.len() == unused.len() && !beginning.is_empty() && !is_peft_s {
             problem += &format!("; all begin with {beginning}");
         }
         if let Some(meaning) = unused.iter().find_map(|name| names::meaning(name)) {
