@@ -259,7 +259,7 @@ fn an_adapter_that_changes_nothing_says_so() {
     let (model, ids) = (qwen2(), Tensor::from_slice(&[1_i64, 5, 9, 3]).unsqueeze(0));
     let zeroed = |factor: &str| {
         changed(|all| {
-            all.iter_mut().filter(|(name, _)| name.contains(factor)).for_each(|(_, tensor)| drop(tensor.zero_()))
+            all.iter_mut().filter(|(name, _)| name.contains(factor)).for_each(|(_, tensor)| drop(tensor.zero_()));
         })
     };
     for factor in ["lora_A", "lora_B"] {

@@ -242,16 +242,17 @@ impl AdapterFile {
 
     /// The refusal of tensors that do not fit the configuration.
     fn misfit(&self, names: &[String], missing: &[String], unused: &[String]) -> Error {
-        let mut problem =
-            format!("the tensors do not fit {CONFIG}; missing: {}; unused: {}", few(missing), few(unused));
         let beginning = names::common_beginning(names);
-        let is_peft_s = beginning.starts_with("base_model.model.model.layers.");
-        if names.len() == unused.len() && !beginning.is_empty() && !is_peft_s {
-            problem += &format!("; all begin with {beginning}");
-        }
-        if let Some(meaning) = unused.iter().find_map(|name| names::meaning(name)) {
-            problem += &format!("; {meaning}");
-        }
+        let is_peft_s = beginning.is_empty() || beginning.starts_with("base_model.model.model.layers.");
+        let all_begin = (names.len() == unused.len() && !is_peft_s).then(|| format!("; all begin with {beginning}"));
+        let meaning = unused.iter().find_map(|name| names::meaning(name)).map(|meaning| format!("; {meaning}"));
+        let problem = format!(
+            "the tensors do not fit {CONFIG}; missing: {}; unused: {}{}{}",
+            few(missing),
+            few(unused),
+            all_begin.unwrap_or_default(),
+            meaning.unwrap_or_default()
+        );
         self.refused(problem)
     }
 

@@ -84,8 +84,8 @@ pub(super) fn meaning(name: &str) -> Option<&'static str> {
             name.matches("base_model.").count() > 1,
             "base_model twice is of an adapter around another one; the inner one is a part of its base",
         ),
-        (name.ends_with("lora_B.bias"), "lora_B.bias is of a LoRA with biases, which is not supported"),
-        (name.ends_with(".bias"), "these biases were trained beside the LoRA, which is not supported"),
+        (has("lora_B") && has("bias"), "lora_B.bias is of a LoRA with biases, which is not supported"),
+        (has("bias"), "these biases were trained beside the LoRA, which is not supported"),
         (has("token_adapter"), "token_adapter is of trained tokens, which are not supported"),
         (
             name.ends_with("lora_a") || name.ends_with("lora_b"),
@@ -99,9 +99,9 @@ pub(super) fn meaning(name: &str) -> Option<&'static str> {
 /// What all names begin with, in whole parts.
 pub(super) fn common_beginning(names: &[String]) -> String {
     let Some((first, others)) = names.split_first() else { return String::new() };
-    let same = |other: &String| first.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
-    let length = others.iter().map(same).min().unwrap_or(first.len());
-    first[..first.floor_char_boundary(length)].rfind('.').map_or(String::new(), |dot| first[..=dot].to_owned())
+    let same = |other: &String| first.split('.').zip(other.split('.')).take_while(|(one, other)| one == other).count();
+    let shared = others.iter().map(same).min().unwrap_or(0);
+    first.split_inclusive('.').take(shared).collect()
 }
 
 #[cfg(test)]
