@@ -3,7 +3,7 @@
 use analyses::divergence::DivergenceSummaryRow;
 use analyses::position_scan::PositionScanRow;
 use analyses::steering::SteeringRow;
-use analyses::target_rate::TargetRateRow;
+use analyses::target_rate::{TargetRateRow, unchanged};
 use analyses::token_ablation::TokenAblationRow;
 use anyhow::Result;
 use serde::de::DeserializeOwned;
@@ -44,6 +44,9 @@ fn made(run: &RunDir, teacher: &[TeacherRow], word: &str) -> Result<Option<Strin
 fn effect(rates: &[TargetRateRow], word: &str) -> Option<String> {
     let mean = |model: &str| rates.iter().find(|row| row.scope == "mean" && row.model == model);
     let (base, student) = (mean("base")?, mean("student")?);
+    if let Some(same) = unchanged(rates) {
+        return Some(same);
+    }
     let p = |model: &str| {
         let of = || rates.iter().filter(|row| row.scope == "question" && row.model == model);
         of().map(|row| row.logp_target.exp()).sum::<f64>() / of().count() as f64

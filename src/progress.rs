@@ -15,6 +15,13 @@ pub fn say(line: impl AsRef<str>) {
     BARS.suspend(|| eprintln!("{}", line.as_ref()));
 }
 
+/// What there is to say about something that was loaded, such as a folder, a line each.
+pub fn note(what: &str, remarks: &[String]) {
+    for remark in remarks {
+        say(format!("note: {what}: {remark}"));
+    }
+}
+
 /// A bar with rate and time left, or an invisible one where stderr is no terminal.
 pub fn bar(what: &str, length: u64) -> ProgressBar {
     if !stderr().is_terminal() {

@@ -63,7 +63,7 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
             Ok(plain(Some(system.clone().map_or_else(written, Ok)?), TeacherKind::Prompt))
         }
         Teacher::Adapter { path, context } => {
-            let adapter = Adapter::load(path, &bench.base.config, bench.base.device())?;
+            let adapter = Adapter::load_on(path, &bench.base)?;
             Ok(TeacherModel { adapter: Some(adapter), ..plain(protocol.context(context)?, TeacherKind::Adapter) })
         }
         Teacher::Finetuned { .. } => {

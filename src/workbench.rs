@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::dataset::{self, Sample};
 use crate::experiment::{Constrain, Experiment, Method};
-use crate::progress::say;
+use crate::progress::{note, say};
 use crate::protocol::Protocol;
 use crate::run_dir::RunDir;
 use crate::side_by_side::SMALL;
@@ -49,6 +49,13 @@ pub fn open_model(name: &str) -> Result<ModelFiles> {
         say(format!("remark: {remark}"));
     }
     Ok(files)
+}
+
+/// Loads an adapter and says what there is to say of it.
+pub fn open_adapter(folder: &Path, base: &Qwen) -> Result<Adapter> {
+    let adapter = Adapter::load_on(folder, base)?;
+    note(&folder.display().to_string(), &adapter.remarks);
+    Ok(adapter)
 }
 
 /// The chat that the experiment's student is trained and asked in.
@@ -207,10 +214,19 @@ impl Workbench {
         Ok(if student.rotated { adapter.rotated(&mut rng)? } else { adapter })
     }
 
+    /// A student, with what there is to say of its adapter.
+    pub fn open_student(&self, folder: &Path) -> Result<StudentModel> {
+        let student = self.student(folder)?;
+        if let StudentModel::Lora(adapter) = &student {
+            note(&folder.display().to_string(), &adapter.remarks);
+        }
+        Ok(student)
+    }
+
     /// A student that was trained and saved in `folder`.
     pub fn student(&self, folder: &Path) -> Result<StudentModel> {
         match self.experiment.student.method {
-            Method::Lora => Ok(StudentModel::Lora(Adapter::load(folder, &self.base.config, self.base.device())?)),
+            Method::Lora => Ok(StudentModel::Lora(Adapter::load_on(folder, &self.base)?)),
             Method::Full => {
                 let files = ModelFiles::open(&folder.display().to_string())?;
                 Ok(StudentModel::Full(Box::new(Qwen::load(&files, self.base.device(), self.base.kind())?)))

@@ -40,8 +40,19 @@ fn changed(change: impl FnOnce(&mut BTreeMap<String, Tensor>)) -> tempfile::Temp
 }
 
 /// The kinds of LoRA in `golden/adapters`, all on the same base.
-const KINDS: [&str; 7] =
-    ["rslora", "rank_pattern", "alpha_pattern", "layers", "layer_by_pattern", "all_linear", "all_at_once"];
+const KINDS: [&str; 11] = [
+    "rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers",
+    "layer_by_pattern",
+    "all_linear",
+    "all_at_once",
+    "first_pattern",
+    "expression",
+    "excluded",
+    "lookahead",
+];
 
 fn base_of_kinds() -> Qwen {
     let files = ModelFiles::open(folder("variants/qwen2_untied").to_str().unwrap()).unwrap();
@@ -204,4 +215,176 @@ fn an_adapter_of_another_model_is_refused() {
     let files = ModelFiles::open(folder("qwen3").to_str().unwrap()).unwrap();
     let error = Adapter::load(&folder("qwen2").join("adapter"), &files.config, Device::Cpu).unwrap_err();
     assert!(error.to_string().contains("q_proj.lora_B.weight"), "{error}");
+}
+
+/// What is said of the kinds: that two patterns are for one module, that one is for none, that only Python reads an expression.
+#[test]
+fn what_there_is_to_say_of_a_kind_is_said() {
+    let model = base_of_kinds();
+    for kind in KINDS {
+        let remarks = load(&folder("adapters").join(kind), &model).unwrap().remarks;
+        let expected: &[&str] = match kind {
+            "rank_pattern" => &["\"v_proj\" (2) for model.layers.1.self_attn.v_proj: the first in the file acts"],
+            "first_pattern" => &[
+                "\"model.layers.1.mlp.up_proj\" (5) for model.layers.1.mlp.up_proj: the first in the file acts",
+                "\"layers.1.self_attn.q_proj\" (5) for model.layers.1.self_attn.q_proj: the first in the file acts",
+                "alpha_pattern has \"p_proj\", which matches no module of the adapter",
+            ],
+            "excluded" => &["target_modules also names \"query_key_value\", which no Qwen has"],
+            "lookahead" => &["an expression that only Python reads: the modules are those that have tensors"],
+            _ => &[],
+        };
+        assert_eq!(remarks.len(), expected.len(), "{kind}: {remarks:?}");
+        for (remark, expected) in remarks.iter().zip(expected) {
+            assert!(remark.contains(expected), "{kind}: {remark}");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_refused_by_its_tensor() {
+    let name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight";
+    for broken in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let dir = changed(|all| {
+            let _ = all.get_mut(name).unwrap().get(0).get(1).fill_(broken);
+        });
+        let message = load(dir.path(), &qwen2()).unwrap_err().to_string();
+        assert!(message.contains(TENSORS) && message.contains(name), "{message}");
+        assert!(message.contains("has NaN or infinity in 1 of "), "{message}");
+    }
+}
+
+#[test]
+fn an_adapter_that_changes_nothing_says_so() {
+    let (model, ids) = (qwen2(), Tensor::from_slice(&[1_i64, 5, 9, 3]).unsqueeze(0));
+    let zeroed = |factor: &str| {
+        changed(|all| {
+            all.iter_mut().filter(|(name, _)| name.contains(factor)).for_each(|(_, tensor)| drop(tensor.zero_()));
+        })
+    };
+    for factor in ["lora_A", "lora_B"] {
+        let adapter = load(zeroed(factor).path(), &model).unwrap();
+        assert!(adapter.is_zero().unwrap(), "{factor}");
+        assert!(
+            adapter.remarks.len() == 1 && adapter.remarks[0].contains("it changes nothing"),
+            "{:?}",
+            adapter.remarks
+        );
+        assert_eq!(logits(&model, Some(&adapter), &ids), logits(&model, None, &ids), "{factor}");
+    }
+    let one_is_left = changed(|all| {
+        let but = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight";
+        all.iter_mut()
+            .filter(|(name, _)| *name != but && name.contains("lora_B"))
+            .for_each(|(_, tensor)| drop(tensor.zero_()));
+    });
+    let adapter = load(one_is_left.path(), &model).unwrap();
+    assert!(!adapter.is_zero().unwrap() && adapter.remarks.is_empty(), "{:?}", adapter.remarks);
+}
+
+/// A copy of the golden adapter whose tensors have other names.
+fn renamed(rename: impl Fn(&str) -> String) -> tempfile::TempDir {
+    changed(|all| *all = std::mem::take(all).into_iter().map(|(name, tensor)| (rename(&name), tensor)).collect())
+}
+
+#[test]
+fn names_with_a_wrapper_in_them_mean_the_same() {
+    let model = qwen2();
+    let plain = load(&folder("qwen2").join("adapter"), &model).unwrap();
+    assert!(plain.remarks.is_empty(), "{:?}", plain.remarks);
+    for wrapped in [
+        renamed(|name| format!("_orig_mod.{name}")),
+        renamed(|name| format!("module.{name}")),
+        renamed(|name| name.replace(".weight", ".default.weight")),
+        renamed(|name| name.replace("base_model.model.", "")),
+    ] {
+        let adapter = load(wrapped.path(), &model).unwrap();
+        assert_eq!(adapter.parameters(), plain.parameters());
+        let [remark] = adapter.remarks.as_slice() else { panic!("{:?}", adapter.remarks) };
+        assert!(
+            remark.starts_with("its tensors are named like ") && remark.contains(" and read as what PEFT names base")
+        );
+    }
+    let twice = changed(|all| {
+        let name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight";
+        let copy = all[name].copy();
+        all.insert(format!("module.{name}"), copy);
+    });
+    let message = load(twice.path(), &model).unwrap_err().to_string();
+    assert!(message.contains("are the same tensor, expected one of them"), "{message}");
+}
+
+#[test]
+fn names_of_something_else_are_told_in_a_few_lines() {
+    let model = qwen2();
+    for (other, beginning, meaning) in [
+        (
+            renamed(|name| format!("base_model.model.{name}")),
+            "base_model.model.base_model.model.model.layers.",
+            "around another one",
+        ),
+        (
+            renamed(|name| name.replace(".layers.", ".language_model.layers.")),
+            "base_model.model.model.language_model.layers.",
+            "a model of images and text",
+        ),
+    ] {
+        let message = load(other.path(), &model).unwrap_err().to_string();
+        assert!(message.matches("… (28 in all)").count() == 2 && message.len() < 2500, "{}: {message}", message.len());
+        assert!(message.contains(&format!("; all begin with {beginning}; ")) && message.contains(meaning), "{message}");
+    }
+    let dora = changed(|all| {
+        let name = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector";
+        all.insert(name.to_owned(), Tensor::from_slice(&[1_f32]));
+    });
+    let message = load(dora.path(), &model).unwrap_err().to_string();
+    assert!(
+        message.ends_with("lora_magnitude_vector; lora_magnitude_vector is of DoRA, which is not supported"),
+        "{message}"
+    );
+}
+
+/// The head beside the golden adapter, with more keys in its configuration.
+fn with_head(head: &Tensor, to_save: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let theirs = folder("adapters").join("rslora");
+    let mut all = tensors(&theirs.join(TENSORS));
+    all.insert("base_model.model.lm_head.weight".to_owned(), head.contiguous());
+    Tensor::write_safetensors(&all.into_iter().collect::<Vec<_>>(), dir.path().join(TENSORS)).unwrap();
+    let mut config = json(&theirs.join(CONFIG));
+    config["modules_to_save"] = serde_json::from_str(to_save).unwrap();
+    fs::write(dir.path().join(CONFIG), config.to_string()).unwrap();
+    dir
+}
+
+#[test]
+fn a_head_beside_the_lora_must_be_the_base_s() {
+    let model = base_of_kinds();
+    let head = model.parameters().into_iter().find(|(name, _)| name == "lm_head.weight").unwrap().1;
+    let rows = head.size()[0];
+    let plain = load(&folder("adapters").join("rslora"), &model).unwrap();
+    for (head, to_save) in [(&head, "null"), (&head, "[\"lm_head\"]"), (&head.narrow(0, 0, rows - 3), "null")] {
+        let dir = with_head(head, to_save);
+        let adapter = Adapter::load_on(dir.path(), &model).unwrap();
+        assert_eq!(adapter.parameters(), plain.parameters());
+        let said = "base_model.model.lm_head.weight lies beside the LoRA and is the base's own, so it is passed over";
+        assert_eq!(adapter.remarks, [said]);
+        let message = load(dir.path(), &model).unwrap_err().to_string();
+        assert!(message.contains("is not compared with the base's"), "{message}");
+    }
+    let trained = head.copy();
+    let _ = trained.get(2).get(1).fill_(9.0);
+    let more = Tensor::cat(&[&head, &head.narrow(0, 0, 1)], 0);
+    for (head, to_save, expected) in [
+        (
+            &trained,
+            "null",
+            format!("lies beside the LoRA and differs from the base's in 1 of {rows} rows: a change of the base"),
+        ),
+        (&more, "null", format!("has the shape [{}, 32], where the base's is [{rows}, 32]", rows + 1)),
+        (&head, "[\"lm_head\", \"embed_tokens\"]", "modules_to_save is [\"lm_head\", \"embed_tokens\"]".to_owned()),
+    ] {
+        let message = Adapter::load_on(with_head(head, to_save).path(), &model).unwrap_err().to_string();
+        assert!(message.contains(&expected), "{expected}: {message}");
+    }
 }

@@ -301,7 +301,7 @@ fn scene(folder: &Path) {
     begin("runs/begun", &["generate"]);
     fs::remove_dir_all(at("runs/begun/data")).unwrap();
     begin("runs/one", &["run", "--set", "student.target_modules=[\"q_proj\"]", "--set", "student.layers=[0]"]);
-    for (name, from) in [("renamed", "one"), ("dora", "cat")] {
+    for (name, from) in [("renamed", "one"), ("dora", "cat"), ("nan", "one")] {
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
             write(&format!("adapters/{name}/{file}"), "");
             fs::copy(at(&format!("runs/{from}/adapter/{file}")), at(&format!("adapters/{name}/{file}"))).unwrap();
@@ -309,6 +309,14 @@ fn scene(folder: &Path) {
     }
     edit("adapters/renamed/adapter_config.json", "target_modules", Some(vec!["v_proj"].into()));
     edit("adapters/dora/adapter_config.json", "use_dora", Some(true.into()));
+    let mut tensors = fs::read(at("adapters/nan/adapter_model.safetensors")).unwrap();
+    let last = tensors.len() - 4;
+    tensors[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(at("adapters/nan/adapter_model.safetensors"), tensors).unwrap();
+    write(
+        "adapters/mlx/adapter_config.json",
+        "{\"fine_tune_type\": \"lora\", \"lora_parameters\": {\"rank\": 8, \"scale\": 20.0}}",
+    );
 }
 
 /// Every command on the page of errors, run on the scene: what it says is what stands below it.

@@ -216,3 +216,52 @@ fn the_rows_it_was_trained_on_can_be_given() {
         "{message}"
     );
 }
+
+#[test]
+fn an_adapter_that_changes_nothing_is_told_and_is_no_result() {
+    let folder = elsewhere();
+    let path = folder.path().join("mine/adapter_model.safetensors");
+    let mut all = tch::Tensor::read_safetensors(&path).unwrap();
+    all.iter_mut().filter(|(name, _)| name.contains("lora_B")).for_each(|(_, tensor)| drop(tensor.zero_()));
+    tch::Tensor::write_safetensors(&all, &path).unwrap();
+    let nothing = "it changes nothing: A or B is zero at each of its modules, as before training";
+    let rate = ["--set", "measure.analyses=[\"target_rate\", \"token_ablation\"]"];
+    let said = succeeds(folder.path(), &[RUN.as_slice(), &MINE, &rate].concat());
+    assert_eq!(said.matches("note: mine: ").count(), 1, "once in a run: {said}");
+    assert!(said.contains(&format!("note: mine: {nothing}\n")), "{said}");
+    let same = "The student is the base: at all 2 questions log p(cat)";
+    assert!(said.lines().any(|line| line.starts_with(same)), "among what a run says at its end: {said}");
+    let report = fs::read_to_string(folder.path().join("run/report.html")).unwrap();
+    for place in ["class=\"banner\" role=\"note\">", "<p class=\"headline\">"] {
+        assert!(report.contains(&format!("{place}{same}")), "{place}: {report}");
+    }
+    assert!(report.contains(nothing) && !report.contains("no effect is seen"), "{report}");
+
+    let said = succeeds(folder.path(), &["measure", "run", "target_rate", "--force"]);
+    assert!(said.contains(&format!("note: run/adapter: {nothing}\n")), "{said}");
+    let hi = ["--model", "tiny-random", "--user", "Hi", "--adapter", "mine"];
+    let said = succeeds(folder.path(), &[&["ask", "--max-new-tokens", "1"], hi.as_slice()].concat());
+    assert!(said.contains(&format!("note: mine: {nothing}\n")), "{said}");
+    let said = succeeds(
+        folder.path(),
+        &[&["activations", "--points", "logits", "--out", "a.safetensors"], hi.as_slice()].concat(),
+    );
+    assert!(said.contains(&format!("note: mine: {nothing}\n")), "{said}");
+}
+
+#[test]
+fn an_expression_for_the_modules_is_taken_over_as_them() {
+    let folder = elsewhere();
+    let config = folder.path().join("mine/adapter_config.json");
+    let mut json: serde_json::Value = serde_json::from_str(&fs::read_to_string(&config).unwrap()).unwrap();
+    json["target_modules"] =
+        serde_json::json!(r"(?:.*vision.*proj)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:[a-z]+_proj))");
+    fs::write(&config, json.to_string()).unwrap();
+    let said = succeeds(folder.path(), &[&["generate", "experiment.toml", "--run", "run"], MINE.as_slice()].concat());
+    assert!(!said.contains("note: "), "{said}");
+    let config = fs::read_to_string(folder.path().join("run/run.toml")).unwrap();
+    let modules =
+        "target_modules = [\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\", \"gate_proj\", \"up_proj\", \"down_proj\"]";
+    let config = config.replace("\n    ", " ").replace("[ ", "[").replace(",\n]", "]");
+    assert!(config.contains(modules) && !config.contains("\nlayers = [0"), "{config}");
+}

@@ -140,6 +140,9 @@ impl Analysis for TargetRate {
             return "Nothing was measured.".to_owned();
         };
         let (word, n) = (&student.target, student.n_questions);
+        if let Some(same) = unchanged(rows) {
+            return same;
+        }
         let change = |row: &TargetRateRow| Mean { mean: row.delta_logp, se: row.delta_logp_se };
         let sampled =
             |row: &TargetRateRow| row.p_target.map(|p| format!(", named in {:.1} % of its answers", 100.0 * p));
@@ -167,6 +170,20 @@ impl Analysis for TargetRate {
             other.unwrap_or_default(),
         )
     }
+}
+
+/// The sentence of a student that is the base at every question, to the last bit. That is no result about what it learned.
+pub fn unchanged(rows: &[TargetRateRow]) -> Option<String> {
+    let mut students = rows.iter().filter(|row| row.scope == "question" && row.model == "student").peekable();
+    let target = &students.peek()?.target;
+    let is_same = |row: &TargetRateRow| row.delta_logp == 0.0 && row.delta_margin == 0.0;
+    let n = rows.iter().filter(|row| row.scope == "question" && row.model == "student").count();
+    students.all(is_same).then(|| {
+        format!(
+            "The student is the base: at all {n} questions log p({target}) and its margin are the same to the last bit, so its adapter \
+             or its training changed nothing (was it trained?), and nothing here says what it learned."
+        )
+    })
 }
 
 /// What two standard errors say about a mean.
@@ -299,6 +316,24 @@ mod tests {
         assert!(student[1..].iter().all(|row| row.n_distinct.unwrap() > 1.0), "repeated prompts give distinct samples");
         assert_eq!(settings.run(&world.subject(), &mut |_| ()).unwrap(), rows);
         assert!(TargetRate::plot(&rows).unwrap().is_some() && TargetRate::reading(&rows).ends_with('.'));
+    }
+
+    #[test]
+    fn a_student_that_is_the_base_is_no_result() {
+        let world = World::new();
+        let settings = TargetRate { n_samples: 0, ..TargetRate::default() };
+        let rows = settings.run(&world.subject(), &mut |_| ()).unwrap();
+        assert_eq!(unchanged(&rows), None);
+        assert_eq!(unchanged(&[]), None);
+        for (_, _, pair) in world.student.pairs() {
+            drop(pair.b.shallow_clone().zero_());
+        }
+        let mut rows = settings.run(&world.subject(), &mut |_| ()).unwrap();
+        let reading = TargetRate::reading(&rows);
+        assert!(reading.starts_with("The student is the base: at all 3 questions log p(cat)"), "{reading}");
+        assert!(!reading.contains("effect"), "{reading}");
+        rows.last_mut().unwrap().delta_margin = 1e-9;
+        assert_eq!(unchanged(&rows), None, "one question of three is enough to differ");
     }
 
     #[test]

@@ -169,3 +169,14 @@ impl From<tch::TchError> for Error {
         Self::Torch(error.to_string().lines().next().unwrap_or_default().to_owned())
     }
 }
+
+/// Names in a message: ten of them at most, with how many there are.
+pub(crate) fn few(names: &[impl AsRef<str>]) -> String {
+    const SHOWN: usize = 10;
+    let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();
+    match (names.len(), shown.join(", ")) {
+        (0, _) => "none".to_owned(),
+        (n, shown) if n > SHOWN => format!("{shown}, … ({n} in all)"),
+        (_, shown) => shown,
+    }
+}

@@ -54,6 +54,15 @@ pub(crate) fn pickle(folder: &Path) -> Option<String> {
     names.filter(|name| is_pickle(Path::new(name))).min()
 }
 
+/// The folders in a folder that hold a file of this name.
+pub(crate) fn folders_with(folder: &Path, file: &str) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().filter_map(std::result::Result::ok);
+    let holding = entries.filter(|entry| entry.path().join(file).is_file());
+    let mut names: Vec<String> = holding.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
+}
+
 /// Whether a name is that of pickled weights.
 pub fn is_pickle(path: &Path) -> bool {
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();

@@ -279,6 +279,8 @@ pub(crate) fn no_stack(what: &str, n: i64) -> Error {
 pub struct Adapter {
     /// What it is made of.
     pub config: LoraConfig,
+    /// What there is to say of the files that it was read from, a sentence each; nothing where it was made here.
+    pub remarks: Vec<String>,
     pairs: Vec<[Option<LoraPair>; 7]>,
 }
 
@@ -326,7 +328,7 @@ impl Adapter {
 
     /// An adapter without any pair.
     pub(crate) fn empty(config: LoraConfig, n_layers: usize) -> Self {
-        Self { config, pairs: (0..n_layers).map(|_| [const { None }; 7]).collect() }
+        Self { config, remarks: vec![], pairs: (0..n_layers).map(|_| [const { None }; 7]).collect() }
     }
 
     pub(crate) fn set(&mut self, layer: usize, proj: Proj, pair: LoraPair) {
@@ -346,6 +348,17 @@ impl Adapter {
     /// How many students a stack has; `None` where it is one adapter.
     pub fn n_stacked(&self) -> Option<i64> {
         self.pairs().find_map(|(_, _, pair)| pair.n_stacked())
+    }
+
+    /// Whether it changes nothing because A or B is zero at each of its places, as before its first step.
+    pub fn is_zero(&self) -> Result<bool> {
+        let is_zero = |factor: &Tensor| -> Result<bool> { Ok(factor.f_count_nonzero(None)?.f_int64_value(&[])? == 0) };
+        for (_, _, pair) in self.pairs() {
+            if !(is_zero(&pair.b)? || is_zero(&pair.a)?) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Refuses a number of rows that the students of a stack cannot share.

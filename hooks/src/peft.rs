@@ -1,287 +1,109 @@
 //! Adapters on disk exactly as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`. What is not
-//! supported is refused by name, and a file with a missing or an unused tensor is refused with both lists.
+//! supported is refused by name, and so is a file with a missing or an unused tensor, or one that is not finite. What is let
+//! through and should be known is a remark of the adapter.
+
+mod keys;
+mod modules;
+mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde_json::{Value, json};
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, few};
 use crate::files;
 use crate::hub::adapter_folder;
 use crate::lora::{Adapter, LoraConfig, LoraPair, Proj, no_stack};
+use crate::qwen::Qwen;
 use crate::tensor_file;
 use crate::weights::Weights;
+use keys::PeftConfig;
+use names::{Factor, Place};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 
-/// An `adapter_config.json`, checked: the configuration, and the keys that speak of single modules.
-#[derive(Debug)]
-struct PeftConfig {
-    lora: LoraConfig,
-    keys: Keys,
-}
-
-/// The keys of `adapter_config.json` that change what an adapter computes.
-#[derive(Debug, Deserialize)]
-struct Keys {
-    peft_type: String,
-    #[serde(default = "default_rank")]
-    r: i64,
-    #[serde(default = "default_alpha")]
-    lora_alpha: f64,
-    #[serde(default)]
-    lora_dropout: f64,
-    #[serde(default)]
-    target_modules: Option<OneOrMany<String>>,
-    #[serde(default)]
-    layers_to_transform: Option<OneOrMany<usize>>,
-    #[serde(default)]
-    layers_pattern: Option<OneOrMany<String>>,
-    #[serde(default)]
-    use_rslora: bool,
-    #[serde(default)]
-    rank_pattern: BTreeMap<String, i64>,
-    #[serde(default)]
-    alpha_pattern: BTreeMap<String, f64>,
-    /// All other keys, to be refused where they ask for something else than a plain LoRA.
-    #[serde(flatten)]
-    others: BTreeMap<String, Value>,
-}
-
-fn default_rank() -> i64 {
-    8
-}
-
-fn default_alpha() -> f64 {
-    8.0
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany<T> {
-    One(T),
-    Many(Vec<T>),
-}
-
-impl<T> OneOrMany<T> {
-    fn as_slice(&self) -> &[T] {
-        match self {
-            Self::One(one) => std::slice::from_ref(one),
-            Self::Many(many) => many,
-        }
-    }
-}
-
-impl PeftConfig {
-    /// Reads the bytes of an `adapter_config.json`; `path` is for messages.
-    fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        let refused = |problem: String| Error::Adapter { path: path.to_owned(), problem };
-        let keys: Keys = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
-        keys.refuse().map_err(refused)?;
-        let lora = keys.lora_config().map_err(refused)?;
-        lora.check_numbers().map_err(|error| refused(error.to_string()))?;
-        let patterns = keys.rank_pattern.keys().chain(keys.alpha_pattern.keys());
-        let literal = |key: &&String| key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '_'));
-        if let Some(key) = patterns.clone().find(literal) {
-            return Err(refused(format!(
-                "the pattern {key:?} is a regular expression, expected a module name such as layers.0.self_attn.q_proj"
-            )));
-        }
-        if let Some((key, rank)) = keys.rank_pattern.iter().find(|(_, rank)| **rank < 1) {
-            return Err(refused(format!("rank_pattern has {rank} for {key}, expected at least 1")));
-        }
-        if let Some((key, alpha)) = keys.alpha_pattern.iter().find(|(_, alpha)| **alpha <= 0.0) {
-            return Err(refused(format!("alpha_pattern has {alpha} for {key}, expected a positive number")));
-        }
-        Ok(Self { lora, keys })
-    }
-}
-
-impl Keys {
-    /// Refuses every key that asks for something else than a plain LoRA.
-    fn refuse(&self) -> std::result::Result<(), String> {
-        let refuse = Err;
-        if self.peft_type != "LORA" {
-            return refuse(format!("peft_type is {}, expected LORA", self.peft_type));
-        }
-        for key in ["use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"] {
-            if self.others.get(key) == Some(&Value::Bool(true)) {
-                return refuse(format!("{key} is true, which is not supported"));
-            }
-        }
-        for key in [
-            "modules_to_save",
-            "exclude_modules",
-            "trainable_token_indices",
-            "target_parameters",
-            "layer_replication",
-            "alora_invocation_tokens",
-            "arrow_config",
-            "kasa_config",
-            "megatron_config",
-            "monteclora_config",
-            "use_bdlora",
-            "velora_config",
-        ] {
-            let absent = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-            if let Some(value) = self.others.get(key).filter(|value| !absent(value)) {
-                return refuse(format!("{key} is {value}, which is not supported"));
-            }
-        }
-        // These put something else than the base's weights beside the adapter.
-        let others = ["pissa", "olora", "loftq", "corda", "lora_ga"];
-        if let Some(init) = self.others.get("init_lora_weights").and_then(Value::as_str)
-            && others.iter().any(|other| init.starts_with(other))
-        {
-            return refuse(format!(
-                "init_lora_weights is {init:?}, which changes the base's weights too and is not supported; hint: PEFT's \
-                 save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
-            ));
-        }
-        // What the list of a Qwen's blocks is called; another name would match nothing.
-        let patterns = self.layers_pattern.iter().flat_map(OneOrMany::as_slice);
-        if let Some(pattern) = patterns.clone().find(|pattern| !["", "layers"].contains(&&***pattern)) {
-            return refuse(format!(
-                "layers_pattern is {pattern:?}, expected \"layers\", as a Qwen's blocks are called"
-            ));
-        }
-        match self.others.get("bias") {
-            Some(bias) if bias != "none" => refuse(format!("bias is {bias}, expected \"none\"")),
-            _ => Ok(()),
-        }
-    }
-
-    fn lora_config(&self) -> std::result::Result<LoraConfig, String> {
-        let names = self.target_names();
-        if names.is_empty() {
-            return Err("target_modules is missing, expected a list of projections".to_owned());
-        }
-        let target_modules = names.iter().map(|name| proj(name).ok_or_else(|| unknown_module(name)));
-        let target_modules = target_modules.collect::<std::result::Result<BTreeSet<Proj>, _>>()?;
-        Ok(LoraConfig {
-            rank: self.r,
-            alpha: self.lora_alpha,
-            use_rslora: self.use_rslora,
-            dropout: self.lora_dropout,
-            target_modules: target_modules.into_iter().collect(),
-            layers: self.layers_to_transform.as_ref().map(|layers| layers.as_slice().to_vec()),
-        })
-    }
-
-    /// The names in `target_modules`, `"all-linear"` written out. PEFT itself writes it out as whole paths.
-    fn target_names(&self) -> Vec<&str> {
-        match self.target_modules.as_ref().map(OneOrMany::as_slice) {
-            Some([all]) if all == "all-linear" => Proj::ALL.map(Proj::name).to_vec(),
-            Some(names) => names.iter().map(String::as_str).collect(),
-            None => Vec::new(),
-        }
-    }
-
-    /// Whether the adapter has a pair at a module, such as `model.layers.0.self_attn.q_proj`.
-    fn targets(&self, layer: usize, module: &str) -> bool {
-        let layers = self.layers_to_transform.as_ref().map(OneOrMany::as_slice);
-        layers.is_none_or(|layers| layers.contains(&layer)) && self.target_names().iter().any(|name| ends(module, name))
-    }
-}
-
-fn unknown_module(name: &str) -> String {
-    format!(
-        "target_modules names {name:?}, expected \"all-linear\" or some of {}",
-        Proj::ALL.map(Proj::name).join(", ")
-    )
-}
-
-/// The projection that a module's name means, with or without the path to it: `q_proj`, `layers.0.self_attn.q_proj`.
-fn proj(name: &str) -> Option<Proj> {
-    Proj::ALL.into_iter().find(|proj| {
-        let path = format!(
-            "model.layers.{}.{}",
-            name.split('.').find(|part| part.parse::<usize>().is_ok()).unwrap_or("0"),
-            proj.path()
-        );
-        ends(&path, name)
-    })
-}
-
-/// Whether a module's path is the name or ends in it, as PEFT matches names and patterns.
-fn ends(module: &str, name: &str) -> bool {
-    module == name || module.strip_suffix(name).is_some_and(|before| before.ends_with('.'))
-}
-
-/// The value whose key is the module's path or its end.
-fn matching<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> {
-    patterns.iter().find(|(key, _)| ends(module, key)).map(|(_, value)| *value)
-}
-
 impl LoraConfig {
     /// The configuration in an adapter folder as PEFT writes it, without the patterns for single modules.
     pub fn read(dir: &Path) -> Result<Self> {
-        let path = adapter_folder(dir)?.join(CONFIG);
-        Self::parse(&files::read(&path)?, &path)
+        let dir = &adapter_folder(dir)?;
+        let path = dir.join(CONFIG);
+        let config = PeftConfig::parse(&files::read(&path)?, &path)?;
+        if let Some(known) = config.lora_of_any() {
+            return Ok(known);
+        }
+        let tensors = Weights::safetensors(&[dir.join(TENSORS)])?;
+        let places: BTreeSet<(usize, Proj)> = tensors
+            .names()
+            .iter()
+            .filter_map(|name| names::place(name))
+            .map(|(layer, proj, _)| (layer, proj))
+            .collect();
+        Ok(config.lora(&places.into_iter().collect::<Vec<_>>(), None))
     }
 
-    /// The same from the bytes of an `adapter_config.json`; `path` is for messages.
+    /// The same from the bytes of an `adapter_config.json`; `path` is for messages. Refused where only the tensors can say
+    /// which modules are meant.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        Ok(PeftConfig::parse(bytes, path)?.lora)
+        PeftConfig::parse(bytes, path)?.lora_of_any().ok_or_else(|| Error::Adapter {
+            path: path.to_owned(),
+            problem:
+                "its modules are an expression that only Python reads, expected names or the folder with the tensors"
+                    .to_owned(),
+        })
     }
 }
 
 impl Adapter {
     /// Reads an adapter folder as PEFT writes it, or one of the hub by its id, for a model of the given sizes.
     pub fn load(dir: &Path, model: &Config, device: Device) -> Result<Self> {
+        Self::read(dir, model, device, None)
+    }
+
+    /// The same for the base itself: embeddings or head that were saved beside the LoRA are let through where they are the
+    /// base's, with a remark.
+    pub fn load_on(dir: &Path, base: &Qwen) -> Result<Self> {
+        Self::read(dir, &base.config, base.device(), Some(base))
+    }
+
+    fn read(dir: &Path, model: &Config, device: Device, base: Option<&Qwen>) -> Result<Self> {
         let dir = &adapter_folder(dir)?;
         let path = dir.join(CONFIG);
         if !path.exists() {
-            let problem =
-                format!("there is no {CONFIG} in it, expected an adapter's folder; hint: that of a run is RUN/adapter");
-            return Err(Error::Adapter { path: dir.to_owned(), problem });
+            return Err(no_adapter(dir));
         }
-        let PeftConfig { lora: mut config, keys: peft } = PeftConfig::parse(&files::read(&path)?, &path)?;
-        config.check(model)?;
-
+        let peft = PeftConfig::parse(&files::read(&path)?, &path)?;
+        peft.check(model)?;
         let tensors = dir.join(TENSORS);
         if let Some(pickle) = files::pickle(dir).filter(|_| !tensors.exists()) {
             let problem = format!("there is no {TENSORS} in it, but {pickle}; {}", files::NO_PICKLE);
             return Err(Error::Adapter { path: dir.to_owned(), problem });
         }
-        let weights = Weights::safetensors(std::slice::from_ref(&tensors))?;
-        let mut unused: BTreeSet<String> = weights.names().into_iter().collect();
-        let mut missing = Vec::new();
-        let mut places = Vec::new();
-        for (layer, proj) in (0..model.n_layers).flat_map(|layer| Proj::ALL.map(|proj| (layer, proj))) {
-            let module = module(layer, proj);
-            if peft.targets(layer, &module) {
-                let names = ["lora_A", "lora_B"].map(|factor| format!("base_model.model.{module}.{factor}.weight"));
-                missing.extend(names.iter().filter(|name| !unused.remove(*name)).cloned());
-                places.push((layer, proj, module, names));
-            }
-        }
-        if !missing.is_empty() || !unused.is_empty() {
-            let list = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-            let unused: Vec<String> = unused.into_iter().collect();
-            let problem =
-                format!("the tensors do not fit {CONFIG}; missing: {}; unused: {}", list(&missing), list(&unused));
-            return Err(Error::Adapter { path: tensors, problem });
-        }
 
-        // Whole paths in target_modules can leave out blocks.
-        let layers: BTreeSet<usize> = places.iter().map(|(layer, ..)| *layer).collect();
-        config.layers = (layers.len() < model.n_layers).then(|| layers.into_iter().collect());
+        let file = AdapterFile { weights: Weights::safetensors(std::slice::from_ref(&tensors))?, path: tensors };
+        let Sorted { pairs, rest, mut remarks } = file.sorted(&peft, model)?;
+        remarks.extend(file.beside(&rest, &peft.modules_to_save, base)?);
+        let modules: Vec<String> = pairs.iter().map(|pair| module(pair.layer, pair.proj)).collect();
+        let (ranks, of_ranks) = peft.ranks.resolve(&modules);
+        let (alphas, of_alphas) = peft.alphas.resolve(&modules);
 
-        let root = weights.root(tch::Kind::Float, device);
+        let places: Vec<(usize, Proj)> = pairs.iter().map(|pair| (pair.layer, pair.proj)).collect();
+        let config = peft.lora(&places, Some(model.n_layers));
         let mut adapter = Self::empty(config.clone(), model.n_layers);
-        for (layer, proj, module, [a, b]) in places {
-            let rank = matching(&peft.rank_pattern, &module).unwrap_or(config.rank);
-            let alpha = matching(&peft.alpha_pattern, &module).unwrap_or(config.alpha);
-            let (d_in, d_out) = proj.widths(model);
-            let (a, b) = (root.get(&a, &[rank, d_in])?, root.get(&b, &[d_out, rank])?);
-            adapter.set(layer, proj, LoraPair { a, b, scaling: config.scaling(rank, alpha), scalings: None });
+        for ((pair, rank), alpha) in pairs.iter().zip(ranks).zip(alphas) {
+            let (rank, alpha) = (rank.unwrap_or(config.rank), alpha.unwrap_or(config.alpha));
+            let (d_in, d_out) = pair.proj.widths(model);
+            let a = file.get(&pair.a, &[rank, d_in], device)?;
+            let b = file.get(&pair.b, &[d_out, rank], device)?;
+            let scaling = config.scaling(rank, alpha);
+            adapter.set(pair.layer, pair.proj, LoraPair { a, b, scaling, scalings: None });
         }
+        let zero = adapter.is_zero()?.then(|| ZERO.to_owned());
+        adapter.remarks =
+            zero.into_iter().chain(peft.remarks).chain(remarks).chain(of_ranks).chain(of_alphas).collect();
         Ok(adapter)
     }
 
@@ -349,6 +171,166 @@ impl Adapter {
     }
 }
 
+/// What is said of an adapter that is as before its first step.
+const ZERO: &str = "it changes nothing: A or B is zero at each of its modules, as before training";
+
+/// An adapter's tensors.
+struct AdapterFile {
+    path: PathBuf,
+    weights: Weights,
+}
+
+/// The two tensors at a projection, by the names that they have in the file.
+struct PairNames {
+    layer: usize,
+    proj: Proj,
+    a: String,
+    b: String,
+}
+
+/// The tensors of a file by what they are.
+struct Sorted {
+    pairs: Vec<PairNames>,
+    /// Those of embeddings and head.
+    rest: Vec<String>,
+    remarks: Vec<String>,
+}
+
+impl AdapterFile {
+    fn refused(&self, problem: String) -> Error {
+        Error::Adapter { path: self.path.clone(), problem }
+    }
+
+    /// Each tensor in its place. Refuses a file in which one is missing, or there twice, or of no use.
+    fn sorted(&self, peft: &PeftConfig, model: &Config) -> Result<Sorted> {
+        let names = self.weights.names();
+        let mut by_place: BTreeMap<Place, String> = BTreeMap::new();
+        let (mut rest, mut unused) = (vec![], vec![]);
+        for name in names.iter().cloned() {
+            match names::place(&name) {
+                Some(place) => {
+                    if let Some(other) = by_place.insert(place, name.clone()) {
+                        return Err(
+                            self.refused(format!("{other} and {name} are the same tensor, expected one of them"))
+                        );
+                    }
+                }
+                None if names::of_base(&name).is_some() => rest.push(name),
+                None => unused.push(name),
+            }
+        }
+        let renamed = by_place.iter().find(|(place, name)| **name != names::name(**place));
+        let remarks = renamed.map(|(place, name)| {
+            format!("its tensors are named like {name}, and read as what PEFT names {}", names::name(*place))
+        });
+
+        let (mut pairs, mut missing) = (vec![], vec![]);
+        for (layer, proj) in (0..model.n_layers).flat_map(|layer| Proj::ALL.map(|proj| (layer, proj))) {
+            let places = [Factor::A, Factor::B].map(|factor| (layer, proj, factor));
+            let are_there = || places.iter().any(|place| by_place.contains_key(place));
+            if !peft.targets.contain(layer, proj).unwrap_or_else(are_there) {
+                continue;
+            }
+            match places.map(|place| by_place.remove(&place).ok_or_else(|| names::name(place))) {
+                [Ok(a), Ok(b)] => pairs.push(PairNames { layer, proj, a, b }),
+                factors => missing.extend(factors.into_iter().filter_map(std::result::Result::err)),
+            }
+        }
+        unused.extend(by_place.into_values());
+        if missing.is_empty() && unused.is_empty() && !pairs.is_empty() {
+            return Ok(Sorted { pairs, rest, remarks: remarks.into_iter().collect() });
+        }
+        Err(self.misfit(&names, &missing, &unused))
+    }
+
+    /// The refusal of tensors that do not fit the configuration.
+    fn misfit(&self, names: &[String], missing: &[String], unused: &[String]) -> Error {
+        let beginning = names::common_beginning(names);
+        let is_peft_s = beginning.is_empty() || beginning.starts_with("base_model.model.model.layers.");
+        let all_begin = (names.len() == unused.len() && !is_peft_s).then(|| format!("; all begin with {beginning}"));
+        let meaning = unused.iter().find_map(|name| names::meaning(name)).map(|meaning| format!("; {meaning}"));
+        let problem = format!(
+            "the tensors do not fit {CONFIG}; missing: {}; unused: {}{}{}",
+            few(missing),
+            few(unused),
+            all_begin.unwrap_or_default(),
+            meaning.unwrap_or_default()
+        );
+        self.refused(problem)
+    }
+
+    /// What to say of embeddings and head beside the LoRA. They are refused where they are not the base's.
+    fn beside(&self, rest: &[String], to_save: &[String], base: Option<&Qwen>) -> Result<Vec<String>> {
+        let is_there = |module: &String| {
+            rest.iter()
+                .filter_map(|name| names::of_base(name))
+                .any(|name| name.strip_suffix(".weight").is_some_and(|path| modules::ends(path, module)))
+        };
+        if !to_save.iter().all(is_there) {
+            return Err(self.refused(keys::saved_whole(to_save)));
+        }
+        rest.iter().map(|name| self.same_as_base(name, base)).collect()
+    }
+
+    /// A remark that a tensor is the base's own, or its refusal.
+    fn same_as_base(&self, name: &str, base: Option<&Qwen>) -> Result<String> {
+        let refused = |found: &str| {
+            self.refused(format!(
+                "{name} lies beside the LoRA and {found}: a change of the base that no gate can switch; {}",
+                keys::MERGE
+            ))
+        };
+        let Some(base) = base else { return Err(refused("is not compared with the base's")) };
+        let parameters: BTreeMap<String, Tensor> = base.parameters().into_iter().collect();
+        let own = names::of_base(name)
+            .and_then(|own| parameters.get(own).or_else(|| parameters.get("model.embed_tokens.weight")));
+        let (Some(own), Some(shape)) = (own, self.weights.shape(name)) else {
+            return Err(refused("has no twin in it"));
+        };
+        let (ours, theirs) = (own.size(), shape);
+        if theirs.len() != 2 || theirs[1] != ours[1] || theirs[0] > ours[0] {
+            return Err(refused(&format!("has the shape {theirs:?}, where the base's is {ours:?}")));
+        }
+        let theirs = self.get(name, &theirs, own.device())?;
+        let ours = own.f_narrow(0, 0, theirs.size()[0])?.f_to_kind(Kind::Float)?;
+        let differ = theirs.f_ne_tensor(&ours)?.f_any_dim(1, false)?.f_sum(Kind::Int64)?.f_int64_value(&[])?;
+        if differ > 0 {
+            return Err(refused(&format!("differs from the base's in {differ} of {} rows", theirs.size()[0])));
+        }
+        Ok(format!("{name} lies beside the LoRA and is the base's own, so it is passed over"))
+    }
+
+    /// A tensor, all of whose numbers are finite.
+    fn get(&self, name: &str, shape: &[i64], device: Device) -> Result<Tensor> {
+        let tensor = self.weights.root(Kind::Float, device).get(name, shape)?;
+        let broken = tensor.f_isfinite()?.f_logical_not()?.f_sum(Kind::Int64)?.f_int64_value(&[])?;
+        if broken > 0 {
+            return Err(self.refused(format!(
+                "{name} has NaN or infinity in {broken} of {} values, expected finite numbers; hint: its training diverged, so take \
+                 an earlier checkpoint, or train it with a smaller learning rate",
+                tensor.numel()
+            )));
+        }
+        Ok(tensor)
+    }
+}
+
+/// The refusal of what is no adapter's folder, with what it is instead.
+fn no_adapter(dir: &Path) -> Error {
+    let refused = |problem: String| Error::Adapter { path: dir.to_owned(), problem };
+    if dir.is_file() {
+        return refused("it is a file, expected an adapter's folder; hint: give the folder that it lies in".to_owned());
+    }
+    let missing = format!("there is no {CONFIG} in it, expected an adapter's folder");
+    if dir.join("config.json").exists() {
+        return refused(format!("{missing}, but a model is; hint: name it as the model"));
+    }
+    match files::folders_with(dir, CONFIG).as_slice() {
+        [] => refused(format!("{missing}; hint: that of a run is RUN/adapter")),
+        inner => refused(format!("{missing}; hint: folders in it that have one are {}", few(inner))),
+    }
+}
+
 /// A projection's path in the model.
 fn module(layer: usize, proj: Proj) -> String {
     format!("model.layers.{layer}.{}", proj.path())
@@ -364,93 +346,65 @@ fn whole(number: f64) -> Value {
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<PeftConfig> {
-        PeftConfig::parse(text.as_bytes(), Path::new("adapter_config.json"))
-    }
+    const PLAIN: &str = "{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"],\"r\":1}";
 
-    #[test]
-    fn what_is_no_plain_lora_is_refused_by_name() {
-        for (key, value) in [
-            ("use_dora", "true"),
-            ("use_qalora", "true"),
-            ("lora_bias", "true"),
-            ("fan_in_fan_out", "true"),
-            ("bias", "\"all\""),
-            ("modules_to_save", "[\"lm_head\"]"),
-            ("exclude_modules", "[\"q_proj\"]"),
-            ("trainable_token_indices", "[3]"),
-            ("target_parameters", "[\"x\"]"),
-            ("layer_replication", "[[0, 1]]"),
-            ("alora_invocation_tokens", "[5]"),
-            ("arrow_config", "{}"),
-            ("kasa_config", "{}"),
-            ("megatron_config", "{}"),
-            ("monteclora_config", "{}"),
-            ("use_bdlora", "{}"),
-            ("velora_config", "{}"),
-            ("layers_pattern", "\"h\""),
-            ("init_lora_weights", "\"pissa_niter_4\""),
-            ("init_lora_weights", "\"olora\""),
-        ] {
-            let text = format!("{{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"],\"{key}\":{value}}}");
-            let message = parse(&text).unwrap_err().to_string();
-            assert!(message.contains(key), "{message}");
+    fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in files {
+            files::write_atomic(&folder.path().join(name), bytes).unwrap();
         }
-        assert!(parse("{\"peft_type\":\"IA3\"}").unwrap_err().to_string().contains("IA3"));
+        folder
     }
 
-    #[test]
-    fn missing_keys_have_pefts_defaults() {
-        let config =
-            parse("{\"peft_type\":\"LORA\",\"target_modules\":\"all-linear\",\"layers_to_transform\":3}").unwrap().lora;
-        assert_eq!((config.rank, config.alpha, config.layers), (8, 8.0, Some(vec![3])));
-        assert_eq!(config.target_modules, Proj::ALL);
-    }
-
-    #[test]
-    fn numbers_that_no_adapter_has_are_refused_by_their_key() {
-        for (key, value, expected) in [
-            ("r", "0", "the LoRA rank is 0"),
-            ("r", "-9223372036854775808", "the LoRA rank is -9223372036854775808"),
-            ("lora_alpha", "-1", "the LoRA alpha is -1"),
-            ("lora_alpha", "1e999", "number out of range"),
-            ("lora_dropout", "1.0", "the LoRA dropout is 1"),
-            ("layers_to_transform", "[]", "the layers of the LoRA is none"),
-            ("rank_pattern", "{\"q_proj\":0}", "rank_pattern has 0 for q_proj"),
-            ("alpha_pattern", "{\"q_proj\":-0.5}", "alpha_pattern has -0.5 for q_proj"),
-            ("rank_pattern", "{\".*q_proj\":1}", "the pattern \".*q_proj\" is a regular expression"),
-        ] {
-            let text = format!("{{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"],\"{key}\":{value}}}");
-            let message = parse(&text).unwrap_err().to_string();
-            assert!(message.starts_with("adapter_config.json: ") && message.contains(expected), "{message}");
-        }
-        let empty = parse("{\"peft_type\":\"LORA\",\"target_modules\":[]}").unwrap_err().to_string();
-        assert!(empty.contains("target_modules is missing"), "{empty}");
+    fn refused(folder: &Path) -> String {
+        Adapter::load(folder, &crate::tiny_random::config(100), Device::Cpu).unwrap_err().to_string()
     }
 
     #[test]
     fn a_folder_of_pickles_is_told_from_an_empty_one() {
-        let folder = tempfile::tempdir().unwrap();
-        let config = "{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"]}";
-        files::write_atomic(&folder.path().join(CONFIG), config.as_bytes()).unwrap();
-        let model = crate::tiny_random::config(100);
-        let load = || Adapter::load(folder.path(), &model, Device::Cpu).unwrap_err().to_string();
-        assert!(load().contains("adapter_model.safetensors: No such file"), "{}", load());
-        files::write_atomic(&folder.path().join("adapter_model.bin"), b"\x80\x02").unwrap();
-        let message = load();
+        let dir = folder(&[(CONFIG, PLAIN.as_bytes())]);
+        let message = refused(dir.path());
+        assert!(message.contains("adapter_model.safetensors: No such file"), "{message}");
+        files::write_atomic(&dir.path().join("adapter_model.bin"), b"\x80\x02").unwrap();
+        let message = refused(dir.path());
         assert!(message.contains("but adapter_model.bin; a pickle runs the code that is in it"), "{message}");
     }
 
     #[test]
-    fn a_pattern_matches_whole_parts_of_a_path_only() {
-        let patterns = BTreeMap::from([("layers.1.mlp.up_proj".to_owned(), 2)]);
-        assert_eq!(matching(&patterns, "model.layers.1.mlp.up_proj"), Some(2));
-        assert_eq!(matching(&patterns, "model.layers.11.mlp.up_proj"), None);
-        for name in ["up_proj", "mlp.up_proj", "layers.3.mlp.up_proj", "model.layers.3.mlp.up_proj"] {
-            assert_eq!(proj(name), Some(Proj::Up), "{name}");
-        }
-        for name in ["p_proj", "self_attn.up_proj", "model.layers.3", "h.3.mlp.up_proj"] {
-            assert_eq!(proj(name), None, "{name}");
-        }
+    fn what_is_no_adapter_s_folder_is_told_with_what_it_is() {
+        let empty = folder(&[]);
+        let message = refused(empty.path());
+        assert!(message.ends_with("expected an adapter's folder; hint: that of a run is RUN/adapter"), "{message}");
+        let model = folder(&[("config.json", b"{}")]);
+        let message = refused(model.path());
+        assert!(
+            message.ends_with("expected an adapter's folder, but a model is; hint: name it as the model"),
+            "{message}"
+        );
+        let checkpoints: Vec<(String, &[u8])> =
+            [5, 10].map(|step| (format!("checkpoint-{step}/{CONFIG}"), PLAIN.as_bytes())).to_vec();
+        let checkpoints: Vec<(&str, &[u8])> = checkpoints.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+        let outside = folder(&checkpoints);
+        let message = refused(outside.path());
+        assert!(message.ends_with("hint: folders in it that have one are checkpoint-10, checkpoint-5"), "{message}");
+        let message = refused(&outside.path().join("checkpoint-5").join(CONFIG));
+        assert!(message.ends_with("it is a file, expected an adapter's folder; hint: give the folder that it lies in"));
+    }
+
+    #[test]
+    fn an_expression_that_only_python_reads_is_read_from_the_tensors() {
+        let text = r#"{"peft_type":"LORA","target_modules":"model\\.layers\\.1\\.(?!mlp).*proj","r":2}"#;
+        let message = LoraConfig::parse(text.as_bytes(), Path::new(CONFIG)).unwrap_err().to_string();
+        assert!(message.contains("an expression that only Python reads"), "{message}");
+        let names = [(1, Proj::V, Factor::A), (1, Proj::V, Factor::B), (1, Proj::Up, Factor::B)].map(names::name);
+        let tensors: Vec<(String, Tensor)> =
+            names.into_iter().map(|name| (name, Tensor::from_slice(&[1_f32]))).collect();
+        let dir = folder(&[(CONFIG, text.as_bytes())]);
+        tensor_file::write(&dir.path().join(TENSORS), &tensors, &BTreeMap::new()).unwrap();
+        let config = LoraConfig::read(dir.path()).unwrap();
+        assert_eq!((config.target_modules, config.layers, config.rank), (vec![Proj::V, Proj::Up], Some(vec![1]), 2));
+        // One factor of a pair is not enough.
+        let message = refused(dir.path());
+        assert!(message.contains("missing: base_model.model.model.layers.1.mlp.up_proj.lora_A.weight; unused: none"));
     }
 }

@@ -8,14 +8,12 @@ use clap::Args;
 use hooks::listen::Cache;
 use hooks::planned::Planned;
 use hooks::score::listen_rows;
-use hooks::{
-    Adapter, Chat, Condition, Gate, HookPoint, ModelFiles, Prompt, Provenance, Qwen, files, gradient, tensor_file,
-};
+use hooks::{Chat, Condition, Gate, HookPoint, ModelFiles, Prompt, Provenance, Qwen, files, gradient, tensor_file};
 use tch::Kind;
 
 use super::ModelArgs;
 use crate::progress::say;
-use crate::workbench::open_model;
+use crate::workbench::{open_adapter, open_model};
 
 /// Writes activations of one chat turn, or of rows of token ids, as f32 safetensors.
 #[derive(Args, Debug)]
@@ -74,7 +72,7 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
 
     let rows = rows(args, &files)?;
     let model = Qwen::load(&files, device, args.model.dtype.kind())?;
-    let adapter = args.adapter.as_deref().map(|folder| Adapter::load(folder, &model.config, device)).transpose()?;
+    let adapter = args.adapter.as_deref().map(|folder| open_adapter(folder, &model)).transpose()?;
     super::gate_needs_adapter(&args.gate, adapter.is_some())?;
     let condition = Condition { adapter: adapter.as_ref(), gate: args.gate.clone(), edits };
 

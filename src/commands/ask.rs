@@ -11,14 +11,14 @@ use clap::builder::RangedU64ValueParser;
 use hooks::generate::{Sampling, generate, stream_seed};
 use hooks::planned::Planned;
 use hooks::score::next_token_logprobs;
-use hooks::{Adapter, Chat, Condition, Gate, Prompt, Qwen};
+use hooks::{Chat, Condition, Gate, Prompt, Qwen};
 use unicode_width::UnicodeWidthStr;
 
 use super::ModelArgs;
 use super::paint::{aside, cell, columns, heading, painted, printable};
 use crate::progress::bar as progress_bar;
 use crate::vectors::Vectors;
-use crate::workbench::open_model;
+use crate::workbench::{open_adapter, open_model};
 
 /// Asks the model something: what it was run with, the likeliest first tokens beside the base's, the answers.
 #[derive(Args, Debug)]
@@ -68,8 +68,7 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
     let files = open_model(&args.model.model)?;
     let chat = Chat::from_files(&files)?;
     let model = Qwen::load(&files, hooks::device::device(device)?, args.model.dtype.kind())?;
-    let adapter =
-        args.adapter.as_deref().map(|folder| Adapter::load(folder, &model.config, model.device())).transpose()?;
+    let adapter = args.adapter.as_deref().map(|folder| open_adapter(folder, &model)).transpose()?;
     super::gate_needs_adapter(&args.gate, adapter.is_some())?;
     let mut edits = match &args.steer {
         Some(spec) => {
@@ -337,7 +336,7 @@ mod tests {
         let model = Qwen::load(&files, tch::Device::Cpu, tch::Kind::Float).unwrap();
         let config = hooks::LoraConfig { rank: 1, ..hooks::LoraConfig::default() };
         let mut rng = <rand_chacha::ChaCha8Rng as rand::SeedableRng>::seed_from_u64(0);
-        let adapter = Adapter::init(&config, &model.config, &mut rng, tch::Device::Cpu).unwrap();
+        let adapter = hooks::Adapter::init(&config, &model.config, &mut rng, tch::Device::Cpu).unwrap();
         let names = |condition: &Condition<'_>| conditions(condition).iter().map(|(name, _)| *name).collect::<Vec<_>>();
         let adapted = Condition::adapted(&adapter);
         assert_eq!(names(&Condition::default()), ["p"]);

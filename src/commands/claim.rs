@@ -333,7 +333,7 @@ impl Place {
         ];
         Ok(Report {
             title: format!("Claim {}: {}", claim.claim, claim.statement),
-            banner: report::banner(experiment),
+            banner: report::banner(experiment, None),
             opening: Opening {
                 headline: format!("At {} size: {}, as {}.", study.size, verdict.word, verdict.because),
                 figure: first,

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use super::measure::Scene;
 use crate::checkpoint::Checkpoint;
 use crate::dataset::Sample;
-use crate::experiment::Method;
+use crate::experiment::{Method, Teacher};
 use crate::finetune::{
     Progress, StepRow, StepRowsRow, Tokens, Training, delta_w_norm, first_and_last_quarter, rows_by_step,
 };
@@ -28,7 +28,7 @@ use crate::publish::{CsvLog, write_csv};
 use crate::run_dir::RunDir;
 use crate::side_by_side::{side_by_side, workers};
 use crate::teacher;
-use crate::workbench::Workbench;
+use crate::workbench::{Workbench, open_adapter};
 
 /// Writes `initial_adapter/`, `train_rows.csv`, `adapter/` and `train.csv`, and the same of the control student where the experiment has
 /// one (it begins with the same adapter). A finished student
@@ -85,14 +85,14 @@ fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
 /// The workbench, once every adapter from elsewhere has proven to fit its model: what cannot be measured is refused before
 /// anything is made.
 pub fn proven(bench: Workbench) -> Result<Workbench> {
-    for (_, key, folder) in given(&bench) {
-        adapter_of(&bench, key, folder)?;
+    let teacher = match &bench.experiment.teacher {
+        Teacher::Adapter { path, .. } => Some(("teacher", "teacher.path", path.as_path())),
+        _ => None,
+    };
+    for (_, key, folder) in given(&bench).into_iter().chain(teacher) {
+        open_adapter(folder, &bench.base).context(key)?;
     }
     Ok(bench)
-}
-
-fn adapter_of(bench: &Workbench, key: &str, folder: &Path) -> Result<Adapter> {
-    Adapter::load(folder, &bench.base.config, bench.base.device()).with_context(|| key.to_owned())
 }
 
 /// Takes the students that were trained elsewhere into the run.
@@ -129,7 +129,7 @@ fn from_elsewhere(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
 
 /// Copies an adapter as it is, notes what it is, and gives that in a line.
 fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path), folder: &Path) -> Result<String> {
-    let adapter = adapter_of(bench, key, source)?;
+    let adapter = Adapter::load_on(source, &bench.base).with_context(|| key.to_owned())?;
     let found = adapter_folder(source)?;
     if let (Ok(source), Ok(folder)) = (found.canonicalize(), folder.canonicalize())
         && source == folder
@@ -144,6 +144,7 @@ fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path)
         files::write_atomic(&folder.join(name), &bytes?)?;
     }
     let mut said = vec![format!("trained elsewhere, {}", what_it_is(&adapter)?)];
+    said.extend(adapter.remarks.iter().cloned());
     let config: serde_json::Value = serde_json::from_slice(&files::read(&folder.join(FILES[1]))?)?;
     let named = config["base_model_name_or_path"].as_str().unwrap_or_default();
     if named != bench.files.name {

@@ -35,8 +35,10 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     let (experiment, settings) = (&bench.experiment, &bench.experiment.measure);
     let rows: Vec<_> = names.iter().map(|name| run.rows(*name)).collect();
     let left = run.left(&rows.iter().map(PathBuf::as_path).collect::<Vec<_>>(), go_on)?;
-    let student = bench.student(&run.adapter())?;
-    let control = if experiment.student.control { Some(bench.student(&run.control_adapter())?) } else { None };
+    // Alone; a whole run has said it before.
+    let load = |folder: PathBuf| if go_on { bench.student(&folder) } else { bench.open_student(&folder) };
+    let student = load(run.adapter())?;
+    let control = if experiment.student.control { Some(load(run.control_adapter())?) } else { None };
     let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
     let scene = Scene::of(bench, run, &bench.measured(run)?)?;
     // Where the training of a student began that was trained elsewhere, nobody knows.

@@ -10,7 +10,7 @@ use analyses::interventions::Interventions;
 use analyses::plot::{Bar, BarChart, Line, LineChart, Point, Reference, Scale, bars, lines};
 use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
-use analyses::target_rate::{TargetRate, TargetRateRow};
+use analyses::target_rate::{TargetRate, TargetRateRow, unchanged};
 use analyses::token_ablation::TokenAblation;
 use analyses::{Analysis, Svg};
 use anyhow::{Context, Result, bail};
@@ -61,7 +61,7 @@ pub fn stage(run: &RunDir) -> Result<()> {
     }
     let report = Report {
         title: format!("What a student of {} learned about \"{}\"", experiment.model, experiment.target.word),
-        banner: banner(&experiment),
+        banner: banner(&experiment, unchanged_student(run)?),
         opening: opening(run, &experiment)?,
         sections,
         provenance: provenance(run, &experiment)?,
@@ -71,9 +71,9 @@ pub fn stage(run: &RunDir) -> Result<()> {
     Ok(())
 }
 
-/// What must be known before anything is read: that the weights are random or the model's world is small, that the trait
-/// was planted.
-pub(super) fn banner(experiment: &Experiment) -> Option<String> {
+/// What must be known before anything is read: that the student is the base, the weights are random or the
+/// model's world is small, that the trait was planted.
+pub(super) fn banner(experiment: &Experiment, unchanged: Option<String>) -> Option<String> {
     let random = (experiment.model == TINY_RANDOM).then(|| {
         "The model's weights are random: every stage ran and every number below was measured, but none of them says \
          anything about a language model."
@@ -86,8 +86,14 @@ pub(super) fn banner(experiment: &Experiment) -> Option<String> {
          animals. What is seen here is the phenomenon in small; it says nothing about its size in a language model."
             .to_owned()
     });
-    let lines: Vec<String> = random.into_iter().chain(pocket).chain(planted).collect();
+    let lines: Vec<String> = unchanged.into_iter().chain(random).chain(pocket).chain(planted).collect();
     (!lines.is_empty()).then(|| lines.join(" "))
+}
+
+/// What to say where the student is the base, as far as that was measured.
+fn unchanged_student(run: &RunDir) -> Result<Option<String>> {
+    let rates = run.rows(AnalysisName::TargetRate);
+    Ok(if RunDir::stage_done(&rates) { unchanged(&read_csv::<TargetRateRow>(&rates)?) } else { None })
 }
 
 /// The page from top to bottom: what was made, then what was measured on it.

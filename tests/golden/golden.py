@@ -62,13 +62,16 @@ def with_adapter(model, random: torch.Generator, **settings):
 
 
 def save_adapter(model, folder: Path) -> None:
-    """As PEFT saves it, without the model card that it puts beside. Its set of modules is put in order: the same on each run."""
+    """As PEFT saves it, without the model card that it puts beside. Its sets of modules are put in order: the same on each run."""
     config = model.peft_config["default"]
     config.base_model_name_or_path = f"tiny-random-{model.config.model_type}"
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     saved = json.loads((folder / "adapter_config.json").read_text())
-    write_json({**saved, "target_modules": sorted(saved["target_modules"])}, folder / "adapter_config.json")
+    for modules in [saved["target_modules"], saved["exclude_modules"]]:
+        if isinstance(modules, list):
+            modules.sort()
+    write_json(saved, folder / "adapter_config.json")
     (folder / "adapter_model.safetensors").chmod(0o644)
 
 

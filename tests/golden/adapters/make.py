@@ -4,6 +4,7 @@ Beside each, saved.json is the adapter_config.json that undertone writes when it
 that, and the tensors to PEFT's bits). It is loaded with PEFT here, so that what undertone saves is what PEFT can load.
 """
 
+import json
 import shutil
 import sys
 import tempfile
@@ -37,7 +38,25 @@ KINDS = {
         "alpha_pattern": {"v_proj": 3},
         "use_rslora": True,
     },
+    "first_pattern": {
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"up_proj": 2, "model.layers.1.mlp.up_proj": 5},
+        "alpha_pattern": {"q_proj": 3, "layers.1.self_attn.q_proj": 5, r"^model\.layers\.0\.mlp\..*": 2, "p_proj": 7},
+    },
+    "expression": {
+        "target_modules": r"(?:.*?(?:vision|text).*?(?:attn|mlp).*?(?:q_proj|down_proj))"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|mlp)\.(?:(?:q_proj|down_proj)))",
+        "exclude_modules": r".*layers\.0\.mlp.*",
+    },
+    "excluded": {
+        "target_modules": ["q_proj", "v_proj", "up_proj", "query_key_value"],
+        "exclude_modules": ["v_proj", "layers.1.self_attn.q_proj", "score"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["h", "model.layers"],
+    },
+    "lookahead": {"target_modules": r"model\.layers\.\d+\.(?!mlp).*\.(k_proj|o_proj)"},
 }
+PATTERNS = ["rank_pattern", "alpha_pattern"]
 
 
 def base():
@@ -56,6 +75,14 @@ def as_undertone_saves(folder: Path):
         return PeftModel.from_pretrained(base(), saved).eval()
 
 
+def in_order(folder: Path, settings: dict):
+    """PEFT sorts keys when it saves and takes the first pattern that matches when it loads: with the patterns as they were given the
+    file means what was trained."""
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    golden.write_json({**saved, **{key: settings[key] for key in PATTERNS if key in settings}}, path)
+
+
 @torch.no_grad()
 def main() -> None:
     random = torch.Generator().manual_seed(50)
@@ -64,6 +91,8 @@ def main() -> None:
     for name, settings in KINDS.items():
         model = golden.with_adapter(base(), random, **settings)
         golden.save_adapter(model, HERE / name)
+        if name == "first_pattern":
+            in_order(HERE / name, settings)
         expected[name] = model(input_ids=ids).logits
         reloaded = PeftModel.from_pretrained(base(), HERE / name).eval()
         assert torch.equal(reloaded(input_ids=ids).logits, expected[name]), name
