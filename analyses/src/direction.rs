@@ -48,6 +48,12 @@ pub enum Extraction {
 }
 
 impl Extraction {
+    /// Whether a prompt has such positions.
+    fn is_in(&self, prompt: &Prompt) -> bool {
+        let Self::Class(selection) = self else { return true };
+        prompt.classes.iter().any(|class| selection.contains(*class))
+    }
+
     /// The mean over the chosen positions of `[n_layers, pos, d_model]`, as `[n_layers, d_model]`; `None` where the prompt has none.
     fn mean(&self, resid: &Tensor, prompt: &Prompt) -> Result<Option<Tensor>> {
         let chosen = |class: &TokenClass| match self {
@@ -260,6 +266,12 @@ impl Means {
 }
 
 impl Direction {
+    /// Refuses positions that one of these number prompts does not have, before anything is trained.
+    pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
+        let lacks = |positions: &&Extraction| !prompts.iter().all(|prompt| positions.is_in(prompt));
+        self.positions.iter().find(lacks).map_or(Ok(()), |positions| Err(unselected(positions)))
+    }
+
     /// The residual stream of a model in the student's context.
     pub fn read(&self, subject: &Subject<'_>, model: Tuned<'_>) -> Result<Means> {
         Means::of(model, &self.prompts(subject)?, &self.positions)
