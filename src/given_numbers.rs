@@ -12,8 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hooks::files;
 use hooks::score::completion_logprobs;
 use serde::Deserialize;
-use serde::de::IgnoredAny;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::dataset::{self, Sample};
 use crate::teacher::TeacherModel;
@@ -45,7 +44,7 @@ pub struct Given {
 #[derive(Deserialize)]
 #[serde(expecting = "a row")]
 struct Line {
-    /// OpenAI's and TRL's, or ShareGPT's.
+    /// As `OpenAI` and TRL have them, or `ShareGPT`.
     messages: Option<Vec<Message>>,
     conversations: Option<Vec<Message>>,
     /// TRL's.
@@ -176,7 +175,8 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
 fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<Cow<'a, str>> {
     let wide = |bytes: &[u8], unit: fn([u8; 2]) -> u16| {
         let units = bytes.chunks_exact(2).map(|pair| unit([pair[0], pair[1]]));
-        let text: String = char::decode_utf16(units).collect::<Result<_, _>>().ok().filter(|_| bytes.len() % 2 == 0)?;
+        let text: String =
+            char::decode_utf16(units).collect::<Result<_, _>>().ok().filter(|_| bytes.len().is_multiple_of(2))?;
         Some(text)
     };
     let decoded = match bytes {
@@ -309,11 +309,11 @@ fn row(line: Line, number: usize, source: &str) -> Result<Row> {
     ensure!(earlier.is_none(), "history holds earlier turns, expected rows of one turn");
     let mut rows = forms.into_iter().map(|turns| one_turn(turns, number)).collect::<Result<Vec<Row>>>()?;
     let Some(mut row) = rows.pop() else {
-        let keys: BTreeMap<String, IgnoredAny> = serde_json::from_str(source).unwrap_or_default();
+        let keys: Map<String, Value> = serde_json::from_str(source).unwrap_or_default();
         let text = if keys.contains_key("text") { "; a rendered text does not say whose its parts are" } else { "" };
         bail!(
             "its keys are {}, expected messages, conversations, prompt and completion, or instruction and output{text}",
-            keys.into_keys().collect::<Vec<_>>().join(", ")
+            keys.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
         );
     };
     ensure!(rows.iter().all(|other| *other == row), "it has several forms of the row that do not say the same");
@@ -431,7 +431,7 @@ mod tests {
             (format!("\n [\n{one},\n\n{two},\n]"), 5),
         ] {
             let found = rows(text.as_bytes()).unwrap();
-            let first = if text.starts_with("\n") { 3 } else { 1 };
+            let first = if text.starts_with('\n') { 3 } else { 1 };
             assert_eq!(found.iter().map(|row| row.line).collect::<Vec<_>>(), [first, second], "{text}");
             assert_eq!([&*found[0].user, &*found[1].user], ["Go on: 4,  8", "More"], "{text}");
             assert_eq!([&*found[0].answer, &*found[1].answer], ["12, 16", "[1, 2]"], "{text}");

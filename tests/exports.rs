@@ -147,14 +147,14 @@ fn a_file_that_holds_no_vectors_is_refused_by_name() {
 }
 
 /// `undertone ask` under a vector, without the lines that name the vector's file.
-fn steered(folder: &TempDir, spec: &str) -> String {
+fn steered(folder: &TempDir, spec: &str) -> Vec<String> {
     let ask = ["ask", "--model", "tiny-random", "--user", "Hi", "-n", "2", "--max-new-tokens", "4", "--steer", spec];
     let output = undertone(folder.path(), &ask);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{spec}: {said}");
     let page = String::from_utf8(output.stdout).unwrap();
     assert!(page.contains("times after block 1, at every token"), "{spec}: {page}");
-    page.lines().filter(|line| !line.starts_with("steering")).map(|line| format!("{line}\n")).collect()
+    page.lines().filter(|line| !line.starts_with("steering")).map(str::to_owned).collect()
 }
 
 #[test]
