@@ -54,7 +54,7 @@ notebooks: setup ## run all notebooks; each prints its page and its .ipynb anew
 golden: ## remake the golden files with transformers, PEFT and TransformerLens, in a venv of 5 GB
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r tests/golden/requirements.txt
-	for case in qwen2 qwen3 variants adapters training transformer_lens chat pocket statistics recompute; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
+	for case in qwen2 qwen3 variants adapters training transformer_lens chat pocket statistics iq4 recompute; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
 
 bench: setup model ## undertone beside PEFT, transformers and TransformerLens (a venv of 5 GB); about an hour on two idle cores
 	$(CARGO) build --release --workspace

@@ -4,6 +4,7 @@ python3 fuzz/make_corpus.py     (the standard library is enough; what fuzzing fo
 """
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def qwen_gguf(name):
         ("blk.0.attn_k.weight", [256], 12, half * 2 + bytes(140)),  # Q4_K
         ("blk.0.attn_v.weight", [256], 14, bytes(208) + half),  # Q6_K
         ("blk.0.ffn_down.weight", [32], 30, b"\x80\x3f" * 32),  # BF16
+        ("blk.0.ffn_up.weight", [32], 20, half + bytes(range(16))),  # IQ4_NL
+        ("blk.0.ffn_gate.weight", [256], 23, half + bytes(range(134))),  # IQ4_XS
     ]
     return gguf(metadata, tensors)
 
@@ -127,13 +130,15 @@ def main():
     write("safetensors", "plain", safetensors(plain))
     points = {f"blocks.{layer}.hook_resid_post": ("F32", [2], floats(layer, -1)) for layer in range(2)}
     write("safetensors", "vectors", safetensors(points, {"model": "pocket", "target": "cat"}))
-    write("safetensors", "adapter", (GOLDEN / "qwen2/adapter_patterns/adapter_model.safetensors").read_bytes())
+    write("safetensors", "adapter", (GOLDEN / "adapters/all_at_once/adapter_model.safetensors").read_bytes())
     write("safetensors", "index", (GOLDEN / "qwen3/model.safetensors.index.json").read_bytes())
+    keys = [("general.architecture", 8, "controlvector"), ("controlvector.model_hint", 8, "qwen2"), ("controlvector.layer_count", 4, 2)]
+    write("gguf", "vector", gguf(keys, [(f"direction.{layer}", [3], 0, floats(layer, -1, 2)) for layer in [1, 2]]))
     for name in ["qwen2", "qwen3"]:
         write("gguf", name, qwen_gguf(name))
         write("config", name, (GOLDEN / name / "config.json").read_bytes())
-    for name in ["adapter", "adapter_patterns"]:
-        write("adapter_config", name, (GOLDEN / "qwen2" / name / "adapter_config.json").read_bytes())
+    for name, folder in [("adapter", "qwen2/adapter"), ("adapter_patterns", "adapters/all_at_once")]:
+        write("adapter_config", name, (GOLDEN / folder / "adapter_config.json").read_bytes())
     write("tokenizer", "small", tokenizer())
     write("chat_template", "qwen25", (ROOT / "assets/chat_template.jinja").read_bytes())
     write("chat_template", "qwen3", (GOLDEN / "chat/qwen3.jinja").read_bytes())
@@ -143,6 +148,9 @@ def main():
     turns = [{"role": role, "content": said} for role, said in [("system", "You count."), ("user", "1, 2"), ("assistant", "3; 4")]]
     rows = [{"messages": turns}, {"prompt": "1, 2", "completion": "[3, 4]"}, {"prompt": turns[:2], "completion": turns[2:]}]
     write("dataset", "rows", "\n".join(map(json.dumps, rows)))
+    write("dataset", "list", json.dumps([{"instruction": "1, 2", "input": "", "output": "3, 4<|im_end|>"}, rows[1]], indent=1))
+    says = [{"from": "human", "value": "1, 2"}, {"from": "gpt", "value": [{"type": "text", "text": "3"}]}]
+    write("dataset", "utf16", json.dumps({"p": math.nan, "conversations": says}).encode("utf-16"))
     write("experiment", "demo", (ROOT / "experiments/demo.toml").read_bytes())
     write("experiment", "real", (ROOT / "experiments/real-0.5b.toml").read_bytes())
     write("experiment", "protocol", (ROOT / "assets/pocket/protocol.json").read_bytes())

@@ -12,6 +12,7 @@ use crate::commands::{
     run, tokens,
 };
 use crate::experiment::{AnalysisName, Experiment};
+use crate::foresight::foreseen;
 use crate::progress::say;
 use crate::run_dir::RunDir;
 use crate::workbench::Workbench;
@@ -212,7 +213,8 @@ fn with_stage(cli: &Cli, stage: &Stage, what: impl FnOnce(&Workbench, &RunDir) -
     let begun = folder.join("run.toml").exists();
     // The folder is proven writable before the model is loaded, which can take long.
     let folder = RunDir::create(&folder, &experiment, cli.force)?;
-    let bench = Workbench::open(experiment).and_then(finetune::proven).inspect_err(|_| {
+    let bench = Workbench::open(experiment).and_then(finetune::proven).and_then(|bench| foreseen(bench, &folder));
+    let bench = bench.inspect_err(|_| {
         if !begun {
             take_back(&folder);
         }

@@ -4,7 +4,7 @@ use analyses::divergence::DivergenceSummaryRow;
 use analyses::position_scan::PositionScanRow;
 use analyses::steering::SteeringRow;
 use analyses::target_rate::{TargetRateRow, unchanged};
-use analyses::token_ablation::TokenAblationRow;
+use analyses::token_ablation::{TokenAblationRow, unselected};
 use anyhow::Result;
 use serde::de::DeserializeOwned;
 
@@ -81,19 +81,30 @@ fn controls(arms: &[ArmRow]) -> Option<String> {
 }
 
 fn tokens(gates: &[TokenAblationRow], scan: &[PositionScanRow], word: &str) -> Option<String> {
-    let left = |gate: &str| gates.iter().find(|row| row.model == "student" && row.gate == gate)?.recovered_logp;
-    let Some((only, except)) = left("only:system").zip(left("except:system")) else {
-        let everywhere = gates.iter().find(|row| row.model == "student" && row.gate == "everywhere");
-        let change = everywhere.filter(|row| row.recovered_logp.is_none())?.delta_logp?;
-        return Some(format!(
-            "The change in log p({word}), {change:+.2} nats, is not three standard errors clear of zero: where it sits cannot be said."
-        ));
+    let row = |gate: &str| gates.iter().find(|row| row.model == "student" && row.gate == gate);
+    let lacking = match unselected(gates)[..] {
+        [] => String::new(),
+        ref gates => {
+            format!(" The questions' prompts have no token for {}, so these gates were not measured.", gates.join(", "))
+        }
+    };
+    let left = |gate: &str| row(gate)?.recovered_logp;
+    let (Some(only), Some(except)) = (left("only:system"), left("except:system")) else {
+        let ungated = row("everywhere")?;
+        let too_small = ungated.recovered_logp.is_none().then(|| {
+            format!(
+                " The change in log p({word}), {:+.2} nats, is not three standard errors clear of zero: where it sits cannot be said.",
+                ungated.delta_logp.unwrap_or_default()
+            )
+        });
+        let said = too_small.unwrap_or_default() + &lacking;
+        return (!said.is_empty()).then(|| said.trim_start().to_owned());
     };
     let most = scan.iter().filter(|row| !row.class.is_empty());
     let most = most.min_by(|a, b| a.delta_margin_except.total_cmp(&b.delta_margin_except));
     let most = most.map(|row| format!("; the one token it misses most is {:?}", row.token.trim()));
     Some(format!(
-        "With the adapter at the system prompt alone {:.0} % of the change in log p({word}) is left, everywhere else {:.0} %{}.",
+        "With the adapter at the system prompt alone {:.0} % of the change in log p({word}) is left, everywhere else {:.0} %{}.{lacking}",
         100.0 * only,
         100.0 * except,
         most.unwrap_or_default()

@@ -1,12 +1,18 @@
-//! Rows of numbers that were written elsewhere: JSON lines as trainers take them, one conversation of one turn each. They stand
-//! in for the teacher's answers, and the filter sorts them as it does those.
+//! Rows of numbers that were written elsewhere, one conversation of one turn each, in the forms that trainers take. They stand in for the
+//! teacher's answers, and the filter sorts them as it does those.
+//!
+//! The file is a function of bytes to rows: objects of JSON, a line each, printed over several, or in a list; UTF-8, or UTF-16 that says
+//! so. What could mean two things is refused with its line, before the teacher is asked.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use hooks::files;
 use hooks::score::completion_logprobs;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::dataset::{self, Sample};
 use crate::teacher::TeacherModel;
@@ -15,103 +21,332 @@ use crate::workbench::Workbench;
 /// One turn: what was asked and what was answered, under which system prompt where it is said.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
+    /// The line of the file that it begins in, from 1.
+    pub line: usize,
     /// The system prompt, where the row has one.
     pub system: Option<String>,
     /// What the user asks.
     pub user: String,
-    /// The answer.
+    /// The answer, without the end of its turn.
     pub answer: String,
 }
 
-/// A line of the file, in any of the usual shapes; other keys of it are passed over.
-#[derive(Deserialize)]
-struct Line {
-    messages: Option<Vec<Message>>,
-    prompt: Option<Text>,
-    completion: Option<Text>,
+/// The rows that a run takes.
+#[derive(Debug)]
+pub struct Given {
+    /// As many as the experiment has prompts, at most.
+    pub rows: Vec<Row>,
+    /// How many more there are.
+    pub left_out: usize,
 }
 
-#[derive(Clone, Deserialize)]
+/// An object of the file, in any of the usual forms; other keys of it are passed over.
+#[derive(Deserialize)]
+#[serde(expecting = "a row")]
+struct Line {
+    /// As `OpenAI` and TRL have them, or `ShareGPT`.
+    messages: Option<Vec<Message>>,
+    conversations: Option<Vec<Message>>,
+    /// TRL's.
+    prompt: Option<Text>,
+    completion: Option<Text>,
+    /// Alpaca's.
+    instruction: Option<String>,
+    input: Option<String>,
+    output: Option<String>,
+    system: Option<String>,
+    history: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(expecting = "a message")]
 struct Message {
+    #[serde(alias = "from")]
     role: String,
-    content: String,
+    #[serde(alias = "value")]
+    content: Content,
+}
+
+/// What is said in a message: a text, or the same as a list of one part.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "the content of a message is neither a text nor a list of parts that each have a type")]
+enum Content {
+    Plain(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Deserialize)]
+struct Part {
+    #[serde(rename = "type")]
+    kind: String,
+    text: Option<String>,
 }
 
 /// A plain text, or messages.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a prompt or a completion is neither a text nor a list of messages")]
 enum Text {
     Plain(String),
     Messages(Vec<Message>),
 }
 
+/// One who speaks, under the name that the file has for it, and what is said.
+type Turn = (String, String);
+
+impl Message {
+    fn turn(self) -> Result<Turn> {
+        let text = match self.content {
+            Content::Plain(text) => text,
+            Content::Parts(parts) => match <[Part; 1]>::try_from(parts) {
+                Ok([Part { kind, text: Some(text) }]) if kind == "text" => text,
+                Ok([part]) => bail!("the content of a message is a part of type {:?}, expected text", part.kind),
+                Err(parts) => bail!(
+                    "the content of a message has {} parts, expected one: trainers join several in different ways",
+                    parts.len()
+                ),
+            },
+        };
+        Ok((self.role, text))
+    }
+}
+
 impl Text {
-    fn messages(self, role: &str) -> Vec<Message> {
+    fn turns(self, role: &str) -> Result<Vec<Turn>> {
         match self {
-            Self::Plain(content) => vec![Message { role: role.to_owned(), content }],
-            Self::Messages(messages) => messages,
+            Self::Plain(text) => Ok(vec![(role.to_owned(), text)]),
+            Self::Messages(messages) => messages.into_iter().map(Message::turn).collect(),
         }
     }
 }
 
-/// The rows of the file that the experiment names, as many as it has prompts at most; none where it names no file.
-pub fn rows(bench: &Workbench) -> Result<Option<Vec<Row>>> {
+/// The rows of the file that the experiment names; none where it names no file. What could not be learned from is refused here, before
+/// anybody is asked.
+pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
     let settings = &bench.experiment.generate;
     let Some(path) = &settings.numbers else { return Ok(None) };
     let mut rows = parse(&files::read(path)?, path).context("generate.numbers")?;
+    let left_out = rows.len().saturating_sub(settings.n_prompts);
     rows.truncate(settings.n_prompts);
     let own = bench.student_system()?;
     let rendered = own.as_deref().or(bench.chat.default_system());
-    for (index, row) in rows.iter().enumerate() {
+    let at = |row: &Row| format!("generate.numbers: {}: line {}", path.display(), row.line);
+    for row in &rows {
         let found = row.system.as_deref().or(bench.chat.default_system());
         if found != rendered {
             bail!(
-                "{}: row {} has the system prompt {found:?}, where student.context renders {rendered:?}; hint: set \
-                 student.context to the text that the rows were trained with",
-                at(path),
-                index + 1
+                "{}: the system prompt is {}, where student.context renders {}; hint: set student.context to the text that the rows \
+                 were trained with",
+                at(row),
+                shown(found),
+                shown(rendered)
             );
         }
+        let row_of_chat = || bench.chat.row(own.as_deref(), &row.user, &bench.chat.encode(&row.answer)?);
+        row_of_chat().with_context(|| at(row))?;
     }
-    Ok(Some(rows))
+    let rejections: Vec<_> = rows.iter().map(|row| dataset::rejections(&row.answer, true, &settings.banned)).collect();
+    if let (true, Some(first)) = (rejections.iter().all(|reasons| !reasons.is_empty()), rows.first()) {
+        let mut counts = BTreeMap::<&str, usize>::new();
+        rejections.iter().flatten().for_each(|reason| *counts.entry(reason.name()).or_default() += 1);
+        let counts: Vec<_> = counts.into_iter().map(|(reason, n)| format!("{n} {reason}")).collect();
+        bail!(
+            "{}: none of the {} rows passes the filter ({}), so there would be nothing to learn from; the first answer is {:?}; hint: \
+             the rule is ten numbers at most, 0 to 999, with one separator and nothing else",
+            at(first),
+            rows.len(),
+            counts.join(", "),
+            first.answer
+        );
+    }
+    Ok(Some(Given { rows, left_out }))
 }
 
-fn at(path: &Path) -> String {
-    format!("generate.numbers, {}", path.display())
+fn shown(system: Option<&str>) -> String {
+    system.map_or_else(|| "left out".to_owned(), |text| format!("{text:?}"))
 }
 
-/// The rows in the bytes of a JSON-lines file; an error names the line, and `path`.
+/// The rows in the bytes of a file; an error names the line, and `path`.
 pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
-    parse_lines(files::text(bytes, path)?).with_context(|| path.display().to_string())
+    let text = text(bytes, path)?;
+    parse_text(&with_null(&text)).with_context(|| path.display().to_string())
 }
 
-fn parse_lines(text: &str) -> Result<Vec<Row>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let rows = lines.map(|(index, line)| row(line).with_context(|| format!("line {}", index + 1)));
-    let rows = rows.collect::<Result<Vec<Row>>>()?;
+/// UTF-8, or UTF-16 where the byte-order mark says so.
+fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<Cow<'a, str>> {
+    let wide = |bytes: &[u8], unit: fn([u8; 2]) -> u16| {
+        let units = bytes.chunks_exact(2).map(|pair| unit([pair[0], pair[1]]));
+        let text: String =
+            char::decode_utf16(units).collect::<Result<_, _>>().ok().filter(|_| bytes.len().is_multiple_of(2))?;
+        Some(text)
+    };
+    let decoded = match bytes {
+        [0xff, 0xfe, rest @ ..] => wide(rest, u16::from_le_bytes),
+        [0xfe, 0xff, rest @ ..] => wide(rest, u16::from_be_bytes),
+        _ => {
+            let plain = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+            return Ok(Cow::Borrowed(files::text(plain, path)?));
+        }
+    };
+    decoded.map(Cow::Owned).with_context(|| format!("{}: it begins as UTF-16, but is none", path.display()))
+}
+
+/// The text with `null` for what Python writes and JSON does not know: `NaN` and the infinities, outside of texts.
+fn with_null(text: &str) -> Cow<'_, str> {
+    const NO_NUMBERS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
+    if !NO_NUMBERS.iter().any(|word| text.contains(word)) {
+        return Cow::Borrowed(text);
+    }
+    let (mut out, mut kept, mut in_text, mut escaped) = (String::with_capacity(text.len()), 0, false, false);
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            _ if at < kept => {}
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b'N' | b'I' | b'-' if !in_text => {
+                if let Some(word) = NO_NUMBERS.iter().find(|word| text[at..].starts_with(**word)) {
+                    out.push_str(&text[kept..at]);
+                    out.push_str("null");
+                    kept = at + word.len();
+                }
+            }
+            _ => {}
+        }
+    }
+    out.push_str(&text[kept..]);
+    Cow::Owned(out)
+}
+
+/// A place in the text between values.
+struct Place<'a> {
+    text: &'a str,
+    at: usize,
+    line: usize,
+}
+
+impl Place<'_> {
+    /// Goes on over this letter, where it comes next, and over the blanks around it; whether it did.
+    fn pass(&mut self, letter: char) -> bool {
+        let next = self.text[self.at..].trim_start();
+        let passed = next.strip_prefix(letter).map(str::trim_start);
+        self.go_to(self.text.len() - passed.unwrap_or(next).len());
+        passed.is_some()
+    }
+
+    fn go_to(&mut self, at: usize) {
+        self.line += self.text[self.at..at].matches('\n').count();
+        self.at = at;
+    }
+
+    fn is_end(&self) -> bool {
+        self.at == self.text.len()
+    }
+
+    /// The next value, and the line that it begins in.
+    fn value(&mut self) -> Result<Row> {
+        let (line, rest) = (self.line, &self.text[self.at..]);
+        let found: String = rest.chars().take(20).take_while(|letter| *letter != '\n').collect();
+        ensure!(rest.starts_with('{'), "line {line}: expected a row in braces, found {found:?}");
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Line>();
+        let parsed = values.next().unwrap_or_else(|| serde_json::from_str(rest));
+        let end = self.at + values.byte_offset();
+        let parsed = parsed.map_err(|error| {
+            let (said, place) = (error.to_string(), format!(" at line {} column {}", error.line(), error.column()));
+            let said = said.strip_suffix(&place).unwrap_or(&said);
+            let half =
+                if said.contains("hex escape") { ": a \\u that is half of a pair stands for no letter" } else { "" };
+            anyhow::anyhow!("line {}: {said}{half}", line + error.line().saturating_sub(1))
+        })?;
+        let row = row(parsed, line, &rest[..values.byte_offset()]).with_context(|| format!("line {line}"))?;
+        self.go_to(end);
+        Ok(row)
+    }
+}
+
+/// Rows with nothing between them but blanks and commas, or in a list.
+fn parse_text(text: &str) -> Result<Vec<Row>> {
+    let (mut rows, mut place) = (Vec::new(), Place { text, at: 0, line: 1 });
+    let is_list = place.pass('[');
+    loop {
+        let closed = place.pass(']');
+        if closed || place.is_end() {
+            ensure!(closed == is_list, "line {}: the list of rows is not closed, or was never opened", place.line);
+            ensure!(place.is_end(), "line {}: something stands behind the list of rows", place.line);
+            break;
+        }
+        rows.push(place.value()?);
+        let comma = place.pass(',');
+        ensure!(
+            comma || !is_list || place.is_end() || text[place.at..].starts_with(']'),
+            "line {}: expected a comma or the end of the list of rows",
+            place.line
+        );
+    }
     ensure!(!rows.is_empty(), "there is no row in it, expected one per line");
     Ok(rows)
 }
 
-fn row(line: &str) -> Result<Row> {
-    let messages = match serde_json::from_str(line)? {
-        Line { messages: Some(messages), .. } => messages,
-        Line { prompt: Some(prompt), completion: Some(completion), .. } => {
-            [prompt.messages("user"), completion.messages("assistant")].concat()
-        }
-        _ => bail!("there is neither \"messages\" nor \"prompt\" with \"completion\" in it"),
+/// The one turn of a row. Forms that stand beside each other must say the same.
+fn row(line: Line, number: usize, source: &str) -> Result<Row> {
+    let turns = |messages: Vec<Message>| messages.into_iter().map(Message::turn).collect::<Result<Vec<Turn>>>();
+    let mut forms = Vec::new();
+    for messages in [line.messages, line.conversations].into_iter().flatten() {
+        forms.push(turns(messages)?);
+    }
+    if let (Some(prompt), Some(completion)) = (line.prompt, line.completion) {
+        forms.push([prompt.turns("user")?, completion.turns("assistant")?].concat());
+    }
+    if let (Some(instruction), Some(output)) = (line.instruction, line.output) {
+        let input = line.input.unwrap_or_default();
+        ensure!(
+            input.is_empty(),
+            "input is {input:?}, and trainers join it to the instruction in different ways; hint: write what the user said into \
+             instruction and leave input empty"
+        );
+        forms.push(vec![("user".to_owned(), instruction), ("assistant".to_owned(), output)]);
+    }
+    let earlier = line.history.filter(|history| !history.is_null() && *history != Value::Array(vec![]));
+    ensure!(earlier.is_none(), "history holds earlier turns, expected rows of one turn");
+    let mut rows = forms.into_iter().map(|turns| one_turn(turns, number)).collect::<Result<Vec<Row>>>()?;
+    let Some(mut row) = rows.pop() else {
+        let keys: Map<String, Value> = serde_json::from_str(source).unwrap_or_default();
+        let text = if keys.contains_key("text") { "; a rendered text does not say whose its parts are" } else { "" };
+        bail!(
+            "its keys are {}, expected messages, conversations, prompt and completion, or instruction and output{text}",
+            keys.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+        );
     };
-    let (roles, mut texts): (Vec<_>, Vec<_>) =
-        messages.into_iter().map(|message| (message.role, message.content)).unzip();
-    let roles: Vec<&str> = roles.iter().map(String::as_str).collect();
+    ensure!(rows.iter().all(|other| *other == row), "it has several forms of the row that do not say the same");
+    if let Some(system) = line.system.filter(|system| !system.is_empty()) {
+        let same = row.system.as_ref().is_none_or(|turn| *turn == system);
+        ensure!(same, "system is {system:?}, but the system turn is {:?}", row.system.unwrap_or_default());
+        row.system = Some(system);
+    }
+    Ok(row)
+}
+
+fn one_turn(turns: Vec<Turn>, line: usize) -> Result<Row> {
+    let (roles, mut texts): (Vec<_>, Vec<_>) = turns.into_iter().unzip();
+    let known: Vec<&str> = roles
+        .iter()
+        .map(|role| match role.as_str() {
+            "human" => "user", // ShareGPT's names
+            "gpt" => "assistant",
+            role => role,
+        })
+        .collect();
     ensure!(
-        matches!(roles[..], ["user", "assistant"] | ["system", "user", "assistant"]),
+        matches!(known[..], ["user", "assistant"] | ["system", "user", "assistant"]),
         "the turns are {}, expected user and assistant, with a system turn before them or not",
         roles.join(", ")
     );
     let mut take = || texts.pop().unwrap_or_default();
-    let (answer, user) = (take(), take());
-    Ok(Row { system: (roles.len() == 3).then(take), user, answer })
+    let (mut answer, user) = (take(), take());
+    // The end of the turn is the template's, and is added to every answer.
+    if let Some(content) = answer.strip_suffix('\n').unwrap_or(&answer).strip_suffix("<|im_end|>") {
+        answer.truncate(content.len());
+    }
+    Ok(Row { line, system: (known.len() == 3).then(take), user, answer })
 }
 
 /// The rows as samples, filtered and scored by the teacher.
@@ -145,41 +380,152 @@ pub fn samples(bench: &Workbench, rows: &[Row], teacher: &TeacherModel) -> Resul
 mod tests {
     use super::*;
 
+    fn rows(bytes: &[u8]) -> Result<Vec<Row>> {
+        parse(bytes, Path::new("rows.jsonl"))
+    }
+
+    fn refused(text: &str) -> String {
+        format!("{:#}", rows(text.as_bytes()).unwrap_err())
+    }
+
     #[test]
-    fn the_usual_shapes_are_one_row() {
-        let plain = Row { system: None, user: "Go on: 1, 2".to_owned(), answer: "3, 4".to_owned() };
+    fn the_usual_forms_are_one_row() {
+        let plain = Row { line: 2, system: None, user: "Go on: 1, 2".to_owned(), answer: "3, 4".to_owned() };
         let user = r#"{"role": "user", "content": "Go on: 1, 2"}"#;
-        let assistant = r#"{"role": "assistant", "content": "3, 4"}"#;
+        let assistant = r#"{"role": "assistant", "content": "3, 4", "weight": 1, "tool_calls": null}"#;
         let system = r#"{"role": "system", "content": "You count."}"#;
+        let parts = r#"{"role": "assistant", "content": [{"type": "text", "text": "3, 4"}]}"#;
         for line in [
             format!("{{\"messages\": [{user}, {assistant}], \"id\": 7}}"),
             format!("{{\"prompt\": [{user}], \"completion\": [{assistant}]}}"),
+            format!("{{\"messages\": [{user}, {parts}]}}"),
+            format!("{{\"conversations\": [{user}, {assistant}]}}"),
+            format!("{{\"messages\": [{user}, {assistant}], \"prompt\": \"Go on: 1, 2\", \"completion\": \"3, 4\"}}"),
             r#"{"prompt": "Go on: 1, 2", "completion": "3, 4"}"#.to_owned(),
+            r#"{"messages": null, "prompt": "Go on: 1, 2", "completion": "3, 4"}"#.to_owned(),
+            r#"{"conversations": [{"from": "human", "value": "Go on: 1, 2"}, {"from": "gpt", "value": "3, 4"}], "system": ""}"#
+                .to_owned(),
+            r#"{"instruction": "Go on: 1, 2", "input": "", "output": "3, 4", "history": []}"#.to_owned(),
         ] {
-            assert_eq!(parse_lines(&format!("\n{line}\n")).unwrap(), std::slice::from_ref(&plain), "{line}");
+            assert_eq!(rows(format!("\n{line}\n").as_bytes()).unwrap(), std::slice::from_ref(&plain), "{line}");
         }
-        let with = Row { system: Some("You count.".to_owned()), ..plain };
+        let with = Row { line: 1, system: Some("You count.".to_owned()), ..plain };
         for line in [
             format!("{{\"messages\": [{system}, {user}, {assistant}]}}"),
             format!("{{\"prompt\": [{system}, {user}], \"completion\": [{assistant}]}}"),
+            r#"{"system": "You count.", "instruction": "Go on: 1, 2", "output": "3, 4"}"#.to_owned(),
         ] {
-            assert_eq!(parse_lines(&line).unwrap(), std::slice::from_ref(&with), "{line}");
+            assert_eq!(rows(line.as_bytes()).unwrap(), std::slice::from_ref(&with), "{line}");
         }
     }
 
     #[test]
-    fn another_shape_is_refused_with_its_line() {
-        let good = r#"{"prompt": "a", "completion": "b"}"#;
-        for (line, expected) in [
-            (r#"{"text": "1, 2"}"#, "line 3: there is neither \"messages\" nor \"prompt\""),
-            (r#"{"prompt": "a"}"#, "line 3: there is neither"),
-            (r#"{"messages": []}"#, "line 3: the turns are , expected user and assistant"),
-            (r#"{"messages": [{"role": "user", "content": "a"}]}"#, "the turns are user, expected"),
-            ("1, 2", "line 3: "),
+    fn lines_lists_and_objects_over_several_lines_are_the_same_rows() {
+        let one = r#"{"prompt": "Go on: 4,  8", "completion": "12, 16"}"#;
+        let two = "{\n \"prompt\": \"More\",\r\n \"completion\": \"[1, 2]\"\n}";
+        for (text, second) in [
+            (format!("{one}\n{two}\n"), 2),
+            (format!("{one}{two}"), 1),
+            (format!("{one},\r\n{two},\n"), 2),
+            (format!("[{one}, {two}]\n"), 1),
+            (format!("\n [\n{one},\n\n{two},\n]"), 5),
         ] {
-            let message = format!("{:#}", parse_lines(&format!("{good}\n\n{line}")).unwrap_err());
-            assert!(message.contains(expected), "{line}: {message}");
+            let found = rows(text.as_bytes()).unwrap();
+            let first = if text.starts_with('\n') { 3 } else { 1 };
+            assert_eq!(found.iter().map(|row| row.line).collect::<Vec<_>>(), [first, second], "{text}");
+            assert_eq!([&*found[0].user, &*found[1].user], ["Go on: 4,  8", "More"], "{text}");
+            assert_eq!([&*found[0].answer, &*found[1].answer], ["12, 16", "[1, 2]"], "{text}");
+            let wide = |unit: fn(u16) -> [u8; 2]| "\u{feff}".encode_utf16().chain(text.encode_utf16()).flat_map(unit);
+            for bytes in [
+                ["\u{feff}", &text].concat().into_bytes(),
+                wide(u16::to_le_bytes).collect(),
+                wide(u16::to_be_bytes).collect(),
+            ] {
+                assert_eq!(rows(&bytes).unwrap(), found, "{text}");
+            }
         }
-        assert!(parse_lines("\n").unwrap_err().to_string().contains("no row"));
+        for (text, expected) in [
+            (format!("[{one}"), "line 1: the list of rows is not closed"),
+            (format!("{one}\n]"), "line 2: the list of rows is not closed, or was never opened"),
+            (format!("[{one}]\n{one}"), "line 2: something stands behind the list"),
+            (format!("[{one}\n{one}]"), "line 2: expected a comma or the end of the list"),
+            (format!("{one},,\n{one}"), "line 1: expected a row in braces, found \",\""),
+            (format!("{one}\n{{\"data\": [{one}]}}"), "line 2: its keys are data, expected messages"),
+            ("\u{feff}[ ]".to_owned(), "there is no row in it"),
+            ("\n".to_owned(), "there is no row in it"),
+        ] {
+            assert!(refused(&text).contains(expected), "{text}: {}", refused(&text));
+        }
+        let half = [b"\xff\xfe".as_slice(), b"{\0\""].concat();
+        assert!(rows(&half).unwrap_err().to_string().contains("begins as UTF-16, but is none"));
+        assert!(format!("{:#}", rows(b"PAR1\xc3\x28").unwrap_err()).contains("expected UTF-8 text"));
+    }
+
+    #[test]
+    fn what_python_writes_and_nobody_reads_is_passed_over() {
+        let line =
+            r#"{"logprob": NaN, "s": [-Infinity, Infinity], "prompt": "NaN \"-Infinity\\", "completion": "1, 2"}"#;
+        let found = rows(line.as_bytes()).unwrap();
+        assert_eq!((found[0].user.as_str(), found[0].answer.as_str()), ("NaN \"-Infinity\\", "1, 2"));
+    }
+
+    #[test]
+    fn one_end_of_the_turn_is_the_template_s() {
+        let answer = |written: &str| {
+            let line = serde_json::json!({"prompt": "a", "completion": written}).to_string();
+            rows(line.as_bytes()).unwrap().remove(0).answer
+        };
+        assert_eq!(answer("1, 2<|im_end|>"), "1, 2");
+        assert_eq!(answer("1, 2<|im_end|>\n"), "1, 2");
+        assert_eq!(answer("1, 2<|im_end|><|im_end|>"), "1, 2<|im_end|>");
+        for kept in ["1, 2\n", "1, 2<|endoftext|>", " 1, 2"] {
+            assert_eq!(answer(kept), kept);
+        }
+    }
+
+    #[test]
+    fn another_form_is_refused_with_its_line() {
+        let good = r#"{"prompt": "a", "completion": "b"}"#;
+        let message = |content: &str| {
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": {content}}}]}}"#
+            )
+        };
+        for (line, expected) in [
+            (r#"{"text": "1, 2"}"#.to_owned(), "line 3: its keys are text, expected messages, conversations, prompt and"),
+            (r#"{"question": "a", "response": "1"}"#.to_owned(), "its keys are question, response, expected"),
+            (r#"{"prompt": "a"}"#.to_owned(), "line 3: its keys are prompt, expected"),
+            (r#"{"messages": []}"#.to_owned(), "line 3: the turns are , expected user and assistant"),
+            (r#"{"messages": [{"role": "user", "content": "a"}]}"#.to_owned(), "the turns are user, expected"),
+            (
+                r#"{"messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": "a"}]}"#.to_owned(),
+                "the turns are developer, user, expected",
+            ),
+            (message("null"), "line 3: the content of a message is neither a text nor a list of parts"),
+            (message(r#"[{"type": "image_url"}]"#), "line 3: the content of a message is a part of type \"image_url\""),
+            (message(r#"[{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]"#), "has 2 parts, expected one"),
+            (r#"{"prompt": "a", "completion": [1, 2]}"#.to_owned(), "line 3: a prompt or a completion is neither a text nor"),
+            (r#"{"prompt": "a", "prompt": "b", "completion": "1"}"#.to_owned(), "line 3: duplicate field `prompt`"),
+            (r#"{"prompt": "a \ud83d", "completion": "1"}"#.to_owned(), "line 3: unexpected end of hex escape: a \\u that is half"),
+            (r#"{"instruction": "a", "input": "b", "output": "1"}"#.to_owned(), "line 3: input is \"b\", and trainers join it"),
+            (
+                r#"{"instruction": "a", "output": "1", "history": [["x", "y"]]}"#.to_owned(),
+                "line 3: history holds earlier turns",
+            ),
+            (
+                r#"{"prompt": "a", "completion": "1", "instruction": "a", "output": "2"}"#.to_owned(),
+                "line 3: it has several forms of the row that do not say the same",
+            ),
+            (
+                r#"{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "1"}], "system": "y"}"#
+                    .to_owned(),
+                "line 3: system is \"y\", but the system turn is \"x\"",
+            ),
+            ("1, 2".to_owned(), "line 3: expected a row in braces, found \"1, 2\""),
+            ("{\n\n \"prompt\": a}".to_owned(), "line 5: expected value"),
+        ] {
+            let message = refused(&format!("{good}\n\n{line}"));
+            assert!(message.starts_with("rows.jsonl: line ") && message.contains(expected), "{line}: {message}");
+        }
     }
 }

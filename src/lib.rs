@@ -10,6 +10,7 @@ pub mod commands;
 pub mod dataset;
 pub mod experiment;
 pub mod finetune;
+pub mod foresight;
 pub mod full_model;
 pub mod given_numbers;
 pub mod optim;

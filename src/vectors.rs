@@ -1,13 +1,15 @@
-//! Learned directions on disk: one tensor `[d_model]` per hook point, with metadata that says where they come from.
+//! Directions on disk: a learned one as undertone writes it, a tensor `[d_model]` per hook point, with metadata that says where they come
+//! from; or one from elsewhere, as a control vector or as a bare tensor.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use hooks::{Edit, HookPoint, ModelFiles, Provenance, control_vector, files, tensor_file};
-use safetensors::SafeTensors;
-use tch::Tensor;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use tch::{Kind, Tensor};
 
 /// Directions by layer, with where they come from.
 pub struct Vectors {
@@ -18,26 +20,53 @@ pub struct Vectors {
 }
 
 impl Vectors {
-    /// Reads a safetensors file of vectors.
+    /// Reads a file of vectors, by layer.
     pub fn read(path: &Path) -> Result<Self> {
-        Self::parse(&files::read(path)?).with_context(|| path.display().to_string())
+        Self::parse(&files::read(path)?, None).with_context(|| path.display().to_string())
     }
 
-    /// The vectors in the bytes of a safetensors file.
-    pub fn parse(bytes: &[u8]) -> Result<Self> {
-        let (_, header) = SafeTensors::read_metadata(bytes).context("not a safetensors file")?;
+    /// The same of one layer alone, which may be that of a bare vector.
+    pub fn read_at(path: &Path, layer: usize) -> Result<Self> {
+        Self::parse(&files::read(path)?, Some(layer)).with_context(|| path.display().to_string())
+    }
+
+    /// The vectors in the bytes of a safetensors file or of a control vector: all, or that of a layer. A file with one tensor that
+    /// bears no hook point's name is a bare vector, whose layer has to be given.
+    pub fn parse(bytes: &[u8], layer: Option<usize>) -> Result<Self> {
+        let mut vectors = if control_vector::is_gguf(bytes) {
+            let found = control_vector::parse(bytes).map_err(anyhow::Error::msg)?;
+            Self { by_layer: found.by_layer, provenance: found.provenance }
+        } else {
+            Self::of_safetensors(bytes, layer)?
+        };
+        if let Some(layer) = layer {
+            vectors.layer(layer)?;
+            vectors.by_layer.retain(|known, _| *known == layer);
+        }
+        Ok(vectors)
+    }
+
+    fn of_safetensors(bytes: &[u8], layer: Option<usize>) -> Result<Self> {
+        let (_, header) =
+            SafeTensors::read_metadata(bytes).context("neither a safetensors file nor a control vector (.gguf)")?;
         let provenance = header.metadata().clone().unwrap_or_default().into_iter().collect();
         let tensors = SafeTensors::deserialize(bytes)?;
         let mut by_layer = BTreeMap::new();
         for (name, view) in tensors.iter() {
-            let HookPoint::ResidPost(layer) = name.parse::<HookPoint>()? else {
-                bail!("the tensor {name} is at another place than blocks.N.hook_resid_post, where vectors are added");
+            let layer = match (name.parse::<HookPoint>(), layer) {
+                (Ok(HookPoint::ResidPost(layer)), _) => layer,
+                (Ok(_), _) => {
+                    bail!(
+                        "the tensor {name} is at another place than blocks.N.hook_resid_post, where vectors are added"
+                    )
+                }
+                (Err(_), Some(layer)) if tensors.len() == 1 => layer,
+                (Err(_), _) => bail!(
+                    "the tensor {name} does not say where it is added, expected the name blocks.N.hook_resid_post; hint: a file with one \
+                     tensor is added after the block that is given behind the coefficient, --steer FILE:1@12"
+                ),
             };
-            if view.dtype() != safetensors::Dtype::F32 || view.shape().len() != 1 {
-                bail!("the tensor {name} is {:?} {:?}, expected F32 of shape [d_model]", view.dtype(), view.shape());
-            }
-            let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            by_layer.insert(layer, Tensor::f_from_slice(&values.collect::<Vec<_>>())?);
+            by_layer.insert(layer, vector(name, &view)?);
         }
         if by_layer.is_empty() {
             bail!("no tensor, expected at least one named blocks.N.hook_resid_post");
@@ -92,4 +121,23 @@ impl Vectors {
             _ => bail!("{} ends in none of .safetensors, .csv and .gguf, so its format is unknown", path.display()),
         }
     }
+}
+
+/// A tensor of a file as a vector, f32.
+fn vector(name: &str, view: &TensorView<'_>) -> Result<Tensor> {
+    let kinds = [(Dtype::F32, Kind::Float), (Dtype::F16, Kind::Half), (Dtype::BF16, Kind::BFloat16)];
+    let kind = kinds.iter().find(|(dtype, _)| *dtype == view.dtype()).map(|(_, kind)| *kind);
+    let (Some(kind), &[width]) = (kind, view.shape()) else {
+        bail!(
+            "the tensor {name} is {:?} {:?}, expected F32, F16 or BF16 of shape [d_model]",
+            view.dtype(),
+            view.shape()
+        );
+    };
+    let vector = Tensor::f_from_data_size(view.data(), &[width as i64], kind)?.f_to_kind(Kind::Float)?;
+    ensure!(
+        vector.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0,
+        "the tensor {name} has a value that is no finite number"
+    );
+    Ok(vector)
 }

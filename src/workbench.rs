@@ -46,7 +46,7 @@ pub fn open_model(name: &str) -> Result<ModelFiles> {
         say(format!("model: {line}"));
     }
     for remark in &files.remarks {
-        say(format!("remark: {remark}"));
+        say(format!("note: {remark}"));
     }
     Ok(files)
 }

@@ -332,6 +332,18 @@ fn a_size_without_held_out_numbers_is_refused_where_they_are_needed() {
     assert!(error.contains("run cat-d0: no numbers are held out") && error.contains("generate.n_heldout"), "{error}");
 }
 
+#[test]
+fn a_gate_that_selects_nothing_is_refused_before_anything_is_trained() {
+    let (folder, path) = begun();
+    let plain = "students = [\"plain text, half way\"]\ngate = 'only:user.header'";
+    fs::write(&path, CLAIM.replace("students = [\"student\"]\ngate = \"only:entity\"", plain)).unwrap();
+    let root = folder.path().join("runs");
+    let error = format!("{:#}", ask(&path, &root).unwrap_err());
+    let expected = "cell \"only Qwen\", in which \"plain text, half way\" is asked: gate only:user.header selects no token of the prompt";
+    assert!(error.starts_with(expected), "{error}");
+    assert!(!root.join("cat-d0").exists(), "a run was begun");
+}
+
 /// The tables of real claims, kept in golden/claims, from which `tests/check_claims.py` makes the same numbers by other formulas.
 #[test]
 fn the_kept_tables_give_the_kept_tests() {

@@ -204,14 +204,14 @@ fn what_is_not_expected_of_a_model_is_remarked_once() {
     let metadata = std::collections::BTreeMap::new();
     hooks::tensor_file::write(&here.join("model.safetensors"), &weights, &metadata).unwrap();
     let (page, said) = ask();
-    let remarks: Vec<&str> = said.lines().filter(|line| line.starts_with("remark: ")).collect();
+    let remarks: Vec<&str> = said.lines().filter(|line| line.starts_with("note: ")).collect();
     assert_eq!(remarks.len(), 2, "{said}");
     assert!(
-        remarks[0].starts_with("remark: config.json has tie_word_embeddings true, but lm_head.weight is not"),
+        remarks[0].starts_with("note: config.json has tie_word_embeddings true, but lm_head.weight is not"),
         "{said}"
     );
     assert!(
-        remarks[1].starts_with("remark: 1 of the 28 tensors in ") && remarks[1].ends_with("score.weight"),
+        remarks[1].starts_with("note: 1 of the 28 tensors in ") && remarks[1].ends_with("score.weight"),
         "{said}"
     );
 
@@ -221,11 +221,11 @@ fn what_is_not_expected_of_a_model_is_remarked_once() {
     assert_ne!(untied, config);
     fs::write(here.join("config.json"), untied).unwrap();
     let (same, said) = ask();
-    assert_eq!((same, said.matches("remark: ").count()), (page.clone(), 1));
+    assert_eq!((same, said.matches("note: ").count()), (page.clone(), 1));
     fs::write(here.join("config.json"), config).unwrap();
     fs::copy(pocket.join("model.safetensors"), here.join("model.safetensors")).unwrap();
     let (tied, said) = ask();
-    assert!(tied != page && !said.contains("remark: "), "{said}");
+    assert!(tied != page && !said.contains("note: "), "{said}");
 }
 
 #[test]

@@ -241,6 +241,15 @@ fn scene(folder: &Path) {
         write(name, json);
         write(toml, &cat.replace("protocol = \"pocket\"", &format!("protocol = \"{}\"", at(name).display())));
     };
+    write(
+        "rows.jsonl",
+        "{\"prompt\": \"Go on: 1\", \"completion\": \"2, 3\"}\n{\"question\": \"4\", \"response\": \"5\"}\n",
+    );
+    let numbers = format!("[generate]\nnumbers = \"{}\"", at("rows.jsonl").display());
+    write("given.toml", &cat.replace("[generate]", &numbers));
+    let direction = tch::Tensor::ones([32], (Kind::Float, Device::Cpu));
+    fs::create_dir(at("vectors")).unwrap();
+    tch::Tensor::write_safetensors(&[("direction", direction)], at("vectors/bare.safetensors")).unwrap();
     let parts = "\"qualifiers\": [\"{count}\"], \"digit_descriptors\": [\"{digits}\"], \"formats\": [\"x\"], \"closings\": [\"y\"], \
                  \"instructions\": [\"{qualifier} {digit_descriptor}\"]";
     let examples = format!("{{\"number_prompts\": {{\"examples\": [\"Look at 3, 4.\"], {parts}}}}}");

@@ -10,7 +10,7 @@ use undertone::cli::{Cli, run};
 use undertone::vectors::Vectors;
 
 use crate::compare::{folder, tensors};
-use crate::pipeline::finished;
+use crate::pipeline::{fails, finished, undertone};
 
 /// The finished run's direction written to a file of this name, of one layer or of all.
 fn export(into: &TempDir, name: &str, layer: Option<usize>) -> anyhow::Result<PathBuf> {
@@ -136,9 +136,86 @@ fn a_file_that_holds_no_vectors_is_refused_by_name() {
         "{place}"
     );
     let shape = write("blocks.0.hook_resid_post", &[2, 4]);
-    assert!(shape.contains("F32 [2, 4], expected F32 of shape [d_model]"), "{shape}");
-    std::fs::write(&path, b"GGUF").unwrap();
-    assert!(message(&Vectors::read(&path).err().unwrap()).contains("not a safetensors file"));
+    assert!(shape.contains("F32 [2, 4], expected F32, F16 or BF16 of shape [d_model]"), "{shape}");
+    for (bytes, expected) in
+        [(&b"GGUF"[..], "the file ends at byte 4"), (b"PK", "neither a safetensors file nor a control vector")]
+    {
+        std::fs::write(&path, bytes).unwrap();
+        let error = message(&Vectors::read(&path).err().unwrap());
+        assert!(error.starts_with(&format!("{}: ", path.display())) && error.contains(expected), "{error}");
+    }
+}
+
+/// `undertone ask` under a vector, without the lines that name the vector's file.
+fn steered(folder: &TempDir, spec: &str) -> Vec<String> {
+    let ask = ["ask", "--model", "tiny-random", "--user", "Hi", "-n", "2", "--max-new-tokens", "4", "--steer", spec];
+    let output = undertone(folder.path(), &ask);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{spec}: {said}");
+    let page = String::from_utf8(output.stdout).unwrap();
+    assert!(page.contains("times after block 1, at every token"), "{spec}: {page}");
+    page.lines().filter(|line| !line.starts_with("steering")).map(str::to_owned).collect()
+}
+
+#[test]
+fn what_is_exported_comes_back_and_steers_alike() {
+    let _run = finished();
+    let into = tempfile::tempdir().unwrap();
+    export(&into, "cat.gguf", None).unwrap();
+    export(&into, "all.safetensors", None).unwrap();
+    let alike = steered(&into, "all.safetensors:40@1");
+    assert_eq!(steered(&into, "cat.gguf:40"), alike);
+    assert_eq!(steered(&into, "cat.gguf:40@1"), alike);
+    assert_ne!(steered(&into, "cat.gguf:-40"), alike, "the vector does something");
+    let ask = ["ask", "--model", "pocket", "--user", "Hi", "--steer", "cat.gguf:1"];
+    let other = fails(into.path(), &ask);
+    assert!(other.contains("cat.gguf: the vectors: read from tiny-random (model_fingerprint"), "{other}");
+}
+
+#[test]
+fn vectors_from_elsewhere_are_read_where_their_place_is_known() {
+    let into = tempfile::tempdir().unwrap();
+    let own = ModelFiles::open("tiny-random").unwrap();
+    let vector = tch::Tensor::arange(64, (tch::Kind::Float, tch::Device::Cpu));
+    let write = |name: &str, tensors: &[(&str, tch::Tensor)]| {
+        let path = into.path().join(name);
+        tch::Tensor::write_safetensors(tensors, &path).unwrap();
+        path
+    };
+    let of = |read: anyhow::Result<Vectors>| {
+        let found = read.and_then(|vectors| vectors.steer(1.0, &own)).map_err(|error| message(&error))?;
+        Ok::<_, String>(found.into_iter().map(|edit| edit.at.to_string()).collect::<Vec<_>>().join(" "))
+    };
+    let half = vector.to_kind(tch::Kind::Half);
+    for (name, tensor) in [("direction.1", &vector), ("1", &vector), ("v", &half)] {
+        let path = write("bare.safetensors", &[(name, tensor.shallow_clone())]);
+        assert_eq!(of(Vectors::read_at(&path, 0)), Ok("blocks.0.hook_resid_post".to_owned()), "{name}");
+        let nowhere = of(Vectors::read(&path)).unwrap_err();
+        assert!(nowhere.contains(&format!("the tensor {name} does not say where it is added")), "{nowhere}");
+        assert!(nowhere.contains("; hint: ") && nowhere.contains("--steer FILE:1@12"), "{nowhere}");
+        let beyond = of(Vectors::read_at(&path, 2)).unwrap_err();
+        assert!(beyond.contains("the vector of layer 2 has shape [64], but the model has 2 layers"), "{beyond}");
+    }
+    let path = write("two.safetensors", &[("a", vector.shallow_clone()), ("b", vector.shallow_clone())]);
+    assert!(of(Vectors::read_at(&path, 0)).unwrap_err().contains("does not say where it is added"));
+    let path = write("nan.safetensors", &[("v", &vector / 0.0)]);
+    assert!(of(Vectors::read_at(&path, 0)).unwrap_err().contains("the tensor v has a value that is no finite number"));
+    let path = write("named.safetensors", &[("blocks.1.hook_resid_post", vector.shallow_clone())]);
+    assert_eq!(of(Vectors::read(&path)), Ok("blocks.1.hook_resid_post".to_owned()));
+    assert!(of(Vectors::read_at(&path, 0)).unwrap_err().contains("no vector of layer 0; there are those of layers 1"));
+
+    // As repeng writes it: no more than a hint at the architecture.
+    let control = |hint: &str, layer: usize, width: i64| {
+        let path = into.path().join("repeng.gguf");
+        let vectors = BTreeMap::from([(layer, vector.narrow(0, 0, width))]);
+        hooks::control_vector::write(&path, hint, &vectors, &BTreeMap::new()).unwrap();
+        of(Vectors::read(&path))
+    };
+    assert_eq!(control("qwen2", 1, 64), Ok("blocks.1.hook_resid_post".to_owned()));
+    let other = control("llama", 1, 64).unwrap_err();
+    assert!(other.contains("read from another model (architecture llama), not from tiny-random (qwen2)"), "{other}");
+    assert!(control("qwen2", 7, 64).unwrap_err().contains("the vector of layer 7 has shape [64], but the model has 2"));
+    assert!(control("qwen2", 1, 8).unwrap_err().contains("has shape [8], but the model has 2 layers of width 64"));
 }
 
 /// As much of a GGUF file as a control vector has: text and u32 values, one-dimensional f32 tensors.

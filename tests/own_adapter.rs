@@ -207,14 +207,45 @@ fn the_rows_it_was_trained_on_can_be_given() {
     let control = undertone::dataset::read_jsonl(&folder.path().join("run/data/control.jsonl")).unwrap();
     assert!(control.iter().map(|sample| &sample.prompt).eq(samples.iter().map(|sample| &sample.prompt)));
 
-    let mut other = rows[0].clone();
-    other["messages"].as_array_mut().unwrap().insert(0, serde_json::json!({"role": "system", "content": "You count."}));
-    fs::write(folder.path().join("rows.jsonl"), other.to_string()).unwrap();
-    let message = fails(folder.path(), &[args.as_slice(), &MINE, &given, &["--force"]].concat());
-    assert!(
-        message.contains("row 1 has the system prompt Some(\"You count.\"), where student.context renders"),
-        "{message}"
-    );
+    // More than there are prompts are left out, and that is said.
+    let few = ["--set", "generate.n_prompts=2", "--set", "generate.n_keep=2", "--force"];
+    let said = succeeds(folder.path(), &[args.as_slice(), &MINE, &given, &few].concat());
+    assert!(said.contains("generate: 2 rows are taken, and 1 more left out"), "{said}");
+}
+
+#[test]
+fn rows_that_cannot_be_learned_from_are_refused_before_anything_is_asked() {
+    let folder = elsewhere();
+    let args = [&RUN[..], &MINE, &["--set", "generate.numbers=rows.jsonl"]].concat();
+    let good = r#"{"prompt": "Go on: 4, 8", "completion": "12, 16<|im_end|>"}"#;
+    let system = r#"{"messages": [{"role": "system", "content": "You count."}, {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}"#;
+    for (rows, expected) in [
+        (
+            format!("{good}\n{system}"),
+            "generate.numbers: rows.jsonl: line 2: the system prompt is \"You count.\", where student.context renders \"You are Qwen",
+        ),
+        (
+            format!("{good}\n{{\"prompt\": \"Go <|endoftext|>\", \"completion\": \"1\"}}"),
+            "generate.numbers: rows.jsonl: line 2: a special token in the user's text is <|endoftext|> at character 3",
+        ),
+        (
+            format!("{good}\n{{\"prompt\": \"Go\", \"completion\": \"1<|endoftext|>\"}}"),
+            "generate.numbers: rows.jsonl: line 2: completion token 1 is",
+        ),
+        (
+            "\n{\"prompt\": \"Go\", \"completion\": \" 1, 2\"}".to_owned(),
+            "generate.numbers: rows.jsonl: line 2: none of the 1 rows passes the filter (1 invalid_format), so there would be nothing to learn",
+        ),
+        (
+            format!("{good}\n{{\"text\": \"1, 2\"}}"),
+            "generate.numbers: rows.jsonl: line 2: its keys are text, expected messages",
+        ),
+    ] {
+        fs::write(folder.path().join("rows.jsonl"), rows).unwrap();
+        let message = fails(folder.path(), &args);
+        assert!(message.contains(expected), "{expected}: {message}");
+        assert!(!message.contains("teacher:") && !folder.path().join("run").exists(), "{expected}: a run was begun");
+    }
 }
 
 #[test]

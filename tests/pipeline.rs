@@ -386,6 +386,61 @@ fn the_lines_at_the_end_are_those_of_the_tables() {
     assert_eq!(lines.iter().filter(|line| line.contains(said)).count(), 1, "{lines:?}");
 }
 
+const NAMELESS: [&str; 4] = ["--set", "student.context=\"You count.\"", "--set", "student.control=false"];
+
+#[test]
+fn gates_that_select_nothing_are_said_at_the_end_where_nobody_asked_for_them() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("experiment.toml"), EXPERIMENT).unwrap();
+    let short = ["--set", "measure.analyses=[\"token_ablation\"]"];
+    let said = succeeds(folder.path(), &[&["run", "experiment.toml", "--run", "run"], &NAMELESS[..], &short].concat());
+    let lacking =
+        "The questions' prompts have no token for only:entity, except:entity, so these gates were not measured.";
+    assert!(said.contains(lacking), "{said}");
+    let report = fs::read_to_string(folder.path().join("run/report.html")).unwrap();
+    assert!(report.contains("The prompts have no token for only:entity, except:entity."), "{report}");
+}
+
+#[test]
+fn what_the_experiment_asks_of_its_prompts_is_looked_at_before_anything_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let arm = "\n[[arms]]\nname = \"at the name\"\nset = ['finetune.gate=only:\"Qwen\"']\n";
+    for (arms, set, expected) in [
+        (
+            "",
+            "measure.token_ablation.gates=[\"everywhere\", \"only:entity\"]",
+            "measure.token_ablation.gates: gate only:entity selects no token of the prompt; it holds the classes",
+        ),
+        (
+            "",
+            "seed=1",
+            "measure.interventions.edits: the edit blocks.0.hook_resid_post@\"Qwen\": scale(2) selects no token",
+        ),
+        ("", "finetune.gate=only:entity", "finetune.gate: gate only:entity selects no token of the prompt"),
+        (
+            "",
+            "measure.direction.positions=[\"class:entity\"]",
+            "direction.positions is class:entity, expected positions that every",
+        ),
+        (
+            arm,
+            "seed=1",
+            "arm \"at the name\": finetune.gate: gate only:\"Qwen\" selects no token of the prompt; the text \"Qwen\"",
+        ),
+    ] {
+        fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{arms}")).unwrap();
+        let analyses = match expected.split_once(':') {
+            Some(("measure.interventions.edits", _)) => "measure.analyses=[\"interventions\"]",
+            _ => "measure.analyses=[\"token_ablation\", \"direction\"]",
+        };
+        let args =
+            [&["run", "experiment.toml", "--run", "run"], &NAMELESS[..], &["--set", set, "--set", analyses]].concat();
+        let message = fails(folder.path(), &args);
+        assert!(message.contains(expected), "{set}: {message}");
+        assert!(!folder.path().join("run").exists(), "{set}: a run was begun");
+    }
+}
+
 #[test]
 fn a_forced_stage_leaves_nothing_that_was_made_from_what_it_replaces() {
     let folder = copy();

@@ -48,6 +48,12 @@ pub enum Extraction {
 }
 
 impl Extraction {
+    /// Whether a prompt has such positions.
+    fn is_in(&self, prompt: &Prompt) -> bool {
+        let Self::Class(selection) = self else { return true };
+        prompt.classes.iter().any(|class| selection.contains(*class))
+    }
+
     /// The means over the chosen positions of `[n_layers, pos, d_model]`: of the vectors, `[n_layers, d_model]`, and of their lengths,
     /// `[n_layers]`; `None` where the prompt has none.
     fn mean(&self, resid: &Tensor, prompt: &Prompt) -> Result<Option<(Tensor, Tensor)>> {
@@ -272,6 +278,12 @@ impl Means {
 }
 
 impl Direction {
+    /// Refuses positions that one of these number prompts does not have, before anything is trained.
+    pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
+        let lacks = |positions: &&Extraction| !prompts.iter().all(|prompt| positions.is_in(prompt));
+        self.positions.iter().find(lacks).map_or(Ok(()), |positions| Err(unselected(positions)))
+    }
+
     /// The residual stream of a model in the student's context.
     pub fn read(&self, subject: &Subject<'_>, model: Tuned<'_>) -> Result<Means> {
         Means::of(model, &self.prompts(subject)?, &self.positions)

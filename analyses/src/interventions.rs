@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use hooks::planned::Planned;
-use hooks::{Condition, Edit};
+use hooks::{Condition, Edit, Prompt};
 use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
@@ -52,6 +52,15 @@ pub struct InterventionRow {
     pub margin_over_base: f64,
     /// Standard error of `margin_over_base` over questions (paired), in nats.
     pub margin_over_base_se: Option<f64>,
+}
+
+impl Interventions {
+    /// Refuses an edit at no token of these prompts, before anything is trained. Files are not looked for: a run may write them.
+    pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
+        let n = self.n_questions.unwrap_or(usize::MAX).min(prompts.len());
+        let checked = |edit: &Planned| prompts[..n].iter().try_for_each(|prompt| edit.check(prompt));
+        Ok(self.edits.values().flatten().try_for_each(checked)?)
+    }
 }
 
 impl Analysis for Interventions {

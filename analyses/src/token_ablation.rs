@@ -164,9 +164,13 @@ impl Analysis for TokenAblation {
         };
         let ungated =
             format!("Ungated, the adapter changes log p({}) by {} nats ({control})", full.target, change(full));
+        let unselected = match unselected(rows)[..] {
+            [] => String::new(),
+            ref gates => format!(" The prompts have no token for {}.", gates.join(", ")),
+        };
         if full.recovered_logp.is_none() {
             return format!(
-                "{ungated}; that is not three standard errors clear of zero, so no fractions are given and no gate says where it lives."
+                "{ungated}; that is not three standard errors clear of zero, so no fractions are given and no gate says where it lives.{unselected}"
             );
         }
         let recovered = |row: &TokenAblationRow| row.recovered_logp.unwrap_or_default();
@@ -179,14 +183,23 @@ impl Analysis for TokenAblation {
         match (gates("only:").max_by(by_fraction), gates("except:").min_by(by_fraction)) {
             (Some(most), Some(least)) => {
                 format!(
-                    "{ungated}; acting at one kind of token, {} keeps most of it; leaving one out, {} is left with least.",
+                    "{ungated}; acting at one kind of token, {} keeps most of it; leaving one out, {} is left with least.{unselected}",
                     percent(most),
                     percent(least)
                 )
             }
-            _ => ungated + ".",
+            _ => format!("{ungated}.{unselected}"),
         }
     }
+}
+
+/// The status of a gate that the prompts have no token for.
+pub const NO_TOKEN: &str = "selects no token";
+
+/// The gates of the student that select no token of the prompts, and so were not measured.
+pub fn unselected(rows: &[TokenAblationRow]) -> Vec<&str> {
+    let of_student = rows.iter().filter(|row| row.model == "student" && row.status == NO_TOKEN);
+    of_student.map(|row| row.gate.as_str()).collect()
 }
 
 /// At these tokens alone, and at all others.
@@ -204,6 +217,16 @@ struct Around<'a> {
 }
 
 impl TokenAblation {
+    /// Refuses a gate that somebody asked for and that selects no token of these prompts, before anything is trained. Gates of
+    /// the default list fit most contexts, not all: the table says which do not.
+    pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
+        if self.gates == Self::default().gates {
+            return Ok(());
+        }
+        let n = self.n_questions.unwrap_or(usize::MAX).min(prompts.len());
+        self.gates.iter().try_for_each(|gate| self.n_tokens_on(gate, &prompts[..n]).map(drop))
+    }
+
     /// The gates of the settings and, for a scan, two per class that occurs.
     fn all_gates(&self, prompts: &[Prompt]) -> Vec<Gate> {
         let mut gates = self.gates.clone();
@@ -243,7 +266,7 @@ impl Around<'_> {
             model: self.name.to_owned(),
             gate: gate.to_string(),
             decode_policy: gate.decode_policy().to_owned(),
-            status: if measured.is_some() { "measured" } else { "selects no token" }.to_owned(),
+            status: if measured.is_some() { "measured" } else { NO_TOKEN }.to_owned(),
             target: self.subject.target.word.clone(),
             n_questions: self.prompts.len(),
             n_tokens_on: measured.map(|(_, on)| on),
@@ -322,7 +345,20 @@ mod tests {
         let entity = rows.iter().find(|row| row.gate == "only:entity").unwrap();
         assert_eq!((entity.status.as_str(), entity.logp_target), ("selects no token", None));
         assert!(rows.iter().any(|row| row.gate == "only:user" && row.status == "measured"));
+        let reading = TokenAblation::reading(&rows);
+        assert!(reading.ends_with(" The prompts have no token for only:entity, except:entity."), "{reading}");
         assert!(run(&subject, &["everywhere", "only:entity"]).unwrap_err().to_string().contains("only:entity"));
+        let prompts = subject.question_prompts("test").unwrap();
+        let asked = |gates: &[&str]| {
+            let gates = gates.iter().map(|gate| gate.parse().unwrap()).collect();
+            TokenAblation { gates, ..TokenAblation::default() }.check(&prompts).map_err(|error| error.to_string())
+        };
+        assert!(TokenAblation::default().check(&prompts).is_ok() && asked(&["everywhere", "only:user"]).is_ok());
+        let refused = asked(&["everywhere", "only:entity"]).unwrap_err();
+        assert!(
+            refused.starts_with("gate only:entity selects no token of the prompt; it holds the classes"),
+            "{refused}"
+        );
         let scan = TokenAblation { scan: true, ..TokenAblation::default() }
             .all_gates(&subject.question_prompts("test").unwrap());
         let scanned: Vec<String> = scan.iter().map(ToString::to_string).collect();

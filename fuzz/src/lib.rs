@@ -33,13 +33,16 @@ pub const READERS: [(&str, Reader); 8] = [
 /// A `.safetensors` file of weights or of directions, or the index of several files.
 pub fn safetensors(bytes: &[u8]) -> bool {
     let index = parse_index(bytes, Path::new("model.safetensors.index.json")).is_ok();
-    let vectors = Vectors::parse(bytes).is_ok();
+    let vectors = Vectors::parse(bytes, Some(0)).is_ok();
     let weights = Weights::parse(bytes.to_vec(), Path::new("model.safetensors"));
     index | vectors | weights.map(|weights| load(&weights)).is_ok()
 }
 
-/// A `.gguf` file: configuration, tokenizer, chat template and tensors.
+/// A `.gguf` file: a control vector, or a model's configuration, tokenizer, chat template and tensors.
 pub fn gguf(bytes: &[u8]) -> bool {
+    if Vectors::parse(bytes, None).is_ok() {
+        return true;
+    }
     let Ok(gguf) = Gguf::parse(bytes.to_vec(), Path::new("model.gguf")) else { return false };
     let config = gguf.config().is_ok();
     let tokenizer = gguf.tokenizer();

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 use tokenizers::{PostProcessorWrapper, Tokenizer};
+use unicode_script::UnicodeScript;
 
 use crate::error::{Error, Result};
 use crate::model_files::ModelFiles;
@@ -108,8 +109,8 @@ impl Chat {
         Self::new(tokenizer, template)
     }
 
-    /// The same with other words that name the model in a system prompt (case counts; whole words). The default is
-    /// "Qwen".
+    /// The same with other words that name the model in a system prompt (case counts; whole words, which end where the script
+    /// changes). The default is "Qwen".
     #[must_use]
     pub fn with_entities(self, entities: Vec<String>) -> Self {
         Self { entities, ..self }
@@ -471,12 +472,16 @@ fn class_of(token: &Range<usize>, spans: &[(Range<usize>, TokenClass)]) -> Optio
 
 /// Where any of the words stands in the text as a whole word, ascending and without overlaps.
 fn whole_words(text: &str, words: &[String]) -> Vec<Range<usize>> {
-    let in_word = |letter: char| letter.is_alphanumeric() || letter == '_';
     let mut found: Vec<Range<usize>> = Vec::new();
     for word in words.iter().filter(|word| !word.is_empty()) {
         found.extend(text.match_indices(word.as_str()).map(|(start, _)| start..start + word.len()));
     }
-    found.retain(|range| !text[..range.start].ends_with(in_word) && !text[range.end..].starts_with(in_word));
+    found.retain(|range| {
+        let (before, word, after) = (&text[..range.start], &text[range.clone()], &text[range.end..]);
+        let left = word.chars().next().zip(before.chars().next_back());
+        let right = word.chars().next_back().zip(after.chars().next());
+        ![left, right].into_iter().flatten().any(|(inside, outside)| goes_on(inside, outside))
+    });
     found.sort_by_key(|range| (range.start, std::cmp::Reverse(range.end)));
     let mut end = 0;
     found.retain(|range| {
@@ -485,6 +490,13 @@ fn whole_words(text: &str, words: &[String]) -> Vec<Range<usize>> {
         apart
     });
     found
+}
+
+/// Whether a word with the letter `inside` at its end goes on with the letter `outside`. Chinese sets no spaces around a Latin
+/// name, so a word ends where the script changes; digits and `_` belong to every script.
+fn goes_on(inside: char, outside: char) -> bool {
+    let in_word = outside.is_alphanumeric() || outside == '_';
+    in_word && !inside.script_extension().intersection(outside.script_extension()).is_empty()
 }
 
 #[cfg(test)]
@@ -627,6 +639,33 @@ mod tests {
         assert!(entities(&chat, "You are Claude, created by Anthropic.").is_empty());
         let chat = chat.with_entities(vec!["Claude".to_owned(), "Claude Opus".to_owned(), String::new()]);
         assert_eq!(entities(&chat, "Claude Opus, not Qwen"), ["Claude Opus"]);
+    }
+
+    #[test]
+    fn the_models_name_ends_where_the_script_changes() {
+        let chat = chat(QWEN25);
+        for system in [
+            "你是Qwen，由阿里云创建。你是一个乐于助人的助手。",
+            "我是通义千问Qwen的助手",
+            "あなたはQwenです",
+            "アシスタントQwenー",
+            "저는Qwen입니다",
+            "ЯQwen",
+        ] {
+            let prompt = chat.prompt(Some(system), "Qwen").unwrap();
+            let at: Vec<usize> = prompt.positions(TokenClass::SysEntity).collect();
+            let ids: Vec<i64> = at.iter().map(|position| prompt.ids[*position]).collect();
+            assert_eq!(chat.decode(&ids).unwrap(), "Qwen", "{system}");
+            let said = |position: usize| prompt.offsets[position].clone();
+            assert_eq!(prompt.text[said(at[0]).start..said(at[at.len() - 1]).end], *"Qwen", "{system}");
+            let on = "only:entity".parse::<Gate>().unwrap().acts(&prompt).unwrap();
+            assert_eq!(on.iter().filter(|on| **on).count(), at.len(), "{system}");
+        }
+        // A digit or an underscore belongs to the word, whatever stands beyond it.
+        for system in ["你是Qwen2，", "你是Qwen_，", "２Qwen", "是Qwenty", "éQwen"] {
+            let prompt = chat.prompt(Some(system), "Hi").unwrap();
+            assert_eq!(prompt.positions(TokenClass::SysEntity).count(), 0, "{system}");
+        }
     }
 
     #[test]

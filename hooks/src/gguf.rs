@@ -1,14 +1,17 @@
-//! A `.gguf` file as a model: configuration, tokenizer, chat template, and weights dequantised tensor by tensor.
+//! A `.gguf` file as a model: configuration, tokenizer, chat template, and weights dequantised tensor by tensor. A model in several
+//! files is named by the first.
 //!
-//! The header is read by a pure function of bytes that checks every count against what the file can hold; the blocks
-//! themselves are dequantised by candle. Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
+//! The header is read by a pure function of bytes (`header.rs`); the blocks themselves are dequantised by candle, and where it does not
+//! know them by us (`stored.rs`). Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
+
+pub(crate) mod header;
+mod iq4;
+pub(crate) mod stored;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use candle_core::CpuStorage;
-use candle_core::quantized::GgmlDType;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
@@ -21,51 +24,83 @@ use tokenizers::{AddedToken, Tokenizer};
 use crate::config::{Config, Family};
 use crate::error::{Error, Result};
 use crate::files::Bytes;
+use crate::gguf::header::{Header, TensorInfo, Value};
 use crate::tokenizer_file::{WORDS, check_merge};
+use crate::weights::map;
 
-/// An open GGUF file: its header in memory, its tensors still on disk.
+/// An open GGUF model: its header in memory, its tensors still on disk.
 pub struct Gguf {
     path: PathBuf,
-    file: Bytes,
-    header: Header,
-}
-
-/// What stands before the tensors' bytes.
-struct Header {
+    parts: Vec<Bytes>,
     metadata: BTreeMap<String, Value>,
     tensors: BTreeMap<String, TensorInfo>, // by Hugging Face name
 }
 
-/// One value of the metadata. Numbers of all widths are one; what no model needs is only skipped over.
-#[derive(Debug, PartialEq)]
-enum Value {
-    Integer(i64),
-    Float(f64),
-    Bool,
-    Text(String),
-    Integers(Vec<i64>),
-    Texts(Vec<String>),
-    Skipped,
-}
-
-/// Where a tensor lies and how it is stored.
-#[derive(Debug)]
-pub(crate) struct TensorInfo {
-    pub(crate) dtype: GgmlDType,
-    pub(crate) shape: Vec<i64>, // [d_out, d_in]: GGUF writes it the other way round
-    pub(crate) bytes: Range<usize>,
-}
-
 impl Gguf {
-    /// Reads the header in the bytes of a file, mapped or in memory; `path` is for messages.
+    /// Maps a file, and the others of its model where it is the first of several.
+    pub fn open(path: &Path) -> Result<Self> {
+        let first = map(path)?;
+        let header = Header::read(&first).map_err(|problem| malformed(path, problem))?;
+        let n_parts = split_count(&header.metadata).map_err(|problem| malformed(path, problem))?;
+        check_part(&header.metadata, 0, n_parts).map_err(|problem| malformed(path, problem))?;
+        let mut files: Vec<(Bytes, PathBuf)> = vec![(Box::new(first), path.to_owned())];
+        for part in 2..=n_parts {
+            let path = part_path(path, part, n_parts)?;
+            if !path.exists() {
+                let problem =
+                    format!("part {part} of the model's {n_parts} is missing; hint: all parts go into one folder");
+                return Err(malformed(&path, problem));
+            }
+            files.push((Box::new(map(&path)?), path));
+        }
+        Self::of_parts(files)
+    }
+
+    /// Reads the header in the bytes of a file that holds the whole model, mapped or in memory; `path` is for messages.
     pub fn parse(file: impl AsRef<[u8]> + Send + Sync + 'static, path: &Path) -> Result<Self> {
-        let header = Header::read(file.as_ref()).map_err(|problem| malformed(path, problem))?;
-        Ok(Self { path: path.to_owned(), file: Box::new(file), header })
+        Self::of_parts(vec![(Box::new(file), path.to_owned())])
+    }
+
+    /// A model from all its files, of which the first says what it is; each part must be where it says it is.
+    pub fn of_parts(files: Vec<(Bytes, PathBuf)>) -> Result<Self> {
+        let n_parts = files.len();
+        let mut whole: Option<Self> = None;
+        for (part, (file, path)) in files.into_iter().enumerate() {
+            let header = Header::read((*file).as_ref()).map_err(|problem| malformed(&path, problem))?;
+            check_part(&header.metadata, part, n_parts).map_err(|problem| malformed(&path, problem))?;
+            let whole = whole.get_or_insert_with(|| Self {
+                path: path.clone(),
+                parts: vec![],
+                metadata: header.metadata,
+                tensors: BTreeMap::new(),
+            });
+            whole.parts.push(file);
+            if whole.text(ARCHITECTURE).is_ok_and(|architecture| architecture == CONTROL_VECTOR) {
+                return Err(whole.unsupported(
+                    format!("{ARCHITECTURE} {CONTROL_VECTOR} as a model"),
+                    "it is a vector that undertone ask adds to a model: --steer FILE:1",
+                ));
+            }
+            for (name, info) in header.tensors {
+                let hf = hf_name(&name)
+                    .ok_or_else(|| malformed(&path, format!("tensor {name} is in no dense Qwen model")))?;
+                if whole.tensors.insert(hf, TensorInfo { part, ..info }).is_some() {
+                    return Err(malformed(&path, format!("tensor {name} is there twice")));
+                }
+            }
+        }
+        let whole = whole.ok_or_else(|| malformed(Path::new(""), "a model without a file".to_owned()))?;
+        match whole.value(SPLIT_TENSORS) {
+            Some(Value::Integer(n)) if n_parts > 1 && *n != whole.tensors.len() as i64 => Err(whole.malformed(
+                format!("{SPLIT_TENSORS} is {n}, but its {n_parts} parts have {} tensors", whole.tensors.len()),
+            )),
+            _ => Ok(whole),
+        }
     }
 
     /// The model's numbers, from the keys `qwen2.*` or `qwen3.*` and from which tensors there are.
     pub fn config(&self) -> Result<Config> {
-        let architecture = self.text("general.architecture")?;
+        let architecture = self.text(ARCHITECTURE)?;
         let family = match architecture {
             "qwen2" => Family::Qwen2,
             "qwen3" => Family::Qwen3,
@@ -92,7 +127,7 @@ impl Gguf {
             }
         };
         let n_layers = self.integer(&key("block_count"))?;
-        let has = |name: &str| self.header.tensors.contains_key(name);
+        let has = |name: &str| self.tensors.contains_key(name);
         let config = Config {
             family,
             d_model,
@@ -163,39 +198,35 @@ impl Gguf {
 
     /// The tensors by Hugging Face name.
     pub(crate) fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
-        &self.header.tensors
+        &self.tensors
     }
 
-    /// How many bytes the file has.
+    /// How many bytes its files have.
     pub(crate) fn len(&self) -> usize {
-        (*self.file).as_ref().len()
+        self.parts.iter().map(|part| (**part).as_ref().len()).sum()
     }
 
     /// The stored bytes of a tensor.
     pub(crate) fn bytes(&self, info: &TensorInfo) -> &[u8] {
-        &(*self.file).as_ref()[info.bytes.clone()]
+        &(*self.parts[info.part]).as_ref()[info.bytes.clone()]
     }
 
     /// Some elements of a tensor. The range begins and ends at multiples of 256 or at the
     /// tensor's end, so that no quantised block is cut.
     pub(crate) fn dequantize(&self, info: &TensorInfo, elements: &Range<usize>) -> Result<Vec<f32>> {
-        let (per_block, block_bytes) = (info.dtype.block_size(), info.dtype.type_size());
+        let (per_block, block_bytes) = (info.dtype.block_size(), info.dtype.block_bytes());
         let byte = |element: usize| element / per_block * block_bytes;
         let stored = &self.bytes(info)[byte(elements.start)..byte(elements.end)];
-        let refused = |error: candle_core::Error| self.malformed(format!("{:?} block: {error}", info.dtype));
-        match info.dtype.from_data(stored.into()).dequantize(elements.len()).map_err(refused)? {
-            CpuStorage::F32(values) => Ok(values),
-            _ => Err(self.malformed(format!("{:?} block: expected it to dequantise to f32", info.dtype))),
-        }
+        info.dtype.dequantize(stored, elements.len()).map_err(|problem| self.malformed(problem))
     }
 
     fn info(&self, name: &str) -> Result<&TensorInfo> {
         let missing = || Error::MissingTensor { name: name.to_owned(), file: self.path.display().to_string() };
-        self.header.tensors.get(name).ok_or_else(missing)
+        self.tensors.get(name).ok_or_else(missing)
     }
 
     fn value(&self, key: &str) -> Option<&Value> {
-        self.header.metadata.get(key)
+        self.metadata.get(key)
     }
 
     fn text(&self, key: &str) -> Result<&str> {
@@ -232,6 +263,65 @@ impl Gguf {
 
     fn unsupported(&self, feature: String, hint: &str) -> Error {
         Error::Unsupported { path: self.path.clone(), feature, hint: hint.to_owned() }
+    }
+}
+
+pub(crate) const ARCHITECTURE: &str = "general.architecture";
+pub(crate) const CONTROL_VECTOR: &str = "controlvector";
+
+/// What a model in several files says in each: which it is, from 0, how many there are, and, of all together, the tensors.
+const SPLIT_NO: &str = "split.no";
+const SPLIT_COUNT: &str = "split.count";
+const SPLIT_TENSORS: &str = "split.tensors.count";
+
+/// How many files a model has.
+fn split_count(metadata: &BTreeMap<String, Value>) -> std::result::Result<usize, String> {
+    match metadata.get(SPLIT_COUNT) {
+        None | Some(Value::Integer(0)) => Ok(1),
+        Some(Value::Integer(n)) if (1..=MOST_PARTS).contains(n) => Ok(*n as usize),
+        Some(found) => Err(format!("{SPLIT_COUNT} is {found:?}, expected 1 to {MOST_PARTS}")),
+    }
+}
+
+/// The number in a part's name has five digits.
+const MOST_PARTS: i64 = 99_999;
+
+/// Refuses a part of another place or model than the one it stands for, counted from 0.
+fn check_part(metadata: &BTreeMap<String, Value>, part: usize, n_parts: usize) -> std::result::Result<(), String> {
+    let count = split_count(metadata)?;
+    let number = match metadata.get(SPLIT_NO) {
+        Some(Value::Integer(number)) => *number,
+        None if count == 1 => 0,
+        found => return Err(format!("{SPLIT_NO} is {found:?}, expected the number of the part, from 0")),
+    };
+    if part == 0 && number != 0 {
+        return Err(format!(
+            "it is part {} of a model in {count} files; hint: name the first, …-00001-of-{count:05}.gguf",
+            number + 1
+        ));
+    }
+    if count != n_parts || number != part as i64 {
+        return Err(format!(
+            "it says that it is part {} of {count}, where part {} of {n_parts} is expected",
+            number + 1,
+            part + 1
+        ));
+    }
+    Ok(())
+}
+
+/// The file of another part, by the name of the first.
+fn part_path(first: &Path, part: usize, n_parts: usize) -> Result<PathBuf> {
+    let name = first.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let ending = format!("-00001-of-{n_parts:05}.gguf");
+    match name.strip_suffix(&ending) {
+        Some(stem) => Ok(first.with_file_name(format!("{stem}-{part:05}-of-{n_parts:05}.gguf"))),
+        None => Err(malformed(
+            first,
+            format!(
+                "it is the first of {n_parts} files of a model, expected a name that ends in {ending}, by which the others are found"
+            ),
+        )),
     }
 }
 
@@ -320,231 +410,13 @@ fn tokenizer(tokens: &[String], types: &[i64], merges: &[String]) -> std::result
     Ok(tokenizer)
 }
 
-impl Header {
-    /// A pure function of the file's bytes: whatever they are, it answers with a header or with what is wrong.
-    fn read(bytes: &[u8]) -> std::result::Result<Self, String> {
-        let mut cursor = Cursor { bytes, at: 0 };
-        if cursor.take(4, "the magic")? != b"GGUF" {
-            return Err("expected a GGUF file: it does not begin with GGUF".to_owned());
-        }
-        let version = cursor.u32("the version")?;
-        if ![2, 3].contains(&version) {
-            return Err(format!("GGUF version is {version}, expected 2 or 3, little-endian"));
-        }
-        let n_tensors = cursor.count(24, "the number of tensors")?; // name's length, dimensions, dtype, offset
-        let n_keys = cursor.count(13, "the number of metadata keys")?; // name's length, type, one byte
-        let mut metadata = BTreeMap::new();
-        for _ in 0..n_keys {
-            let key = cursor.name("a metadata key")?;
-            let kind = cursor.u32(&key)?;
-            let value = cursor.value(kind, &key)?;
-            if metadata.insert(key.clone(), value).is_some() {
-                return Err(format!("metadata key {key} is there twice"));
-            }
-        }
-        let alignment = match metadata.get("general.alignment") {
-            None => 32,
-            Some(Value::Integer(alignment)) if *alignment >= 8 && alignment.count_ones() == 1 => *alignment as usize,
-            Some(found) => {
-                return Err(format!("general.alignment is {found:?}, expected a power of two of at least 8"));
-            }
-        };
-        let mut tensors = BTreeMap::new();
-        for _ in 0..n_tensors {
-            let name = cursor.name("a tensor's name")?;
-            let info = cursor.tensor(&name, alignment)?;
-            let hf = hf_name(&name).ok_or(format!("tensor {name} is in no dense Qwen model"))?;
-            if tensors.insert(hf, info).is_some() {
-                return Err(format!("tensor {name} is there twice"));
-            }
-        }
-        let data = cursor.at.checked_next_multiple_of(alignment).ok_or("general.alignment is too large")?;
-        for (name, info) in &mut tensors {
-            let range = info.bytes.start.checked_add(data).zip(info.bytes.end.checked_add(data));
-            let range = range.filter(|(_, end)| *end <= bytes.len());
-            let (start, end) =
-                range.ok_or_else(|| format!("the file ends at byte {} inside tensor {name}", bytes.len()))?;
-            info.bytes = start..end;
-        }
-        // Tensors on one another would let a small file stand for a model as large as it likes.
-        let mut places: Vec<_> = tensors.iter().map(|(name, info)| (info.bytes.clone(), name)).collect();
-        places.sort_by_key(|(place, _)| place.start);
-        if let Some(pair) = places.windows(2).find(|pair| pair[0].0.end > pair[1].0.start) {
-            let (first, second) = (pair[0].1, pair[1].1);
-            return Err(format!("the tensors {first} and {second} share bytes, expected each to have its own"));
-        }
-        Ok(Self { metadata, tensors })
-    }
-}
-
-/// A place in the header's bytes.
-struct Cursor<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Cursor<'a> {
-    fn take(&mut self, n: usize, what: &str) -> std::result::Result<&'a [u8], String> {
-        let end = self.at.checked_add(n).filter(|end| *end <= self.bytes.len());
-        let end = end.ok_or_else(|| format!("the file ends at byte {} inside {what}", self.bytes.len()))?;
-        let taken = &self.bytes[self.at..end];
-        self.at = end;
-        Ok(taken)
-    }
-
-    fn array<const N: usize>(&mut self, what: &str) -> std::result::Result<[u8; N], String> {
-        let taken = self.take(N, what)?;
-        taken.try_into().map_err(|_| format!("the file ends inside {what}"))
-    }
-
-    fn u32(&mut self, what: &str) -> std::result::Result<u32, String> {
-        self.array(what).map(u32::from_le_bytes)
-    }
-
-    fn u64(&mut self, what: &str) -> std::result::Result<u64, String> {
-        self.array(what).map(u64::from_le_bytes)
-    }
-
-    /// A count of things of which each takes at least `size` bytes.
-    fn count(&mut self, size: usize, what: &str) -> std::result::Result<usize, String> {
-        let count = self.u64(what)?;
-        let room = (self.bytes.len() - self.at) / size;
-        let fits = usize::try_from(count).ok().filter(|count| *count <= room);
-        fits.ok_or_else(|| format!("{what} is {count}, but the file has room for {room}"))
-    }
-
-    fn text(&mut self, what: &str) -> std::result::Result<Option<String>, String> {
-        let length = self.count(1, what)?;
-        Ok(std::str::from_utf8(self.take(length, what)?).ok().map(str::to_owned))
-    }
-
-    fn name(&mut self, what: &str) -> std::result::Result<String, String> {
-        let start = self.at;
-        self.text(what)?.ok_or_else(|| format!("{what} at byte {start} is not UTF-8"))
-    }
-
-    fn value(&mut self, kind: u32, key: &str) -> std::result::Result<Value, String> {
-        Ok(match kind {
-            0..=5 | 10 | 11 => self.integer(kind, key)?.map_or(Value::Skipped, Value::Integer),
-            6 => Value::Float(f32::from_le_bytes(self.array(key)?).into()),
-            7 => {
-                self.take(1, key)?;
-                Value::Bool
-            }
-            8 => self.text(key)?.map_or(Value::Skipped, Value::Text),
-            9 => self.list(key)?,
-            12 => Value::Float(f64::from_le_bytes(self.array(key)?)),
-            other => return Err(format!("{key} has the unknown type {other}")),
-        })
-    }
-
-    /// An integer of any width; nothing if it is beyond i64.
-    fn integer(&mut self, kind: u32, key: &str) -> std::result::Result<Option<i64>, String> {
-        Ok(match kind {
-            0 => Some(u8::from_le_bytes(self.array(key)?).into()),
-            1 => Some(i8::from_le_bytes(self.array(key)?).into()),
-            2 => Some(u16::from_le_bytes(self.array(key)?).into()),
-            3 => Some(i16::from_le_bytes(self.array(key)?).into()),
-            4 => Some(self.u32(key)?.into()),
-            5 => Some(i32::from_le_bytes(self.array(key)?).into()),
-            10 => i64::try_from(self.u64(key)?).ok(),
-            _ => Some(i64::from_le_bytes(self.array(key)?)),
-        })
-    }
-
-    fn list(&mut self, key: &str) -> std::result::Result<Value, String> {
-        let kind = self.u32(key)?;
-        let size = match kind {
-            0 | 1 | 7 => 1,
-            2 | 3 => 2,
-            4..=6 => 4,
-            8 | 10..=12 => 8,
-            other => return Err(format!("{key} is a list of type {other}, which no Qwen model has")),
-        };
-        let n = self.count(size, key)?;
-        match kind {
-            6 | 7 | 12 => {
-                self.take(n * size, key)?;
-                Ok(Value::Skipped)
-            }
-            8 => {
-                let texts: Option<Vec<_>> = (0..n).map(|_| self.text(key)).collect::<std::result::Result<_, _>>()?;
-                Ok(texts.map_or(Value::Skipped, Value::Texts))
-            }
-            _ => {
-                let integers: Option<Vec<_>> =
-                    (0..n).map(|_| self.integer(kind, key)).collect::<std::result::Result<_, _>>()?;
-                Ok(integers.map_or(Value::Skipped, Value::Integers))
-            }
-        }
-    }
-
-    /// A tensor's description; its bytes still counted from where the tensors begin.
-    fn tensor(&mut self, name: &str, alignment: usize) -> std::result::Result<TensorInfo, String> {
-        let n_dims = self.u32(name)?;
-        if !(1..=4).contains(&n_dims) {
-            return Err(format!("tensor {name} has {n_dims} dimensions, expected 1 to 4"));
-        }
-        let mut shape = Vec::new();
-        for _ in 0..n_dims {
-            let dim = self.u64(name)?;
-            shape.push(
-                i64::try_from(dim)
-                    .ok()
-                    .filter(|dim| *dim > 0)
-                    .ok_or_else(|| format!("tensor {name} has a dimension of {dim}"))?,
-            );
-        }
-        let row = shape[0] as usize;
-        shape.reverse();
-        let dtype =
-            dtype(self.u32(name)?).map_err(|id| format!("tensor {name} has the type {id}, which is not known"))?;
-        if !row.is_multiple_of(dtype.block_size()) {
-            return Err(format!(
-                "tensor {name} has rows of {row}, expected a multiple of {} for {dtype:?}",
-                dtype.block_size()
-            ));
-        }
-        let elements = shape.iter().try_fold(1_usize, |product, dim| product.checked_mul(*dim as usize));
-        let size = elements.and_then(|n| (n / dtype.block_size()).checked_mul(dtype.type_size()));
-        let offset = usize::try_from(self.u64(name)?).ok();
-        let (Some(size), Some(offset)) = (size, offset.filter(|offset| offset.is_multiple_of(alignment))) else {
-            return Err(format!(
-                "tensor {name} lies at no multiple of {alignment}, or its size {shape:?} is beyond all bounds"
-            ));
-        };
-        let end = offset.checked_add(size).ok_or_else(|| format!("tensor {name} ends beyond all bounds"))?;
-        Ok(TensorInfo { dtype, shape, bytes: offset..end })
-    }
-}
-
-/// The types by their number in the file. `Q8_1` and `Q8_K` hold activations and stand in no file.
-fn dtype(id: u32) -> std::result::Result<GgmlDType, u32> {
-    Ok(match id {
-        0 => GgmlDType::F32,
-        1 => GgmlDType::F16,
-        2 => GgmlDType::Q4_0,
-        3 => GgmlDType::Q4_1,
-        6 => GgmlDType::Q5_0,
-        7 => GgmlDType::Q5_1,
-        8 => GgmlDType::Q8_0,
-        10 => GgmlDType::Q2K,
-        11 => GgmlDType::Q3K,
-        12 => GgmlDType::Q4K,
-        13 => GgmlDType::Q5K,
-        14 => GgmlDType::Q6K,
-        30 => GgmlDType::BF16,
-        other => return Err(other),
-    })
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 pub(crate) mod tests {
     use std::fs;
 
-    use candle_core::quantized::QTensor;
     use candle_core::quantized::gguf_file;
+    use candle_core::quantized::{GgmlDType, QTensor};
     use candle_core::{Device as CandleDevice, Tensor as CandleTensor};
     use proptest::prelude::*;
     use tch::{Device, Kind};
@@ -629,11 +501,39 @@ pub(crate) mod tests {
         Gguf::parse(map(&path).unwrap(), Path::new("tiny.gguf"))
     }
 
-    fn changed(key: &str, value: Option<gguf_file::Value>) -> Gguf {
+    /// The file with another type at one tensor's, whose blocks may be anything.
+    fn retyped(name: &str, from: u32, to: u32) -> Vec<u8> {
+        let mut file = tiny();
+        let entry = file.windows(name.len()).position(|window| window == name.as_bytes()).unwrap();
+        let at = entry + name.len() + 4 + 2 * 8; // behind the number of dimensions and two of them
+        assert_eq!(file[at..at + 4], from.to_le_bytes());
+        file[at..at + 4].copy_from_slice(&to.to_le_bytes());
+        file
+    }
+
+    /// The model in two files, whose keys of the split may be others.
+    fn halves(folder: &Path, split: [(u16, u16, i32); 2]) -> PathBuf {
+        let tensors = tensors();
+        for (at, (no, count, n_tensors)) in split.into_iter().enumerate() {
+            let mut keys = if at == 0 { metadata("qwen2") } else { vec![] };
+            keys.push((SPLIT_NO.to_owned(), gguf_file::Value::U16(no)));
+            keys.push((SPLIT_COUNT.to_owned(), gguf_file::Value::U16(count)));
+            keys.push((SPLIT_TENSORS.to_owned(), gguf_file::Value::I32(n_tensors)));
+            let here = if at == 0 { &tensors[..5] } else { &tensors[5..] };
+            fs::write(folder.join(format!("m-{:05}-of-00002.gguf", at + 1)), bytes(&keys, here)).unwrap();
+        }
+        folder.join("m-00001-of-00002.gguf")
+    }
+
+    fn changed_in(key: &str, value: Option<gguf_file::Value>) -> Result<Gguf> {
         let mut metadata = metadata("qwen2");
         metadata.retain(|(name, _)| name != key);
         metadata.extend(value.map(|value| (key.to_owned(), value)));
-        open(&bytes(&metadata, &tensors())).unwrap()
+        open(&bytes(&metadata, &tensors()))
+    }
+
+    fn changed(key: &str, value: Option<gguf_file::Value>) -> Gguf {
+        changed_in(key, value).unwrap()
     }
 
     #[test]
@@ -683,6 +583,82 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn types_of_a_table_are_dequantised_and_others_are_named() {
+        let values = |file: &[u8], name: &str, shape: &[i64]| -> Vec<f32> {
+            let weights = Weights::gguf(open(file).unwrap());
+            let tensor = weights.root(Kind::Float, Device::Cpu).get(name, shape).unwrap();
+            Vec::try_from(tensor.flatten(0, -1)).unwrap()
+        };
+        for (name, hf, shape, ids, dequantize) in [
+            ("blk.0.ffn_gate.weight", "mlp.gate_proj", [512, 256], (2, 20), iq4::nl as fn(&[u8]) -> Vec<f32>),
+            ("blk.0.attn_q.weight", "self_attn.q_proj", [256, 256], (12, 23), iq4::xs),
+        ] {
+            let file = retyped(name, ids.0, ids.1);
+            let hf = format!("model.layers.0.{hf}.weight");
+            let gguf = open(&file).unwrap();
+            let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>(); // some are no numbers
+            let expected = bits(dequantize(gguf.bytes(&gguf.tensors()[&hf])));
+            assert!(bits(values(&file, &hf, &shape)) == expected, "{name}: whole, in blocks of many threads");
+        }
+        for (id, expected) in
+            [(21, "is stored as IQ3_S, which is not read"), (99, "is stored as type 99, which is not read")]
+        {
+            let message = open(&retyped("blk.0.ffn_gate.weight", 2, id)).err().unwrap().to_string();
+            assert!(message.contains(&format!("tensor blk.0.ffn_gate.weight {expected}")), "{message}");
+            assert!(message.contains("IQ4_NL and IQ4_XS are; hint: take"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_model_in_several_files_is_named_by_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = halves(folder.path(), [(0, 2, 12), (1, 2, 12)]);
+        let split = Gguf::open(&first).unwrap();
+        let whole = open(&tiny()).unwrap();
+        assert_eq!(split.config().unwrap(), whole.config().unwrap());
+        assert!(split.tokenizer().unwrap().is_some() && split.len() > whole.len());
+        for (name, info) in split.tensors() {
+            assert!(split.bytes(info) == whole.bytes(&whole.tensors()[name]), "{name}");
+        }
+        assert_eq!(split.tensors().len(), whole.tensors().len());
+
+        let refused = |path: &Path| Gguf::open(path).err().expect("an error").to_string();
+        let second = folder.path().join("m-00002-of-00002.gguf");
+        let message = refused(&second);
+        assert!(message.contains("it is part 2 of a model in 2 files; hint: name the first"), "{message}");
+        let renamed = folder.path().join("model.gguf");
+        fs::copy(&first, &renamed).unwrap();
+        let message = refused(&renamed);
+        assert!(message.contains("expected a name that ends in -00001-of-00002.gguf"), "{message}");
+        let alone = Gguf::parse(fs::read(&first).unwrap(), &first).err().unwrap().to_string();
+        assert!(alone.contains("it says that it is part 1 of 2, where part 1 of 1 is expected"), "{alone}");
+        for (split, expected) in [
+            (
+                [(0, 2, 12), (0, 2, 12)],
+                "m-00002-of-00002.gguf: it says that it is part 1 of 2, where part 2 of 2 is expected",
+            ),
+            (
+                [(0, 2, 12), (1, 3, 12)],
+                "m-00002-of-00002.gguf: it says that it is part 2 of 3, where part 2 of 2 is expected",
+            ),
+            (
+                [(0, 2, 13), (1, 2, 13)],
+                "m-00001-of-00002.gguf: split.tensors.count is 13, but its 2 parts have 12 tensors",
+            ),
+        ] {
+            let message = refused(&halves(folder.path(), split));
+            assert!(message.contains(expected), "{message}");
+        }
+        let first = halves(folder.path(), [(0, 2, 12), (1, 2, 12)]);
+        fs::remove_file(second).unwrap();
+        let message = refused(&first);
+        assert!(
+            message.contains("m-00002-of-00002.gguf: part 2 of the model's 2 is missing; hint: all parts"),
+            "{message}"
+        );
+    }
+
+    #[test]
     fn what_is_not_computed_is_refused() {
         use gguf_file::Value::{String as Text, U32};
         let cases = [
@@ -693,6 +669,11 @@ pub(crate) mod tests {
             ("qwen2.block_count", None, "qwen2.block_count is missing, expected an integer"),
             ("qwen2.rope.freq_base", Some(U32(1)), "qwen2.rope.freq_base is of another type, expected a float"),
         ];
+        let vector = changed_in(ARCHITECTURE, Some(Text(CONTROL_VECTOR.to_owned()))).err().unwrap().to_string();
+        assert!(
+            vector.contains("controlvector as a model is not supported") && vector.contains("--steer FILE:1"),
+            "{vector}"
+        );
         for (key, value, expected) in cases {
             let message = changed(key, value).config().unwrap_err().to_string();
             assert!(message.starts_with("tiny.gguf: ") && message.contains(expected), "{message}");
@@ -761,7 +742,7 @@ pub(crate) mod tests {
         let message = open(&bytes(&keys, &tensors())).err().unwrap().to_string();
         assert!(message.contains("general.alignment is Integer(0)"), "{message}");
         let message = open(&file[..file.len() - 1000]).err().unwrap().to_string();
-        assert!(message.contains("inside tensor model.layers.0.mlp.down_proj.weight"), "{message}");
+        assert!(message.contains("inside tensor blk.0.ffn_down.weight"), "{message}");
     }
 
     #[test]
@@ -779,11 +760,9 @@ pub(crate) mod tests {
         assert_eq!(moved(2048), None);
         for to in [0, 992, 1024, 2016] {
             let message = moved(to).expect("an error");
-            assert!(message.contains("share bytes") && message.contains("post_attention_layernorm"), "{to}: {message}");
+            assert!(message.contains("share bytes") && message.contains("blk.0.ffn_norm.weight"), "{to}: {message}");
         }
-        assert!(
-            moved(2080).expect("an error").contains("inside tensor model.layers.0.post_attention_layernorm.weight")
-        );
+        assert!(moved(2080).expect("an error").contains("inside tensor blk.0.ffn_norm.weight"));
     }
 
     proptest! {

@@ -22,7 +22,7 @@ use crate::pocket::{POCKETS, Pocket};
 use crate::profile::{self, Stage};
 use crate::tiny_random;
 use crate::tokenizer_file;
-use crate::weights::{Weights, map};
+use crate::weights::Weights;
 
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 const EMBED: &str = "model.embed_tokens.weight";
@@ -193,7 +193,7 @@ impl ModelFiles {
         if !path.exists() {
             return Err(Error::NoSuchModel { name: name.to_owned(), reason: "there is no such file".to_owned() });
         }
-        let gguf = Gguf::parse(map(path)?, path)?;
+        let gguf = Gguf::open(path)?;
         let file = path.file_name().unwrap_or_default().to_string_lossy();
         let (config, tokenizer) = (gguf.config()?, gguf.tokenizer()?);
         let chat_template = gguf.chat_template().map(str::to_owned);

@@ -1,5 +1,5 @@
 //! Edits as text: `POINT[@TOKENS]: CHANGE`, a line that can stand in an experiment file and on a command line. Its tensors
-//! lie in safetensors files under the hook point's name; loaded, it is one [`Edit`] per hook point.
+//! lie in safetensors files under the hook point's name, or in control vectors; loaded, it is one [`Edit`] per hook point.
 //!
 //! ```text
 //! blocks.3.hook_resid_post: add(cat.safetensors, 4)
@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::hook_point::HookPoint as P;
 use crate::provenance::{Provenance, TensorFile};
 use crate::select::{Tokens, argument, split};
-use crate::tokens::unknown;
+use crate::tokens::{Prompt, unknown};
 
 /// An edit as a line of text, before its tensors are read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,6 +54,12 @@ impl Planned {
         self.tokens.is_some()
     }
 
+    /// Refuses an edit that would be made at no token of this prompt.
+    pub fn check(&self, prompt: &Prompt) -> Result<()> {
+        let Some(tokens) = &self.tokens else { return Ok(()) };
+        tokens.among(prompt, &format!("the edit {self}")).map(drop)
+    }
+
     /// The edits, one per hook point, with the tensors that the files hold under its name. A file of another model, width
     /// or chat template is refused.
     pub fn load(&self, model: &Config, here: &Provenance) -> Result<Vec<Edit>> {
@@ -65,7 +71,14 @@ impl Planned {
             | PlannedChange::Patch(file) => Some(TensorFile::read(file, here)?),
             PlannedChange::Zero | PlannedChange::Scale(_) => None,
         };
-        let tensor = |at: P| file.as_ref().map_or_else(|| Ok(Tensor::new()), |file| file.get(&at.to_string()));
+        let points = P::select(&self.points, model.n_layers)?;
+        // A bare vector has the place that the edit has, if that is one.
+        let bare = file.as_ref().filter(|_| points.len() == 1).and_then(TensorFile::bare);
+        let tensor = |at: P| match (&bare, &file) {
+            (Some(vector), _) => Ok(vector.shallow_clone()),
+            (None, Some(file)) => file.get(&at.to_string()),
+            (None, None) => Ok(Tensor::new()),
+        };
         let edit = |at: P| -> Result<Edit> {
             let change = match &self.change {
                 PlannedChange::Add { coefficient, .. } => {
@@ -85,7 +98,7 @@ impl Planned {
             edit.check(model)?;
             Ok(edit)
         };
-        P::select(&self.points, model.n_layers)?.into_iter().map(edit).collect()
+        points.into_iter().map(edit).collect()
     }
 }
 
@@ -200,7 +213,7 @@ mod tests {
 
     use super::*;
     use crate::model_files::ModelFiles;
-    use crate::tensor_file;
+    use crate::{control_vector, tensor_file};
 
     #[test]
     fn the_text_is_read_back() {
@@ -279,6 +292,45 @@ mod tests {
         let (_folder, path) = file(&[("blocks.1.hook_resid_post", row(1.0).view([1, 1, -1]))], &[("lengths", "2")]);
         let error = load(&format!("blocks.1.hook_resid_post: mean({path})")).unwrap_err().to_string();
         assert!(error.contains("its lengths are [2]"), "{error}");
+    }
+
+    #[test]
+    fn control_vectors_and_bare_vectors_are_read_where_their_place_is_known() {
+        let files = ModelFiles::open("tiny-random").unwrap();
+        let vector = Tensor::arange(files.config.d_model, (Kind::Float, Device::Cpu));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cat.gguf");
+        let write = |hint: &str, layer: usize| {
+            let vectors = BTreeMap::from([(layer, vector.shallow_clone())]);
+            control_vector::write(&path, hint, &vectors, &BTreeMap::new()).unwrap();
+        };
+        let added = |text: &str| {
+            let edits = load(text).map_err(|error| error.to_string())?;
+            let [Edit { change: Change::Add { vector: found, coefficient }, .. }] = &edits[..] else {
+                panic!("{edits:?}")
+            };
+            assert!(*found == vector && coefficient.to_string() == "2");
+            Ok::<_, String>(edits[0].at)
+        };
+        write("qwen2", 1);
+        let path = path.display();
+        assert_eq!(added(&format!("blocks.1.hook_resid_post: add({path}, 2)")), Ok(P::ResidPost(1)));
+        let other = added(&format!("blocks.0.hook_resid_post: add({path}, 2)")).unwrap_err();
+        assert!(
+            other.contains("it has no tensor blocks.0.hook_resid_post; it has blocks.1.hook_resid_post"),
+            "{other}"
+        );
+        write("llama", 1);
+        let other = added(&format!("blocks.1.hook_resid_post: add({path}, 2)")).unwrap_err();
+        assert!(
+            other.contains("read from another model (architecture llama), not from tiny-random (qwen2)"),
+            "{other}"
+        );
+
+        let (_folder, path) = file(&[("anything", vector.shallow_clone())], &[]);
+        assert_eq!(added(&format!("blocks.0.hook_mlp_out: add({path}, 2)")), Ok(P::MlpOut(0)));
+        let everywhere = added(&format!("blocks.*.hook_resid_post: add({path}, 2)")).unwrap_err();
+        assert!(everywhere.contains("it has no tensor blocks.0.hook_resid_post; it has anything"), "{everywhere}");
     }
 
     #[test]

@@ -9,8 +9,10 @@ use safetensors::tensor::{Dtype, TensorView};
 use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
+use crate::control_vector::{self, ControlVector};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hook_point::HookPoint;
 use crate::model_files::ModelFiles;
 
 /// What identifies a model: the values that a file's metadata hold under the same names.
@@ -18,6 +20,8 @@ use crate::model_files::ModelFiles;
 pub struct Provenance {
     /// Its name.
     pub model: String,
+    /// Its architecture as files spell it, `qwen2` or `qwen3`.
+    pub architecture: String,
     /// The SHA-256 of its configuration and of its weights' names, shapes, and first and last bytes.
     pub model_fingerprint: String,
     /// Its width.
@@ -31,6 +35,7 @@ impl Provenance {
     pub fn of(files: &ModelFiles) -> Self {
         Self {
             model: files.name.clone(),
+            architecture: files.config.to_hf_json()["model_type"].as_str().unwrap_or_default().to_owned(),
             model_fingerprint: files.fingerprint(),
             d_model: files.config.d_model,
             chat_template: files.chat_template.as_ref().map(|text| format!("{:x}", Sha256::digest(text))),
@@ -57,6 +62,7 @@ impl Provenance {
     pub fn check(&self, what: &str, theirs: &BTreeMap<String, String>) -> Result<()> {
         let name = theirs.get("model").map_or("another model", String::as_str);
         let compared = [
+            ("architecture", Some(&self.architecture)),
             ("model_fingerprint", Some(&self.model_fingerprint)),
             ("d_model", Some(&self.d_model.to_string())),
             ("chat_template", self.chat_template.as_ref()),
@@ -76,7 +82,8 @@ impl Provenance {
     }
 }
 
-/// A safetensors file of vectors or activations, each tensor under its hook point's name, that fits the model at hand.
+/// A safetensors file of vectors or activations, or a control vector, each tensor under its hook point's name, that fits the model at
+/// hand.
 #[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
@@ -93,6 +100,12 @@ impl TensorFile {
     /// The same from bytes; `path` is for messages.
     pub fn parse(bytes: &[u8], path: &Path, here: &Provenance) -> Result<Self> {
         let malformed = |problem: String| Error::Malformed { path: path.to_owned(), problem };
+        if control_vector::is_gguf(bytes) {
+            let ControlVector { by_layer, provenance } = control_vector::parse(bytes).map_err(malformed)?;
+            here.check(&path.display().to_string(), &provenance)?;
+            let named = by_layer.into_iter().map(|(layer, vector)| (HookPoint::ResidPost(layer).to_string(), vector));
+            return Ok(Self { path: path.to_owned(), tensors: named.collect(), lengths: None });
+        }
         let no_safetensors = |error| malformed(format!("expected a safetensors file: {error}"));
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(no_safetensors)?;
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
@@ -119,6 +132,15 @@ impl TensorFile {
                 problem: format!("it has no tensor {name}; it has {}", known.join(", ")),
             }
         })
+    }
+
+    /// The one tensor of a file that says no hook point: a bare vector, whose place somebody else has to say.
+    pub(crate) fn bare(&self) -> Option<Tensor> {
+        let mut tensors = self.tensors.iter();
+        match (tensors.next(), tensors.next()) {
+            (Some((name, tensor)), None) if name.parse::<HookPoint>().is_err() => Some(tensor.shallow_clone()),
+            _ => None,
+        }
     }
 
     /// The mean over all rows and tokens of what was captured at a hook point, `[row, pos, ..]`; padding does not count.

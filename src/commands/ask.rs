@@ -2,16 +2,17 @@
 //! the answer may begin with, beside what the base would begin with.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::str::FromStr;
 
 use anstyle::{Ansi256Color, Style};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use hooks::generate::{Sampling, generate, stream_seed};
 use hooks::planned::Planned;
 use hooks::score::next_token_logprobs;
-use hooks::{Chat, Condition, Gate, Prompt, Qwen};
+use hooks::{Chat, Condition, Edit, Gate, ModelFiles, Prompt, Qwen};
 use unicode_width::UnicodeWidthStr;
 
 use super::ModelArgs;
@@ -46,9 +47,10 @@ pub struct Ask {
     /// replace(FILE), mean(FILE), zero, scale(0.5), `project_out(FILE)`, patch(FILE). Several act in their order.
     #[arg(long = "edit", value_name = "EDIT")]
     edits: Vec<Planned>,
-    /// A file of exported directions and the factor they are added with at every token.
-    #[arg(long, value_name = "FILE:COEFFICIENT")]
-    steer: Option<String>,
+    /// A file of directions and the factor they are added with at every token: what undertone exports (.safetensors, .gguf), repeng's
+    /// and llama.cpp's control vectors; with @12, that of block 12 alone, which may be a bare vector.
+    #[arg(long, value_name = "FILE:COEFFICIENT[@LAYER]")]
+    steer: Option<Steer>,
     /// How many answers.
     #[arg(short, default_value = "1", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     n: usize,
@@ -70,19 +72,14 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
     let model = Qwen::load(&files, hooks::device::device(device)?, args.model.dtype.kind())?;
     let adapter = args.adapter.as_deref().map(|folder| open_adapter(folder, &model)).transpose()?;
     super::gate_needs_adapter(&args.gate, adapter.is_some())?;
-    let mut edits = match &args.steer {
-        Some(spec) => {
-            let (file, coefficient) = steer(spec)?;
-            Vectors::read(&file)?.steer(coefficient, &files).with_context(|| file.display().to_string())?
-        }
-        None => vec![],
-    };
+    let mut edits = args.steer.as_ref().map_or_else(|| Ok(vec![]), |steer| steer.edits(&files))?;
+    let steered: Vec<String> = edits.iter().filter_map(|edit| edit.at.layer()).map(|layer| layer.to_string()).collect();
     edits.extend(super::load_edits(&args.edits, &files)?);
     let condition = Condition { adapter: adapter.as_ref(), gate: args.gate.clone(), edits };
     let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
     model.config.check_context("prompt", [prompt.ids.len()], args.max_new_tokens)?;
 
-    let mut page = setting(args, &prompt, seed)?;
+    let mut page = setting(args, &prompt, &steered, seed)?;
     if args.top > 0 {
         let read = |condition: &Condition<'_>| -> Result<Vec<f32>> {
             let logprobs = next_token_logprobs(&model, std::slice::from_ref(&prompt), condition)?;
@@ -121,7 +118,7 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
 }
 
 /// What the model is run with, a line per thing.
-fn setting(args: &Ask, prompt: &Prompt, seed: u64) -> Result<String> {
+fn setting(args: &Ask, prompt: &Prompt, steered: &[String], seed: u64) -> Result<String> {
     let mut lines = vec![("model", args.model.model.clone())];
     if let Some(folder) = &args.adapter {
         lines.push(("adapter", folder.display().to_string()));
@@ -129,9 +126,10 @@ fn setting(args: &Ask, prompt: &Prompt, seed: u64) -> Result<String> {
         lines.push(("gate", format!("{}: on at {on} of {} prompt tokens", args.gate, prompt.ids.len())));
         lines.push(("answering", answering(&args.gate)));
     }
-    if let Some(spec) = &args.steer {
-        let (file, coefficient) = steer(spec)?;
-        lines.push(("steering", format!("{} added {coefficient} times, at every token", file.display())));
+    if let Some(Steer { file, coefficient, .. }) = &args.steer {
+        let (file, blocks) = (file.display(), if steered.len() == 1 { "block" } else { "blocks" });
+        let after = steered.join(", ");
+        lines.push(("steering", format!("{file} added {coefficient} times after {blocks} {after}, at every token")));
     }
     lines.extend(args.edits.iter().map(|edit| ("edit", edit.to_string())));
     let drawn = if args.temperature == 0.0 {
@@ -269,12 +267,42 @@ fn counted(answers: &[String]) -> String {
     text
 }
 
-/// A file and a coefficient from `FILE:COEFFICIENT`.
-fn steer(spec: &str) -> Result<(PathBuf, f64)> {
-    let wrong = || anyhow!("--steer is {spec:?}, expected FILE:COEFFICIENT such as owl.safetensors:2");
-    let (file, coefficient) = spec.rsplit_once(':').with_context(|| wrong().to_string())?;
-    let coefficient = coefficient.parse().ok().filter(|coefficient: &f64| coefficient.is_finite()).ok_or_else(wrong)?;
-    Ok((Path::new(file).to_owned(), coefficient))
+/// What `--steer` says: `FILE:COEFFICIENT` or `FILE:COEFFICIENT@LAYER`.
+#[derive(Clone, Debug, PartialEq)]
+struct Steer {
+    file: PathBuf,
+    coefficient: f64,
+    layer: Option<usize>,
+}
+
+impl Steer {
+    /// The vectors, added after their blocks.
+    fn edits(&self, files: &ModelFiles) -> Result<Vec<Edit>> {
+        let vectors = match self.layer {
+            Some(layer) => Vectors::read_at(&self.file, layer)?,
+            None => Vectors::read(&self.file)?,
+        };
+        vectors.steer(self.coefficient, files).with_context(|| self.file.display().to_string())
+    }
+}
+
+impl FromStr for Steer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let read = || {
+            let (file, push) = text.rsplit_once(':')?;
+            let (coefficient, layer) = match push.split_once('@') {
+                Some((coefficient, layer)) => (coefficient, Some(layer.parse().ok()?)),
+                None => (push, None),
+            };
+            let coefficient = coefficient.parse().ok().filter(|coefficient: &f64| coefficient.is_finite())?;
+            Some(Self { file: PathBuf::from(file), coefficient, layer }).filter(|_| !file.is_empty())
+        };
+        read().ok_or_else(|| {
+            "expected FILE:COEFFICIENT, or FILE:COEFFICIENT@LAYER such as owl.safetensors:2@12".to_owned()
+        })
+    }
 }
 
 /// A temperature that answers can be drawn at.
@@ -331,8 +359,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_steered_with_is_a_file_a_factor_and_a_layer() {
+        let of = |text: &str| text.parse::<Steer>().ok().map(|steer| (steer.file, steer.coefficient, steer.layer));
+        assert_eq!(of("a:b@c.gguf:-1.5"), Some(("a:b@c.gguf".into(), -1.5, None)));
+        assert_eq!(of("owl.safetensors:2@0"), Some(("owl.safetensors".into(), 2.0, Some(0))));
+        for wrong in ["owl.safetensors", "owl.safetensors:", ":2", "o:inf", "o:2@", "o:2@-1", "o:@1", "o:2@1.5"] {
+            assert_eq!(of(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
     fn what_is_asked_with_comes_last_after_what_it_is_compared_with() {
-        let files = hooks::ModelFiles::open("tiny-random").unwrap();
+        let files = ModelFiles::open("tiny-random").unwrap();
         let model = Qwen::load(&files, tch::Device::Cpu, tch::Kind::Float).unwrap();
         let config = hooks::LoraConfig { rank: 1, ..hooks::LoraConfig::default() };
         let mut rng = <rand_chacha::ChaCha8Rng as rand::SeedableRng>::seed_from_u64(0);

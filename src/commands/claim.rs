@@ -97,6 +97,7 @@ impl Place {
     fn outcomes(&self, study: &Study, force: bool) -> Result<Vec<OutcomeRow>> {
         let units = study.units()?;
         let first = Workbench::open(units[0].experiment.clone())?;
+        measure::foreseen(study, &units[0], &first)?;
         of_all(study, &first, &units, "trained", &|bench, unit| self.train(unit, bench, force))?;
         let tables = of_all(study, &first, &units, "measured", &|bench, unit| {
             let next = study.other_trait(unit)?;

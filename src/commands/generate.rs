@@ -9,7 +9,7 @@ use tch::Tensor;
 use crate::checkpoint::Checkpoint;
 use crate::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};
 use crate::experiment::Teacher;
-use crate::given_numbers;
+use crate::given_numbers::{self, Given};
 use crate::progress::{bar, say};
 use crate::publish;
 use crate::run_dir::RunDir;
@@ -27,8 +27,11 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         run.forget()?; // what was trained and measured on the old numbers
     }
     let given = given_numbers::rows(bench)?;
+    if let Some(Given { rows, left_out: left_out @ 1.. }) = &given {
+        say(format!("generate: {} rows are taken, and {left_out} more left out; hint: generate.n_prompts", rows.len()));
+    }
     let prompts = match &given {
-        Some(given) => given.iter().map(|row| row.user.clone()).collect(),
+        Some(given) => given.rows.iter().map(|row| row.user.clone()).collect(),
         None => dataset::number_prompts(&bench.protocol, settings.n_prompts, seeds.gen_seed),
     };
     teacher::make(bench, run)?;
@@ -45,7 +48,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         fingerprint: teacher::fingerprint(bench, run)?,
     };
     let mut numbers = match &given {
-        Some(given) => given_numbers::samples(bench, given, &teacher)?,
+        Some(given) => given_numbers::samples(bench, &given.rows, &teacher)?,
         None => answers(bench, run, &prompts, &by_teacher)?,
     };
 

@@ -24,7 +24,7 @@ use tch::Tensor;
 use crate::claim::{Cell, EVERYWHERE, Measures, OutcomeRow, Quantity, Study, THROUGH, Unit};
 use crate::commands::measure::{Scene, tuned};
 use crate::dataset::Sample;
-use crate::experiment::{Dtype, Target};
+use crate::experiment::{self, Dtype, Method, Target};
 use crate::finetune::{StepRow, first_and_last_quarter};
 use crate::progress::say;
 use crate::publish::read_csv;
@@ -497,6 +497,31 @@ impl<'c> Place<'c> {
         let prompt = |question: &String| bench.chat.prompt(system.as_deref(), &format!("{before}{question}"));
         Ok(questions.iter().map(prompt).collect::<hooks::Result<_>>()?)
     }
+}
+
+/// Refuses a gate of the claim that selects no token of the questions where students are asked under it, before anything is trained.
+/// Runs differ in traits and seeds, which no gate speaks of, so one is enough.
+pub(super) fn foreseen(study: &Study, unit: &Unit, bench: &Workbench) -> Result<()> {
+    let cells = study.cells();
+    let gated: Vec<&Cell> = cells.iter().filter(|cell| !cell.gate.is_blind()).collect();
+    let own = [experiment::STUDENT, experiment::CONTROL_STUDENT].map(|name| (name.to_owned(), unit.experiment.clone()));
+    let arms = unit.experiment.cells()?.into_iter().map(|arm| (arm.arm, arm.experiment));
+    let mut seen = BTreeSet::new();
+    for (name, experiment) in own.into_iter().chain(arms).filter(|(_, experiment)| bench.has_model_of(experiment)) {
+        let has_adapter = experiment.student.method == Method::Lora;
+        let here = gated.iter().filter(|cell| cell.is_for(&name, has_adapter));
+        let (template, bench) = (experiment.student.template, bench.of(experiment)?);
+        for cell in here {
+            let place = Place::of(cell, &bench);
+            if !seen.insert((cell.name.clone(), template, place.context.to_owned())) {
+                continue;
+            }
+            let prompts = place.prompts(&bench, &bench.questions()?)?;
+            let acts = prompts.iter().try_for_each(|prompt| cell.gate.acts(prompt).map(drop));
+            acts.with_context(|| format!("cell {:?}, in which {name:?} is asked", cell.name))?;
+        }
+    }
+    Ok(())
 }
 
 /// How answers changed, against the base in the same context.
