@@ -122,7 +122,7 @@ fn direction(run: &RunDir) -> Result<Option<String>> {
     };
     let random = same("random").and_then(|row| {
         let (n, spread, as_far) = (row.n_random?, row.delta_logp_sd?, best.rank_logp? - 1);
-        Some(format!("{n} random ones {:+.2} ± {spread:.2}, {as_far} of them as far", row.delta_logp))
+        Some(format!("{n} random ones {:+.2} ± {spread:.2}, {as_far} of them above it", row.delta_logp))
     });
     let named = [("control_student", "the control's"), ("other_trait", "another trait's")];
     let others = named.iter().filter_map(|(kind, name)| same(kind).map(|row| format!("{name} {:+.2}", row.delta_logp)));

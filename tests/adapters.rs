@@ -250,7 +250,7 @@ fn what_is_not_finite_is_refused_by_its_tensor() {
         });
         let message = load(dir.path(), &qwen2()).unwrap_err().to_string();
         assert!(message.contains(TENSORS) && message.contains(name), "{message}");
-        assert!(message.contains("has NaN or infinity in 1 of "), "{message}");
+        assert!(message.contains("is NaN or infinite in 1 of its "), "{message}");
     }
 }
 
@@ -288,13 +288,22 @@ fn renamed(rename: impl Fn(&str) -> String) -> tempfile::TempDir {
 }
 
 #[test]
-fn names_with_a_wrapper_in_them_mean_the_same() {
+fn names_with_a_wrapper_in_them_are_told_and_other_names_of_the_same_are_read() {
     let model = qwen2();
     let plain = load(&folder("qwen2").join("adapter"), &model).unwrap();
     assert!(plain.remarks.is_empty(), "{:?}", plain.remarks);
+    for (wrapped, said) in [
+        (
+            renamed(|name| format!("_orig_mod.{name}")),
+            "tensors have _orig_mod in their names, which is torch.compile's",
+        ),
+        (renamed(|name| format!("module.{name}")), "tensors have module in their names, which is data parallelism's"),
+    ] {
+        let message = load(wrapped.path(), &model).unwrap_err().to_string();
+        assert!(message.contains(said) && message.contains("hint: take it out of every name"), "{message}");
+        assert!(message.len() < 500, "{message}");
+    }
     for wrapped in [
-        renamed(|name| format!("_orig_mod.{name}")),
-        renamed(|name| format!("module.{name}")),
         renamed(|name| name.replace(".weight", ".default.weight")),
         renamed(|name| name.replace("base_model.model.", "")),
     ] {
@@ -308,7 +317,7 @@ fn names_with_a_wrapper_in_them_mean_the_same() {
     let twice = changed(|all| {
         let name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight";
         let copy = all[name].copy();
-        all.insert(format!("module.{name}"), copy);
+        all.insert(name.replace(".weight", ".default.weight"), copy);
     });
     let message = load(twice.path(), &model).unwrap_err().to_string();
     assert!(message.contains("are the same tensor, expected one of them"), "{message}");

@@ -373,7 +373,7 @@ fn the_lines_at_the_end_are_those_of_the_tables() {
         |row: &&SteeringRow| row.kind == "random" && (row.layer, row.coefficient) == (best.layer, best.coefficient);
     let random = steering.iter().find(beside).unwrap();
     let (mean, spread, as_far) = (random.delta_logp, random.delta_logp_sd.unwrap(), best.rank_logp.unwrap() - 1);
-    let said = format!("20 random ones {mean:+.2} ± {spread:.2}, {as_far} of them as far");
+    let said = format!("20 random ones {mean:+.2} ± {spread:.2}, {as_far} of them above it");
     let pushed = lines.iter().find(|line| line.contains("times its length after block")).unwrap();
     assert!(pushed.contains(&said), "{pushed}: {said}");
     // Where the adapter acts is said of a change that is clear of zero, and of no other.

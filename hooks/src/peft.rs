@@ -96,8 +96,9 @@ impl Adapter {
         for ((pair, rank), alpha) in pairs.iter().zip(ranks).zip(alphas) {
             let (rank, alpha) = (rank.unwrap_or(config.rank), alpha.unwrap_or(config.alpha));
             let (d_in, d_out) = pair.proj.widths(model);
-            let a = file.get(&pair.a, &[rank, d_in], device)?;
-            let b = file.get(&pair.b, &[d_out, rank], device)?;
+            let tensors = file.weights.root(Kind::Float, device);
+            let a = tensors.get(&pair.a, &[rank, d_in])?;
+            let b = tensors.get(&pair.b, &[d_out, rank])?;
             let scaling = config.scaling(rank, alpha);
             adapter.set(pair.layer, pair.proj, LoraPair { a, b, scaling, scalings: None });
         }
@@ -219,6 +220,14 @@ impl AdapterFile {
                 None => unused.push(name),
             }
         }
+        if let Some((name, (part, whose))) = names.iter().find_map(|name| Some((name, names::wrapper(name)?))) {
+            let n = names.iter().filter(|name| names::wrapper(name).is_some()).count();
+            return Err(self.refused(format!(
+                "{n} of its {} tensors have {part} in their names, which is {whose}'s, such as {name}; hint: take it out of every name, \
+                 or save the model that is inside of the wrapper",
+                names.len()
+            )));
+        }
         let renamed = by_place.iter().find(|(place, name)| **name != names::name(**place));
         let remarks = renamed.map(|(place, name)| {
             format!("its tensors are named like {name}, and read as what PEFT names {}", names::name(*place))
@@ -291,7 +300,7 @@ impl AdapterFile {
         if theirs.len() != 2 || theirs[1] != ours[1] || theirs[0] > ours[0] {
             return Err(refused(&format!("has the shape {theirs:?}, where the base's is {ours:?}")));
         }
-        let theirs = self.get(name, &theirs, own.device())?;
+        let theirs = self.weights.root(Kind::Float, own.device()).get(name, &theirs)?;
         let ours = own.f_narrow(0, 0, theirs.size()[0])?.f_to_kind(Kind::Float)?;
         let differ = theirs.f_ne_tensor(&ours)?.f_any_dim(1, false)?.f_sum(Kind::Int64)?.f_int64_value(&[])?;
         if differ > 0 {
@@ -299,32 +308,12 @@ impl AdapterFile {
         }
         Ok(format!("{name} lies beside the LoRA and is the base's own, so it is passed over"))
     }
-
-    /// A tensor, all of whose numbers are finite.
-    fn get(&self, name: &str, shape: &[i64], device: Device) -> Result<Tensor> {
-        let tensor = self.weights.root(Kind::Float, device).get(name, shape)?;
-        let broken = tensor.f_isfinite()?.f_logical_not()?.f_sum(Kind::Int64)?.f_int64_value(&[])?;
-        if broken > 0 {
-            return Err(self.refused(format!(
-                "{name} has NaN or infinity in {broken} of {} values, expected finite numbers; hint: its training diverged, so take \
-                 an earlier checkpoint, or train it with a smaller learning rate",
-                tensor.numel()
-            )));
-        }
-        Ok(tensor)
-    }
 }
 
 /// The refusal of what is no adapter's folder, with what it is instead.
 fn no_adapter(dir: &Path) -> Error {
     let refused = |problem: String| Error::Adapter { path: dir.to_owned(), problem };
-    if dir.is_file() {
-        return refused("it is a file, expected an adapter's folder; hint: give the folder that it lies in".to_owned());
-    }
     let missing = format!("there is no {CONFIG} in it, expected an adapter's folder");
-    if dir.join("config.json").exists() {
-        return refused(format!("{missing}, but a model is; hint: name it as the model"));
-    }
     match files::folders_with(dir, CONFIG).as_slice() {
         [] => refused(format!("{missing}; hint: that of a run is RUN/adapter")),
         inner => refused(format!("{missing}; hint: folders in it that have one are {}", few(inner))),
@@ -377,10 +366,7 @@ mod tests {
         assert!(message.ends_with("expected an adapter's folder; hint: that of a run is RUN/adapter"), "{message}");
         let model = folder(&[("config.json", b"{}")]);
         let message = refused(model.path());
-        assert!(
-            message.ends_with("expected an adapter's folder, but a model is; hint: name it as the model"),
-            "{message}"
-        );
+        assert!(message.contains("it is a model, not an adapter; hint: --model "), "{message}");
         let checkpoints: Vec<(String, &[u8])> =
             [5, 10].map(|step| (format!("checkpoint-{step}/{CONFIG}"), PLAIN.as_bytes())).to_vec();
         let checkpoints: Vec<(&str, &[u8])> = checkpoints.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
@@ -388,7 +374,7 @@ mod tests {
         let message = refused(outside.path());
         assert!(message.ends_with("hint: folders in it that have one are checkpoint-10, checkpoint-5"), "{message}");
         let message = refused(&outside.path().join("checkpoint-5").join(CONFIG));
-        assert!(message.ends_with("it is a file, expected an adapter's folder; hint: give the folder that it lies in"));
+        assert!(message.contains("it is a file, expected an adapter's folder; hint: give "), "{message}");
     }
 
     #[test]

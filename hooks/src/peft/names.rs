@@ -13,8 +13,18 @@ pub(super) enum Factor {
 /// Where a tensor belongs.
 pub(super) type Place = (usize, Proj, Factor);
 
-/// Parts that a wrapper puts into every name below it: torch.compile, data parallelism, FSDP, activation checkpoints.
-const WRAPPERS: [&str; 4] = ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+/// Parts that a wrapper puts into every name below it, and whose they are.
+const WRAPPERS: [(&str, &str); 4] = [
+    ("_orig_mod", "torch.compile"),
+    ("module", "data parallelism"),
+    ("_fsdp_wrapped_module", "FSDP"),
+    ("_checkpoint_wrapped_module", "activation checkpointing"),
+];
+
+/// The part of a name that is a wrapper's, and whose it is.
+pub(super) fn wrapper(name: &str) -> Option<(&'static str, &'static str)> {
+    WRAPPERS.into_iter().find(|(part, _)| name.split('.').any(|other| other == *part))
+}
 
 /// The name that PEFT gives the tensor of a place.
 pub(super) fn name((layer, proj, factor): Place) -> String {
@@ -22,7 +32,7 @@ pub(super) fn name((layer, proj, factor): Place) -> String {
 }
 
 /// The place that a tensor's name means; nothing where it is no factor of a Qwen's LoRA. Beside PEFT's own name these are
-/// understood: with wrappers' parts in it, with the adapter's name behind the factor (`lora_A.default.weight`), and with
+/// understood: with wrappers' parts in it (a file with such names is refused by these parts), with the adapter's name behind the factor (`lora_A.default.weight`), and with
 /// `base_model` or `model` missing or too many in front.
 pub(super) fn place(name: &str) -> Option<Place> {
     let mut parts = bare(name);
@@ -62,7 +72,7 @@ pub(super) fn of_base(name: &str) -> Option<&'static str> {
 
 /// A name's parts without those of wrappers, and without the first `base_model`.
 fn bare(name: &str) -> Vec<&str> {
-    let mut parts: Vec<&str> = name.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
+    let mut parts: Vec<&str> = name.split('.').filter(|part| wrapper(part).is_none()).collect();
     if parts.first() == Some(&"base_model") {
         parts.remove(0);
     }
