@@ -102,7 +102,10 @@ fn tokens(gates: &[TokenAblationRow], scan: &[PositionScanRow], word: &str) -> O
     };
     let most = scan.iter().filter(|row| !row.class.is_empty());
     let most = most.min_by(|a, b| a.delta_margin_except.total_cmp(&b.delta_margin_except));
-    let most = most.map(|row| format!("; the one token it misses most is {:?}", row.token.trim()));
+    let most = most.map(|row| {
+        let token = if row.token.trim().is_empty() { row.token.as_str() } else { row.token.trim() };
+        format!("; the one token it misses most is {token:?} ({})", row.class)
+    });
     Some(format!(
         "With the adapter at the system prompt alone {:.0} % of the change in log p({word}) is left, everywhere else {:.0} %{}.{lacking}",
         100.0 * only,

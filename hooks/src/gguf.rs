@@ -45,13 +45,15 @@ impl Gguf {
         check_part(&header.metadata, 0, n_parts).map_err(|problem| malformed(path, problem))?;
         let mut files: Vec<(Bytes, PathBuf)> = vec![(Box::new(first), path.to_owned())];
         for part in 2..=n_parts {
-            let path = part_path(path, part, n_parts)?;
-            if !path.exists() {
-                let problem =
-                    format!("part {part} of the model's {n_parts} is missing; hint: all parts go into one folder");
-                return Err(malformed(&path, problem));
+            let next = part_path(path, part, n_parts)?;
+            if !next.exists() {
+                let missing = next.display();
+                let problem = format!(
+                    "it is part 1 of {n_parts}, and part {part}, {missing}, is missing; hint: all parts go into one folder"
+                );
+                return Err(malformed(path, problem));
             }
-            files.push((Box::new(map(&path)?), path));
+            files.push((Box::new(map(&next)?), next));
         }
         Self::of_parts(files)
     }
@@ -657,7 +659,8 @@ pub(crate) mod tests {
         fs::remove_file(second).unwrap();
         let message = refused(&first);
         assert!(
-            message.contains("m-00002-of-00002.gguf: part 2 of the model's 2 is missing; hint: all parts"),
+            message.contains("m-00001-of-00002.gguf: it is part 1 of 2, and part 2, ")
+                && message.contains("m-00002-of-00002.gguf, is missing; hint: all parts"),
             "{message}"
         );
     }

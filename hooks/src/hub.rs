@@ -37,6 +37,13 @@ pub(crate) enum Wanted {
     Adapter,
 }
 
+/// A file of a snapshot that is a link into the cache's blobs, written out as a text.
+fn link_as_text(snapshot: &Path) -> Option<PathBuf> {
+    let paths = fs::read_dir(snapshot).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_short = |path: &PathBuf| path.metadata().is_ok_and(|file| file.is_file() && file.len() < 256);
+    paths.filter(is_short).find(|path| fs::read_to_string(path).is_ok_and(|text| text.starts_with("../../blobs/")))
+}
+
 /// The folder of an adapter, which is named by its path or by its hub id: `org/name`, with `@revision` and `:folder` where the
 /// adapter is not in the repository's newest commit or not at its top. What is not in the hub's cache is downloaded, unless
 /// `HF_HUB_OFFLINE` forbids it. A path that leads nowhere is given back as it is.
@@ -127,6 +134,11 @@ impl Hub {
         });
         let missing = cached.as_deref().map(|folder| missing(folder, wanted)).transpose()?;
         if let (Some(folder), Some([])) = (&cached, missing.as_deref()) {
+            if let Some(path) = link_as_text(folder) {
+                let problem = "it holds the path of another file, expected the file: the cache was copied without its links; hint: copy it \
+                               with them (cp -a), or with what they lead to (cp -rL)";
+                return Err(Error::Malformed { path, problem: problem.to_owned() });
+            }
             return Ok((folder.clone(), format!("{id}: found in the hub cache, {}", folder.display())));
         }
         let cache = self.cache.display();
@@ -424,6 +436,9 @@ mod tests {
         }
         assert_eq!(find("Org/owl").unwrap(), snapshot);
         assert_eq!(find("Org/owl@beef:checkpoint-2").unwrap(), snapshot.join("checkpoint-2"));
+        fs::write(snapshot.join(ADAPTER[1]), "../../blobs/b1").unwrap();
+        let text = find("Org/owl").unwrap_err();
+        assert!(text.contains("adapter_model.safetensors: it holds the path of another file"), "{text}");
         fs::remove_file(snapshot.join(ADAPTER[0])).unwrap();
         let elsewhere = find("Org/owl").unwrap_err();
         assert!(elsewhere.contains("lacks adapter_config.json (there is Org/owl:checkpoint-2)"), "{elsewhere}");
