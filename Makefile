@@ -12,7 +12,7 @@ ifdef LIBTORCH
 export LD_LIBRARY_PATH := $(LIBTORCH)/lib:$(LD_LIBRARY_PATH)
 endif
 
-.PHONY: help demo test test-paths real model test-real check check-cost notebooks golden bench bench-cuda fuzz fuzz-corpus setup build clean-runs
+.PHONY: help demo test test-paths real model test-real check check-cost notebooks golden mutants bench bench-cuda fuzz fuzz-corpus setup build clean-runs
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -55,6 +55,9 @@ golden: ## remake the golden files with transformers, PEFT and TransformerLens, 
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r tests/golden/requirements.txt
 	for case in qwen2 qwen3 variants adapters training transformer_lens chat pocket statistics iq4 recompute; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
+
+mutants: setup ## change the code in 200 places, one at a time, and see whether a test notices; hours, goes on where it was (needs cargo-mutants)
+	nice -n 19 $(PYTHON) scripts/mutants.py $(MUTANTS)
 
 bench: setup model ## undertone beside PEFT, transformers and TransformerLens (a venv of 5 GB); about an hour on two idle cores
 	$(CARGO) build --release --workspace
