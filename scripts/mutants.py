@@ -124,6 +124,9 @@ def main() -> None:
     if RESULTS.exists():
         with RESULTS.open(newline="") as file:
             known = {row["mutant"]: row["fate"] for row in csv.DictReader(file)}
+    for built, run in [*OWN.values(), *OTHERS]:
+        if tests(built, run) != "passed":
+            sys.exit(f"error: without a change cargo test {' '.join(built)} does not pass, so nothing could be told; see {TREE}")
     begun = time.monotonic()
     for mutant in sample:
         if time.monotonic() - begun > 3600 * arguments.hours:

@@ -116,7 +116,7 @@ fn tokens(gates: &[TokenAblationRow], scan: &[PositionScanRow], word: &str) -> O
 
 fn direction(run: &RunDir) -> Result<Option<String>> {
     let steering: Vec<SteeringRow> = rows(run, AnalysisName::Steering)?;
-    let learned = steering.iter().filter(|row| row.kind == "learned");
+    let learned = steering.iter().filter(|row| row.kind == "learned" && row.vector_norm > 0.0); // a direction that is none says nothing
     let Some(best) = learned.max_by(|a, b| a.delta_logp.abs().total_cmp(&b.delta_logp.abs())) else { return Ok(None) };
     let same = |kind: &str| {
         let beside =

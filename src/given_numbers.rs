@@ -141,7 +141,10 @@ pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
                 shown(rendered)
             );
         }
-        let row_of_chat = || bench.chat.row(own.as_deref(), &row.user, &bench.chat.encode(&row.answer)?);
+        let row_of_chat = || {
+            let tokens = bench.chat.row(own.as_deref(), &row.user, &bench.chat.encode(&row.answer)?)?;
+            bench.base.config.check_context("row", [tokens.ids.len()], 0)
+        };
         row_of_chat().with_context(|| at(row))?;
     }
     let rejections: Vec<_> = rows.iter().map(|row| dataset::rejections(&row.answer, true, &settings.banned)).collect();
@@ -155,20 +158,31 @@ pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
             at(first),
             rows.len(),
             counts.join(", "),
-            first.answer
+            cut(&first.answer, 200)
         );
     }
     Ok(Some(Given { rows, left_out }))
 }
 
 fn shown(system: Option<&str>) -> String {
-    system.map_or_else(|| "left out".to_owned(), |text| format!("{text:?}"))
+    system.map_or_else(|| "left out".to_owned(), |text| format!("{:?}", cut(text, 200)))
+}
+
+/// A text of somebody's, cut to so many letters.
+fn cut(text: &str, most: usize) -> String {
+    let n = text.chars().count();
+    if n <= most {
+        text.to_owned()
+    } else {
+        text.chars().take(most).chain(format!("… ({n} letters)").chars()).collect()
+    }
 }
 
 /// The rows in the bytes of a file; an error names the line, and `path`.
 pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
     let text = text(bytes, path)?;
-    parse_text(&with_null(&text)).with_context(|| path.display().to_string())
+    let parsed = parse_text(&with_null(&text)).map_err(|error| anyhow::anyhow!(cut(&format!("{error:#}"), 600)));
+    parsed.with_context(|| path.display().to_string())
 }
 
 /// UTF-8, or UTF-16 where the byte-order mark says so.
@@ -255,7 +269,9 @@ impl Place<'_> {
             let said = said.strip_suffix(&place).unwrap_or(&said);
             let half =
                 if said.contains("hex escape") { ": a \\u that is half of a pair stands for no letter" } else { "" };
-            anyhow::anyhow!("line {}: {said}{half}", line + error.line().saturating_sub(1))
+            let noticed = line + error.line().saturating_sub(1);
+            let noticed = if noticed > line { format!(" (in line {noticed})") } else { String::new() };
+            anyhow::anyhow!("line {line}: {said}{half}{noticed}")
         })?;
         let row = row(parsed, line, &rest[..values.byte_offset()]).with_context(|| format!("line {line}"))?;
         self.go_to(end);
@@ -522,10 +538,13 @@ mod tests {
                 "line 3: system is \"y\", but the system turn is \"x\"",
             ),
             ("1, 2".to_owned(), "line 3: expected a row in braces, found \"1, 2\""),
-            ("{\n\n \"prompt\": a}".to_owned(), "line 5: expected value"),
+            ("{\n\n \"prompt\": a}".to_owned(), "line 3: expected value (in line 5)"),
+            ("{\"prompt\": \"a\",\n{\"prompt\": \"a\", \"completion\": \"1\"}".to_owned(), "line 3: key must be a string (in line 4)"),
+            (message(&format!(r#"[{{"type": "{}"}}]"#, "x".repeat(9000))), "letters)"),
         ] {
             let message = refused(&format!("{good}\n\n{line}"));
             assert!(message.starts_with("rows.jsonl: line ") && message.contains(expected), "{line}: {message}");
+            assert!(message.len() < 800, "{}", message.len());
         }
     }
 }

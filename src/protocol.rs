@@ -174,12 +174,12 @@ impl Protocol {
 
     /// The system prompt that a key names, or the text itself; `None` is the default of the model's template.
     ///
-    /// A text without a space is taken for a misspelt key: as a system prompt it would change a run in silence.
+    /// A text of ASCII without a space is taken for a misspelt key: as a system prompt it would change a run in silence.
     pub fn context(&self, key_or_text: &str) -> Result<Option<String>> {
         if let Some(context) = self.contexts.get(key_or_text) {
             return Ok(context.clone());
         }
-        if key_or_text.contains(char::is_whitespace) {
+        if key_or_text.contains(char::is_whitespace) || !key_or_text.is_ascii() {
             return Ok(Some(key_or_text.to_owned()));
         }
         let nearest = self.contexts.keys().min_by_key(|key| strsim::levenshtein(key, key_or_text));
@@ -416,6 +416,12 @@ mod tests {
         assert_eq!(protocol.context("qwen_default").unwrap(), None);
         assert_eq!(protocol.context("empty").unwrap(), Some(String::new()));
         assert_eq!(protocol.context("You are a tree.").unwrap().as_deref(), Some("You are a tree."));
+        let chinese = "你是Qwen，由阿里云创建。";
+        assert_eq!(
+            protocol.context(chinese).unwrap().as_deref(),
+            Some(chinese),
+            "no blank is needed where none is written"
+        );
         let message = protocol.context("chatgtp").unwrap_err().to_string();
         assert!(message.ends_with("the nearest is chatgpt"), "{message}");
         assert!(protocol.context("").is_err(), "an empty context is written `empty`");

@@ -17,7 +17,7 @@ use crate::hook_point::HookPoint;
 use crate::kv_cache::KvCache;
 use crate::profile::{self, Stage};
 use crate::qwen::Qwen;
-use crate::score::{Case, LAST, Prefilled, prefill, prefill_padded};
+use crate::score::{Case, LAST, Prefilled, not_a_number, prefill, prefill_padded};
 use crate::tap::{Listener, Tap};
 use crate::tokens::Prompt;
 
@@ -197,6 +197,9 @@ fn answer_all<'p, 'a: 'p>(
         let uniforms: Vec<f64> = live.iter().map(|row| rngs[*row].random()).collect();
         let so_far: Vec<&[i64]> = live.iter().map(|row| answers[*row].0.ids.as_slice()).collect();
         let Drawn { tokens, logprobs, likelihoods } = draw(&logits, sampling, &so_far, &uniforms)?;
+        if logprobs.iter().any(|logprob| logprob.is_nan()) {
+            return Err(not_a_number());
+        }
 
         let mut staying = Vec::new();
         for (at, row) in live.iter().enumerate() {
@@ -385,6 +388,31 @@ mod tests {
         let cooled = draw(&logits, &sampling(0.5, None), &[&[]], &[0.5]).unwrap();
         let expected = 0.25 / (0.04 + 0.25 + 0.09);
         assert!((cooled.likelihoods[0] - expected).abs() < 1e-6 && (cooled.logprobs[0] - 0.5_f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn an_answer_out_of_what_is_no_number_is_refused() {
+        let files = crate::ModelFiles::open("tiny-random").unwrap();
+        let (model, chat) = (Qwen::load(&files, Device::Cpu, Kind::Float).unwrap(), Chat::from_files(&files).unwrap());
+        let prompt = chat.prompt(None, "Hello").unwrap();
+        let vector = Tensor::full([model.config.d_model], f64::NAN, (Kind::Float, Device::Cpu));
+        let edit = crate::Edit {
+            at: HookPoint::ResidPost(0),
+            tokens: None,
+            change: crate::Change::Add { vector, coefficient: 1.0 },
+        };
+        let condition = Condition { edits: vec![edit], ..Condition::default() };
+        for temperature in [0.0, 0.7, 1.0] {
+            let error = generate(
+                &model,
+                std::slice::from_ref(&prompt),
+                &condition,
+                &sampling(temperature, None),
+                &[3],
+                &mut |_| (),
+            );
+            assert!(error.err().unwrap().to_string().contains("look for values that overflow"), "{temperature}");
+        }
     }
 
     #[test]

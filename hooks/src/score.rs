@@ -335,15 +335,16 @@ pub fn next_token_logprobs(model: &Qwen, prompts: &[Prompt], condition: &Conditi
 
 /// Refuses log-probabilities that are not numbers, before they are averaged into a table.
 fn are_numbers(logprobs: &Tensor) -> Result<()> {
-    if bool::try_from(logprobs.f_isnan()?.f_any()?)? {
-        return Err(Error::Invalid {
-            what: "a log-probability".to_owned(),
-            expected: "numbers: look for values that are not finite in the adapter, the edits and their files"
-                .to_owned(),
-            found: "NaN".to_owned(),
-        });
+    if bool::try_from(logprobs.f_isnan()?.f_any()?)? { Err(not_a_number()) } else { Ok(()) }
+}
+
+/// What is said where a log-probability is NaN.
+pub(crate) fn not_a_number() -> Error {
+    Error::Invalid {
+        what: "a log-probability".to_owned(),
+        expected: "numbers: look for values that overflow or are not finite in the model, the adapter, the edits and their files".to_owned(),
+        found: "NaN".to_owned(),
     }
-    Ok(())
 }
 
 /// The log-probability of every token of each row's completion, given all tokens before it.

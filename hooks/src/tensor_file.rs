@@ -49,6 +49,14 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &BTreeMap<Stri
     })
 }
 
+/// How many values of a tensor are NaN or infinite. In attention scores minus infinity is the mask.
+pub fn n_broken(name: &str, tensor: &Tensor) -> Result<i64> {
+    let finite = tensor.f_isfinite()?;
+    let fine =
+        if name.contains("attn_scores") { finite.f_logical_or(&tensor.f_eq(f64::NEG_INFINITY)?)? } else { finite };
+    Ok(fine.f_logical_not()?.f_sum(Kind::Int64)?.f_int64_value(&[])?)
+}
+
 fn dtype(name: &str, tensor: &Tensor) -> Result<Dtype> {
     KINDS.iter().find(|(kind, _)| *kind == tensor.kind()).map(|(_, dtype)| *dtype).ok_or_else(|| Error::Invalid {
         what: format!("the kind of tensor {name}"),
@@ -100,7 +108,15 @@ impl TensorFile {
         })?;
         let shape: Vec<i64> = info.shape.iter().map(|n| *n as i64).collect();
         let (start, end) = info.data_offsets; // the header was checked against the file's length
-        Ok(Tensor::f_from_data_size(&self.map[self.data + start..self.data + end], &shape, kind)?)
+        let tensor = Tensor::f_from_data_size(&self.map[self.data + start..self.data + end], &shape, kind)?;
+        let n_broken = n_broken(name, &tensor)?;
+        if n_broken > 0 {
+            let n = tensor.numel();
+            let problem =
+                format!("tensor {name} is NaN or infinite in {n_broken} of its {n} values, expected finite numbers");
+            return Err(Error::Malformed { path: self.path.clone(), problem });
+        }
+        Ok(tensor)
     }
 }
 
@@ -146,6 +162,28 @@ mod tests {
     }
 
     /// The same bytes as the library's, which orders a single entry of metadata always in the same way.
+    #[test]
+    fn what_is_not_finite_is_refused_but_for_a_mask() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        let row = |values: &[f32]| Tensor::from_slice(values);
+        let scores = "blocks.0.attn.hook_attn_scores";
+        let tensors = [
+            ("nan".to_owned(), row(&[1.0, f32::NAN])),
+            ("infinite".to_owned(), row(&[f32::NEG_INFINITY, 2.0, f32::INFINITY])),
+            (scores.to_owned(), row(&[1.0, f32::NEG_INFINITY])),
+        ];
+        write(&path, &tensors, &BTreeMap::new()).unwrap();
+        let file = TensorFile::open(&path).unwrap();
+        assert_eq!(file.tensor(scores).unwrap(), tensors[2].1);
+        for (name, said) in
+            [("nan", "tensor nan is NaN or infinite in 1 of its 2 "), ("infinite", "in 2 of its 3 values")]
+        {
+            let message = file.tensor(name).unwrap_err().to_string();
+            assert!(message.contains(said), "{message}");
+        }
+    }
+
     #[test]
     fn a_file_is_that_of_hugging_face_s_library() {
         let folder = tempfile::tempdir().unwrap();

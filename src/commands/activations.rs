@@ -102,6 +102,15 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
     };
     let float = |(name, tensor): (String, tch::Tensor)| Ok((name, tensor.f_to_kind(Kind::Float)?));
     let tensors = seen.into_iter().map(float).collect::<Result<Vec<_>>>()?;
+    for (name, tensor) in &tensors {
+        let n_broken = tensor_file::n_broken(name, tensor)?;
+        ensure!(
+            n_broken == 0,
+            "{name} is NaN or infinite in {n_broken} of its {} values, so nothing was written; hint: look for values that overflow in the \
+             model, the adapter, the edits and their files",
+            tensor.numel()
+        );
+    }
     let mut metadata = Provenance::of(&files).metadata();
     let lengths: Vec<String> = rows.iter().map(|row| row.ids.len().to_string()).collect();
     metadata.insert("lengths".to_owned(), lengths.join(","));
