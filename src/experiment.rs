@@ -21,7 +21,8 @@ use analyses::token_ablation::TokenAblation;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use hooks::files;
 use hooks::gate::Gate;
-use hooks::lora::{LoraConfig, Proj};
+use hooks::lora::LoraConfig;
+use hooks::proj::Proj;
 use serde::{Deserialize, Serialize};
 
 use crate::finetune::{self, Finetune, OptimizerKind};

@@ -14,12 +14,13 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use hooks::dose::Doses;
 use hooks::gate::Gate;
 use hooks::gradient::gradients;
 use hooks::lora::{Adapter, Dropout, LoraPair};
 use hooks::loss::{Targets, cross_entropy_sum};
 use hooks::packing::Row;
-use hooks::pass::{Doses, Pass};
+use hooks::pass::Pass;
 use hooks::profile::{self, Stage};
 use hooks::qwen::Qwen;
 use hooks::tokens::{LossMask, Prompt};

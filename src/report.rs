@@ -2,8 +2,10 @@
 //! elsewhere, so that it can be mailed, printed and opened in ten years. Every text is escaped: prompts hold `<|im_start|>`.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use analyses::Svg;
+use hooks::files;
 
 use crate::publish::Table;
 
@@ -59,6 +61,22 @@ pub struct Figure {
     pub svg: Svg,
     /// Its file, relative to the page; empty where there is none.
     pub path: String,
+}
+
+impl Figure {
+    /// The drawing at `path`, on a page in the folder `root`.
+    ///
+    /// # Errors
+    ///
+    /// Where the file cannot be read.
+    pub fn of(root: &Path, path: &Path) -> hooks::Result<Self> {
+        Ok(Self { svg: Svg(files::read_string(path)?), path: relative(root, path) })
+    }
+}
+
+/// A path as a link from a page in the folder `root`.
+pub(crate) fn relative(root: &Path, path: &Path) -> String {
+    path.strip_prefix(root).unwrap_or(path).display().to_string()
 }
 
 /// One measurement. What is empty is left out.

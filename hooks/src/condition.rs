@@ -6,13 +6,14 @@ use std::ops::Range;
 use tch::Tensor;
 
 use crate::batch::Batch;
+use crate::dose::Doses;
 use crate::edit::{self, Edit, EditTap};
 use crate::error::Result;
 use crate::gate::Gate;
 use crate::hook_point::HookPoint;
 use crate::kv_cache::KvCache;
 use crate::lora::Adapter;
-use crate::pass::{Doses, Pass};
+use crate::pass::Pass;
 use crate::qwen::Qwen;
 use crate::tap::{Hooks, Listener, Tap};
 use crate::tokens::Prompt;

@@ -10,7 +10,7 @@ use crate::batch::Batch;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint as P;
-use crate::nn::wide;
+use crate::ops::wide;
 use crate::select::Tokens;
 use crate::tap::{Hooks, Tap};
 use crate::tokens::Prompt;

@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::Path;
 
+use memmap2::Mmap;
+
 use crate::error::{Error, Result};
 use crate::profile::{self, Stage};
 
@@ -77,6 +79,21 @@ pub(crate) fn folder_of(file: &Path) -> &Path {
 /// Opens a file for reading.
 pub fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(at(path))
+}
+
+/// Maps a file into memory, read-only.
+pub(crate) fn map(path: &Path) -> Result<Mmap> {
+    map_opened(&open(path)?, path)
+}
+
+/// Maps an open file into memory, read-only; `path` is for messages.
+pub(crate) fn map_opened(file: &File, path: &Path) -> Result<Mmap> {
+    #[expect(
+        unsafe_code,
+        reason = "a mapped model must not be changed while it is in use; no program writes into one in place"
+    )]
+    let map = unsafe { Mmap::map(file) };
+    map.map_err(at(path))
 }
 
 /// Makes a folder and those above it.

@@ -22,9 +22,10 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
+use crate::dose::Doses;
 use crate::error::{Error, Result};
-use crate::lora::{Adapter, Proj};
-use crate::pass::Doses;
+use crate::lora::Adapter;
+use crate::proj::Proj;
 use crate::select::{Numbers, Tokens, argument, split};
 use crate::tokens::{Prompt, unknown};
 
@@ -544,12 +545,12 @@ mod tests {
     fn blocks_projections_and_doses_make_a_cell() {
         let doses = |text: &str| gate(text).spread(&[vec![1.0; 5]], Device::Cpu).unwrap();
         let only = doses("only:entity*layers(0..2)*modules(q,v)");
-        assert!(matches!(only.at(1, Proj::V), crate::pass::Dose::Tokens(_)));
+        assert!(matches!(only.at(1, Proj::V), crate::dose::Dose::Tokens(_)));
         for (layer, proj) in [(2, Proj::V), (1, Proj::K)] {
-            assert!(matches!(only.at(layer, proj), crate::pass::Dose::Uniform(0.0)), "{layer} {proj}");
+            assert!(matches!(only.at(layer, proj), crate::dose::Dose::Uniform(0.0)), "{layer} {proj}");
         }
         let except = doses("except:entity*layers(0..2)*0.5");
-        assert!(matches!(except.at(2, Proj::V), crate::pass::Dose::Uniform(0.5)), "outside of the cell");
+        assert!(matches!(except.at(2, Proj::V), crate::dose::Dose::Uniform(0.5)), "outside of the cell");
         assert_eq!(gate("only:entity*0.5").inside(true), 0.5);
         assert_eq!(gate("except:entity*-2").inside(false), -2.0);
         assert!(gate("everywhere*0").is_nowhere() && !gate("everywhere*0.5").is_everywhere());

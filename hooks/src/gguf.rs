@@ -23,10 +23,9 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use crate::config::{Config, Family};
 use crate::error::{Error, Result};
-use crate::files::Bytes;
+use crate::files::{Bytes, map};
 use crate::gguf::header::{Header, TensorInfo, Value};
 use crate::tokenizer_file::{WORDS, check_merge};
-use crate::weights::map;
 
 /// An open GGUF model: its header in memory, its tensors still on disk.
 pub struct Gguf {
@@ -424,7 +423,7 @@ pub(crate) mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::weights::{Weights, map};
+    use crate::weights::Weights;
 
     type Metadata = Vec<(String, gguf_file::Value)>;
 

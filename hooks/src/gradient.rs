@@ -13,7 +13,7 @@ use crate::hook_point::HookPoint;
 use crate::listen::Cache;
 use crate::lora::Adapter;
 use crate::loss::Targets;
-use crate::nn::wide;
+use crate::ops::wide;
 use crate::packing::Row;
 use crate::pass::Pass;
 use crate::profile;

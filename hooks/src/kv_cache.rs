@@ -6,7 +6,8 @@ use tch::{Device, Kind, Tensor};
 use crate::batch::Batch;
 use crate::config::Config;
 use crate::error::Result;
-use crate::packing::{Packing, embedding};
+use crate::ops::embedding;
+use crate::packing::Packing;
 
 /// Keys and values of the positions run so far.
 #[derive(Debug)]

@@ -1,98 +1,16 @@
 //! Low-rank adapters (Hu et al. 2021): h = W x + s · B (g ⊙ A x), with s = α/r (rsLoRA: α/√r) and g the gate, one
 //! where the adapter acts and zero elsewhere. Adapters are looked up during a pass, never attached to the model.
 
-use std::fmt;
-use std::str::FromStr;
-
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::Config;
+use crate::dose::Dose;
 use crate::error::{Error, Result};
-use crate::nn::{by_head, wide};
-use crate::pass::Dose;
-
-/// A linear map of a block that an adapter can act on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub enum Proj {
-    /// Queries.
-    Q,
-    /// Keys.
-    K,
-    /// Values.
-    V,
-    /// Attention's output.
-    O,
-    /// The MLP's gate.
-    Gate,
-    /// The MLP's linear branch.
-    Up,
-    /// The MLP's output.
-    Down,
-}
-
-impl Proj {
-    /// All seven, in the order of the computation.
-    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
-
-    /// The Hugging Face name, such as `q_proj`.
-    pub fn name(self) -> &'static str {
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"][self as usize]
-    }
-
-    /// The module path inside a block, such as `self_attn.q_proj`.
-    pub fn path(self) -> String {
-        let parent = if matches!(self, Self::Q | Self::K | Self::V | Self::O) { "self_attn" } else { "mlp" };
-        format!("{parent}.{}", self.name())
-    }
-
-    /// Input and output width in a model.
-    pub fn widths(self, model: &Config) -> (i64, i64) {
-        let (q, kv) = (model.n_heads * model.d_head, model.n_kv_heads * model.d_head);
-        match self {
-            Self::Q => (model.d_model, q),
-            Self::K | Self::V => (model.d_model, kv),
-            Self::O => (q, model.d_model),
-            Self::Gate | Self::Up => (model.d_model, model.d_mlp),
-            Self::Down => (model.d_mlp, model.d_model),
-        }
-    }
-}
-
-impl fmt::Display for Proj {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Proj {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|proj| proj.name() == name).ok_or_else(|| Error::UnknownName {
-            what: "target module",
-            found: name.to_owned(),
-            choices: Self::ALL.map(Self::name).join(", "),
-        })
-    }
-}
-
-impl From<Proj> for String {
-    fn from(proj: Proj) -> Self {
-        proj.name().to_owned()
-    }
-}
-
-impl TryFrom<String> for Proj {
-    type Error = Error;
-
-    fn try_from(name: String) -> Result<Self> {
-        name.parse()
-    }
-}
+use crate::ops::{by_head, wide};
+use crate::proj::Proj;
 
 /// What a LoRA is made of, in PEFT's terms.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -172,6 +90,17 @@ pub struct LoraPair {
 }
 
 impl LoraPair {
+    /// FLOPs of the pair's two products of rank r at `x`, `[.., d_in]`, and of their reverse where a graph is recorded.
+    pub(crate) fn flops(&self, x: &Tensor, graph: bool) -> (f64, f64) {
+        let width = |tensor: &Tensor, from_end: usize| tensor.size().into_iter().rev().nth(from_end).unwrap_or(0);
+        let (d_in, rank, d_out) = (width(&self.a, 0), width(&self.a, 1), width(&self.b, 1));
+        let (down, up) =
+            (2.0 * x.numel() as f64 * rank as f64, 2.0 * (x.numel() as f64 / d_in as f64) * (rank * d_out) as f64);
+        let wanted = |tensor: &Tensor| f64::from(u8::from(graph && tensor.requires_grad()));
+        let inner = f64::from(u8::from(graph && (x.requires_grad() || self.a.requires_grad()))); // the bottleneck's gradient
+        (down + up, down * (wanted(x) + wanted(&self.a)) + up * (inner + wanted(&self.b)))
+    }
+
     /// How many students a stack has; `None` where the pair is one adapter's.
     pub fn n_stacked(&self) -> Option<i64> {
         (self.a.dim() == 3).then(|| self.a.size()[0])

@@ -7,8 +7,7 @@ use tch::Tensor;
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
-use crate::nn::wide;
-use crate::packing::embedding;
+use crate::ops::{embedding, wide};
 use crate::profile::{self, Op, Stage};
 use crate::qwen::Qwen;
 use crate::stack::equally_many;

@@ -1,13 +1,15 @@
 //! The three layers that a Qwen is made of.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::config::Config;
+use crate::dose::Dose;
 use crate::error::Result;
 use crate::hook_point::HookPoint;
-use crate::lora::Proj;
-use crate::pass::{Dose, Pass};
+use crate::ops::{by_head, linear, wide};
+use crate::pass::Pass;
 use crate::profile::{self, Op};
+use crate::proj::Proj;
 use crate::tap::Hooks;
 use crate::weights::Scope;
 
@@ -40,7 +42,7 @@ impl Linear {
         let y = self.base(&x)?;
         let span = profile::op(Op::Lora);
         let y = pair.add_to(y, &x, dose, pass.dropout.as_deref_mut())?;
-        span.flops(|| Ok(profile::lora(&x, pair, y.requires_grad())))?;
+        span.flops(|| Ok(pair.flops(&x, y.requires_grad())))?;
         Ok(y.f_view([batch, pos, -1])?)
     }
 
@@ -57,7 +59,7 @@ impl Linear {
         }
         let span = profile::op(Op::Lora);
         let y = pair.add_by_head(&y, x, dose, pass.dropout.as_deref_mut())?;
-        span.flops(|| Ok(profile::lora(x, pair, y.requires_grad())))?;
+        span.flops(|| Ok(pair.flops(x, y.requires_grad())))?;
         Ok(y)
     }
 
@@ -79,69 +81,6 @@ impl Linear {
         let bias = self.bias.as_ref().map(|bias| (format!("{stem}.bias"), bias.shallow_clone()));
         [weight].into_iter().chain(bias).collect()
     }
-}
-
-/// `x Wᵀ + b`. `x`: `[.., d_in]`, the result is `[.., d_out]`.
-///
-/// A CPU multiplies a few rows with a large matrix faster as `(W xᵀ)ᵀ`: 1.5 times for a whole decoding step of the 0.5B.
-pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    const FEW_ROWS: i64 = 32;
-    let mut shape = x.size();
-    let rows: i64 = shape[..shape.len() - 1].iter().product();
-    if x.device() != Device::Cpu || !(2..=FEW_ROWS).contains(&rows) {
-        return Ok(x.f_linear(weight, bias)?);
-    }
-    let flat = x.f_reshape([rows, -1])?;
-    let y = weight.f_matmul(&flat.f_transpose(0, 1)?)?.f_transpose(0, 1)?.f_contiguous()?;
-    let y = match bias {
-        Some(bias) => y.f_add(bias)?,
-        None => y,
-    };
-    if let (Some(width), Some(d_out)) = (shape.last_mut(), y.size().last()) {
-        *width = *d_out;
-    }
-    Ok(y.f_view(shape.as_slice())?)
-}
-
-/// `softmax(q kᵀ / √d_head) v` by libtorch's fused kernel. `q`: `[batch, n_heads, pos, d_head]`, as the result; `k` and `v`:
-/// `[batch, n_kv_heads, slots, d_head]`; `mask`: who may see whom, bool, in the shape of the scores.
-pub(crate) fn fused_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: Option<&Tensor>,
-    causal: bool,
-) -> Result<Tensor> {
-    let span = profile::op(Op::Attention);
-    let groups = q.size4()?.1 / k.size4()?.1;
-    let attend = |k: &Tensor, v: &Tensor, grouped| {
-        Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, grouped)
-    };
-    if groups == 1 || mask.is_none() || q.device() == Device::Cpu {
-        let z = attend(k, v, groups != 1)?;
-        span.flops(|| profile::attention(q, k, causal, z.requires_grad()))?;
-        return Ok(z);
-    }
-    // The kernels of a GPU take a mask or grouped heads, not both; keys and values are the smallest tensors there are.
-    let spread = |x: &Tensor| x.f_repeat_interleave_self_int(groups, 1, None);
-    let z = attend(&spread(k)?, &spread(v)?, false)?;
-    span.flops(|| profile::attention(q, k, causal, z.requires_grad()))?;
-    Ok(z)
-}
-
-/// Each head's part of `x Wᵀ`, all heads in one product. `x`: `[batch, pos, n_heads, d_head]`, `weight`:
-/// `[d_out, n_heads · d_head]`; the result is `[batch, pos, n_heads, d_out]`.
-pub(crate) fn by_head(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (batch, pos, n_heads, d_head) = x.size4()?;
-    let x = x.f_reshape([batch * pos, n_heads, d_head])?.f_transpose(0, 1)?;
-    let weight = weight.f_view([-1, n_heads, d_head])?.f_permute([1, 2, 0])?; // [n_heads, d_head, d_out]
-    Ok(x.f_bmm(&weight)?.f_transpose(0, 1)?.f_reshape([batch, pos, n_heads, -1])?)
-}
-
-/// The precision of norms, rotations, softmaxes and adapters: f32 whatever the weights are, as in transformers and PEFT, but f64
-/// in an f64 model, so that such a model is f64 throughout.
-pub(crate) fn wide(kind: Kind) -> Kind {
-    if kind == Kind::Double { kind } else { Kind::Float }
 }
 
 /// Root-mean-square norm, computed in f32 or wider: `weight · x / √(mean(x²) + eps)`.
@@ -222,10 +161,12 @@ mod tests {
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
 
+    use tch::Device;
+
     use super::*;
+    use crate::dose::Doses;
     use crate::lora::{Adapter, Dropout, LoraConfig};
     use crate::model_files::ModelFiles;
-    use crate::pass::Doses;
     use crate::select::Numbers;
 
     /// All heads in one product against the plain way: each head alone, the others zero, through the whole map.

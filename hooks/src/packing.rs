@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::nn::fused_attention;
+use crate::ops::{embedding, fused_attention};
 
 /// A row to be packed.
 #[derive(Clone, Copy, Debug)]
@@ -162,11 +162,6 @@ impl Packing {
 fn take(x: &Tensor, places: &Tensor) -> Result<Tensor> {
     let (n, pos, heads, d_head) = x.size4()?;
     embedding(&x.f_reshape([n * pos, heads * d_head])?, places)
-}
-
-/// Rows by index, as `index_select`, whose backward pass is slow on a CPU: it adds row by row in one thread.
-pub(crate) fn embedding(rows: &Tensor, index: &Tensor) -> Result<Tensor> {
-    Ok(Tensor::f_embedding(rows, index, -1, false, false)?)
 }
 
 impl Bucket {

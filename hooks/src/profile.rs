@@ -12,7 +12,6 @@ use std::time::Instant;
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::lora::LoraPair;
 
 /// What is being done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -259,17 +258,6 @@ pub(crate) fn product(x: &Tensor, weight: &Tensor, graph: bool) -> Result<(f64, 
     Ok((once, once * wanted as f64))
 }
 
-/// FLOPs of the LoRA's part of a product: two products of rank r, forward and reverse.
-pub(crate) fn lora(x: &Tensor, pair: &LoraPair, graph: bool) -> (f64, f64) {
-    let width = |tensor: &Tensor, from_end: usize| tensor.size().into_iter().rev().nth(from_end).unwrap_or(0);
-    let (d_in, rank, d_out) = (width(&pair.a, 0), width(&pair.a, 1), width(&pair.b, 1));
-    let (down, up) =
-        (2.0 * x.numel() as f64 * rank as f64, 2.0 * (x.numel() as f64 / d_in as f64) * (rank * d_out) as f64);
-    let wanted = |tensor: &Tensor| f64::from(u8::from(graph && tensor.requires_grad()));
-    let inner = f64::from(u8::from(graph && (x.requires_grad() || pair.a.requires_grad()))); // the bottleneck's gradient
-    (down + up, down * (wanted(x) + wanted(&pair.a)) + up * (inner + wanted(&pair.b)))
-}
-
 /// FLOPs of attention over the pairs of a query and a key that it may see; where a mask says which these are, over all. `q`:
 /// `[batch, n_heads, query, d_head]`, `k`: `[batch, n_kv_heads, key, d_head]`. The gradient takes twice as many.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, causal: bool, graph: bool) -> Result<(f64, f64)> {
@@ -345,10 +333,11 @@ mod tests {
     use crate::condition::Condition;
     use crate::generate::{Sampling, generate};
     use crate::gradient::gradients;
-    use crate::lora::{Adapter, LoraConfig, Proj};
+    use crate::lora::{Adapter, LoraConfig};
     use crate::loss::{Targets, cross_entropy_sum};
     use crate::model_files::ModelFiles;
     use crate::pass::Pass;
+    use crate::proj::Proj;
     use crate::qwen::Qwen;
     use crate::tokens::Prompt;
 

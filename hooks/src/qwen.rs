@@ -12,12 +12,13 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint as P;
 use crate::kv_cache::Placement;
-use crate::lora::{Adapter, Proj};
+use crate::lora::Adapter;
 use crate::model_files::ModelFiles;
-use crate::nn::{Linear, RmsNorm, Rope, fused_attention, linear, wide};
-use crate::packing::embedding;
+use crate::nn::{Linear, RmsNorm, Rope};
+use crate::ops::{embedding, fused_attention, linear, wide};
 use crate::pass::Pass;
 use crate::profile::{self, Op, Stage};
+use crate::proj::Proj;
 use crate::tap::Hooks;
 use crate::weights::{Scope, Weights};
 

@@ -8,14 +8,16 @@ use tch::{Device, Kind, Tensor};
 
 use crate::batch::Batch;
 use crate::condition::{Condition, Prepared};
+use crate::dose::Doses;
 use crate::edit::{Edit, EditTap};
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
 use crate::kv_cache::KvCache;
 use crate::listen::Cache;
 use crate::lora::Adapter;
-use crate::packing::{Row, embedding};
-use crate::pass::{Doses, Pass};
+use crate::ops::embedding;
+use crate::packing::Row;
+use crate::pass::Pass;
 use crate::profile::{self, Stage};
 use crate::qwen::Qwen;
 use crate::tap::{Hooks, Listener, Tap};

@@ -7,8 +7,9 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::lora::{Adapter, LoraConfig, LoraPair, Proj, no_stack};
-use crate::nn::wide;
+use crate::lora::{Adapter, LoraConfig, LoraPair, no_stack};
+use crate::ops::wide;
+use crate::proj::Proj;
 use crate::qwen::Qwen;
 
 /// The singular values of one pair's weight change.

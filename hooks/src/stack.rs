@@ -8,7 +8,8 @@ use std::collections::BTreeSet;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
-use crate::lora::{Adapter, LoraPair, Proj, no_stack};
+use crate::lora::{Adapter, LoraPair, no_stack};
+use crate::proj::Proj;
 
 impl Adapter {
     /// A stack of adapters: in a pass with it the rows of a batch belong to the students in order, equally many to each.

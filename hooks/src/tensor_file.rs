@@ -13,7 +13,6 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files;
-use crate::weights::map;
 
 /// The kinds that are written and read, with their names in a file.
 const KINDS: [(Kind, Dtype); 4] =
@@ -84,7 +83,7 @@ pub struct TensorFile {
 impl TensorFile {
     /// Maps a safetensors file and checks its header.
     pub fn open(path: &Path) -> Result<Self> {
-        let map = map(path)?;
+        let map = files::map(path)?;
         let (header_length, header) = SafeTensors::read_metadata(&map).map_err(|error| Error::Malformed {
             path: path.to_owned(),
             problem: format!("expected a safetensors file: {error}"),

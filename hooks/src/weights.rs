@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::Deserialize;
@@ -329,7 +328,7 @@ impl Shard {
     /// Maps a file.
     fn open(path: &Path) -> Result<Self> {
         let opened = files::open(path)?;
-        let shard = Self::parse(Box::new(map_opened(&opened, path)?), path)?;
+        let shard = Self::parse(Box::new(files::map_opened(&opened, path)?), path)?;
         Ok(Self { opened: Some(opened), ..shard })
     }
 
@@ -363,20 +362,6 @@ impl Shard {
         let (start, end) = info.data_offsets; // the header was checked against the file's length
         &(*self.file).as_ref()[self.data + start..self.data + end]
     }
-}
-
-/// Maps a file into memory, read-only.
-pub(crate) fn map(path: &Path) -> Result<Mmap> {
-    map_opened(&files::open(path)?, path)
-}
-
-fn map_opened(file: &File, path: &Path) -> Result<Mmap> {
-    #[expect(
-        unsafe_code,
-        reason = "a mapped model must not be changed while it is in use; no program writes into one in place"
-    )]
-    let map = unsafe { Mmap::map(file) };
-    map.map_err(|cause| Error::Io { path: path.to_owned(), cause })
 }
 
 /// The files that an index names.

@@ -21,7 +21,7 @@ use crate::experiment::{ArmData, CONTROL_STUDENT, Cell, Experiment, Method, STUD
 use crate::finetune::{StepRow, delta_w_norm, first_and_last_quarter};
 use crate::progress::{say, spinner};
 use crate::publish::{Table, read_csv, write_csv};
-use crate::report::Section;
+use crate::report::{Figure, Section};
 use crate::run_dir::RunDir;
 use crate::side_by_side::{side_by_side, workers};
 use crate::workbench::{StudentModel, Workbench};
@@ -353,7 +353,7 @@ pub(super) fn section(run: &RunDir, experiment: &Experiment) -> Result<Option<Se
     }
     let rows: Vec<ArmRow> = read_csv(&run.arms_rows())?;
     let plots = [run.arms_rank_plot(), run.arms_plot()].into_iter().filter(|path| path.exists());
-    let figures = plots.map(|path| super::report::figure(run, &path)).collect::<Result<_>>()?;
+    let figures = plots.map(|path| Figure::of(run.root(), &path)).collect::<hooks::Result<_>>()?;
     let mut notes = vec![
         "Each row is one student; the error beside a change in the table is over questions, and says nothing about another student."
             .to_owned(),

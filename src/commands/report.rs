@@ -12,7 +12,7 @@ use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::{TargetRate, TargetRateRow, unchanged};
 use analyses::token_ablation::TokenAblation;
-use analyses::{Analysis, Svg};
+use analyses::Analysis;
 use anyhow::{Context, Result, bail};
 use hooks::files;
 use hooks::model_files::TINY_RANDOM;
@@ -26,7 +26,7 @@ use crate::finetune::{StepRow, first_and_last_quarter};
 use crate::png;
 use crate::progress::say;
 use crate::publish::{Table, read_csv};
-use crate::report::{Figure, Number, Opening, Report, Section, html};
+use crate::report::{Figure, Number, Opening, Report, Section, html, relative};
 use crate::run_dir::RunDir;
 
 /// Writes `report.html`, and with `png` a PNG beside each SVG of the run.
@@ -130,7 +130,7 @@ fn opening(run: &RunDir, experiment: &Experiment) -> Result<Opening> {
     let rates = run.rows(AnalysisName::TargetRate);
     if !RunDir::stage_done(&rates) {
         let plot = run.plot(AnalysisName::TokenAblation);
-        let figure = if plot.exists() { Some(figure(run, &plot)?) } else { None };
+        let figure = if plot.exists() { Some(Figure::of(run.root(), &plot)?) } else { None };
         return Ok(Opening { headline: "The effect itself was not measured yet.".to_owned(), figure, numbers: vec![] });
     }
     let rows: Vec<TargetRateRow> = read_csv(&rates)?;
@@ -138,13 +138,13 @@ fn opening(run: &RunDir, experiment: &Experiment) -> Result<Opening> {
     let of_rates = |row: &TargetRateRow| Number {
         label: format!("{}, change in log p({})", row.model, row.target),
         value: signed(row.delta_logp, row.delta_logp_se),
-        csv: relative(run, &rates),
+        csv: relative(run.root(), &rates),
         cell: format!("delta_logp and delta_logp_se where scope = mean, model = {}", row.model),
     };
     let of_arms = |(what, row): &(String, ArmRow)| Number {
         label: format!("{what}, change in log p({})", row.target),
         value: signed(row.delta_logp, row.delta_logp_se),
-        csv: relative(run, &run.arms_rows()),
+        csv: relative(run.root(), &run.arms_rows()),
         cell: format!("delta_logp and delta_logp_se where arm = {}, seed_index = {}", row.arm, row.seed_index),
     };
     let models: Vec<&TargetRateRow> = [STUDENT, "control"].iter().filter_map(|model| mean_of(&rows, model)).collect();
@@ -152,7 +152,7 @@ fn opening(run: &RunDir, experiment: &Experiment) -> Result<Opening> {
     numbers.extend(mean_of(&rows, "base").map(|base| Number {
         label: format!("base, log p({})", base.target),
         value: format!("{:.2} nats", base.logp_target).replace('-', "\u{2212}"),
-        csv: relative(run, &rates),
+        csv: relative(run.root(), &rates),
         cell: "logp_target where scope = mean, model = base".to_owned(),
     }));
     let figure = answer(run, &rows, &others, elsewhere(run)?)?;
@@ -233,12 +233,7 @@ fn answer(
     };
     let path = run.root().join("answer.svg");
     files::write_atomic(&path, bars(&chart)?.0.as_bytes())?;
-    Ok(Some(figure(run, &path)?))
-}
-
-/// A drawing of the run's folder.
-pub(super) fn figure(run: &RunDir, path: &Path) -> Result<Figure> {
-    Ok(Figure { svg: Svg(files::read_string(path)?), path: relative(run, path) })
+    Ok(Some(Figure::of(run.root(), &path)?))
 }
 
 fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
@@ -271,7 +266,7 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
             "Reasons of rejection can hold together for one answer, so their shares need not add up.".to_owned(),
         ],
         figures: vec![],
-        csv: relative(run, &run.generate_csv()),
+        csv: relative(run.root(), &run.generate_csv()),
         table: Some(Table::read(&run.generate_csv())?),
         settings: settings(&[("teacher", &toml(&experiment.teacher)?), ("generate", &toml(&experiment.generate)?)]),
     })
@@ -317,8 +312,8 @@ fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
         }
         .to_owned(),
         notes: vec![],
-        figures: vec![figure(run, &path)?],
-        csv: relative(run, &run.train_csv()),
+        figures: vec![Figure::of(run.root(), &path)?],
+        csv: relative(run.root(), &run.train_csv()),
         table: Some(Table::read(&run.train_csv())?),
         settings: settings(&[("student", &toml(&experiment.student)?), ("finetune", &toml(&experiment.finetune)?)]),
     })
@@ -369,7 +364,7 @@ fn analysis_section<A: Analysis>(run: &RunDir, name: AnalysisName) -> Result<Sec
     let rows: Vec<A::Row> = read_csv(&run.rows(name))?;
     let more = A::more_plots(&rows)?.into_iter().map(|(which, _)| run.more_plot(name, which));
     let plots = [run.plot(name)].into_iter().chain(more).filter(|plot| plot.exists());
-    let figures = plots.map(|plot| figure(run, &plot)).collect::<Result<_>>()?;
+    let figures = plots.map(|plot| Figure::of(run.root(), &plot)).collect::<hooks::Result<_>>()?;
     let settings = run.settings(name);
     Ok(Section {
         id: A::NAME.to_owned(),
@@ -379,7 +374,7 @@ fn analysis_section<A: Analysis>(run: &RunDir, name: AnalysisName) -> Result<Sec
         control: control(name, RunDir::stage_done(&run.control_train_csv()) || taken(run, &run.control_adapter())?),
         notes: notes(name, rows_from(run)?),
         figures,
-        csv: relative(run, &run.rows(name)),
+        csv: relative(run.root(), &run.rows(name)),
         table: Some(Table::read(&run.rows(name))?),
         settings: if settings.exists() { files::read_string(&settings)? } else { String::new() },
     })
@@ -518,9 +513,4 @@ fn provenance(run: &RunDir, experiment: &Experiment) -> Result<Vec<(String, Stri
     found.extend(meta.notes.into_iter().map(|(stage, lines)| (stage, lines.join("; "))));
     found.extend(meta.sha256.into_iter().map(|(file, sha256)| (format!("SHA-256 of {file}"), sha256)));
     Ok(found)
-}
-
-/// A path as a link from the page.
-fn relative(run: &RunDir, path: &Path) -> String {
-    path.strip_prefix(run.root()).unwrap_or(path).display().to_string()
 }

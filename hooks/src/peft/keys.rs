@@ -11,7 +11,8 @@ use super::module;
 use super::modules::{Modules, Patterns, Targets, layer_of};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::lora::{LoraConfig, Proj};
+use crate::lora::LoraConfig;
+use crate::proj::Proj;
 
 /// What a kind of adapter that is not computed here can still be used as.
 pub(super) const MERGE: &str =

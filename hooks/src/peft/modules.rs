@@ -6,7 +6,7 @@ use std::fmt::Display;
 use regex::{Regex, RegexBuilder};
 
 use super::module;
-use crate::lora::Proj;
+use crate::proj::Proj;
 
 /// Modules by their names or by an expression.
 #[derive(Clone, Debug)]

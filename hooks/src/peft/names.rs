@@ -1,7 +1,7 @@
 //! The names of an adapter's tensors: which factor of which projection of which block each is, whatever the training wrapped
 //! around the model; and what it means where a name is of something else.
 
-use crate::lora::Proj;
+use crate::proj::Proj;
 
 /// A factor of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

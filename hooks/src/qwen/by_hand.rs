@@ -14,14 +14,16 @@ use tch::{Kind, Tensor};
 
 use super::{Attention, Block, Mlp, Qwen};
 use crate::batch::Batch;
+use crate::dose::{Dose, Doses};
 use crate::error::{Error, Result};
 use crate::kv_cache::Placement;
-use crate::lora::{Adapter, LoraPair, Proj};
+use crate::lora::{Adapter, LoraPair};
 use crate::loss::{Targets, nll_gradient, nlls_and_gradients};
-use crate::nn::{Linear, RmsNorm, Rope, wide};
-use crate::packing::embedding;
-use crate::pass::{Dose, Doses, Pass};
+use crate::nn::{Linear, RmsNorm, Rope};
+use crate::ops::{embedding, wide};
+use crate::pass::Pass;
 use crate::profile::{self, Op, Stage};
+use crate::proj::Proj;
 use crate::tap::Hooks;
 
 /// The gradients at each pair's A and B, of several losses `[losses, ..]`.
@@ -396,7 +398,7 @@ impl<'m> KeptLinear<'m> {
             let part = bottleneck.f_matmul(&b)?.f_view(y.size().as_slice())?;
             y = y.f_add(&part)?.f_to_kind(x.kind())?;
         }
-        span.flops(|| Ok(profile::lora(x, pair, false)))?;
+        span.flops(|| Ok(pair.flops(x, false)))?;
         Ok((Self { linear, acting: Some((acting, bottleneck)) }, y))
     }
 
