@@ -45,9 +45,7 @@ pub fn open_model(name: &str) -> Result<ModelFiles> {
     for line in &files.report {
         say(format!("model: {line}"));
     }
-    for remark in &files.remarks {
-        say(format!("note: {remark}"));
-    }
+    note(name, &files.remarks);
     Ok(files)
 }
 

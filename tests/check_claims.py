@@ -244,6 +244,7 @@ def check_trainings(folder, claim, rows):
 def check_chosen(claim, rows):
     """That the students that a measurement picked out are those, and their lines that one's."""
     place = lambda row: (row["target"], row["dataset"], row["rank"], row["seed_index"])
+    ranks = {student["name"]: student.get("ranks") for student in claim.get("students", [])}
     n = 0
     for chosen in claim.get("chosen", []):
         aim = of(chosen["nearest"]) if "nearest" in chosen else None
@@ -257,6 +258,8 @@ def check_chosen(claim, rows):
             goal = Table(rows, [word]).pick(aim, dataset, word)[0]["value"] if aim else -math.inf
             ranked = []
             for at, name in enumerate(chosen["of"]):
+                if ranks.get(name) and int(rank) not in ranks[name]:
+                    continue  # the claim does not train it at this rank
                 theirs = {(r["cell"], r["evaluated"], r["quantity"]): r["value"] for r in rows
                           if r["student"] == name and place(r) == (word, dataset, rank, seed)}
                 value = theirs["everywhere", word, quantity]

@@ -207,10 +207,13 @@ fn what_is_not_expected_of_a_model_is_remarked_once() {
     let remarks: Vec<&str> = said.lines().filter(|line| line.starts_with("note: ")).collect();
     assert_eq!(remarks.len(), 2, "{said}");
     assert!(
-        remarks[0].starts_with("note: config.json has tie_word_embeddings true, but lm_head.weight is not"),
+        remarks[0].starts_with("note: m: config.json has tie_word_embeddings true, but lm_head.weight is not"),
         "{said}"
     );
-    assert!(remarks[1].starts_with("note: 1 of the 28 tensors in ") && remarks[1].ends_with("score.weight"), "{said}");
+    assert!(
+        remarks[1].starts_with("note: m: 1 of the 28 tensors in ") && remarks[1].ends_with("score.weight"),
+        "{said}"
+    );
 
     // The same as where the configuration says so itself, and not the tied one.
     let config = fs::read_to_string(here.join("config.json")).unwrap();

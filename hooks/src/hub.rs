@@ -41,7 +41,9 @@ pub(crate) enum Wanted {
 fn link_as_text(snapshot: &Path) -> Option<PathBuf> {
     let paths = fs::read_dir(snapshot).into_iter().flatten().flatten().map(|entry| entry.path());
     let is_short = |path: &PathBuf| path.metadata().is_ok_and(|file| file.is_file() && file.len() < 256);
-    paths.filter(is_short).find(|path| fs::read_to_string(path).is_ok_and(|text| text.starts_with("../../blobs/")))
+    paths
+        .filter(is_short)
+        .find(|path| fs::read_to_string(path).is_ok_and(|text| text.starts_with("../") && text.contains("/blobs/")))
 }
 
 /// The folder of an adapter, which is named by its path or by its hub id: `org/name`, with `@revision` and `:folder` where the

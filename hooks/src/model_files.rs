@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::config::{self, Config, Family};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, few};
 use crate::files;
 use crate::gguf::Gguf;
 use crate::hub::{Hub, HubId, Wanted};
@@ -288,18 +288,15 @@ fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Op
 /// The remark on tensors that no Qwen of this configuration has, which are not used.
 fn strangers(config: &Config, weights: &Weights) -> Option<String> {
     let names: Vec<String> = weights.names().into_iter().filter(|name| !belongs(name, config)).collect();
-    let shown: Vec<&str> = names.iter().take(10).map(String::as_str).collect();
-    let more = names.len() - shown.len();
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     (!names.is_empty()).then(|| {
         format!(
-            "{} of the {} tensors in {} are in no {} of {} layers and are not used: {}{more}",
+            "{} of the {} tensors in {} are in no {} of {} layers and are not used: {}",
             names.len(),
             weights.names().len(),
             weights.files(),
             family(config),
             config.n_layers,
-            shown.join(", ")
+            few(&names)
         )
     })
 }
@@ -512,7 +509,7 @@ mod tests {
         // A configuration of fewer layers leaves out a whole block, of which ten tensors are named.
         write_whole(folder.path(), |json| json["num_hidden_layers"] = 1.into(), |_| ());
         let [remark] = &opened(folder.path()).remarks[..] else { panic!("one remark") };
-        assert!(remark.starts_with("12 of the 26 tensors") && remark.ends_with(" and 2 more"), "{remark}");
+        assert!(remark.starts_with("12 of the 26 tensors") && remark.ends_with(", … (12 in all)"), "{remark}");
         assert_eq!(remark.matches("model.layers.1.").count(), 10, "{remark}");
         let fresh = ModelFiles::find(TINY_RANDOM, &nowhere()).unwrap();
         assert!(fresh.remarks.is_empty(), "{:?}", fresh.remarks);

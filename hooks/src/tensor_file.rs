@@ -13,6 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::weights::finite;
 
 /// The kinds that are written and read, with their names in a file.
 const KINDS: [(Kind, Dtype); 4] =
@@ -109,13 +110,7 @@ impl TensorFile {
         let (start, end) = info.data_offsets; // the header was checked against the file's length
         let tensor = Tensor::f_from_data_size(&self.map[self.data + start..self.data + end], &shape, kind)?;
         let n_broken = n_broken(name, &tensor)?;
-        if n_broken > 0 {
-            let n = tensor.numel();
-            let problem =
-                format!("tensor {name} is NaN or infinite in {n_broken} of its {n} values, expected finite numbers");
-            return Err(Error::Malformed { path: self.path.clone(), problem });
-        }
-        Ok(tensor)
+        finite(tensor, n_broken as usize, name, &self.path)
     }
 }
 

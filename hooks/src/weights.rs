@@ -433,7 +433,7 @@ fn n_not_finite_by(threads: usize, bytes: &[u8], kind: Kind) -> usize {
 }
 
 /// The tensor, if none of its numbers is broken: one NaN makes all that is computed with it NaN.
-fn finite(tensor: Tensor, n_broken: usize, name: &str, path: &Path) -> Result<Tensor> {
+pub(crate) fn finite(tensor: Tensor, n_broken: usize, name: &str, path: &Path) -> Result<Tensor> {
     if n_broken == 0 {
         return Ok(tensor);
     }

@@ -14,13 +14,13 @@ type Place = (String, u64, Option<i64>, usize);
 pub fn with_chosen(claim: &Claim, mut rows: Vec<OutcomeRow>) -> Result<Vec<OutcomeRow>> {
     let measured = rows.len();
     for chosen in &claim.chosen {
-        let more = lines(chosen, &rows[..measured]).with_context(|| format!("chosen {:?}", chosen.name))?;
+        let more = lines(claim, chosen, &rows[..measured]).with_context(|| format!("chosen {:?}", chosen.name))?;
         rows.extend(more);
     }
     Ok(rows)
 }
 
-fn lines(chosen: &Chosen, rows: &[OutcomeRow]) -> Result<Vec<OutcomeRow>> {
+fn lines(claim: &Claim, chosen: &Chosen, rows: &[OutcomeRow]) -> Result<Vec<OutcomeRow>> {
     let place = |row: &OutcomeRow| -> Place { (row.target.clone(), row.dataset, row.rank, row.seed_index) };
     let of_candidate = |name: &String| -> BTreeMap<Place, f64> {
         let quantity = chosen.lowest.or(chosen.nearest.as_ref().map(|of| of.quantity));
@@ -37,14 +37,16 @@ fn lines(chosen: &Chosen, rows: &[OutcomeRow]) -> Result<Vec<OutcomeRow>> {
     let mut found = vec![];
     for at in places {
         let aim = chosen.nearest.as_ref().map(|of| aim(of, at, rows)).transpose()?;
-        let values = candidates.iter().zip(&chosen.of).map(|(candidate, name)| {
-            let value = candidate.get(at).with_context(|| format!("{name:?} was not measured at {at:?}"))?;
-            Ok(aim.map_or(*value, |aim| (value - aim).abs()))
+        let trained = (0..candidates.len()).filter(|index| is_trained(claim, &chosen.of[*index], at.2));
+        let values = trained.map(|index| {
+            let name = &chosen.of[index];
+            let value = candidates[index].get(at).with_context(|| format!("{name:?} was not measured at {at:?}"))?;
+            Ok((index, aim.map_or(*value, |aim| (value - aim).abs())))
         });
-        let values = values.collect::<Result<Vec<f64>>>()?;
+        let values = values.collect::<Result<Vec<(usize, f64)>>>()?;
         // The first of equals.
-        let best =
-            (0..values.len()).min_by(|a, b| values[*a].total_cmp(&values[*b])).context("it has no candidates")?;
+        let (best, _) =
+            *values.iter().min_by(|(_, a), (_, b)| a.total_cmp(b)).context("none of its candidates has this rank")?;
         let own: Vec<&OutcomeRow> =
             rows.iter().filter(|row| row.student == chosen.of[best] && place(row) == *at).collect();
         let first = OutcomeRow {
@@ -59,6 +61,12 @@ fn lines(chosen: &Chosen, rows: &[OutcomeRow]) -> Result<Vec<OutcomeRow>> {
         found.extend(copies.map(|row| OutcomeRow { student: chosen.name.clone(), ..row }));
     }
     Ok(found)
+}
+
+/// Whether the claim trains a student at this rank: a rate that is too high for the larger ranks has only the smaller ones.
+fn is_trained(claim: &Claim, name: &str, rank: Option<i64>) -> bool {
+    let ranks = claim.students.iter().find(|student| student.name == name).and_then(|student| student.ranks.as_ref());
+    ranks.is_none_or(|ranks| rank.is_some_and(|rank| ranks.contains(&rank)))
 }
 
 /// The number to come near to, of the same trait and data set.
@@ -140,5 +148,25 @@ mod tests {
         gap.retain(|row| !(row.student == "fast" && row.rank == Some(8)));
         let found = format!("{:#}", with_chosen(&chosen(Some(Quantity::HeldoutNll), None), gap).unwrap_err());
         assert!(found.contains("\"fast\" was not measured at"), "{found}");
+    }
+
+    #[test]
+    fn a_candidate_counts_at_the_ranks_it_is_trained_at() {
+        let mut claim = chosen(Some(Quantity::HeldoutNll), None);
+        claim.students = vec![toml::from_str("name = \"fast\"\nranks = [1]").unwrap()];
+        let without = |rank: i64| {
+            let mut rows = measured();
+            rows.retain(|row| !(row.student == "fast" && row.rank == Some(rank)));
+            with_chosen(&claim, rows)
+        };
+        let rows = without(8).unwrap();
+        let picked: Vec<(f64, usize)> =
+            rows[6..].iter().filter(|row| row.quantity == Quantity::Chosen).map(|row| (row.value, row.n)).collect();
+        assert_eq!(picked, [(1.0, 2), (0.0, 1)], "at rank 1 the second of two, at rank 8 the only one");
+        let gap = format!("{:#}", without(1).unwrap_err());
+        assert!(
+            gap.contains("\"fast\" was not measured at"),
+            "where the claim has it trained, a gap is an error: {gap}"
+        );
     }
 }

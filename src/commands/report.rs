@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use analyses::Analysis;
 use analyses::direction::Direction;
 use analyses::divergence::{Divergence, DivergenceSummaryRow};
 use analyses::gradients::Gradients;
@@ -12,7 +13,6 @@ use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::{TargetRate, TargetRateRow, unchanged};
 use analyses::token_ablation::TokenAblation;
-use analyses::Analysis;
 use anyhow::{Context, Result, bail};
 use hooks::files;
 use hooks::model_files::TINY_RANDOM;
