@@ -57,10 +57,10 @@ def paths() -> dict[str, dict[str, str]]:
     }
 
 
-def binaries() -> dict[str, tuple[Path, Path]]:
-    """Each test binary by its name, with the folder of its package."""
+def binaries(root: Path = ROOT) -> dict[str, tuple[Path, Path]]:
+    """Each test binary of a checkout by its name, with the folder of its package."""
     command = [CARGO, "test", "--release", "--workspace", "--no-run", "--message-format=json"]
-    told = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    told = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = {}
     for line in told.splitlines():
         message = json.loads(line)
