@@ -51,7 +51,7 @@ impl Batch {
         Ok(Self { ids, lengths: rows().map(|row| row.ids.len()).collect(), packing: Some(packing) })
     }
 
-    /// Where a row's token stands in the flattened `[batch · pos]`.
+    /// The index of a row's token in the flattened `[batch · pos]`.
     pub fn place(&self, row: usize, token: usize) -> i64 {
         match &self.packing {
             Some(packing) => packing.places[row][token],

@@ -22,11 +22,11 @@ pub struct Edit {
     pub at: P,
     /// At which tokens (for scores and pattern: queries); `None` is all, generated ones included.
     pub tokens: Option<Tokens>,
-    /// What is done.
+    /// The change.
     pub change: Change,
 }
 
-/// What is done to an activation h at a token. Tensors have the shape that the activation has at one token.
+/// A change of an activation h at a token. Tensors have the shape that the activation has at one token.
 #[derive(Debug)]
 pub enum Change {
     /// h + coefficient · vector.
@@ -93,7 +93,7 @@ impl Edit {
         Self { at: P::ResidPost(layer), tokens: None, change }
     }
 
-    /// The same at some tokens; `None` is all.
+    /// Limits the edit to some tokens; `None` means all.
     #[must_use]
     pub fn at_tokens(self, tokens: Option<Tokens>) -> Self {
         Self { tokens, ..self }
@@ -232,7 +232,7 @@ impl EditTap {
         Ok(Self { at: edit.at, change, tokens, chosen, positions: None, device, now: Now::Nowhere })
     }
 
-    /// The same for these rows packed, pointed at all of their tokens.
+    /// Adapts the edit to the packed rows of `batch`, at all of their tokens.
     pub(crate) fn packed(mut self, batch: &Batch) -> Result<Self> {
         let width = batch.width();
         if let Some(rows) = self.chosen.take() {

@@ -70,7 +70,7 @@ pub enum Error {
         /// The existing name that is closest to it.
         nearest: String,
     },
-    /// A name is none of those that can be chosen.
+    /// A name is not one of the choices.
     #[error("unknown {what} {found:?}, expected one of: {choices}")]
     UnknownName {
         /// What was being named.
@@ -170,7 +170,7 @@ impl From<tch::TchError> for Error {
     }
 }
 
-/// Names in a message: ten of them at most, with how many there are.
+/// Names in a message: at most ten, and how many there are if there are more.
 pub(crate) fn few(names: &[impl AsRef<str>]) -> String {
     const SHOWN: usize = 10;
     let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();

@@ -1,5 +1,5 @@
-//! Where and how strongly an adapter acts: tokens × blocks × projections × a dose. A gate is data, so that it can stand in a
-//! config, on a command line and in a CSV.
+//! Where and how strongly an adapter acts: tokens × blocks × projections × a dose. A gate is data, so a config, a
+//! command line and a CSV can hold it.
 //!
 //! ```text
 //! everywhere                                the plain student
@@ -12,8 +12,9 @@
 //! only:modules(attention)*0.5               half as strongly, and in attention alone
 //! ```
 //!
-//! Tokens are named as `select.rs` says; what is not named is all. While decoding, a generated token is one that is not
-//! named, unless `gen` or its id is: so `only:entity` answers with the adapter off, `only:entity+gen` with it on.
+//! `select.rs` says how tokens are named; a part that is left out means all. While decoding, a generated token counts
+//! as not named, unless the gate names `gen` or its id: `only:entity` answers with the adapter off, `only:entity+gen`
+//! with it on.
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -123,8 +123,9 @@ fn are_independent(prompts: &[Prompt], answers: &[Answer], likelihoods: &[f64]) 
     Ok(())
 }
 
-/// Draws one answer while a tap sees (or changes) some hook points, after the condition's edits: the prompt in the first
-/// pass, `[1, pos, ..]`, then each new token in a pass of its own, `[1, 1, ..]`. `Tap::place` says where they stand.
+/// Draws one answer while a tap sees (or changes) some hook points, after the condition's edits: the prompt in the
+/// first pass, `[1, pos, ..]`, then each new token in a pass of its own, `[1, 1, ..]`. `Tap::place` gives their
+/// positions.
 pub fn generate_listening<'p, 'a: 'p>(
     model: &Qwen,
     prompt: &Prompt,
@@ -269,7 +270,7 @@ fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64
 /// token by token.
 const BLOCK: i64 = 256;
 
-/// The same at temperature 1 without constraints, in fewer passes over the vocabulary.
+/// Draws at temperature 1 without constraints, in fewer passes over the vocabulary.
 fn draw_plain(logits: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
     let (_, d_vocab) = logits.size2()?;
     let probabilities = logits.f_softmax(-1, Kind::Float)?;
@@ -289,7 +290,7 @@ fn draw_plain(logits: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
     let inside = Tensor::f_arange(BLOCK, (Kind::Int64, logits.device()))?.f_unsqueeze(0)?.f_add(&first)?; // [rows, BLOCK]
     let exists = inside.f_lt(d_vocab)?;
     let there = probabilities.f_gather(1, &inside.f_clamp_max(d_vocab - 1)?, false)?.f_mul(&exists)?;
-    // What is left of the draw, as a share of the block.
+    // The rest of the draw, as a share of the block.
     let left = before.f_div(&there.f_sum_dim_intlist(-1, true, Kind::Float)?)?.f_clamp(0.0, 1.0)?;
     let chosen = fall(&there, &left)?.0.f_add(&first)?;
     let likelihoods = floats(&probabilities.f_gather(1, &chosen, false)?)?;
@@ -325,7 +326,7 @@ fn integers(column: &Tensor) -> Result<Vec<i64>> {
     Ok(Vec::<i64>::try_from(&column.f_reshape([-1])?.f_to_device(Device::Cpu)?)?)
 }
 
-/// What a comma-separated list of numbers may go on with, token by token (constrained decoding).
+/// The tokens that can continue a comma-separated list of numbers (constrained decoding).
 #[derive(Clone, Debug, PartialEq)]
 pub struct NumberGrammar {
     digits: Vec<i64>,
@@ -489,7 +490,7 @@ mod tests {
         };
         assert!(score(40).is_ok());
         assert_eq!(score(41).unwrap_err().to_string(), too_long);
-        // One token after another, in a cache that has room.
+        // Token by token, in a cache with room for all of them.
         let mut cache = KvCache::new(&model.config, 1, 50, Kind::Float, Device::Cpu).unwrap();
         let mut step = |ids: &[i64]| {
             let batch = crate::Batch::from_ids(&[ids], Device::Cpu).unwrap();

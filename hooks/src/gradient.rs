@@ -27,7 +27,7 @@ pub fn gradients<T: Borrow<Tensor>>(loss: &Tensor, inputs: &[T], keep_graph: boo
     let inputs: Vec<&Tensor> = inputs.iter().map(Borrow::borrow).collect();
     let _span = profile::backward();
     let found = Tensor::f_run_backward(&[loss], &inputs, keep_graph, false)?;
-    // What a loss does not depend on has no gradient at all, rather than a zero one.
+    // A tensor that a loss does not depend on has an undefined gradient; it becomes zeros.
     let defined = |(gradient, input): (Tensor, &&Tensor)| {
         if gradient.defined() { Ok(gradient) } else { Ok(input.f_zeros_like()?) }
     };
@@ -111,12 +111,12 @@ impl OfLosses {
     }
 }
 
-/// The exact gradients of several losses of one row, `ℓ = Σ_k −log p(token k | the tokens before it)`, of which each is given
-/// as its tokens' indices k in the completion: for single tokens `[[0], [1], ..]`. `each` gets them all, in their order,
-/// some at a time.
+/// The exact gradients of several losses of one row, `ℓ = Σ_k −log p(token k | the tokens before it)`. Each loss is
+/// given by the indices k of its tokens in the completion; for single tokens `[[0], [1], ..]`. `each` gets the
+/// gradients in the order of the losses, some losses at a time.
 ///
-/// The row is run once, and some losses at a time share a backward pass by hand (`qwen/by_hand.rs`), in which each keeps gradients
-/// of its own. Under edits, whose gradients only libtorch knows, each loss is a backward pass over the recorded graph.
+/// The row is run once, and several losses share a backward pass by hand (`qwen/by_hand.rs`), which keeps each loss's
+/// gradients apart. Under edits, each loss is a backward pass of libtorch over the recorded graph.
 pub fn of_losses(
     model: &Qwen,
     row: &Prompt,

@@ -96,7 +96,8 @@ fn nll(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<Tensor> {
     Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?)
 }
 
-/// The same, and ∂/∂normed of each, `[n, d_model]`, some rows of logits at a time.
+/// −log p(label) of each row, `[n]`, and its gradient by `normed`, `[n, d_model]`. Logits are computed for some rows at
+/// a time.
 pub(crate) fn nlls_and_gradients(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
     let chunks = normed.f_split(ROWS, 0)?.into_iter().zip(labels.f_split(ROWS, 0)?);
     let found = chunks.map(|(normed, labels)| nll_and_gradient(model, &normed, &labels)).collect::<Result<Vec<_>>>()?;

@@ -101,7 +101,7 @@ impl RmsNorm {
         Ok(wide.f_div(&scale)?.f_to_kind(x.kind())?.f_mul(&self.weight)?)
     }
 
-    /// The same, with the norm's two hook points.
+    /// The norm with its two hook points.
     pub(crate) fn hooked(
         &self,
         x: &Tensor,
@@ -201,7 +201,7 @@ mod tests {
             }
         }
 
-        // The same values are dropped as where all heads are summed at once.
+        // Dropout drops the same values as with all heads summed at once.
         let dropped = |by_head: bool| {
             let mut dropout = Dropout::new(0.5, ChaCha8Rng::seed_from_u64(3));
             let mut pass = Pass { adapter: Some(&adapter), dropout: Some(&mut dropout), ..Pass::default() };

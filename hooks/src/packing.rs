@@ -46,7 +46,7 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Where the rows' tokens stand, and what each attends to. `[n, pos]` is the shape of the packed ids.
+/// Where the rows' tokens are in the packed batch, and what each attends to. `[n, pos]` is the shape of the packed ids.
 #[derive(Debug)]
 pub(crate) struct Packing {
     /// Each token's position in its rows, `[n, pos]`, i64.

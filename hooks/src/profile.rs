@@ -13,7 +13,7 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::error::Result;
 
-/// What is being done.
+/// A stage of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     /// Files are opened and weights made ready.
@@ -55,7 +55,7 @@ pub enum Op {
     Rest,
 }
 
-/// What a stage spent on a kind of operation.
+/// Time and FLOPs of a kind of operation in a stage.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
     /// Wall time of the thread that recorded, in seconds.
@@ -66,7 +66,7 @@ pub struct Cost {
     pub flops: f64,
 }
 
-/// What was recorded.
+/// The recorded times and FLOPs.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Profile {
     /// The cost of each kind of operation in each stage.
@@ -75,7 +75,7 @@ pub struct Profile {
     pub model: Option<(Device, Kind)>,
 }
 
-/// What is open on this thread.
+/// The recording of this thread.
 struct Recording {
     profile: Profile,
     open: Vec<(Stage, Op)>, // the innermost last; the first is never closed

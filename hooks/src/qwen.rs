@@ -71,7 +71,8 @@ impl Attention {
         self.o.forward(&z.f_flatten(2, 3)?, pass)
     }
 
-    /// The same at some places of `x`, `[1, places, d_model]`: keys and values are needed of all tokens, the rest of these alone.
+    /// Attention at some places of `x`, `[1, places, d_model]`. Keys and values are computed for all tokens, the rest
+    /// only there.
     fn forward_at(
         &self,
         x: &Tensor,
@@ -151,7 +152,8 @@ impl Attention {
         Ok(z.f_transpose(1, 2)?)
     }
 
-    /// The same for queries at some places alone, `[1, places, n_heads, d_head]`; the result is `[1, places, n_heads · d_head]`.
+    /// Attention for the queries at some places, `[1, places, n_heads, d_head]`; the result is `[1, places, n_heads ·
+    /// d_head]`.
     fn attend_at(
         &self,
         q: &Tensor,
@@ -271,7 +273,7 @@ impl Block {
         pass.hooks.run(P::ResidPost(l), resid_mid.f_add(&mlp_out)?)
     }
 
-    /// The same without taps and at some places alone, `[1, places, d_model]`.
+    /// The block without taps, at some places, `[1, places, d_model]`.
     fn forward_at(
         &self,
         resid_pre: &Tensor,
@@ -410,7 +412,7 @@ impl Qwen {
         Ok(resid)
     }
 
-    /// The embeddings, `[batch, pos, d_model]`, and where the tokens stand.
+    /// The embeddings, `[batch, pos, d_model]`, and the tokens' positions.
     fn begin<'b>(&self, batch: &'b Batch, pass: &mut Pass<'_>) -> Result<(Tensor, Rope, Placement<'b>)> {
         if let Some(adapter) = pass.adapter {
             adapter.check_rows(batch.ids.size2()?.0)?;

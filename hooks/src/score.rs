@@ -1,6 +1,6 @@
-//! What a model gives to tokens, without sampling. Rows are batched by a budget of tokens, and what rows of a batch begin
-//! with alike (the system prompt, a question under several gates or one edit) is run once. Everything here runs without
-//! gradients; results are f32 on the CPU.
+//! Scores that a model gives to tokens, without sampling. Rows are batched by a budget of tokens. The tokens that rows
+//! of a batch begin with alike (the system prompt, a question under several gates or one edit) are run once. Everything
+//! here runs without gradients; results are f32 on the CPU.
 
 use std::ops::Range;
 
@@ -40,7 +40,7 @@ pub(crate) struct Prefilled {
     pub(crate) cases: Vec<usize>,
     /// The residual stream after the last block, at tokens that are read, `[tokens, d_model]`.
     resid: Tensor,
-    /// Per case, where its tokens that are read stand in `resid`.
+    /// Per case, the places in `resid` that are read.
     read: Vec<Vec<i64>>,
     /// Keys and values of all positions, where they are kept.
     pub(crate) cache: Option<KvCache>,
@@ -340,7 +340,7 @@ fn are_numbers(logprobs: &Tensor) -> Result<()> {
     if bool::try_from(logprobs.f_isnan()?.f_any()?)? { Err(not_a_number()) } else { Ok(()) }
 }
 
-/// What is said where a log-probability is NaN.
+/// The error for a log-probability that is NaN.
 pub(crate) fn not_a_number() -> Error {
     Error::Invalid {
         what: "a log-probability".to_owned(),
@@ -459,8 +459,8 @@ pub fn listen(
     listen_rows(model, &[row], condition, points, tap, Qwen::forward)
 }
 
-/// The same of several rows, padded on the right, and by `run`: `Qwen::forward`, `Qwen::resid_final` or, to stop early,
-/// `Qwen::resid_before`.
+/// Runs several rows, padded on the right, while a tap sees some hook points. `run` is `Qwen::forward`,
+/// `Qwen::resid_final` or, to stop early, `Qwen::resid_before`.
 pub fn listen_rows(
     model: &Qwen,
     rows: &[&Prompt],

@@ -99,7 +99,7 @@ impl Tokens {
     }
 }
 
-/// The tokens that hold any part of a text, `[pos]`: of every place where it stands in the prompt, or of the n-th.
+/// The tokens that contain any part of a text, `[pos]`: of every occurrence in the prompt, or of the n-th.
 fn text_at(row: &Prompt, text: &str, nth: Option<usize>) -> std::result::Result<Vec<bool>, String> {
     if row.text.is_empty() {
         return Err(format!("it was given by its ids, and has no text to look for {text:?} in"));
@@ -288,12 +288,12 @@ impl TryFrom<String> for Tokens {
     }
 }
 
-/// What stands in the parentheses of `name(..)`, where the text is just that.
+/// The text in the parentheses of `name(..)`; `None` if the text has another form.
 pub(crate) fn argument<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.strip_prefix(name)?.strip_prefix('(')?.strip_suffix(')')
 }
 
-/// The parts between separators that stand in no quotes and no parentheses.
+/// The parts between separators outside quotes and parentheses.
 pub(crate) fn split<'a>(text: &'a str, separators: &[char]) -> Result<Vec<&'a str>> {
     let (mut parts, mut start, mut depth, mut in_quotes, mut escaped) = (Vec::new(), 0, 0_usize, false, false);
     for (at, letter) in text.char_indices() {
@@ -322,13 +322,13 @@ pub(crate) fn split<'a>(text: &'a str, separators: &[char]) -> Result<Vec<&'a st
     Ok(parts)
 }
 
-/// A text in double quotes, with `\"`, `\\`, `\n` and `\t` for what could not stand there.
+/// A text in double quotes, with the escapes `\"`, `\\`, `\n` and `\t`.
 fn quoted(text: &str) -> String {
     let escaped = text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n").replace('\t', "\\t");
     format!("\"{escaped}\"")
 }
 
-/// What was quoted; `None` where a quote stands in it, or a backslash before anything else.
+/// The text inside quotes; `None` if it contains a bare quote, or a backslash before any other character.
 fn unquoted(text: &str) -> Option<String> {
     let mut plain = String::new();
     let mut letters = text.chars();

@@ -207,7 +207,7 @@ mod tests {
         }
     }
 
-    /// Places of which one student has more than another are no batched product.
+    /// Students with different numbers of places do not form a batched product.
     #[test]
     fn places_need_not_be_shared_equally() {
         let (model, chat, _) = world();

@@ -13,8 +13,8 @@ pub trait Tap {
     /// Sees the activation at a hook point, shaped as the point's documentation says.
     fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor>;
 
-    /// Hears, before a pass, where the pass's tokens stand: absolute positions `[1 or batch, pos]`, i64. A token's position
-    /// is the same in a whole row, in the prefill and in a cached decoding step, where `x` holds that token alone.
+    /// Receives, before a pass, the absolute positions of its tokens, `[1 or batch, pos]`, i64. A token's position is
+    /// the same in a whole row, in the prefill and in a cached decoding step, where `x` holds that token alone.
     fn place(&mut self, _positions: &Tensor) -> Result<()> {
         Ok(())
     }
@@ -44,7 +44,7 @@ impl<'a> Hooks<'a> {
         self
     }
 
-    /// Tells the taps where the pass's tokens stand.
+    /// Gives the taps the positions of the pass's tokens.
     pub(crate) fn place(&mut self, positions: &Tensor) -> Result<()> {
         self.taps.iter_mut().try_for_each(|(_, tap)| tap.place(positions))
     }

@@ -98,12 +98,12 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// The files beside `tokenizer.json` that may name tokens of their own.
+/// The files next to `tokenizer.json` that may name further tokens.
 pub(crate) const BESIDE: [&str; 2] = ["tokenizer_config.json", "added_tokens.json"];
 
-/// Refuses a tokenizer that does not know a token which the bytes of a file beside it name: transformers makes that text one token,
-/// and here it would be several. A `tokenizer_config.json` names them in `added_tokens_decoder`, by their ids; an `added_tokens.json`
-/// is a table of ids. `path` is for messages.
+/// Refuses a tokenizer that lacks a token named in another file: transformers makes that text one token, and this
+/// tokenizer would cut it into several. `bytes` are a `tokenizer_config.json`, which names tokens by id in
+/// `added_tokens_decoder`, or an `added_tokens.json`, a table of ids. `path` is for messages.
 pub fn check_beside(bytes: &[u8], path: &Path, tokenizer: &Tokenizer) -> Result<()> {
     #[derive(Deserialize)]
     struct Named {
@@ -320,7 +320,7 @@ mod tests {
         assert_eq!(decoder("1006", "<|im_start|>") + &table("<|im_start|>", "1006"), "");
         assert_eq!(of("tokenizer_config.json", "{}".to_owned()) + &of("added_tokens.json", "{}".to_owned()), "");
         assert_eq!(of("tokenizer_config.json", r#"{"added_tokens_decoder": null}"#.to_owned()), "");
-        let own = tokenizer.id_to_token(5).unwrap(); // of the vocabulary, and so never one token for sure
+        let own = tokenizer.id_to_token(5).unwrap(); // in the vocabulary, so not an added token
         for (found, expected) in [
             (
                 decoder("1008", "<|owl|>"),
