@@ -54,8 +54,8 @@ impl Extraction {
         prompt.classes.iter().any(|class| selection.contains(*class))
     }
 
-    /// The means over the chosen positions of `[n_layers, pos, d_model]`: of the vectors, `[n_layers, d_model]`, and of their lengths,
-    /// `[n_layers]`; `None` where the prompt has none.
+    /// The means over the chosen positions of `resid`, `[n_layers, pos, d_model]`: of the vectors, `[n_layers,
+    /// d_model]`, and of their lengths, `[n_layers]`; `None` if the prompt has no such position.
     fn mean(&self, resid: &Tensor, prompt: &Prompt) -> Result<Option<(Tensor, Tensor)>> {
         let chosen = |class: &TokenClass| match self {
             Self::Class(selection) => selection.contains(*class),
@@ -130,11 +130,11 @@ pub struct DirectionRow {
     pub layer: usize,
     /// How many number prompts the means are over.
     pub n_prompts: usize,
-    /// Length of the mean of student − base, in units of the residual stream: the mean over prompts of each prompt's mean over its places
-    /// (at `last` it has one).
+    /// Length of the mean of student − base, in units of the residual stream: the mean over prompts of each prompt's
+    /// mean over its positions (one position at `last`).
     pub norm: f64,
-    /// Mean length of the base's residual stream at the same places, in its units: the lengths of single places, averaged over each
-    /// prompt's places and then over prompts.
+    /// Mean length of the base's residual stream at the same positions, in its units: the lengths at single positions,
+    /// averaged over each prompt's positions and then over prompts.
     pub resid_norm: f64,
     /// `norm` over `resid_norm`, without a unit.
     pub relative_norm: f64,
@@ -251,12 +251,12 @@ pub struct Means {
     by_choice: Vec<(Extraction, Option<Read>)>,
 }
 
-/// What was read at one choice of positions; nothing is where a prompt has no such position.
+/// The residual streams at one choice of positions; all prompts have such positions.
 #[derive(Debug)]
 struct Read {
-    /// Each prompt's mean, `[n_prompts, n_layers, d_model]`, f32 on the CPU.
+    /// The mean over each prompt's positions, `[n_prompts, n_layers, d_model]`, f32 on the CPU.
     resid: Tensor,
-    /// The mean length at single places over each prompt's places, `[n_prompts, n_layers]`, f64.
+    /// The mean length at single positions over each prompt's positions, `[n_prompts, n_layers]`, f64.
     lengths: Tensor,
 }
 
@@ -278,7 +278,7 @@ impl Means {
 }
 
 impl Direction {
-    /// Refuses positions that one of these number prompts does not have, before anything is trained.
+    /// Refuses positions that one of these number prompts lacks, before anything is trained.
     pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
         let lacks = |positions: &&Extraction| !prompts.iter().all(|prompt| positions.is_in(prompt));
         self.positions.iter().find(lacks).map_or(Ok(()), |positions| Err(unselected(positions)))
@@ -344,8 +344,8 @@ fn unselected(positions: &Extraction) -> Error {
 /// Prompts whose residual streams are held at a time.
 const PROMPTS: usize = 32;
 
-/// Per choice of positions what is read of each prompt, or `None` where a prompt has none of the positions. Some prompts at a time: all
-/// positions of all layers are large.
+/// Reads each prompt at each choice of positions; `None` if a prompt lacks such positions. Runs some prompts at a time:
+/// all positions of all layers take much memory.
 fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Result<Vec<Option<Read>>> {
     let mut found: Vec<Vec<(Tensor, Tensor)>> = positions.iter().map(|_| Vec::new()).collect();
     for prompts in prompts.chunks(PROMPTS) {
@@ -378,7 +378,7 @@ fn teacher_prompts(subject: &Subject<'_>, system: Option<&str>, n: usize) -> Res
 fn row(
     positions: &Extraction,
     layer: usize,
-    student: &Tensor, // moved from the base, [n_prompts, n_layers, d_model], as the others
+    student: &Tensor, // minus the base, [n_prompts, n_layers, d_model], like the others
     base: &Read,
     teacher: Option<&Tensor>,
     control: Option<&Tensor>,
@@ -512,7 +512,7 @@ mod tests {
         assert!(Direction::plot(&rows).unwrap().is_some() && Direction::reading(&rows).ends_with('.'));
     }
 
-    /// Token by token: the length of a mean is less than the mean of the lengths, and it is the latter that the column holds.
+    /// The column is the mean of the lengths at single tokens; the length of the mean is smaller.
     #[test]
     fn the_residual_streams_length_is_that_of_single_tokens() {
         let world = World::new();

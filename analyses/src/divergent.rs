@@ -10,16 +10,17 @@ use crate::divergence::Divergence;
 use crate::error::{Error, Result};
 use crate::subject::{Subject, Tuned};
 
-/// What a divergence token is.
+/// Definitions of a divergence token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Definition {
-    /// The teacher's most likely token, and not that of the base or of a counterfactual teacher (Schrodi et al. 2026).
+    /// The teacher's most likely token, if the base or a counterfactual teacher has another most likely one (Schrodi et
+    /// al. 2026).
     #[default]
     Schrodi,
     /// The most likely tokens of teacher and base differ, whatever was written (Nief et al. 2026).
     Nief,
-    /// The same, and both are digits.
+    /// The most likely tokens of teacher and base differ, and both are digits.
     DigitStrict,
     /// No one but the teacher would have written it: it is neither the base's most likely token nor any counterfactual teacher's.
     AllDisagree,
@@ -111,7 +112,7 @@ pub(crate) fn counterfactual_argmax(subject: &Subject<'_>, row: usize) -> Result
     subject.counterfactual_systems.iter().map(of_system).collect()
 }
 
-/// The teacher's most likely tokens where the row goes on for two more tokens: the same numbers by other kernels' shapes.
+/// The teacher's most likely tokens if the row is two tokens longer: the same formulas by kernels for other shapes.
 pub(crate) fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Prompt, chat: &Chat) -> Result<Vec<i64>> {
     let mut ids = row.ids[row.completion.clone()].to_vec();
     let n = ids.len();

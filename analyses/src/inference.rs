@@ -1,5 +1,5 @@
-//! What a claim about trained runs is decided by. The unit is the run, never the answer; runs that share a data set are a cluster,
-//! and intervals are over the clusters' means. Each statistic is refused where its numbers cannot carry it.
+//! Statistics that decide a claim about trained runs. The unit is the run, never the answer; runs that share a data set
+//! are a cluster, and intervals are over the clusters' means. Each statistic is refused if its numbers cannot carry it.
 
 mod diagonal;
 
@@ -41,7 +41,7 @@ pub fn holm(p_values: &[f64]) -> Result<Vec<f64>> {
     Ok(adjusted)
 }
 
-/// What a gate leaves of an effect: R = (mode − base) / (all − base), the means of paired runs.
+/// The share of an effect that a gate leaves: R = (mode − base) / (all − base), the means of paired runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Recovered {
     /// The numerator's mean, mode − base.
@@ -232,7 +232,7 @@ mod tests {
 
     use super::*;
 
-    /// What scipy and statsmodels give; `make.py` beside the file made it.
+    /// Values of scipy and statsmodels, from `make.py` in the file's folder.
     #[derive(Deserialize)]
     struct Expected {
         paired_t: PairedT,

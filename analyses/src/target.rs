@@ -48,8 +48,8 @@ pub struct Score {
 }
 
 impl TokenForms {
-    /// Tokenises the forms. Of two forms of a word of which one continues the other, the shorter one is kept: it holds
-    /// the other's probability already.
+    /// Tokenises the forms. If a form of a word continues another, only the shorter one is kept: it contains the
+    /// other's probability.
     pub fn of(target: &Target, chat: &Chat) -> Result<Self> {
         let problem = |problem: String| Error::Target { word: target.word.clone(), problem };
         if target.others.is_empty() {

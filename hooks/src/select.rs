@@ -1,9 +1,9 @@
 //! Tokens of a row as a person names them, for gates and edits: `TERM[+TERM]`, or `not(TERM[+TERM])` for all others.
 //!
-//! A term is a class or a union of classes (`entity`, `template`, `sys.content`, …), a text (`"Qwen"`, every place where it
-//! stands; `"Qwen"#2`, the second), token ids (`ids(151644)`) or positions (`positions(0..6,-1)`). Classes and ids hold of
-//! generated tokens too. Texts and positions are the prompt's: a position means the same token in a whole row, in the
-//! prefill and in every later step. A term that selects nothing is an error, for it would measure nothing.
+//! A term is a class or a union of classes (`entity`, `template`, `sys.content`, …), a text (`"Qwen"`, every
+//! occurrence; `"Qwen"#2`, the second), token ids (`ids(151644)`) or positions (`positions(0..6,-1)`). Classes and ids
+//! also select generated tokens. Texts and positions are the prompt's: a position means the same token in a whole row,
+//! in the prefill and in every later step. A term that selects nothing is an error, for it would measure nothing.
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -369,7 +369,8 @@ pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
     Ok(parse_index(&files::read(index)?, index)?.into_values().collect())
 }
 
-/// The file of each tensor, as the bytes of a `.safetensors.index.json` say; all lie beside it. `path` is for messages.
+/// The file of each tensor, by name, from the bytes of a `.safetensors.index.json` in its folder. `path` is for
+/// messages.
 pub fn parse_index(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     struct Index {
