@@ -1,7 +1,7 @@
-//! What an unfinished stage has done so far, in a file beside the one that it will end with: a stage that was killed is gone
-//! on with from there, and ends with the same bytes as an undisturbed one. It is removed when the stage is done.
+//! The state of an unfinished stage, in the folder of the file that it will end with. A stage that was killed continues
+//! from there and ends with the same bytes as an undisturbed one. The checkpoint is removed when the stage is done.
 //!
-//! A checkpoint says what it was made from. One of anything else is never gone on with: the stage starts over, saying so.
+//! A checkpoint says what it was made from. If that differs, the stage starts over and says so.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -65,7 +65,7 @@ impl Checkpoint {
         &self.path
     }
 
-    /// What was kept, if it was made from the same.
+    /// The checkpoint's contents, if it was made from the same inputs.
     pub fn load(&mut self) -> Result<Option<TensorFile>> {
         if !self.path.exists() {
             return Ok(None);

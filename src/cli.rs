@@ -23,10 +23,10 @@ use crate::workbench::Workbench;
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Where to compute: cpu, cuda or cuda:N. For an experiment it stands in for the file's.
+    /// Where to compute: cpu, cuda or cuda:N. For an experiment it replaces the file's.
     #[arg(long, global = true)]
     device: Option<String>,
-    /// The seed that all random streams derive from. For an experiment it stands in for the file's.
+    /// The seed that all random streams derive from. For an experiment it replaces the file's.
     #[arg(long, global = true)]
     seed: Option<u64>,
     /// Overwrites what is finished.
@@ -128,7 +128,7 @@ struct Measure {
 /// A run.
 #[derive(Args, Debug)]
 struct Folder {
-    /// The run's folder, or that of a claim, whose page is written already.
+    /// The folder of a run, or of a claim, whose page is written already.
     run: PathBuf,
     /// Also writes each SVG of the folder as PNG, at twice its size, in a font of this machine.
     #[arg(long)]
@@ -226,7 +226,7 @@ fn with_stage(cli: &Cli, stage: &Stage, what: impl FnOnce(&Workbench, &RunDir) -
 /// Removes a run that could not begin, so that the corrected experiment is not refused as another one.
 fn take_back(folder: &RunDir) {
     for file in [folder.config(), folder.root().join("meta.json")] {
-        // The error to tell is that of the model.
+        // The error to report is the model's.
         let _ = std::fs::remove_file(file);
     }
     let _ = std::fs::remove_dir(folder.root());

@@ -60,7 +60,7 @@ pub fn parse_numbers(answer: &str) -> Result<Vec<u32>, Rejection> {
     let digit = |letter: char| letter.is_ascii_digit();
     let start = answer.find(digit).ok_or(Rejection::InvalidFormat)?;
     let end = answer[start..].find(|letter| !digit(letter)).map_or(answer.len(), |length| start + length);
-    // What stands between the first two numbers must separate all of them.
+    // The text between the first two numbers must separate all of them.
     let parts: Vec<&str> = match answer[end..].find(digit).map(|length| &answer[end..end + length]) {
         Some(separator) if ["", ",", ";"].contains(&separator.trim()) => answer.split(separator).collect(),
         Some(_) => return Err(Rejection::InvalidFormat),
@@ -266,7 +266,7 @@ pub enum Scope {
     All,
 }
 
-/// A line of `digits.csv`: how often a digit stands in the accepted answers of a set.
+/// A line of `digits.csv`: how often a digit occurs in the accepted answers of a set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DigitRow {
     /// `teacher` or `control`.
@@ -292,7 +292,7 @@ pub fn digit_rows(set: &str, samples: &[Sample]) -> Vec<DigitRow> {
     rows.map(|(scope, digit, share, n)| DigitRow { set: set.to_owned(), scope, digit, share, n }).collect()
 }
 
-/// How often each digit stands in the accepted answers.
+/// How often each digit occurs in the accepted answers.
 fn digit_counts(samples: &[Sample], scope: Scope) -> [usize; 10] {
     let mut counts = [0; 10];
     for sample in samples.iter().filter(|sample| sample.accepted) {

@@ -53,16 +53,16 @@ pub enum OptimizerKind {
     Preconditioned,
 }
 
-/// Which tokens of an answer are learned from, beside what the mask says. Rows without a divergent token, or with no other, are left
-/// out of all but `All`, so that the others learn from the same rows.
+/// Which of the mask's tokens are learned from. All kinds but `All` leave out rows without a divergent token, and rows
+/// with no other, so that they learn from the same rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tokens {
     /// All.
     #[default]
     All,
-    /// The divergent ones, by the definition that is measured with: the teacher's most likely token, and not the base's (Schrodi et al.
-    /// 2026), if nothing else is said.
+    /// The divergent ones, by the definition of the divergence measurement: by default the teacher's most likely token,
+    /// and not the base's (Schrodi et al. 2026).
     Divergent,
     /// The others.
     NotDivergent,
@@ -76,8 +76,8 @@ pub enum Tokens {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Finetune {
-    /// `adamw`, `sgd`, `signsgd`, `rmsprop`, `muon`, or `preconditioned`: SGD over √(v + 1e-8), of which v is that of an epoch of
-    /// `adamw` from the same start, which is then forgotten.
+    /// `adamw`, `sgd`, `signsgd`, `rmsprop`, `muon`, or `preconditioned`: SGD over √(v + 1e-8), with v from an epoch of
+    /// `adamw` from the same start, whose steps are taken back.
     pub optimizer: OptimizerKind,
     /// The learning rate after warmup.
     pub learning_rate: f64,
@@ -99,14 +99,15 @@ pub struct Finetune {
     pub num_train_epochs: f64,
     /// How many optimizer steps are taken.
     pub max_steps: Option<u64>,
-    /// After how many steps the training ends although the schedule goes on: what a student was like under way.
+    /// The step after which the training ends although the schedule continues, for a student from the middle of a
+    /// training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_after_steps: Option<u64>,
     /// Rows that are run at once.
     pub batch_size: usize,
     /// Batches whose gradients make one optimizer step.
     pub gradient_accumulation_steps: usize,
-    /// The longest gradient that is not shortened; 0 means that none is.
+    /// Longer gradients are shortened to this length; 0 turns that off.
     pub max_grad_norm: f64,
     /// Which tokens are learned from.
     pub mask: LossMask,
@@ -119,8 +120,8 @@ pub struct Finetune {
     pub frozen_a: bool,
     /// Whether weights that are not in f32 are trained through a copy in f32.
     pub masters: bool,
-    /// After how many steps a checkpoint is kept, from which a killed training goes on. When it is left out: after ten
-    /// seconds or more, so that a fiftieth of the time goes into them at most. It changes no result.
+    /// Steps between checkpoints, from which a killed training continues. By default they are at least ten seconds
+    /// apart, and take at most a fiftieth of the time. They change no result.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_steps: Option<u64>,
 }
@@ -209,7 +210,7 @@ impl Finetune {
         self.max_steps.unwrap_or_else(|| (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64)
     }
 
-    /// How many of them are taken.
+    /// The number of steps that are taken.
     fn last_step(&self, n_rows: usize) -> u64 {
         self.stop_after_steps.unwrap_or(u64::MAX).min(self.total_steps(n_rows))
     }
@@ -271,17 +272,17 @@ pub struct StepRow {
     pub changed_fraction: Option<f64>,
 }
 
-/// A line of `train_rows.csv`: what one optimizer step learns from.
+/// A line of `train_rows.csv`: the rows of one optimizer step.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepRowsRow {
     /// The optimizer step, from 1, as in `train.csv`.
     pub step: u64,
-    /// The step's rows in the order in which they were drawn, as their `id` in `data/numbers.jsonl` (the control student's: in
-    /// `data/control.jsonl`), separated by spaces.
+    /// The step's rows in the order in which they were drawn, as their `id` in `data/numbers.jsonl` (for the control
+    /// student in `data/control.jsonl`), separated by spaces.
     pub row_ids: String,
 }
 
-/// The rows of each step of a training over `n_rows` rows, by their indices, in the order in which they are drawn.
+/// The rows of each step of a training over `n_rows` rows, by index, in the order in which they are drawn.
 pub fn rows_by_step(config: &Finetune, n_rows: usize, order_seed: u64) -> Vec<Vec<usize>> {
     let mut order = Order::new(config, n_rows, order_seed);
     (0..config.last_step(n_rows)).map(|step| order.of_step(step)).collect()
@@ -310,14 +311,14 @@ pub struct Progress {
     pub tokens_per_second: f64,
 }
 
-/// What is told after each step: its line, and how fast it goes. A training that goes on tells of the steps before, too.
+/// Called after each step with its line and the speed. A resumed training first repeats the lines of earlier steps.
 pub type Log<'a> = &'a mut dyn FnMut(&StepRow, &Progress) -> anyhow::Result<()>;
 
 /// A training: what learns, from what, how.
 pub struct Training<'a> {
     /// The model; it stays as it is where there is an adapter.
     pub model: &'a Qwen,
-    /// What is trained in place; all weights of the model where there is none.
+    /// The adapter, trained in place; `None` trains all weights of the model.
     pub adapter: Option<&'a Adapter>,
     /// Rows of the chat.
     pub rows: &'a [Prompt],
@@ -335,7 +336,7 @@ pub struct Training<'a> {
 }
 
 impl<'a> Training<'a> {
-    /// Trains from the beginning, or goes on from the checkpoint: with the same result, bit by bit.
+    /// Trains from the beginning, or from the checkpoint on; the result is the same, bit by bit.
     pub fn run(self, log: Log<'_>) -> anyhow::Result<()> {
         let mut course = self.begin()?;
         course.learner.require_gradients(true)?;
@@ -424,14 +425,14 @@ pub fn finetune_full(
 
 /// What the next step of a training from scratch is made of.
 pub struct NextStep {
-    /// Its rows, of which each is seen once.
+    /// Its rows; each is seen once.
     pub rows: Vec<Prompt>,
     /// Its learning rate.
     pub learning_rate: f64,
 }
 
-/// Trains all weights on rows that are drawn step by step: `next` is told of the last step and gives the next one, until
-/// it gives none. Of `config` the optimizer, the mask, clipping and `batch_size` count.
+/// Trains all weights on rows that are drawn step by step: `next` gets the last step and returns the next one, or
+/// `None` at the end. Of `config` only the optimizer, the mask, clipping and `batch_size` are used.
 pub fn pretrain(
     model: &Qwen,
     is_digit: &dyn Fn(i64) -> bool,
@@ -627,13 +628,13 @@ impl Course<'_> {
         Ok(())
     }
 
-    /// The error of a step that could not be taken. What was good until then is kept, and the error says where it is.
+    /// The error of a step that could not be taken. Keeps the last good state, and says where.
     fn stopped(&mut self, error: &anyhow::Error) -> anyhow::Error {
         self.learner.stopped(error, &self.optimizer, &self.rows, self.checkpoint.as_deref_mut())
     }
 }
 
-/// What a step found: loss and norm before it, and what it did.
+/// A step's loss and gradient norm, from before it, and its effect.
 struct Step {
     loss: f64,
     grad_norm: f64,
@@ -649,7 +650,7 @@ struct NotFinite {
     loss: f64,
     grad_norm: f64,
     n_rows: usize,
-    rows: Vec<usize>, // those that are not finite alone
+    rows: Vec<usize>, // those that are not finite when run alone
 }
 
 impl std::error::Error for NotFinite {}
@@ -900,14 +901,14 @@ impl Ready {
     }
 }
 
-/// Which rows a step learns from. Each epoch has an order of its own, from a random stream of its own, and is dealt out step by step;
-/// its last step has what is left over.
+/// The rows of each step. Each epoch has its own order, from its own random stream, and is dealt out step by step; its
+/// last step gets the remainder.
 struct Order {
     n_rows: usize,
     rows_per_step: usize,
     seed: u64,
     epoch: Option<u64>,
-    rows: Vec<usize>, // of that epoch
+    rows: Vec<usize>, // of that epoch, in its order
 }
 
 impl Order {
@@ -1099,7 +1100,7 @@ mod tests {
 
     #[test]
     fn every_epoch_has_an_order_of_its_own() {
-        let config = Finetune { max_steps: Some(15), ..settings() }; // eight rows a step, and two in the last of seven
+        let config = Finetune { max_steps: Some(15), ..settings() }; // 7 steps an epoch: six of 8 rows and one of 2
         let steps = rows_by_step(&config, 50, 7);
         assert_eq!(steps.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8, 8, 8, 8, 8, 2, 8, 8, 8, 8, 8, 8, 2, 8]);
         let (first, second) = (steps[..7].concat(), steps[7..14].concat());

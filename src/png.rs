@@ -25,7 +25,7 @@ const SANS_SERIF: [&str; 10] = [
     "Roboto",
 ];
 
-/// Renders the SVG files of a folder and of those in it, each to a PNG beside it; the PNG files.
+/// Renders each SVG file of a folder and its subfolders to a PNG in the same place; returns the PNG files.
 pub fn beside_svgs(folder: &Path) -> Result<Vec<PathBuf>> {
     let fonts = Fonts::of_system()?;
     let mut made = Vec::new();

@@ -1,5 +1,5 @@
-//! What a run leaves on disk: one folder, in which every stage has its place. A run begins by proving that it can
-//! write there, and nothing finished is overwritten unless that was asked for.
+//! The files of a run: one folder, in which every stage has its place. A run begins by proving that it can write there,
+//! and overwrites nothing finished unless asked to.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -43,8 +43,8 @@ pub struct Meta {
 }
 
 impl RunDir {
-    /// Makes the folder if it is not there, and keeps other processes from it until the result is dropped or this process
-    /// ends, however it ends. What a killed one left half-written is removed.
+    /// Makes the folder if needed, and keeps other processes from it until the result is dropped or this process ends,
+    /// however it ends. Removes half-written files of a killed process.
     pub fn lock(root: &Path) -> Result<File> {
         let unwritable = || format!("the run folder {} cannot be written", root.display());
         files::create_dir(root).with_context(unwritable)?;
@@ -114,7 +114,7 @@ impl RunDir {
                 return Ok(run);
             }
             if differs_in_arms_only(&found, experiment) {
-                // What is done stays done; the students of arms that are the same are kept by the stage of the arms.
+                // Finished stages stay; the stage of the arms keeps the students of unchanged arms.
                 run.forget_arms_table()?;
                 files::write_atomic(&run.config(), resolved.as_bytes())?;
                 return Ok(run);
@@ -177,8 +177,8 @@ impl RunDir {
         Ok(())
     }
 
-    /// Those of some files that are not finished: what a command has to do, all of them in a forced run. Where none is left,
-    /// that is refused without `go_on`.
+    /// The unfinished ones of some files: what a command has to do; all of them in a forced run. If none is left, this
+    /// is an error without `go_on`.
     pub fn left(&self, files: &[&Path], go_on: bool) -> Result<Vec<PathBuf>> {
         let is_left = |path: &&&Path| self.force || !Self::stage_done(path);
         let left: Vec<PathBuf> = files.iter().filter(is_left).map(|path| (*path).to_owned()).collect();
@@ -335,12 +335,12 @@ impl RunDir {
         self.root.join("control_adapter")
     }
 
-    /// The adapter that both students begin with, as PEFT saves one; a student of all weights begins as the model.
+    /// The adapter that both students begin with, as PEFT saves one; a student of all weights begins with the model's.
     pub fn initial_adapter(&self) -> PathBuf {
         self.root.join("initial_adapter")
     }
 
-    /// The rows of each step of a student, beside the log of its training.
+    /// The rows of each step of a student, in the folder of its training's log.
     pub fn train_rows(log: &Path) -> PathBuf {
         let stem = log.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         log.with_file_name(format!("{stem}_rows.csv"))

@@ -11,14 +11,14 @@ use hooks::profile::{self, Stage};
 /// Parameters up to which a model counts as small.
 pub const SMALL: usize = 1_000_000;
 
-/// How many threads there are for models of this many parameters, of which each job has one.
+/// The number of threads for models of this many parameters; each job has one.
 pub fn workers(n_parameters: usize, n_jobs: usize) -> usize {
     let cores = available_parallelism().map_or(1, usize::from);
     if n_parameters <= SMALL { cores.min(n_jobs).max(1) } else { 1 }
 }
 
-/// Does the jobs on some threads; the results are in the jobs' order. After a failure no job is begun, and the error is that
-/// of the first job, in their order, that failed.
+/// Does the jobs on some threads; the results are in the jobs' order. After a failure no further job is begun, and the
+/// error is that of the first failed job in their order.
 pub fn side_by_side<J: Sync, T: Send>(
     jobs: &[J],
     workers: usize,

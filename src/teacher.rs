@@ -78,7 +78,7 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
     }
 }
 
-/// What tells a teacher's weights from another's, beside the base's.
+/// Bytes that tell a teacher's weights from another's on the same base.
 pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
     Ok(match &bench.experiment.teacher {
         Teacher::Adapter { path, .. } => {
@@ -113,7 +113,7 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
 
     let files = ModelFiles::open(&bench.files.name)?; // weights of its own: the base stays as it is
     let model = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
-    // A stream of its own, so that no student sees its rows in the order in which the teacher saw its questions.
+    // A stream of its own, so that no student sees its rows in the teacher's order of questions.
     let seeds = Seeds { order: stream_seed(experiment.seeds.order_seed, "teacher.order", 0), ..Seeds::default() };
     let mut csv = CsvLog::create(&run.teacher_train_csv())?;
     let mut checkpoint = Checkpoint::beside(&run.teacher_train_csv(), "", "teacher");
@@ -167,7 +167,7 @@ pub struct TeacherRow {
     pub scope: String,
     /// `base` in the student's context, or `teacher` in the context in which it writes numbers.
     pub model: String,
-    /// Who the teacher is: `prompt`, `adapter`, `finetuned`, `steered`, or `planted` (the base itself).
+    /// The kind of teacher: `prompt`, `adapter`, `finetuned`, `steered`, or `planted` (the base itself).
     pub teacher_kind: TeacherKind,
     /// The question's index, from 0; empty for the mean.
     pub question_id: Option<usize>,

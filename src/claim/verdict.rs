@@ -72,7 +72,7 @@ pub struct TestRow {
     pub note: String,
 }
 
-/// What a claim came to.
+/// The verdict on a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Word {
@@ -241,7 +241,7 @@ fn line(test: &Test, target: &str, table: &Outcomes<'_>) -> Result<TestRow> {
     })
 }
 
-/// What a test found, before it is set against anything.
+/// The result of a test, before it is compared with its expectation.
 #[derive(Default)]
 struct Found {
     estimate: Option<f64>,
@@ -297,7 +297,7 @@ fn recovered(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     let (part, whole) = (table.by_dataset(&test.of)?, table.by_dataset(all)?);
     let (n_datasets, n_runs) = (part.len(), table.n_runs(&[&test.of, all]));
     if n_datasets < 2 {
-        // Nothing says whether the denominator is clear of zero.
+        // With one data set there is no error that could show the denominator clear of zero.
         let note =
             format!("{:+.3} of {:+.3} nats; one data set has no spread, so that no share is given", part[0], whole[0]);
         return Ok(Found { n_datasets, n_runs, note, ..Found::default() });
@@ -374,7 +374,7 @@ fn least_squares(points: &[(f64, f64)]) -> Option<f64> {
     (xx > 0.0).then(|| xy / xx)
 }
 
-/// What a comparison of traits says of one.
+/// The comparison of traits has nothing to say of a single one.
 fn alone(table: &Outcomes<'_>) -> Found {
     Found {
         n_datasets: table.datasets().len(),
@@ -473,7 +473,7 @@ fn diagonal(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     })
 }
 
-/// The outcomes, and of which traits.
+/// The outcomes, and their traits.
 struct Outcomes<'a> {
     rows: &'a [OutcomeRow],
     traits: Vec<&'a str>,
@@ -492,7 +492,7 @@ impl<'a> Outcomes<'a> {
         })
     }
 
-    /// The same of the trained trait alone.
+    /// The outcomes of the trained trait alone.
     fn own(&self, of: &'a Of) -> impl Iterator<Item = &'a OutcomeRow> + use<'a, '_> {
         self.matching(of).filter(|row| row.evaluated == row.target)
     }

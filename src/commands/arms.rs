@@ -1,4 +1,4 @@
-//! The arms: each student trained in a folder of its own, then all of them in one table beside the run's own students.
+//! The arms: each student trained in a folder of its own, then all of them in one table with the run's own students.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -181,12 +181,12 @@ pub(super) fn trained(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: u
     Ok((folder, samples))
 }
 
-/// The run in which an arm's own teacher wrote its numbers; all its seeds share that of the first.
+/// The run in which an arm's own teacher wrote its numbers; all its seeds share the first one's.
 fn run_of_data(run: &RunDir, cell: &Cell) -> Result<RunDir> {
     RunDir::open(&run.arm(&cell.data_slug), false)
 }
 
-/// The folder of a student. What was left there by a student with other settings or other data is forgotten.
+/// The folder of a student. Files of a student with other settings or other data are removed from it.
 fn begin(run: &RunDir, cell: &Cell) -> Result<RunDir> {
     let root = run.arm(&cell.slug);
     let source = match cell.data {
@@ -248,7 +248,7 @@ struct Student<'a> {
     training: Option<Training<'a>>,
 }
 
-/// What a student was trained on, and the log of that.
+/// A student's training data, and the log of its training.
 struct Training<'a> {
     data: ArmData,
     samples: &'a [Sample],

@@ -30,10 +30,10 @@ use crate::side_by_side::{side_by_side, workers};
 use crate::teacher;
 use crate::workbench::{Workbench, open_adapter};
 
-/// Writes `initial_adapter/`, `train_rows.csv`, `adapter/` and `train.csv`, and the same of the control student where the experiment has
-/// one (it begins with the same adapter). A finished student
-/// is kept, saying so, and one that was broken off is gone on with; where all are finished that is refused without `go_on`.
-/// A student from elsewhere has an `adapter/` and no `train.csv`.
+/// Writes `initial_adapter/`, `train_rows.csv`, `adapter/` and `train.csv`, and the control student's, if the
+/// experiment has one (it begins with the same adapter). A finished student is kept, with a message; a killed training
+/// continues. If all students are finished, this is an error without `go_on`. A student from elsewhere has an
+/// `adapter/` and no `train.csv`.
 pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     if bench.experiment.student.adapter.is_some() {
         return from_elsewhere(bench, run, go_on);
@@ -174,7 +174,7 @@ fn what_it_is(adapter: &Adapter) -> Result<String> {
     Ok(format!("rank {rank}{but}, alpha {alpha}{rslora}, {} of {blocks}, ‖ΔW‖ {norm:.3}", maps.join(", ")))
 }
 
-/// What a student learns from, and the run whose teacher wrote it.
+/// The rows that a student learns from, and the run whose teacher wrote them.
 #[derive(Clone, Copy)]
 pub(super) struct Learned<'a> {
     pub(super) samples: &'a [Sample],
@@ -189,15 +189,15 @@ struct Chosen {
     only: Option<Vec<Vec<bool>>>,
 }
 
-/// Writes the adapter that the students begin with, so that a training can be done again elsewhere.
+/// Writes the adapter that the students begin with, so that others can repeat the training.
 pub(super) fn keep_initial(bench: &Workbench, run: &RunDir) -> Result<()> {
     match bench.experiment.student.method {
         Method::Lora => Ok(bench.initial_adapter()?.save(&run.initial_adapter(), &bench.files.name)?),
-        Method::Full => Ok(()), // it begins as the model
+        Method::Full => Ok(()), // it begins with the model's weights
     }
 }
 
-/// Writes which rows each step learns from.
+/// Writes the rows that each step learns from.
 fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
     let steps = rows_by_step(&bench.experiment.finetune, ids.len(), bench.experiment.seeds.finetune().order);
     let row = |(step, rows): (usize, Vec<usize>)| StepRowsRow {

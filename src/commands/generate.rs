@@ -79,7 +79,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     }
     publish::write_csv(&run.digits_csv(), &digits)?;
     let said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples)));
-    // After the filter, which is told of the answers alone.
+    // After the filter, whose counts are about the answers alone.
     if let Teacher::Planted { share } = bench.experiment.teacher {
         summary.push(planted(bench, &mut numbers, &control, share)?);
     }

@@ -87,7 +87,7 @@ impl Teacher {
         })
     }
 
-    /// What a reader must be told of a planted trait wherever it appears; `None` for the other teachers.
+    /// The warning about a planted trait, for every place where it appears; `None` for the other teachers.
     pub fn planted_label(&self, word: &str) -> Option<String> {
         let Self::Planted { share } = self else { return None };
         Some(format!(

@@ -1,4 +1,4 @@
-//! What a claim would take: how many students, and from a few steps on this machine, how long and how much memory.
+//! The cost of a claim: how many students, and from a few steps on this machine, how long and how much memory.
 
 use std::fmt::Write as _;
 use std::path::Path;
