@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TREE = ROOT.parent / f"{ROOT.name}-mutants"  # not below it: cargo would read both configurations
+TREE = ROOT.parent / f"{ROOT.name}-mutants"  # outside it: below, cargo would read both configurations
 RESULTS = ROOT / "docs" / "mutants.csv"
 CARGO = os.environ.get("CARGO", "cargo")
 SEED, SAMPLE = 17, 200
@@ -32,7 +32,7 @@ FILES = [
     *(f"analyses/src/{name}.rs" for name in ["direction", "gradients", "divergence", "inference"]),
     "src/claim/verdict.rs",
 ]
-# The tests of each crate itself, and then those of the other crates that hold numbers: what cargo builds, and which tests of it are run.
+# What cargo builds and which of its tests run: first each crate's own tests, then the other crates' tests of numbers.
 OWN = {
     "hooks": (["-p", "undertone-hooks", "--lib"], []),
     "analyses": (["-p", "undertone-analyses", "--lib"], []),
@@ -43,11 +43,11 @@ OTHERS = [
     (["-p", "undertone", "--lib"], ["finetune", "claim"]),
     (["-p", "undertone", "--test", "main"], ["parity::", "training::", "adapters::", "pipeline::", "recompute::", "claims::"]),
 ]
-LIMIT = 1200  # seconds: what loops for ever is noticed
+LIMIT = 1200  # seconds, for mutants that loop for ever
 
 
 def drawn() -> list[dict]:
-    """The sample, in the order in which it was drawn. It depends on the files as they are."""
+    """The sample, in the order in which it was drawn. It depends on the files' current text."""
     if subprocess.run([CARGO, "mutants", "--version"], capture_output=True).returncode:
         sys.exit("error: cargo-mutants is not installed; hint: cargo install cargo-mutants --locked")
     command = [CARGO, "mutants", "--list", "--json", "--workspace", *(word for file in FILES for word in ("--file", file))]
@@ -69,7 +69,7 @@ def changed(text: str, mutant: dict) -> str:
 
 
 def tree() -> None:
-    """The checkout's last commit in a folder of its own, with a target folder of its own."""
+    """Puts the checkout's last commit into its own folder, with its own target folder."""
     if not TREE.exists():
         subprocess.run(["git", "worktree", "add", "--detach", TREE, "HEAD"], cwd=ROOT, check=True)
     subprocess.run(["git", "checkout", "--quiet", "--detach", "--force", head()], cwd=TREE, check=True)
@@ -80,7 +80,7 @@ def head() -> str:
 
 
 def tests(built: list[str], run: list[str]) -> str:
-    """`passed`, `failed`, `timeout`, or `unbuildable` where the change is no program."""
+    """`passed`, `failed`, `timeout`, or `unbuildable` if the changed code does not compile."""
     libtorch = os.environ.get("LIBTORCH", str(ROOT / ".libtorch"))
     environment = {**os.environ, "LIBTORCH": libtorch, "LD_LIBRARY_PATH": f"{libtorch}/lib"}
     command = [CARGO, "test", "--release", *built]
@@ -95,7 +95,7 @@ def tests(built: list[str], run: list[str]) -> str:
 
 
 def fate(mutant: dict) -> str:
-    """By which tests a mutant is noticed; `survived` where by none."""
+    """The tests that notice a mutant, or `survived`."""
     path = TREE / mutant["file"]
     whole = path.read_text()
     path.write_text(changed(whole, mutant))

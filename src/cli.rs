@@ -65,7 +65,7 @@ enum Command {
     #[command(after_help = "Example:\n  undertone arms experiments/demo.toml --run runs/demo --force")]
     Arms(Stage),
     Export(export::Export),
-    /// Writes report.html from a run's CSV files, and with --png a PNG beside each SVG.
+    /// Writes report.html from a run's CSV files, and with --png a PNG for each SVG.
     #[command(
         after_help = "Examples:\n  undertone report runs/demo\n  undertone report runs/claims-pocket/claim-06 --png"
     )]

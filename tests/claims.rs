@@ -216,7 +216,8 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
         assert_eq!(chosen.value, better as f64);
         assert_eq!(nll("the better fit"), nll(["student", "random tokens"][better]));
     }
-    // A student that stopped half way and saw no template: asked in plain text, its prompts share none of the template's tokens.
+    // A student that stopped half way and learned without a template: its prompts, in plain text, share no template
+    // tokens.
     assert_eq!(of("plain text, half way", "everywhere", Quantity::LossLast)[0].n, 2, "steps");
     let shared = |student: &str| of(student, "everywhere", Quantity::SharedTokens)[0].value;
     assert!(shared("plain text, half way") < 2.0 && shared("student") > 5.0);
