@@ -1,8 +1,8 @@
 //! A chat as tokens, each with its class: rendered in pieces, tokenised once, and proven against the model's template.
 //!
-//! A Jinja engine gives the text without saying what is whose; so the pieces are written here, and every text they
-//! make is compared with what the model's own template makes of the same chat. Where the two differ, the template is
-//! refused with the first difference shown: no class can be silently wrong.
+//! A Jinja engine returns the text without saying which part wrote it. So the pieces are written here, and every text
+//! they make is compared with the model's own template on the same chat. If the two differ, the template is refused
+//! with the first difference shown: no class can be silently wrong.
 
 use std::ops::Range;
 
@@ -431,7 +431,7 @@ fn before_the_answer(template: &Template) -> Result<String> {
     Ok(think.unwrap_or_default().to_owned())
 }
 
-/// What the tokenizer said went wrong.
+/// The tokenizer's own error message.
 #[expect(clippy::needless_pass_by_value, reason = "map_err hands it over")]
 fn said(error: tokenizers::Error) -> Error {
     Error::Tokenizer { problem: error.to_string() }
@@ -459,8 +459,8 @@ fn footer(role: Role) -> [Piece<'static>; 2] {
     [Piece { class: im_end, text: IM_END }, Piece { class: nl, text: "\n" }]
 }
 
-/// The class of a token over these bytes of the text. Where it straddles pieces, the model's name comes first (each of
-/// its tokens counts, also one that holds the space before it), then the template, then what was said.
+/// The class of a token over these bytes of the text. If it touches several pieces, the model's name comes first (every
+/// token of it, also one that starts with the space before it), then the template, then any other text.
 fn class_of(token: &Range<usize>, spans: &[(Range<usize>, TokenClass)]) -> Option<TokenClass> {
     let touched = spans.iter().filter(|(span, _)| span.start < token.end && token.start < span.end);
     touched.map(|(_, class)| *class).min_by_key(|class| match class {

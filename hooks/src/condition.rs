@@ -42,8 +42,8 @@ impl<'a> Condition<'a> {
         self
     }
 
-    /// Refuses what cannot be done with some rows, before anything is run: tokens that they do not have, tensors that do not
-    /// fit.
+    /// Refuses a condition that does not fit the rows, before anything is run: tokens that they lack, tensors of
+    /// another shape.
     pub fn check(&self, model: &Qwen, rows: &[Prompt]) -> Result<()> {
         self.prepare(&rows.iter().collect::<Vec<_>>(), model, None).map(drop)
     }

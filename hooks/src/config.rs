@@ -194,8 +194,8 @@ impl Config {
     }
 }
 
-/// The keys of `config.json` that matter here. All are optional, so that a strange file is refused by what it is rather
-/// than by the first key that it lacks.
+/// The keys of `config.json` that matter here. All are optional, so that a strange file is refused for its kind and not
+/// for the first key that it lacks.
 #[derive(Deserialize)]
 struct HfConfig {
     model_type: Option<String>,
@@ -291,8 +291,8 @@ impl HfConfig {
         Ok(())
     }
 
-    /// `use_sliding_window` says nothing by itself: the window acts from layer `max_window_layers` on, which the published
-    /// checkpoints put behind the last one.
+    /// `use_sliding_window` alone says little: the window acts from layer `max_window_layers` on, which in the
+    /// published checkpoints is after the last one.
     fn refuse_sliding_window(&self, n_layers: usize, path: &Path) -> Result<()> {
         const HINT: &str = "full attention in every layer is";
         if let Some(types) = &self.layer_types {

@@ -1,5 +1,5 @@
-//! Interventions: what is done to an activation at a hook point, at which tokens. In place of an activation h: h + c·v,
-//! another value, zero, its mean, c·h, h without a direction, or what another run had there, in all or along a direction. As text
+//! Interventions: changes of an activation at a hook point, at some tokens. An activation h becomes h + c·v, another
+//! value, zero, its mean, c·h, h without a direction, or another run's activation, in all or along a direction. As text
 //! it is a [`Planned`](crate::planned::Planned) edit.
 
 use std::ops::Range;
@@ -46,8 +46,8 @@ pub enum Change {
     ProjectOut(Tensor),
     /// What another run had at the same positions, `[pos, ..]`; never at generated tokens.
     Patch(Tensor),
-    /// h − (h·v̂) v̂ + (s·v̂) v̂: along a direction v what another run had at the same positions, s `[pos, ..]`, and h else (Blank et al.
-    /// 2026); never at generated tokens.
+    /// h − (h·v̂) v̂ + (s·v̂) v̂: along a direction v the activation s `[pos, ..]` of another run at the same
+    /// positions, and h elsewhere (Blank et al. 2026); never at generated tokens.
     PatchAlong {
         /// v, of any length but zero.
         direction: Tensor,
@@ -86,7 +86,7 @@ impl Edit {
         Self { at: P::ResidPost(layer), tokens: None, change: Change::ProjectOut(direction.shallow_clone()) }
     }
 
-    /// Gives the residual stream after a block what another run had there along a direction, `source` `[pos, d_model]`, at the
+    /// Sets the residual stream after a block, along a direction, to another run's `source`, `[pos, d_model]`, at the
     /// prompt's tokens.
     pub fn patch_along(layer: usize, direction: &Tensor, source: &Tensor) -> Self {
         let change = Change::PatchAlong { direction: direction.shallow_clone(), source: source.shallow_clone() };

@@ -15,7 +15,7 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's own error.
         cause: std::io::Error,
     },
     /// A file that was read does not hold what it should.
@@ -147,7 +147,7 @@ pub enum Error {
     /// The chat template is not one whose pieces are known.
     #[error("chat template: {problem}")]
     ChatTemplate {
-        /// The first difference, or what the template engine said.
+        /// The first difference, or the template engine's error.
         problem: String,
     },
     /// CUDA was asked for and is not there.

@@ -133,10 +133,10 @@ pub fn write_atomic_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result
     written
 }
 
-/// Gives a file that lies under its temporary name its own, once every byte of it is on the disk.
+/// Renames a file from its temporary name to `path`, once every byte of it is on the disk.
 pub fn publish(file: &File, path: &Path) -> Result<()> {
     file.sync_all().and_then(|()| fs::rename(temporary(path), path)).map_err(|cause| unwritten(path, cause))?;
-    // The new name is to outlive a power cut too. Not every file system can promise that, and the file itself is safe.
+    // The rename should survive a power cut too. Not every file system can promise that; the file itself is safe.
     let _ = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
     Ok(())
 }

@@ -32,7 +32,7 @@ const GATES: [&str; 12] = [
     "only:modules(o,down)",
 ];
 
-/// The blocks and projections in which these gates ask for the token, and the dose in all others, said once more by hand.
+/// The blocks and projections in which these gates depend on the token, and the dose in all others, written by hand.
 fn by_hand(text: &str) -> (fn(usize, Proj) -> bool, f64) {
     match text {
         "only:entity*layers(0)*modules(q,k,v)" => (|layer, proj| layer == 0 && (proj as usize) < 3, 0.0),
@@ -53,7 +53,7 @@ pub(crate) fn gate(chat: &Chat, text: &str) -> Gate {
     text.replace("151644", &im_start.to_string()).replace("32", &animal.to_string()).parse().unwrap()
 }
 
-/// The adapter with all its pairs `factor` times, inside of a gate's blocks and projections or outside of them.
+/// The adapter with each pair multiplied by `keep` of its block and projection.
 fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> Adapter {
     let mut part = Adapter::empty(adapter.config.clone(), model.config.n_layers);
     for (layer, proj, pair) in adapter.pairs() {
@@ -67,7 +67,7 @@ fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> A
 }
 
 /// Logits by chunked prefill: runs of tokens with the same state are run one after another over a cache, each with an
-/// adapter that is switched as a whole, its pairs on or off. No gate is in it.
+/// adapter whose pairs are all on or off. No gate is used.
 fn chunked(model: &Qwen, row: &Prompt, adapter: &Adapter, gate: &Gate, text: &str) -> Tensor {
     let states = gate.doses(row).unwrap();
     let (inside, elsewhere) = by_hand(text);
@@ -586,7 +586,7 @@ fn edits_that_fit_nowhere_are_refused() {
     }
 }
 
-/// Where an edit puts a value of its own in place of all of an activation, nothing before it is felt any more.
+/// If an edit replaces an activation entirely, nothing before it has a gradient.
 #[test]
 fn gradients_begin_anew_behind_an_edit_that_replaces_everything() {
     let (model, chat, _) = world();
@@ -600,7 +600,7 @@ fn gradients_begin_anew_behind_an_edit_that_replaces_everything() {
     assert!(largest(HookPoint::ResidPost(0)) > 0.0);
 }
 
-/// Scores that do not count stay so under every edit: no token attends to what comes after it.
+/// Masked scores stay masked under every edit: no token attends to a later one.
 #[test]
 fn an_edit_of_scores_lets_nobody_see_the_future() {
     let (model, chat, _) = world();
@@ -669,7 +669,7 @@ fn stopping_at_a_layer_runs_nothing_after_it() {
     assert!(model.resid_before(n_layers + 1, &batch, &mut Pass::default()).is_err());
 }
 
-/// A tap that changes the token at an absolute position, wherever the pass that holds it begins.
+/// A tap that changes the token at an absolute position, wherever its pass begins.
 struct AddAt {
     position: i64,
     vector: Tensor,

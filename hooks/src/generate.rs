@@ -1,8 +1,9 @@
-//! Answers, greedy or sampled from the raw softmax: no top-k, no top-p, no repetition penalty, whatever the model ships.
+//! Answers, greedy or sampled from the raw softmax: no top-k, no top-p, no repetition penalty, whatever the model
+//! ships.
 //!
-//! Every answer draws from a random stream of its own, so that repeated prompts give distinct samples and an answer does
-//! not depend on its neighbours in the batch. What prompts begin with alike is run once; when answers have ended, the next
-//! prompts take their places.
+//! Every answer draws from its own random stream, so that repeated prompts give distinct samples and an answer does not
+//! depend on its neighbours in the batch. Shared beginnings of prompts are run once. When answers end, the next prompts
+//! take their places.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +31,7 @@ pub struct Sampling {
     pub max_new_tokens: usize,
     /// Tokens that end an answer.
     pub stop: Vec<i64>,
-    /// Restricts every token to what a list of numbers may go on with.
+    /// Restricts every token to those that can continue a list of numbers.
     pub constrain: Option<NumberGrammar>,
     /// How many answers are drawn at once.
     pub batch: usize,
@@ -94,9 +95,9 @@ pub fn generate(
 /// The log of how improbable repetitions must be to be refused: e⁻³⁰ is 1e-13.
 const IMPROBABLE: f64 = -30.0;
 
-/// Refuses answers that no independent draws repeat so often. An answer of probability p comes k times among n draws with
-/// a probability of at most C(n, k) pᵏ; summed over all answers that are as improbable, that is below C(n, k) pᵏ⁻¹.
-/// `likelihoods` holds each answer's log p under the distribution that it was drawn from.
+/// Refuses answers that repeat more often than independent draws would. An answer of probability p comes k times among
+/// n draws with a probability of at most C(n, k) pᵏ; summed over all answers that are as improbable, that is below C(n,
+/// k) pᵏ⁻¹. `likelihoods` holds each answer's log p under the distribution that it was drawn from.
 fn are_independent(prompts: &[Prompt], answers: &[Answer], likelihoods: &[f64]) -> Result<()> {
     let mut by_prompt: BTreeMap<&[i64], Vec<usize>> = BTreeMap::new();
     for (row, prompt) in prompts.iter().enumerate() {
@@ -144,8 +145,8 @@ pub fn generate_listening<'p, 'a: 'p>(
     })
 }
 
-/// Answers with the log-probabilities under what they were drawn from. A batch of answers grows at once; when an eighth of
-/// them have ended, the next prompts take their places.
+/// Answers with the log-probabilities under their sampling distribution. All answers of a batch grow together; when an
+/// eighth of them have ended, the next prompts take their places.
 fn answer_all<'p, 'a: 'p>(
     model: &Qwen,
     prompts: &[&Prompt],
@@ -266,8 +267,8 @@ fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64
     Ok(Drawn { tokens: integers(&chosen)?, logprobs: floats(&logprobs)?, likelihoods })
 }
 
-/// Tokens of a vocabulary's block: its probabilities are summed first, and only the block that a draw falls into is looked at
-/// token by token.
+/// Tokens in a block of the vocabulary. A draw sums the probabilities of each block, and looks token by token only into
+/// the block that it falls into.
 const BLOCK: i64 = 256;
 
 /// Draws at temperature 1 without constraints, in fewer passes over the vocabulary.
@@ -298,8 +299,8 @@ fn draw_plain(logits: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
     Ok(Drawn { tokens: integers(&chosen)?, logprobs, likelihoods })
 }
 
-/// Where in `[rows, n]` probabilities of any sum a share of the sum falls, `[rows, 1]`: the first whose cumulated probability
-/// exceeds it, and how much of the share is left before it.
+/// Finds where a share of the sum falls in `[rows, n]` probabilities of any sum: the first index whose cumulated
+/// probability exceeds it, `[rows, 1]`, and the rest of the share before that index.
 fn fall(probabilities: &Tensor, shares: &Tensor) -> Result<(Tensor, Tensor)> {
     let cumulated = probabilities.f_cumsum(-1, Kind::Float)?;
     let width = cumulated.size()[1];

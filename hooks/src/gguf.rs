@@ -100,7 +100,7 @@ impl Gguf {
         }
     }
 
-    /// The model's numbers, from the keys `qwen2.*` or `qwen3.*` and from which tensors there are.
+    /// The model's numbers, from the keys `qwen2.*` or `qwen3.*` and from the presence of tensors.
     pub fn config(&self) -> Result<Config> {
         let architecture = self.text(ARCHITECTURE)?;
         let family = match architecture {
@@ -355,7 +355,7 @@ const IN_BLOCK: [(&str, &str); 14] = [
     ("mlp.down_proj.weight", "ffn_down.weight"),
 ];
 
-/// `blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`; nothing for a tensor that no dense Qwen has.
+/// `blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`; `None` for a tensor that no dense Qwen has.
 fn hf_name(gguf: &str) -> Option<String> {
     let same = |(_, candidate): &&(&str, &str), name: &str| *candidate == name;
     let Some((layer, name)) = gguf.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {

@@ -61,7 +61,7 @@ impl KvCache {
         &self.lengths
     }
 
-    /// Takes the batch's tokens in: from here on they count as seen. A packed batch can only be a cache's first.
+    /// Adds the batch's tokens: from here on they count as seen. A packed batch must be a cache's first.
     pub(crate) fn place<'a>(&mut self, batch: &'a Batch) -> Result<Placement<'a>> {
         let (device, before) = (batch.ids.device(), self.lengths.clone());
         for (length, added) in self.lengths.iter_mut().zip(&batch.lengths) {

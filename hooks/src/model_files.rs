@@ -1,8 +1,8 @@
-//! A model by its name: a folder in Hugging Face form, a hub id, a `.gguf` file, or an embedded one: `pocket`, `pocket-other`,
-//! `tiny-random`.
+//! A model by its name: a folder in Hugging Face form, a hub id, a `.gguf` file, or an embedded one: `pocket`,
+//! `pocket-other`, `tiny-random`.
 //!
-//! Whatever the name, the same five things come of it: configuration, weights, tokenizer, chat template, and a report
-//! that says in lines what was found where.
+//! Each gives the same five things: configuration, weights, tokenizer, chat template, and a report that says in lines
+//! what was found where.
 
 use std::path::Path;
 
@@ -99,7 +99,7 @@ impl ModelFiles {
     }
 
     /// A SHA-256, in hex, of the configuration, of every tensor's name, dtype and shape, and of a sample of its bytes.
-    /// It tells checkpoints apart at no cost; it is no proof that every byte is the same.
+    /// It tells checkpoints apart at no cost, but does not prove that every byte is the same.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         hash.update(self.config.to_hf_json().to_string());

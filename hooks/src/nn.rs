@@ -46,8 +46,8 @@ impl Linear {
         Ok(y.f_view([batch, pos, -1])?)
     }
 
-    /// What `forward` gives for each head's part of `x` alone; they add up to it, as there is no bias. `x`:
-    /// `[batch, pos, n_heads, d_head]`; the result is `[batch, pos, n_heads, d_out]`.
+    /// The output for each head's part of `x` alone; these add up to `forward`'s, since there is no bias. `x`: `[batch,
+    /// pos, n_heads, d_head]`; the result is `[batch, pos, n_heads, d_out]`.
     pub(crate) fn forward_by_head(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let y = self.times_weight(x, by_head)?;
         let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) else {
@@ -141,7 +141,7 @@ impl Rope {
         Ok(Self { cos: angles.f_cos()?.f_to_kind(kind)?, sin: angles.f_sin()?.f_to_kind(kind)? })
     }
 
-    /// Those of some places of the flattened `[batch · pos]`, of a batch whose rows each have rotations of their own.
+    /// The rotations at some places of the flattened `[batch · pos]`, in a batch whose rows each have their own.
     pub(crate) fn at_places(&self, places: &Tensor) -> Result<Self> {
         let pick = |x: &Tensor| x.f_flatten(0, 1)?.f_index_select(0, places)?.f_unsqueeze(0);
         Ok(Self { cos: pick(&self.cos)?, sin: pick(&self.sin)? })

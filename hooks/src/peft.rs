@@ -121,8 +121,8 @@ impl Adapter {
     }
 
     /// `adapter_config.json`, with every key that decides what PEFT computes. A rank or scaling that differs from the
-    /// configuration's (an adapter read with patterns) is written as a pattern again, and modules by their whole paths where not
-    /// every block has the same.
+    /// configuration's (in an adapter read with patterns) is written as a pattern again; modules are written by their
+    /// whole paths if blocks have different ones.
     fn peft_config(&self, base_model: &str) -> Value {
         let c = &self.config;
         let mut rank_pattern = serde_json::Map::new();

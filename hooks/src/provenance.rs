@@ -1,5 +1,5 @@
-//! Where tensors come from: what a file of vectors or activations says of the model that they were read from, and the
-//! check that they are used on no other. A direction means nothing in another model, and little under another chat template.
+//! The origin of tensors: what a file of vectors or activations says about its model, and the check that it is used on
+//! no other. A direction means nothing in another model, and little under another chat template.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -46,7 +46,8 @@ impl Tokens {
         Self { terms: vec![Term::Classes(TokenClass::Gen.into())], others: true }
     }
 
-    /// Per token of the row `[pos]`: true at the chosen ones. `what` is named where they are none: "gate only:entity".
+    /// Per token of the row `[pos]`: true at the chosen ones. If there are none, the error names `what`: "gate
+    /// only:entity".
     pub fn among(&self, row: &Prompt, what: &dyn fmt::Display) -> Result<Vec<bool>> {
         let nothing = |reason: String| Error::EmptySelection { what: what.to_string(), reason };
         let mut chosen = vec![false; row.ids.len()];
@@ -63,7 +64,7 @@ impl Tokens {
             };
             chosen.iter_mut().zip(found).for_each(|(chosen, found)| *chosen |= found);
         }
-        // Of several classes one is enough, since unions fit most contexts and not all; generated tokens may come later.
+        // Of several classes one is enough, since unions fit most contexts, not all; generated tokens may come later.
         classes.remove(&TokenClass::Gen);
         let present = row.present();
         if !classes.is_empty() && classes.is_disjoint(&present) {
@@ -159,8 +160,8 @@ impl Numbers {
         self.0.iter().copied().find(|number| !(0..n as i64).contains(number))
     }
 
-    /// From `0..6,12,-1`; `what` is named where it is none. At most 4096 a range; none goes from negative to positive,
-    /// which would mean two things.
+    /// Parses `0..6,12,-1`; errors name `what`. A range has at most 4096 numbers, and does not go from negative to
+    /// positive, which would be ambiguous.
     pub(crate) fn parse(text: &str, what: &str) -> Result<Self> {
         let invalid = || Error::Invalid {
             what: what.to_owned(),

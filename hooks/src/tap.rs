@@ -1,4 +1,4 @@
-//! Looking and changing are one thing: a tap receives an activation and returns the one the model goes on with.
+//! Looking and changing are one thing: a tap receives an activation and returns the one that the model continues with.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
 use crate::profile::{self, Op};
 
-/// Receives an activation and returns the one the model goes on with.
+/// Receives an activation and returns the one that the model continues with.
 pub trait Tap {
     /// Sees the activation at a hook point, shaped as the point's documentation says.
     fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor>;

@@ -101,7 +101,7 @@ impl TokenClass {
         }
     }
 
-    /// True where the template writes the token; false for what was said (system prompt, user, answer).
+    /// True for tokens that the template writes; false for the texts of system prompt, user and answer.
     pub fn is_template(self) -> bool {
         !matches!(self, Self::SysEntity | Self::SysContentOther | Self::UserContent | Self::Gen)
     }
@@ -273,7 +273,7 @@ impl Prompt {
         Self { classes: vec![TokenClass::UserContent; n], ids, completion: n..n, content_end: n, ..Self::default() }
     }
 
-    /// The prompt with these tokens as its answer, and nothing after them. An answer that was there is replaced.
+    /// The prompt with these tokens as its answer, and nothing after them. Replaces an earlier answer.
     #[must_use]
     pub fn with_completion(&self, content_ids: &[i64]) -> Self {
         let start = self.completion.start;

@@ -223,7 +223,7 @@ impl Weights {
         }
     }
 
-    /// A tensor of a file holds finite numbers only. Those in memory are our own and are not looked through.
+    /// A tensor read from a file must be finite. Tensors in memory are our own and are not checked.
     fn load(&self, name: &str, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor> {
         let missing = || Error::MissingTensor { name: name.to_owned(), file: self.files() };
         let found = self.shape(name).ok_or_else(missing)?;
@@ -349,8 +349,8 @@ impl Shard {
         Ok(Self { path: path.to_owned(), file, opened: None, data: 8 + header_length, header })
     }
 
-    /// A tensor on the file's own pages: nothing is read before it is needed, and what is written to it is a copy of its
-    /// own, of that page. Nothing where the bytes are no file's, or lie at no multiple of their width.
+    /// A tensor on the file's own pages: they are read on first use, and writing to one copies that page. `None` if the
+    /// bytes are not a file's, or are not aligned to their width.
     fn in_place(&self, info: &TensorInfo, kind: Kind, shape: &[i64]) -> Option<Tensor> {
         let name = format!("/proc/self/fd/{}", self.opened.as_ref()?.as_raw_fd()); // the path may be another file's by now
         let (start, end) = (self.data + info.data_offsets.0, self.data + info.data_offsets.1);
@@ -620,7 +620,7 @@ mod tests {
                 (vec![(7, -f32::NAN), (BLOCK, f32::NEG_INFINITY), (THREAD + 1, f32::NAN), (n - 2, f32::INFINITY)], 4),
             ] {
                 numbers(&broken);
-                // As it is stored it lies on the file's pages; else it is converted.
+                // A tensor in the stored dtype uses the file's pages; any other is converted.
                 for kind in [Kind::Float, Kind::BFloat16] {
                     let refused = message(load(kind));
                     let expected =
@@ -663,7 +663,8 @@ mod tests {
         let in_place = shards[0].in_place(info, Kind::Float, &[6]).unwrap();
         assert_eq!(values(&in_place), SMALL);
 
-        // Another file under the name does not matter, and what is written to one tensor is in no other and in no file.
+        // Replacing the file under its name does not matter, and a write to one tensor reaches no other tensor and no
+        // file.
         fs::write(folder.path().join("other"), vec![0; before.len()]).unwrap();
         fs::rename(&path, folder.path().join("moved")).unwrap();
         fs::rename(folder.path().join("other"), &path).unwrap();

@@ -107,8 +107,8 @@ impl Qwen {
         })
     }
 
-    /// The gradients of many losses of one row, `ℓᵢ = Σ −log p(label)` over some targets, so many losses at a time. `losses[i]`: the
-    /// indices of its targets; `copies_of`: the row, packed so many times.
+    /// The gradients of each loss of one row, `ℓᵢ = Σ −log p(label)` over some targets, `at_a_time` losses per backward
+    /// pass. `losses[i]`: the indices of its targets; `copies_of(n)`: the row, packed n times.
     pub(crate) fn gradients_of_each(
         &self,
         targets: &Targets,
@@ -241,8 +241,8 @@ struct Copies<'b> {
     places: Tensor, // those of all copies
 }
 
-/// From the gradient at the top of some blocks, `[losses · places, d_model]`, down to the lowest one. `seen` is shown the gradient
-/// at each block's `resid_post`, the last block's first.
+/// Backward from the gradient at the top of some blocks, `[losses · places, d_model]`, to the lowest one. `seen` gets
+/// the gradient at each block's `resid_post`, the last block's first.
 fn backward<'m, B: Borrow<KeptBlock<'m>>>(
     blocks: impl DoubleEndedIterator<Item = B> + ExactSizeIterator,
     mut at_top: Tensor,
@@ -261,7 +261,7 @@ fn backward<'m, B: Borrow<KeptBlock<'m>>>(
     Ok(())
 }
 
-/// What learns, if anything does, how strongly it acts where, and the parts of its positions that have gradients of their own.
+/// The adapter, if one learns, its doses, and the parts of the positions that get separate gradients.
 #[derive(Clone, Copy)]
 struct Lora<'m> {
     adapter: Option<&'m Adapter>,
@@ -364,7 +364,7 @@ fn flat(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_flatten(0, -2)?)
 }
 
-/// x z; where x is of several losses and z of none, each one's with the same z; where z is of several parts, the same x with each.
+/// The product x z. If only x has a dimension of losses, all share z; if z has a dimension of parts, all share x.
 fn product(x: &Tensor, z: &Tensor) -> Result<Tensor> {
     if x.dim() <= z.dim() {
         return Ok(x.f_matmul(z)?);
@@ -409,8 +409,8 @@ impl<'m> KeptLinear<'m> {
         self.acting.is_some()
     }
 
-    /// From ∂/∂y, `[losses · tokens, d_out]`: finds ∂/∂A and ∂/∂B, and adds ∂/∂x to `into`, or begins it; where nothing below
-    /// learns it is not `wanted`.
+    /// From ∂/∂y, `[losses · tokens, d_out]`: finds ∂/∂A and ∂/∂B, and adds ∂/∂x to `into`, or sets it. ∂/∂x is not
+    /// `wanted` if nothing below learns.
     fn backward(
         &self,
         at_y: &Tensor,
@@ -485,7 +485,7 @@ impl<'m> KeptNorm<'m> {
     }
 }
 
-/// Attention. `x` is what it was given, `z` the heads' outputs with libtorch's graph back to queries, keys and values.
+/// Attention. `x` is its input, `z` the heads' outputs with libtorch's graph back to queries, keys and values.
 struct KeptAttention<'m> {
     attention: &'m Attention,
     q: KeptLinear<'m>,
@@ -571,8 +571,8 @@ impl<'m> KeptAttention<'m> {
 }
 
 impl Attention {
-    /// What `attend` gives for queries, keys and values as the projections give them, `[places or tokens, heads · d_head]`, as the
-    /// result.
+    /// `attend` on queries, keys and values in the projections' shape, `[places or tokens, heads · d_head]`; the result
+    /// has it too.
     fn mix(
         &self,
         [q, k, v]: &[Tensor; 3],
