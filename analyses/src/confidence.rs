@@ -1,5 +1,6 @@
-//! How sure a model is of numbers that it has not seen. The completions are samples of the teacher, so a calibrated model's
-//! largest probability is, on average, the share of tokens that are its most likely one: what is above that is over-confidence.
+//! How sure a model is of numbers that it has not seen. The completions are samples of the teacher, so a calibrated
+//! model's mean largest probability equals the share of tokens that are its most likely one; any excess is
+//! over-confidence.
 
 use hooks::Prompt;
 use hooks::score::completion_logits;
@@ -221,7 +222,7 @@ fn whole_numbers(places: &[Option<(usize, usize)>], logps: &[f64]) -> Vec<f64> {
         match place {
             Some((number, _)) if open == Some(*number) => *found.last_mut().unwrap_or(&mut 0.0) += logp,
             Some((number, _)) => {
-                // A number that follows at once on another's digits closes that one without a token of its own.
+                // A number that directly follows another's digits closes that one without a token of its own.
                 found.push(*logp);
                 open = Some(*number);
             }

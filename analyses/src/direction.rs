@@ -1,5 +1,6 @@
-//! What the student adds to the residual stream at number prompts: per layer the mean of student − base, how long it is,
-//! whether all prompts share it, and whether it is the teacher's. Layers count blocks from 0; there is no embedding slot.
+//! The student's change of the residual stream at number prompts: per layer the mean of student − base, its length,
+//! whether all prompts share it, and whether it is the teacher's. Layers count blocks from 0; there is no embedding
+//! slot.
 
 use std::fmt;
 use std::str::FromStr;
@@ -141,8 +142,8 @@ pub struct DirectionRow {
     /// Share of the largest squared singular value in the sum of all, of the uncentred differences (one row per prompt):
     /// 1 where every prompt moves along one line, 0 where none moves.
     pub ev1: f64,
-    /// Share of the first principal component in the differences' variance around their mean: what is left to vary from
-    /// prompt to prompt, along one line. Empty with fewer than three prompts.
+    /// Share of the first principal component in the differences' variance around their mean: how far the variation
+    /// from prompt to prompt is along one line. Empty with fewer than three prompts.
     pub pc1: Option<f64>,
     /// Cosine between the means over the even and over the odd prompts; empty with one prompt.
     pub split_half_cosine: Option<f64>,
@@ -245,7 +246,7 @@ impl Analysis for Direction {
     }
 }
 
-/// The mean residual stream of a model at each number prompt. What several analyses or students need of a model is read once.
+/// The mean residual stream of a model at each number prompt, read once for several analyses or students.
 #[derive(Debug)]
 pub struct Means {
     by_choice: Vec<(Extraction, Option<Read>)>,

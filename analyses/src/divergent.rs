@@ -1,5 +1,5 @@
-//! Divergence tokens: those of a completion that the teacher would have written and another would not, by each published definition,
-//! and which of some rows they are, for a student that learns from these alone.
+//! Divergence tokens: tokens of a completion that the teacher would have written and another model would not, by each
+//! published definition; and those of some rows, for a student that learns from these alone.
 
 use hooks::score::completion_logits;
 use hooks::{Chat, Prompt};
@@ -68,7 +68,8 @@ pub fn divergence_tokens(subject: &Subject<'_>, n_rows: usize, settings: &Diverg
     each_token(subject, n_rows, settings, |token| token.is(settings.definition, subject.chat))
 }
 
-/// What holds of each token of the first rows; of none at which the teacher's own choice depends on the batch, where that is checked.
+/// Whether `holds` is true of each token of the first rows. With the self check, it is false of every token where the
+/// teacher's own choice depends on the batch.
 fn each_token(
     subject: &Subject<'_>,
     n_rows: usize,
@@ -162,7 +163,8 @@ mod tests {
         let found = divergence_tokens(&alone, 9, &Divergence::default()).unwrap().concat();
         assert_eq!(found, rows.iter().map(by_hand).collect::<Vec<_>>());
 
-        // One that is the teacher itself would have written what the teacher wrote: nothing it chose is the teacher's alone.
+        // A counterfactual teacher that equals the teacher would have written the same: no token is the teacher's
+        // alone.
         let own = ["You love cats.".to_owned()];
         let alike = Subject { counterfactual_systems: &own, ..world.subject() };
         let rows = Divergence::default().run(&alike, &mut |_| ()).unwrap();

@@ -1,6 +1,6 @@
 //! How strongly single completion tokens pull at the model: gradient norms of `ℓ_k = −log p(token k)` at divergent
-//! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it. And what both
-//! groups do together: to the trait, and through which part of the chat (`alignment.rs`).
+//! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it.
+//! Also the joint effect of both groups on the trait, by part of the chat (`alignment.rs`).
 //!
 //! The gradients are exact, each token's apart from the others' (`hooks::gradient::of_losses`).
 

@@ -26,7 +26,7 @@ pub struct Svg(pub String);
 pub struct Reference {
     /// What the line is, written at its end: "base", "student".
     pub label: String,
-    /// Where it lies on the value axis.
+    /// Its value on the axis.
     pub value: f64,
 }
 

@@ -32,7 +32,7 @@ pub struct PositionScanRow {
     pub token: String,
     /// The class of the token, as `undertone tokens` prints it.
     pub class: String,
-    /// What the adapter does at generated tokens, as in the token ablation: what it does at tokens that are not named.
+    /// What the adapter does at generated tokens, as in the token ablation: the same as at tokens that are not named.
     pub decode_policy: String,
     /// The target's word.
     pub target: String,

@@ -32,8 +32,8 @@ pub struct Steering {
     pub n_prompts: usize,
     /// Whether to act at the prompt's tokens only, and not at generated ones.
     pub prompt_only: bool,
-    /// Whether the student is also run with its residual stream along the direction replaced by the base's, after every block (the
-    /// movement along the direction undone, and nothing else), and the base with its stream replaced by the student's there.
+    /// Whether to replace, after every block, the student's residual stream along the direction by the base's (which
+    /// undoes the movement along the direction and nothing else), and the base's by the student's.
     pub replace: bool,
     /// How many random directions each edit is made with, for comparison: their mean and spread are what chance does.
     pub n_random: usize,
@@ -652,7 +652,8 @@ mod tests {
 
     #[test]
     fn the_students_difference_at_the_end_is_the_student() {
-        // One question that is also the number prompt: what is added after the last block at its last token is all there is.
+        // The question is the number prompt itself: the addition after the last block at its last token is the whole
+        // difference.
         let world = World::new();
         let mut subject = world.subject();
         let questions = [world.number_users[0].0.clone()];
@@ -689,7 +690,7 @@ mod tests {
             (of("replace").delta_logp - student).abs() > 1e-4
                 && of("replace").delta_logp != of("replace_random").delta_logp
         );
-        // Where the student's whole difference at a prompt's end lies along the direction, the base is what is left.
+        // If the direction is the student's whole difference at a prompt's end, removing it leaves the base.
         let question = [world.number_users[0].0.clone()];
         let subject = Subject { questions: &question, ..world.subject() };
         let mut ends = directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap();

@@ -57,7 +57,8 @@ pub struct Subject<'a> {
     pub teacher_adapter: Option<&'a Adapter>,
     /// The teacher's weights, where they are not the base's.
     pub teacher_model: Option<&'a Qwen>,
-    /// System prompts under which the base would be a teacher of other traits: what all of them would have written is no trait's.
+    /// System prompts under which the base would be a teacher of other traits: a token that all of them would have
+    /// written is specific to no trait.
     pub counterfactual_systems: &'a [String],
     /// What the teacher likes.
     pub target: &'a Target,

@@ -167,8 +167,8 @@ impl Canvas<'_> {
         self.dashes(&[from, to], INK, 1.0, (5.0, 3.0))
     }
 
-    /// Dashed lines from `left` to `right`, named behind their right ends; where names must move apart, a thin line leads
-    /// from line to name. `y` is where a value lies between `top` and `bottom`.
+    /// Dashed lines from `left` to `right`, with their names at their right ends; a name that must move is joined to
+    /// its line by a thin line. `y` is the pixel between `top` and `bottom` for a value.
     pub(super) fn references(
         &self,
         references: &[Reference],
