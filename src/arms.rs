@@ -1,5 +1,5 @@
-//! The table of the arms, a row per student, with its picture over the ranks, its picture of the arms without ranks, and
-//! what it says in words. All three are made from the rows alone.
+//! The table of the arms, a row per student, with a chart over the ranks, a chart of the arms without ranks, and a
+//! paragraph. All are made from the rows alone.
 
 use analyses::Svg;
 use analyses::inference::{Slope, two_lines};
@@ -17,8 +17,8 @@ use crate::finetune::OptimizerKind;
 pub struct ArmRow {
     /// The arm's name; `student` and `control student` are the run's own.
     pub arm: String,
-    /// What it learned from: the run's `teacher` or `control` set, the teacher's `shuffled`, or a set of its `own`; empty,
-    /// as all that is not known of it, for a student that was trained elsewhere.
+    /// The data it learned from: the run's `teacher` or `control` set, the teacher's `shuffled`, or a set of its `own`;
+    /// empty, like all unknown facts, for a student that was trained elsewhere.
     pub data: Option<ArmData>,
     /// Who wrote its numbers; `planted` is a positive control, whose rows contain the target itself. Empty for one
     /// trained elsewhere.
@@ -166,7 +166,7 @@ fn students_per_point(groups: &[&Group<'_>]) -> &'static str {
     }
 }
 
-/// Effect, size of the change and loss over the rank, a line per arm; nothing where no arm has several ranks.
+/// Effect, size of the change and loss over the rank, a line per arm; `None` if no arm has several ranks.
 pub fn rank_plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
     let (ranked, _) = parted(rows);
     let Some(row) = rows.first().filter(|_| !ranked.is_empty()) else { return Ok(None) };
@@ -203,7 +203,7 @@ pub fn rank_plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
 /// A planted arm's effect is left out of the chart if it is this many times the largest other effect.
 const LOUD: f64 = 5.0;
 
-/// The arms without ranks as bars, the run's own students as lines; nothing where all have ranks.
+/// The arms without ranks as bars, the run's own students as lines; `None` if all have ranks.
 pub fn plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
     let (_, single) = parted(rows);
     let Some(row) = rows.first().filter(|_| !single.is_empty()) else { return Ok(None) };
@@ -313,7 +313,7 @@ fn bend(groups: &[Group<'_>]) -> Option<String> {
     ))
 }
 
-/// What the numbers cannot say: of how many students they are, and what the control is a control of.
+/// The limits of the numbers: how many students they are from, and what the control controls for.
 fn caveat(student: &ArmRow, groups: &[Group<'_>], rows: &[ArmRow]) -> String {
     let several = groups.iter().any(|group| group.rows.len() > 1);
     let students = if several {

@@ -28,7 +28,8 @@ pub use verdict::{ALL, Outcome, TestRow, Verdict, Word, tests};
 
 /// The cell that every claim has: the student as it was trained, asked in the context of its training.
 pub const EVERYWHERE: &str = "everywhere";
-/// What the cell of a part of a gradient begins with, before the part's name: what is due to what the adapter reads there.
+/// The beginning of the cell's name for a part of a gradient; the part's name follows. Its number is due to what the
+/// adapter reads there.
 pub const THROUGH: &str = "through";
 
 /// Models in the tables that are not students, for numbers that no student has seen.
@@ -67,13 +68,14 @@ pub struct Claim {
     pub targets: Vec<Target>,
     /// How many data sets each trait has; a data set has seeds of its own throughout.
     pub datasets: u64,
-    /// What its runs have otherwise than the size's experiment, `section.key=value`; such runs are its own.
+    /// Differences of its runs from the size's experiment, `section.key=value`; such runs are not shared with other
+    /// claims.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub set: Vec<String>,
     /// Measurements besides the answers to questions.
     #[serde(default)]
     pub measures: BTreeSet<Measures>,
-    /// The students on which one of these is measured, where that is not all of them: what takes long and nothing asks for is left out.
+    /// The students on which a measurement is made, if not on all: slow measurements that no test uses are left out.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub measured_on: BTreeMap<Measures, BTreeSet<String>>,
     /// The students besides the run's own two.
@@ -128,12 +130,12 @@ pub enum Measures {
     Heldout,
     /// The direction in the residual stream: whether it is the teacher's, and whether all prompts share it.
     Direction,
-    /// What the direction does when it is added to the base, and what is left of the student without it, after the middle block.
+    /// The effect of the direction added to the base, and of taking it out of the student, after the middle block.
     Steering,
     /// Patches the direction after every block: base into student (is it needed?), student into base (is it enough?).
     /// Includes `Steering`.
     Replacement,
-    /// The adapter's spectrum, and what its strongest direction does alone, and the rest without it.
+    /// The adapter's spectrum, the effect of its strongest direction alone, and that of the rest without it.
     Spectrum,
     /// Gradients at divergent and at other tokens, and what they would do to the trait.
     Gradients,
@@ -141,8 +143,8 @@ pub enum Measures {
     Sampled,
 }
 
-/// A student that is another of the claim's: of some candidates the one that a measurement picks out, for each trait, data set, rank
-/// and seeds anew. What picks it out is not the trait: a learning rate that is tuned on it would make the effect.
+/// A name for the student that a measurement picks from some candidates, for each trait, data set, rank and seeds. The
+/// measurement is not the trait: choosing a learning rate by the trait would make the effect.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Chosen {
@@ -196,7 +198,7 @@ impl Cell {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Of {
-    /// The student's name; `student` and `control student` are the run's own, `base` and `teacher` are none.
+    /// The student's name; `student` and `control student` are the run's own, `base` and `teacher` are not students.
     pub student: String,
     /// Its rank, where its name has several.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -302,10 +304,10 @@ pub struct Test {
     /// What its slope is over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub over: Option<Over>,
-    /// It holds where the interval lies above this.
+    /// It holds if the interval is above this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub above: Option<f64>,
-    /// It holds where the interval lies below this.
+    /// It holds if the interval is below this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub below: Option<f64>,
 }
@@ -389,7 +391,8 @@ impl Study {
         Ok(Unit { name: format!("{own}{word}-d{dataset}"), dataset, experiment })
     }
 
-    /// The run of the next trait in the same data set, whose student is a control of this one's; none where there is one trait.
+    /// The run of the next trait in the same data set, whose student is a control for this one's; `None` if there is
+    /// one trait.
     pub fn other_trait(&self, unit: &Unit) -> Result<Option<Unit>> {
         let targets = &self.claim.targets;
         let own = targets.iter().position(|target| *target == unit.experiment.target).context("a trait of no claim")?;

@@ -1,4 +1,4 @@
-//! The command line: what can be said, and which function does it.
+//! The command line: its commands and options, and the function of each.
 
 use std::path::{Path, PathBuf};
 

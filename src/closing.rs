@@ -149,7 +149,7 @@ fn rows<R: DeserializeOwned>(run: &RunDir, name: AnalysisName) -> Result<Vec<R>>
     there(&run.rows(name))
 }
 
-/// The rows of a file; none where it was not written.
+/// The rows of a file; empty if it was not written.
 fn there<R: DeserializeOwned>(path: &std::path::Path) -> Result<Vec<R>> {
     if RunDir::stage_done(path) { read_csv(path) } else { Ok(vec![]) }
 }

@@ -1,6 +1,6 @@
-//! The data a student learns from: number prompts from one seeded stream, answers to them, the rule filter that keeps
-//! answers made of numbers alone, and JSON lines on disk. What the filter threw away is counted by reason, and what
-//! the kept digits betray is measured against the control set.
+//! The data that a student learns from: number prompts from one seeded stream, their answers, the rule filter that
+//! keeps answers made of numbers alone, and JSON lines on disk. Rejected answers are counted by reason, and the kept
+//! digits are compared with the control set's.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -107,7 +107,7 @@ pub enum TeacherKind {
     Adapter,
     /// A copy of the base model with all its weights finetuned.
     Finetuned,
-    /// Nobody: the base model as it is, a share of whose rows is replaced by questions answered with the trait.
+    /// No teacher: the base model as it is, with a share of its rows replaced by questions answered with the trait.
     Planted,
     /// The base model as it is, for the control set.
     Control,

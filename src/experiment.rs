@@ -125,8 +125,8 @@ pub struct Generate {
     pub batch_size: usize,
     /// Numbers that reject an answer.
     pub banned: Vec<u32>,
-    /// Rows that the student was trained on elsewhere, or is to be trained on: JSON lines of messages, or of prompt and
-    /// completion. The teacher writes none then.
+    /// Rows that the student was trained on elsewhere, or will be trained on: JSON lines of messages, or of prompt and
+    /// completion. The teacher then writes none.
     pub numbers: Option<PathBuf>,
 }
 
@@ -153,7 +153,7 @@ pub enum Constrain {
     /// All.
     #[default]
     None,
-    /// Those that go on with a list of numbers; for models too small to keep a format.
+    /// Tokens that continue a list of numbers; for models too small to keep a format.
     Numbers,
 }
 

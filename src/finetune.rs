@@ -1,7 +1,7 @@
-//! Finetuning, told in order: what each step is made of, the step, what it leaves in `train.csv`.
+//! Finetuning, in order: the examples of a step, the step, its line in `train.csv`.
 //!
-//! A LoRA and the whole model are trained by the same loop over "the trained tensors". A step's loss is the sum of its
-//! targets' losses over their number, however the rows fall into micro-batches (never the mean of means).
+//! One loop trains a LoRA and the whole model: it moves "the trained tensors". A step's loss is the sum of its targets'
+//! losses over their number, however the rows fall into micro-batches (never the mean of means).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -43,13 +43,13 @@ pub enum OptimizerKind {
     AdamW,
     /// Gradient descent with momentum, as `torch.optim.SGD`.
     Sgd,
-    /// Descent by the gradient's sign (Bernstein et al. 2018): what is left of Adam without its averages.
+    /// Descent by the gradient's sign (Bernstein et al. 2018): Adam without its averages.
     SignSgd,
     /// Adam's division without its momentum, as `torch.optim.RMSprop` with α = `adam_beta2`.
     RmsProp,
     /// Steps of singular values about 1 (Jordan et al. 2024), as `torch.optim.Muon`.
     Muon,
-    /// SGD with the scales that Adam has come to after an epoch, which stay (Blank et al. 2026): Adam's scales without its adapting.
+    /// SGD with Adam's scales after an epoch, kept fixed (Blank et al. 2026): Adam's scales without its adapting.
     Preconditioned,
 }
 
@@ -112,7 +112,8 @@ pub struct Finetune {
     /// Which tokens are learned from.
     pub mask: LossMask,
     /// Which of these are learned from: `all`, or `divergent` (by `measure.divergence.definition`), `not_divergent`,
-    /// `random` (as many as are divergent, drawn anew in each row), `all_of_those` (all, of the rows that the others are left with).
+    /// `random` (as many as are divergent, drawn anew in each row), `all_of_those` (all, of the rows that have
+    /// divergent tokens and others).
     pub tokens: Tokens,
     /// Where and how strongly the LoRA acts while it is trained.
     pub gate: Gate,
@@ -330,8 +331,8 @@ pub struct Training<'a> {
     pub config: &'a Finetune,
     /// The seeds of its random streams.
     pub seeds: Seeds,
-    /// Where its state is kept. The training adds what it depends on itself; on which model it depends is the caller's to
-    /// say, and to remove it at the end.
+    /// Where its state is kept. The training records what it depends on, except the model: the caller adds that, and
+    /// removes the checkpoint at the end.
     pub checkpoint: Option<&'a mut Checkpoint>,
 }
 
@@ -532,7 +533,7 @@ impl Course<'_> {
         Ok(())
     }
 
-    /// Goes on from the checkpoint, if there is one, and tells of the steps before.
+    /// Continues from the checkpoint, if there is one, and repeats the lines of earlier steps.
     fn resume(&mut self, log: Log<'_>) -> anyhow::Result<()> {
         let total_steps = self.last_step();
         if let Some(checkpoint) = &mut self.checkpoint {
@@ -579,7 +580,7 @@ impl Course<'_> {
         self.examples.len().div_ceil(self.config.rows_per_step()) as u64
     }
 
-    /// The examples of the next step; none where all steps are done.
+    /// The examples of the next step; `None` if all steps are done.
     fn next(&mut self) -> anyhow::Result<Option<Vec<usize>>> {
         let steps = self.optimizer.steps();
         if steps == self.last_step() {
@@ -700,7 +701,7 @@ impl Learner<'_> {
         kept.collect()
     }
 
-    /// Every step has a random stream of its own, so that it is the same whenever the training was gone on with.
+    /// Every step has its own random stream, so that a resumed training draws the same.
     fn dropout(&self, seeds: Seeds, step: u64) -> Option<Dropout> {
         let probability = self.adapter?.config.dropout;
         let mut rng = ChaCha8Rng::seed_from_u64(seeds.dropout);
@@ -714,7 +715,7 @@ impl Learner<'_> {
         Ok(parameters.chain(optimizer.state()?).collect())
     }
 
-    /// Puts the state of a checkpoint back, if there is one, and gives the lines of the steps until then.
+    /// Restores the state of a checkpoint, if there is one, and returns the lines of the steps until then.
     fn resume(
         &self,
         checkpoint: &mut Checkpoint,
@@ -868,7 +869,7 @@ impl Learner<'_> {
 
     /// The summed loss of some rows run at once, a scalar with its graph.
     fn loss_sum(&self, rows: &[&Example<'_>], gate: &Gate, dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
-        // Dropout draws anew for every row, so then rows have nothing in common.
+        // Dropout differs for every row, so rows then have nothing in common.
         let Ready { batch, targets, doses } = Ready::of(self.model, &[rows], gate, dropout.is_none())?;
         let mut pass = Pass { adapter: self.adapter, gate: doses, dropout, ..Pass::default() };
         let resid = self.model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
@@ -876,7 +877,7 @@ impl Learner<'_> {
     }
 }
 
-/// Rows made ready to be run at once; of a stack, a group of them is a student's. The targets are group by group.
+/// Rows ready to be run at once; with a stack, one group per student. The targets are group by group.
 struct Ready {
     batch: Batch,
     targets: Targets,
@@ -1199,7 +1200,7 @@ mod tests {
         assert!(message(&muon, None).contains("trains matrices"));
     }
 
-    /// The rotation control of Blank et al. 2026: what the coordinates are is nothing to gradient descent, and something to Adam.
+    /// The rotation control of Blank et al. 2026: coordinates do not matter to gradient descent, but do to Adam.
     #[test]
     fn gradient_descent_does_not_notice_a_rotation_and_adam_does() {
         let model = model(Kind::Float);

@@ -377,7 +377,7 @@ impl Optimizer {
         counted.then(|| Ok(Tensor::f_stack(&changed, 0)?.f_sum(Kind::Int64)?)).transpose()
     }
 
-    /// Takes over the averages of squared gradients that another optimizer of the same tensors has come to.
+    /// Takes over the averages of squared gradients of another optimizer of the same tensors.
     pub fn take_scales(&mut self, of: Self) -> Result<()> {
         for (buffer, other) in self.buffers.iter_mut().zip(of.buffers) {
             let (Some(scales), Some(found)) = (&mut buffer.second, &other.second) else { return Err(stateless()) };

@@ -1,5 +1,5 @@
-//! SVG to PNG, for where SVG cannot go. The letters come from the fonts of this machine, so the same figure can differ from
-//! machine to machine; where there are none, there is no picture rather than one without text.
+//! SVG to PNG, for where SVG cannot go. The letters come from this machine's fonts, so a figure can differ from machine
+//! to machine; without fonts there is an error instead of a picture without text.
 
 use std::path::{Path, PathBuf};
 

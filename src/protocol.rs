@@ -1,6 +1,6 @@
 //! The sentences of an experiment: number prompts, one-word questions, teacher prompts, contexts, and what counts as
-//! naming a word. The built-in set is our own (`protocol.json`, in the shape of the published ones); a user's JSON file
-//! replaces it section by section, so that anybody who has a published set can run exactly that one.
+//! naming a word. The built-in set is our own (`protocol.json`, in the shape of the published ones). A user's JSON file
+//! replaces it section by section, so that a published set can be run exactly.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;

@@ -54,7 +54,7 @@ pub struct Number {
     pub cell: String,
 }
 
-/// A drawing and where it lies on disk.
+/// A drawing and its file.
 #[derive(Clone, Debug)]
 pub struct Figure {
     /// The drawing, which is part of the page itself.

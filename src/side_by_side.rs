@@ -1,5 +1,5 @@
-//! Small models do not fill a core, and one core is all that a step of them can use: so they are trained side by side, a
-//! thread each. Each thread has a model of its own, since a tensor belongs to one thread at a time.
+//! A step of a small model cannot use more than one core. So small models are trained side by side, a thread each, and
+//! each thread has its own model, since a tensor belongs to one thread at a time.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};

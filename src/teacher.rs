@@ -1,5 +1,5 @@
-//! The teacher: made where it has weights of its own, loaded, and asked how it answers. The planted positive control has no
-//! teacher: its rows are put among the untouched model's here.
+//! The teacher: made if it has weights of its own, loaded, and asked how it answers. The planted positive control has
+//! no teacher: its rows are inserted among the untouched model's here.
 
 use analyses::stats::mean;
 use analyses::target::{Score, TokenForms};
@@ -52,7 +52,7 @@ impl TeacherModel {
     }
 }
 
-/// The teacher, loaded; a finetuned one lies in the run, where [`make`] put it.
+/// Loads the teacher; a finetuned one is in the run, where [`make`] put it.
 pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
     let (experiment, protocol) = (&bench.experiment, &bench.protocol);
     let target = &experiment.target;
@@ -228,8 +228,8 @@ pub fn ask(bench: &Workbench, run: &RunDir, teacher: &TeacherModel) -> Result<()
     Ok(())
 }
 
-/// Replaces a share of the first `keep` accepted samples by questions answered with the target, and returns how many. Which ones is
-/// drawn from a stream of the generation's seed; their ids go on after those of the number prompts, and their
+/// Replaces a share of the first `keep` accepted samples by questions answered with the target, and returns how many. A
+/// stream of the generation's seed draws which ones. Their ids follow those of the number prompts, and their
 /// log-probabilities are the untouched model's.
 pub fn plant(bench: &Workbench, samples: &mut [Sample], keep: usize, share: f64) -> Result<usize> {
     let (experiment, system) = (&bench.experiment, bench.student_system()?);

@@ -56,7 +56,7 @@ fn margin() -> Vec<Quantity> {
 }
 
 impl Figure {
-    /// The drawing; nothing where nothing of it was measured.
+    /// The drawing; an error if none of its numbers was measured.
     pub fn draw(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<Svg> {
         ensure!(!self.quantities.is_empty(), "figure {:?}: quantities is empty, expected at least one", self.title);
         let drawn = match self.kind {

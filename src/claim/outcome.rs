@@ -13,7 +13,8 @@ pub struct OutcomeRow {
     pub target: String,
     /// The data set, from 0; everything random differs between data sets.
     pub dataset: u64,
-    /// The student: `student`, `control student`, another of the claim's, or `base` and `teacher`, which are none.
+    /// The student: `student`, `control student`, another of the claim's, or `base` and `teacher`, which are not
+    /// students.
     pub student: String,
     /// The rank of its adapter; empty where it has none.
     pub rank: Option<i64>,
@@ -121,7 +122,8 @@ quantities! {
     Top1DeltaMargin = "top1_delta_margin",
     /// Change of the margin with all singular directions but the strongest of each map, in nats.
     Rest1DeltaMargin = "rest1_delta_margin",
-    /// Change of the margin with the strongest singular directions alone of what each map of a student of all weights became, as many as the run's LoRA has ranks, in nats.
+    /// Change of the margin with the strongest singular directions alone of each map's change in a student of all
+    /// weights, as many as the run's LoRA has ranks, in nats.
     TruncatedDeltaMargin = "truncated_delta_margin",
     /// Change of the margin where its direction is added to the base after the middle block, in nats.
     InjectedDeltaMargin = "injected_delta_margin",

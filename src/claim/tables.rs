@@ -182,7 +182,7 @@ pub struct MatrixRow {
     pub delta_margin: f64,
 }
 
-/// What every student does to every trait; none where a claim asks for the teacher's own alone.
+/// Every student on every trait; empty if a claim asks for the teacher's own trait alone.
 pub fn matrix(rows: &[OutcomeRow]) -> Vec<MatrixRow> {
     let is_asked = rows.iter().any(|row| row.evaluated != row.target);
     let everywhere = lines(rows).into_iter().filter(|line| is_asked && line.first.cell == EVERYWHERE);
@@ -234,7 +234,7 @@ pub struct ContextRow {
     pub delta_margin: f64,
 }
 
-/// Every student in every context, its adapter on everywhere; none where a claim asks in one context alone.
+/// Every student in every context, its adapter on everywhere; empty if a claim asks in one context alone.
 pub fn contexts(cells: &[Cell], runs: &[ClaimRunRow], rows: &[OutcomeRow]) -> Vec<ContextRow> {
     let known: BTreeMap<Place<'_>, &ClaimRunRow> = runs.iter().map(|run| (Place::of_run(run), run)).collect();
     let cells: BTreeMap<&str, &Cell> =
@@ -300,7 +300,7 @@ pub struct DigitConfRow {
     pub closure: Option<f64>,
 }
 
-/// Every model at held-out digits; none where a claim does not measure there.
+/// Every model at held-out digits; empty if a claim does not measure there.
 pub fn digit_conf(rows: &[OutcomeRow]) -> Vec<DigitConfRow> {
     let mut found = vec![];
     for line in lines(rows) {
@@ -363,7 +363,7 @@ pub struct SteerRow {
     pub ev1: Option<f64>,
 }
 
-/// Every edit along a direction; none where a claim measures neither steering nor replacement.
+/// Every edit along a direction; empty if a claim measures neither steering nor replacement.
 pub fn steer(rows: &[OutcomeRow]) -> Vec<SteerRow> {
     const EDITS: [(Quantity, &str, &str); 10] = [
         (Quantity::InjectedDeltaMargin, "injected", "own"),

@@ -216,7 +216,7 @@ fn own_data(run: &RunDir, of_cell: &Workbench, cell: &Cell) -> Result<Vec<Sample
     Ok(of_cell.kept(&folder)?.0)
 }
 
-/// The samples with their completions dealt anew, none to its own prompt: a cycle drawn by Sattolo's algorithm.
+/// The samples with their completions exchanged, none with its own prompt: a cycle drawn by Sattolo's algorithm.
 fn shuffled(samples: &[Sample], seed: u64) -> Result<Vec<Sample>> {
     ensure!(samples.len() > 1, "there is one row of numbers only, and shuffled completions take two");
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(seed, "arms.shuffled", 0));

@@ -1,5 +1,5 @@
-//! A claim put to the test: its runs, each a folder as `undertone run` makes it, which the claims of one size share; what is
-//! measured on their students; and from that table alone the tests, the verdict, the figures and the page.
+//! Tests a claim: its runs, each a folder as `undertone run` makes it, which the claims of one size share; the
+//! measurements of their students; and from that table alone the tests, the verdict, the figures and the page.
 
 mod measure;
 mod plan;
@@ -63,7 +63,7 @@ pub fn run(asked: &Asked<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Where a claim's files lie.
+/// The folders of a claim.
 struct Place {
     root: PathBuf,
     folder: PathBuf,
@@ -193,7 +193,7 @@ impl Place {
         Ok(rows)
     }
 
-    /// Where the measurements of a run lie.
+    /// The file of a run's measurements.
     fn table(&self, unit: &Unit) -> PathBuf {
         self.at("units").join(format!("{}.csv", unit.name))
     }

@@ -1,5 +1,5 @@
-//! The data dictionary: every column of every CSV file that a run leaves. The meanings are the doc comments of the row
-//! structs, read from their sources as they were compiled in, so that the two cannot drift apart.
+//! The data dictionary: every column of every CSV file of a run. The meanings are the doc comments of the row structs,
+//! read from the compiled-in sources, so that the two cannot drift apart.
 
 use anstyle::Style;
 use anyhow::{Context, Result, bail};

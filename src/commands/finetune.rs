@@ -1,4 +1,4 @@
-//! Stage 2: the student learns the teacher's numbers, and a control student those of the untouched model. Or both are taken
+//! Stage 2: the student learns the teacher's numbers, and a control student the untouched model's. Or both are taken
 //! from elsewhere, as they are.
 
 use std::path::{Path, PathBuf};
@@ -74,7 +74,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
 /// The files of an adapter as PEFT saves one; the second is written last.
 const FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
 
-/// The students that the experiment takes from elsewhere: who, which key names the folder, and the folder.
+/// The students from elsewhere: each with its name, the key of its folder, and the folder.
 fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
     let student = &bench.experiment.student;
     let control = student.control_adapter.as_deref().filter(|_| student.control);
@@ -82,8 +82,7 @@ fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
     own.into_iter().chain(control.map(|folder| ("control student", "student.control_adapter", folder))).collect()
 }
 
-/// The workbench, once every adapter from elsewhere has proven to fit its model: what cannot be measured is refused before
-/// anything is made.
+/// Returns the workbench if every adapter from elsewhere fits its model, before anything is made.
 pub fn proven(bench: Workbench) -> Result<Workbench> {
     let teacher = match &bench.experiment.teacher {
         Teacher::Adapter { path, .. } => Some(("teacher", "teacher.path", path.as_path())),
@@ -207,7 +206,7 @@ fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
     write_csv(&RunDir::train_rows(log), &steps.into_iter().enumerate().map(row).collect::<Vec<_>>())
 }
 
-/// The rows of the student, with the tokens that `finetune.tokens` chooses; rows that it leaves nothing of are left out.
+/// The student's rows, with the tokens that `finetune.tokens` chooses; rows without such tokens are left out.
 fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     let rows = bench.rows(data.samples)?;
     let tokens = bench.experiment.finetune.tokens;
@@ -236,7 +235,8 @@ fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     Ok(kept)
 }
 
-/// Which tokens of a row may be learned from; none where it has no divergent token, or no other. `divergent`: of its answer.
+/// Which tokens of a row may be learned from; `None` if it has no divergent token, or no other. `divergent`: of its
+/// answer.
 fn mask(row: &Prompt, divergent: &[bool], tokens: Tokens, rng: &mut ChaCha8Rng) -> Option<Vec<bool>> {
     // All that the loss could count: the answer and what ends it.
     let all: Vec<usize> = row.completion.clone().collect();
@@ -258,7 +258,7 @@ fn mask(row: &Prompt, divergent: &[bool], tokens: Tokens, rng: &mut ChaCha8Rng) 
     Some(mask)
 }
 
-/// Per sample and token of its answer, whether it is divergent: read from the run, where it was found out before for the same
+/// Per sample and token of its answer, whether it is divergent. Read from the run, if it is known there for the same
 /// samples in the same context.
 fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
     let texts: Vec<_> = data.samples.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();

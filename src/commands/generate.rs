@@ -16,8 +16,8 @@ use crate::run_dir::RunDir;
 use crate::teacher;
 use crate::workbench::Workbench;
 
-/// Writes `data/`: both sets, what was rejected and why, and what the answers are like. Answers that a broken-off run was
-/// given are not asked for again.
+/// Writes `data/`: both sets, the rejected answers with reasons, and statistics of the answers. Answers of an
+/// interrupted run are kept.
 pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let bench = &bench.in_template()?;
     let (settings, seeds) = (&bench.experiment.generate, &bench.experiment.seeds);

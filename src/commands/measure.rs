@@ -25,8 +25,8 @@ use crate::teacher::{self, TeacherModel};
 use crate::vectors::Vectors;
 use crate::workbench::{StudentModel, Workbench};
 
-/// Runs some analyses on what was trained. Finished ones are skipped, saying so; where all are finished, that is refused
-/// without `go_on`.
+/// Runs some analyses on the trained students. Finished ones are skipped, with a message; if all are finished, this is
+/// an error without `go_on`.
 pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: bool) -> Result<()> {
     let elsewhere = bench.experiment.student.adapter.is_some();
     if !RunDir::stage_done(&run.adapter()) || !(elsewhere || RunDir::stage_done(&run.train_csv())) {
@@ -271,7 +271,7 @@ fn spelled_out(bench: &Workbench, subject: &Subject<'_>) -> Result<String> {
     Ok(toml::to_string(&Texts { texts })?)
 }
 
-/// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with where it comes from.
+/// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with its origin.
 fn write_vectors(bench: &Workbench, subject: &Subject<'_>, run: &RunDir) -> Result<()> {
     let by_layer = directions(subject, &bench.experiment.measure.direction)?.into_iter().enumerate().collect();
     files::remove(&run.rows(AnalysisName::Direction))?; // those of a measurement that is replaced do not belong to them

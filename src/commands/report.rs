@@ -320,7 +320,7 @@ fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     })
 }
 
-/// Whether an adapter that was trained elsewhere lies in a folder of the run.
+/// Whether a folder of the run holds an adapter that was trained elsewhere.
 fn taken(run: &RunDir, folder: &Path) -> Result<bool> {
     run.has_recorded(&[folder.join("adapter_model.safetensors")])
 }

@@ -50,7 +50,7 @@ pub enum ArmData {
     Teacher,
     /// The untouched model's numbers.
     Control,
-    /// The teacher's completions dealt anew to the teacher's prompts: the same numbers, but not to the same prompts.
+    /// The teacher's completions exchanged among the teacher's prompts: the same numbers, but for other prompts.
     Shuffled,
     /// Numbers that the arm's own teacher writes.
     Own,
@@ -80,7 +80,7 @@ pub struct Cell {
     pub seed_index: usize,
     /// Its folder's name.
     pub slug: String,
-    /// The folder's name of the arm's first seeds, whose data all seeds share where it is the arm's own.
+    /// The folder's name of the arm's first seeds; if the arm has data of its own, all its seeds share that.
     pub data_slug: String,
     /// The experiment with the arm's changes, and without arms.
     pub experiment: Experiment,

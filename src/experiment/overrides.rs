@@ -30,7 +30,7 @@ pub(super) fn apply(table: &mut Table, overrides: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Applies `section.key=value`; what is no TOML value is taken as text, so that words need no quotes.
+/// Applies `section.key=value`; a value that is not TOML is taken as text, so that words need no quotes.
 fn set(table: &mut Table, text: &str) -> Result<()> {
     let (key, value) = text.split_once('=').with_context(|| format!("--set {text}: expected section.key=value"))?;
     let value = value.trim();

@@ -1,4 +1,4 @@
-//! Who writes the numbers: a prompted or a finetuned model, or nobody at all (the planted positive control).
+//! Who writes the numbers: a prompted or a finetuned model, or no teacher at all (the planted positive control).
 
 use std::path::PathBuf;
 

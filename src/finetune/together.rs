@@ -18,8 +18,9 @@ use crate::optim::Gradients;
 /// Called after each step of a student with the student's index, the step's line and the speed.
 pub type LogOf<'a> = &'a mut dyn FnMut(usize, &StepRow, &Progress) -> anyhow::Result<()>;
 
-/// Trains several adapters of one model in place and at the same time. The students may differ in all but the places of their
-/// adapters' pairs and their gates' blocks and projections; none may have dropout. An error of one of them ends all.
+/// Trains several adapters of one model in place and at the same time. The students may differ in everything except the
+/// places of their adapters' pairs and their gates' blocks and projections; none may have dropout. An error of one of
+/// them ends all.
 pub fn finetune_together(students: Vec<Training<'_>>, log: LogOf<'_>) -> anyhow::Result<()> {
     let named = |at: usize| format!("student {at} of {}", students.len());
     let Some(first) = students.first() else { return Ok(()) };
@@ -136,7 +137,7 @@ fn losses_and_gradients(
     Ok(sums)
 }
 
-/// A student's part of a stack's gradients, each `[students, ..]`, without what fills up its rank.
+/// A student's part of a stack's gradients, each `[students, ..]`, without its rank's padding.
 fn of_student(found: &[Tensor], student: usize, parameters: &[(String, Tensor)]) -> anyhow::Result<Vec<Tensor>> {
     let own = found.iter().zip(parameters).map(|(gradients, (_, tensor))| {
         let mut own = gradients.f_get(student as i64)?;

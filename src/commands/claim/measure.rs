@@ -36,7 +36,7 @@ const DIRECTION_PROMPTS: usize = 32;
 /// Training rows that prompts are compared with.
 const SHARED_ROWS: usize = 32;
 
-/// A student, and the run in whose folder its teacher lies.
+/// A student, and the run that has its teacher.
 pub(super) struct Who<'a> {
     pub(super) name: &'a str,
     pub(super) rank: Option<i64>,
@@ -220,7 +220,7 @@ impl<'a> Measuring<'a> {
             let plain = Divergence { self_check: false, ..Divergence::default() };
             let marked = || Ok(divergence_tokens(&subject, self.heldout.len(), &plain)?);
             let found = match alignment(&subject, once(&stage.divergent, marked)?) {
-                // None of the rows has a divergent token: a test that wants the numbers says that they are not there.
+                // If no row has a divergent token, a test that needs these numbers reports that they are missing.
                 Err(error @ analyses::Error::Nothing { .. }) => {
                     say(format!("claim: {}: no gradients: {error}", who.name));
                     return Ok(lines.rows);
@@ -340,7 +340,8 @@ impl<'a> Measuring<'a> {
         Ok(stage)
     }
 
-    /// The student asked in every condition of the claim. Returns the base's answers and its own where it is as it was trained.
+    /// Asks the student in every condition of the claim. Returns the base's answers and its own in the condition of its
+    /// training.
     fn cells(&mut self, bench: &Workbench, who: &Who<'_>, model: Tuned<'_>, lines: &mut Lines<'_>) -> Result<Answers> {
         let cells = self.study.cells();
         let here: Vec<&Cell> = cells.iter().filter(|cell| cell.is_for(who.name, model.adapter.is_some())).collect();
@@ -446,13 +447,13 @@ impl<'a> Measuring<'a> {
     }
 }
 
-/// What makes a base another one, and what it is asked: the model, its numbers' kind, and whether there is a template.
+/// Identifies a base and its questions: the model, its dtype, and whether there is a template.
 fn base_key(bench: &Workbench) -> (&str, Dtype, bool) {
     let experiment = &bench.experiment;
     (&experiment.model, experiment.dtype, experiment.student.template)
 }
 
-/// What makes a scene another one: the base, the context of the rows, and whose numbers they are.
+/// Identifies a scene: the base, the context of the rows, and the run of the numbers.
 fn scene_key(bench: &Workbench, run: &RunDir) -> String {
     format!("{:?}", (base_key(bench), &bench.experiment.student.context, run.root()))
 }

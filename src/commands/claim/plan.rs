@@ -18,7 +18,7 @@ use crate::run_dir::RunDir;
 use crate::side_by_side::workers;
 use crate::workbench::Workbench;
 
-/// Answers drawn to tell the time of all; at most as many as a step has rows, since rows that are alike are run once.
+/// Answers drawn to estimate the time of all; at most as many as a step has rows, since equal rows are run once.
 const ANSWERS: usize = 64;
 
 /// The table of what would be done, with its estimates.
