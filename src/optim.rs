@@ -93,7 +93,8 @@ pub enum Rule {
         weight_decay: f64,
     },
     /// Muon as `torch.optim.Muon` (Jordan et al. 2024), with Nesterov's momentum μ: m ← μ m + (1 − μ) g,
-    /// u = (1 − μ) g + μ m, θ ← θ(1 − lr·decay) − lr √max(1, rows / columns) · O(u). O sets all singular values to about 1.
+    /// u = (1 − μ) g + μ m, θ ← θ(1 − lr·decay) − lr √max(1, rows / columns) · O(u).
+    /// O sets all singular values to about 1.
     Muon {
         /// μ.
         momentum: f64,

@@ -273,7 +273,8 @@ impl Means {
 
     /// The mean of this model − base, each block's `[d_model]`, at the first choice of positions.
     pub fn direction(&self, base: &Self) -> Result<Vec<Tensor>> {
-        let mean = self.get(0)?.resid.f_sub(&base.get(0)?.resid)?.f_mean_dim(0, false, Kind::Float)?; // [n_layers, d_model]
+        // [n_layers, d_model]
+        let mean = self.get(0)?.resid.f_sub(&base.get(0)?.resid)?.f_mean_dim(0, false, Kind::Float)?;
         (0..mean.size()[0]).map(|layer| Ok(mean.f_get(layer)?)).collect()
     }
 }

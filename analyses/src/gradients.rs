@@ -101,8 +101,8 @@ pub struct GradientRow {
     pub k: Option<usize>,
     /// The token's text; empty for a group.
     pub token_text: String,
-    /// `divergent_digit`, `other_digit` or `other`, as in `divergence/rows.csv`; in scopes `group` and `part`: `divergent_digit` or `rest`
-    /// (all other tokens of the completions, without the end of the turn).
+    /// `divergent_digit`, `other_digit` or `other`, as in `divergence/rows.csv`; in scopes `group` and `part`:
+    /// `divergent_digit` or `rest` (all other tokens of the completions, without the end of the turn).
     pub group: String,
     /// The part of the chat, named as the gate that chooses it: `entity`, `sys.content_other`, `template`, `user.content` or `gen`;
     /// scope `part` only.

@@ -98,7 +98,8 @@ impl LoraPair {
         let (down, up) =
             (2.0 * x.numel() as f64 * rank as f64, 2.0 * (x.numel() as f64 / d_in as f64) * (rank * d_out) as f64);
         let wanted = |tensor: &Tensor| f64::from(u8::from(graph && tensor.requires_grad()));
-        let inner = f64::from(u8::from(graph && (x.requires_grad() || self.a.requires_grad()))); // the bottleneck's gradient
+        // The bottleneck's gradient.
+        let inner = f64::from(u8::from(graph && (x.requires_grad() || self.a.requires_grad())));
         (down + up, down * (wanted(x) + wanted(&self.a)) + up * (inner + wanted(&self.b)))
     }
 

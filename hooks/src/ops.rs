@@ -7,7 +7,7 @@ use crate::profile::{self, Op};
 
 /// `x Wᵀ + b`. `x`: `[.., d_in]`, the result is `[.., d_out]`.
 ///
-/// A CPU multiplies a few rows with a large matrix faster as `(W xᵀ)ᵀ`: 1.5 times for a whole decoding step of the 0.5B.
+/// A CPU multiplies a few rows with a large matrix faster as `(W xᵀ)ᵀ`: 1.5 times in a whole decoding step of the 0.5B.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     const FEW_ROWS: i64 = 32;
     let mut shape = x.size();
