@@ -107,7 +107,7 @@ fn arms_stand_beside_the_students_and_are_kept() {
         assert_eq!((row.delta_logp_se, row.delta_margin_se), (rate.delta_logp_se, rate.delta_margin_se));
     }
 
-    // A second run does nothing; a table that is lost is made anew of the students that are there.
+    // A second run does nothing; a lost table is made again from the existing students.
     let said = succeeds(folder.path(), &RUN);
     assert!(said.contains("arms: done already") && !said.contains("arms: alpha"), "{said}");
     let message = fails(folder.path(), &ALONE);

@@ -307,8 +307,8 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     assert_eq!([changed(&adapter), changed(&table)], before);
     assert_eq!(fs::read_to_string(claim.join("report.html")).unwrap(), page);
 
-    // Another test in the claim: nothing is measured anew. Another condition: measured, not trained anew. And another claim shares
-    // the runs.
+    // With another test in the claim, nothing is measured again. With another condition, students are measured but not
+    // trained again. Another claim shares the runs.
     fs::write(&path, CLAIM.replace("above = 0", "above = 0.5")).unwrap();
     ask(&path, &root).unwrap();
     assert_eq!([changed(&adapter), changed(&table)], before);

@@ -18,7 +18,8 @@ pub(crate) const FORWARD: Tolerance = Tolerance(1e-5);
 /// the golden f32: at most 4.2e-6, at a gated query's A, where the sum is over few positions.
 pub(crate) const BACKWARD: Tolerance = Tolerance(1e-5);
 
-/// For what is f64 on both sides, with its last place at 1e-16. Measured: at most 4e-15, nine orders below f32's differences.
+/// For results that are f64 on both sides, with a last place at 1e-16. Measured: at most 4e-15, nine orders below f32's
+/// differences.
 pub(crate) const EXACT: Tolerance = Tolerance(1e-12);
 
 /// For gradients computed in f64 that f32 tensors receive: rounded to f32 (6e-8) as often as they are added up, which is once

@@ -107,7 +107,7 @@ fn every_command_is_understood() {
         for words in blocks_of(&page, "sh").iter().flat_map(|block| commands(block)) {
             let line = words.join(" ");
             match Cli::try_parse_from(&words) {
-                // The page of errors shows what is refused, and has a test of its own.
+                // The page of errors shows refused commands, and has a test of its own.
                 Err(error) if name != "docs/errors.md" => panic!("{name}: {line}: {error}"),
                 _ => seen.insert(words[1].clone()),
             };

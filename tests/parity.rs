@@ -321,7 +321,8 @@ fn every_shape_is_what_the_table_says() {
     }
 }
 
-/// In f64, transformers and we differ by f64's rounding: so what is left in f32 is rounding too, and no tolerance hides a mistake.
+/// In f64, transformers and we differ by f64's rounding. So the difference in f32 is rounding too, and no tolerance
+/// hides a mistake.
 #[test]
 fn in_f64_nothing_is_left() {
     for name in CASES {

@@ -171,7 +171,7 @@ pub(crate) fn undertone(folder: &Path, args: &[&str]) -> Output {
     command.args(args).current_dir(folder).env("OMP_NUM_THREADS", threads).output().unwrap()
 }
 
-/// What the program said on stderr; it must have ended well.
+/// The program's stderr; it must have succeeded.
 pub(crate) fn succeeds(folder: &Path, args: &[&str]) -> String {
     let output = undertone(folder, args);
     let said = String::from_utf8(output.stderr).unwrap();
@@ -179,7 +179,7 @@ pub(crate) fn succeeds(folder: &Path, args: &[&str]) -> String {
     said
 }
 
-/// What the program said on stderr; it must have ended with an error of its own.
+/// The program's stderr; it must have failed with an error of its own.
 pub(crate) fn fails(folder: &Path, args: &[&str]) -> String {
     let output = undertone(folder, args);
     let said = String::from_utf8(output.stderr).unwrap();
@@ -187,7 +187,7 @@ pub(crate) fn fails(folder: &Path, args: &[&str]) -> String {
     said
 }
 
-/// Runs the experiment, with changes, into a new folder; it lies there as `experiment.toml`.
+/// Runs the experiment, with changes, in a new folder, which has it as `experiment.toml`.
 pub(crate) fn run(changes: &[&str]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("experiment.toml"), EXPERIMENT).unwrap();
