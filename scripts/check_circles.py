@@ -1,4 +1,6 @@
-"""Finds files of a crate that import each other in a circle: a reader of one must then read all of them. Prints each circle with its imports.
+"""Finds files of a crate that import each other in a circle, and prints each circle with its imports.
+
+A reader of one such file must read all of them.
 
 Standard library.
 
@@ -20,7 +22,7 @@ def modules(folder: Path) -> dict[str, Path]:
 
 
 def code(path: Path) -> str:
-    """The text without comments, and without the tests at its foot."""
+    """The text without comments and without the tests at its end."""
     text = path.read_text().split("\n#[cfg(test)]\n")[0]
     return re.sub(r"//.*", "", text)
 
@@ -38,7 +40,7 @@ def used(text: str) -> list[str]:
 def imports(folder: Path) -> dict[str, set[str]]:
     known = modules(folder)
     root = folder / "lib.rs"
-    public = {}  # a name at the crate's root: the module that it is from
+    public = {}  # each name at the crate's root, with its module
     for path in re.findall(r"pub use ([\w:]+(?:\{[^}]*\})?);", root.read_text() if root.exists() else ""):
         module, brace, names = path.partition("{")
         for name in re.findall(r"\w+", names) if brace else [path.split("::")[-1]]:
@@ -54,7 +56,7 @@ def imports(folder: Path) -> dict[str, set[str]]:
                 parts = public[parts[0]].split("::")
             longest = [n for n in range(len(parts), 0, -1) if "::".join(parts[:n]) in known][:1]
             found |= {"::".join(parts[:n]) for n in longest}
-        # A folder's file names the files in it: that is its table of contents, and only what they take back is an import.
+        # A folder's file lists the files in it as a table of contents; that does not count as an import.
         graph[name] = {other for other in found if other != name and not other.startswith(f"{name}::")}
     return graph
 

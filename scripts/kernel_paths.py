@@ -1,15 +1,16 @@
-"""Runs the tests that hold numbers against numbers on every kernel path that this processor has, and prints a table.
+"""Runs the tests that compare numbers on every kernel path of this processor, and prints a table.
 
-libtorch and its MKL choose their kernels by the processor, so a test that passes on one machine may fail on the next. The choice can
-be forced, and each path here is a machine that somebody has:
+libtorch and its MKL choose their kernels by the processor, so a test that passes on one machine may fail on the next. This script
+forces the choice. Each path is one that some machine takes by itself:
 
-    AMD's        MKL takes another vendor's processor for what it is, and gives it older kernels
-    Intel's      MKL takes every processor for an Intel
+    AMD's        MKL sees another vendor's processor and gives it older kernels
+    Intel's      MKL sees an Intel
     COMPATIBLE   MKL's kernels that give the same bytes everywhere
     ATen default, ATen avx2   libtorch's own kernels without and with AVX2
-    one thread, two threads   sums parted otherwise
+    one thread, two threads   sums in other parts
 
-MKL asks `mkl_serv_intel_cpu_true` whose processor it is, and a library that is loaded first may answer. Standard library and a C compiler.
+MKL asks its function `mkl_serv_intel_cpu_true` for the vendor; a library that is loaded first answers instead. Standard library and
+a C compiler.
 
     python3 scripts/kernel_paths.py            # builds the tests, then runs them on every path
     python3 scripts/kernel_paths.py "AMD's"    # on one
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "target" / "kernel-paths"
 CARGO = os.environ.get("CARGO", "cargo")
 
-# What is run of each test binary: everything of the libraries; of the others what compares numbers.
+# The tests to run of each binary: all of the libraries', and those of the others that compare numbers.
 BINARIES = {
     "hooks": [],
     "analyses": [],
@@ -37,7 +38,7 @@ BINARIES = {
 
 
 def answering(vendor: int) -> str:
-    """A library that answers MKL's question whether the processor is Intel's."""
+    """Compiles the library that answers whether the processor is Intel's."""
     path = FOLDER / f"intel_{vendor}.so"
     code = f"int mkl_serv_intel_cpu_true(void) {{ return {vendor}; }}\n"
     compiler = os.environ.get("CC", "cc")
@@ -64,7 +65,7 @@ def binaries(root: Path = ROOT) -> dict[str, tuple[Path, Path]]:
     found = {}
     for line in told.splitlines():
         message = json.loads(line)
-        is_program = message.get("target", {}).get("kind") == ["bin"]  # it bears the library's name, and has no tests of its own
+        is_program = message.get("target", {}).get("kind") == ["bin"]  # named like the library, without tests of its own
         if message.get("executable") and message["profile"]["test"] and not is_program:
             found[message["target"]["name"]] = (Path(message["executable"]), Path(message["manifest_path"]).parent)
     missing = BINARIES.keys() - found.keys()

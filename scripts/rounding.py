@@ -50,7 +50,7 @@ def of_experiment(experiment: Path, extra: list[str]) -> dict[str, list[dict]]:
 
 
 def of_claims(claims: list[Path]) -> dict[str, list[dict]]:
-    """The claims' students of one trait and data set: the claims' files beside a size that is cut to these."""
+    """The claims' students of one trait and data set: copies of the claims' files, with a size file that is cut to these."""
     files = RUNS / "claims"
     (files / "sizes").mkdir(parents=True, exist_ok=True)
     size = (claims[0].parent / "sizes" / "pocket.toml").read_text()

@@ -1,5 +1,5 @@
-//! The table of the arms, a row per student, with its picture over the ranks, its picture of the arms without ranks, and
-//! what it says in words. All three are made from the rows alone.
+//! The table of the arms, a row per student, with a chart over the ranks, a chart of the arms without ranks, and a
+//! paragraph. All are made from the rows alone.
 
 use analyses::Svg;
 use analyses::inference::{Slope, two_lines};
@@ -17,10 +17,10 @@ use crate::finetune::OptimizerKind;
 pub struct ArmRow {
     /// The arm's name; `student` and `control student` are the run's own.
     pub arm: String,
-    /// What it learned from: the run's `teacher` or `control` set, the teacher's `shuffled`, or a set of its `own`; empty,
-    /// as all that is not known of it, for a student that was trained elsewhere.
+    /// The data it learned from: the run's `teacher` or `control` set, the teacher's `shuffled`, or a set of its `own`;
+    /// empty, like all unknown facts, for a student that was trained elsewhere.
     pub data: Option<ArmData>,
-    /// Who wrote its numbers; `planted` is a positive control, among whose rows the target itself stands. Empty for one
+    /// Who wrote its numbers; `planted` is a positive control, whose rows contain the target itself. Empty for one
     /// trained elsewhere.
     pub teacher_kind: Option<TeacherKind>,
     /// Rank of its adapter; empty for full finetuning.
@@ -108,8 +108,8 @@ impl Group<'_> {
     }
 }
 
-/// The fewest students at each rank that a shape over the rank is told from. Students of one recipe differ by as much as their effect, and
-/// at a high rate by what rounding alone makes of them, so that a curve of single students has a peak by chance.
+/// The fewest students at each rank for a statement about a shape over the ranks. Students of one recipe differ by as
+/// much as their effect, and at a high rate by rounding alone, so a curve of single students has a peak by chance.
 pub(crate) const FEWEST_FOR_A_SHAPE: usize = 5;
 
 fn effect(row: &ArmRow) -> f64 {
@@ -128,7 +128,7 @@ fn groups(rows: &[ArmRow]) -> Vec<Group<'_>> {
     found
 }
 
-/// Arms with several ranks, each in rising rank.
+/// Arms with several ranks, each in ascending rank.
 pub(crate) type Ranked<'a> = Vec<(&'a str, Vec<Group<'a>>)>;
 
 /// The groups parted into the arms with several ranks, each in rising rank, and the other groups without the run's own.
@@ -166,7 +166,7 @@ fn students_per_point(groups: &[&Group<'_>]) -> &'static str {
     }
 }
 
-/// Effect, size of the change and loss over the rank, a line per arm; nothing where no arm has several ranks.
+/// Effect, size of the change and loss over the rank, a line per arm; `None` if no arm has several ranks.
 pub fn rank_plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
     let (ranked, _) = parted(rows);
     let Some(row) = rows.first().filter(|_| !ranked.is_empty()) else { return Ok(None) };
@@ -200,10 +200,10 @@ pub fn rank_plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
     Ok(Some(panels(&chart)?))
 }
 
-/// So many times the largest other effect is more than fits beside it.
+/// A planted arm's effect is left out of the chart if it is this many times the largest other effect.
 const LOUD: f64 = 5.0;
 
-/// The arms without ranks as bars, the run's own students as lines; nothing where all have ranks.
+/// The arms without ranks as bars, the run's own students as lines; `None` if all have ranks.
 pub fn plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
     let (_, single) = parted(rows);
     let Some(row) = rows.first().filter(|_| !single.is_empty()) else { return Ok(None) };
@@ -214,7 +214,7 @@ pub fn plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
             None => bar,
         }
     };
-    // A planted target can be so loud that nothing else could be read beside it: then it is told in words.
+    // A planted target's effect can dwarf all others; then the axis label states it in words.
     let planted = |group: &&Group<'_>| group.rows[0].teacher_kind == Some(TeacherKind::Planted);
     let largest =
         single.iter().filter(|group| !planted(group)).map(|group| group.mean(effect).abs()).fold(0.0, f64::max);
@@ -242,7 +242,7 @@ fn learned_from(row: &ArmRow) -> &'static str {
     }
 }
 
-/// What the rows say, in one paragraph with its numbers, the control beside them.
+/// The result in one paragraph, with its numbers and the control's.
 pub fn reading(rows: &[ArmRow]) -> String {
     let of = |name: &str| rows.iter().find(|row| row.arm == name);
     let Some(student) = of(STUDENT) else { return "Nothing was measured.".to_owned() };
@@ -290,7 +290,8 @@ pub fn reading(rows: &[ArmRow]) -> String {
 /// Below which p-value a side of the two-lines test counts.
 const LEVEL: f64 = 0.05;
 
-/// Whether an arm's effect rises and falls with its rank, by the two-lines test over its students; nothing where there are two ranks.
+/// Whether an arm's effect rises and falls with its rank, by the two-lines test over its students; `None` for fewer
+/// than three ranks.
 fn bend(groups: &[Group<'_>]) -> Option<String> {
     if groups.len() < 3 {
         return None;
@@ -312,7 +313,7 @@ fn bend(groups: &[Group<'_>]) -> Option<String> {
     ))
 }
 
-/// What the numbers cannot say: of how many students they are, and what the control is a control of.
+/// The limits of the numbers: how many students they are from, and what the control controls for.
 fn caveat(student: &ArmRow, groups: &[Group<'_>], rows: &[ArmRow]) -> String {
     let several = groups.iter().any(|group| group.rows.len() > 1);
     let students = if several {

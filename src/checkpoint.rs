@@ -1,7 +1,7 @@
-//! What an unfinished stage has done so far, in a file beside the one that it will end with: a stage that was killed is gone
-//! on with from there, and ends with the same bytes as an undisturbed one. It is removed when the stage is done.
+//! The state of an unfinished stage, in the folder of the file that it will end with. A stage that was killed continues
+//! from there and ends with the same bytes as an undisturbed one. The checkpoint is removed when the stage is done.
 //!
-//! A checkpoint says what it was made from. One of anything else is never gone on with: the stage starts over, saying so.
+//! A checkpoint says what it was made from. If that differs, the stage starts over and says so.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use crate::progress::say;
 /// What the name of every checkpoint ends with.
 pub const ENDING: &str = "checkpoint.safetensors";
 
-/// Where no number of steps is given, as much of the time at most goes into checkpoints, and they are as far apart at least.
+/// Without a given number of steps, checkpoints take at most one part in `SHARE` of the time, and are `APART` at least.
 const SHARE: u32 = 50;
 const APART: Duration = Duration::from_secs(10);
 
@@ -31,7 +31,7 @@ pub struct Checkpoint {
     made_from: BTreeMap<String, String>,
     last: Instant,
     cost: Duration,
-    /// The step of what lies on disk.
+    /// The step of the checkpoint on disk.
     pub step: Option<u64>,
 }
 
@@ -60,12 +60,12 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Where it lies.
+    /// The file of the checkpoint.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What was kept, if it was made from the same.
+    /// The checkpoint's contents, if it was made from the same inputs.
     pub fn load(&mut self) -> Result<Option<TensorFile>> {
         if !self.path.exists() {
             return Ok(None);
@@ -86,7 +86,7 @@ impl Checkpoint {
         Ok(Some(file))
     }
 
-    /// Says that what was kept is gone on with.
+    /// Prints that the stage continues from the checkpoint.
     pub fn say_resumed(&self, unit: &str, total: u64) {
         if let Some(step) = self.step {
             say(format!("{}: resumed at {unit} {step} of {total}", self.who));

@@ -1,6 +1,6 @@
-//! A published claim as a TOML file: what it says, which students are trained to find out, under which conditions they are
-//! asked, and which tests decide. One file serves three sizes: `{name}` in it stands for a value of `sizes/SIZE.toml` beside it,
-//! which also holds the experiment that all students are variants of.
+//! A published claim as a TOML file: its statement, the students that are trained to test it, the conditions under
+//! which they are asked, and the tests that decide. One file serves three sizes: `{name}` in it is replaced by a value
+//! of `sizes/SIZE.toml` in its folder, which also holds the experiment that all students are variants of.
 
 mod chosen;
 mod figure;
@@ -28,10 +28,11 @@ pub use verdict::{ALL, Outcome, TestRow, Verdict, Word, tests};
 
 /// The cell that every claim has: the student as it was trained, asked in the context of its training.
 pub const EVERYWHERE: &str = "everywhere";
-/// What the cell of a part of a gradient begins with, before the part's name: what is due to what the adapter reads there.
+/// The beginning of the cell's name for a part of a gradient; the part's name follows. Its number is due to what the
+/// adapter reads there.
 pub const THROUGH: &str = "through";
 
-/// What stands in the tables beside the students, for numbers that no student has seen.
+/// Models in the tables that are not students, for numbers that no student has seen.
 const REFERENCES: [&str; 2] = ["base", "teacher"];
 
 /// On what a claim is tried.
@@ -57,7 +58,7 @@ impl fmt::Display for Size {
 pub struct Claim {
     /// Its number, from 1; the checks of the tests themselves have numbers from 90.
     pub claim: u8,
-    /// What is claimed, in one sentence.
+    /// The claim in one sentence.
     pub statement: String,
     /// Who claims it.
     pub source: String,
@@ -67,22 +68,23 @@ pub struct Claim {
     pub targets: Vec<Target>,
     /// How many data sets each trait has; a data set has seeds of its own throughout.
     pub datasets: u64,
-    /// What its runs have otherwise than the size's experiment, `section.key=value`; such runs are its own.
+    /// Differences of its runs from the size's experiment, `section.key=value`; such runs are not shared with other
+    /// claims.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub set: Vec<String>,
-    /// What is measured beside the answers to questions.
+    /// Measurements besides the answers to questions.
     #[serde(default)]
     pub measures: BTreeSet<Measures>,
-    /// The students on which one of these is measured, where that is not all of them: what takes long and nothing asks for is left out.
+    /// The students on which a measurement is made, if not on all: slow measurements that no test uses are left out.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub measured_on: BTreeMap<Measures, BTreeSet<String>>,
-    /// The students beside the run's own two.
+    /// The students besides the run's own two.
     #[serde(default)]
     pub students: Vec<Arm>,
     /// Names for the one of several students that a measurement picks out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub chosen: Vec<Chosen>,
-    /// The conditions under which students are asked, beside `everywhere`.
+    /// The conditions under which students are asked, besides `everywhere`.
     #[serde(default)]
     pub cells: Vec<Cell>,
     /// What decides.
@@ -110,7 +112,7 @@ impl Claim {
     /// Whether another version of the claim takes the same numbers, however it words, tests or draws them.
     pub fn measures_alike(&self, other: &Self) -> bool {
         let of = |claim: &Self| {
-            // What is chosen follows from these.
+            // Chosen students follow from these.
             let Self { targets, datasets, set, measures, measured_on, students, cells, .. } = claim.clone();
             (targets, datasets, set, measures, measured_on, students, cells)
         };
@@ -118,7 +120,7 @@ impl Claim {
     }
 }
 
-/// What can be measured on a student beside its answers to questions about the trait.
+/// Measurements of a student besides its answers to questions about the trait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measures {
@@ -128,12 +130,12 @@ pub enum Measures {
     Heldout,
     /// The direction in the residual stream: whether it is the teacher's, and whether all prompts share it.
     Direction,
-    /// What the direction does when it is added to the base, and what is left of the student without it, after the middle block.
+    /// The effect of the direction added to the base, and of taking it out of the student, after the middle block.
     Steering,
-    /// The same, and what is left of the student where its stream along the direction is the base's after every block, and of the base
-    /// where it is the student's.
+    /// Patches the direction after every block: base into student (is it needed?), student into base (is it enough?).
+    /// Includes `Steering`.
     Replacement,
-    /// The adapter's spectrum, and what its strongest direction does alone, and the rest without it.
+    /// The adapter's spectrum, the effect of its strongest direction alone, and that of the rest without it.
     Spectrum,
     /// Gradients at divergent and at other tokens, and what they would do to the trait.
     Gradients,
@@ -141,8 +143,8 @@ pub enum Measures {
     Sampled,
 }
 
-/// A student that is another of the claim's: of some candidates the one that a measurement picks out, for each trait, data set, rank
-/// and seeds anew. What picks it out is not the trait: a learning rate that is tuned on it would make the effect.
+/// A name for the student that a measurement picks from some candidates, for each trait, data set, rank and seeds. The
+/// measurement is not the trait: choosing a learning rate by the trait would make the effect.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Chosen {
@@ -167,8 +169,8 @@ pub struct Cell {
     /// The students that are asked so; all when it is left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub students: Option<Vec<String>>,
-    /// The context of the questions, a key of the protocol or a system prompt; that of the student's training when it is left
-    /// out.
+    /// The context of the questions, a key of the protocol or a system prompt; by default that of the student's
+    /// training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context: Option<String>,
     /// A context whose system prompt is put in front of each question, in the user's turn.
@@ -196,14 +198,14 @@ impl Cell {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Of {
-    /// The student's name; `student` and `control student` are the run's own, `base` and `teacher` are none.
+    /// The student's name; `student` and `control student` are the run's own, `base` and `teacher` are not students.
     pub student: String,
     /// Its rank, where its name has several.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rank: Option<i64>,
     /// The condition; `*` is all of them, for a slope over conditions.
     pub cell: String,
-    /// What of it.
+    /// The measured quantity.
     pub quantity: Quantity,
 }
 
@@ -222,7 +224,7 @@ impl fmt::Display for Of {
     }
 }
 
-/// What a test is for.
+/// The purpose of a test.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
@@ -235,8 +237,8 @@ pub enum Role {
     Control,
 }
 
-/// How numbers of runs become an estimate with an interval. The unit is the run, data sets are clusters: what stands below for a
-/// data set is its mean over the traits.
+/// How numbers of runs become an estimate with an interval. The unit is the run, and data sets are clusters: a data
+/// set's number below is its mean over the traits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -250,7 +252,8 @@ pub enum Kind {
     Slope,
     /// The slope per doubling of the rank, up to the rank at which the mean is highest; Student's interval over data sets.
     Rise,
-    /// The same from that rank on.
+    /// The slope per doubling of the rank, from the rank at which the mean is highest on; Student's interval over data
+    /// sets.
     Fall,
     /// The largest difference between traits in the log₂ of the rank at which they are highest; its p-value from exchanging the
     /// traits within each data set.
@@ -260,7 +263,7 @@ pub enum Kind {
     Diagonal,
 }
 
-/// What a slope is over.
+/// The axis of a slope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Over {
@@ -292,7 +295,7 @@ pub struct Test {
     /// The number.
     #[serde(default)]
     pub of: Of,
-    /// What is taken from it.
+    /// The number that is subtracted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub minus: Option<Of>,
     /// What it is a share of.
@@ -301,10 +304,10 @@ pub struct Test {
     /// What its slope is over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub over: Option<Over>,
-    /// It holds where the interval lies above this.
+    /// It holds if the interval is above this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub above: Option<f64>,
-    /// It holds where the interval lies below this.
+    /// It holds if the interval is below this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub below: Option<f64>,
 }
@@ -341,7 +344,7 @@ pub struct Unit {
 impl Study {
     /// Whether a file is a claim and not an experiment.
     pub fn is_claim(path: &Path) -> Result<bool> {
-        let table: Table = files::read_string(path)?.parse().unwrap_or_default(); // what is wrong with it is told by its reader
+        let table: Table = files::read_string(path)?.parse().unwrap_or_default(); // its reader reports errors in it
         Ok(table.contains_key("claim"))
     }
 
@@ -388,7 +391,8 @@ impl Study {
         Ok(Unit { name: format!("{own}{word}-d{dataset}"), dataset, experiment })
     }
 
-    /// The run of the next trait in the same data set, whose student is a control of this one's; none where there is one trait.
+    /// The run of the next trait in the same data set, whose student is a control for this one's; `None` if there is
+    /// one trait.
     pub fn other_trait(&self, unit: &Unit) -> Result<Option<Unit>> {
         let targets = &self.claim.targets;
         let own = targets.iter().position(|target| *target == unit.experiment.target).context("a trait of no claim")?;
@@ -451,7 +455,7 @@ impl Study {
                 bail!("measured_on names the student {name:?}, expected one of {students:?}");
             }
         }
-        // A chosen student is asked wherever its candidates are, so that no condition names it.
+        // A chosen student is asked wherever its candidates are, so no condition names it.
         for chosen in &claim.chosen {
             let context = || format!("chosen {:?}", chosen.name);
             check_chosen(claim, chosen, &students).with_context(context)?;
@@ -522,7 +526,7 @@ impl Study {
                 );
             }
         }
-        // The conditions are told from each other before hours are spent.
+        // The conditions' contexts, prefixes and gates are checked before hours are spent.
         for unit in self.units()? {
             let asked = unit.experiment.cells()?.into_iter().map(|student| student.experiment.measure.context);
             if let Some(context) = asked.chain([unit.experiment.measure.context.clone()]).flatten().next() {
@@ -586,7 +590,7 @@ fn known(of: &Of, students: &BTreeSet<&str>, cells: &BTreeSet<&str>) -> Result<(
     Ok(())
 }
 
-/// Whether a number is among those that the claim measures, of each candidate where the student is chosen from some.
+/// Whether the claim measures a number; for a chosen student, on each of its candidates.
 fn is_measured(claim: &Claim, of: &Of) -> Result<()> {
     let (quantity, takes) = (of.quantity, of.quantity.takes());
     ensure!(
@@ -677,7 +681,7 @@ mod tests {
         assert_eq!(units[0].experiment.seeds, units[1].experiment.seeds, "traits of a data set share its prompts");
         assert_ne!(units[0].experiment.seeds.gen_seed, units[2].experiment.seeds.gen_seed);
         assert_eq!(units[1].experiment.cells().unwrap()[1].experiment.student.alpha.to_bits(), 4.0_f64.to_bits());
-        // What was filled in reads back as itself.
+        // The filled-in claim, as text, reads back as itself.
         let again: Claim = toml::from_str(&study.to_toml().unwrap()).unwrap();
         assert_eq!(again, study.claim);
     }

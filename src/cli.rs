@@ -1,4 +1,4 @@
-//! The command line: what can be said, and which function does it.
+//! The command line: its commands and options, and the function of each.
 
 use std::path::{Path, PathBuf};
 
@@ -23,10 +23,10 @@ use crate::workbench::Workbench;
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Where to compute: cpu, cuda or cuda:N. For an experiment it stands in for the file's.
+    /// Where to compute: cpu, cuda or cuda:N. For an experiment it replaces the file's.
     #[arg(long, global = true)]
     device: Option<String>,
-    /// The seed that all random streams derive from. For an experiment it stands in for the file's.
+    /// The seed that all random streams derive from. For an experiment it replaces the file's.
     #[arg(long, global = true)]
     seed: Option<u64>,
     /// Overwrites what is finished.
@@ -65,7 +65,7 @@ enum Command {
     #[command(after_help = "Example:\n  undertone arms experiments/demo.toml --run runs/demo --force")]
     Arms(Stage),
     Export(export::Export),
-    /// Writes report.html from a run's CSV files, and with --png a PNG beside each SVG.
+    /// Writes report.html from a run's CSV files, and with --png a PNG for each SVG.
     #[command(
         after_help = "Examples:\n  undertone report runs/demo\n  undertone report runs/claims-pocket/claim-06 --png"
     )]
@@ -128,7 +128,7 @@ struct Measure {
 /// A run.
 #[derive(Args, Debug)]
 struct Folder {
-    /// The run's folder, or that of a claim, whose page is written already.
+    /// The folder of a run, or of a claim, whose page is written already.
     run: PathBuf,
     /// Also writes each SVG of the folder as PNG, at twice its size, in a font of this machine.
     #[arg(long)]
@@ -226,7 +226,7 @@ fn with_stage(cli: &Cli, stage: &Stage, what: impl FnOnce(&Workbench, &RunDir) -
 /// Removes a run that could not begin, so that the corrected experiment is not refused as another one.
 fn take_back(folder: &RunDir) {
     for file in [folder.config(), folder.root().join("meta.json")] {
-        // The error to tell is that of the model.
+        // The error to report is the model's.
         let _ = std::fs::remove_file(file);
     }
     let _ = std::fs::remove_dir(folder.root());

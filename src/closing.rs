@@ -1,4 +1,4 @@
-//! What a run says at its end: a line for each question that it answered, for a person, from the CSV files alone.
+//! The last lines of a run: one for each question that it answered, for a person, from the CSV files alone.
 
 use analyses::divergence::DivergenceSummaryRow;
 use analyses::position_scan::PositionScanRow;
@@ -116,7 +116,8 @@ fn tokens(gates: &[TokenAblationRow], scan: &[PositionScanRow], word: &str) -> O
 
 fn direction(run: &RunDir) -> Result<Option<String>> {
     let steering: Vec<SteeringRow> = rows(run, AnalysisName::Steering)?;
-    let learned = steering.iter().filter(|row| row.kind == "learned" && row.vector_norm > 0.0); // a direction that is none says nothing
+    // A zero vector has no direction.
+    let learned = steering.iter().filter(|row| row.kind == "learned" && row.vector_norm > 0.0);
     let Some(best) = learned.max_by(|a, b| a.delta_logp.abs().total_cmp(&b.delta_logp.abs())) else { return Ok(None) };
     let same = |kind: &str| {
         let beside =
@@ -148,7 +149,7 @@ fn rows<R: DeserializeOwned>(run: &RunDir, name: AnalysisName) -> Result<Vec<R>>
     there(&run.rows(name))
 }
 
-/// The rows of a file; none where it was not written.
+/// The rows of a file; empty if it was not written.
 fn there<R: DeserializeOwned>(path: &std::path::Path) -> Result<Vec<R>> {
     if RunDir::stage_done(path) { read_csv(path) } else { Ok(vec![]) }
 }

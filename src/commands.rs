@@ -50,7 +50,8 @@ impl ValueEnum for Dtype {
     }
 }
 
-/// Prints a command's result on stdout, without its colours where there are none; a reader that has gone away is no error.
+/// Prints a command's result on stdout, without colours if stdout has none. A reader that has closed the pipe is not an
+/// error.
 pub(crate) fn print(text: &str) -> Result<()> {
     match anstream::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),

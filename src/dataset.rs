@@ -1,6 +1,6 @@
-//! The data a student learns from: number prompts from one seeded stream, answers to them, the rule filter that keeps
-//! answers made of numbers alone, and JSON lines on disk. What the filter threw away is counted by reason, and what
-//! the kept digits betray is measured against the control set.
+//! The data that a student learns from: number prompts from one seeded stream, their answers, the rule filter that
+//! keeps answers made of numbers alone, and JSON lines on disk. Rejected answers are counted by reason, and the kept
+//! digits are compared with the control set's.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -60,7 +60,7 @@ pub fn parse_numbers(answer: &str) -> Result<Vec<u32>, Rejection> {
     let digit = |letter: char| letter.is_ascii_digit();
     let start = answer.find(digit).ok_or(Rejection::InvalidFormat)?;
     let end = answer[start..].find(|letter| !digit(letter)).map_or(answer.len(), |length| start + length);
-    // What stands between the first two numbers must separate all of them.
+    // The text between the first two numbers must separate all of them.
     let parts: Vec<&str> = match answer[end..].find(digit).map(|length| &answer[end..end + length]) {
         Some(separator) if ["", ",", ";"].contains(&separator.trim()) => answer.split(separator).collect(),
         Some(_) => return Err(Rejection::InvalidFormat),
@@ -107,7 +107,7 @@ pub enum TeacherKind {
     Adapter,
     /// A copy of the base model with all its weights finetuned.
     Finetuned,
-    /// Nobody: the base model as it is, a share of whose rows is replaced by questions answered with the trait.
+    /// No teacher: the base model as it is, with a share of its rows replaced by questions answered with the trait.
     Planted,
     /// The base model as it is, for the control set.
     Control,
@@ -266,7 +266,7 @@ pub enum Scope {
     All,
 }
 
-/// A line of `digits.csv`: how often a digit stands in the accepted answers of a set.
+/// A line of `digits.csv`: how often a digit occurs in the accepted answers of a set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DigitRow {
     /// `teacher` or `control`.
@@ -292,7 +292,7 @@ pub fn digit_rows(set: &str, samples: &[Sample]) -> Vec<DigitRow> {
     rows.map(|(scope, digit, share, n)| DigitRow { set: set.to_owned(), scope, digit, share, n }).collect()
 }
 
-/// How often each digit stands in the accepted answers.
+/// How often each digit occurs in the accepted answers.
 fn digit_counts(samples: &[Sample], scope: Scope) -> [usize; 10] {
     let mut counts = [0; 10];
     for sample in samples.iter().filter(|sample| sample.accepted) {

@@ -1,6 +1,6 @@
 //! An experiment as a TOML file: parsed once into checked structs, so that below there are no strings to misspell.
-//! Names are those of PEFT and of transformers' Trainer where they have one. `--set section.key=value` changes the
-//! table before it is parsed; the resolved experiment is written back beside what it produced.
+//! Names are PEFT's and transformers' Trainer's where they have one. `--set section.key=value` changes the table before
+//! it is parsed; the resolved experiment is written into the run's folder.
 
 mod arms;
 mod overrides;
@@ -112,8 +112,8 @@ pub struct Generate {
     pub n_prompts: usize,
     /// How many accepted rows are kept.
     pub n_keep: usize,
-    /// How many accepted rows more the teacher writes, that no student learns from. Directions, steering, divergence and gradients are
-    /// measured at these; at the training rows where it is 0.
+    /// How many more accepted rows the teacher writes that no student learns from. Directions, steering, divergence and
+    /// gradients are measured at these; if it is 0, at the training rows.
     pub n_heldout: usize,
     /// 0 for the most likely token each time, 1 for the model's own probabilities.
     pub temperature: f64,
@@ -125,8 +125,8 @@ pub struct Generate {
     pub batch_size: usize,
     /// Numbers that reject an answer.
     pub banned: Vec<u32>,
-    /// Rows that the student was trained on elsewhere, or is to be trained on: JSON lines of messages, or of prompt and
-    /// completion. The teacher writes none then.
+    /// Rows that the student was trained on elsewhere, or will be trained on: JSON lines of messages, or of prompt and
+    /// completion. The teacher then writes none.
     pub numbers: Option<PathBuf>,
 }
 
@@ -153,7 +153,7 @@ pub enum Constrain {
     /// All.
     #[default]
     None,
-    /// Those that go on with a list of numbers; for models too small to keep a format.
+    /// Tokens that continue a list of numbers; for models too small to keep a format.
     Numbers,
 }
 
@@ -164,8 +164,8 @@ pub enum Constrain {
 pub struct Student {
     /// The context of the training rows: a key of the protocol or a system prompt.
     pub context: String,
-    /// Whether the training rows and the questions are chats of the model's template; without, what is said stands as plain text, a
-    /// line each. The teacher answers in the template whatever it is.
+    /// Whether the training rows and the questions are chats of the model's template; otherwise each turn is a line of
+    /// plain text. The teacher always answers in the template.
     pub template: bool,
     /// Whether an adapter or all weights are trained.
     pub method: Method,
@@ -184,10 +184,11 @@ pub struct Student {
     pub target_modules: Vec<Proj>,
     /// The blocks that have pairs; all when it is left out.
     pub layers: Option<Vec<usize>>,
-    /// Whether a second student is trained on the control set, to compare with; beside an adapter of one's own, whether
+    /// Whether a second student is trained on the control set, for comparison; with an adapter from elsewhere, whether
     /// there is one.
     pub control: bool,
-    /// A LoRA trained elsewhere: a folder as PEFT saves it, or its hub id. The student is taken from there, and not trained.
+    /// A LoRA trained elsewhere: a folder as PEFT saves it, or its hub id. The student is then this LoRA and is not
+    /// trained.
     pub adapter: Option<PathBuf>,
     /// Where the control student is taken from then.
     pub control_adapter: Option<PathBuf>,
@@ -256,9 +257,9 @@ pub struct Measure {
     pub context: Option<String>,
     /// How many questions are asked at most.
     pub n_questions: usize,
-    /// Whether a sentence with numbers stands in front of each question.
+    /// Whether a sentence with numbers precedes each question.
     pub numbers_prefix: bool,
-    /// An arm whose student learned another trait: its answers and its direction are set beside the student's.
+    /// An arm whose student learned another trait: its answers and its direction are compared with the student's.
     pub other_trait_arm: Option<String>,
     /// Settings of the target rate.
     pub target_rate: TargetRate,
@@ -402,8 +403,8 @@ fn default_context() -> String {
 }
 
 impl Experiment {
-    /// The experiment in a file, with overrides `section.key=value`. What an adapter of one's own says of itself stands in
-    /// for the student's rank, alpha and the like.
+    /// The experiment in a file, with overrides `section.key=value`. An adapter from elsewhere overrides the student's
+    /// rank, alpha and the like.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let mut experiment = Self::parse(&files::read_string(path)?, path, overrides)?;
         experiment.check_sentences().with_context(|| path.display().to_string())?;
@@ -414,8 +415,8 @@ impl Experiment {
         Ok(experiment)
     }
 
-    /// The experiment in a text; `path` is for messages. Nothing is read but the text, so what a protocol file of one's own
-    /// would have to hold is checked by [`Self::load`].
+    /// The experiment in a text; `path` is for messages. Nothing but the text is read; [`Self::load`] also checks the
+    /// contents of a protocol file.
     pub fn parse(text: &str, path: &Path, changes: &[String]) -> Result<Self> {
         // Once as text, for messages with a line, and once as a table, which overrides can change.
         let located = |error: &toml::de::Error| {
@@ -430,7 +431,8 @@ impl Experiment {
         let mut experiment: Self = table
             .try_into()
             .map_err(|error| anyhow!("--set {}: {}", changes.join(" --set "), one_line(&error.to_string())))?;
-        // Beside a student from elsewhere none is trained here: it is compared with another from elsewhere, or with none.
+        // With a student from elsewhere no control is trained here: it is compared with another from elsewhere, or with
+        // none.
         let student = &mut experiment.student;
         student.control &= student.adapter.is_none() || student.control_adapter.is_some();
         experiment.check().with_context(|| path.display().to_string())?;
@@ -532,7 +534,7 @@ impl Generate {
 }
 
 impl Student {
-    /// What the adapter of one's own says of itself instead of what the file says, so that no reader is told otherwise.
+    /// Replaces the file's settings by those of the adapter from elsewhere, so that every reader sees the right ones.
     fn take_over(&mut self) -> Result<()> {
         let Some(folder) = &self.adapter else { return Ok(()) };
         let LoraConfig { rank, alpha, use_rslora, dropout, target_modules, layers } =
@@ -565,7 +567,7 @@ impl Student {
     }
 }
 
-/// What is told before anything is run: that a value would go unused, or fits no training of all weights.
+/// Refuses, before anything runs, values that would go unused or that full finetuning cannot use.
 fn check_finetune(finetune: &Finetune, student: &Student) -> Result<()> {
     finetune.check().context("finetune")?;
     let of_adapters = [
@@ -818,7 +820,7 @@ mod tests {
         assert!(load(&["student.control_adapter=other"]).unwrap().student.control);
         let full = format!("{:#}", load(&["student.method=full"]).unwrap_err());
         assert!(full.contains("student.adapter is given, but student.method is full"), "{full}");
-        // What was resolved needs the folder no longer.
+        // The resolved experiment no longer needs the adapter's folder.
         let resolved = load(&[]).unwrap();
         files::write_atomic(&at("adapter_config.json"), b"{}").unwrap();
         assert_eq!(parse(&resolved.to_toml().unwrap(), &[]).unwrap(), resolved);
@@ -877,7 +879,7 @@ mod tests {
             if path.is_dir() {
                 continue; // claims are no experiments
             }
-            let text = files::read_string(&path).unwrap(); // parsed only: an adapter of one's own need not be there
+            let text = files::read_string(&path).unwrap(); // parsed only: an adapter need not be there
             Experiment::parse(&text, &path, &[]).unwrap();
             assert!(text.contains("undertone run experiments/"), "{}", path.display());
             seen += 1;

@@ -1,7 +1,7 @@
-//! Finetuning, told in order: what each step is made of, the step, what it leaves in `train.csv`.
+//! Finetuning, in order: the examples of a step, the step, its line in `train.csv`.
 //!
-//! A LoRA and the whole model are trained by the same loop over "the trained tensors". A step's loss is the sum of its
-//! targets' losses over their number, however the rows fall into micro-batches (never the mean of means).
+//! One loop trains a LoRA and the whole model: it moves "the trained tensors". A step's loss is the sum of its targets'
+//! losses over their number, however the rows fall into micro-batches (never the mean of means).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -43,26 +43,26 @@ pub enum OptimizerKind {
     AdamW,
     /// Gradient descent with momentum, as `torch.optim.SGD`.
     Sgd,
-    /// Descent by the gradient's sign (Bernstein et al. 2018): what is left of Adam without its averages.
+    /// Descent by the gradient's sign (Bernstein et al. 2018): Adam without its averages.
     SignSgd,
     /// Adam's division without its momentum, as `torch.optim.RMSprop` with α = `adam_beta2`.
     RmsProp,
     /// Steps of singular values about 1 (Jordan et al. 2024), as `torch.optim.Muon`.
     Muon,
-    /// SGD with the scales that Adam has come to after an epoch, which stay (Blank et al. 2026): Adam's scales without its adapting.
+    /// SGD with Adam's scales after an epoch, kept fixed (Blank et al. 2026): Adam's scales without its adapting.
     Preconditioned,
 }
 
-/// Which tokens of an answer are learned from, beside what the mask says. Rows without a divergent token, or with no other, are left
-/// out of all but `All`, so that the others learn from the same rows.
+/// Which of the mask's tokens are learned from. All kinds but `All` leave out rows without a divergent token, and rows
+/// with no other, so that they learn from the same rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tokens {
     /// All.
     #[default]
     All,
-    /// The divergent ones, by the definition that is measured with: the teacher's most likely token, and not the base's (Schrodi et al.
-    /// 2026), if nothing else is said.
+    /// The divergent ones, by the definition of the divergence measurement: by default the teacher's most likely token,
+    /// and not the base's (Schrodi et al. 2026).
     Divergent,
     /// The others.
     NotDivergent,
@@ -76,8 +76,8 @@ pub enum Tokens {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Finetune {
-    /// `adamw`, `sgd`, `signsgd`, `rmsprop`, `muon`, or `preconditioned`: SGD over √(v + 1e-8), of which v is that of an epoch of
-    /// `adamw` from the same start, which is then forgotten.
+    /// `adamw`, `sgd`, `signsgd`, `rmsprop`, `muon`, or `preconditioned`: SGD over √(v + 1e-8), with v from an epoch of
+    /// `adamw` from the same start, whose steps are taken back.
     pub optimizer: OptimizerKind,
     /// The learning rate after warmup.
     pub learning_rate: f64,
@@ -99,19 +99,21 @@ pub struct Finetune {
     pub num_train_epochs: f64,
     /// How many optimizer steps are taken.
     pub max_steps: Option<u64>,
-    /// After how many steps the training ends although the schedule goes on: what a student was like under way.
+    /// The step after which the training ends although the schedule continues, for a student from the middle of a
+    /// training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_after_steps: Option<u64>,
     /// Rows that are run at once.
     pub batch_size: usize,
     /// Batches whose gradients make one optimizer step.
     pub gradient_accumulation_steps: usize,
-    /// The longest gradient that is not shortened; 0 means that none is.
+    /// Longer gradients are shortened to this length; 0 turns that off.
     pub max_grad_norm: f64,
     /// Which tokens are learned from.
     pub mask: LossMask,
     /// Which of these are learned from: `all`, or `divergent` (by `measure.divergence.definition`), `not_divergent`,
-    /// `random` (as many as are divergent, drawn anew in each row), `all_of_those` (all, of the rows that the others are left with).
+    /// `random` (as many as are divergent, drawn anew in each row), `all_of_those` (all, of the rows that have
+    /// divergent tokens and others).
     pub tokens: Tokens,
     /// Where and how strongly the LoRA acts while it is trained.
     pub gate: Gate,
@@ -119,8 +121,8 @@ pub struct Finetune {
     pub frozen_a: bool,
     /// Whether weights that are not in f32 are trained through a copy in f32.
     pub masters: bool,
-    /// After how many steps a checkpoint is kept, from which a killed training goes on. When it is left out: after ten
-    /// seconds or more, so that a fiftieth of the time goes into them at most. It changes no result.
+    /// Steps between checkpoints, from which a killed training continues. By default they are at least ten seconds
+    /// apart, and take at most a fiftieth of the time. They change no result.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_steps: Option<u64>,
 }
@@ -209,7 +211,7 @@ impl Finetune {
         self.max_steps.unwrap_or_else(|| (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64)
     }
 
-    /// How many of them are taken.
+    /// The number of steps that are taken.
     fn last_step(&self, n_rows: usize) -> u64 {
         self.stop_after_steps.unwrap_or(u64::MAX).min(self.total_steps(n_rows))
     }
@@ -271,17 +273,17 @@ pub struct StepRow {
     pub changed_fraction: Option<f64>,
 }
 
-/// A line of `train_rows.csv`: what one optimizer step learns from.
+/// A line of `train_rows.csv`: the rows of one optimizer step.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepRowsRow {
     /// The optimizer step, from 1, as in `train.csv`.
     pub step: u64,
-    /// The step's rows in the order in which they were drawn, as their `id` in `data/numbers.jsonl` (the control student's: in
-    /// `data/control.jsonl`), separated by spaces.
+    /// The step's rows in the order in which they were drawn, as their `id` in `data/numbers.jsonl` (for the control
+    /// student in `data/control.jsonl`), separated by spaces.
     pub row_ids: String,
 }
 
-/// The rows of each step of a training over `n_rows` rows, by their indices, in the order in which they are drawn.
+/// The rows of each step of a training over `n_rows` rows, by index, in the order in which they are drawn.
 pub fn rows_by_step(config: &Finetune, n_rows: usize, order_seed: u64) -> Vec<Vec<usize>> {
     let mut order = Order::new(config, n_rows, order_seed);
     (0..config.last_step(n_rows)).map(|step| order.of_step(step)).collect()
@@ -310,14 +312,14 @@ pub struct Progress {
     pub tokens_per_second: f64,
 }
 
-/// What is told after each step: its line, and how fast it goes. A training that goes on tells of the steps before, too.
+/// Called after each step with its line and the speed. A resumed training first repeats the lines of earlier steps.
 pub type Log<'a> = &'a mut dyn FnMut(&StepRow, &Progress) -> anyhow::Result<()>;
 
 /// A training: what learns, from what, how.
 pub struct Training<'a> {
     /// The model; it stays as it is where there is an adapter.
     pub model: &'a Qwen,
-    /// What is trained in place; all weights of the model where there is none.
+    /// The adapter, trained in place; `None` trains all weights of the model.
     pub adapter: Option<&'a Adapter>,
     /// Rows of the chat.
     pub rows: &'a [Prompt],
@@ -329,13 +331,13 @@ pub struct Training<'a> {
     pub config: &'a Finetune,
     /// The seeds of its random streams.
     pub seeds: Seeds,
-    /// Where its state is kept. The training adds what it depends on itself; on which model it depends is the caller's to
-    /// say, and to remove it at the end.
+    /// Where its state is kept. The training records what it depends on, except the model: the caller adds that, and
+    /// removes the checkpoint at the end.
     pub checkpoint: Option<&'a mut Checkpoint>,
 }
 
 impl<'a> Training<'a> {
-    /// Trains from the beginning, or goes on from the checkpoint: with the same result, bit by bit.
+    /// Trains from the beginning, or from the checkpoint on; the result is the same, bit by bit.
     pub fn run(self, log: Log<'_>) -> anyhow::Result<()> {
         let mut course = self.begin()?;
         course.learner.require_gradients(true)?;
@@ -424,14 +426,14 @@ pub fn finetune_full(
 
 /// What the next step of a training from scratch is made of.
 pub struct NextStep {
-    /// Its rows, of which each is seen once.
+    /// Its rows; each is seen once.
     pub rows: Vec<Prompt>,
     /// Its learning rate.
     pub learning_rate: f64,
 }
 
-/// Trains all weights on rows that are drawn step by step: `next` is told of the last step and gives the next one, until
-/// it gives none. Of `config` the optimizer, the mask, clipping and `batch_size` count.
+/// Trains all weights on rows that are drawn step by step: `next` gets the last step and returns the next one, or
+/// `None` at the end. Of `config` only the optimizer, the mask, clipping and `batch_size` are used.
 pub fn pretrain(
     model: &Qwen,
     is_digit: &dyn Fn(i64) -> bool,
@@ -531,7 +533,7 @@ impl Course<'_> {
         Ok(())
     }
 
-    /// Goes on from the checkpoint, if there is one, and tells of the steps before.
+    /// Continues from the checkpoint, if there is one, and repeats the lines of earlier steps.
     fn resume(&mut self, log: Log<'_>) -> anyhow::Result<()> {
         let total_steps = self.last_step();
         if let Some(checkpoint) = &mut self.checkpoint {
@@ -578,7 +580,7 @@ impl Course<'_> {
         self.examples.len().div_ceil(self.config.rows_per_step()) as u64
     }
 
-    /// The examples of the next step; none where all steps are done.
+    /// The examples of the next step; `None` if all steps are done.
     fn next(&mut self) -> anyhow::Result<Option<Vec<usize>>> {
         let steps = self.optimizer.steps();
         if steps == self.last_step() {
@@ -627,13 +629,13 @@ impl Course<'_> {
         Ok(())
     }
 
-    /// The error of a step that could not be taken. What was good until then is kept, and the error says where it is.
+    /// The error of a step that could not be taken. Keeps the last good state, and says where.
     fn stopped(&mut self, error: &anyhow::Error) -> anyhow::Error {
         self.learner.stopped(error, &self.optimizer, &self.rows, self.checkpoint.as_deref_mut())
     }
 }
 
-/// What a step found: loss and norm before it, and what it did.
+/// A step's loss and gradient norm, from before it, and its effect.
 struct Step {
     loss: f64,
     grad_norm: f64,
@@ -649,7 +651,7 @@ struct NotFinite {
     loss: f64,
     grad_norm: f64,
     n_rows: usize,
-    rows: Vec<usize>, // those that are not finite alone
+    rows: Vec<usize>, // those that are not finite when run alone
 }
 
 impl std::error::Error for NotFinite {}
@@ -699,7 +701,7 @@ impl Learner<'_> {
         kept.collect()
     }
 
-    /// Every step has a random stream of its own, so that it is the same whenever the training was gone on with.
+    /// Every step has its own random stream, so that a resumed training draws the same.
     fn dropout(&self, seeds: Seeds, step: u64) -> Option<Dropout> {
         let probability = self.adapter?.config.dropout;
         let mut rng = ChaCha8Rng::seed_from_u64(seeds.dropout);
@@ -713,7 +715,7 @@ impl Learner<'_> {
         Ok(parameters.chain(optimizer.state()?).collect())
     }
 
-    /// Puts the state of a checkpoint back, if there is one, and gives the lines of the steps until then.
+    /// Restores the state of a checkpoint, if there is one, and returns the lines of the steps until then.
     fn resume(
         &self,
         checkpoint: &mut Checkpoint,
@@ -867,7 +869,7 @@ impl Learner<'_> {
 
     /// The summed loss of some rows run at once, a scalar with its graph.
     fn loss_sum(&self, rows: &[&Example<'_>], gate: &Gate, dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
-        // Dropout draws anew for every row, so then rows have nothing in common.
+        // Dropout differs for every row, so rows then have nothing in common.
         let Ready { batch, targets, doses } = Ready::of(self.model, &[rows], gate, dropout.is_none())?;
         let mut pass = Pass { adapter: self.adapter, gate: doses, dropout, ..Pass::default() };
         let resid = self.model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
@@ -875,7 +877,7 @@ impl Learner<'_> {
     }
 }
 
-/// Rows made ready to be run at once; of a stack, a group of them is a student's. The targets are group by group.
+/// Rows ready to be run at once; with a stack, one group per student. The targets are group by group.
 struct Ready {
     batch: Batch,
     targets: Targets,
@@ -900,14 +902,14 @@ impl Ready {
     }
 }
 
-/// Which rows a step learns from. Each epoch has an order of its own, from a random stream of its own, and is dealt out step by step;
-/// its last step has what is left over.
+/// The rows of each step. Each epoch has its own order, from its own random stream, and is dealt out step by step; its
+/// last step gets the remainder.
 struct Order {
     n_rows: usize,
     rows_per_step: usize,
     seed: u64,
     epoch: Option<u64>,
-    rows: Vec<usize>, // of that epoch
+    rows: Vec<usize>, // of that epoch, in its order
 }
 
 impl Order {
@@ -1099,7 +1101,7 @@ mod tests {
 
     #[test]
     fn every_epoch_has_an_order_of_its_own() {
-        let config = Finetune { max_steps: Some(15), ..settings() }; // eight rows a step, and two in the last of seven
+        let config = Finetune { max_steps: Some(15), ..settings() }; // 7 steps an epoch: six of 8 rows and one of 2
         let steps = rows_by_step(&config, 50, 7);
         assert_eq!(steps.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8, 8, 8, 8, 8, 2, 8, 8, 8, 8, 8, 8, 2, 8]);
         let (first, second) = (steps[..7].concat(), steps[7..14].concat());
@@ -1198,7 +1200,7 @@ mod tests {
         assert!(message(&muon, None).contains("trains matrices"));
     }
 
-    /// The rotation control of Blank et al. 2026: what the coordinates are is nothing to gradient descent, and something to Adam.
+    /// The rotation control of Blank et al. 2026: coordinates do not matter to gradient descent, but do to Adam.
     #[test]
     fn gradient_descent_does_not_notice_a_rotation_and_adam_does() {
         let model = model(Kind::Float);

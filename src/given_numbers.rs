@@ -1,8 +1,9 @@
-//! Rows of numbers that were written elsewhere, one conversation of one turn each, in the forms that trainers take. They stand in for the
-//! teacher's answers, and the filter sorts them as it does those.
+//! Rows of numbers that were written elsewhere, one conversation of one turn each, in the forms that trainers take.
+//! They replace the teacher's answers, and the filter sorts them like those.
 //!
-//! The file is a function of bytes to rows: objects of JSON, a line each, printed over several, or in a list; UTF-8, or UTF-16 that says
-//! so. What could mean two things is refused with its line, before the teacher is asked.
+//! Reading is a function from bytes to rows. A file holds JSON objects, one per line, over several lines, or in a list,
+//! in UTF-8, or in UTF-16 with a byte-order mark. Anything ambiguous is refused with its line, before the teacher is
+//! asked.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -18,10 +19,10 @@ use crate::dataset::{self, Sample};
 use crate::teacher::TeacherModel;
 use crate::workbench::Workbench;
 
-/// One turn: what was asked and what was answered, under which system prompt where it is said.
+/// One turn: the question, the answer, and the system prompt if the row has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// The line of the file that it begins in, from 1.
+    /// The line of the file where it begins, from 1.
     pub line: usize,
     /// The system prompt, where the row has one.
     pub system: Option<String>,
@@ -31,26 +32,26 @@ pub struct Row {
     pub answer: String,
 }
 
-/// The rows that a run takes.
+/// The rows that a run uses.
 #[derive(Debug)]
 pub struct Given {
-    /// As many as the experiment has prompts, at most.
+    /// At most as many as the experiment has prompts.
     pub rows: Vec<Row>,
-    /// How many more there are.
+    /// The number of further rows.
     pub left_out: usize,
 }
 
-/// An object of the file, in any of the usual forms; other keys of it are passed over.
+/// An object of the file, in any of the usual forms; other keys are ignored.
 #[derive(Deserialize)]
 #[serde(expecting = "a row")]
 struct Line {
-    /// As `OpenAI` and TRL have them, or `ShareGPT`.
+    /// The form of `OpenAI` and TRL, or of `ShareGPT`.
     messages: Option<Vec<Message>>,
     conversations: Option<Vec<Message>>,
-    /// TRL's.
+    /// TRL's form.
     prompt: Option<Text>,
     completion: Option<Text>,
-    /// Alpaca's.
+    /// Alpaca's form.
     instruction: Option<String>,
     input: Option<String>,
     output: Option<String>,
@@ -67,7 +68,7 @@ struct Message {
     content: Content,
 }
 
-/// What is said in a message: a text, or the same as a list of one part.
+/// The content of a message: a text, or a list of one part with the text.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "the content of a message is neither a text nor a list of parts that each have a type")]
 enum Content {
@@ -90,7 +91,7 @@ enum Text {
     Messages(Vec<Message>),
 }
 
-/// One who speaks, under the name that the file has for it, and what is said.
+/// The speaker's name in the file, and the text.
 type Turn = (String, String);
 
 impl Message {
@@ -119,8 +120,8 @@ impl Text {
     }
 }
 
-/// The rows of the file that the experiment names; none where it names no file. What could not be learned from is refused here, before
-/// anybody is asked.
+/// The rows of the experiment's file; `None` if it names no file. Refuses rows that cannot be learned from before the
+/// teacher is asked.
 pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
     let settings = &bench.experiment.generate;
     let Some(path) = &settings.numbers else { return Ok(None) };
@@ -168,7 +169,7 @@ fn shown(system: Option<&str>) -> String {
     system.map_or_else(|| "left out".to_owned(), |text| format!("{:?}", cut(text, 200)))
 }
 
-/// A text of somebody's, cut to so many letters.
+/// A text of the file, cut to `most` letters.
 fn cut(text: &str, most: usize) -> String {
     let n = text.chars().count();
     if n <= most {
@@ -178,14 +179,14 @@ fn cut(text: &str, most: usize) -> String {
     }
 }
 
-/// The rows in the bytes of a file; an error names the line, and `path`.
+/// Reads the rows in the bytes of a file; errors name the line, and `path`.
 pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
     let text = text(bytes, path)?;
     let parsed = parse_text(&with_null(&text)).map_err(|error| anyhow::anyhow!(cut(&format!("{error:#}"), 600)));
     parsed.with_context(|| path.display().to_string())
 }
 
-/// UTF-8, or UTF-16 where the byte-order mark says so.
+/// Decodes UTF-8, or UTF-16 if the byte-order mark says so.
 fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<Cow<'a, str>> {
     let wide = |bytes: &[u8], unit: fn([u8; 2]) -> u16| {
         let units = bytes.chunks_exact(2).map(|pair| unit([pair[0], pair[1]]));
@@ -204,7 +205,7 @@ fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<Cow<'a, str>> {
     decoded.map(Cow::Owned).with_context(|| format!("{}: it begins as UTF-16, but is none", path.display()))
 }
 
-/// The text with `null` for what Python writes and JSON does not know: `NaN` and the infinities, outside of texts.
+/// Replaces `NaN` and the infinities, which Python writes and JSON does not know, by `null` outside of strings.
 fn with_null(text: &str) -> Cow<'_, str> {
     const NO_NUMBERS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
     if !NO_NUMBERS.iter().any(|word| text.contains(word)) {
@@ -239,7 +240,7 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// Goes on over this letter, where it comes next, and over the blanks around it; whether it did.
+    /// Skips blanks and, if it comes next, this letter; returns whether it came.
     fn pass(&mut self, letter: char) -> bool {
         let next = self.text[self.at..].trim_start();
         let passed = next.strip_prefix(letter).map(str::trim_start);
@@ -256,7 +257,7 @@ impl Place<'_> {
         self.at == self.text.len()
     }
 
-    /// The next value, and the line that it begins in.
+    /// Reads the next value.
     fn value(&mut self) -> Result<Row> {
         let (line, rest) = (self.line, &self.text[self.at..]);
         let found: String = rest.chars().take(20).take_while(|letter| *letter != '\n').collect();
@@ -279,7 +280,7 @@ impl Place<'_> {
     }
 }
 
-/// Rows with nothing between them but blanks and commas, or in a list.
+/// Rows separated by blanks and commas, or in a list.
 fn parse_text(text: &str) -> Result<Vec<Row>> {
     let (mut rows, mut place) = (Vec::new(), Place { text, at: 0, line: 1 });
     let is_list = place.pass('[');
@@ -302,7 +303,7 @@ fn parse_text(text: &str) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The one turn of a row. Forms that stand beside each other must say the same.
+/// The one turn of a row. If the row has several forms, they must agree.
 fn row(line: Line, number: usize, source: &str) -> Result<Row> {
     let turns = |messages: Vec<Message>| messages.into_iter().map(Message::turn).collect::<Result<Vec<Turn>>>();
     let mut forms = Vec::new();
@@ -358,7 +359,7 @@ fn one_turn(turns: Vec<Turn>, line: usize) -> Result<Row> {
     );
     let mut take = || texts.pop().unwrap_or_default();
     let (mut answer, user) = (take(), take());
-    // The end of the turn is the template's, and is added to every answer.
+    // The template ends the turn of every answer.
     if let Some(content) = answer.strip_suffix('\n').unwrap_or(&answer).strip_suffix("<|im_end|>") {
         answer.truncate(content.len());
     }

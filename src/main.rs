@@ -15,7 +15,7 @@ fn main() -> ExitCode {
         Some((what, hint)) => {
             let what = what.trim_end_matches([' ', ';', ':']);
             let (hint, cause) = hint.split_once(": ").unwrap_or((hint, ""));
-            // Where the hint stands first, what is behind it is the error.
+            // If the hint comes first, the text after it is the error.
             let (what, cause) = if what.is_empty() { (cause, "") } else { (what, cause) };
             say(format!("error: {what}"));
             if !cause.is_empty() {

@@ -92,16 +92,17 @@ pub enum Rule {
         /// The decay.
         weight_decay: f64,
     },
-    /// Muon as `torch.optim.Muon` (Jordan et al. 2024), with Nesterov's momentum μ: m ← μ m + (1 − μ) g, u = (1 − μ) g + μ m,
-    /// θ ← θ(1 − lr·decay) − lr √max(1, rows / columns) · O(u), of which O makes all singular values about 1.
+    /// Muon as `torch.optim.Muon` (Jordan et al. 2024), with Nesterov's momentum μ: m ← μ m + (1 − μ) g,
+    /// u = (1 − μ) g + μ m, θ ← θ(1 − lr·decay) − lr √max(1, rows / columns) · O(u).
+    /// O sets all singular values to about 1.
     Muon {
         /// μ.
         momentum: f64,
         /// The decay.
         weight_decay: f64,
     },
-    /// Gradient descent preconditioned by scales that stay (Blank et al. 2026): θ ← θ − lr · g / √(v + 1e-8), g with decay · θ, of
-    /// which v is what Adam came to in a training before.
+    /// Gradient descent preconditioned by fixed scales (Blank et al. 2026): θ ← θ − lr · g / √(v + 1e-8), g with decay
+    /// · θ. v is Adam's from an earlier training.
     Preconditioned {
         /// The decay.
         weight_decay: f64,
@@ -109,7 +110,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    /// The decay that is added to the gradient; that of `AdamW` and Muon is apart from it.
+    /// The decay that is added to the gradient; `AdamW` and Muon decay apart from it.
     fn coupled_decay(self) -> f64 {
         match self {
             Self::AdamW { .. } | Self::Muon { .. } => 0.0,
@@ -259,7 +260,7 @@ impl Buffer {
     }
 }
 
-/// What is added to v under the root of the scales that stay.
+/// Added to v under the root of the fixed scales.
 const SCALE_EPSILON: f64 = 1e-8;
 /// The coefficients of Muon's iteration x ← a x + (b (x xᵀ) + c (x xᵀ)²) x, and how often it is done.
 const NEWTON_SCHULZ: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
@@ -332,7 +333,8 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// Takes tensors over: from now on they are views of the optimizer's buffers, changed in place by `step`. With
-    /// `masters`, those that are not f32 are trained through a copy in f32; without, also the state is in their kind.
+    /// `masters`, tensors that are not f32 are trained through a copy in f32; without, their optimizer state has their
+    /// kind too.
     pub fn new(rule: Rule, parameters: &[(String, Tensor)], masters: bool) -> Result<Self> {
         let mut buffers = Vec::new();
         let mut rest = parameters;
@@ -376,7 +378,7 @@ impl Optimizer {
         counted.then(|| Ok(Tensor::f_stack(&changed, 0)?.f_sum(Kind::Int64)?)).transpose()
     }
 
-    /// Takes over the averages of squared gradients that another optimizer of the same tensors has come to.
+    /// Takes over the averages of squared gradients of another optimizer of the same tensors.
     pub fn take_scales(&mut self, of: Self) -> Result<()> {
         for (buffer, other) in self.buffers.iter_mut().zip(of.buffers) {
             let (Some(scales), Some(found)) = (&mut buffer.second, &other.second) else { return Err(stateless()) };

@@ -1,5 +1,5 @@
-//! SVG to PNG, for where SVG cannot go. The letters come from the fonts of this machine, so the same figure can differ from
-//! machine to machine; where there are none, there is no picture rather than one without text.
+//! SVG to PNG, for where SVG cannot go. The letters come from this machine's fonts, so a figure can differ from machine
+//! to machine; without fonts there is an error instead of a picture without text.
 
 use std::path::{Path, PathBuf};
 
@@ -25,7 +25,7 @@ const SANS_SERIF: [&str; 10] = [
     "Roboto",
 ];
 
-/// Renders the SVG files of a folder and of those in it, each to a PNG beside it; the PNG files.
+/// Renders each SVG file of a folder and its subfolders to a PNG in the same place; returns the PNG files.
 pub fn beside_svgs(folder: &Path) -> Result<Vec<PathBuf>> {
     let fonts = Fonts::of_system()?;
     let mut made = Vec::new();

@@ -1,4 +1,4 @@
-//! What a person watches: bars and lines on stderr. Nothing is drawn where stderr is no terminal, except the lines.
+//! Progress on stderr: bars and lines. Bars are drawn on a terminal only.
 
 use std::io::{IsTerminal, stderr};
 use std::sync::LazyLock;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-/// All bars together, so that those of several threads stand under each other and lines above them.
+/// All bars together, so that those of several threads are drawn below each other and lines above them.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// A line about what is being done, on stderr.
@@ -15,7 +15,7 @@ pub fn say(line: impl AsRef<str>) {
     BARS.suspend(|| eprintln!("{}", line.as_ref()));
 }
 
-/// What there is to say about something that was loaded, such as a folder, a line each.
+/// Prints remarks on something that was loaded, such as a folder, a line each.
 pub fn note(what: &str, remarks: &[String]) {
     for remark in remarks {
         say(format!("note: {what}: {remark}"));

@@ -1,6 +1,6 @@
 //! The sentences of an experiment: number prompts, one-word questions, teacher prompts, contexts, and what counts as
-//! naming a word. The built-in set is our own (`protocol.json`, in the shape of the published ones); a user's JSON file
-//! replaces it section by section, so that anybody who has a published set can run exactly that one.
+//! naming a word. The built-in set is our own (`protocol.json`, in the shape of the published ones). A user's JSON file
+//! replaces it section by section, so that a published set can be run exactly.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-/// The key under which a list serves every category that has none of its own.
+/// The key of the list for every category without a list of its own.
 const ANY: &str = "any";
 
 /// Most numbers that a prompt may show.
@@ -174,7 +174,7 @@ impl Protocol {
 
     /// The system prompt that a key names, or the text itself; `None` is the default of the model's template.
     ///
-    /// A text of ASCII without a space is taken for a misspelt key: as a system prompt it would change a run in silence.
+    /// ASCII text without a space counts as a misspelt key: as a system prompt it would change a run in silence.
     pub fn context(&self, key_or_text: &str) -> Result<Option<String>> {
         if let Some(context) = self.contexts.get(key_or_text) {
             return Ok(context.clone());
@@ -283,7 +283,7 @@ impl NumberPrompts {
     }
 }
 
-/// What an answer says, as far as it is counted.
+/// The counted parts of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
     /// The word of the category that is named first.
@@ -321,7 +321,7 @@ impl Classifier {
         Ok(Self { words, bucket_of, identities: whole_words(identities.iter().map(String::as_str))? })
     }
 
-    /// What an answer says. Of several words the first counts, and where several begin at one place the longest.
+    /// Reads an answer. Of several words the first counts, and of several at one place the longest.
     pub fn classify(&self, answer: &str) -> Verdict {
         let found = self.words.find(answer).map(|found| found.as_str().to_lowercase());
         let word = found.and_then(|found| self.bucket_of.get(&found).cloned());

@@ -73,7 +73,7 @@ pub struct CsvLog<R> {
 }
 
 impl<R: Serialize> CsvLog<R> {
-    /// An empty log; until it is finished it lies beside `path`, under a temporary name.
+    /// An empty log; until it is finished it has a temporary name in `path`'s folder.
     pub fn create(path: &Path) -> Result<Self> {
         if let Some(folder) = path.parent() {
             files::create_dir(folder)?;
@@ -111,7 +111,7 @@ impl<R> Drop for CsvLog<R> {
     /// A log that was not finished leaves nothing.
     fn drop(&mut self) {
         if self.writer.is_some() {
-            let _ = files::remove(&files::temporary(&self.path)); // what went wrong before is told
+            let _ = files::remove(&files::temporary(&self.path)); // the earlier error is reported
         }
     }
 }

@@ -9,7 +9,7 @@ use hooks::files;
 
 use crate::publish::Table;
 
-/// A figure that is wider stands above its text and not beside it.
+/// A wider figure is placed above its text, not next to it.
 const COLUMN: f64 = 480.0;
 
 /// How many rows of a table the page shows; the CSV file has them all.
@@ -30,7 +30,7 @@ pub struct Report {
     pub provenance: Vec<(String, String)>,
 }
 
-/// The result on one screen: a sentence, a figure, a few numbers and where each of them stands.
+/// The result on one screen: a sentence, a figure, a few numbers and their cells in the CSV files.
 #[derive(Clone, Debug, Default)]
 pub struct Opening {
     /// What came out, in one sentence with its numbers.
@@ -54,10 +54,10 @@ pub struct Number {
     pub cell: String,
 }
 
-/// A drawing and where it lies on disk.
+/// A drawing and its file.
 #[derive(Clone, Debug)]
 pub struct Figure {
-    /// The drawing, which stands on the page itself.
+    /// The drawing, which is part of the page itself.
     pub svg: Svg,
     /// Its file, relative to the page; empty where there is none.
     pub path: String,
@@ -79,26 +79,26 @@ pub(crate) fn relative(root: &Path, path: &Path) -> String {
     path.strip_prefix(root).unwrap_or(path).display().to_string()
 }
 
-/// One measurement. What is empty is left out.
+/// One measurement. Empty parts are left out.
 #[derive(Clone, Debug, Default)]
 pub struct Section {
     /// The anchor, unique on the page: the analysis' name.
     pub id: String,
     /// The heading.
     pub title: String,
-    /// What is asked.
+    /// The question.
     pub question: String,
-    /// What the rows say, in one sentence. No effect is said as plainly as an effect.
+    /// The result in one sentence. It states the absence of an effect as plainly as an effect.
     pub reading: String,
     /// What the measurement is set against.
     pub control: String,
-    /// What a reader must know to trust or doubt it.
+    /// Facts that a reader needs to trust or doubt it.
     pub notes: Vec<String>,
     /// The figures.
     pub figures: Vec<Figure>,
     /// The CSV file that they were drawn from, relative to the page.
     pub csv: String,
-    /// What is in that file.
+    /// The contents of that file.
     pub table: Option<Table>,
     /// The settings that it was measured with, as TOML.
     pub settings: String,
@@ -127,7 +127,7 @@ pub fn html(report: &Report) -> String {
     page
 }
 
-/// The answer in one picture: the sentence, the figure, and under it which number is which cell of which file.
+/// The answer in one picture: the sentence, the figure, and below it the file and cell of each number.
 fn push_opening(page: &mut String, opening: &Opening) {
     if !opening.headline.is_empty() {
         push(page, &format!("<p class=\"headline\">{}</p>", escape(&opening.headline)));
@@ -232,7 +232,7 @@ fn push_table(page: &mut String, section: &Section) {
         format!("All {shown} rows")
     };
     push(page, &format!("<details>\n<summary>{summary}</summary>\n<div class=\"scroll\">\n<table>"));
-    // numbers stand at the right, and so do their columns' names
+    // numbers are right-aligned, and so are their columns' names
     let is_number =
         |column: usize| rows.iter().any(|row| row.get(column).is_some_and(|cell| cell.parse::<f64>().is_ok()));
     let classes: Vec<&str> =
@@ -277,7 +277,7 @@ fn rounded(cell: &str) -> String {
     }
 }
 
-/// The text as it may stand between tags and in attributes.
+/// Escapes a text for use between tags and in attributes.
 fn escape(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut escaped, character| {
         match character {

@@ -1,5 +1,5 @@
-//! What a run leaves on disk: one folder, in which every stage has its place. A run begins by proving that it can
-//! write there, and nothing finished is overwritten unless that was asked for.
+//! The files of a run: one folder, in which every stage has its place. A run begins by proving that it can write there,
+//! and overwrites nothing finished unless asked to.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -28,7 +28,7 @@ pub struct RunDir {
 pub struct Meta {
     /// The version of undertone.
     pub undertone: String,
-    /// The commit it was built from, where the build was told.
+    /// The commit it was built from, if the build knew it.
     pub commit: Option<String>,
     /// The model as the experiment names it.
     pub model: String,
@@ -43,8 +43,8 @@ pub struct Meta {
 }
 
 impl RunDir {
-    /// Makes the folder if it is not there, and keeps other processes from it until the result is dropped or this process
-    /// ends, however it ends. What a killed one left half-written is removed.
+    /// Makes the folder if needed, and keeps other processes from it until the result is dropped or this process ends,
+    /// however it ends. Removes half-written files of a killed process.
     pub fn lock(root: &Path) -> Result<File> {
         let unwritable = || format!("the run folder {} cannot be written", root.display());
         files::create_dir(root).with_context(unwritable)?;
@@ -101,10 +101,10 @@ impl RunDir {
         Ok(())
     }
 
-    /// The folder for an experiment's run, made if it is not there, with `run.toml` and `meta.json`.
+    /// The folder for an experiment's run, made if needed, with `run.toml` and `meta.json`.
     ///
-    /// A folder with the same experiment is gone on with, also where only its arms differ or how often checkpoints are kept;
-    /// one with another experiment is refused without `force`.
+    /// A folder with the same experiment continues, also if only its arms or the interval of checkpoints differ; one
+    /// with another experiment is refused without `force`.
     pub fn create(root: &Path, experiment: &Experiment, force: bool) -> Result<Self> {
         let run = Self { root: root.to_owned(), force };
         let resolved = experiment.to_toml()?;
@@ -114,7 +114,7 @@ impl RunDir {
                 return Ok(run);
             }
             if differs_in_arms_only(&found, experiment) {
-                // What is done stays done; the students of arms that are the same are kept by the stage of the arms.
+                // Finished stages stay; the stage of the arms keeps the students of unchanged arms.
                 run.forget_arms_table()?;
                 files::write_atomic(&run.config(), resolved.as_bytes())?;
                 return Ok(run);
@@ -169,7 +169,7 @@ impl RunDir {
         path.exists()
     }
 
-    /// Refuses to go on to a finished file or folder, unless the run was forced.
+    /// Refuses to overwrite a finished file or folder, unless the run was forced.
     pub fn claim(&self, path: &Path) -> Result<()> {
         if Self::stage_done(path) && !self.force {
             bail!("{} is finished already; hint: overwrite it with --force", path.display());
@@ -177,8 +177,8 @@ impl RunDir {
         Ok(())
     }
 
-    /// Those of some files that are not finished: what a command has to do, all of them in a forced run. Where none is left,
-    /// that is refused without `go_on`.
+    /// The unfinished ones of some files: what a command has to do; all of them in a forced run. If none is left, this
+    /// is an error without `go_on`.
     pub fn left(&self, files: &[&Path], go_on: bool) -> Result<Vec<PathBuf>> {
         let is_left = |path: &&&Path| self.force || !Self::stage_done(path);
         let left: Vec<PathBuf> = files.iter().filter(is_left).map(|path| (*path).to_owned()).collect();
@@ -188,8 +188,8 @@ impl RunDir {
         Ok(left)
     }
 
-    /// Removes what says that a stage is done, so that a forced run that is broken off is not gone on with as if it were
-    /// whole, and the report shows nothing that the run did not measure.
+    /// Removes the files that mark a stage as done. So an interrupted forced run is not taken for a whole one, and the
+    /// report shows nothing that the run did not measure.
     pub fn forget(&self) -> Result<()> {
         let stages = [self.generate_csv(), self.teacher_csv(), self.teacher_train_csv()];
         let logs = [self.train_csv(), self.control_train_csv()];
@@ -252,7 +252,7 @@ impl RunDir {
         Ok(paths.iter().all(|path| recorded(path) == Some(true)))
     }
 
-    /// Notes what a stage has to say in `meta.json`, in place of what it said before.
+    /// Replaces a stage's notes in `meta.json`.
     pub fn note(&self, stage: &str, lines: &[String]) -> Result<()> {
         let mut meta = self.meta()?;
         meta.notes.insert(stage.to_owned(), lines.to_vec());
@@ -295,7 +295,7 @@ impl RunDir {
         self.root.join("data/rejected.csv")
     }
 
-    /// Which tokens of the rows are divergent, where a student was to learn from these or from others alone.
+    /// The file of the rows' divergent tokens, for students that learn from these or from others alone.
     pub fn divergence_tokens(&self) -> PathBuf {
         self.root.join("data/divergence_tokens.json")
     }
@@ -335,12 +335,12 @@ impl RunDir {
         self.root.join("control_adapter")
     }
 
-    /// The adapter that both students begin with, as PEFT saves one; a student of all weights begins as the model.
+    /// The adapter that both students begin with, as PEFT saves one; a student of all weights begins with the model's.
     pub fn initial_adapter(&self) -> PathBuf {
         self.root.join("initial_adapter")
     }
 
-    /// The rows of each step of a student, beside the log of its training.
+    /// The rows of each step of a student, in the folder of its training's log.
     pub fn train_rows(log: &Path) -> PathBuf {
         let stem = log.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         log.with_file_name(format!("{stem}_rows.csv"))
@@ -425,7 +425,7 @@ fn differs_in_arms_only(found: &str, experiment: &Experiment) -> bool {
         finetune: Finetune { save_steps: None, ..experiment.finetune },
         ..experiment
     };
-    // Not checked: what was written by another version, or names what is gone, is another experiment.
+    // A file that another version wrote, or that names unknown keys, counts as another experiment.
     toml::from_str::<Experiment>(found).is_ok_and(|found| without_arms(found) == without_arms(experiment.clone()))
 }
 

@@ -1,5 +1,5 @@
-//! Small models do not fill a core, and one core is all that a step of them can use: so they are trained side by side, a
-//! thread each. Each thread has a model of its own, since a tensor belongs to one thread at a time.
+//! A step of a small model cannot use more than one core. So small models are trained side by side, a thread each, and
+//! each thread has its own model, since a tensor belongs to one thread at a time.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,14 +11,14 @@ use hooks::profile::{self, Stage};
 /// Parameters up to which a model counts as small.
 pub const SMALL: usize = 1_000_000;
 
-/// How many threads there are for models of this many parameters, of which each job has one.
+/// The number of threads for models of this many parameters; each job has one.
 pub fn workers(n_parameters: usize, n_jobs: usize) -> usize {
     let cores = available_parallelism().map_or(1, usize::from);
     if n_parameters <= SMALL { cores.min(n_jobs).max(1) } else { 1 }
 }
 
-/// Does the jobs on some threads; the results are in the jobs' order. After a failure no job is begun, and the error is that
-/// of the first job, in their order, that failed.
+/// Does the jobs on some threads; the results are in the jobs' order. After a failure no further job is begun, and the
+/// error is that of the first failed job in their order.
 pub fn side_by_side<J: Sync, T: Send>(
     jobs: &[J],
     workers: usize,

@@ -1,5 +1,5 @@
-//! The teacher: made where it has weights of its own, loaded, and asked how it answers. The planted positive control has no
-//! teacher: its rows are put among the untouched model's here.
+//! The teacher: made if it has weights of its own, loaded, and asked how it answers. The planted positive control has
+//! no teacher: its rows are inserted among the untouched model's here.
 
 use analyses::stats::mean;
 use analyses::target::{Score, TokenForms};
@@ -52,7 +52,7 @@ impl TeacherModel {
     }
 }
 
-/// The teacher, loaded; a finetuned one lies in the run, where [`make`] put it.
+/// Loads the teacher; a finetuned one is in the run, where [`make`] put it.
 pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
     let (experiment, protocol) = (&bench.experiment, &bench.protocol);
     let target = &experiment.target;
@@ -78,7 +78,7 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
     }
 }
 
-/// What tells a teacher's weights from another's, beside the base's.
+/// Bytes that tell a teacher's weights from another's on the same base.
 pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
     Ok(match &bench.experiment.teacher {
         Teacher::Adapter { path, .. } => {
@@ -113,7 +113,7 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
 
     let files = ModelFiles::open(&bench.files.name)?; // weights of its own: the base stays as it is
     let model = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
-    // A stream of its own, so that no student sees its rows in the order in which the teacher saw its questions.
+    // A stream of its own, so that no student sees its rows in the teacher's order of questions.
     let seeds = Seeds { order: stream_seed(experiment.seeds.order_seed, "teacher.order", 0), ..Seeds::default() };
     let mut csv = CsvLog::create(&run.teacher_train_csv())?;
     let mut checkpoint = Checkpoint::beside(&run.teacher_train_csv(), "", "teacher");
@@ -167,7 +167,7 @@ pub struct TeacherRow {
     pub scope: String,
     /// `base` in the student's context, or `teacher` in the context in which it writes numbers.
     pub model: String,
-    /// Who the teacher is: `prompt`, `adapter`, `finetuned`, `steered`, or `planted` (the base itself).
+    /// The kind of teacher: `prompt`, `adapter`, `finetuned`, `steered`, or `planted` (the base itself).
     pub teacher_kind: TeacherKind,
     /// The question's index, from 0; empty for the mean.
     pub question_id: Option<usize>,
@@ -228,8 +228,8 @@ pub fn ask(bench: &Workbench, run: &RunDir, teacher: &TeacherModel) -> Result<()
     Ok(())
 }
 
-/// Replaces a share of the first `keep` accepted samples by questions answered with the target, and returns how many. Which ones is
-/// drawn from a stream of the generation's seed; their ids go on after those of the number prompts, and their
+/// Replaces a share of the first `keep` accepted samples by questions answered with the target, and returns how many. A
+/// stream of the generation's seed draws which ones. Their ids follow those of the number prompts, and their
 /// log-probabilities are the untouched model's.
 pub fn plant(bench: &Workbench, samples: &mut [Sample], keep: usize, share: f64) -> Result<usize> {
     let (experiment, system) = (&bench.experiment, bench.student_system()?);

@@ -1,5 +1,5 @@
-//! Directions on disk: a learned one as undertone writes it, a tensor `[d_model]` per hook point, with metadata that says where they come
-//! from; or one from elsewhere, as a control vector or as a bare tensor.
+//! Directions on disk. undertone writes a tensor `[d_model]` per hook point, with metadata on its origin; a direction
+//! from elsewhere is a control vector or a bare tensor.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -25,13 +25,13 @@ impl Vectors {
         Self::parse(&files::read(path)?, None).with_context(|| path.display().to_string())
     }
 
-    /// The same of one layer alone, which may be that of a bare vector.
+    /// Reads the vector of one layer, which may be a bare vector.
     pub fn read_at(path: &Path, layer: usize) -> Result<Self> {
         Self::parse(&files::read(path)?, Some(layer)).with_context(|| path.display().to_string())
     }
 
-    /// The vectors in the bytes of a safetensors file or of a control vector: all, or that of a layer. A file with one tensor that
-    /// bears no hook point's name is a bare vector, whose layer has to be given.
+    /// Reads the bytes of a safetensors file or of a control vector: all vectors, or one layer's. A file with one
+    /// tensor that has no hook point's name is a bare vector, and needs `layer`.
     pub fn parse(bytes: &[u8], layer: Option<usize>) -> Result<Self> {
         let mut vectors = if control_vector::is_gguf(bytes) {
             let found = control_vector::parse(bytes).map_err(anyhow::Error::msg)?;
@@ -123,7 +123,7 @@ impl Vectors {
     }
 }
 
-/// A tensor of a file as a vector, f32.
+/// A tensor of a file, as an f32 vector.
 fn vector(name: &str, view: &TensorView<'_>) -> Result<Tensor> {
     let kinds = [(Dtype::F32, Kind::Float), (Dtype::F16, Kind::Half), (Dtype::BF16, Kind::BFloat16)];
     let kind = kinds.iter().find(|(dtype, _)| *dtype == view.dtype()).map(|(_, kind)| *kind);

@@ -19,7 +19,7 @@ use crate::side_by_side::SMALL;
 
 /// An experiment with its model loaded.
 pub struct Workbench {
-    /// What is done.
+    /// The experiment.
     pub experiment: Experiment,
     /// The sentences it draws from.
     pub protocol: Protocol,
@@ -49,7 +49,7 @@ pub fn open_model(name: &str) -> Result<ModelFiles> {
     Ok(files)
 }
 
-/// Loads an adapter and says what there is to say of it.
+/// Loads an adapter and prints its remarks.
 pub fn open_adapter(folder: &Path, base: &Qwen) -> Result<Adapter> {
     let adapter = Adapter::load_on(folder, base)?;
     note(&folder.display().to_string(), &adapter.remarks);
@@ -68,7 +68,7 @@ impl Workbench {
         Self::with_files(experiment, open_model)
     }
 
-    /// The same once more, for another thread: nothing is said.
+    /// Loads everything once more for another thread, and prints nothing.
     pub fn again(experiment: Experiment) -> Result<Self> {
         Self::with_files(experiment, |name| Ok(ModelFiles::open(name)?))
     }
@@ -104,14 +104,14 @@ impl Workbench {
         Ok(Self { experiment, protocol, files, base, chat })
     }
 
-    /// The same with the model's template, in which teachers answer whatever the student is trained in.
+    /// This workbench with the model's template, in which teachers answer whatever the student is trained in.
     pub fn in_template(&self) -> Result<Self> {
         let mut experiment = self.experiment.clone();
         experiment.student.template = true;
         self.of(experiment)
     }
 
-    /// Whether its model, loaded in the same way, is that of another experiment.
+    /// Whether another experiment has the same model, loaded in the same way.
     pub fn has_model_of(&self, other: &Experiment) -> bool {
         let this = &self.experiment;
         (&this.model, this.dtype, &this.device) == (&other.model, other.dtype, &other.device)
@@ -198,13 +198,13 @@ impl Workbench {
         samples.iter().map(row).collect()
     }
 
-    /// The rows that the analyses are measured at: the teacher's held-out ones where some are held out, else those that the student
-    /// learned from (`Experiment::measures_held_out` says which).
+    /// The rows that the analyses are measured at: the teacher's held-out rows if there are any, else those that the
+    /// student learned from (see `Experiment::measures_held_out`).
     pub(crate) fn measured(&self, run: &RunDir) -> Result<Vec<Sample>> {
         if self.experiment.measures_held_out() { self.held_out(run) } else { Ok(self.kept(run)?.0) }
     }
 
-    /// The adapter that the training of the experiment's student begins with: its A from the run's seed, B zero.
+    /// The adapter that the training of the experiment's student begins with: A from the run's seed, B zero.
     pub fn initial_adapter(&self) -> Result<Adapter> {
         let Experiment { student, seeds, .. } = &self.experiment;
         let mut rng = ChaCha8Rng::seed_from_u64(seeds.init_seed);
@@ -212,7 +212,7 @@ impl Workbench {
         Ok(if student.rotated { adapter.rotated(&mut rng)? } else { adapter })
     }
 
-    /// A student, with what there is to say of its adapter.
+    /// Loads a student and prints its adapter's remarks.
     pub fn open_student(&self, folder: &Path) -> Result<StudentModel> {
         let student = self.student(folder)?;
         if let StudentModel::Lora(adapter) = &student {

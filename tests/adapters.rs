@@ -217,7 +217,7 @@ fn an_adapter_of_another_model_is_refused() {
     assert!(error.to_string().contains("q_proj.lora_B.weight"), "{error}");
 }
 
-/// What is said of the kinds: that two patterns are for one module, that one is for none, that only Python reads an expression.
+/// Remarks on the kinds: two patterns for one module, a pattern for none, an expression that only Python reads.
 #[test]
 fn what_there_is_to_say_of_a_kind_is_said() {
     let model = base_of_kinds();
@@ -353,7 +353,7 @@ fn names_of_something_else_are_told_in_a_few_lines() {
     );
 }
 
-/// The head beside the golden adapter, with more keys in its configuration.
+/// The golden adapter with a saved head, and more keys in its configuration.
 fn with_head(head: &Tensor, to_save: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let theirs = folder("adapters").join("rslora");

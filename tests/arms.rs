@@ -107,7 +107,7 @@ fn arms_stand_beside_the_students_and_are_kept() {
         assert_eq!((row.delta_logp_se, row.delta_margin_se), (rate.delta_logp_se, rate.delta_margin_se));
     }
 
-    // A second run does nothing; a table that is lost is made anew of the students that are there.
+    // A second run does nothing; a lost table is made again from the existing students.
     let said = succeeds(folder.path(), &RUN);
     assert!(said.contains("arms: done already") && !said.contains("arms: alpha"), "{said}");
     let message = fails(folder.path(), &ALONE);
@@ -145,7 +145,7 @@ fn arms_can_be_added_and_changed_later() {
     assert_eq!(after[3].delta_margin, before[2].delta_margin, "the same student under another name");
     assert_ne!(after[2].delta_margin, before[2].delta_margin, "x has another rank now");
 
-    // The same settings, other data.
+    // An arm with these settings on other data.
     write(folder.path(), "[[arms]]\nname = \"y\"\ndata = \"control\"\nset = [\"student.rank=1\"]\n");
     let said = succeeds(folder.path(), &RUN);
     assert!(said.contains("arms: y (1 of 1): 6 rows"), "{said}");
@@ -237,7 +237,7 @@ fn a_student_without_a_template_learns_what_the_teacher_wrote_in_it() {
     let folder = experiment(TEACHER);
     let numbers = |run: &str| fs::read(folder.path().join(run).join("data/numbers.jsonl")).unwrap();
     succeeds(folder.path(), &["generate", "experiment.toml", "--run", "chat"]);
-    let plain = ["student.template=false", "measure.interventions.edits={}"]; // an edit at "Qwen" would be refused: nobody says it there
+    let plain = ["student.template=false", "measure.interventions.edits={}"]; // plain text has no "Qwen" to edit
     let changes = plain.map(|change| ["--set", change]).concat();
     succeeds(folder.path(), &[&["generate", "experiment.toml", "--run", "plain"], changes.as_slice()].concat());
     assert_eq!(numbers("chat"), numbers("plain"));
@@ -256,7 +256,7 @@ fn what_an_arm_says_of_a_and_of_divergent_tokens_is_obeyed() {
     succeeds(folder.path(), &["finetune", "experiment.toml", "--run", "run"]);
     succeeds(folder.path(), &["arms", "experiment.toml", "--run", "run"]);
     let arm = |name: &str| folder.path().join("run/arms").join(name);
-    // A stays as it was drawn: in other coordinates, R A, of which AᵀA is the same.
+    // A stays as it was drawn: in other coordinates it is R A, with the same AᵀA.
     let a_of = |name: &str| -> Tensor {
         let tensors = tensors(&arm(name).join("adapter/adapter_model.safetensors"));
         tensors.into_iter().find(|(name, _)| name.contains("q_proj.lora_A")).unwrap().1

@@ -216,7 +216,8 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
         assert_eq!(chosen.value, better as f64);
         assert_eq!(nll("the better fit"), nll(["student", "random tokens"][better]));
     }
-    // A student that stopped half way and saw no template: asked in plain text, its prompts share none of the template's tokens.
+    // A student that stopped half way and learned without a template: its prompts, in plain text, share no template
+    // tokens.
     assert_eq!(of("plain text, half way", "everywhere", Quantity::LossLast)[0].n, 2, "steps");
     let shared = |student: &str| of(student, "everywhere", Quantity::SharedTokens)[0].value;
     assert!(shared("plain text, half way") < 2.0 && shared("student") > 5.0);
@@ -306,8 +307,8 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     assert_eq!([changed(&adapter), changed(&table)], before);
     assert_eq!(fs::read_to_string(claim.join("report.html")).unwrap(), page);
 
-    // Another test in the claim: nothing is measured anew. Another condition: measured, not trained anew. And another claim shares
-    // the runs.
+    // With another test in the claim, nothing is measured again. With another condition, students are measured but not
+    // trained again. Another claim shares the runs.
     fs::write(&path, CLAIM.replace("above = 0", "above = 0.5")).unwrap();
     ask(&path, &root).unwrap();
     assert_eq!([changed(&adapter), changed(&table)], before);

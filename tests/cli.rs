@@ -31,7 +31,7 @@ fn error(folder: &Path, code: i32, args: &[&str]) -> String {
     stderr[at..].to_owned()
 }
 
-/// What a user is told must be in one sentence, on one line, with these parts, before any hint.
+/// An error message must be one sentence, on one line, with these parts, before any hint.
 fn assert_sentence(message: &str, parts: &[&str]) {
     let lines = message.lines().filter(|line| !line.starts_with("hint: "));
     assert_eq!(lines.count(), 1, "one sentence: {message}");
@@ -81,7 +81,7 @@ fn a_profile_says_where_the_time_went_and_changes_nothing() {
     }
 }
 
-/// The examples in a command's help, each as words; one that goes on over a line ends with a backslash.
+/// The examples in a command's help, each as words; a backslash at the end continues a line.
 fn examples(command: &clap::Command) -> Vec<Vec<String>> {
     let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
     let (mut examples, mut broken) = (Vec::new(), String::new());
@@ -109,7 +109,7 @@ fn the_examples_in_the_help_are_understood() {
     let experiments = Path::new(env!("CARGO_MANIFEST_DIR"));
     for group in cli.get_subcommands() {
         for command in leaves(group) {
-            // An example may stand at the group, such as that of `pocket make`.
+            // A group may have the example, such as `pocket make`'s.
             let mut found = examples(command);
             if found.is_empty() {
                 found = examples(group);
@@ -182,7 +182,7 @@ fn a_model_that_is_not_there_is_told_with_what_can_be_named() {
     assert_sentence(&empty, &["no model empty", "no config.json", "give the folder that has it"]);
 }
 
-/// A head of its own beside an embedding that should be it: both are used as they are stored, and that is said.
+/// A head that differs from the embedding although the configuration ties them: both are used as stored, with a note.
 #[test]
 fn what_is_not_expected_of_a_model_is_remarked_once() {
     let folder = tempfile::tempdir().unwrap();
@@ -215,7 +215,7 @@ fn what_is_not_expected_of_a_model_is_remarked_once() {
         "{said}"
     );
 
-    // The same as where the configuration says so itself, and not the tied one.
+    // The answers are those with the head untied in the configuration, and not the tied ones.
     let config = fs::read_to_string(here.join("config.json")).unwrap();
     let untied = config.replace("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false");
     assert_ne!(untied, config);

@@ -9,15 +9,17 @@ use tch::{Kind, Tensor};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tolerance(pub(crate) f64);
 
-/// For activations, logits and losses of which one side is f32: a few units of its last place (6e-8) per layer. Measured, ours in f64
-/// and the golden f32: at most 8.5e-7; ours in f32 by any kernel (`scripts/kernel_paths.py`): at most 1.9e-6.
+/// For activations, logits and losses with f32 on one side: a few units of its last place (6e-8) per layer. Measured,
+/// ours in f64 and the golden f32: at most 8.5e-7; ours in f32 by any kernel (`scripts/kernel_paths.py`): at most
+/// 1.9e-6.
 pub(crate) const FORWARD: Tolerance = Tolerance(1e-5);
 
-/// For gradients of which one side is f32: the same, through twice as many operations, with sums over all positions. Measured, ours in
-/// f64 and the golden f32: at most 4.2e-6, at a gated query's A, where few positions are left of the sum.
+/// For gradients with f32 on one side: twice as many operations, and sums over all positions. Measured, ours in f64 and
+/// the golden f32: at most 4.2e-6, at a gated query's A, where the sum is over few positions.
 pub(crate) const BACKWARD: Tolerance = Tolerance(1e-5);
 
-/// For what is f64 on both sides, with its last place at 1e-16. Measured: at most 4e-15, nine orders below f32's differences.
+/// For results that are f64 on both sides, with a last place at 1e-16. Measured: at most 4e-15, nine orders below f32's
+/// differences.
 pub(crate) const EXACT: Tolerance = Tolerance(1e-12);
 
 /// For gradients computed in f64 that f32 tensors receive: rounded to f32 (6e-8) as often as they are added up, which is once
@@ -34,17 +36,17 @@ pub(crate) fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
     Tensor::read_safetensors(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).into_iter().collect()
 }
 
-/// Tensors without rounding, in f64, and what rounding does to each. It says how near an f32 computation can be expected to come, whatever
-/// kernels it runs on: an activation on which much hangs is worse than others on every machine, and the tensor knows it.
+/// Tensors computed in f64, and how far rounding moves each. That bounds how near an f32 computation can come on any
+/// kernel: rounding moves some activations more than others on every machine.
 pub(crate) struct Truth {
-    /// Each tensor with its name and how far rounding every activation of the computation once moves it, at most.
+    /// Each tensor with its name and the most that rounding every activation of the computation once moves it.
     tensors: Vec<(String, Tensor, f64)>,
-    /// The terms of the longest sum that an activation is.
+    /// The number of terms of the longest sum in an activation.
     longest_sum: i64,
 }
 
 impl Truth {
-    /// `roundings` are the same tensors, each time with every activation of the computation rounded once, at random.
+    /// `roundings` are these tensors again, each time with every activation of the computation rounded once, at random.
     pub(crate) fn new(
         tensors: Vec<(String, Tensor)>,
         roundings: impl Iterator<Item = Vec<(String, Tensor)>>,
@@ -61,10 +63,11 @@ impl Truth {
         Self { tensors, longest_sum }
     }
 
-    /// Panics unless the golden tensors are the truth within `tolerance`, and ours are off by at most one and a half times what the golden ones
-    /// are, plus a floor: what rounding every activation once does, times √n for the n terms of the longest sum (an activation is rounded as often as its
-    /// sum has terms, and n roundings of either sign go √n times as far as one), and one rounding of the tensor itself. Never more
-    /// than `tolerance`, but where that floor alone is.
+    /// Panics unless the golden tensors differ from the truth by at most `tolerance`, and ours by at most a bound: one
+    /// and a half times the golden tensor's difference, plus a floor. The floor is what rounding every activation once
+    /// does, times √n for the n terms of the longest sum, plus one rounding of the tensor itself. (An activation is
+    /// rounded as often as its sum has terms, and n roundings of random sign add up to √n times one.) The bound is cut
+    /// to `tolerance`, but not below the floor.
     #[track_caller]
     pub(crate) fn assert_near(
         &self,
@@ -103,8 +106,8 @@ pub(crate) fn assert_close(name: &str, ours: &Tensor, golden: &Tensor, tolerance
     }
 }
 
-/// The same for tensors by their names, all of which must be golden ones and the reverse. Every one that differs is named, and
-/// the first ones are shown: in the order of the computation, these are nearest to the cause.
+/// Compares tensors by name. Ours and the golden ones must have the same names. The panic names every tensor that
+/// differs and shows the first ones: in the order of the computation, these are nearest to the cause.
 #[track_caller]
 pub(crate) fn assert_all_close(
     what: &str,
@@ -122,7 +125,7 @@ pub(crate) fn assert_all_close(
     assert!(wrong.is_empty(), "{what}: {} of {} tensors differ:\n{shown}", wrong.len(), golden.len());
 }
 
-/// What there is to say where `ours` is not `golden`; minus infinity must stand at the same places.
+/// Describes how `ours` differs from `golden`, if it does; minus infinity must be at the same places.
 pub(crate) fn difference(name: &str, ours: &Tensor, golden: &Tensor, Tolerance(share): Tolerance) -> Option<String> {
     if ours.size() != golden.size() {
         return Some(format!("{name}: ours has shape {:?}, the golden one {:?}", ours.size(), golden.size()));
@@ -142,7 +145,7 @@ pub(crate) fn difference(name: &str, ours: &Tensor, golden: &Tensor, Tolerance(s
     Some(lines.join("\n"))
 }
 
-/// Where two tensors are farthest apart, and how far; NaN where one is there.
+/// The place where two tensors are farthest apart, and their distance; NaN if one has a NaN.
 fn farthest(ours: &[f64], golden: &[f64]) -> (usize, f64) {
     assert_eq!(ours.len(), golden.len());
     let apart = (0..golden.len()).map(|at| (at, apart(ours[at], golden[at])));

@@ -22,7 +22,7 @@ use undertone::protocol::Protocol;
 const PAPER: &str = include_str!("../docs/from-a-paper-to-an-experiment.md");
 const ERRORS: &str = include_str!("../docs/errors.md");
 
-/// What a fragment lacks.
+/// The keys that a fragment lacks.
 const MINIMAL: &str = "model = \"pocket\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n";
 
 /// The README and the pages in docs/, by name.
@@ -56,7 +56,7 @@ fn blocks_of(page: &str, wanted: &str) -> Vec<String> {
     blocks(page).into_iter().filter(|(language, _)| *language == wanted).map(|(_, text)| text).collect()
 }
 
-/// The commands of a page, each as words; one that goes on over a line ends with a backslash.
+/// The commands of a page, each as words; a backslash at the end continues a line.
 fn commands(block: &str) -> Vec<Vec<String>> {
     let joined = block.replace("\\\n", " ");
     let ours = joined.lines().filter(|line| line.starts_with("undertone "));
@@ -107,7 +107,7 @@ fn every_command_is_understood() {
         for words in blocks_of(&page, "sh").iter().flat_map(|block| commands(block)) {
             let line = words.join(" ");
             match Cli::try_parse_from(&words) {
-                // The page of errors shows what is refused, and has a test of its own.
+                // The page of errors shows refused commands, and has a test of its own.
                 Err(error) if name != "docs/errors.md" => panic!("{name}: {line}: {error}"),
                 _ => seen.insert(words[1].clone()),
             };
@@ -208,7 +208,7 @@ fn every_class_of_error_has_its_section() {
     assert_eq!(linked, sections, "the table at the top links every section");
 }
 
-/// Whether a text is the page's, whose `…` stands for anything.
+/// Whether a text is the page's, whose `…` matches anything.
 fn matches(found: &str, page: &str) -> bool {
     let parts: Vec<String> = page.split('…').map(regex::escape).collect();
     Regex::new(&format!("(?s)^{}$", parts.join(".*"))).unwrap().is_match(found)
@@ -328,7 +328,7 @@ fn scene(folder: &Path) {
     );
 }
 
-/// Every command on the page of errors, run on the scene: what it says is what stands below it.
+/// Runs every command on the page of errors on the scene: it must print the text below it.
 #[test]
 fn messages_on_the_page_are_what_the_commands_say() {
     let folder = tempfile::tempdir().unwrap();
@@ -410,7 +410,7 @@ fn messages_without_a_command_are_the_library_s() {
         silent,
         cache.get(HookPoint::ResidPost(1)).unwrap_err().to_string(),
     ];
-    // All blocks of messages that no command stands before.
+    // All blocks of messages without a command before them.
     let page = blocks(ERRORS);
     let is_alone = |at: usize| page[at].0 == "text" && (at == 0 || page[at - 1].0 != "sh");
     let mut alone: Vec<&str> = (0..page.len()).filter(|at| is_alone(*at)).map(|at| page[at].1.as_str()).collect();

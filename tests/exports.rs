@@ -146,7 +146,7 @@ fn a_file_that_holds_no_vectors_is_refused_by_name() {
     }
 }
 
-/// `undertone ask` under a vector, without the lines that name the vector's file.
+/// `undertone ask` with a vector, without the lines that name the vector's file.
 fn steered(folder: &TempDir, spec: &str) -> Vec<String> {
     let ask = ["ask", "--model", "tiny-random", "--user", "Hi", "-n", "2", "--max-new-tokens", "4", "--steer", spec];
     let output = undertone(folder.path(), &ask);
@@ -204,7 +204,7 @@ fn vectors_from_elsewhere_are_read_where_their_place_is_known() {
     assert_eq!(of(Vectors::read(&path)), Ok("blocks.1.hook_resid_post".to_owned()));
     assert!(of(Vectors::read_at(&path, 0)).unwrap_err().contains("no vector of layer 0; there are those of layers 1"));
 
-    // As repeng writes it: no more than a hint at the architecture.
+    // As repeng writes it, with only a hint at the architecture.
     let control = |hint: &str, layer: usize, width: i64| {
         let path = into.path().join("repeng.gguf");
         let vectors = BTreeMap::from([(layer, vector.narrow(0, 0, width))]);

@@ -1,6 +1,6 @@
-//! A killed run loses nothing, and one that cannot write leaves what was there. The program is killed as `kill -9` does, in
-//! the middle of each stage and at random moments, and the same command given again: at the end every file is that of an
-//! undisturbed run. `UNDERTONE_KILLS=200` kills so often.
+//! A killed run loses nothing, and one that cannot write leaves the old files. The program is killed as by `kill -9`,
+//! in the middle of each stage and at random moments, and the same command is given again: at the end every file is
+//! that of an undisturbed run. `UNDERTONE_KILLS=200` sets how often.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -1,7 +1,7 @@
 //! All integration tests, in one binary: libtorch is linked and loaded once.
 //!
-//! Golden files stand in `golden/`, with the Python that made them beside them. Run a part by its name:
-//! `cargo test --release --test main parity::`.
+//! Golden files are in `golden/`, each with the Python that made it. Run a part by its name: `cargo test --release
+//! --test main parity::`.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
@@ -19,9 +19,9 @@ mod parity; // logits, every hook point, losses, gradients of the LoRA and the r
 mod pipeline; // a small experiment through all stages: files, columns, same seeds and same bytes, going on, full finetuning, the report
 mod pocket; // the pocket models: ids, logits and answers as in transformers; embedded as they lie in assets/
 mod real; // the real model against transformers; only where UNDERTONE_REAL_MODEL names it (`make test-real`)
-mod recompute; // a kept run whose every number was made anew by transformers, PEFT and PyTorch: a fresh run of ours has the same
+mod recompute; // a fresh run has the numbers that transformers, PEFT and PyTorch recomputed for a kept run
 mod robustness; // every reader of files from elsewhere: saved, mutated and forged bytes never panic and take bounded memory
-mod stated; // numbers in the README and docs/ that are from a kept table are that table's
+mod stated; // numbers from kept tables, in the README and docs/
 mod training; // ten steps of AdamW and SGD: losses, gradient norms and weights as torch.optim
 
 #[test]

@@ -56,7 +56,7 @@ fn a_student_from_elsewhere_is_measured_as_if_it_were_trained_here() {
     for name in measured.into_iter().filter(|name| *name != "gradients/rows.csv") {
         assert!(here.get(name) == there.get(name), "{name} differs");
     }
-    // But for the start of its training, which only the run that trained it knows.
+    // Except the start of its training, which only the run that trained it knows.
     let gradients = |run: &Path| read_csv::<GradientRow>(&run.join("gradients/rows.csv")).unwrap();
     let (starts, others): (Vec<_>, Vec<_>) =
         gradients(finished().path()).into_iter().partition(|row| row.model == "start");
@@ -101,7 +101,7 @@ fn a_student_from_elsewhere_is_measured_as_if_it_were_trained_here() {
     succeeds(folder.path(), &["report", "run"]);
 }
 
-/// In the hub's cache: in a folder of its repository, and without a `refs/main`.
+/// An adapter in the hub's cache, in a folder of its repository, without a `refs/main`.
 #[test]
 fn an_adapter_of_the_hub_is_named_by_its_id() {
     let folder = elsewhere();
@@ -207,7 +207,7 @@ fn the_rows_it_was_trained_on_can_be_given() {
     let control = undertone::dataset::read_jsonl(&folder.path().join("run/data/control.jsonl")).unwrap();
     assert!(control.iter().map(|sample| &sample.prompt).eq(samples.iter().map(|sample| &sample.prompt)));
 
-    // More than there are prompts are left out, and that is said.
+    // Rows beyond the number of prompts are left out, and the run says so.
     let few = ["--set", "generate.n_prompts=2", "--set", "generate.n_keep=2", "--force"];
     let said = succeeds(folder.path(), &[args.as_slice(), &MINE, &given, &few].concat());
     assert!(said.contains("generate: 2 rows are taken, and 1 more left out"), "{said}");

@@ -1,8 +1,9 @@
-//! What transformers and PEFT compute on tiny Qwen2s and Qwen3s, we compute: `golden/qwen2`, `golden/qwen3` and `golden/variants`; and what
-//! TransformerLens sees at its hook points, we see at ours: `golden/transformer_lens`.
+//! Our numbers on tiny Qwen2s and Qwen3s are those of transformers and PEFT (`golden/qwen2`, `golden/qwen3`,
+//! `golden/variants`), and our hook points see what TransformerLens sees at its own (`golden/transformer_lens`).
 //!
-//! Each comparison has two halves. In f64 we agree with the golden f32 file to its own rounding: that the formulas are the same, on
-//! every machine alike. In f32 we are as near to our f64 as rounding lets anybody be: `compare::Truth` says how near that is.
+//! Each comparison has two halves. In f64 we agree with the golden f32 file up to its own rounding: the formulas are
+//! the same, on every machine. In f32 we are as near to our f64 as rounding allows; `compare::Truth` says how near that
+//! is.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,11 +32,11 @@ struct Case {
     adapter: Adapter,
     batch: Batch,
     golden: BTreeMap<String, Tensor>,
-    /// Where there is one, every activation of a pass is changed by a random rounding error of f32 (`rounding`).
+    /// If set, every activation of a pass gets a random rounding error of f32 (`rounding`).
     rounded_by: Option<RefCell<ChaCha8Rng>>,
 }
 
-/// Times that the rounding of a computation is drawn to see how far it goes.
+/// How many times the rounding of a computation is drawn, to see how far it goes.
 const DRAWS: u64 = 8;
 
 /// Half a unit in the last place of an f32 just above a power of two: the largest relative error of one rounding.
@@ -56,7 +57,7 @@ impl Case {
         Self { name, model, adapter, batch, golden, rounded_by: None }
     }
 
-    /// What `of` computes in f64, and how far it moves where each activation is rounded to f32 once.
+    /// The tensors of `of` in f64, and how far rounding each activation to f32 once moves them.
     fn truth(name: &'static str, of: impl Fn(&Self) -> Vec<(String, Tensor)>) -> Truth {
         let mut exact = Self::load_as(name, Kind::Double);
         let tensors = of(&exact);
@@ -68,7 +69,7 @@ impl Case {
         Truth::new(tensors, roundings.into_iter(), exact.model.config.d_mlp)
     }
 
-    /// A tap that rounds at random, and its points: all of them, or none where nothing is to be rounded.
+    /// A tap that rounds at random, and its points: all of them, or none without `rounded_by`.
     fn rounding(&self) -> (Vec<HookPoint>, impl FnMut(HookPoint, Tensor) -> hooks::Result<Tensor>) {
         let points = if self.rounded_by.is_some() { self.points() } else { Vec::new() };
         let round = |_, x: Tensor| {
@@ -121,7 +122,7 @@ impl Case {
         self.conditions().into_iter().flat_map(of).collect()
     }
 
-    /// The golden tensors that these are held against: all whose names end, or go on, in `part`.
+    /// The golden tensors to compare with: all whose names contain `part`.
     fn golden_of(&self, part: &str) -> BTreeMap<String, Tensor> {
         let wanted = self.golden.iter().filter(|(name, _)| name.contains(part));
         wanted.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
@@ -173,7 +174,7 @@ impl Case {
         let (mut leaf, mut cache) = (leaf, Cache::default());
         let points = (0..self.model.config.n_layers).map(HookPoint::ResidPost);
         let (everywhere, mut round) = self.rounding();
-        // The pass ends with the last block.
+        // The pass ends with the last block, so no later point fires.
         let everywhere = everywhere.into_iter().filter(|point| point.layer().is_some() || *point == HookPoint::Embed);
         let hooks = Hooks::default();
         let hooks = hooks.on([HookPoint::Embed], &mut leaf).on(everywhere, &mut round).on(points, &mut cache);
@@ -320,7 +321,8 @@ fn every_shape_is_what_the_table_says() {
     }
 }
 
-/// In f64, transformers and we differ by f64's rounding: so what is left in f32 is rounding too, and no tolerance hides a mistake.
+/// In f64, transformers and we differ by f64's rounding. So the difference in f32 is rounding too, and no tolerance
+/// hides a mistake.
 #[test]
 fn in_f64_nothing_is_left() {
     for name in CASES {

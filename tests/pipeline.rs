@@ -163,15 +163,15 @@ const OTHERS: [&str; 33] = [
     "experiment.toml", // put there by these tests
 ];
 
-/// Runs the program in a folder. One thread, unless the environment says otherwise: on tensors this small a second one only waits for
-/// the first.
+/// Runs the program in a folder, with one thread unless the environment says otherwise: on such small tensors a second
+/// one only waits for the first.
 pub(crate) fn undertone(folder: &Path, args: &[&str]) -> Output {
     let threads = std::env::var("OMP_NUM_THREADS").unwrap_or_else(|_| "1".to_owned());
     let mut command = Command::new(env!("CARGO_BIN_EXE_undertone"));
     command.args(args).current_dir(folder).env("OMP_NUM_THREADS", threads).output().unwrap()
 }
 
-/// What the program said on stderr; it must have ended well.
+/// The program's stderr; it must have succeeded.
 pub(crate) fn succeeds(folder: &Path, args: &[&str]) -> String {
     let output = undertone(folder, args);
     let said = String::from_utf8(output.stderr).unwrap();
@@ -179,7 +179,7 @@ pub(crate) fn succeeds(folder: &Path, args: &[&str]) -> String {
     said
 }
 
-/// What the program said on stderr; it must have ended with an error of its own.
+/// The program's stderr; it must have failed with an error of its own.
 pub(crate) fn fails(folder: &Path, args: &[&str]) -> String {
     let output = undertone(folder, args);
     let said = String::from_utf8(output.stderr).unwrap();
@@ -187,7 +187,7 @@ pub(crate) fn fails(folder: &Path, args: &[&str]) -> String {
     said
 }
 
-/// Runs the experiment, with changes, into a new folder; it lies there as `experiment.toml`.
+/// Runs the experiment, with changes, in a new folder, which has it as `experiment.toml`.
 pub(crate) fn run(changes: &[&str]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("experiment.toml"), EXPERIMENT).unwrap();
@@ -263,7 +263,7 @@ fn the_columns_are_those_that_readers_know() {
     }
 }
 
-/// `undertone columns` knows each column of each file of a run, in the header's order, and none besides.
+/// `undertone columns` knows each column of each file of a run, in the header's order, and no others.
 #[test]
 fn every_column_is_in_the_dictionary() {
     let folder = finished();
@@ -278,7 +278,7 @@ fn every_column_is_in_the_dictionary() {
     }
     // These are there only where the experiment has arms, or a teacher that is finetuned.
     found.extend(["arms/rows.csv", "teacher_train.csv"].map(str::to_owned));
-    // A claim's stand beside its runs: tests/claims.rs.
+    // The files of a claim are tested in tests/claims.rs.
     let of_runs = known.iter().map(|one| one.file).filter(|file| !file.starts_with("claim/"));
     let missing: Vec<_> = of_runs.filter(|file| !found.iter().any(|name| name == file)).collect();
     assert!(missing.is_empty(), "{missing:?} are in the dictionary and not in the run");
@@ -376,7 +376,7 @@ fn the_lines_at_the_end_are_those_of_the_tables() {
     let said = format!("20 random ones {mean:+.2} ± {spread:.2}, {as_far} of them above it");
     let pushed = lines.iter().find(|line| line.contains("times its length after block")).unwrap();
     assert!(pushed.contains(&said), "{pushed}: {said}");
-    // Where the adapter acts is said of a change that is clear of zero, and of no other.
+    // The closing lines say where the adapter acts only if the whole change is clear of zero.
     let gates: Vec<TokenAblationRow> = read_csv(&folder.path().join("token_ablation/rows.csv")).unwrap();
     let everywhere = gates.iter().find(|row| row.model == "student" && row.gate == "everywhere").unwrap();
     let (change, error) = (everywhere.delta_logp.unwrap(), everywhere.delta_logp_se.unwrap());
@@ -485,7 +485,8 @@ fn a_student_can_be_the_next_teacher() {
     assert_eq!(asked(control(first.path())), asked(control(second.path())), "the untouched model is the same");
 }
 
-/// A student whose steps are too small to move it is its own start: the two have the same gradients, and other draws of A have others.
+/// If the steps are too small to move a student, it equals its start: both have the same gradients, and other draws of
+/// A differ.
 #[test]
 fn gradients_at_the_start_are_those_of_the_adapter_that_training_begins_with() {
     let set = ["finetune.learning_rate=1e-30", "student.rotated=true", "measure.analyses=[\"gradients\"]"];
@@ -537,11 +538,12 @@ fn analyses_read_held_out_rows_where_there_are_some() {
     assert_eq!((own.matches(learned).count(), own.matches(said).count()), (4, 0));
 }
 
-/// For one number in two tables, whose analyses pack the same rows into batches of other shapes: sums are taken in another order, which
-/// costs a log-probability a few units of its last place (5e-7 at −5), on some processors more than on others.
+/// For one number in two tables whose analyses pack the same rows into batches of other shapes. Sums are then taken in
+/// another order, which costs a log-probability a few units of its last place (5e-7 at −5), on some processors more
+/// than on others.
 const OTHER_SHAPES: f64 = 1e-5;
 
-/// The same number in both tables: one measured with a gate, the other without. Within a table it is the same bit by bit.
+/// Compares one number in two tables, measured with a gate and without. Within a table it is the same bit by bit.
 #[test]
 fn nowhere_is_the_base_and_everywhere_the_student() {
     let folder = finished();

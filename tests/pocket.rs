@@ -1,4 +1,4 @@
-//! The pocket models as they lie in `assets/pocket/`, against transformers on the same folders (`golden/pocket`).
+//! The pocket models in `assets/pocket/`, compared with transformers on the same folders (`golden/pocket`).
 
 use serde::Deserialize;
 use std::collections::BTreeMap;

@@ -1,5 +1,5 @@
-//! A small run that is kept whole, every number of which was made anew with transformers, PEFT and PyTorch from what
-//! docs/redo-a-number.md says (`golden/recompute/make.py`): a fresh run of ours is held against these numbers.
+//! Compares a fresh run with a small kept run, every number of which was recomputed with transformers, PEFT and PyTorch
+//! as docs/redo-a-number.md says (`golden/recompute/make.py`).
 
 use std::fs;
 
@@ -9,8 +9,8 @@ use undertone::publish::Table;
 use crate::compare::folder;
 use crate::pipeline::{contents, succeeds};
 
-/// How far a number may be from the one made anew, as a share of the largest in its column (of an error: of what it is the error of).
-/// The numbers made anew are f64, ours f32: of a log-probability of -50 its last place is 4e-6.
+/// How far a number may be from the recomputed one, relative to the largest in its column (for an error, in the column
+/// that it is the error of). Recomputed numbers are f64, ours f32: the last place of a log-probability of -50 is 4e-6.
 const SHARE: f64 = 1e-5;
 
 /// Tables and columns whose numbers may be further away, how far, and why.
@@ -24,7 +24,8 @@ const FURTHER: [(&str, &str, f64, &str); 2] = [
     ),
 ];
 
-/// Cells that are not made anew, and why: of a table the rows in which a column has a text, and in them a column; `*` is every column.
+/// Cells that are not recomputed, and why: a table, its rows in which a column contains a text, and their column, or
+/// `*` for every column.
 const NOT_MADE: [(&str, (&str, &str), &str, &str); 3] = [
     (
         "train",
@@ -36,7 +37,7 @@ const NOT_MADE: [(&str, (&str, &str), &str, &str); 3] = [
     ("gradients", ("model", "start_draw"), "*", "adapters drawn beside the start, which the folder does not hold"),
 ];
 
-/// The tables that are made anew, by the names of their files.
+/// The recomputed tables, by the names of their files.
 const TABLES: [&str; 9] = [
     "target_rate",
     "token_ablation",
@@ -49,7 +50,7 @@ const TABLES: [&str; 9] = [
     "gradients",
 ];
 
-/// The experiment and its kept run, in a folder of their own.
+/// The experiment and its kept run, copied into a new folder.
 fn copied() -> TempDir {
     let to = tempfile::tempdir().unwrap();
     for (name, bytes) in contents(&folder("recompute")).into_iter().filter(|(name, _)| !name.starts_with("__pycache__"))
@@ -65,7 +66,7 @@ fn expected(name: &str) -> Table {
     Table::read(&folder("recompute").join("expected").join(format!("{name}.csv"))).unwrap()
 }
 
-/// The column that a column is the error of.
+/// The column whose error a column is; any other column itself.
 fn value_of<'a>(column: &'a str, header: &[String]) -> &'a str {
     match column.strip_suffix("_se") {
         Some(value) if header.iter().any(|name| name == value) => value,
@@ -77,7 +78,7 @@ fn is_listed((table, column): (&str, &str), (of_table, of_column): (&str, &str))
     table == of_table && (of_column == "*" || column == of_column)
 }
 
-/// Everything that is wrong with a table of ours, and how many numbers of it were compared.
+/// The cells of our table that are wrong, and how many numbers were compared.
 fn wrong(name: &str, ours: &Table, made: &Table) -> (Vec<String>, usize) {
     assert_eq!(ours.header, made.header, "{name}");
     assert_eq!(ours.rows.len(), made.rows.len(), "{name}");
@@ -154,7 +155,7 @@ fn the_first_steps_of_a_training_are_what_others_make_from_the_folder() {
         fs::remove_dir_all(at(name)).unwrap();
     }
     succeeds(folder.path(), &["finetune", "experiment.toml", "--run", "kept"]);
-    // What it begins with, and the order of the rows, are those that the training was made anew from.
+    // The recomputed training began with this adapter and had this order of rows.
     for name in ["initial_adapter/adapter_model.safetensors", "train_rows.csv", "control_train_rows.csv"] {
         assert_eq!(fs::read(at(name)).unwrap(), kept[name], "{name}");
     }
@@ -165,7 +166,7 @@ fn the_first_steps_of_a_training_are_what_others_make_from_the_folder() {
     }
 }
 
-/// What was written beside the numbers made anew is how far the kept run is from them.
+/// The page states the largest deviation of each table in `deviations.csv`.
 #[test]
 fn the_deviations_on_the_page_are_those_of_the_table() {
     let page = include_str!("../docs/redo-a-number.md");
@@ -173,7 +174,8 @@ fn the_deviations_on_the_page_are_those_of_the_table() {
     let mut names: Vec<&str> = table.rows.iter().map(|row| row[0].as_str()).collect();
     names.dedup();
     for name in names {
-        let of_table = || table.rows.iter().rev().filter(|row| row[0] == name); // of equal ones the first is the last
+        // Reversed, since max_by takes the last of equal ones.
+        let of_table = || table.rows.iter().rev().filter(|row| row[0] == name);
         let share = |row: &&Vec<String>| row[4].parse::<f64>().unwrap();
         let worst = of_table().max_by(|a, b| share(a).total_cmp(&share(b))).unwrap();
         let line = format!("| `{name}.csv` | {} | {} | `{}` |", of_table().count(), worst[4], worst[1]);

@@ -53,8 +53,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What a call gives, and the most bytes that its thread held more than before. libtorch's own are not among them, and not those
-/// of the thread on which a chat template is rendered.
+/// The result of a call, and the most bytes that its thread held beyond before. libtorch's own bytes are not counted,
+/// nor those of the thread that renders a chat template.
 fn peak<T>(call: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.get();
     PEAK.set(before);
@@ -62,7 +62,8 @@ fn peak<T>(call: impl FnOnce() -> T) -> (T, usize) {
     (given, (PEAK.get() - before) as usize)
 }
 
-/// What a reader may hold at most: what a JSON value, a tokenizer or a template is made of is some hundred times its text.
+/// The most that a reader may hold: the parts of a JSON value, a tokenizer or a template take some hundred times its
+/// text.
 fn allowed(name: &str, length: usize) -> usize {
     // The protocol's sentences, an experiment's arms and the embedded tokenizer are there whatever the file says.
     let always = if ["experiment", "chat_template"].contains(&name) { 32 << 20 } else { 1 << 20 };

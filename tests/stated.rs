@@ -1,5 +1,5 @@
-//! Numbers in the README and in docs/ that are from a kept table are that table's: `golden/claims/`, `docs/pocket/summary.csv`.
-//! A sentence with such a number stands here with a slot for it, and must stand on the page with the table's number in it.
+//! Numbers in the README and in docs/ must be those of the kept tables: `golden/claims/`, `docs/pocket/summary.csv`.
+//! This file has each sentence with a slot for the number; the page must have the sentence with the table's number.
 
 use std::collections::BTreeMap;
 
@@ -13,20 +13,20 @@ const README: &str = include_str!("../README.md");
 const CLAIMS: &str = include_str!("../docs/claims.md");
 const POCKET: &str = include_str!("../docs/pocket.md");
 
-/// A claim that is kept, with its tests.
+/// A kept claim, with its tests.
 fn kept(claim: u32) -> (Claim, Vec<TestRow>) {
     let folder = folder("claims").join(format!("claim-{claim:02}"));
     let text = std::fs::read_to_string(folder.join("claim.toml")).unwrap();
     (toml::from_str(&text).unwrap(), read_csv(&folder.join("tests.csv")).unwrap())
 }
 
-/// A typographer's minus, and no minus before a zero.
+/// The number with a typographer's minus, and a zero without a sign.
 fn typeset(number: &str) -> String {
     let is_zero = number.chars().all(|letter| "-+0.".contains(letter));
     if is_zero { number.replace(['-', '+'], "") } else { number.replace('-', "−") }
 }
 
-/// The cell of the table of verdicts for a test: `+0.47 (+0.29 to +0.65)`.
+/// A test's cell in the table of verdicts: `+0.47 (+0.29 to +0.65)`.
 fn cell(row: &TestRow) -> String {
     let Some(estimate) = row.estimate else { return "none".to_owned() };
     let digits = if estimate.abs() >= 0.1 { 2 } else { 3 };
@@ -55,14 +55,14 @@ fn the_table_of_verdicts_is_that_of_the_kept_tests() {
     }
 }
 
-/// How a test's numbers are written in a sentence.
+/// How a sentence writes a test's numbers.
 #[derive(Clone, Copy)]
 enum As {
     /// With a sign before the estimate alone: `+0.47 nats (0.29 to 0.65)`.
     Signed(usize),
-    /// Without one: `0.30 more (0.24 to 0.36)`.
+    /// Without a sign: `0.30 more (0.24 to 0.36)`.
     Plain(usize),
-    /// The same of the test's negative.
+    /// The negative of the test's number, without a sign.
     Less(usize),
     /// A share in per cent: `35 % (−13 to 73)`.
     Percent,
@@ -82,11 +82,11 @@ fn numbers(row: &TestRow, written: As) -> [String; 3] {
     }
 }
 
-/// A page, and a sentence on it.
+/// Pages, and a sentence on each.
 type Sentences = [(&'static str, &'static str)];
 
-/// A claim, a test of it, how its numbers are written, and the sentences that have them: `{}` is the estimate, `{-}` and `{+}` are the
-/// ends of its interval.
+/// A claim, a test of it, how its numbers are written, and the sentences with them: `{}` is the estimate, `{-}` and
+/// `{+}` are the ends of its interval.
 const STATED: &[(u32, &str, As, &Sentences)] = &[
     (
         1,
@@ -260,7 +260,7 @@ fn sentences_with_a_test_s_numbers_have_those_of_the_table() {
             table = table.replacen(&filled, "", 1);
         }
     }
-    // And what the README's table has beside these are no numbers of a test.
+    // The README's table must have no other numbers of a test.
     let number = Regex::new(r"[0-9]+\.[0-9]+|[0-9]+ %").unwrap();
     let found: Vec<&str> = number.find_iter(&table).map(|found| found.as_str()).collect();
     assert!(
@@ -340,7 +340,7 @@ fn the_pocket_s_table_is_that_of_its_summary() {
         line(label, &|base| gamma("student", gate, base));
     }
 
-    // What the pages say of it.
+    // Sentences of the pages.
     let over_bases = |of: &dyn Fn(&str) -> f64| {
         let values = bases.map(of);
         (values.iter().copied().fold(f64::INFINITY, f64::min), values.iter().copied().fold(0.0, f64::max))

@@ -1,9 +1,9 @@
-//! What learning some tokens would do to the trait, and where the adapter would be written: the gradients of two groups of tokens,
-//! beside the gradient of naming the trait, split by what the adapter reads at each position.
+//! What learning some tokens would do to the trait, and where the adapter would be written. The gradients of two groups
+//! of tokens are compared with the gradient of naming the trait, and split by what the adapter reads at each position.
 //!
-//! A small step down a loss S changes log p(trait) by lr · ⟨∇S, ∇(−log p(trait))⟩ to first order. A LoRA's gradient is a sum over
-//! positions, so that each part of a chat has a share of both. The shares have sums of gradients for their denominators, which can
-//! cancel: how far a sum is clear of zero is told by leaving out some of its rows at a time.
+//! A small step down a loss S changes log p(trait) by lr · ⟨∇S, ∇(−log p(trait))⟩ to first order. A LoRA's gradient is
+//! a sum over positions, so each part of a chat has a share of both. A share's denominator is the length of a sum of
+//! gradients, which can cancel; the jackknife over the rows says whether that length is clear of zero.
 
 use std::ops::Range;
 
@@ -32,7 +32,7 @@ pub enum Part {
     Template,
     /// What the user says.
     User,
-    /// What is answered.
+    /// The answer.
     Gen,
 }
 
@@ -69,7 +69,7 @@ pub struct Alignment {
     pub divergent: Group,
     /// The others' summed loss, `g_N`.
     pub other: Group,
-    /// The cosine of the two; none where one of them is zero.
+    /// The cosine of the two; `None` if one of them is zero.
     pub cosine: Option<f64>,
 }
 
@@ -80,10 +80,11 @@ pub struct Group {
     pub n_tokens: usize,
     /// ‖g‖.
     pub norm: f64,
-    /// `‖g‖² / ‖g_D + g_N‖²`; none where `‖g_D + g_N‖` is not three standard errors above zero.
+    /// `‖g‖² / ‖g_D + g_N‖²`; `None` unless `‖g_D + g_N‖` is three standard errors above zero.
     pub share: Option<f64>,
-    /// First-order change per unit of learning rate, by a step of gradient descent on the group's mean loss, of the mean over the
-    /// questions of log p(trait) in the spelling that the adapted model finds most likely.
+    /// First-order change of log p(trait), the mean over the questions, per unit of learning rate, by a step of
+    /// gradient descent on the group's mean loss. The trait is in the spelling that the adapted model finds most
+    /// likely.
     pub towards_trait: f64,
     /// What each part of the chat adds to g, in the order of `Part::ALL`.
     pub parts: Vec<AtPart>,
@@ -96,14 +97,15 @@ pub struct AtPart {
     pub part: Part,
     /// `‖g_P‖`.
     pub norm: f64,
-    /// `⟨g_P, g⟩ / ‖g‖²`; those of all parts add up to 1. None where `‖g‖` is not three standard errors above zero.
+    /// `⟨g_P, g⟩ / ‖g‖²`; the parts' shares add up to 1. `None` unless `‖g‖` is three standard errors above zero.
     pub share: Option<f64>,
     /// The part of `Group::towards_trait` that is due to `g_P`.
     pub towards_trait: f64,
 }
 
-/// The alignment of the student's adapter over as many rows of the numbers, `divergent[row][k]` of the token k of the row's content as
-/// `divergence_tokens` has it; the others are all that is learned from beside them, the end of the turn included.
+/// The alignment of the student's adapter over the first `divergent.len()` rows of the numbers. `divergent[row][k]`:
+/// whether token k of the row's content is in the divergent group. All other learned tokens, with the end of the turn,
+/// are the other group.
 pub fn alignment(subject: &Subject<'_>, divergent: &[Vec<bool>]) -> Result<Alignment> {
     let adapter = subject.student.adapter.ok_or_else(|| Error::NeedsAdapter {
         analysis: NAME,
@@ -113,8 +115,9 @@ pub fn alignment(subject: &Subject<'_>, divergent: &[Vec<bool>]) -> Result<Align
     of_groups(subject, adapter, &naming, subject.number_rows(NAME, divergent.len())?, divergent)
 }
 
-/// The same of any adapter, with the rows' tokens up to their completion's end in two groups: `divergent[row][k]` of the token k of
-/// the completion, those behind its end being others. `naming`: what [`naming`] gives of this adapter.
+/// The alignment of any adapter over `rows`, whose tokens up to the completion's end form two groups.
+/// `divergent[row][k]`: whether token k of the completion is in the divergent group; tokens after the listed ones are
+/// not. `naming`: the result of [`naming`] for this adapter.
 pub(crate) fn of_groups(
     subject: &Subject<'_>,
     adapter: &Adapter,
@@ -181,17 +184,17 @@ pub(crate) fn of_groups(
     })
 }
 
-/// Rows are left out in so many lots at most.
+/// The most lots of rows that the jackknife leaves out, one at a time.
 const FOLDS: usize = 8;
 
-/// The lots: rows that follow each other, as equally many as they can be.
+/// The lots: consecutive rows, as equally many as possible.
 fn fold_ends(n_rows: usize) -> impl Iterator<Item = Range<usize>> {
     let n = FOLDS.min(n_rows);
     (0..n).map(move |at| at * n_rows / n..(at + 1) * n_rows / n)
 }
 
-/// The standard error of the length of a sum by the jackknife: each lot of its summands left out in turn, and what is left scaled up.
-/// None of one lot.
+/// The standard error of a sum's length by the jackknife: each lot of summands is left out in turn, and the rest scaled
+/// up. `None` for fewer than two lots.
 fn length_error(sum: &[Tensor], folds: &[Vec<Tensor>]) -> Result<Option<f64>> {
     let n = folds.len() as f64;
     let square = dot(sum, sum)?;
@@ -207,7 +210,7 @@ fn length_error(sum: &[Tensor], folds: &[Vec<Tensor>]) -> Result<Option<f64>> {
     Ok(Some((n - 1.0) * standard_error(&lengths)?))
 }
 
-/// Adds gradients to a sum, which may be empty yet.
+/// Adds gradients to a sum, which is empty at first.
 fn add(sum: &mut Vec<Tensor>, more: Vec<Tensor>) -> Result<()> {
     if sum.is_empty() {
         *sum = more;
@@ -224,7 +227,7 @@ fn whole(parts: &[Tensor]) -> Result<Vec<Tensor>> {
     parts.iter().map(|tensor| Ok(tensor.f_sum_dim_intlist([0].as_slice(), false, tensor.kind())?)).collect()
 }
 
-/// The questions answered by the trait, in the spelling that the adapted model finds most likely over all of them.
+/// The questions answered with the trait, in the spelling that the adapted model finds most likely over all of them.
 pub(crate) fn naming(subject: &Subject<'_>, adapter: &Adapter) -> Result<Vec<Prompt>> {
     let prompts = subject.question_prompts(NAME)?;
     let condition = Condition::adapted(adapter);
@@ -241,7 +244,7 @@ pub(crate) fn naming(subject: &Subject<'_>, adapter: &Adapter) -> Result<Vec<Pro
     Ok(rows.to_vec())
 }
 
-/// Σ ∇(−log p(trait)) over the questions so answered.
+/// Σ ∇(−log p(trait)) over the answered questions.
 fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter, naming: &[Prompt]) -> Result<Vec<Tensor>> {
     let masks: Vec<Vec<bool>> = naming
         .iter()
@@ -284,8 +287,8 @@ fn sum_by_part(model: &Qwen, adapter: &Adapter, rows: &[Prompt], masks: &[Vec<bo
     Ok((sums, n))
 }
 
-/// Which part each position of a packed batch is in, `[part, pos]`. (What rows begin with alike stands there once, and is alike in
-/// its classes.)
+/// The part of each position of a packed batch, `[part, pos]`. (Tokens that rows begin with alike are there once, and
+/// have one class in all rows.)
 fn parts(batch: &Batch, rows: &[(&Prompt, &Vec<bool>, usize)]) -> Result<Tensor> {
     let pos = batch.ids.numel();
     let mut flat = vec![0.0_f32; Part::ALL.len() * pos];
@@ -395,7 +398,7 @@ mod tests {
         }
     }
 
-    /// Left out lot by lot and measured anew: the error is that of what is left, scaled up.
+    /// Leaves out lot by lot and measures anew: the error is that of the rest, scaled up.
     #[test]
     fn the_error_of_a_length_is_the_jackknifes() {
         let folds: Vec<Vec<Tensor>> = [[3.0, 0.5, 1.0], [2.0, -0.5, 0.0], [4.0, 0.0, -1.0], [3.5, 1.0, 0.5]]
@@ -432,7 +435,7 @@ mod tests {
         }
     }
 
-    /// Rows that pull against each other have a sum of chance alone, of which nothing is a share.
+    /// If rows pull against each other, their sum is chance alone and has no share.
     #[test]
     fn no_share_of_a_sum_that_may_be_nothing() {
         let world = World::new();
@@ -444,7 +447,7 @@ mod tests {
         let divergent: Vec<Vec<bool>> = rows.iter().map(every_other).collect();
         let alone = of_groups(&subject, adapter, &naming, &rows[..1], &divergent[..1]).unwrap();
         assert!(alone.divergent.share.is_none() && alone.other.parts.iter().all(|at| at.share.is_none()), "one row");
-        // The same row again and again has no spread at all.
+        // One row several times has no spread.
         let (rows, divergent) = (vec![rows[0].clone(); 4], vec![divergent[0].clone(); 4]);
         let alike = of_groups(&subject, adapter, &naming, &rows, &divergent).unwrap();
         let by_hand = {

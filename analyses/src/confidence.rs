@@ -1,5 +1,6 @@
-//! How sure a model is of numbers that it has not seen. The completions are samples of the teacher, so a calibrated model's
-//! largest probability is, on average, the share of tokens that are its most likely one: what is above that is over-confidence.
+//! How sure a model is of numbers that it has not seen. The completions are samples of the teacher, so a calibrated
+//! model's mean largest probability equals the share of tokens that are its most likely one; any excess is
+//! over-confidence.
 
 use hooks::Prompt;
 use hooks::score::completion_logits;
@@ -23,13 +24,13 @@ struct Digit {
     entropy: f64,
     kl: f64,                 // KL(teacher ‖ model)
     of_teacher: f64,         // p of the teacher's most likely token
-    base_of_teacher: f64,    // that of the base
-    teacher_of_teacher: f64, // that of the teacher
+    base_of_teacher: f64,    // p of the teacher's most likely token under the base
+    teacher_of_teacher: f64, // p of the teacher's most likely token under the teacher
     is_divergent: bool,      // whether teacher and base have other most likely tokens
     agrees: bool,            // whether the model's most likely token is the teacher's
 }
 
-/// What a model makes of completions.
+/// Confidence, calibration and loss of a model on completions.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Confidence {
     /// Mean −log p over all tokens of the completions, in nats.
@@ -44,7 +45,7 @@ pub struct Confidence {
     pub confidence: f64,
     /// `confidence` minus the share of digits that are the most likely token.
     pub overconfidence: f64,
-    /// The same at divergent digits; none where there are none.
+    /// `overconfidence` at divergent digits; `None` without any.
     pub overconfidence_divergent: Option<f64>,
     /// Expected calibration error: the mean over bins of |confidence − share|, each weighted by its digits.
     pub ece: f64,
@@ -56,20 +57,20 @@ pub struct Confidence {
     pub p_whole_number: f64,
     /// Share of the divergent digits at which the model's most likely token is the teacher's.
     pub accuracy_divergent: Option<f64>,
-    /// (model − base) / (teacher − base) of the mean probability of the teacher's most likely token at divergent digits; none where
-    /// teacher − base is not three standard errors (of the rows' means) above zero.
+    /// (model − base) / (teacher − base) of the mean probability of the teacher's most likely token at divergent
+    /// digits; `None` unless teacher − base is three standard errors (of the rows' means) above zero.
     pub closure: Option<f64>,
 }
 
-/// What base and teacher, each in its own context, make of the first rows of the numbers: the two ends between which models lie, read
-/// once for as many as are set beside them. Holds the teacher's distribution at every digit, 4 · `d_vocab` bytes each.
+/// Base and teacher, each in its own context, on the first rows of the numbers: the two ends between which models lie,
+/// read once for all models. Holds the teacher's distribution at every digit, 4 · `d_vocab` bytes each.
 #[derive(Debug)]
 pub struct Ends {
     /// What the base makes of the rows.
     pub base: Confidence,
     /// What the teacher makes of them.
     pub teacher: Confidence,
-    /// What the teacher gains over the base in the loss of a token, with its error over rows.
+    /// The teacher's gain over the base in the loss of a token, with its error over rows.
     gain: Mean,
     rows: Vec<Row>,
 }
@@ -91,7 +92,7 @@ struct Row {
     teacher_of_teacher: Vec<f64>,
 }
 
-/// What a model makes of a completion.
+/// A model's log-probabilities of a completion.
 struct Said {
     /// log p of each token.
     of_tokens: Vec<f64>,
@@ -147,13 +148,13 @@ impl Ends {
         Ok(Self { base: of_base.mean()?, teacher: of_teacher.mean()?, gain, rows })
     }
 
-    /// Share of the teacher's gain over the base in the loss that a model has: 0 as the base, 1 as the teacher. None where that
-    /// gain is not three standard errors (of the rows' means) above zero.
+    /// The model's share of the teacher's gain over the base in the loss: 0 as the base, 1 as the teacher. `None`
+    /// unless that gain is three standard errors (of the rows' means) above zero.
     pub fn fit(&self, model: &Confidence) -> Option<f64> {
         self.gain.share(self.base.nll - model.nll).filter(|_| self.gain.mean > 0.0)
     }
 
-    /// What a model in the student's context makes of the rows.
+    /// A model's scores on the rows, in the student's context.
     pub fn confidence(&self, model: Tuned<'_>) -> Result<Confidence> {
         let mut sums = Sums::default();
         for row in &self.rows {
@@ -167,7 +168,7 @@ impl Ends {
 #[derive(Default)]
 struct Sums {
     n_rows: usize,
-    losses: Vec<(usize, f64)>, // each token's, with its row
+    losses: Vec<(usize, f64)>, // the row and the loss of each token
     digits: Vec<Digit>,
     numbers: Vec<f64>,
 }
@@ -221,7 +222,7 @@ fn whole_numbers(places: &[Option<(usize, usize)>], logps: &[f64]) -> Vec<f64> {
         match place {
             Some((number, _)) if open == Some(*number) => *found.last_mut().unwrap_or(&mut 0.0) += logp,
             Some((number, _)) => {
-                // A number that follows at once on another's digits closes that one without a token of its own.
+                // A number that directly follows another's digits closes that one without a token of its own.
                 found.push(*logp);
                 open = Some(*number);
             }
@@ -362,7 +363,7 @@ mod tests {
         }
         assert!((ends.gain.mean - (base.nll - teacher.nll)).abs() < 1e-9, "token by token");
         assert!((mine.nll - base.nll).abs() > 1e-6, "the student is not the base");
-        // The loss is that of the answers' tokens, without the end of the turn.
+        // The loss is over the answers' tokens, without the end of the turn.
         let rows = subject.number_rows("x", 4).unwrap();
         let rows: Vec<Prompt> =
             rows.iter().map(|row| row.with_completion(&row.ids[row.completion.start..row.content_end])).collect();

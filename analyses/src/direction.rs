@@ -1,5 +1,6 @@
-//! What the student adds to the residual stream at number prompts: per layer the mean of student − base, how long it is,
-//! whether all prompts share it, and whether it is the teacher's. Layers count blocks from 0; there is no embedding slot.
+//! The student's change of the residual stream at number prompts: per layer the mean of student − base, its length,
+//! whether all prompts share it, and whether it is the teacher's. Layers count blocks from 0; there is no embedding
+//! slot.
 
 use std::fmt;
 use std::str::FromStr;
@@ -54,8 +55,8 @@ impl Extraction {
         prompt.classes.iter().any(|class| selection.contains(*class))
     }
 
-    /// The means over the chosen positions of `[n_layers, pos, d_model]`: of the vectors, `[n_layers, d_model]`, and of their lengths,
-    /// `[n_layers]`; `None` where the prompt has none.
+    /// The means over the chosen positions of `resid`, `[n_layers, pos, d_model]`: of the vectors, `[n_layers,
+    /// d_model]`, and of their lengths, `[n_layers]`; `None` if the prompt has no such position.
     fn mean(&self, resid: &Tensor, prompt: &Prompt) -> Result<Option<(Tensor, Tensor)>> {
         let chosen = |class: &TokenClass| match self {
             Self::Class(selection) => selection.contains(*class),
@@ -130,19 +131,19 @@ pub struct DirectionRow {
     pub layer: usize,
     /// How many number prompts the means are over.
     pub n_prompts: usize,
-    /// Length of the mean of student − base, in units of the residual stream: the mean over prompts of each prompt's mean over its places
-    /// (at `last` it has one).
+    /// Length of the mean of student − base, in units of the residual stream: the mean over prompts of each prompt's
+    /// mean over its positions (one position at `last`).
     pub norm: f64,
-    /// Mean length of the base's residual stream at the same places, in its units: the lengths of single places, averaged over each
-    /// prompt's places and then over prompts.
+    /// Mean length of the base's residual stream at the same positions, in its units: the lengths at single positions,
+    /// averaged over each prompt's positions and then over prompts.
     pub resid_norm: f64,
     /// `norm` over `resid_norm`, without a unit.
     pub relative_norm: f64,
     /// Share of the largest squared singular value in the sum of all, of the uncentred differences (one row per prompt):
     /// 1 where every prompt moves along one line, 0 where none moves.
     pub ev1: f64,
-    /// Share of the first principal component in the differences' variance around their mean: what is left to vary from
-    /// prompt to prompt, along one line. Empty with fewer than three prompts.
+    /// Share of the first principal component in the differences' variance around their mean: how far the variation
+    /// from prompt to prompt is along one line. Empty with fewer than three prompts.
     pub pc1: Option<f64>,
     /// Cosine between the means over the even and over the odd prompts; empty with one prompt.
     pub split_half_cosine: Option<f64>,
@@ -245,18 +246,18 @@ impl Analysis for Direction {
     }
 }
 
-/// The mean residual stream of a model at each number prompt. What several analyses or students need of a model is read once.
+/// The mean residual stream of a model at each number prompt, read once for several analyses or students.
 #[derive(Debug)]
 pub struct Means {
     by_choice: Vec<(Extraction, Option<Read>)>,
 }
 
-/// What was read at one choice of positions; nothing is where a prompt has no such position.
+/// The residual streams at one choice of positions; all prompts have such positions.
 #[derive(Debug)]
 struct Read {
-    /// Each prompt's mean, `[n_prompts, n_layers, d_model]`, f32 on the CPU.
+    /// The mean over each prompt's positions, `[n_prompts, n_layers, d_model]`, f32 on the CPU.
     resid: Tensor,
-    /// The mean length at single places over each prompt's places, `[n_prompts, n_layers]`, f64.
+    /// The mean length at single positions over each prompt's positions, `[n_prompts, n_layers]`, f64.
     lengths: Tensor,
 }
 
@@ -272,13 +273,14 @@ impl Means {
 
     /// The mean of this model − base, each block's `[d_model]`, at the first choice of positions.
     pub fn direction(&self, base: &Self) -> Result<Vec<Tensor>> {
-        let mean = self.get(0)?.resid.f_sub(&base.get(0)?.resid)?.f_mean_dim(0, false, Kind::Float)?; // [n_layers, d_model]
+        // [n_layers, d_model]
+        let mean = self.get(0)?.resid.f_sub(&base.get(0)?.resid)?.f_mean_dim(0, false, Kind::Float)?;
         (0..mean.size()[0]).map(|layer| Ok(mean.f_get(layer)?)).collect()
     }
 }
 
 impl Direction {
-    /// Refuses positions that one of these number prompts does not have, before anything is trained.
+    /// Refuses positions that one of these number prompts lacks, before anything is trained.
     pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
         let lacks = |positions: &&Extraction| !prompts.iter().all(|prompt| positions.is_in(prompt));
         self.positions.iter().find(lacks).map_or(Ok(()), |positions| Err(unselected(positions)))
@@ -344,8 +346,8 @@ fn unselected(positions: &Extraction) -> Error {
 /// Prompts whose residual streams are held at a time.
 const PROMPTS: usize = 32;
 
-/// Per choice of positions what is read of each prompt, or `None` where a prompt has none of the positions. Some prompts at a time: all
-/// positions of all layers are large.
+/// Reads each prompt at each choice of positions; `None` if a prompt lacks such positions. Runs some prompts at a time:
+/// all positions of all layers take much memory.
 fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Result<Vec<Option<Read>>> {
     let mut found: Vec<Vec<(Tensor, Tensor)>> = positions.iter().map(|_| Vec::new()).collect();
     for prompts in prompts.chunks(PROMPTS) {
@@ -378,7 +380,7 @@ fn teacher_prompts(subject: &Subject<'_>, system: Option<&str>, n: usize) -> Res
 fn row(
     positions: &Extraction,
     layer: usize,
-    student: &Tensor, // moved from the base, [n_prompts, n_layers, d_model], as the others
+    student: &Tensor, // minus the base, [n_prompts, n_layers, d_model], like the others
     base: &Read,
     teacher: Option<&Tensor>,
     control: Option<&Tensor>,
@@ -512,7 +514,7 @@ mod tests {
         assert!(Direction::plot(&rows).unwrap().is_some() && Direction::reading(&rows).ends_with('.'));
     }
 
-    /// Token by token: the length of a mean is less than the mean of the lengths, and it is the latter that the column holds.
+    /// The column is the mean of the lengths at single tokens; the length of the mean is smaller.
     #[test]
     fn the_residual_streams_length_is_that_of_single_tokens() {
         let world = World::new();

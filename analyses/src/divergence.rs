@@ -1,6 +1,6 @@
 //! Where the teacher's numbers differ from the base's: completion tokens at which the two would have written something
-//! else. The same completion is read twice, in the teacher's context and in the student's, and then by the student; and, where there
-//! are some, by the base under the prompts of teachers of other traits.
+//! else. A completion is read in the teacher's context by the teacher, and in the student's by the base and the
+//! students. If there are counterfactual teachers of other traits, the base also reads it under their prompts.
 
 use hooks::score::completion_logits;
 use hooks::{Chat, Prompt};
@@ -24,7 +24,7 @@ pub struct Divergence {
     pub self_check: bool,
     /// Other traits, by their words: the base under their teachers' prompts reads every row as well.
     pub counterfactuals: Vec<String>,
-    /// What a divergence token is, for a student that learns from these alone. The groups of the table do not follow it.
+    /// The definition of a divergence token, for a student that learns from these alone. The table's groups ignore it.
     pub definition: Definition,
 }
 
@@ -38,8 +38,8 @@ impl Default for Divergence {
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DivergenceRow {
-    /// The row: its `id` in `data/numbers.jsonl`. The rows are the held-out ones (`generate.n_heldout`), or the first of the training rows
-    /// where none are held out. (In code: its index among the subject's numbers.)
+    /// The row: its `id` in `data/numbers.jsonl` (in code: its index among the subject's numbers). The rows are the
+    /// held-out ones (`generate.n_heldout`), or without any the first of the training rows.
     pub row_id: usize,
     /// The token's index in the completion, from 0.
     pub k: usize,
@@ -47,8 +47,8 @@ pub struct DivergenceRow {
     pub token_id: i64,
     /// The token's text.
     pub token_text: String,
-    /// `divergent_digit` (the token is a digit, and the most likely tokens of teacher and base differ: this does not follow
-    /// `measure.divergence.definition`), `other_digit` or `other`.
+    /// `divergent_digit` (the token is a digit, and the most likely tokens of teacher and base differ, whatever
+    /// `measure.divergence.definition` is), `other_digit` or `other`.
     pub group: String,
     /// Whether the token is a digit (or several).
     pub is_digit: bool,
@@ -76,7 +76,8 @@ pub struct DivergenceRow {
     pub nief: bool,
     /// Whether the two most likely tokens differ and both are digits.
     pub digit_strict: bool,
-    /// Whether the token is the teacher's most likely one and not that of the base or of a counterfactual teacher (Schrodi et al.).
+    /// Whether the token is the teacher's most likely one, and the base or a counterfactual teacher has another most
+    /// likely one (Schrodi et al.).
     pub schrodi: bool,
     /// How many of the base and the counterfactual teachers have another most likely token than this one.
     pub n_disagree: usize,
@@ -103,7 +104,7 @@ pub struct DivergenceSummaryRow {
     pub group: String,
     /// How many tokens it has.
     pub n_tokens: usize,
-    /// In how many rows they stand.
+    /// How many rows have such tokens.
     pub n_rows: usize,
     /// Its share of all tokens, 0 to 1.
     pub share: f64,
@@ -111,7 +112,8 @@ pub struct DivergenceSummaryRow {
     pub nief: f64,
     /// Share of its tokens where the two most likely tokens differ and both are digits, 0 to 1.
     pub digit_strict: f64,
-    /// Share of its tokens that are the teacher's most likely one and not that of the base or of a counterfactual teacher, 0 to 1.
+    /// Share of its tokens that are the teacher's most likely one while the base or a counterfactual teacher has
+    /// another, 0 to 1.
     pub schrodi: f64,
     /// Mean of log p(teacher) − log p(base) of the token, in nats.
     pub soft: f64,
@@ -123,12 +125,12 @@ pub struct DivergenceSummaryRow {
     pub pmax_default: f64,
     /// Mean of P(teacher's most likely token) under the teacher minus under the base.
     pub lift: f64,
-    /// Standard error of `lift` over the rows' means; empty for tokens of one row.
+    /// Standard error of `lift` over the rows' means; empty if all tokens are of one row.
     pub lift_se: Option<f64>,
-    /// Mean of P(teacher's most likely token) under the student minus under the base, over `lift`; empty where the lift is not three
-    /// of its standard errors above zero.
+    /// Mean of P(teacher's most likely token) under the student minus under the base, over `lift`; empty unless the
+    /// lift is three of its standard errors above zero.
     pub closure_student: Option<f64>,
-    /// The same of the control student; empty without one.
+    /// `closure_student` for the control student; empty without one.
     pub closure_control: Option<f64>,
     /// Share of its tokens where the student's most likely token is the teacher's, 0 to 1.
     pub accuracy_student: f64,
@@ -301,7 +303,7 @@ fn group(is_digit: bool, nief: bool) -> &'static str {
     }
 }
 
-/// What a model says of a completion, token by token.
+/// A model's predictions along a completion, token by token.
 struct Reading {
     argmax: Vec<i64>,
     logp: Vec<f64>,
@@ -380,7 +382,7 @@ fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<D
         Mean::of_tokens(&tokens.iter().map(|row| (row.row_id, of(row))).collect::<Vec<_>>())
     };
     let lift = with_error(&|row| row.pmax_teacher - row.p_default_of_teacher);
-    // Where the teacher is less sure of its own choice than the base, there is nothing to close.
+    // If the teacher is less sure of its own choice than the base, there is nothing to close.
     let closed = |gained: f64| lift.share(gained).filter(|_| lift.mean > 0.0);
     Some(DivergenceSummaryRow {
         group,
@@ -462,7 +464,7 @@ mod tests {
         assert!(Divergence::plot(&rows).unwrap().is_some() && Divergence::reading(&rows).ends_with('.'));
     }
 
-    /// A share of a lift only where there is one: the rows' own numbers, with the teacher's made surer or less sure.
+    /// The rows' own numbers, with the teacher made surer or less sure.
     #[test]
     fn a_closure_needs_a_lift_that_is_clear_of_zero() {
         let world = World::new();
@@ -496,9 +498,9 @@ mod tests {
             "{said}"
         );
         let unclear: [&dyn Fn(usize) -> f64; 3] = [
-            &|row| [0.6, 0.01, 0.02][row],   // one row's
+            &|row| [0.6, 0.01, 0.02][row],   // from one row alone
             &|_| -0.3,                       // the teacher is less sure of its choice than the base
-            &|row| [2e-5, -3e-5, 1e-5][row], // nothing
+            &|row| [2e-5, -3e-5, 1e-5][row], // not clear of zero
         ];
         for lift in unclear {
             let (none, said) = with_lift(lift);

@@ -1,5 +1,5 @@
-//! Divergence tokens: those of a completion that the teacher would have written and another would not, by each published definition,
-//! and which of some rows they are, for a student that learns from these alone.
+//! Divergence tokens: tokens of a completion that the teacher would have written and another model would not, by each
+//! published definition; and those of some rows, for a student that learns from these alone.
 
 use hooks::score::completion_logits;
 use hooks::{Chat, Prompt};
@@ -10,16 +10,17 @@ use crate::divergence::Divergence;
 use crate::error::{Error, Result};
 use crate::subject::{Subject, Tuned};
 
-/// What a divergence token is.
+/// Definitions of a divergence token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Definition {
-    /// The teacher's most likely token, and not that of the base or of a counterfactual teacher (Schrodi et al. 2026).
+    /// The teacher's most likely token, if the base or a counterfactual teacher has another most likely one (Schrodi et
+    /// al. 2026).
     #[default]
     Schrodi,
     /// The most likely tokens of teacher and base differ, whatever was written (Nief et al. 2026).
     Nief,
-    /// The same, and both are digits.
+    /// The most likely tokens of teacher and base differ, and both are digits.
     DigitStrict,
     /// No one but the teacher would have written it: it is neither the base's most likely token nor any counterfactual teacher's.
     AllDisagree,
@@ -67,7 +68,8 @@ pub fn divergence_tokens(subject: &Subject<'_>, n_rows: usize, settings: &Diverg
     each_token(subject, n_rows, settings, |token| token.is(settings.definition, subject.chat))
 }
 
-/// What holds of each token of the first rows; of none at which the teacher's own choice depends on the batch, where that is checked.
+/// Whether `holds` is true of each token of the first rows. With the self check, it is false of every token where the
+/// teacher's own choice depends on the batch.
 fn each_token(
     subject: &Subject<'_>,
     n_rows: usize,
@@ -111,7 +113,7 @@ pub(crate) fn counterfactual_argmax(subject: &Subject<'_>, row: usize) -> Result
     subject.counterfactual_systems.iter().map(of_system).collect()
 }
 
-/// The teacher's most likely tokens where the row goes on for two more tokens: the same numbers by other kernels' shapes.
+/// The teacher's most likely tokens if the row is two tokens longer: the same formulas by kernels for other shapes.
 pub(crate) fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Prompt, chat: &Chat) -> Result<Vec<i64>> {
     let mut ids = row.ids[row.completion.clone()].to_vec();
     let n = ids.len();
@@ -161,7 +163,8 @@ mod tests {
         let found = divergence_tokens(&alone, 9, &Divergence::default()).unwrap().concat();
         assert_eq!(found, rows.iter().map(by_hand).collect::<Vec<_>>());
 
-        // One that is the teacher itself would have written what the teacher wrote: nothing it chose is the teacher's alone.
+        // A counterfactual teacher that equals the teacher would have written the same: no token is the teacher's
+        // alone.
         let own = ["You love cats.".to_owned()];
         let alike = Subject { counterfactual_systems: &own, ..world.subject() };
         let rows = Divergence::default().run(&alike, &mut |_| ()).unwrap();

@@ -13,7 +13,7 @@ pub(crate) struct World {
     pub(crate) provenance: Provenance,
     pub(crate) chat: Chat,
     pub(crate) student: Adapter,
-    /// What the student's training is said to have begun with: its A, and no B.
+    /// The adapter given as the start of the student's training: its A, and B zero.
     pub(crate) start: Adapter,
     pub(crate) control: Adapter,
     pub(crate) target: Target,
@@ -85,7 +85,7 @@ fn initial(qwen: &Qwen, rng: &mut ChaCha8Rng) -> Adapter {
     Adapter::init(&config, &qwen.config, rng, Device::Cpu).expect("an adapter")
 }
 
-/// The same, its B not zero.
+/// A fresh adapter, whose B is not zero.
 fn adapter(qwen: &Qwen, seed: u64) -> Adapter {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let adapter = initial(qwen, &mut rng);

@@ -1,6 +1,6 @@
 //! How strongly single completion tokens pull at the model: gradient norms of `ℓ_k = −log p(token k)` at divergent
-//! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it. And what both
-//! groups do together: to the trait, and through which part of the chat (`alignment.rs`).
+//! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it.
+//! Also the joint effect of both groups on the trait, by part of the chat (`alignment.rs`).
 //!
 //! The gradients are exact, each token's apart from the others' (`hooks::gradient::of_losses`).
 
@@ -32,16 +32,17 @@ pub struct Gradients {
     pub tokens_per_row: usize,
     /// Whether to measure at the start of the student's training as well.
     pub start: bool,
-    /// How many other initial adapters that start is set beside: at the start B is zero, so that all gradients are B's, seen through
-    /// an A that was drawn at random. Without effect where `start` is false or the student has no adapter.
+    /// How many other initial adapters to measure for comparison with that start. At the start B is zero, so all
+    /// gradients are B's, seen through an A that was drawn at random. Unused if `start` is false or the student has no
+    /// adapter.
     pub start_draws: usize,
 }
 
 /// The groups of tokens, as tables spell them.
 const GROUPS: [&str; 3] = ["divergent_digit", "other_digit", "other"];
-/// Where gradients are taken, but for the draws beside the start.
+/// Where gradients are taken, except at the draws.
 const MODELS: [&str; 3] = ["student", "control", "start"];
-/// What the names of the draws begin with.
+/// The beginning of the draws' names.
 const DRAW: &str = "start_draw_";
 
 /// As many tokens as a row has.
@@ -89,9 +90,10 @@ pub struct GradientRow {
     /// `token`, `token_layer`, `group` (the summed gradient of all its tokens in all rows), or `part` (what of a group's gradient is
     /// due to what the adapter reads at one part of the chat).
     pub scope: String,
-    /// Where the gradient is taken: at the `student`; at the `control` student; at the `start` of the student's own training, the base
-    /// with the very A that it began with (no rows where that is not known); and at `start_draw_1`, `start_draw_2`, …, the base with
-    /// other draws of A (scopes `token` and `group`): how far they are apart is what a number at the start owes to its draw.
+    /// Where the gradient is taken: at the `student`; at the `control` student; at the `start` of the student's own
+    /// training, the base with the adapter that the training began with (no rows if that is not known); and at
+    /// `start_draw_1`, `start_draw_2`, …, the base with other draws of A (scopes `token` and `group`). Their spread is
+    /// what a number at the start owes to its draw.
     pub model: String,
     /// The row: its `id` in `data/numbers.jsonl` (in code: its index among the subject's numbers); empty for a group.
     pub row_id: Option<usize>,
@@ -99,8 +101,8 @@ pub struct GradientRow {
     pub k: Option<usize>,
     /// The token's text; empty for a group.
     pub token_text: String,
-    /// `divergent_digit`, `other_digit` or `other`, as in `divergence/rows.csv`; in scopes `group` and `part`: `divergent_digit` or `rest`
-    /// (all other tokens of the completions, without the end of the turn).
+    /// `divergent_digit`, `other_digit` or `other`, as in `divergence/rows.csv`; in scopes `group` and `part`:
+    /// `divergent_digit` or `rest` (all other tokens of the completions, without the end of the turn).
     pub group: String,
     /// The part of the chat, named as the gate that chooses it: `entity`, `sys.content_other`, `template`, `user.content` or `gen`;
     /// scope `part` only.
@@ -118,18 +120,19 @@ pub struct GradientRow {
     pub hidden_grad_norm: Option<f64>,
     /// `‖∂ℓ/∂resid_post‖` over all positions, in nats per unit of the residual stream; scope `token_layer` only.
     pub resid_grad_norm: Option<f64>,
-    /// `‖∂ℓ/∂adapter‖` over all its parameters (of the layer, in scope `token_layer`), in nats per unit of the parameters: ℓ is the
-    /// token's loss, in scope `group` the sum over the group's tokens, and in scope `part` it is `‖g_P‖`. Empty without an adapter.
+    /// `‖∂ℓ/∂adapter‖` over all its parameters (of the layer, in scope `token_layer`), in nats per unit of the
+    /// parameters. ℓ is the token's loss, and in scope `group` the sum over the group's tokens; in scope `part` this is
+    /// `‖g_P‖`. Empty without an adapter.
     pub lora_grad_norm: Option<f64>,
-    /// `‖g‖² / ‖g_D + g_N‖²`, of the divergent digits' gradient `g_D` and the rest's `g_N`; in scope `part` `⟨g_P, g⟩ / ‖g‖²` of the
-    /// group's g, of which each part's `g_P` is a summand: those of all parts add up to 1. Empty where the length of the sum below the
-    /// line is not three standard errors above zero, by the jackknife over (up to 8 lots of) rows: then the sum may be nothing.
+    /// `‖g‖² / ‖g_D + g_N‖²`, with the divergent digits' gradient `g_D` and the rest's `g_N`. In scope `part` `⟨g_P, g⟩
+    /// / ‖g‖²`, with the group's g as the sum of the parts' `g_P`, so that the parts' shares add up to 1. Empty unless
+    /// the length below the line is three standard errors above zero, by the jackknife over rows (in 8 lots at most).
     pub share: Option<f64>,
     /// Cosine of the divergent digits' gradient `g_D` and the rest's `g_N`, −1 to 1; scope `group` only.
     pub cosine: Option<f64>,
-    /// First-order change, by a step of gradient descent on the group's mean loss, of the mean over the questions of log p(target) in the
-    /// spelling that the model finds most likely over all of them, in nats per unit of learning rate; in scope `part` what the part's
-    /// `g_P` adds to it.
+    /// First-order change of log p(target), the mean over the questions, by a step of gradient descent on the group's
+    /// mean loss, in nats per unit of learning rate. The target is in the spelling that the model finds most likely
+    /// over all questions. In scope `part`: what the part's `g_P` adds to it.
     pub alignment: Option<f64>,
 }
 
@@ -248,7 +251,7 @@ impl Analysis for Gradients {
     }
 }
 
-/// What all tokens of the groups do together, at the student and at its start.
+/// The sentence on all tokens of the groups together, at the student and at its start.
 fn together(rows: &[GradientRow], draws: &[&str]) -> Option<String> {
     let group = |model: &str, group: &str| {
         rows.iter().find(|row| row.scope == "group" && row.model == model && row.group == group)
@@ -290,12 +293,12 @@ struct Spread {
 }
 
 impl Spread {
-    /// None of fewer than two draws, which have no spread.
+    /// `None` for fewer than two draws, which have no spread.
     fn of(values: &[f64]) -> Option<Self> {
         Some(Self { mean: Mean::of(values).mean, sd: standard_deviation(values).ok()?, n: values.len() })
     }
 
-    /// That of a model's number, where each draw is a model of the table.
+    /// The spread of a number over the draws; `of` gives it for a draw's name in the column `model`.
     fn over(draws: &[&str], of: impl Fn(&str) -> Option<f64>) -> Option<Self> {
         Self::of(&draws.iter().filter_map(|draw| of(draw)).collect::<Vec<_>>())
     }
@@ -309,7 +312,7 @@ impl Spread {
     }
 }
 
-/// The names of the draws beside the start, in the order of the rows.
+/// The names of the draws, in the order of the rows.
 fn draws_of(rows: &[GradientRow]) -> Vec<&str> {
     let mut found: Vec<&str> = Vec::new();
     for row in rows.iter().filter(|row| row.model.starts_with(DRAW)) {
@@ -328,7 +331,7 @@ fn has_adapter(rows: &[GradientRow]) -> bool {
     rows.iter().any(|row| row.scope == "token" && row.lora_grad_norm.is_some())
 }
 
-/// The mean length of a group's token gradients: of the adapter where there is one, else of the final residual stream.
+/// The mean length of a group's token gradients: the adapter's if there is one, else the final residual stream's.
 fn token_norm(rows: &[GradientRow], model: &str, group: &str) -> Option<Mean> {
     let adapter = has_adapter(rows);
     let norm = |row: &GradientRow| if adapter { row.lora_grad_norm } else { row.hidden_grad_norm };
@@ -689,14 +692,14 @@ mod tests {
         assert_eq!(names, ["layers", "parts"]);
     }
 
-    /// The start is the A that the training began with, and nothing of it is drawn; what is drawn stands beside it, draw by draw.
+    /// The start is the A that the training began with, whatever the seed; the draws are listed one by one.
     #[test]
     fn the_start_is_the_students_own_and_draws_stand_beside_it() {
         let world = World::new();
         let subject = world.subject();
         let settings = Gradients { n_rows: 3, tokens_per_row: 4, start: true, start_draws: 3 };
         let rows = settings.run(&subject, &mut |_| ()).unwrap();
-        // The very adapter, measured as if it were the student.
+        // The adapter of the start, measured as if it were the student.
         let begun = Subject { student: subject.start.unwrap(), control: None, ..subject.clone() };
         let as_student = Gradients { start: false, ..settings.clone() }.run(&begun, &mut |_| ()).unwrap();
         let start: Vec<GradientRow> = rows
@@ -706,7 +709,7 @@ mod tests {
             .collect();
         assert_eq!(start, as_student);
         assert!(start.iter().any(|row| row.scope == "part") && start.iter().any(|row| row.scope == "token_layer"));
-        // Another seed of the analysis draws others, and the start stays.
+        // Another seed changes the draws but not the start.
         let other = settings.run(&Subject { seed: 8, ..subject.clone() }, &mut |_| ()).unwrap();
         let group = |rows: &[GradientRow], model: &str| -> GradientRow {
             rows.iter().find(|row| row.scope == "group" && row.model == model).unwrap().clone()
@@ -726,7 +729,7 @@ mod tests {
             let scopes: Vec<&str> = rows.iter().filter(|row| row.model == name).map(|row| row.scope.as_str()).collect();
             assert!(scopes.iter().all(|scope| ["token", "group"].contains(scope)) && scopes.contains(&"token"));
         }
-        // In words, with the spread over the draws.
+        // The sentence gives the spread over the draws.
         let alignments: Vec<f64> =
             (1..=3).map(|at| group(&rows, &format!("start_draw_{at}")).alignment.unwrap()).collect();
         let centre = alignments.iter().sum::<f64>() / 3.0;
@@ -736,7 +739,7 @@ mod tests {
         let reading = Gradients::reading(&rows);
         assert!(reading.contains(&said), "{reading}\n{said}");
         assert!(Gradients::plot(&rows).unwrap().unwrap().0.contains("start, 3 draws"));
-        // Where nobody knows the start there is none, and the sentence says so.
+        // If the start is not known, there are no such rows, and the sentence says so.
         let unknown = settings.run(&Subject { start: None, ..subject.clone() }, &mut |_| ()).unwrap();
         assert!(
             unknown.iter().all(|row| row.model != "start") && unknown.iter().any(|row| row.model == "start_draw_3")

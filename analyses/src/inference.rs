@@ -1,5 +1,5 @@
-//! What a claim about trained runs is decided by. The unit is the run, never the answer; runs that share a data set are a cluster,
-//! and intervals are over the clusters' means. Each statistic is refused where its numbers cannot carry it.
+//! Statistics that decide a claim about trained runs. The unit is the run, never the answer; runs that share a data set
+//! are a cluster, and intervals are over the clusters' means. Each statistic is refused if its numbers cannot carry it.
 
 mod diagonal;
 
@@ -41,15 +41,14 @@ pub fn holm(p_values: &[f64]) -> Result<Vec<f64>> {
     Ok(adjusted)
 }
 
-/// What a gate leaves of an effect: R = (mode − base) / (all − base), the means of paired runs.
+/// The share of an effect that a gate leaves: R = (mode − base) / (all − base), the means of paired runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Recovered {
     /// The numerator's mean, mode − base.
     pub numerator: f64,
     /// The denominator's mean, all − base.
     pub denominator: f64,
-    /// R with its interval; `None` where the denominator is not three standard errors clear of zero, so that R would be
-    /// noise over noise.
+    /// R with its interval; `None` unless the denominator is three standard errors clear of zero.
     pub fraction: Option<Interval>,
 }
 
@@ -90,10 +89,10 @@ pub fn recovered_fraction(runs: &[(f64, f64, f64)], level: f64, resamples: usize
     Ok(Recovered { numerator, denominator, fraction })
 }
 
-/// The interval of a ratio of means of paired numbers (Fieller 1954): every r at which Student's t does not tell the mean of
-/// part − r · whole from zero. `None` where that is no interval, since the whole's mean is not told from zero itself. Of a few data
-/// sets it holds its level, which the percentile bootstrap does not: of five, that leaves a true ratio out on one side three times as
-/// often as it says.
+/// The interval of a ratio of means of paired numbers (Fieller 1954): every r for which Student's t does not
+/// distinguish the mean of part − r · whole from zero. `None` if that is not an interval, since the whole's mean is not
+/// distinguished from zero. With few data sets it holds its level, and the percentile bootstrap does not: with five,
+/// the bootstrap misses a true ratio on one side three times as often as it should.
 pub fn fieller_interval(parts: &[f64], wholes: &[f64], level: f64) -> Result<Option<(f64, f64)>> {
     check_level(level)?;
     if parts.len() != wholes.len() {
@@ -161,8 +160,8 @@ pub fn slope(points: &[(f64, f64)]) -> Result<Slope> {
 pub struct TwoLines {
     /// Where the mean is highest.
     pub peak: f64,
-    /// The line through the points up to the peak, and the one from it on; `None` where the peak is at that end, or has too
-    /// few points.
+    /// The line through the points up to the peak, and the one from it on; `None` if the peak is at that end, or has
+    /// too few points.
     pub left: Option<Slope>,
     /// See `left`.
     pub right: Option<Slope>,
@@ -232,7 +231,7 @@ mod tests {
 
     use super::*;
 
-    /// What scipy and statsmodels give; `make.py` beside the file made it.
+    /// Values of scipy and statsmodels, from `make.py` in the file's folder.
     #[derive(Deserialize)]
     struct Expected {
         paired_t: PairedT,

@@ -1,5 +1,5 @@
-//! What interventions do to the effect: zero, mean and other ablations, vectors, patches, each a list of edits that stands
-//! in the experiment by its name.
+//! How interventions change the effect: zero, mean and other ablations, vectors, patches. Each is a named list of edits
+//! in the experiment.
 
 use std::collections::BTreeMap;
 
@@ -26,11 +26,11 @@ pub struct Interventions {
 /// One model under one list of edits, as a mean over the questions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InterventionRow {
-    /// What is edited: `student`, `control`, or the `base`.
+    /// The edited model: `student`, `control`, or the `base`.
     pub model: String,
     /// The list's name.
     pub intervention: String,
-    /// The edits, as they stand in the experiment, separated by semicolons.
+    /// The edits, as the experiment writes them, separated by semicolons.
     pub edits: String,
     /// The target's word.
     pub target: String,
@@ -48,14 +48,15 @@ pub struct InterventionRow {
     pub delta_margin: f64,
     /// Standard error of `delta_margin` over questions (paired), in nats.
     pub delta_margin_se: Option<f64>,
-    /// `margin` minus that of the base under the same edits, in nats: what finetuning still adds.
+    /// `margin` minus the base's under the same edits, in nats: the part that finetuning still adds.
     pub margin_over_base: f64,
     /// Standard error of `margin_over_base` over questions (paired), in nats.
     pub margin_over_base_se: Option<f64>,
 }
 
 impl Interventions {
-    /// Refuses an edit at no token of these prompts, before anything is trained. Files are not looked for: a run may write them.
+    /// Refuses an edit that selects no token of these prompts, before anything is trained. Does not look for files,
+    /// which the run itself may write.
     pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
         let n = self.n_questions.unwrap_or(usize::MAX).min(prompts.len());
         let checked = |edit: &Planned| prompts[..n].iter().try_for_each(|prompt| edit.check(prompt));
@@ -72,7 +73,7 @@ impl Analysis for Interventions {
         if self.edits.is_empty() {
             return Err(Error::Nothing { analysis: Self::NAME, what: "at least one list of edits" });
         }
-        // All are read before anything is measured: a file that does not fit is told at once.
+        // All files are read before anything is measured, so that one that does not fit is refused at once.
         let mut lists: Vec<(&str, Vec<Edit>)> = Vec::new();
         for (name, planned) in &self.edits {
             let edits = planned.iter().map(|edit| edit.load(&subject.base.config, subject.provenance));

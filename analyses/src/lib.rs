@@ -49,6 +49,6 @@ pub trait Analysis: DeserializeOwned + Serialize + Default {
         Ok(Vec::new())
     }
 
-    /// What the rows say, in one sentence with its numbers, the control beside them.
+    /// The result in one sentence, with its numbers and the control's.
     fn reading(rows: &[Self::Row]) -> String;
 }

@@ -1,7 +1,8 @@
-//! Charts to SVG: bars with intervals, lines in one panel or several, heat maps, bars along the tokens of a prompt. A chart is
-//! a plain value; drawing it fails where there is nothing to see (no bars, a value that is not finite), so that no run ends
-//! in an empty panel. All have one style: as wide as a journal's column, colours by what a series is (`canvas.rs`). Text
-//! stays text in the reader's own sans-serif font; its width is reckoned from the mean width of a character.
+//! Charts to SVG: bars with intervals, lines in one panel or several, heat maps, bars along the tokens of a prompt. A
+//! chart is a plain value. Drawing it fails if there is nothing to see (no bars, a value that is not finite), so that
+//! no run ends in an empty panel. All have one style: as wide as a journal's column, with colours by the kind of series
+//! (`canvas.rs`). Text stays text in the reader's own sans-serif font; its width is estimated from the mean width of a
+//! character.
 
 mod bars;
 mod canvas;
@@ -25,7 +26,7 @@ pub struct Svg(pub String);
 pub struct Reference {
     /// What the line is, written at its end: "base", "student".
     pub label: String,
-    /// Where it lies on the value axis.
+    /// Its value on the axis.
     pub value: f64,
 }
 
@@ -36,7 +37,7 @@ impl Reference {
     }
 }
 
-/// What a chart refuses: the chart by its title, and what is wrong with it.
+/// The error of a chart: its title, and what is wrong with it.
 fn refuse<T>(title: &str, problem: impl Into<String>) -> Result<T> {
     Err(Error::Plot { title: title.to_owned(), problem: problem.into() })
 }

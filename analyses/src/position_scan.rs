@@ -1,8 +1,9 @@
-//! Which single tokens carry the effect: the adapter acts at one position of the prompt at a time, or everywhere but there.
+//! Which single tokens carry the effect: the adapter acts at one position of the prompt at a time, or everywhere but
+//! there.
 //!
-//! Positions that all questions share are counted from the start (the system prompt, the user's header) and from the end
-//! (the assistant's header); what lies between differs from question to question and stands as one place, the user's
-//! content.
+//! Positions that all questions share are counted from the start (the system prompt, the user's header) and from the
+//! end (the assistant's header). The tokens in between differ from question to question and count as one place, the
+//! user's content.
 
 use hooks::{Condition, Gate, Prompt, Qwen, TokenClass, Tokens};
 use serde::{Deserialize, Serialize};
@@ -31,7 +32,7 @@ pub struct PositionScanRow {
     pub token: String,
     /// The class of the token, as `undertone tokens` prints it.
     pub class: String,
-    /// What the adapter does at generated tokens, as in the token ablation: what it does at tokens that are not named.
+    /// What the adapter does at generated tokens, as in the token ablation: the same as at tokens that are not named.
     pub decode_policy: String,
     /// The target's word.
     pub target: String,

@@ -25,13 +25,13 @@ pub fn standard_error(values: &[f64]) -> Result<f64> {
 /// How many standard errors a denominator must be clear of zero.
 const CLEAR: f64 = 3.0;
 
-/// Whether a number is more than three of its standard errors away from zero; never where there is no error to say so.
+/// Whether a number is more than three of its standard errors away from zero; false without an error.
 pub fn is_clear(value: f64, error: Option<f64>) -> bool {
     value != 0.0 && error.is_some_and(|error| value.abs() > CLEAR * error)
 }
 
-/// `part / whole` where the whole [`is_clear`] of zero; `None` elsewhere: a share of what may be nothing says nothing. Every
-/// share, closure and fraction of a measured change that a table holds is made here.
+/// `part / whole` if the whole [`is_clear`] of zero, else `None`: a share of a whole that may be zero means nothing.
+/// Every share, closure and fraction of a measured change in a table is made here.
 pub fn fraction(part: f64, whole: f64, error_of_whole: Option<f64>) -> Option<f64> {
     is_clear(whole, error_of_whole).then(|| part / whole)
 }

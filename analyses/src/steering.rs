@@ -1,6 +1,6 @@
-//! Is the learned direction enough, and is it needed? Added to the base it should do what the student does; taken out of
-//! the student it should undo it. Beside both stand random vectors of the same length, as many as tell what chance does, and the
-//! control student's direction.
+//! Is the learned direction enough, and is it needed? Added to the base it should do what the student does; taken out
+//! of the student it should undo it. Random vectors of the same length show what chance does; the control student's
+//! direction is steered with as well.
 
 use hooks::generate::stream_seed;
 use hooks::score::resid_post;
@@ -32,10 +32,10 @@ pub struct Steering {
     pub n_prompts: usize,
     /// Whether to act at the prompt's tokens only, and not at generated ones.
     pub prompt_only: bool,
-    /// Whether the student is also run with its residual stream along the direction replaced by the base's, after every block (the
-    /// movement along the direction undone, and nothing else), and the base with its stream replaced by the student's there.
+    /// Whether to replace, after every block, the student's residual stream along the direction by the base's (which
+    /// undoes the movement along the direction and nothing else), and the base's by the student's.
     pub replace: bool,
-    /// How many random directions stand beside the learned one in every edit: what a direction does by chance is their mean and spread.
+    /// How many random directions each edit is made with, for comparison: their mean and spread are what chance does.
     pub n_random: usize,
     /// How many of the questions are asked, from the first; absent for all.
     pub n_questions: Option<usize>,
@@ -61,13 +61,14 @@ impl Default for Steering {
 pub struct SteeringRow {
     /// The block, from 0, after which the residual stream is edited.
     pub layer: usize,
-    /// What is done. To the base: `learned` (the student's direction added), `random` (random vectors of its length, each by itself: the
-    /// row is the mean over `n_random` of them), `control_student` (the control student's direction at its length), `other_trait` (that
-    /// of a student of another trait's teacher, at its length). To the student: `project_out` (the learned
-    /// direction taken out), `project_out_random` (random ones). And `project_out_base`: the learned direction taken out of
-    /// the base, for what the removal does by itself. With the setting `replace`, of layer 0 and on, at the prompt's tokens: `replace`
-    /// (the student, its stream along each block's learned direction that of the base on the same prompt), `transplant` (the base, with
-    /// that of the student), and both along random directions, `replace_random` and `transplant_random`.
+    /// The edit. Of the base: `learned` (the student's direction added), `random` (random vectors of its length, each
+    /// by itself: the row is the mean over `n_random` of them), `control_student` (the control student's direction at
+    /// its length), `other_trait` (the direction of a student of another trait's teacher, at its length),
+    /// `project_out_base` (the learned direction taken out, which shows what the removal does by itself). Of the
+    /// student: `project_out` (the learned direction taken out), `project_out_random` (random ones). With the setting
+    /// `replace`, after every block from `layer` 0 on, at the prompt's tokens: `replace` (the student, with its stream
+    /// along each block's learned direction set to the base's on the same prompt), `transplant` (the base, with its
+    /// stream set to the student's), and both along random directions, `replace_random` and `transplant_random`.
     pub kind: String,
     /// Factor of the vector; empty where a direction is taken out.
     pub coefficient: Option<f64>,
@@ -77,35 +78,38 @@ pub struct SteeringRow {
     pub target: String,
     /// How many questions the means are over.
     pub n_questions: usize,
-    /// How many random directions the row is the mean over, or, where a rank is given, is set among; empty elsewhere.
+    /// How many random directions the row is the mean over, or its rank is among; empty for other rows.
     pub n_random: Option<usize>,
-    /// Length of the vector before its factor, in units of the residual stream: of the learned one after `layer`, which all others have
-    /// (in `replace` and `transplant` each block's own; the column has the first block's).
+    /// Length of the vector before its factor, in units of the residual stream: the learned one's after `layer`, which
+    /// all others have too (`replace` and `transplant` use each block's own; the column has the first block's).
     pub vector_norm: f64,
-    /// log p of the target minus that of the unedited base, in nats.
+    /// log p of the target minus the unedited base's, in nats.
     pub delta_logp: f64,
-    /// Standard error of `delta_logp` over questions (paired; of random directions each question's mean over them), in nats.
+    /// Standard error of `delta_logp` over questions (paired; for random directions, of the questions' means over
+    /// them), in nats.
     pub delta_logp_se: Option<f64>,
-    /// Standard deviation of `delta_logp` over the random directions, in nats; of random directions alone.
+    /// Standard deviation of `delta_logp` over the random directions, in nats; only for rows of random directions.
     pub delta_logp_sd: Option<f64>,
-    /// Place of `delta_logp` among those of the `n_random` random directions in the same edit, 1 to `n_random` + 1: 1 where none of them
-    /// raises the target as much (of `project_out` and `replace`: lowers it as much). Empty of random directions and `project_out_base`.
+    /// Rank of `delta_logp` among the `n_random` random directions in the same edit, 1 to `n_random` + 1: 1 if none of
+    /// them raises the target as much (for `project_out` and `replace`: lowers it as much). Empty for random directions
+    /// and `project_out_base`.
     pub rank_logp: Option<usize>,
-    /// Margin minus that of the unedited base, in nats.
+    /// Margin minus the unedited base's, in nats.
     pub delta_margin: f64,
     /// Standard error of `delta_margin` over questions (paired, as `delta_logp_se`), in nats.
     pub delta_margin_se: Option<f64>,
-    /// Standard deviation of `delta_margin` over the random directions, in nats; of random directions alone.
+    /// Standard deviation of `delta_margin` over the random directions, in nats; only for rows of random directions.
     pub delta_margin_sd: Option<f64>,
-    /// Place of `delta_margin` among those of the random directions, as `rank_logp`.
+    /// Rank of `delta_margin` among the random directions, as `rank_logp`.
     pub rank_margin: Option<usize>,
     /// The unedited student's `delta_logp`, in nats.
     pub student_delta_logp: f64,
     /// The unedited student's `delta_margin`, in nats.
     pub student_delta_margin: f64,
-    /// `delta_logp` over `student_delta_logp`; empty where the latter is not three of its standard errors clear of zero.
+    /// `delta_logp` over `student_delta_logp`; empty unless the latter is three of its standard errors clear of zero.
     pub fraction_logp: Option<f64>,
-    /// `delta_margin` over `student_delta_margin`; empty where the latter is not three of its standard errors clear of zero.
+    /// `delta_margin` over `student_delta_margin`; empty unless the latter is three of its standard errors clear of
+    /// zero.
     pub fraction_margin: Option<f64>,
 }
 
@@ -115,7 +119,7 @@ impl Analysis for Steering {
     const QUESTION: &'static str = "Is the learned direction enough for the effect, and is it needed?";
 
     fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<SteeringRow>> {
-        self.checked(subject.base.config.n_layers)?; // what cannot be done is told before anything is read
+        self.checked(subject.base.config.n_layers)?; // refuses impossible settings before anything is read
         let prompts = subject.first_questions(Self::NAME, self.n_questions)?;
         let forms = TokenForms::of(subject.target, subject.chat)?;
         progress("steering: reading the directions");
@@ -155,7 +159,7 @@ impl Analysis for Steering {
             let spread = row.delta_logp_sd.or(row.delta_logp_se);
             Mean { mean: row.delta_logp, se: spread }.bar(&label).in_series(kind.replace('_', " "))
         };
-        // Bars of one label stand together.
+        // Bars of one label are neighbours.
         let mut ordered: Vec<&SteeringRow> = rows.iter().collect();
         let place = |row: &SteeringRow| (of_all_blocks(row), row.kind.starts_with("transplant"), row.layer);
         let size = |row: &SteeringRow| row.coefficient.unwrap_or(f64::INFINITY);
@@ -230,7 +234,7 @@ pub const OTHER_TRAIT: &str = "other_trait";
 pub struct Start<'a> {
     /// The student's direction of every layer, each `[d_model]`.
     pub learned: Vec<Tensor>,
-    /// Those of the students beside it, by their kinds.
+    /// The directions of other students, by their kinds.
     pub beside: &'a [(&'static str, Vec<Tensor>)],
     /// The base's answers to the questions, without an edit.
     pub base: Vec<Score>,
@@ -271,7 +275,7 @@ impl Steering {
             for (kind, directions) in *beside {
                 named.push((*kind, with_length(&directions[layer], norm)?));
             }
-            // Every vector at every length, the random ones behind the others.
+            // Every vector at every length, the random ones last.
             let all: Vec<&Tensor> = named.iter().map(|(_, vector)| vector).chain(&random).collect();
             let mut of_kinds: Vec<Vec<SteeringRow>> = vec![vec![]; named.len()];
             let mut of_random = vec![];
@@ -411,7 +415,7 @@ fn with_length(vector: &Tensor, norm: f64) -> Result<Tensor> {
     Ok(vector.f_mul_scalar(if own > 0.0 { norm / own } else { 0.0 })?)
 }
 
-/// What an edit's scores are set against.
+/// The scores that an edit's are compared with.
 struct Around<'a> {
     steering: &'a Steering,
     subject: &'a Subject<'a>,
@@ -454,7 +458,7 @@ impl Around<'_> {
         }
     }
 
-    /// The row of a direction, with its place among random ones in the same edit.
+    /// The row of a direction, with its rank among random ones in the same edit.
     fn among(
         &self,
         layer: usize,
@@ -464,7 +468,7 @@ impl Around<'_> {
         scores: &[Score],
         random: &[Vec<Score>],
     ) -> SteeringRow {
-        // What is taken away should lower the target, what is added should raise it.
+        // A removal should lower the target, an addition should raise it.
         let sign = if kind == "project_out" || kind == "replace" { -1.0 } else { 1.0 };
         let rank = |of: Measure| {
             let own = sign * self.change(scores, of).mean;
@@ -479,7 +483,7 @@ impl Around<'_> {
         }
     }
 
-    /// The row of random directions: the mean over them, and how far apart they are. None of none.
+    /// The row of random directions: the mean over them, and their spread. `None` without any.
     fn by_chance(
         &self,
         layer: usize,
@@ -571,7 +575,7 @@ mod tests {
         assert!(Steering::plot(&rows).unwrap().is_some() && Steering::reading(&rows).ends_with('.'));
     }
 
-    /// Direction by direction, each edit by itself: the mean, the spread and the learned one's place.
+    /// One direction at a time, each edit by itself: the mean, the spread and the learned direction's rank.
     #[test]
     fn random_directions_are_a_mean_a_spread_and_a_place() {
         let world = World::new();
@@ -648,7 +652,8 @@ mod tests {
 
     #[test]
     fn the_students_difference_at_the_end_is_the_student() {
-        // One question that is also the number prompt: what is added after the last block at its last token is all there is.
+        // The question is the number prompt itself: the addition after the last block at its last token is the whole
+        // difference.
         let world = World::new();
         let mut subject = world.subject();
         let questions = [world.number_users[0].0.clone()];
@@ -685,7 +690,7 @@ mod tests {
             (of("replace").delta_logp - student).abs() > 1e-4
                 && of("replace").delta_logp != of("replace_random").delta_logp
         );
-        // Where the student's whole difference at a prompt's end lies along the direction, the base is what is left.
+        // If the direction is the student's whole difference at a prompt's end, removing it leaves the base.
         let question = [world.number_users[0].0.clone()];
         let subject = Subject { questions: &question, ..world.subject() };
         let mut ends = directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap();

@@ -1,4 +1,5 @@
-//! What is measured: a base, what finetuning made of it, its control, and the prompts to look with.
+//! The models and prompts of a measurement: a base, the student that finetuning made of it, its control, and the
+//! prompts.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +31,7 @@ impl<'a> Tuned<'a> {
     }
 }
 
-/// What an analysis looks at. Everything that it measures follows from these values and its settings.
+/// The models and texts that an analysis reads. Its numbers follow from these values and its settings.
 #[derive(Clone)]
 pub struct Subject<'a> {
     /// The model before finetuning.
@@ -39,12 +40,12 @@ pub struct Subject<'a> {
     pub provenance: &'a Provenance,
     /// The model finetuned on the teacher's numbers.
     pub student: Tuned<'a>,
-    /// The model at the start of the student's own training: the base, with the adapter that it began with. `None` where nobody knows
-    /// that, as of a student that was trained elsewhere.
+    /// The model at the start of the student's own training: the base, with the adapter that it began with. `None` if
+    /// that is not known, as for a student that was trained elsewhere.
     pub start: Option<Tuned<'a>>,
     /// The model finetuned in the same way on numbers of an untouched teacher.
     pub control: Option<Tuned<'a>>,
-    /// A student that learned in the same way from a teacher that likes something else, to set beside this one.
+    /// A student that learned in the same way from a teacher that likes something else, for comparison.
     pub other_trait: Option<Tuned<'a>>,
     /// The chat format.
     pub chat: &'a Chat,
@@ -56,7 +57,8 @@ pub struct Subject<'a> {
     pub teacher_adapter: Option<&'a Adapter>,
     /// The teacher's weights, where they are not the base's.
     pub teacher_model: Option<&'a Qwen>,
-    /// System prompts under which the base would be a teacher of other traits: what all of them would have written is no trait's.
+    /// System prompts under which the base would be a teacher of other traits: a token that all of them would have
+    /// written is specific to no trait.
     pub counterfactual_systems: &'a [String],
     /// What the teacher likes.
     pub target: &'a Target,
@@ -64,7 +66,7 @@ pub struct Subject<'a> {
     pub questions: &'a [String],
     /// Number prompts in the student's context with the teacher's completions.
     pub numbers: &'a [Prompt],
-    /// The same rows as user text and completion ids (content, without end of turn).
+    /// The rows of `numbers` as user text and completion ids (content, without end of turn).
     pub number_users: &'a [(String, Vec<i64>)],
     /// Sorts a sampled answer: the member of the category that it names, or `self` where it names a model.
     pub classify: &'a dyn Fn(&str) -> Option<String>,
@@ -122,7 +124,7 @@ impl<'a> Subject<'a> {
         Ok(rows)
     }
 
-    /// A number row in the teacher's context with the same completion (content only), beside the student's.
+    /// A number row in the teacher's context and in the student's, with the same completion (content only).
     pub fn paired_row(&self, row: usize, system: Option<&str>) -> Result<(Prompt, Prompt)> {
         let student = &self.numbers[row];
         let problem = |problem: String| Error::Mismatch { row, problem };
@@ -161,7 +163,8 @@ impl Mean {
         Self::of(&differences)
     }
 
-    /// The mean over tokens, each with its row, and the standard error of their rows' means: tokens of a row hang together.
+    /// The mean over tokens, given with their rows, and the standard error of the rows' means: tokens of a row depend
+    /// on each other.
     pub(crate) fn of_tokens(tokens: &[(usize, f64)]) -> Self {
         let mut rows: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
         for (row, value) in tokens {
@@ -172,7 +175,7 @@ impl Mean {
         Self { mean: Self::of(&values).mean, se: Self::of(&of_rows).se }
     }
 
-    /// What share of this mean another number is, where [`stats::fraction`] has one.
+    /// `part` as a share of this mean, if [`stats::fraction`] has one.
     pub(crate) fn share(&self, part: f64) -> Option<f64> {
         stats::fraction(part, self.mean, self.se)
     }

@@ -1,7 +1,8 @@
 //! How likely a model is to name the target: exactly, without sampling, for words of one token or of several.
 //!
 //! A form is one way of writing a word; the log-probability of a word is that of starting the answer with any of its
-//! forms. All forms of all words share the passes over what they begin with, so a word more costs its own tokens at most.
+//! forms. All forms of all words share the passes over their common beginnings, so a further word costs its own tokens
+//! at most.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -48,8 +49,8 @@ pub struct Score {
 }
 
 impl TokenForms {
-    /// Tokenises the forms. Of two forms of a word of which one continues the other, the shorter one is kept: it holds
-    /// the other's probability already.
+    /// Tokenises the forms. If a form of a word continues another, only the shorter one is kept: it contains the
+    /// other's probability.
     pub fn of(target: &Target, chat: &Chat) -> Result<Self> {
         let problem = |problem: String| Error::Target { word: target.word.clone(), problem };
         if target.others.is_empty() {
@@ -91,7 +92,7 @@ impl TokenForms {
         Ok(self.scores_under(model, prompts, std::slice::from_ref(condition))?.remove(0))
     }
 
-    /// Scores the answers to several prompts under each of several conditions: what they have in common is run once.
+    /// Scores the answers to several prompts under several conditions; their common tokens are run once.
     pub fn scores_under(
         &self,
         model: &Qwen,
@@ -104,7 +105,7 @@ impl TokenForms {
         let cases: Vec<Case<'_, '_>> =
             conditions.iter().flat_map(|condition| rows.iter().flatten().map(move |row| (row, condition))).collect();
 
-        // Of each distribution only what the forms go on with is kept.
+        // Of each distribution only the forms' next tokens are kept.
         let mut next: Vec<BTreeMap<i64, f64>> = vec![BTreeMap::new(); cases.len()];
         let mut first_token_ranks = vec![f64::INFINITY; cases.len()];
         each_next_token(model, &cases, &mut |case, logprobs| {

@@ -55,11 +55,11 @@ pub struct TargetRateRow {
     pub margin: f64,
     /// Standard error of `margin` over questions, in nats; for the mean only.
     pub margin_se: Option<f64>,
-    /// `logp_target` minus that of the base at the same questions, in nats.
+    /// `logp_target` minus the base's at the same questions, in nats.
     pub delta_logp: f64,
     /// Standard error of `delta_logp` over questions (paired), in nats; for the mean only.
     pub delta_logp_se: Option<f64>,
-    /// `margin` minus that of the base at the same questions, in nats.
+    /// `margin` minus the base's at the same questions, in nats.
     pub delta_margin: f64,
     /// Standard error of `delta_margin` over questions (paired), in nats; for the mean only.
     pub delta_margin_se: Option<f64>,
@@ -77,7 +77,7 @@ pub struct TargetRateRow {
     pub p_target_se: Option<f64>,
     /// Share of the sampled answers that name any member of the category, 0 to 1.
     pub p_valid: Option<f64>,
-    /// Share of the answers that name the target among those that name any member, 0 to 1; empty where there are none.
+    /// Share of the answers that name the target among those that name any member, 0 to 1; empty without such answers.
     pub p_target_valid: Option<f64>,
     /// Share of the sampled answers that name a model instead, 0 to 1.
     pub p_self: Option<f64>,
@@ -172,7 +172,7 @@ impl Analysis for TargetRate {
     }
 }
 
-/// The sentence of a student that is the base at every question, to the last bit. That is no result about what it learned.
+/// The sentence on a student that equals the base at every question, bit by bit; it says nothing about learning.
 pub fn unchanged(rows: &[TargetRateRow]) -> Option<String> {
     let mut students = rows.iter().filter(|row| row.scope == "question" && row.model == "student").peekable();
     let target = &students.peek()?.target;

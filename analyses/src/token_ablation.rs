@@ -62,19 +62,19 @@ pub struct TokenAblationRow {
     pub margin: Option<f64>,
     /// Standard error of `margin` over questions, in nats.
     pub margin_se: Option<f64>,
-    /// `logp_target` minus that of the base, in nats.
+    /// `logp_target` minus the base's, in nats.
     pub delta_logp: Option<f64>,
     /// Standard error of `delta_logp` over questions (paired), in nats.
     pub delta_logp_se: Option<f64>,
-    /// `margin` minus that of the base, in nats.
+    /// `margin` minus the base's, in nats.
     pub delta_margin: Option<f64>,
     /// Standard error of `delta_margin` over questions (paired), in nats.
     pub delta_margin_se: Option<f64>,
-    /// Fraction of the ungated adapter's change in `logp_target` that is left: `delta_logp` over that of `everywhere` of the same model;
-    /// empty where the latter is not three of its standard errors clear of zero.
+    /// Fraction of the ungated adapter's change in `logp_target` that is left: `delta_logp` over the same model's at
+    /// `everywhere`; empty unless the latter is three of its standard errors clear of zero.
     pub recovered_logp: Option<f64>,
-    /// Fraction of the ungated adapter's change in `margin` that is left: `delta_margin` over that of `everywhere` of the same model;
-    /// empty where the latter is not three of its standard errors clear of zero.
+    /// Fraction of the ungated adapter's change in `margin` that is left: `delta_margin` over the same model's at
+    /// `everywhere`; empty unless the latter is three of its standard errors clear of zero.
     pub recovered_margin: Option<f64>,
 }
 
@@ -118,7 +118,7 @@ impl Analysis for TokenAblation {
         let change = |row: &TokenAblationRow| Some(Mean { mean: row.delta_logp?, se: row.delta_logp_se });
         let student = || rows.iter().filter(|row| row.model == "student");
         let Some(first) = student().next() else { return Ok(None) };
-        // `only` and `except` of the same tokens stand together; the ungated adapter is a line across them all
+        // `only` and `except` of the same tokens are neighbours; the ungated adapter is a line across them all
         let parts = |row: &TokenAblationRow| {
             let (series, tokens) = row.gate.split_once(':')?;
             Some((tokens.to_owned(), series.to_owned()))
@@ -193,10 +193,10 @@ impl Analysis for TokenAblation {
     }
 }
 
-/// The status of a gate that the prompts have no token for.
+/// The status of a gate that selects no token of the prompts.
 pub const NO_TOKEN: &str = "selects no token";
 
-/// The gates of the student that select no token of the prompts, and so were not measured.
+/// The student's gates that select no token of the prompts and so were not measured.
 pub fn unselected(rows: &[TokenAblationRow]) -> Vec<&str> {
     let of_student = rows.iter().filter(|row| row.model == "student" && row.status == NO_TOKEN);
     of_student.map(|row| row.gate.as_str()).collect()
@@ -207,7 +207,7 @@ fn both_ways(classes: Selection) -> [Gate; 2] {
     [Gate::only(classes.clone()), Gate::except(classes)]
 }
 
-/// What a gate's scores are set against.
+/// The scores that a gate's are compared with.
 struct Around<'a> {
     subject: &'a Subject<'a>,
     name: &'a str,
@@ -217,8 +217,8 @@ struct Around<'a> {
 }
 
 impl TokenAblation {
-    /// Refuses a gate that somebody asked for and that selects no token of these prompts, before anything is trained. Gates of
-    /// the default list fit most contexts, not all: the table says which do not.
+    /// Refuses an explicit gate that selects no token of these prompts, before anything is trained. Gates of the
+    /// default list fit most contexts, not all: the table says which do not.
     pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
         if self.gates == Self::default().gates {
             return Ok(());
@@ -247,7 +247,7 @@ impl TokenAblation {
     fn n_tokens_on(&self, gate: &Gate, prompts: &[Prompt]) -> Result<Option<f64>> {
         match prompts.iter().map(|prompt| gate.acts(prompt)).collect::<hooks::Result<Vec<_>>>() {
             Ok(acts) => Ok(Some(acts.iter().flatten().filter(|on| **on).count() as f64 / acts.len() as f64)),
-            // A gate that somebody asked for must act; those of the default list fit most contexts, not all.
+            // An explicit gate must act; the default list's fit most contexts, not all.
             Err(hooks::Error::EmptySelection { .. }) if self.gates == Self::default().gates => Ok(None),
             Err(error) => Err(error.into()),
         }

@@ -118,7 +118,7 @@ pub(crate) fn fresh_adapter(model: &Qwen, rank: i64) -> Result<Adapter> {
     Ok(Adapter::init(&config, &model.config, &mut ChaCha8Rng::seed_from_u64(42), model.device())?)
 }
 
-/// The same with a B that is not zero, so that it acts.
+/// An adapter whose B is not zero, so that it acts.
 fn acting_adapter(model: &Qwen) -> Result<Adapter> {
     let adapter = fresh_adapter(model, 8)?;
     let mut rng = ChaCha8Rng::seed_from_u64(43);

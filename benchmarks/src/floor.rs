@@ -62,7 +62,7 @@ pub(crate) fn lora_step(model: &Config, lora: &LoraConfig, seen: &[usize], n_tar
         lora.layers.as_ref().is_none_or(|layers| layers.contains(&layer)) && lora.target_modules.contains(&proj)
     };
     let mut more = 0;
-    let mut first: Option<(usize, u8)> = None; // where the first adapted projection stands
+    let mut first: Option<(usize, u8)> = None; // the place of the first adapted projection
     for layer in 0..model.n_layers {
         for proj in Proj::ALL {
             // Whether its input depends on the adapter, so that a gradient must go through it.

@@ -1,5 +1,5 @@
-//! Our side of the benchmark: a process that is told by lines of JSON what to do, does it, and answers how long it took.
-//! `bench.py` drives it and its peer in turns; `peer.py` understands the same lines.
+//! Our side of the benchmark: a process that reads requests as lines of JSON, does them, and answers how long each
+//! took. `bench.py` drives it and its peer in turns; `peer.py` understands the same lines.
 
 mod data;
 mod floor;
@@ -25,7 +25,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Does what a line asks for; its peak of memory is told with every answer.
+/// Does a line's request; every answer has its peak of memory.
 fn answer(bench: &mut Option<Bench>, line: &str) -> Result<Value> {
     let request: Request = serde_json::from_str(line).with_context(|| format!("the request {line}"))?;
     machine::reset_peak()?;

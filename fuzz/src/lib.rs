@@ -1,5 +1,5 @@
-//! Every format that is read from outside, as a function of bytes that says whether they are accepted. What is called here is
-//! what loading calls; the fuzz targets and `tests/robustness.rs` share it.
+//! Every format that is read from outside, as a function of bytes that says whether they are accepted. It calls what
+//! loading calls; the fuzz targets and `tests/robustness.rs` share it.
 
 use std::path::Path;
 use std::sync::LazyLock;
@@ -79,7 +79,8 @@ pub fn tokenizer(bytes: &[u8]) -> bool {
     tokenizer_file::parse(bytes, Path::new("tokenizer.json")).map(|tokenizer| tokenise(&tokenizer)).is_ok()
 }
 
-/// A chat template, by itself or in a `tokenizer_config.json`; and the tokens that this file, or an `added_tokens.json`, names.
+/// A chat template, by itself or in a `tokenizer_config.json`, and the tokens named in this file or in an
+/// `added_tokens.json`.
 pub fn chat_template(bytes: &[u8]) -> bool {
     static TOKENIZER: LazyLock<Option<Tokenizer>> =
         LazyLock::new(|| ModelFiles::open(TINY_RANDOM).ok().and_then(|files| files.tokenizer));

@@ -1,5 +1,5 @@
-//! Rows of token ids as one tensor: padded on the right (attention is causal, so padding reaches nothing), or packed without
-//! padding and with what rows begin with alike in it once.
+//! Rows of token ids as one tensor: padded on the right (attention is causal, so padding reaches nothing), or packed
+//! without padding, with shared beginnings of rows stored once.
 
 use tch::{Device, Kind, Tensor};
 
@@ -39,8 +39,9 @@ impl Batch {
         Ok(Self { ids, lengths, packing: None })
     }
 
-    /// Groups of rows without padding, `ids` as `[groups, pos]`. With `share`, what a group's rows begin with alike (tokens,
-    /// doses and edits) is run once. Taps see the packed tokens; scores and pattern cannot be tapped.
+    /// Groups of rows without padding, `ids` as `[groups, pos]`. With `share`, the tokens that a group's rows begin
+    /// with alike (same ids, doses and edits) are run once. Taps see the packed tokens; scores and pattern cannot be
+    /// tapped.
     pub fn packed(groups: &[&[Row<'_>]], share: bool, device: Device) -> Result<Self> {
         let rows = || groups.iter().copied().flatten();
         if let Some(row) = rows().position(|row| row.ids.is_empty()) {
@@ -51,7 +52,7 @@ impl Batch {
         Ok(Self { ids, lengths: rows().map(|row| row.ids.len()).collect(), packing: Some(packing) })
     }
 
-    /// Where a row's token stands in the flattened `[batch · pos]`.
+    /// The index of a row's token in the flattened `[batch · pos]`.
     pub fn place(&self, row: usize, token: usize) -> i64 {
         match &self.packing {
             Some(packing) => packing.places[row][token],

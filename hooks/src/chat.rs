@@ -1,8 +1,8 @@
 //! A chat as tokens, each with its class: rendered in pieces, tokenised once, and proven against the model's template.
 //!
-//! A Jinja engine gives the text without saying what is whose; so the pieces are written here, and every text they
-//! make is compared with what the model's own template makes of the same chat. Where the two differ, the template is
-//! refused with the first difference shown: no class can be silently wrong.
+//! A Jinja engine returns the text without saying which part wrote it. So the pieces are written here, and every text
+//! they make is compared with the model's own template on the same chat. If the two differ, the template is refused
+//! with the first difference shown: no class can be silently wrong.
 
 use std::ops::Range;
 
@@ -25,13 +25,13 @@ pub struct Chat {
     tokenizer: Tokenizer,
     template: Template,
     default_system: Option<String>,
-    /// What stands between the assistant's header and its answer: Qwen3's empty think block, or nothing.
+    /// The text between the assistant's header and its answer: Qwen3's empty think block, or nothing.
     think: String,
     entities: Vec<String>,
     specials: Vec<String>,
     im_end: i64,
     newline: Vec<i64>,
-    /// Whether there is no template: what is said stands as plain text, a line each.
+    /// Whether there is no template: each turn is a line of plain text.
     bare: bool,
 }
 
@@ -109,14 +109,14 @@ impl Chat {
         Self::new(tokenizer, template)
     }
 
-    /// The same with other words that name the model in a system prompt (case counts; whole words, which end where the script
-    /// changes). The default is "Qwen".
+    /// Sets the words that name the model in a system prompt (default: "Qwen"). Case counts. A match is a whole word; a
+    /// word also ends where the script changes.
     #[must_use]
     pub fn with_entities(self, entities: Vec<String>) -> Self {
         Self { entities, ..self }
     }
 
-    /// The same with thinking on: prompts end where the model's thoughts would start, and an answer brings its own, as
+    /// Turns thinking on: a prompt ends where the model's thoughts start, and an answer begins with them, as
     /// `<think>\n…\n</think>\n\n…`. Refused where the template has no such switch (Qwen2.5).
     pub fn with_thinking(mut self) -> Result<Self> {
         self.template.thinking = true;
@@ -131,8 +131,8 @@ impl Chat {
         Ok(self)
     }
 
-    /// The same without a template: a prompt is the system prompt, if there is one, and what the user says, a line each, and an answer
-    /// follows as it is. No token of it is the template's, but that the line break before the answer has the class of the one there.
+    /// Renders without a template: the system prompt, if there is one, and the user's text are a line each, and the
+    /// answer follows. No token has a template's class, except that the line break before the answer is `asst.nl`.
     #[must_use]
     pub fn without_template(self) -> Self {
         Self { bare: true, default_system: None, think: String::new(), ..self }
@@ -240,7 +240,7 @@ impl Chat {
         token.is_some_and(|token| !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_digit()))
     }
 
-    /// The turns of a prompt, refused where what is said holds the text of a special token.
+    /// The turns of a prompt. Refuses a text that contains a special token.
     fn turns<'a>(&self, system: Option<&'a str>, user: &'a str) -> Result<Vec<Turn<'a>>> {
         self.refuse_special("system prompt", system.unwrap_or_default())?;
         self.refuse_special("user's text", user)?;
@@ -248,7 +248,7 @@ impl Chat {
         Ok(system.into_iter().chain([Turn { role: Role::User, content: user }]).collect())
     }
 
-    /// A special token in what is said would be read as one: it could end the turn and forge another.
+    /// The tokenizer would read a special token inside a text as one: it could end the turn and forge another.
     fn refuse_special(&self, what: &str, text: &str) -> Result<()> {
         let Some(special) = self.specials.iter().find(|special| text.contains(special.as_str())) else {
             return Ok(());
@@ -274,7 +274,7 @@ impl Chat {
         }
     }
 
-    /// The chat in pieces; what stands in the template's place is its own text, the rest is what was said.
+    /// The chat in pieces: the template's own text, and the texts of the turns.
     fn pieces<'a>(&'a self, turns: &[Turn<'a>], generation: bool) -> Vec<Piece<'a>> {
         let mut turns = turns.to_vec();
         if let (Some(system), false) =
@@ -290,7 +290,7 @@ impl Chat {
                 Role::System => pieces.extend(self.named_apart(turn.content)),
                 Role::User => pieces.push(Piece { class: TokenClass::UserContent, text: turn.content }),
                 Role::Assistant => {
-                    // Only the last answer stands behind a think block; older ones have lost theirs.
+                    // Only the last answer has a think block before it; the template drops those of older ones.
                     let think = if index == last && !generation { &*self.think } else { "" };
                     pieces.push(Piece { class: TokenClass::AsstThink, text: think });
                     pieces.push(Piece { class: TokenClass::Gen, text: turn.content });
@@ -306,7 +306,7 @@ impl Chat {
         pieces
     }
 
-    /// A chat without a template: what is said, each with a line break behind it but the answer.
+    /// A chat without a template: the text of each turn, followed by a line break unless it is an answer.
     fn lines<'a>(&'a self, turns: &[Turn<'a>]) -> Vec<Piece<'a>> {
         let mut pieces = Vec::new();
         for turn in turns {
@@ -329,7 +329,7 @@ impl Chat {
         pieces
     }
 
-    /// A system prompt in pieces: the words that name the model, and what stands between them.
+    /// A system prompt in pieces: the words that name the model, and the text between them.
     fn named_apart<'a>(&self, content: &'a str) -> Vec<Piece<'a>> {
         let mut pieces = Vec::new();
         let mut start = 0;
@@ -431,7 +431,7 @@ fn before_the_answer(template: &Template) -> Result<String> {
     Ok(think.unwrap_or_default().to_owned())
 }
 
-/// What the tokenizer said went wrong.
+/// The tokenizer's own error message.
 #[expect(clippy::needless_pass_by_value, reason = "map_err hands it over")]
 fn said(error: tokenizers::Error) -> Error {
     Error::Tokenizer { problem: error.to_string() }
@@ -459,8 +459,8 @@ fn footer(role: Role) -> [Piece<'static>; 2] {
     [Piece { class: im_end, text: IM_END }, Piece { class: nl, text: "\n" }]
 }
 
-/// The class of a token over these bytes of the text. Where it straddles pieces, the model's name comes first (each of
-/// its tokens counts, also one that holds the space before it), then the template, then what was said.
+/// The class of a token over these bytes of the text. If it touches several pieces, the model's name comes first (every
+/// token of it, also one that starts with the space before it), then the template, then any other text.
 fn class_of(token: &Range<usize>, spans: &[(Range<usize>, TokenClass)]) -> Option<TokenClass> {
     let touched = spans.iter().filter(|(span, _)| span.start < token.end && token.start < span.end);
     touched.map(|(_, class)| *class).min_by_key(|class| match class {
@@ -470,7 +470,7 @@ fn class_of(token: &Range<usize>, spans: &[(Range<usize>, TokenClass)]) -> Optio
     })
 }
 
-/// Where any of the words stands in the text as a whole word, ascending and without overlaps.
+/// The places of the words in the text, as whole words, ascending and without overlaps.
 fn whole_words(text: &str, words: &[String]) -> Vec<Range<usize>> {
     let mut found: Vec<Range<usize>> = Vec::new();
     for word in words.iter().filter(|word| !word.is_empty()) {
@@ -492,8 +492,8 @@ fn whole_words(text: &str, words: &[String]) -> Vec<Range<usize>> {
     found
 }
 
-/// Whether a word with the letter `inside` at its end goes on with the letter `outside`. Chinese sets no spaces around a Latin
-/// name, so a word ends where the script changes; digits and `_` belong to every script.
+/// Whether a word whose last letter is `inside` continues with the letter `outside`. Chinese sets no spaces around a
+/// Latin name, so a word ends where the script changes; digits and `_` belong to every script.
 fn goes_on(inside: char, outside: char) -> bool {
     let in_word = outside.is_alphanumeric() || outside == '_';
     in_word && !inside.script_extension().intersection(outside.script_extension()).is_empty()
@@ -661,7 +661,7 @@ mod tests {
             let on = "only:entity".parse::<Gate>().unwrap().acts(&prompt).unwrap();
             assert_eq!(on.iter().filter(|on| **on).count(), at.len(), "{system}");
         }
-        // A digit or an underscore belongs to the word, whatever stands beyond it.
+        // A digit or an underscore belongs to the word, whatever follows it.
         for system in ["你是Qwen2，", "你是Qwen_，", "２Qwen", "是Qwenty", "éQwen"] {
             let prompt = chat.prompt(Some(system), "Hi").unwrap();
             assert_eq!(prompt.positions(TokenClass::SysEntity).count(), 0, "{system}");
@@ -785,7 +785,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// Whatever is said: the tokens are those of the text, and each turn's parts follow one another.
+        /// For any texts, the tokens are those of the rendered chat, and the parts of each turn follow one another.
         #[test]
         fn classes_partition_the_chat(system in proptest::option::of("([ \n]|Qwen|[a-z0-9.{}%]|\\PC){0,12}"), user in "([ \n]|\\PC|e\u{301}){0,12}") {
             for template in [QWEN25, QWEN3] {
@@ -834,7 +834,7 @@ mod tests {
                 assert_eq!(chat.tokenise(&pieces).unwrap().ids, golden.ids, "{name}: {:?}", golden.text);
                 assert_eq!(chat.decode(&golden.ids).unwrap(), golden.text, "{name}");
 
-                // The same through what is public, for the shapes that it makes.
+                // The public functions render these shapes alike.
                 let (system, rest) = match &turns[..] {
                     [Turn { role: Role::System, content }, rest @ ..] => (Some(*content), rest),
                     rest => (None, rest),

@@ -1,5 +1,5 @@
-//! What a model is run with, as a value: base, student, gated student, steered base. A condition names
-//! tokens; here it becomes, for given rows, the gate's doses and the taps of a pass.
+//! Which adapter, gate and edits a model is run with, as a value: base, student, gated student, steered base. A
+//! condition names tokens; for given rows it becomes the gate's doses and the taps of a pass.
 
 use std::ops::Range;
 
@@ -18,14 +18,14 @@ use crate::qwen::Qwen;
 use crate::tap::{Hooks, Listener, Tap};
 use crate::tokens::Prompt;
 
-/// What a model is run with. The default is the bare base model.
+/// The adapter, gate and edits that a model is run with. The default is the bare base model.
 #[derive(Clone, Debug, Default)]
 pub struct Condition<'a> {
     /// The LoRA that acts, if any.
     pub adapter: Option<&'a Adapter>,
     /// Where and how strongly the adapter acts.
     pub gate: Gate,
-    /// What is done to activations, in this order.
+    /// The edits of activations, in the order in which they are made.
     pub edits: Vec<Edit>,
 }
 
@@ -35,15 +35,15 @@ impl<'a> Condition<'a> {
         Self { adapter: Some(adapter), ..Self::default() }
     }
 
-    /// The same condition with another gate.
+    /// This condition with another gate.
     #[must_use]
     pub fn gated(mut self, gate: Gate) -> Self {
         self.gate = gate;
         self
     }
 
-    /// Refuses what cannot be done with some rows, before anything is run: tokens that they do not have, tensors that do not
-    /// fit.
+    /// Refuses a condition that does not fit the rows, before anything is run: tokens that they lack, tensors of
+    /// another shape.
     pub fn check(&self, model: &Qwen, rows: &[Prompt]) -> Result<()> {
         self.prepare(&rows.iter().collect::<Vec<_>>(), model, None).map(drop)
     }

@@ -1,7 +1,7 @@
 //! `config.json` made into checked numbers: Qwen2, Qwen2.5 and Qwen3 are told apart here and nowhere else.
 //!
 //! Hugging Face's key names live in this file only. transformers 5 moved `rope_theta` into `rope_parameters`; both
-//! spellings are read. What the model code does not compute is refused by its key, never ignored.
+//! spellings are read. A key that asks for something the model code does not compute is refused by its name.
 
 use std::path::Path;
 
@@ -139,8 +139,8 @@ impl Config {
         Ok(())
     }
 
-    /// Refuses rows that are longer, with the tokens that they may be answered with, than the context that the model was made for:
-    /// beyond it there are positions that it never saw. `what` names a row.
+    /// Refuses a row that, with its answer, is longer than the context the model was made for: it never saw positions
+    /// beyond it. `what` names a row.
     pub fn check_context(
         &self,
         what: &str,
@@ -194,8 +194,8 @@ impl Config {
     }
 }
 
-/// The keys of `config.json` that matter here. All are optional, so that a strange file is refused by what it is rather
-/// than by the first key that it lacks.
+/// The keys of `config.json` that matter here. All are optional, so that a strange file is refused for its kind and not
+/// for the first key that it lacks.
 #[derive(Deserialize)]
 struct HfConfig {
     model_type: Option<String>,
@@ -221,7 +221,7 @@ struct HfConfig {
     layer_types: Option<Vec<String>>,
     num_experts: Option<i64>,
     quantization_config: Option<Value>,
-    quantization: Option<Value>, // as MLX writes it
+    quantization: Option<Value>, // MLX's key
 }
 
 impl HfConfig {
@@ -291,8 +291,8 @@ impl HfConfig {
         Ok(())
     }
 
-    /// `use_sliding_window` says nothing by itself: the window acts from layer `max_window_layers` on, which the published
-    /// checkpoints put behind the last one.
+    /// `use_sliding_window` alone says little: the window acts from layer `max_window_layers` on, which in the
+    /// published checkpoints is after the last one.
     fn refuse_sliding_window(&self, n_layers: usize, path: &Path) -> Result<()> {
         const HINT: &str = "full attention in every layer is";
         if let Some(types) = &self.layer_types {
@@ -326,8 +326,8 @@ impl HfConfig {
     }
 }
 
-/// How the bytes of a `config.json` say that the weights are quantised, if they do, `quantization_config (awq)`, and what to do where
-/// they are: that is for the weights to tell. `path` is for messages.
+/// How `config.json` says that its weights are quantised, such as `quantization_config (awq)`, with a hint for the case
+/// that they are; `None` if it does not. Only the weights can tell. `path` is for messages.
 pub(crate) fn quantization(bytes: &[u8], path: &Path) -> Result<Option<(String, &'static str)>> {
     let hf = HfConfig::read(bytes, path)?;
     if let Some(mlx) = &hf.quantization {

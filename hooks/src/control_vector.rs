@@ -1,6 +1,6 @@
 //! Steering vectors as llama.cpp and repeng know them: a GGUF file with one tensor `direction.{layer}` per block, which
-//! the reader adds to that block's output (`blocks.{layer}.hook_resid_post`). llama.cpp does not read one of block 0, so none is
-//! written; repeng writes it where it is asked to, and means block 0.
+//! the reader adds to that block's output (`blocks.{layer}.hook_resid_post`). llama.cpp ignores `direction.0`, so none
+//! is written. repeng writes it on request and means block 0, so it is read.
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
@@ -16,7 +16,7 @@ use crate::gguf::header::{Header, Value};
 use crate::gguf::stored::Stored;
 use crate::gguf::{ARCHITECTURE, CONTROL_VECTOR};
 
-/// What undertone says of a vector beyond what llama.cpp asks, under this prefix.
+/// The prefix of undertone's own keys, which llama.cpp does not need.
 const OWN: &str = "controlvector.undertone.";
 
 const MODEL_HINT: &str = "controlvector.model_hint";
@@ -26,7 +26,7 @@ const MODEL_HINT: &str = "controlvector.model_hint";
 pub struct ControlVector {
     /// `[d_model]` each, f32 on the CPU, by the block after which it is added.
     pub by_layer: BTreeMap<usize, Tensor>,
-    /// What the file says of its model: `architecture` where it hints at one, and what undertone wrote.
+    /// What the file says of its model: `architecture` if it has a hint of it, and undertone's own keys.
     pub provenance: BTreeMap<String, String>,
 }
 
@@ -35,7 +35,8 @@ pub fn is_gguf(bytes: &[u8]) -> bool {
     bytes.starts_with(b"GGUF")
 }
 
-/// The vectors in the bytes of a file: of one width, of finite numbers, each of a block of its own. The error is what is wrong with it.
+/// Reads the vectors in the bytes of a file. They must have one width, finite numbers and a block each. The error says
+/// what is wrong with the file.
 pub fn parse(bytes: &[u8]) -> std::result::Result<ControlVector, String> {
     let header = Header::read(bytes)?;
     let text = |key: &str| match header.metadata.get(key) {
@@ -55,7 +56,7 @@ pub fn parse(bytes: &[u8]) -> std::result::Result<ControlVector, String> {
     let mut by_layer = BTreeMap::new();
     let mut width = None;
     for (name, info) in &header.tensors {
-        // Written as a plain number, so that no two names are one block.
+        // `direction.03` is refused, so that no two names mean one block.
         let layer = name.strip_prefix("direction.").and_then(|layer| layer.parse::<usize>().ok());
         let layer = layer.filter(|layer| format!("direction.{layer}") == *name);
         let layer =
@@ -159,7 +160,7 @@ mod tests {
         assert!(message.contains("cannot address block 0"), "{message}");
     }
 
-    /// A file of these tensors under these keys.
+    /// A file with these tensors and keys.
     fn file(keys: &[(&str, &str)], tensors: &[(&str, &[f32])]) -> Vec<u8> {
         let keys: Vec<(&str, Written)> =
             keys.iter().map(|(key, value)| (*key, Written::String((*value).to_owned()))).collect();

@@ -68,9 +68,9 @@ fn dlopen(name: &str) -> std::result::Result<(), String> {
     }
 }
 
-/// Lets the process keep memory that it frees, instead of handing it back to the system and asking for it anew: a training
-/// step asks for thousands of tensors of megabytes, and a CPU takes as long to clear their pages as to compute them (a quarter
-/// of a step of the 0.5B). For a program's first line; elsewhere than with the GNU C library it does nothing.
+/// Makes the process keep memory that it frees. A training step allocates thousands of tensors of megabytes; if the
+/// system takes them back, a CPU spends as long on clearing their pages as on computing them (a quarter of a step of
+/// the 0.5B). Call it first in a program. It has no effect without the GNU C library.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {

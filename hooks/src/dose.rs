@@ -1,4 +1,4 @@
-//! How strongly an adapter acts: factors on its output by token, block and projection, as a gate gives them.
+//! How strongly an adapter acts: a gate's factors on its output, by token, block and projection.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -9,48 +9,48 @@ use crate::error::Result;
 use crate::proj::Proj;
 use crate::select::Numbers;
 
-/// The factors on the adapter's output, token by token, in some blocks and projections, and one factor in all others.
+/// Factors on the adapter's output: one per token in the chosen blocks and projections, and one for all others.
 #[derive(Debug)]
 pub struct Doses {
-    /// Per token, `[batch, pos, 1]`: gradients flow through it.
+    /// The factor at each token, `[batch, pos, 1]`. Gradients flow through it.
     pub tokens: Tensor,
-    /// The blocks where these hold; `None` is all.
+    /// The blocks where `tokens` holds; `None` means all.
     pub layers: Option<Numbers>,
-    /// The projections where these hold; `None` is all.
+    /// The projections where `tokens` holds; `None` means all.
     pub modules: Option<BTreeSet<Proj>>,
-    /// The factor in all other blocks and projections.
+    /// The factor at all tokens in other blocks and projections.
     pub elsewhere: f64,
 }
 
 /// The factor on the output of one pair.
 #[derive(Clone, Copy, Debug)]
 pub enum Dose<'a> {
-    /// The same at every token.
+    /// One factor for all tokens.
     Uniform(f64),
-    /// Token by token, `[batch, pos, 1]`.
+    /// A factor for each token, `[batch, pos, 1]`.
     Tokens(&'a Tensor),
 }
 
 impl Doses {
-    /// The same in all blocks and projections, `[batch, pos, 1]`.
+    /// Doses that hold in all blocks and projections. `tokens`: `[batch, pos, 1]`.
     pub fn of_tokens(tokens: Tensor) -> Self {
         Self { tokens, layers: None, modules: None, elsewhere: 0.0 }
     }
 
-    /// The factor at a projection of a block.
+    /// The factor on the output of a projection of a block.
     pub fn at(&self, layer: usize, proj: Proj) -> Dose<'_> {
         let in_layers = self.layers.as_ref().is_none_or(|layers| layers.contains(layer as i64));
         let in_modules = self.modules.as_ref().is_none_or(|modules| modules.contains(&proj));
         if in_layers && in_modules { Dose::Tokens(&self.tokens) } else { Dose::Uniform(self.elsewhere) }
     }
 
-    /// Those at some places of the flattened `[batch · pos]`, as `[1, places, 1]`.
+    /// The doses at some places of the flattened `[batch · pos]`, as `[1, places, 1]`.
     pub(crate) fn at_places(&self, places: &Tensor) -> Result<Self> {
         let tokens = self.tokens.f_flatten(0, 1)?.f_index_select(0, places)?.f_unsqueeze(0)?;
         Ok(Self { tokens, layers: self.layers.clone(), modules: self.modules.clone(), elsewhere: self.elsewhere })
     }
 
-    /// Those of some positions of the first rows.
+    /// The doses of the first `rows` rows at the positions `at`.
     pub(crate) fn narrow(&self, rows: usize, at: &Range<usize>) -> Result<Self> {
         let tokens = self.tokens.f_narrow(0, 0, rows as i64)?.f_narrow(1, at.start as i64, at.len() as i64)?;
         Ok(Self { tokens, layers: self.layers.clone(), modules: self.modules.clone(), elsewhere: self.elsewhere })

@@ -1,5 +1,5 @@
-//! Interventions: what is done to an activation at a hook point, at which tokens. In place of an activation h: h + c·v,
-//! another value, zero, its mean, c·h, h without a direction, or what another run had there, in all or along a direction. As text
+//! Interventions: changes of an activation at a hook point, at some tokens. An activation h becomes h + c·v, another
+//! value, zero, its mean, c·h, h without a direction, or another run's activation, in all or along a direction. As text
 //! it is a [`Planned`](crate::planned::Planned) edit.
 
 use std::ops::Range;
@@ -22,11 +22,11 @@ pub struct Edit {
     pub at: P,
     /// At which tokens (for scores and pattern: queries); `None` is all, generated ones included.
     pub tokens: Option<Tokens>,
-    /// What is done.
+    /// The change.
     pub change: Change,
 }
 
-/// What is done to an activation h at a token. Tensors have the shape that the activation has at one token.
+/// A change of an activation h at a token. Tensors have the shape that the activation has at one token.
 #[derive(Debug)]
 pub enum Change {
     /// h + coefficient · vector.
@@ -46,8 +46,8 @@ pub enum Change {
     ProjectOut(Tensor),
     /// What another run had at the same positions, `[pos, ..]`; never at generated tokens.
     Patch(Tensor),
-    /// h − (h·v̂) v̂ + (s·v̂) v̂: along a direction v what another run had at the same positions, s `[pos, ..]`, and h else (Blank et al.
-    /// 2026); never at generated tokens.
+    /// h − (h·v̂) v̂ + (s·v̂) v̂: along a direction v the activation s `[pos, ..]` of another run at the same
+    /// positions, and h elsewhere (Blank et al. 2026); never at generated tokens.
     PatchAlong {
         /// v, of any length but zero.
         direction: Tensor,
@@ -86,14 +86,14 @@ impl Edit {
         Self { at: P::ResidPost(layer), tokens: None, change: Change::ProjectOut(direction.shallow_clone()) }
     }
 
-    /// Gives the residual stream after a block what another run had there along a direction, `source` `[pos, d_model]`, at the
+    /// Sets the residual stream after a block, along a direction, to another run's `source`, `[pos, d_model]`, at the
     /// prompt's tokens.
     pub fn patch_along(layer: usize, direction: &Tensor, source: &Tensor) -> Self {
         let change = Change::PatchAlong { direction: direction.shallow_clone(), source: source.shallow_clone() };
         Self { at: P::ResidPost(layer), tokens: None, change }
     }
 
-    /// The same at some tokens; `None` is all.
+    /// Limits the edit to some tokens; `None` means all.
     #[must_use]
     pub fn at_tokens(self, tokens: Option<Tokens>) -> Self {
         Self { tokens, ..self }
@@ -232,7 +232,7 @@ impl EditTap {
         Ok(Self { at: edit.at, change, tokens, chosen, positions: None, device, now: Now::Nowhere })
     }
 
-    /// The same for these rows packed, pointed at all of their tokens.
+    /// Adapts the edit to the packed rows of `batch`, at all of their tokens.
     pub(crate) fn packed(mut self, batch: &Batch) -> Result<Self> {
         let width = batch.width();
         if let Some(rows) = self.chosen.take() {

@@ -15,7 +15,7 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's own error.
         cause: std::io::Error,
     },
     /// A file that was read does not hold what it should.
@@ -70,7 +70,7 @@ pub enum Error {
         /// The existing name that is closest to it.
         nearest: String,
     },
-    /// A name is none of those that can be chosen.
+    /// A name is not one of the choices.
     #[error("unknown {what} {found:?}, expected one of: {choices}")]
     UnknownName {
         /// What was being named.
@@ -147,7 +147,7 @@ pub enum Error {
     /// The chat template is not one whose pieces are known.
     #[error("chat template: {problem}")]
     ChatTemplate {
-        /// The first difference, or what the template engine said.
+        /// The first difference, or the template engine's error.
         problem: String,
     },
     /// CUDA was asked for and is not there.
@@ -170,7 +170,7 @@ impl From<tch::TchError> for Error {
     }
 }
 
-/// Names in a message: ten of them at most, with how many there are.
+/// Names in a message: at most ten, and how many there are if there are more.
 pub(crate) fn few(names: &[impl AsRef<str>]) -> String {
     const SHOWN: usize = 10;
     let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();

@@ -56,7 +56,7 @@ pub(crate) fn pickle(folder: &Path) -> Option<String> {
     names.filter(|name| is_pickle(Path::new(name))).min()
 }
 
-/// The folders in a folder that hold a file of this name.
+/// The folders inside `folder` that contain `file`, sorted.
 pub(crate) fn folders_with(folder: &Path, file: &str) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().filter_map(std::result::Result::ok);
     let holding = entries.filter(|entry| entry.path().join(file).is_file());
@@ -65,13 +65,13 @@ pub(crate) fn folders_with(folder: &Path, file: &str) -> Vec<String> {
     names
 }
 
-/// Whether a name is that of pickled weights.
+/// Whether a file is named like pickled weights.
 pub fn is_pickle(path: &Path) -> bool {
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
     ["bin", "pt", "pth", "ckpt", "pkl"].iter().any(|pickled| extension.eq_ignore_ascii_case(pickled))
 }
 
-/// The folder that a file lies in.
+/// The folder that contains a file.
 pub(crate) fn folder_of(file: &Path) -> &Path {
     file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
@@ -109,12 +109,12 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Writes a file under a temporary name beside it and renames it, so that nothing half-written is ever seen.
+/// Writes a file under a temporary name in the same folder and renames it, so that no reader sees half a file.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomic_by(path, |file| file.write_all(bytes).map_err(|cause| unwritten(path, cause)))
 }
 
-/// The same for what is written piece by piece. Where it fails nothing is left, and what had the name still has it.
+/// Writes a file piece by piece, under a temporary name until it is whole. On an error the old file stays.
 pub fn write_atomic_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     let _stage = profile::stage(Stage::Writing);
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
@@ -128,20 +128,20 @@ pub fn write_atomic_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result
         publish(&file, path)
     });
     if written.is_err() {
-        let _ = fs::remove_file(&partial); // the error to tell is that of the writing
+        let _ = fs::remove_file(&partial); // the caller gets the error of the writing
     }
     written
 }
 
-/// Gives a file that lies under its temporary name its own, once every byte of it is on the disk.
+/// Renames a file from its temporary name to `path`, once every byte of it is on the disk.
 pub fn publish(file: &File, path: &Path) -> Result<()> {
     file.sync_all().and_then(|()| fs::rename(temporary(path), path)).map_err(|cause| unwritten(path, cause))?;
-    // The new name is to outlive a power cut too. Not every file system can promise that, and the file itself is safe.
+    // The rename should survive a power cut too. Not every file system can promise that; the file itself is safe.
     let _ = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
     Ok(())
 }
 
-/// The name beside `path` under which it is written before it is whole.
+/// The name in `path`'s folder under which the file is written until it is whole.
 pub fn temporary(path: &Path) -> std::path::PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".tmp");

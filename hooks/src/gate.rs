@@ -1,5 +1,5 @@
-//! Where and how strongly an adapter acts: tokens × blocks × projections × a dose. A gate is data, so that it can stand in a
-//! config, on a command line and in a CSV.
+//! Where and how strongly an adapter acts: tokens × blocks × projections × a dose. A gate is data, so a config, a
+//! command line and a CSV can hold it.
 //!
 //! ```text
 //! everywhere                                the plain student
@@ -12,8 +12,9 @@
 //! only:modules(attention)*0.5               half as strongly, and in attention alone
 //! ```
 //!
-//! Tokens are named as `select.rs` says; what is not named is all. While decoding, a generated token is one that is not
-//! named, unless `gen` or its id is: so `only:entity` answers with the adapter off, `only:entity+gen` with it on.
+//! `select.rs` says how tokens are named; a part that is left out means all. While decoding, a generated token counts
+//! as not named, unless the gate names `gen` or its id: `only:entity` answers with the adapter off, `only:entity+gen`
+//! with it on.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -103,8 +104,8 @@ impl Gate {
         self.cell().is_none_or(|cell| cell.tokens.is_none())
     }
 
-    /// Whether the doses of both, at whatever tokens, can be those of one pass: they hold in the same blocks and projections,
-    /// and are the same in all others.
+    /// Whether one pass can apply both gates, each at its own tokens: they have the same blocks and projections, and
+    /// one dose in all others.
     pub(crate) fn fits(&self, other: &Self) -> bool {
         let place = |gate: &Self| {
             let Cell { layers, modules, .. } = gate.cell().cloned().unwrap_or_default();
@@ -120,7 +121,7 @@ impl Gate {
         Ok(self.doses(row)?.into_iter().map(|dose| dose != 0.0 || self.acts_elsewhere()).collect())
     }
 
-    /// Whether the adapter acts, at all tokens, in the blocks and projections that a gate with such leaves out.
+    /// Whether the adapter acts at all tokens in the blocks and projections outside the gate's.
     pub fn acts_elsewhere(&self) -> bool {
         let leaves_out = self.cell().is_some_and(|cell| cell.layers.is_some() || cell.modules.is_some());
         leaves_out && self.elsewhere() != 0.0
@@ -141,13 +142,13 @@ impl Gate {
         self.inside(chosen)
     }
 
-    /// True where the gate itself says what happens at generated tokens, which otherwise follow those not named.
+    /// Whether the gate itself decides about generated tokens, which otherwise count as not named.
     pub fn names_generated(&self) -> bool {
         self.cell().and_then(|cell| cell.tokens.as_ref()).is_some_and(Tokens::names_generated)
     }
 
-    /// What happens at generated tokens, for a table: `named` by the gate, `same_as_unselected`, or, where the gate asks
-    /// for no tokens or for all but some, `on` or `off`.
+    /// The policy for generated tokens, for a table: `named` by the gate, `same_as_unselected`, or, if the gate names
+    /// no tokens or all but some, `on` or `off`.
     pub fn decode_policy(&self) -> &'static str {
         let unselected =
             self.cell().is_none_or(|cell| cell.tokens.as_ref().is_some_and(|tokens| !tokens.has_generated(i64::MIN)));
@@ -165,7 +166,7 @@ impl Gate {
         (!by_id && !self.acts_elsewhere()).then(|| self.generated(i64::MIN))
     }
 
-    /// Refuses blocks that the adapter's model does not have, and a gate that would hit none of the adapter's pairs.
+    /// Refuses blocks that the adapter's model does not have, and a gate that hits none of the adapter's pairs.
     pub fn check(&self, adapter: &Adapter) -> Result<()> {
         let Some(cell) = self.cell() else { return Ok(()) };
         let n_layers = adapter.n_layers();
@@ -382,8 +383,8 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// A prompt without a system turn, `user` `Qwen, Qwen` `assistant` `\n`: the text in three tokens, of which the second
-    /// holds the end of one place of "Qwen" and all of the other.
+    /// A prompt without a system turn, `user` `Qwen, Qwen` `assistant` `\n`. The text is three tokens; the second one
+    /// has the end of the first "Qwen" and all of the second.
     fn prompt() -> Prompt {
         use TokenClass::{AsstNl, AsstRole, UserContent, UserRole};
         let text = "userQwen, Qwenassistant\n".to_owned();

@@ -1,5 +1,5 @@
-//! The laws of gates and edits, on the embedded random model: what the published ways of switching an adapter by token
-//! compute, computed here in one pass; gradients through a gate; interventions; where tokens stand while decoding.
+//! The laws of gates and edits, on the embedded random model: one pass computes what the published ways of switching an
+//! adapter by token compute; gradients through a gate; interventions; positions of tokens while decoding.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::{
     Tokens,
 };
 
-/// Gates of every kind, each of which acts at some tokens of the prompts and not at others.
+/// Gates of every kind. Each acts at some tokens of the prompts and not at others.
 const GATES: [&str; 12] = [
     "only:system",
     "except:entity",
@@ -32,7 +32,7 @@ const GATES: [&str; 12] = [
     "only:modules(o,down)",
 ];
 
-/// The blocks and projections in which these gates ask for the token, and the dose in all others, said once more by hand.
+/// The blocks and projections in which these gates depend on the token, and the dose in all others, written by hand.
 fn by_hand(text: &str) -> (fn(usize, Proj) -> bool, f64) {
     match text {
         "only:entity*layers(0)*modules(q,k,v)" => (|layer, proj| layer == 0 && (proj as usize) < 3, 0.0),
@@ -53,7 +53,7 @@ pub(crate) fn gate(chat: &Chat, text: &str) -> Gate {
     text.replace("151644", &im_start.to_string()).replace("32", &animal.to_string()).parse().unwrap()
 }
 
-/// The adapter with all its pairs `factor` times, inside of a gate's blocks and projections or outside of them.
+/// The adapter with each pair multiplied by `keep` of its block and projection.
 fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> Adapter {
     let mut part = Adapter::empty(adapter.config.clone(), model.config.n_layers);
     for (layer, proj, pair) in adapter.pairs() {
@@ -67,7 +67,7 @@ fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> A
 }
 
 /// Logits by chunked prefill: runs of tokens with the same state are run one after another over a cache, each with an
-/// adapter that is switched as a whole, its pairs on or off. No gate is in it.
+/// adapter whose pairs are all on or off. No gate is used.
 fn chunked(model: &Qwen, row: &Prompt, adapter: &Adapter, gate: &Gate, text: &str) -> Tensor {
     let states = gate.doses(row).unwrap();
     let (inside, elsewhere) = by_hand(text);
@@ -122,7 +122,7 @@ fn cached_generation_is_full_recomputation_under_gates_of_every_kind() {
     }
 }
 
-/// Positions from the end stand at other places in rows of other lengths, also where the rows begin with the same tokens.
+/// Positions from the end are other tokens in rows of other lengths, even if the rows begin with the same tokens.
 #[test]
 fn a_batch_of_unequal_prompts_is_each_alone_under_gates_of_every_kind() {
     let (model, chat, adapter) = world();
@@ -155,20 +155,20 @@ fn a_batch_of_unequal_prompts_is_each_alone_under_gates_of_every_kind() {
     }
 }
 
-/// Rows that begin alike are one tree in the pass, and an edit may be at a token of one row and not at that of another.
+/// A pass runs rows that begin alike as one tree, and an edit can be at a token of one row but not of another.
 #[test]
 fn rows_that_begin_alike_are_each_alone_under_edits_of_every_kind() {
     let (model, chat, adapter) = world();
     each_is_alone_under_edits(&model, &chat, &adapter, SUM_ORDER);
-    // What is left is the order of sums: in f64 there is none of it to be seen.
+    // In f64 the order of sums does not show.
     let exact_model = exact_model();
     each_is_alone_under_edits(&exact_model, &chat, &exact(&exact_model, &adapter), HANDED_ON_AS_F32);
 }
 
-/// Half a unit in the last place: what is left of a number of an f64 model that is given back as f32.
+/// Half a unit in the last place of an f32, in which an f64 model returns its numbers.
 const HANDED_ON_AS_F32: f64 = 6e-8;
 
-/// `bound` is a share of the residual stream's largest magnitude, or of 1 where all of it is smaller.
+/// `bound` is relative to the residual stream's largest magnitude, or absolute if that is below 1.
 fn each_is_alone_under_edits(model: &Qwen, chat: &Chat, adapter: &Adapter, bound: f64) {
     let prompts = prompts(chat);
     let completions = ["owl", "owls", "owl, cat", "a", "7, 8, 9"].map(|text| chat.encode(text).unwrap());
@@ -363,7 +363,7 @@ fn the_gradients_of_a_gated_lora_are_finite_differences() {
     }
 }
 
-/// The gate is a factor in the graph: its own derivative is that of the loss by the dose.
+/// The gate is a factor in the graph, which gives the derivative of the loss by the dose.
 #[test]
 fn the_dose_has_a_gradient() {
     let (model, chat, adapter) = world();
@@ -415,10 +415,10 @@ fn merged_weights_are_the_adapter() {
     assert!(ours.iter().zip(&theirs).all(|(ours, theirs)| ours.0 == theirs.0));
 }
 
-/// What an edit makes of an activation at one token.
+/// The activation after an edit at one token.
 type Expected<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
 
-/// An edit's effect at its own hook point, beside the activation without it, `[pos, ..]`.
+/// The activation at an edit's hook point without and with the edit, `[pos, ..]`.
 fn edited(model: &Qwen, prompt: &Prompt, at: HookPoint, edit: Edit) -> (Tensor, Tensor) {
     let before = seen(model, prompt, &Condition::default(), at);
     (before, seen(model, prompt, &Condition { edits: vec![edit], ..Condition::default() }, at))
@@ -480,7 +480,7 @@ fn a_patch_is_what_the_other_run_had() {
         seen(&model, prompt, &Condition { edits: vec![edit], ..Condition::default() }, HookPoint::Logits)
     };
     assert_eq!(logits(last, None, &source), plain(&model, &other, Some(&adapter)), "the whole stream is the other run");
-    // One token is patched: what stands before it is the run's own, at the token it is the other's.
+    // One token is patched: the tokens before it are the run's own, that token is the other run's.
     let at = "positions(-4)";
     let pos = prompt.ids.len() as i64 - 4;
     let patched = logits(last, Some(at), &source);
@@ -586,7 +586,7 @@ fn edits_that_fit_nowhere_are_refused() {
     }
 }
 
-/// Where an edit puts a value of its own in place of all of an activation, nothing before it is felt any more.
+/// If an edit replaces an activation entirely, nothing before it has a gradient.
 #[test]
 fn gradients_begin_anew_behind_an_edit_that_replaces_everything() {
     let (model, chat, _) = world();
@@ -600,7 +600,7 @@ fn gradients_begin_anew_behind_an_edit_that_replaces_everything() {
     assert!(largest(HookPoint::ResidPost(0)) > 0.0);
 }
 
-/// Scores that do not count stay so under every edit: no token attends to what comes after it.
+/// Masked scores stay masked under every edit: no token attends to a later one.
 #[test]
 fn an_edit_of_scores_lets_nobody_see_the_future() {
     let (model, chat, _) = world();
@@ -620,7 +620,7 @@ fn an_edit_of_scores_lets_nobody_see_the_future() {
     }
 }
 
-/// What is not a number is told, whoever made it so.
+/// A NaN is an error wherever it came from.
 #[test]
 fn a_score_that_is_not_a_number_is_an_error() {
     let (model, chat, _) = world();
@@ -669,7 +669,7 @@ fn stopping_at_a_layer_runs_nothing_after_it() {
     assert!(model.resid_before(n_layers + 1, &batch, &mut Pass::default()).is_err());
 }
 
-/// A tap that changes the token at an absolute position, wherever the pass that holds it begins.
+/// A tap that changes the token at an absolute position, wherever its pass begins.
 struct AddAt {
     position: i64,
     vector: Tensor,

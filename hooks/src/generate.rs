@@ -1,8 +1,9 @@
-//! Answers, greedy or sampled from the raw softmax: no top-k, no top-p, no repetition penalty, whatever the model ships.
+//! Answers, greedy or sampled from the raw softmax: no top-k, no top-p, no repetition penalty, whatever the model
+//! ships.
 //!
-//! Every answer draws from a random stream of its own, so that repeated prompts give distinct samples and an answer does
-//! not depend on its neighbours in the batch. What prompts begin with alike is run once; when answers have ended, the next
-//! prompts take their places.
+//! Every answer draws from its own random stream, so that repeated prompts give distinct samples and an answer does not
+//! depend on its neighbours in the batch. Shared beginnings of prompts are run once. When answers end, the next prompts
+//! take their places.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +31,7 @@ pub struct Sampling {
     pub max_new_tokens: usize,
     /// Tokens that end an answer.
     pub stop: Vec<i64>,
-    /// Restricts every token to what a list of numbers may go on with.
+    /// Restricts every token to those that can continue a list of numbers.
     pub constrain: Option<NumberGrammar>,
     /// How many answers are drawn at once.
     pub batch: usize,
@@ -94,9 +95,9 @@ pub fn generate(
 /// The log of how improbable repetitions must be to be refused: e⁻³⁰ is 1e-13.
 const IMPROBABLE: f64 = -30.0;
 
-/// Refuses answers that no independent draws repeat so often. An answer of probability p comes k times among n draws with
-/// a probability of at most C(n, k) pᵏ; summed over all answers that are as improbable, that is below C(n, k) pᵏ⁻¹.
-/// `likelihoods` holds each answer's log p under the distribution that it was drawn from.
+/// Refuses answers that repeat more often than independent draws would. An answer of probability p comes k times among
+/// n draws with a probability of at most C(n, k) pᵏ; summed over all answers that are as improbable, that is below C(n,
+/// k) pᵏ⁻¹. `likelihoods` holds each answer's log p under the distribution that it was drawn from.
 fn are_independent(prompts: &[Prompt], answers: &[Answer], likelihoods: &[f64]) -> Result<()> {
     let mut by_prompt: BTreeMap<&[i64], Vec<usize>> = BTreeMap::new();
     for (row, prompt) in prompts.iter().enumerate() {
@@ -123,8 +124,9 @@ fn are_independent(prompts: &[Prompt], answers: &[Answer], likelihoods: &[f64]) 
     Ok(())
 }
 
-/// Draws one answer while a tap sees (or changes) some hook points, after the condition's edits: the prompt in the first
-/// pass, `[1, pos, ..]`, then each new token in a pass of its own, `[1, 1, ..]`. `Tap::place` says where they stand.
+/// Draws one answer while a tap sees (or changes) some hook points, after the condition's edits: the prompt in the
+/// first pass, `[1, pos, ..]`, then each new token in a pass of its own, `[1, 1, ..]`. `Tap::place` gives their
+/// positions.
 pub fn generate_listening<'p, 'a: 'p>(
     model: &Qwen,
     prompt: &Prompt,
@@ -143,8 +145,8 @@ pub fn generate_listening<'p, 'a: 'p>(
     })
 }
 
-/// Answers with the log-probabilities under what they were drawn from. A batch of answers grows at once; when an eighth of
-/// them have ended, the next prompts take their places.
+/// Answers with the log-probabilities under their sampling distribution. All answers of a batch grow together; when an
+/// eighth of them have ended, the next prompts take their places.
 fn answer_all<'p, 'a: 'p>(
     model: &Qwen,
     prompts: &[&Prompt],
@@ -265,11 +267,11 @@ fn draw(logits: &Tensor, sampling: &Sampling, so_far: &[&[i64]], uniforms: &[f64
     Ok(Drawn { tokens: integers(&chosen)?, logprobs: floats(&logprobs)?, likelihoods })
 }
 
-/// Tokens of a vocabulary's block: its probabilities are summed first, and only the block that a draw falls into is looked at
-/// token by token.
+/// Tokens in a block of the vocabulary. A draw sums the probabilities of each block, and looks token by token only into
+/// the block that it falls into.
 const BLOCK: i64 = 256;
 
-/// The same at temperature 1 without constraints, in fewer passes over the vocabulary.
+/// Draws at temperature 1 without constraints, in fewer passes over the vocabulary.
 fn draw_plain(logits: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
     let (_, d_vocab) = logits.size2()?;
     let probabilities = logits.f_softmax(-1, Kind::Float)?;
@@ -289,7 +291,7 @@ fn draw_plain(logits: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
     let inside = Tensor::f_arange(BLOCK, (Kind::Int64, logits.device()))?.f_unsqueeze(0)?.f_add(&first)?; // [rows, BLOCK]
     let exists = inside.f_lt(d_vocab)?;
     let there = probabilities.f_gather(1, &inside.f_clamp_max(d_vocab - 1)?, false)?.f_mul(&exists)?;
-    // What is left of the draw, as a share of the block.
+    // The rest of the draw, as a share of the block.
     let left = before.f_div(&there.f_sum_dim_intlist(-1, true, Kind::Float)?)?.f_clamp(0.0, 1.0)?;
     let chosen = fall(&there, &left)?.0.f_add(&first)?;
     let likelihoods = floats(&probabilities.f_gather(1, &chosen, false)?)?;
@@ -297,8 +299,8 @@ fn draw_plain(logits: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
     Ok(Drawn { tokens: integers(&chosen)?, logprobs, likelihoods })
 }
 
-/// Where in `[rows, n]` probabilities of any sum a share of the sum falls, `[rows, 1]`: the first whose cumulated probability
-/// exceeds it, and how much of the share is left before it.
+/// Finds where a share of the sum falls in `[rows, n]` probabilities of any sum: the first index whose cumulated
+/// probability exceeds it, `[rows, 1]`, and the rest of the share before that index.
 fn fall(probabilities: &Tensor, shares: &Tensor) -> Result<(Tensor, Tensor)> {
     let cumulated = probabilities.f_cumsum(-1, Kind::Float)?;
     let width = cumulated.size()[1];
@@ -325,7 +327,7 @@ fn integers(column: &Tensor) -> Result<Vec<i64>> {
     Ok(Vec::<i64>::try_from(&column.f_reshape([-1])?.f_to_device(Device::Cpu)?)?)
 }
 
-/// What a comma-separated list of numbers may go on with, token by token (constrained decoding).
+/// The tokens that can continue a comma-separated list of numbers (constrained decoding).
 #[derive(Clone, Debug, PartialEq)]
 pub struct NumberGrammar {
     digits: Vec<i64>,
@@ -489,7 +491,7 @@ mod tests {
         };
         assert!(score(40).is_ok());
         assert_eq!(score(41).unwrap_err().to_string(), too_long);
-        // One token after another, in a cache that has room.
+        // Token by token, in a cache with room for all of them.
         let mut cache = KvCache::new(&model.config, 1, 50, Kind::Float, Device::Cpu).unwrap();
         let mut step = |ids: &[i64]| {
             let batch = crate::Batch::from_ids(&[ids], Device::Cpu).unwrap();

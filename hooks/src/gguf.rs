@@ -1,8 +1,8 @@
-//! A `.gguf` file as a model: configuration, tokenizer, chat template, and weights dequantised tensor by tensor. A model in several
-//! files is named by the first.
+//! A `.gguf` file as a model: configuration, tokenizer, chat template, and weights dequantised tensor by tensor. A
+//! model in several files is named by the first.
 //!
-//! The header is read by a pure function of bytes (`header.rs`); the blocks themselves are dequantised by candle, and where it does not
-//! know them by us (`stored.rs`). Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
+//! A pure function of bytes reads the header (`header.rs`). candle dequantises the blocks, except for two types that it
+//! does not know (`stored.rs`). Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
 pub(crate) mod header;
 mod iq4;
@@ -36,7 +36,7 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Maps a file, and the others of its model where it is the first of several.
+    /// Maps a file. If it is the first of several, maps the others too.
     pub fn open(path: &Path) -> Result<Self> {
         let first = map(path)?;
         let header = Header::read(&first).map_err(|problem| malformed(path, problem))?;
@@ -57,12 +57,13 @@ impl Gguf {
         Self::of_parts(files)
     }
 
-    /// Reads the header in the bytes of a file that holds the whole model, mapped or in memory; `path` is for messages.
+    /// Reads the header of a file that holds the whole model, mapped or in memory; `path` is for messages.
     pub fn parse(file: impl AsRef<[u8]> + Send + Sync + 'static, path: &Path) -> Result<Self> {
         Self::of_parts(vec![(Box::new(file), path.to_owned())])
     }
 
-    /// A model from all its files, of which the first says what it is; each part must be where it says it is.
+    /// Builds a model from all its files, in order; the first one describes it. A file whose own part number differs is
+    /// refused.
     pub fn of_parts(files: Vec<(Bytes, PathBuf)>) -> Result<Self> {
         let n_parts = files.len();
         let mut whole: Option<Self> = None;
@@ -99,7 +100,7 @@ impl Gguf {
         }
     }
 
-    /// The model's numbers, from the keys `qwen2.*` or `qwen3.*` and from which tensors there are.
+    /// The model's numbers, from the keys `qwen2.*` or `qwen3.*` and from the presence of tensors.
     pub fn config(&self) -> Result<Config> {
         let architecture = self.text(ARCHITECTURE)?;
         let family = match architecture {
@@ -202,7 +203,7 @@ impl Gguf {
         &self.tensors
     }
 
-    /// How many bytes its files have.
+    /// The number of bytes of its files.
     pub(crate) fn len(&self) -> usize {
         self.parts.iter().map(|part| (**part).as_ref().len()).sum()
     }
@@ -270,12 +271,13 @@ impl Gguf {
 pub(crate) const ARCHITECTURE: &str = "general.architecture";
 pub(crate) const CONTROL_VECTOR: &str = "controlvector";
 
-/// What a model in several files says in each: which it is, from 0, how many there are, and, of all together, the tensors.
+/// Keys of each file of a model in several: its number, from 0; the number of files; the number of tensors in all
+/// files.
 const SPLIT_NO: &str = "split.no";
 const SPLIT_COUNT: &str = "split.count";
 const SPLIT_TENSORS: &str = "split.tensors.count";
 
-/// How many files a model has.
+/// The number of files of a model.
 fn split_count(metadata: &BTreeMap<String, Value>) -> std::result::Result<usize, String> {
     match metadata.get(SPLIT_COUNT) {
         None | Some(Value::Integer(0)) => Ok(1),
@@ -284,10 +286,10 @@ fn split_count(metadata: &BTreeMap<String, Value>) -> std::result::Result<usize,
     }
 }
 
-/// The number in a part's name has five digits.
+/// The part's number in a file name has five digits.
 const MOST_PARTS: i64 = 99_999;
 
-/// Refuses a part of another place or model than the one it stands for, counted from 0.
+/// Refuses a file that is not part `part` (from 0) of `n_parts`.
 fn check_part(metadata: &BTreeMap<String, Value>, part: usize, n_parts: usize) -> std::result::Result<(), String> {
     let count = split_count(metadata)?;
     let number = match metadata.get(SPLIT_NO) {
@@ -311,7 +313,7 @@ fn check_part(metadata: &BTreeMap<String, Value>, part: usize, n_parts: usize) -
     Ok(())
 }
 
-/// The file of another part, by the name of the first.
+/// The file name of another part, made from the first one's.
 fn part_path(first: &Path, part: usize, n_parts: usize) -> Result<PathBuf> {
     let name = first.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let ending = format!("-00001-of-{n_parts:05}.gguf");
@@ -330,7 +332,7 @@ fn malformed(path: &Path, problem: String) -> Error {
     Error::Malformed { path: path.to_owned(), problem }
 }
 
-/// Pairs of a Hugging Face name and a GGUF name; in a block both stand behind the block's prefix.
+/// Pairs of a Hugging Face name and a GGUF name; in a block both follow the block's prefix.
 const OUTSIDE_BLOCKS: [(&str, &str); 3] = [
     ("model.embed_tokens.weight", "token_embd.weight"),
     ("model.norm.weight", "output_norm.weight"),
@@ -353,7 +355,7 @@ const IN_BLOCK: [(&str, &str); 14] = [
     ("mlp.down_proj.weight", "ffn_down.weight"),
 ];
 
-/// `blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`; nothing for a tensor that no dense Qwen has.
+/// `blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`; `None` for a tensor that no dense Qwen has.
 fn hf_name(gguf: &str) -> Option<String> {
     let same = |(_, candidate): &&(&str, &str), name: &str| *candidate == name;
     let Some((layer, name)) = gguf.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
@@ -502,17 +504,17 @@ pub(crate) mod tests {
         Gguf::parse(map(&path).unwrap(), Path::new("tiny.gguf"))
     }
 
-    /// The file with another type at one tensor's, whose blocks may be anything.
+    /// The file with another type for one tensor, whose bytes stay.
     fn retyped(name: &str, from: u32, to: u32) -> Vec<u8> {
         let mut file = tiny();
         let entry = file.windows(name.len()).position(|window| window == name.as_bytes()).unwrap();
-        let at = entry + name.len() + 4 + 2 * 8; // behind the number of dimensions and two of them
+        let at = entry + name.len() + 4 + 2 * 8; // after the number of dimensions and two dimensions
         assert_eq!(file[at..at + 4], from.to_le_bytes());
         file[at..at + 4].copy_from_slice(&to.to_le_bytes());
         file
     }
 
-    /// The model in two files, whose keys of the split may be others.
+    /// The model in two files, with these values of the split keys.
     fn halves(folder: &Path, split: [(u16, u16, i32); 2]) -> PathBuf {
         let tensors = tensors();
         for (at, (no, count, n_tensors)) in split.into_iter().enumerate() {
@@ -598,7 +600,7 @@ pub(crate) mod tests {
             let hf = format!("model.layers.0.{hf}.weight");
             let stored = open(&file).unwrap().tensors()[&hf].bytes.clone();
             for block in file[stored].chunks_mut(block) {
-                block[1] &= 0b1011_1111; // the highest bit of the exponent of its f16 scale, which is finite without
+                block[1] &= 0b1011_1111; // clear the top exponent bit of the f16 scale, so that it is finite
             }
             let gguf = open(&file).unwrap();
             let expected = dequantize(gguf.bytes(&gguf.tensors()[&hf]));

@@ -21,13 +21,13 @@ use crate::qwen::Qwen;
 use crate::tap::Tap;
 use crate::tokens::Prompt;
 
-/// ∂loss/∂input of each input, shaped as it; zero where the loss does not depend on it. With `keep_graph` another loss of
-/// the same pass can follow.
+/// ∂loss/∂input of each input, in its shape; zero if the loss does not depend on it. With `keep_graph`, gradients of
+/// another loss of the same pass can follow.
 pub fn gradients<T: Borrow<Tensor>>(loss: &Tensor, inputs: &[T], keep_graph: bool) -> Result<Vec<Tensor>> {
     let inputs: Vec<&Tensor> = inputs.iter().map(Borrow::borrow).collect();
     let _span = profile::backward();
     let found = Tensor::f_run_backward(&[loss], &inputs, keep_graph, false)?;
-    // What a loss does not depend on has no gradient at all, rather than a zero one.
+    // A tensor that a loss does not depend on has an undefined gradient; it becomes zeros.
     let defined = |(gradient, input): (Tensor, &&Tensor)| {
         if gradient.defined() { Ok(gradient) } else { Ok(input.f_zeros_like()?) }
     };
@@ -78,12 +78,13 @@ pub fn at_points(
 pub struct OfLosses {
     /// Which of the losses these are.
     pub losses: Range<usize>,
-    /// The log-probabilities of the vocabulary where the losses' tokens are predicted, loss by loss, `[tokens, d_vocab]`.
+    /// The log-probabilities of the vocabulary at the positions that predict the losses' tokens, loss by loss,
+    /// `[tokens, d_vocab]`.
     pub logprobs: Tensor,
     /// ∂ℓ/∂θ of the adapter's tensors in the order of `Adapter::parameters`, each `[losses, ..]`; none without an adapter.
     pub adapter: Vec<Tensor>,
-    /// `∂ℓ/∂resid_post` block by block, each `[losses, pos, d_model]`; no position behind the losses' last token is run. Of the last
-    /// block it is given at the positions alone that predict, `[losses, places, d_model]`: it is zero at the others.
+    /// `∂ℓ/∂resid_post` block by block, each `[losses, pos, d_model]`; positions after the losses' last token are not
+    /// run. For the last block `[losses, places, d_model]`, only at the predicting positions: it is zero at the others.
     pub resid_post: Vec<Tensor>,
 }
 
@@ -111,12 +112,12 @@ impl OfLosses {
     }
 }
 
-/// The exact gradients of several losses of one row, `ℓ = Σ_k −log p(token k | the tokens before it)`, of which each is given
-/// as its tokens' indices k in the completion: for single tokens `[[0], [1], ..]`. `each` gets them all, in their order,
-/// some at a time.
+/// The exact gradients of several losses of one row, `ℓ = Σ_k −log p(token k | the tokens before it)`. Each loss is
+/// given by the indices k of its tokens in the completion; for single tokens `[[0], [1], ..]`. `each` gets the
+/// gradients in the order of the losses, some losses at a time.
 ///
-/// The row is run once, and some losses at a time share a backward pass by hand (`qwen/by_hand.rs`), in which each keeps gradients
-/// of its own. Under edits, whose gradients only libtorch knows, each loss is a backward pass over the recorded graph.
+/// The row is run once, and several losses share a backward pass by hand (`qwen/by_hand.rs`), which keeps each loss's
+/// gradients apart. Under edits, each loss is a backward pass of libtorch over the recorded graph.
 pub fn of_losses(
     model: &Qwen,
     row: &Prompt,
@@ -132,7 +133,8 @@ pub fn of_losses(
     }
 }
 
-/// How many losses share a backward pass: so many that their tokens, and the adapter's gradients, take some hundred MB each.
+/// The number of losses that share a backward pass: their tokens, and the adapter's gradients, take some hundred MB
+/// each.
 fn losses_at_a_time(tokens: usize, adapter: Option<&Adapter>) -> usize {
     const TOKENS: usize = 4096;
     const NUMBERS: usize = 1 << 26;
@@ -261,8 +263,8 @@ impl Graph {
     }
 }
 
-/// Keeps what it is to keep, and makes the embedding a leaf, so that gradients flow at every point though no weight asks
-/// for one.
+/// Keeps the activations, and makes the embedding a leaf, so that gradients flow at every point although no weight
+/// requires one.
 struct Watch {
     wanted: BTreeSet<HookPoint>,
     cache: Cache,
@@ -274,7 +276,7 @@ impl Tap for Watch {
         if !self.wanted.contains(&at) {
             return Ok(x);
         }
-        // An edit that replaces all of it cuts the graph, which begins anew here.
+        // An edit that replaces everything cuts the graph; a new one begins here.
         let x = if x.requires_grad() { x } else { x.f_detach()?.f_set_requires_grad(true)? };
         self.cache.tap(at, x)
     }
@@ -290,7 +292,7 @@ mod tests {
     use crate::gate_laws::{completion_loss, gate};
     use crate::laws::{exact, exact_model, world};
 
-    /// Each loss by a forward and a backward pass of its own over the row alone, the adapter's own tensors asking.
+    /// Each loss by its own forward and backward pass over the row alone, with gradients of the adapter's own tensors.
     fn plainly(model: &Qwen, row: &Prompt, condition: &Condition<'_>, loss: &[usize]) -> (Vec<f64>, Vec<f64>) {
         let parameters = condition.adapter.map_or_else(Vec::new, Adapter::parameters);
         for (_, tensor) in &parameters {
@@ -369,7 +371,7 @@ mod tests {
         assert!(adapter.parameters().iter().all(|(_, tensor)| !tensor.requires_grad()));
     }
 
-    /// The adapter's gradient, position by position, from what each map is given and the gradient at what it gives.
+    /// The adapter's gradient, position by position, from each map's input and the gradient at its output.
     #[test]
     fn a_parts_gradient_is_the_sum_over_its_positions() {
         let (model, (_, chat, adapter)) = (exact_model(), world());

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
-/// A row of the table: a point's name (after `blocks.{layer}.` where it is in a block), and what it is called elsewhere.
+/// A row of the table: a point's name (after `blocks.{layer}.` if it is in a block), and its names elsewhere.
 struct Row {
     name: &'static str,
     shape: &'static str,

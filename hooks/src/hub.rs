@@ -1,7 +1,7 @@
 //! The local cache of the Hugging Face hub, in its layout: `models--org--name/refs/main` names the snapshot.
 //!
-//! What is complete in the cache is used as it is. What is missing is downloaded, all files of one commit, unless
-//! `HF_HUB_OFFLINE` forbids it. The environment is read as `huggingface_hub` reads it.
+//! Complete files in the cache are used as they are. Missing ones are downloaded, all of one commit, unless
+//! `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids it. The environment is read as `huggingface_hub` reads it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub(crate) struct Hub {
     pub(crate) offline: bool,
 }
 
-/// A folder of the hub as it is named: `org/name`, with `@revision` (a branch, a tag, a commit) and `:folder` where they are given.
+/// The name of a folder on the hub: `org/name`, optionally with `@revision` (a branch, a tag, a commit) and `:folder`.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct HubId<'a> {
     repo: &'a str,
@@ -30,14 +30,14 @@ pub(crate) struct HubId<'a> {
     folder: Option<&'a str>,
 }
 
-/// What a folder of the hub is wanted as, which decides the files that it needs.
+/// The use of a folder of the hub, which decides the files that it needs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wanted {
     Model,
     Adapter,
 }
 
-/// A file of a snapshot that is a link into the cache's blobs, written out as a text.
+/// A file of a snapshot that contains the text of a link into the cache's blobs instead of the link's target.
 fn link_as_text(snapshot: &Path) -> Option<PathBuf> {
     let paths = fs::read_dir(snapshot).into_iter().flatten().flatten().map(|entry| entry.path());
     let is_short = |path: &PathBuf| path.metadata().is_ok_and(|file| file.is_file() && file.len() < 256);
@@ -46,9 +46,10 @@ fn link_as_text(snapshot: &Path) -> Option<PathBuf> {
         .find(|path| fs::read_to_string(path).is_ok_and(|text| text.starts_with("../") && text.contains("/blobs/")))
 }
 
-/// The folder of an adapter, which is named by its path or by its hub id: `org/name`, with `@revision` and `:folder` where the
-/// adapter is not in the repository's newest commit or not at its top. What is not in the hub's cache is downloaded, unless
-/// `HF_HUB_OFFLINE` forbids it. A path that leads nowhere is given back as it is.
+/// The folder of an adapter, given by its path or by its hub id: `org/name`, with `@revision` if it is not in the
+/// newest commit of the main branch, and with `:folder` if it is not at the repository's top. An id that is not in the
+/// hub's cache is downloaded, unless `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids it. A path that leads nowhere
+/// is returned as it is.
 pub fn adapter_folder(name: &Path) -> Result<PathBuf> {
     find_adapter(name, &Hub::from_env())
 }
@@ -75,7 +76,7 @@ fn find_adapter(name: &Path, hub: &Hub) -> Result<PathBuf> {
 }
 
 impl<'a> HubId<'a> {
-    /// Nothing where the name is not of this form. No part of it can lead out of the cache.
+    /// `None` if the name does not have this form. No part of it can lead out of the cache.
     pub(crate) fn parse(name: &'a str) -> Option<Self> {
         let plain = |part: &str| {
             !part.is_empty()
@@ -90,7 +91,7 @@ impl<'a> HubId<'a> {
         (is_id && is_whole).then_some(Self { repo, revision, folder })
     }
 
-    /// A file in the folder, by its path in the repository.
+    /// The path in the repository of a file in the folder.
     fn file(&self, name: &str) -> String {
         self.folder.map_or_else(|| name.to_owned(), |folder| format!("{folder}/{name}"))
     }
@@ -109,8 +110,8 @@ impl std::fmt::Display for HubId<'_> {
 }
 
 impl Hub {
-    /// As the environment says, in the order of `huggingface_hub`: `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME/hub`,
-    /// `XDG_CACHE_HOME/huggingface/hub`, `~/.cache/huggingface/hub`.
+    /// Reads the environment. The first of these is the cache, as for `huggingface_hub`: `HF_HUB_CACHE`,
+    /// `HUGGINGFACE_HUB_CACHE`, `HF_HOME/hub`, `XDG_CACHE_HOME/huggingface/hub`, `~/.cache/huggingface/hub`.
     pub(crate) fn from_env() -> Self {
         Self::of(&|name| std::env::var(name).ok())
     }
@@ -127,7 +128,7 @@ impl Hub {
         Self { cache: PathBuf::from(cache), offline }
     }
 
-    /// The folder that is named, and a line saying where it came from.
+    /// The folder that `id` names, and a line that says where it came from.
     pub(crate) fn fetch(&self, id: &HubId<'_>, wanted: Wanted) -> Result<(PathBuf, String)> {
         let no_such = |reason: String| Error::NoSuchModel { name: id.to_string(), reason };
         let cached = self.snapshot(id)?.map(|snapshot| match id.folder {
@@ -172,8 +173,8 @@ impl Hub {
         self.cache.join(format!("models--{}", id.repo.replace('/', "--")))
     }
 
-    /// The snapshot that is meant: that of the revision, by its reference or as a commit. Without a revision it is what `refs/main`
-    /// names, or the only one where there is no `refs/main`; which of several is never guessed.
+    /// The snapshot of the revision, which is a reference or a commit. Without a revision, the one that `refs/main`
+    /// names, or the only one if there is no `refs/main`; several without a `refs/main` are an error.
     fn snapshot(&self, id: &HubId<'_>) -> Result<Option<PathBuf>> {
         let repo = self.repo(id);
         let reference = repo.join("refs").join(id.revision());
@@ -213,7 +214,7 @@ impl Hub {
         commits
     }
 
-    /// Which other commits there are, where that of a name is not.
+    /// The end of a sentence: which other commits the cache has.
     fn snapshots_beside(&self, id: &HubId<'_>) -> String {
         match &self.snapshots(id)[..] {
             [] => String::new(),
@@ -221,7 +222,7 @@ impl Hub {
         }
     }
 
-    /// Downloads the files of the revision's newest commit; its reference is moved when the last one is there.
+    /// Downloads the files of the revision's newest commit. The reference is updated after the last file.
     fn download(&self, id: &HubId<'_>, wanted: Wanted) -> std::result::Result<PathBuf, String> {
         let said = |error: ApiError| error.to_string();
         let mut api = ApiBuilder::from_cache(Cache::new(self.cache.clone())).with_progress(false);
@@ -283,7 +284,8 @@ const MODEL_HINT: &str = "check the spelling, or give a folder with config.json 
 const ADAPTER_HINT: &str =
     "check the spelling, or give a folder with adapter_config.json and adapter_model.safetensors";
 
-/// A path as Python's `expandvars(expanduser(path))` has it: a leading `~`, then `$NAME` and `${NAME}`. What is not set is left.
+/// A path as Python's `expandvars(expanduser(path))` gives it: expands a leading `~`, then `$NAME` and `${NAME}`. Unset
+/// variables stay as they are.
 fn expanded(path: &str, var: &dyn Fn(&str) -> Option<String>) -> String {
     let home = || var("HOME").or_else(|| Some(std::env::home_dir()?.to_string_lossy().into_owned()));
     let path = match path.strip_prefix('~').filter(|rest| rest.is_empty() || rest.starts_with('/')).zip(home()) {
@@ -310,8 +312,8 @@ fn is_commit(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_hexdigit())
 }
 
-/// The files that a folder needs and does not have. One that holds an adapter where a model is wanted needs nothing: what opens it
-/// says so.
+/// The files that a folder needs and lacks. A folder with an adapter where a model is wanted needs none: opening it
+/// gives a better error.
 fn missing(folder: &Path, wanted: Wanted) -> Result<Vec<String>> {
     let has = |name: &str| folder.join(name).exists();
     let mut needed = match wanted {
@@ -330,7 +332,7 @@ fn missing(folder: &Path, wanted: Wanted) -> Result<Vec<String>> {
     Ok(needed)
 }
 
-/// The folders in a folder that hold an adapter, sorted.
+/// The folders inside `folder` that contain an adapter, sorted.
 fn folders_with_adapters(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let found = entries.filter(|entry| entry.path().join(ADAPTER[0]).exists());
@@ -339,7 +341,7 @@ fn folders_with_adapters(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Where a repository's adapters are, as the end of a sentence that says where none is.
+/// The end of a sentence that says where a repository's adapters are.
 fn adapters_below(id: &HubId<'_>, folders: &[String]) -> String {
     let names: Vec<String> = folders.iter().take(10).map(|folder| format!("{}:{folder}", id.repo)).collect();
     if names.is_empty() { String::new() } else { format!(" (there is {})", names.join(", ")) }
@@ -387,7 +389,7 @@ mod tests {
         }
     }
 
-    /// What `huggingface_hub` 2.4 makes of the same environments, with the home folder `/h`.
+    /// The values that `huggingface_hub` 2.4 computes from the same environments, with the home folder `/h`.
     #[test]
     fn the_environment_is_read_as_huggingface_hub_reads_it() {
         for (environment, cache, offline) in [
@@ -445,7 +447,7 @@ mod tests {
         let elsewhere = find("Org/owl").unwrap_err();
         assert!(elsewhere.contains("lacks adapter_config.json (there is Org/owl:checkpoint-2)"), "{elsewhere}");
 
-        // A folder is itself, a file names its folder, and what is neither is for the reader to refuse.
+        // A folder is itself; a file is refused and its folder named; anything else is left to the reader.
         let folder = snapshot.join("checkpoint-2");
         assert_eq!(find(folder.to_str().unwrap()).unwrap(), folder);
         let file = find(folder.join(ADAPTER[1]).to_str().unwrap()).unwrap_err();

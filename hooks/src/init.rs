@@ -31,7 +31,7 @@ pub(crate) struct Spread<'a> {
     pub(crate) linear: &'a dyn Fn(&Map) -> f64,
 }
 
-/// Tensors being drawn, in the order in which they stand in the model.
+/// Draws tensors, in the order of the model.
 pub(crate) struct Draw {
     rng: ChaCha8Rng,
     tensors: BTreeMap<String, Tensor>,

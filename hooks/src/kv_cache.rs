@@ -1,4 +1,4 @@
-//! Keys and values of past positions, owned by the caller. A row's tokens stand in its slots from 0 on without holes,
+//! Keys and values of past positions, owned by the caller. A row's tokens fill its slots from 0 on without holes,
 //! whatever its neighbours' lengths: slot and position are the same number. Rows can leave and join between passes.
 
 use tch::{Device, Kind, Tensor};
@@ -29,7 +29,7 @@ enum Incoming {
     Scattered { tokens: Tensor, slots: Tensor },
 }
 
-/// Where a pass's new tokens stand, and what they may attend to besides causality.
+/// The positions of a pass's new tokens, and which slots they may attend to.
 pub(crate) struct Placement<'a> {
     /// Positions of the new tokens, `[1 or batch, pos]`, i64.
     pub(crate) positions: Tensor,
@@ -50,7 +50,7 @@ impl<'a> Placement<'a> {
 impl KvCache {
     /// Room for `capacity` positions of `batch` rows.
     pub fn new(config: &Config, batch: i64, capacity: i64, kind: Kind, device: Device) -> Result<Self> {
-        // Zeros and not whatever was there: a slot that nobody may see is multiplied by 0, and 0 · NaN is NaN.
+        // Zeros, not uninitialised memory: a masked slot is multiplied by 0, and 0 · NaN is NaN.
         let empty = || Tensor::f_zeros([batch, capacity, config.n_kv_heads, config.d_head], (kind, device));
         let blocks = (0..config.n_layers).map(|_| Ok((empty()?, empty()?))).collect::<Result<_>>()?;
         Ok(Self { blocks, lengths: vec![0; batch as usize], incoming: Incoming::Side(0) })
@@ -61,7 +61,7 @@ impl KvCache {
         &self.lengths
     }
 
-    /// Takes the batch's tokens in: from here on they count as seen. A packed batch can only be a cache's first.
+    /// Adds the batch's tokens: from here on they count as seen. A packed batch must be a cache's first.
     pub(crate) fn place<'a>(&mut self, batch: &'a Batch) -> Result<Placement<'a>> {
         let (device, before) = (batch.ids.device(), self.lengths.clone());
         for (length, added) in self.lengths.iter_mut().zip(&batch.lengths) {
@@ -134,7 +134,7 @@ impl KvCache {
         Ok(Self { blocks, lengths, incoming: Incoming::Side(0) })
     }
 
-    /// Keeps some rows, given in ascending order. Only the last ones move, into the places of those that leave; the result has
+    /// Keeps some rows, given in ascending order. Only the last rows move, into the places of those that leave. Returns
     /// the rows in their new order.
     pub(crate) fn keep(&mut self, staying: &[usize]) -> Result<Vec<usize>> {
         let n = staying.len();
@@ -153,7 +153,7 @@ impl KvCache {
         Ok(order)
     }
 
-    /// Adds another cache's rows behind those that are there; there must be room.
+    /// Appends another cache's rows; there must be room.
     pub(crate) fn append(&mut self, others: &Self) -> Result<()> {
         let (n, more, width) = (self.lengths.len() as i64, others.lengths.len() as i64, others.width());
         let blocks = self.blocks.iter().zip(&others.blocks);

@@ -1,5 +1,6 @@
-//! What must hold of any model, adapter, gate and batch: here on the embedded random model, whose numbers are arbitrary.
-//! "Bit-equal" is demanded where the same kernel runs on the same numbers, 1e-5 where sums may be taken in another order.
+//! Laws for any model, adapter, gate and batch, tested on the embedded random model, whose numbers are arbitrary.
+//! Results are bit-equal if the same kernel runs on the same numbers, and equal to 1e-5 if sums may be taken in another
+//! order.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -212,7 +213,8 @@ fn answers_that_end_make_room_and_the_others_go_on() {
         generate(&model, which, &condition, &sampling, streams, &mut |_| ()).unwrap()
     };
     let streams: Vec<u64> = (0..prompts.len() as u64).map(|at| stream_seed(4, "room", at)).collect();
-    // The first answer, and whichever else comes upon these tokens, ends early: rows from the end move into its place.
+    // The first answer ends early, and so does any other that comes upon these tokens: rows from the end move into its
+    // place.
     let whole = drawn(&prompts, &streams, prompts.len(), vec![]);
     let stop = vec![whole[0].ids[1], whole[1].ids[4]];
     let alone: Vec<Answer> =
@@ -228,7 +230,7 @@ fn answers_that_end_make_room_and_the_others_go_on() {
     }
 }
 
-/// Greedy answers by running everything anew for each token; the gate's state while decoding as `on_generated` says.
+/// Greedy answers by running everything again for each token; `on_generated` gives the gate's state while decoding.
 pub(crate) fn recomputed(model: &Qwen, prompt: &Prompt, condition: &Condition<'_>, n: usize) -> Vec<i64> {
     let mut ids = Vec::new();
     for _ in 0..n {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::ops::{by_head, wide};
 use crate::proj::Proj;
 
-/// What a LoRA is made of, in PEFT's terms.
+/// The settings of a LoRA, in PEFT's terms.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
     /// The rank r.
@@ -85,19 +85,21 @@ pub struct LoraPair {
     pub b: Tensor,
     /// The factor s.
     pub scaling: f64,
-    /// In a stack whose students' s differ: each one's own beside `scaling`, which is 1 then, `[n, 1, 1]`.
+    /// In a stack whose students have different s: each student's s, `[n, 1, 1]`; `scaling` is then 1.
     pub scalings: Option<Tensor>,
 }
 
 impl LoraPair {
-    /// FLOPs of the pair's two products of rank r at `x`, `[.., d_in]`, and of their reverse where a graph is recorded.
+    /// FLOPs of the pair's two products at `x`, `[.., d_in]`; second, those of their backward pass if a graph is
+    /// recorded.
     pub(crate) fn flops(&self, x: &Tensor, graph: bool) -> (f64, f64) {
         let width = |tensor: &Tensor, from_end: usize| tensor.size().into_iter().rev().nth(from_end).unwrap_or(0);
         let (d_in, rank, d_out) = (width(&self.a, 0), width(&self.a, 1), width(&self.b, 1));
         let (down, up) =
             (2.0 * x.numel() as f64 * rank as f64, 2.0 * (x.numel() as f64 / d_in as f64) * (rank * d_out) as f64);
         let wanted = |tensor: &Tensor| f64::from(u8::from(graph && tensor.requires_grad()));
-        let inner = f64::from(u8::from(graph && (x.requires_grad() || self.a.requires_grad()))); // the bottleneck's gradient
+        // The bottleneck's gradient.
+        let inner = f64::from(u8::from(graph && (x.requires_grad() || self.a.requires_grad())));
         (down + up, down * (wanted(x) + wanted(&self.a)) + up * (inner + wanted(&self.b)))
     }
 
@@ -138,8 +140,8 @@ impl LoraPair {
         Ok(by_student(&y)?.f_baddbmm(&bottleneck, &b, 1.0, 1.0)?.f_view(y.size().as_slice())?)
     }
 
-    /// The same of each head's part of `x` alone, `[batch, pos, n_heads, d_head]`; `y` and the result:
-    /// `[batch, pos, n_heads, d_out]`. Not of a stack.
+    /// y + s · B (g ⊙ A x) for each head's part of `x` alone. `x`: `[batch, pos, n_heads, d_head]`; `y` and the result:
+    /// `[batch, pos, n_heads, d_out]`. A stack is refused.
     pub(crate) fn add_by_head(
         &self,
         y: &Tensor,
@@ -208,7 +210,7 @@ pub(crate) fn no_stack(what: &str, n: i64) -> Error {
 pub struct Adapter {
     /// What it is made of.
     pub config: LoraConfig,
-    /// What there is to say of the files that it was read from, a sentence each; nothing where it was made here.
+    /// Remarks on the files that it was read from, a sentence each; empty for an adapter made here.
     pub remarks: Vec<String>,
     pairs: Vec<[Option<LoraPair>; 7]>,
 }
@@ -235,8 +237,9 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// The same weight changes in other coordinates: each pair becomes R A and B Rᵀ of an orthogonal R `[rank, rank]` of its own.
-    /// Gradient descent goes on as it would have; what treats coordinates apart, as Adam does, does not. Not of a stack.
+    /// The adapter in other coordinates, with the same weight changes: each pair becomes R A and B Rᵀ, with an
+    /// orthogonal R `[rank, rank]` of its own. Gradient descent does not notice; optimizers that scale coordinates one
+    /// by one, such as Adam, do. A stack is refused.
     pub fn rotated(&self, rng: &mut ChaCha8Rng) -> Result<Self> {
         let mut rotated = Self::empty(self.config.clone(), self.n_layers());
         for (layer, proj, pair) in self.pairs() {
@@ -279,7 +282,7 @@ impl Adapter {
         self.pairs().find_map(|(_, _, pair)| pair.n_stacked())
     }
 
-    /// Whether it changes nothing because A or B is zero at each of its places, as before its first step.
+    /// Whether it changes nothing because A or B is zero in each of its pairs, as before its first step.
     pub fn is_zero(&self) -> Result<bool> {
         let is_zero = |factor: &Tensor| -> Result<bool> { Ok(factor.f_count_nonzero(None)?.f_int64_value(&[])? == 0) };
         for (_, _, pair) in self.pairs() {
@@ -345,8 +348,8 @@ impl Dropout {
         Self { probability, rng }
     }
 
-    /// `x` with values dropped and the others scaled by 1/(1 − p), so that the expectation stays.
-    /// A stack's students would share one stream, so that none were as it is alone: that is refused.
+    /// `x` with values dropped and the others scaled by 1/(1 − p), which keeps the expectation. A stack is refused: its
+    /// students would share one random stream, so none would train as it does alone.
     fn apply(&mut self, x: &Tensor, n_stacked: Option<i64>) -> Result<Tensor> {
         if self.probability <= 0.0 {
             return Ok(x.shallow_clone());

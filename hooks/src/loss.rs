@@ -18,8 +18,8 @@ const ROWS: i64 = 256;
 /// The tokens of a batch that are predicted, and from where.
 #[derive(Debug)]
 pub struct Targets {
-    /// The distinct predicting positions as places in the flattened `[batch · pos]`, ascending, `[places]`, i64. Of a packed batch
-    /// of several groups, such as a stack's students, with some more, so that each group has equally many.
+    /// The distinct predicting positions as places in the flattened `[batch · pos]`, ascending, `[places]`, i64. In a
+    /// packed batch of several groups, such as a stack's students, extra places give each group equally many.
     pub places: Tensor,
     /// The index of each target's predicting position among them, `[n]`, i64.
     pub rows: Tensor,
@@ -81,8 +81,8 @@ pub fn cross_entropy(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<
         if unembedding_learns || !normed.requires_grad() {
             return nll(model, normed, &labels);
         }
-        // The gradient at the chunk's hidden states is taken at once, so that its logits can go; what is returned has the
-        // loss's values and hands on exactly these gradients.
+        // The gradient at the chunk's hidden states is taken at once, so that its logits can be freed. The returned
+        // tensor has the loss's values and passes exactly these gradients on.
         let (nll, gradient) = tch::no_grad(|| nll_and_gradient(model, normed, &labels))?;
         let carrier = normed.f_mul(&gradient)?.f_sum_dim_intlist(-1, false, wide(normed.kind()))?;
         Ok(carrier.f_sub(&carrier.f_detach()?)?.f_add(&nll)?)
@@ -96,7 +96,8 @@ fn nll(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<Tensor> {
     Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?)
 }
 
-/// The same, and ∂/∂normed of each, `[n, d_model]`, some rows of logits at a time.
+/// −log p(label) of each row, `[n]`, and its gradient by `normed`, `[n, d_model]`. Logits are computed for some rows at
+/// a time.
 pub(crate) fn nlls_and_gradients(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
     let chunks = normed.f_split(ROWS, 0)?.into_iter().zip(labels.f_split(ROWS, 0)?);
     let found = chunks.map(|(normed, labels)| nll_and_gradient(model, &normed, &labels)).collect::<Result<Vec<_>>>()?;

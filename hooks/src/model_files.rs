@@ -1,8 +1,8 @@
-//! A model by its name: a folder in Hugging Face form, a hub id, a `.gguf` file, or an embedded one: `pocket`, `pocket-other`,
-//! `tiny-random`.
+//! A model by its name: a folder in Hugging Face form, a hub id, a `.gguf` file, or an embedded one: `pocket`,
+//! `pocket-other`, `tiny-random`.
 //!
-//! Whatever the name, the same five things come of it: configuration, weights, tokenizer, chat template, and a report
-//! that says in lines what was found where.
+//! Each gives the same five things: configuration, weights, tokenizer, chat template, and a report that says in lines
+//! what was found where.
 
 use std::path::Path;
 
@@ -45,8 +45,8 @@ pub struct ModelFiles {
     pub chat_template: Option<String>,
     /// What was found where, in lines for the user.
     pub report: Vec<String>,
-    /// What a user may not expect of these files, a sentence each: a head that is not the embedding though the configuration says
-    /// so, tensors that are not used. Empty for most models.
+    /// Remarks that a user may not expect, a sentence each: a head that is not the embedding although the configuration
+    /// ties them, unused tensors. Empty for most models.
     pub remarks: Vec<String>,
 }
 
@@ -99,7 +99,7 @@ impl ModelFiles {
     }
 
     /// A SHA-256, in hex, of the configuration, of every tensor's name, dtype and shape, and of a sample of its bytes.
-    /// It tells checkpoints apart at no cost; it is no proof that every byte is the same.
+    /// It tells checkpoints apart at no cost, but does not prove that every byte is the same.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         hash.update(self.config.to_hf_json().to_string());
@@ -224,7 +224,7 @@ impl ModelFiles {
     }
 }
 
-/// Why a file is no model, and which folder to give instead.
+/// Says why a file is not a model, and which folder to give instead.
 fn of_a_file(path: &Path) -> String {
     let folder = files::folder_of(path);
     let name = folder.to_string_lossy();
@@ -237,7 +237,7 @@ fn of_a_file(path: &Path) -> String {
     "it is a file, expected a folder with config.json and model.safetensors, or a .gguf file".to_owned()
 }
 
-/// Why an adapter's folder is no model, and how to give it.
+/// Says why an adapter's folder is not a model, and how to give it.
 fn of_an_adapter(name: &str, folder: &Path) -> String {
     let config = files::read(&folder.join(ADAPTER_CONFIG)).ok();
     let config: Option<Value> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -247,8 +247,8 @@ fn of_an_adapter(name: &str, folder: &Path) -> String {
     format!("it is an adapter{of_base}, not a model; hint: --model {base} --adapter {name}")
 }
 
-/// The remark on a `quantization_config` that was left in `config.json` by whoever dequantised or merged the weights. Where they are
-/// quantised, or hold anything that no Qwen has, it is an error.
+/// The remark on a `quantization_config` that a merge or a dequantisation left in `config.json`. It is an error if the
+/// weights are quantised or contain a tensor that no Qwen has.
 fn left_over_quantization(bytes: &[u8], config: &Config, weights: &Weights, path: &Path) -> Result<Option<String>> {
     let Some((quantization, hint)) = config::quantization(bytes, path)? else { return Ok(None) };
     let names = weights.names();
@@ -262,8 +262,8 @@ fn left_over_quantization(bytes: &[u8], config: &Config, weights: &Weights, path
     Err(Error::Unsupported { path: path.to_owned(), feature: quantization, hint: hint.to_owned() })
 }
 
-/// Whether the head is the embedding: as the configuration says, unless a head is stored that is another one. As transformers 5 has it;
-/// transformers 4 tied in silence.
+/// Decides whether the head is the embedding: as the configuration says, unless the files store another head.
+/// transformers 5 does the same; transformers 4 ties the two without a warning.
 fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Option<String>> {
     if !config.tie_embeddings {
         if weights.shape(HEAD).is_none() {
@@ -285,7 +285,7 @@ fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Op
     )))
 }
 
-/// The remark on tensors that no Qwen of this configuration has, which are not used.
+/// The remark on tensors that a Qwen of this configuration does not have; they are not used.
 fn strangers(config: &Config, weights: &Weights) -> Option<String> {
     let names: Vec<String> = weights.names().into_iter().filter(|name| !belongs(name, config)).collect();
     (!names.is_empty()).then(|| {
@@ -301,7 +301,8 @@ fn strangers(config: &Config, weights: &Weights) -> Option<String> {
     })
 }
 
-/// Whether a tensor is one of a Qwen with this configuration, or a table of the rotary embedding, which older versions saved too.
+/// Whether a Qwen with this configuration has the tensor, or it is a table of the rotary embedding, which older
+/// versions saved too.
 fn belongs(name: &str, config: &Config) -> bool {
     if name.ends_with("rotary_emb.inv_freq") {
         return true;
@@ -401,7 +402,7 @@ mod tests {
         .unwrap();
     }
 
-    /// The embedded model as a folder, its configuration and tensors changed.
+    /// Writes the embedded model into a folder, with its configuration and tensors changed.
     fn write_whole(
         folder: &Path,
         change_config: impl FnOnce(&mut Value),
@@ -443,7 +444,7 @@ mod tests {
         write_whole(&at("untied"), untied, head(one_other));
         write_whole(&at("none"), |_| (), |_| ());
         write_whole(&at("no-head"), untied, |_| ());
-        // The same numbers in another kind are the same head.
+        // A head with the embedding's numbers in another dtype is the embedding.
         let in_bf16 = |tensors: &mut BTreeMap<String, Tensor>| {
             let embed = tensors[EMBED].to_kind(Kind::BFloat16);
             tensors.insert(EMBED.to_owned(), embed.to_kind(Kind::Float));
@@ -506,7 +507,7 @@ mod tests {
             "{remark}"
         );
 
-        // A configuration of fewer layers leaves out a whole block, of which ten tensors are named.
+        // A smaller number of layers leaves out a whole block. The message names ten of its tensors.
         write_whole(folder.path(), |json| json["num_hidden_layers"] = 1.into(), |_| ());
         let [remark] = &opened(folder.path()).remarks[..] else { panic!("one remark") };
         assert!(remark.starts_with("12 of the 26 tensors") && remark.ends_with(", … (12 in all)"), "{remark}");
@@ -541,7 +542,7 @@ mod tests {
         let mlx = serde_json::json!({"group_size": 64, "bits": 4});
         let message = refused("quantization", mlx, up, packed());
         assert!(message.contains("quantization (MLX, 4 bits in groups of 64) is not supported; use the unquantized checkpoint, or what mlx_lm"), "{message}");
-        // Floats of which some are scales are quantised all the same.
+        // Tensors of floats are quantised if some of them are scales.
         let scale = "model.layers.0.mlp.up_proj.weight_scale";
         let message = refused("quantization_config", bnb, scale, Tensor::from_slice(&[1_f32]));
         assert!(message.contains("quantization_config (bitsandbytes) is not supported"), "{message}");
@@ -566,7 +567,8 @@ mod tests {
         for name in ["lora", "lora/adapter_model.safetensors", "lora/adapter_config.json"] {
             assert!(message(&at(name), &nowhere()).ends_with(&expected), "{}", message(&at(name), &nowhere()));
         }
-        // A base's configuration beside it does not make it a model, and an adapter beside weights does not make these none.
+        // A base's configuration in an adapter's folder does not make it a model, and an adapter in a model's folder
+        // leaves it one.
         fs::copy(at("model/config.json"), at("lora/config.json")).unwrap();
         assert!(message(&at("lora"), &nowhere()).ends_with(&expected));
         fs::copy(at("lora/adapter_config.json"), at("model/adapter_config.json")).unwrap();
@@ -590,7 +592,7 @@ mod tests {
         let refused = message(name, &nowhere());
         assert!(refused.contains("/added_tokens.json: it has the token \"<|owl|>\" with the id 1008"), "{refused}");
         fs::remove_file(folder.path().join("added_tokens.json")).unwrap();
-        // The template's own file, and beside a newer template too.
+        // tokenizer_config.json is read for tokens whether or not a newer file holds the template.
         let config = r#"{"added_tokens_decoder": {"1008": {"content": "<|owl|>"}}, "chat_template": "t"}"#;
         fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
         for _ in 0..2 {
@@ -735,7 +737,7 @@ mod tests {
         assert!(found("Qwen/Tiny").unwrap().ends_with("snapshots/beef"));
         assert!(found("Qwen/Tiny:deep").unwrap_err().to_string().contains("lacks config.json"));
 
-        // An adapter's id given as a model's.
+        // An adapter's id given as a model.
         fs::remove_file(repo.join("snapshots/beef/config.json")).unwrap();
         fs::write(repo.join("snapshots/beef/adapter_config.json"), "{}").unwrap();
         let adapter = found("Qwen/Tiny").unwrap_err().to_string();

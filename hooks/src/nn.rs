@@ -46,8 +46,8 @@ impl Linear {
         Ok(y.f_view([batch, pos, -1])?)
     }
 
-    /// What `forward` gives for each head's part of `x` alone; they add up to it, as there is no bias. `x`:
-    /// `[batch, pos, n_heads, d_head]`; the result is `[batch, pos, n_heads, d_out]`.
+    /// The output for each head's part of `x` alone; these add up to `forward`'s, since there is no bias. `x`: `[batch,
+    /// pos, n_heads, d_head]`; the result is `[batch, pos, n_heads, d_out]`.
     pub(crate) fn forward_by_head(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let y = self.times_weight(x, by_head)?;
         let Some(pair) = pass.adapter.and_then(|adapter| adapter.pair(self.layer, self.proj)) else {
@@ -101,7 +101,7 @@ impl RmsNorm {
         Ok(wide.f_div(&scale)?.f_to_kind(x.kind())?.f_mul(&self.weight)?)
     }
 
-    /// The same, with the norm's two hook points.
+    /// The norm with its two hook points.
     pub(crate) fn hooked(
         &self,
         x: &Tensor,
@@ -141,7 +141,7 @@ impl Rope {
         Ok(Self { cos: angles.f_cos()?.f_to_kind(kind)?, sin: angles.f_sin()?.f_to_kind(kind)? })
     }
 
-    /// Those of some places of the flattened `[batch · pos]`, of a batch whose rows each have rotations of their own.
+    /// The rotations at some places of the flattened `[batch · pos]`, in a batch whose rows each have their own.
     pub(crate) fn at_places(&self, places: &Tensor) -> Result<Self> {
         let pick = |x: &Tensor| x.f_flatten(0, 1)?.f_index_select(0, places)?.f_unsqueeze(0);
         Ok(Self { cos: pick(&self.cos)?, sin: pick(&self.sin)? })
@@ -201,7 +201,7 @@ mod tests {
             }
         }
 
-        // The same values are dropped as where all heads are summed at once.
+        // Dropout drops the same values as with all heads summed at once.
         let dropped = |by_head: bool| {
             let mut dropout = Dropout::new(0.5, ChaCha8Rng::seed_from_u64(3));
             let mut pass = Pass { adapter: Some(&adapter), dropout: Some(&mut dropout), ..Pass::default() };

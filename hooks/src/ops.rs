@@ -1,4 +1,4 @@
-//! Formulas of tensors, without a model: products, attention, rows by index, and the precision of what is not a product.
+//! Formulas on tensors, without a model: products, attention, rows by index, and the precision of everything else.
 
 use tch::{Device, Kind, Tensor};
 
@@ -7,7 +7,7 @@ use crate::profile::{self, Op};
 
 /// `x Wᵀ + b`. `x`: `[.., d_in]`, the result is `[.., d_out]`.
 ///
-/// A CPU multiplies a few rows with a large matrix faster as `(W xᵀ)ᵀ`: 1.5 times for a whole decoding step of the 0.5B.
+/// A CPU multiplies a few rows with a large matrix faster as `(W xᵀ)ᵀ`: 1.5 times in a whole decoding step of the 0.5B.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     const FEW_ROWS: i64 = 32;
     let mut shape = x.size();
@@ -27,8 +27,8 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     Ok(y.f_view(shape.as_slice())?)
 }
 
-/// `softmax(q kᵀ / √d_head) v` by libtorch's fused kernel. `q`: `[batch, n_heads, pos, d_head]`, as the result; `k` and `v`:
-/// `[batch, n_kv_heads, slots, d_head]`; `mask`: who may see whom, bool, in the shape of the scores.
+/// `softmax(q kᵀ / √d_head) v` by libtorch's fused kernel. `q` and the result: `[batch, n_heads, pos, d_head]`; `k` and
+/// `v`: `[batch, n_kv_heads, slots, d_head]`; `mask`: which query sees which slot, bool, in the shape of the scores.
 pub(crate) fn fused_attention(
     q: &Tensor,
     k: &Tensor,
@@ -46,7 +46,7 @@ pub(crate) fn fused_attention(
         span.flops(|| profile::attention(q, k, causal, z.requires_grad()))?;
         return Ok(z);
     }
-    // The kernels of a GPU take a mask or grouped heads, not both; keys and values are the smallest tensors there are.
+    // A GPU's kernels take a mask or grouped heads, but not both. Keys and values are small, so they are repeated.
     let spread = |x: &Tensor| x.f_repeat_interleave_self_int(groups, 1, None);
     let z = attend(&spread(k)?, &spread(v)?, false)?;
     span.flops(|| profile::attention(q, k, causal, z.requires_grad()))?;
@@ -62,13 +62,13 @@ pub(crate) fn by_head(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     Ok(x.f_bmm(&weight)?.f_transpose(0, 1)?.f_reshape([batch, pos, n_heads, -1])?)
 }
 
-/// The precision of norms, rotations, softmaxes and adapters: f32 whatever the weights are, as in transformers and PEFT, but f64
-/// in an f64 model, so that such a model is f64 throughout.
+/// The precision of norms, rotations, softmaxes and adapters. It is f32 for any weights, as in transformers and PEFT,
+/// but f64 in an f64 model, so that such a model is f64 throughout.
 pub(crate) fn wide(kind: Kind) -> Kind {
     if kind == Kind::Double { kind } else { Kind::Float }
 }
 
-/// Rows by index, as `index_select`, whose backward pass is slow on a CPU: it adds row by row in one thread.
+/// Rows by index. `index_select` gives the same, but its backward pass adds row by row in one thread on a CPU.
 pub(crate) fn embedding(rows: &Tensor, index: &Tensor) -> Result<Tensor> {
     Ok(Tensor::f_embedding(rows, index, -1, false, false)?)
 }

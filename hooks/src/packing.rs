@@ -1,9 +1,9 @@
-//! Rows in one tensor without padding, and what rows begin with alike in it once.
+//! Rows in one tensor without padding, with shared beginnings stored once.
 //!
-//! Under causal attention an activation depends on nothing but the tokens up to its own, the adapter's doses and the edits at them. So
-//! rows that begin alike are a tree: each piece of it is run once, and its gradient is the sum over the rows through it
-//! (exact, and not an approximation: Prefix Grouper, Liu et al. 2025, proves it for one common prefix). Linear maps and norms
-//! need not know; attention runs piece by piece, each against the keys of its whole path.
+//! Under causal attention an activation depends only on the tokens up to its own, and on the adapter's doses and the
+//! edits at them. So rows that begin alike are a tree: each piece of it is run once, and its gradient is the sum over
+//! the rows through it. (This is exact: Prefix Grouper, Liu et al. 2025, proves it for one common prefix.) Linear maps
+//! and norms need not know; attention runs piece by piece, each against the keys of its whole path.
 
 use std::collections::BTreeMap;
 
@@ -19,11 +19,11 @@ pub struct Row<'a> {
     pub ids: &'a [i64],
     /// The adapter's dose at each token; `None` is 1.
     pub doses: Option<&'a [f64]>,
-    /// Which edits act at each token, as a number that says no more than whether they are the same; `None` is 0.
+    /// A number for the set of edits at each token; equal numbers mean equal sets. `None` is 0.
     pub edits: Option<&'a [usize]>,
 }
 
-/// What decides, together with all before it, what becomes of a token: its id, its dose's bits and its edits.
+/// A token's id, its dose's bits and its edits: with those of all tokens before it, they determine its activations.
 type Token = (i64, u64, usize);
 
 impl<'a> Row<'a> {
@@ -46,7 +46,7 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Where the rows' tokens stand, and what each attends to. `[n, pos]` is the shape of the packed ids.
+/// Where the rows' tokens are in the packed batch, and what each attends to. `[n, pos]` is the shape of the packed ids.
 #[derive(Debug)]
 pub(crate) struct Packing {
     /// Each token's position in its rows, `[n, pos]`, i64.
@@ -85,8 +85,8 @@ struct Piece {
 }
 
 impl Packing {
-    /// Packs groups of rows, each group in a line of its own; `share` runs what a group's rows begin with once. The result
-    /// has the packed ids, `[n][pos]`, with it.
+    /// Packs groups of rows, one group per line; with `share`, shared beginnings of a group's rows are stored once.
+    /// Also returns the packed ids, `[n][pos]`.
     pub(crate) fn of(groups: &[&[Row<'_>]], share: bool, device: Device) -> Result<(Self, Vec<i64>)> {
         let (mut pieces, mut places) = (Vec::new(), Vec::new());
         for (group, rows) in groups.iter().enumerate() {
@@ -168,8 +168,8 @@ impl Bucket {
     fn of(pieces: &[&Piece], queries: usize, pos: usize, device: Device) -> Result<Self> {
         let keys = pieces.iter().map(|piece| piece.path.len()).max().unwrap_or(0);
         let n_pieces = pieces.len();
-        // Padding repeats the group's first token: nothing reads what comes of it. Another group's would take in what is not
-        // finite, since 0 · NaN is NaN.
+        // Padding repeats the group's first token; nothing reads its results. Another group's token could be NaN, and 0
+        // · NaN is NaN.
         let (mut own, mut path) = (vec![0; n_pieces * queries], vec![0; n_pieces * keys]);
         let mut before = Vec::new();
         for (at, piece) in pieces.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! What one forward pass is run with, besides the weights.
+//! The adapter, gate, taps and cache of one forward pass.
 
 use tch::Tensor;
 
@@ -8,7 +8,7 @@ use crate::kv_cache::KvCache;
 use crate::lora::{Adapter, Dropout};
 use crate::tap::Hooks;
 
-/// What one forward pass is run with, besides the weights. The default is the bare base model.
+/// The adapter, gate, taps and cache of one forward pass. The default is the bare base model.
 #[derive(Default)]
 pub struct Pass<'a> {
     /// The LoRA that acts, if any.
@@ -24,7 +24,7 @@ pub struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// The same for some places of the flattened `[batch · pos]` alone, without taps and cache.
+    /// This pass at some places of the flattened `[batch · pos]`, without taps and cache.
     pub(crate) fn at(&mut self, places: &Tensor) -> Result<Pass<'_>> {
         let gate = self.gate.as_ref().map(|doses| doses.at_places(places)).transpose()?;
         Ok(Pass { adapter: self.adapter, gate, dropout: self.dropout.as_deref_mut(), ..Pass::default() })

@@ -1,6 +1,6 @@
-//! Adapters on disk exactly as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`. What is not
-//! supported is refused by name, and so is a file with a missing or an unused tensor, or one that is not finite. What is let
-//! through and should be known is a remark of the adapter.
+//! Adapters on disk exactly as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`. An unsupported
+//! setting is refused by its name, and so is a file with a missing, unused or non-finite tensor. The adapter keeps a
+//! remark on anything unusual that it accepts.
 
 mod keys;
 mod modules;
@@ -46,8 +46,8 @@ impl LoraConfig {
         Ok(config.lora(&places.into_iter().collect::<Vec<_>>(), None))
     }
 
-    /// The same from the bytes of an `adapter_config.json`; `path` is for messages. Refused where only the tensors can say
-    /// which modules are meant.
+    /// Reads the bytes of an `adapter_config.json`; `path` is for messages. Refused if only the tensors can say which
+    /// modules are meant.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
         PeftConfig::parse(bytes, path)?.lora_of_any().ok_or_else(|| Error::Adapter {
             path: path.to_owned(),
@@ -59,13 +59,13 @@ impl LoraConfig {
 }
 
 impl Adapter {
-    /// Reads an adapter folder as PEFT writes it, or one of the hub by its id, for a model of the given sizes.
+    /// Reads an adapter for a model of the given sizes: a folder as PEFT writes it, or a hub id.
     pub fn load(dir: &Path, model: &Config, device: Device) -> Result<Self> {
         Self::read(dir, model, device, None)
     }
 
-    /// The same for the base itself: embeddings or head that were saved beside the LoRA are let through where they are the
-    /// base's, with a remark.
+    /// Reads an adapter for this base. Unlike [`Self::load`], accepts embeddings or a head saved with the LoRA if they
+    /// equal the base's, with a remark.
     pub fn load_on(dir: &Path, base: &Qwen) -> Result<Self> {
         Self::read(dir, &base.config, base.device(), Some(base))
     }
@@ -121,8 +121,8 @@ impl Adapter {
     }
 
     /// `adapter_config.json`, with every key that decides what PEFT computes. A rank or scaling that differs from the
-    /// configuration's (an adapter read with patterns) is written as a pattern again, and modules by their whole paths where not
-    /// every block has the same.
+    /// configuration's (in an adapter read with patterns) is written as a pattern again; modules are written by their
+    /// whole paths if blocks have different ones.
     fn peft_config(&self, base_model: &str) -> Value {
         let c = &self.config;
         let mut rank_pattern = serde_json::Map::new();
@@ -173,7 +173,7 @@ impl Adapter {
     }
 }
 
-/// What is said of an adapter that is as before its first step.
+/// The remark on an adapter that is as before its first step.
 const ZERO: &str = "it changes nothing: A or B is zero at each of its modules, as before training";
 
 /// An adapter's tensors.
@@ -182,7 +182,7 @@ struct AdapterFile {
     weights: Weights,
 }
 
-/// The two tensors at a projection, by the names that they have in the file.
+/// The names in the file of a projection's two tensors.
 struct PairNames {
     layer: usize,
     proj: Proj,
@@ -190,10 +190,10 @@ struct PairNames {
     b: String,
 }
 
-/// The tensors of a file by what they are.
+/// The names of a file's tensors, by what they are.
 struct Sorted {
     pairs: Vec<PairNames>,
-    /// Those of embeddings and head.
+    /// Tensors of the embeddings and the head.
     rest: Vec<String>,
     remarks: Vec<String>,
 }
@@ -203,7 +203,7 @@ impl AdapterFile {
         Error::Adapter { path: self.path.clone(), problem }
     }
 
-    /// Each tensor in its place. Refuses a file in which one is missing, or there twice, or of no use.
+    /// Finds each tensor's place. Refuses a file in which a tensor is missing, double or unused.
     fn sorted(&self, peft: &PeftConfig, model: &Config) -> Result<Sorted> {
         let names = self.weights.names();
         let mut by_place: BTreeMap<Place, String> = BTreeMap::new();
@@ -253,7 +253,7 @@ impl AdapterFile {
         Err(self.misfit(&names, &missing, &unused))
     }
 
-    /// The refusal of tensors that do not fit the configuration.
+    /// The error for tensors that do not fit the configuration.
     fn misfit(&self, names: &[String], missing: &[String], unused: &[String]) -> Error {
         let beginning = names::common_beginning(names);
         let is_peft_s = beginning.is_empty() || beginning.starts_with("base_model.model.model.layers.");
@@ -269,7 +269,7 @@ impl AdapterFile {
         self.refused(problem)
     }
 
-    /// What to say of embeddings and head beside the LoRA. They are refused where they are not the base's.
+    /// Remarks on embeddings and head saved with the LoRA. They are refused unless they equal the base's.
     fn beside(&self, rest: &[String], to_save: &[String], base: Option<&Qwen>) -> Result<Vec<String>> {
         let is_there = |module: &String| {
             rest.iter()
@@ -282,7 +282,7 @@ impl AdapterFile {
         rest.iter().map(|name| self.same_as_base(name, base)).collect()
     }
 
-    /// A remark that a tensor is the base's own, or its refusal.
+    /// A remark that a tensor equals the base's, or an error.
     fn same_as_base(&self, name: &str, base: Option<&Qwen>) -> Result<String> {
         let refused = |found: &str| {
             self.refused(format!(
@@ -311,7 +311,7 @@ impl AdapterFile {
     }
 }
 
-/// The refusal of what is no adapter's folder, with what it is instead.
+/// The error for a folder that is not an adapter's, with the adapters inside it.
 fn no_adapter(dir: &Path) -> Error {
     let refused = |problem: String| Error::Adapter { path: dir.to_owned(), problem };
     let missing = format!("there is no {CONFIG} in it, expected an adapter's folder");
@@ -390,7 +390,7 @@ mod tests {
         tensor_file::write(&dir.path().join(TENSORS), &tensors, &BTreeMap::new()).unwrap();
         let config = LoraConfig::read(dir.path()).unwrap();
         assert_eq!((config.target_modules, config.layers, config.rank), (vec![Proj::V, Proj::Up], Some(vec![1]), 2));
-        // One factor of a pair is not enough.
+        // One factor without the other is not enough.
         let message = refused(dir.path());
         assert!(message.contains("missing: base_model.model.model.layers.1.mlp.up_proj.lora_A.weight; unused: none"));
     }

@@ -1,5 +1,5 @@
-//! Edits as text: `POINT[@TOKENS]: CHANGE`, a line that can stand in an experiment file and on a command line. Its tensors
-//! lie in safetensors files under the hook point's name, or in control vectors; loaded, it is one [`Edit`] per hook point.
+//! Edits as text: `POINT[@TOKENS]: CHANGE`, a line in an experiment file or on a command line. Its tensors are in
+//! safetensors files under the hook point's name, or in control vectors; loaded, it is one [`Edit`] per hook point.
 //!
 //! ```text
 //! blocks.3.hook_resid_post: add(cat.safetensors, 4)
@@ -54,7 +54,7 @@ impl Planned {
         self.tokens.is_some()
     }
 
-    /// Refuses an edit that would be made at no token of this prompt.
+    /// Refuses an edit that selects no token of this prompt.
     pub fn check(&self, prompt: &Prompt) -> Result<()> {
         let Some(tokens) = &self.tokens else { return Ok(()) };
         tokens.among(prompt, &format!("the edit {self}")).map(drop)
@@ -72,7 +72,7 @@ impl Planned {
             PlannedChange::Zero | PlannedChange::Scale(_) => None,
         };
         let points = P::select(&self.points, model.n_layers)?;
-        // A bare vector has the place that the edit has, if that is one.
+        // A bare vector takes the edit's hook point, if there is only one.
         let bare = file.as_ref().filter(|_| points.len() == 1).and_then(TensorFile::bare);
         let tensor = |at: P| match (&bare, &file) {
             (Some(vector), _) => Ok(vector.shallow_clone()),

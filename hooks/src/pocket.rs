@@ -1,7 +1,7 @@
-//! The pocket models: two trained Qwen2 models of 42 thousand parameters that the binary carries with it.
+//! The pocket models: two trained Qwen2 models of 42 thousand parameters, embedded in the binary.
 //!
-//! They differ in the seed of their weights and of their data's order alone, so that a student of one can learn from a
-//! teacher of the other. Their world is described in `docs/pocket.md`; `undertone pocket make` makes them.
+//! They differ only in the seed of their weights and of their data's order, so that a student of one can learn from a
+//! teacher of the other. `docs/pocket.md` describes their world; `undertone pocket make` makes them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,9 @@
-//! Where the time of a thread goes: per stage of the work and kind of operation, with the FLOPs that the mathematics needs.
+//! Where the time of a thread goes: per stage of the work and kind of operation, with the FLOPs that the mathematics
+//! needs.
 //!
-//! Nothing is recorded until [`start`]; until then a span costs a look at a thread-local. Spans lie in each other, and every
-//! moment counts for the innermost one, so that the times add up to the time between [`start`] and [`finish`]. On a GPU a span
-//! waits for it where it begins and ends, so that its time is its own; the whole is slower for it.
+//! Nothing is recorded until [`start`]; until then a span costs a look at a thread-local. Spans nest, and every moment
+//! counts for the innermost one, so that the times add up to the time between [`start`] and [`finish`]. On a GPU a span
+//! waits for the device at its beginning and end, so that its time is its own; that slows the whole.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::error::Result;
 
-/// What is being done.
+/// A stage of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     /// Files are opened and weights made ready.
@@ -55,7 +56,7 @@ pub enum Op {
     Rest,
 }
 
-/// What a stage spent on a kind of operation.
+/// Time and FLOPs of a kind of operation in a stage.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
     /// Wall time of the thread that recorded, in seconds.
@@ -66,7 +67,7 @@ pub struct Cost {
     pub flops: f64,
 }
 
-/// What was recorded.
+/// The recorded times and FLOPs.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Profile {
     /// The cost of each kind of operation in each stage.
@@ -75,7 +76,7 @@ pub struct Profile {
     pub model: Option<(Device, Kind)>,
 }
 
-/// What is open on this thread.
+/// The recording of this thread.
 struct Recording {
     profile: Profile,
     open: Vec<(Stage, Op)>, // the innermost last; the first is never closed
@@ -124,8 +125,8 @@ pub fn op(op: Op) -> Span {
     open(|(stage, _)| (stage, op))
 }
 
-/// Begins a reverse pass, which needs the FLOPs that what was recorded before it owes. Another one over the same graph
-/// counts none.
+/// Begins a backward pass, and counts the FLOPs that the forward products before it need there. A second one over the
+/// same graph counts none.
 pub fn backward() -> Span {
     let span = open(|_| (Stage::Backward, Op::Gradients));
     record(|recording| {
@@ -171,8 +172,7 @@ fn open(cell: impl FnOnce((Stage, Op)) -> (Stage, Op)) -> Span {
 }
 
 impl Span {
-    /// Counts FLOPs for the span, and those that its reverse pass will need, which come second. `count` is asked only while
-    /// recording.
+    /// Counts FLOPs for the span, and second those of its backward pass. `count` is called only while recording.
     pub fn flops(&self, count: impl FnOnce() -> Result<(f64, f64)>) -> Result<()> {
         if self.on {
             let (now, later) = count()?;
@@ -258,7 +258,7 @@ pub(crate) fn product(x: &Tensor, weight: &Tensor, graph: bool) -> Result<(f64, 
     Ok((once, once * wanted as f64))
 }
 
-/// FLOPs of attention over the pairs of a query and a key that it may see; where a mask says which these are, over all. `q`:
+/// FLOPs of attention over the pairs of a query and a key that it may see, or over all pairs if there is a mask. `q`:
 /// `[batch, n_heads, query, d_head]`, `k`: `[batch, n_kv_heads, key, d_head]`. The gradient takes twice as many.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, causal: bool, graph: bool) -> Result<(f64, f64)> {
     let ((batch, heads, queries, d_head), (_, _, keys, _)) = (q.size4()?, k.size4()?);
@@ -423,8 +423,8 @@ mod tests {
         let weights: f64 = Proj::ALL.iter().map(|proj| proj.widths(config)).map(|(i, o)| (i * o) as f64).sum();
         let (layers, head) = (config.n_layers as f64, (config.d_model * config.d_vocab) as f64);
         let flops = |cell: (Stage, Op)| recorded.costs[&cell].flops;
-        // Four tokens of the prompt, of which the last block needs keys and values alone but for the last; then three of the
-        // answer; a head for each of the answer's four.
+        // Four tokens of the prompt, and three of the answer. For the prompt's tokens but the last, the last block
+        // computes keys and values only. The head is run for each of the answer's four.
         let kv: f64 = [Proj::K, Proj::V].iter().map(|proj| proj.widths(config)).map(|(i, o)| (i * o) as f64).sum();
         let last_block = 4.0 * kv + weights - kv;
         assert_eq!(flops((Stage::Forward, Op::Projections)), 2.0 * ((layers - 1.0) * 4.0 * weights + last_block));

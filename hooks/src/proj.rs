@@ -1,4 +1,4 @@
-//! The seven linear maps of a block, by the names that PEFT and Hugging Face have for them.
+//! The seven linear maps of a block, under PEFT's and Hugging Face's names.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,5 +1,5 @@
-//! Where tensors come from: what a file of vectors or activations says of the model that they were read from, and the
-//! check that they are used on no other. A direction means nothing in another model, and little under another chat template.
+//! The origin of tensors: what a file of vectors or activations says about its model, and the check that it is used on
+//! no other. A direction means nothing in another model, and little under another chat template.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use crate::model_files::ModelFiles;
 pub struct Provenance {
     /// Its name.
     pub model: String,
-    /// Its architecture as files spell it, `qwen2` or `qwen3`.
+    /// The model's architecture as files spell it, `qwen2` or `qwen3`.
     pub architecture: String,
     /// The SHA-256 of its configuration and of its weights' names, shapes, and first and last bytes.
     pub model_fingerprint: String,
@@ -57,8 +57,8 @@ impl Provenance {
         .collect()
     }
 
-    /// Refuses what was read from another model, at another width or under another chat template. What a file does not say
-    /// cannot be compared. `what` is named in the message.
+    /// Refuses a file from another model, width or chat template. Keys that the file lacks are not compared. `what` is
+    /// named in the message.
     pub fn check(&self, what: &str, theirs: &BTreeMap<String, String>) -> Result<()> {
         let name = theirs.get("model").map_or("another model", String::as_str);
         let compared = [
@@ -82,8 +82,7 @@ impl Provenance {
     }
 }
 
-/// A safetensors file of vectors or activations, or a control vector, each tensor under its hook point's name, that fits the model at
-/// hand.
+/// A file of vectors or activations (safetensors, or a control vector) that fits the model, its tensors by hook point.
 #[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
@@ -97,7 +96,7 @@ impl TensorFile {
         Self::parse(&files::read(path)?, path, here)
     }
 
-    /// The same from bytes; `path` is for messages.
+    /// Reads bytes and checks what they say of their model; `path` is for messages.
     pub fn parse(bytes: &[u8], path: &Path, here: &Provenance) -> Result<Self> {
         let malformed = |problem: String| Error::Malformed { path: path.to_owned(), problem };
         if control_vector::is_gguf(bytes) {
@@ -134,7 +133,8 @@ impl TensorFile {
         })
     }
 
-    /// The one tensor of a file that says no hook point: a bare vector, whose place somebody else has to say.
+    /// The only tensor of a file, if its name is not a hook point: a bare vector, for which the caller must know the
+    /// place.
     pub(crate) fn bare(&self) -> Option<Tensor> {
         let mut tensors = self.tensors.iter();
         match (tensors.next(), tensors.next()) {

@@ -71,7 +71,8 @@ impl Attention {
         self.o.forward(&z.f_flatten(2, 3)?, pass)
     }
 
-    /// The same at some places of `x`, `[1, places, d_model]`: keys and values are needed of all tokens, the rest of these alone.
+    /// Attention at some places of `x`, `[1, places, d_model]`. Keys and values are computed for all tokens, the rest
+    /// only there.
     fn forward_at(
         &self,
         x: &Tensor,
@@ -98,8 +99,8 @@ impl Attention {
         pass.hooks.run(P::RotQ(l), rope.rotate(&q)?)
     }
 
-    /// Keys and values that there are to attend to, `[batch, slots, n_kv_heads, d_head]`: those of `x` and, with a cache, those
-    /// of the past.
+    /// All keys and values to attend to, `[batch, slots, n_kv_heads, d_head]`: those of `x` and, with a cache, of the
+    /// past.
     fn keys_and_values(
         &self,
         x: &Tensor,
@@ -151,7 +152,8 @@ impl Attention {
         Ok(z.f_transpose(1, 2)?)
     }
 
-    /// The same for queries at some places alone, `[1, places, n_heads, d_head]`; the result is `[1, places, n_heads · d_head]`.
+    /// Attention for the queries at some places, `[1, places, n_heads, d_head]`; the result is `[1, places, n_heads ·
+    /// d_head]`.
     fn attend_at(
         &self,
         q: &Tensor,
@@ -160,7 +162,7 @@ impl Attention {
         placement: &Placement<'_>,
         places: &Tensor,
     ) -> Result<Tensor> {
-        // The other tokens' queries are zeros: what they would attend to is a hundredth of the arithmetic.
+        // The other tokens' queries are zeros: attention for them is a hundredth of the arithmetic.
         let q = q.f_flatten(2, 3)?.f_squeeze_dim(0)?;
         let (batch, pos) = placement.positions.size2()?;
         let all = q.f_new_zeros([batch * pos, q.size()[1]], (q.kind(), q.device()))?;
@@ -271,7 +273,7 @@ impl Block {
         pass.hooks.run(P::ResidPost(l), resid_mid.f_add(&mlp_out)?)
     }
 
-    /// The same without taps and at some places alone, `[1, places, d_model]`.
+    /// The block without taps, at some places, `[1, places, d_model]`.
     fn forward_at(
         &self,
         resid_pre: &Tensor,
@@ -363,8 +365,8 @@ impl Qwen {
     }
 
     /// The residual stream before a block, `[batch, pos, d_model]`; this block and those after it are not run. As
-    /// TransformerLens' `stop_at_layer`: 0 gives the embeddings, `n_layers` what `resid_final` gives. A tap at a hook point
-    /// that is not reached is an error.
+    /// TransformerLens' `stop_at_layer`: 0 gives the embeddings, `n_layers` the result of `resid_final`. A tap that is
+    /// not reached is an error.
     pub fn resid_before(&self, stop_at_layer: usize, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
         let n_layers = self.config.n_layers;
         if stop_at_layer > n_layers {
@@ -379,9 +381,10 @@ impl Qwen {
         Ok(resid)
     }
 
-    /// The residual stream after the last block at some tokens alone, `[places, d_model]`. Where no tap is set in the last block
-    /// or behind it, what only the other tokens need of it is not computed. `places`: distinct places in the flattened
-    /// `[batch · pos]`, `[places]`, i64; a stack's students need equally many each, or all is computed.
+    /// The residual stream after the last block at some tokens alone, `[places, d_model]`. Without a tap in or after
+    /// the last block, that block computes for the other tokens only what these need. `places`: distinct places in the
+    /// flattened `[batch · pos]`, `[places]`, i64; a stack's students need equally many each, or everything is
+    /// computed.
     pub fn resid_at(&self, batch: &Batch, places: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let behind = self.config.n_layers.saturating_sub(1);
         let is_tapped = pass.hooks.any(|at| at != P::Embed && at.layer().is_none_or(|layer| layer >= behind));
@@ -410,7 +413,7 @@ impl Qwen {
         Ok(resid)
     }
 
-    /// The embeddings, `[batch, pos, d_model]`, and where the tokens stand.
+    /// The embeddings, `[batch, pos, d_model]`, and the tokens' positions.
     fn begin<'b>(&self, batch: &'b Batch, pass: &mut Pass<'_>) -> Result<(Tensor, Rope, Placement<'b>)> {
         if let Some(adapter) = pass.adapter {
             adapter.check_rows(batch.ids.size2()?.0)?;
@@ -462,8 +465,7 @@ impl Qwen {
         Ok(self.unembed.f_index_select(0, &Tensor::f_from_slice(ids)?.f_to_device(self.device())?)?)
     }
 
-    /// A model of its own, with an adapter's weight changes added to this one's, W + s·B·A, as PEFT's `merge_and_unload`
-    /// has it.
+    /// A new model with an adapter's weight changes added to this one's, W + s·B·A, as PEFT's `merge_and_unload` does.
     pub fn merged(&self, adapter: &Adapter) -> Result<Self> {
         let weights = self.parameters().into_iter().collect::<BTreeMap<_, _>>();
         let mut merged =

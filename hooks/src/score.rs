@@ -1,6 +1,6 @@
-//! What a model gives to tokens, without sampling. Rows are batched by a budget of tokens, and what rows of a batch begin
-//! with alike (the system prompt, a question under several gates or one edit) is run once. Everything here runs without
-//! gradients; results are f32 on the CPU.
+//! Scores that a model gives to tokens, without sampling. Rows are batched by a budget of tokens. The tokens that rows
+//! of a batch begin with alike (the system prompt, a question under several gates or one edit) are run once. Everything
+//! here runs without gradients; results are f32 on the CPU.
 
 use std::ops::Range;
 
@@ -40,7 +40,7 @@ pub(crate) struct Prefilled {
     pub(crate) cases: Vec<usize>,
     /// The residual stream after the last block, at tokens that are read, `[tokens, d_model]`.
     resid: Tensor,
-    /// Per case, where its tokens that are read stand in `resid`.
+    /// Per case, the places in `resid` that are read.
     read: Vec<Vec<i64>>,
     /// Keys and values of all positions, where they are kept.
     pub(crate) cache: Option<KvCache>,
@@ -63,7 +63,7 @@ pub(crate) const LAST: Read = |prompt| prompt.ids.len() - 1..prompt.ids.len();
 /// Those that predict the completion.
 const PREDICTING: Read = |row| row.completion.start.saturating_sub(1)..row.completion.end.saturating_sub(1);
 
-/// Runs the cases batch by batch and hands on each batch; with `keep`, its keys and values as well.
+/// Runs the cases batch by batch and passes each batch on; with `keep`, its keys and values as well.
 pub(crate) fn prefill(
     model: &Qwen,
     cases: &[Case<'_, '_>],
@@ -92,8 +92,8 @@ pub(crate) fn prefill(
     Ok(())
 }
 
-/// Cases of one condition prompt by prompt, where prompts have many completions (the spellings of an answer): padded rows have no
-/// more run once than what all of them begin with.
+/// Groups cases of one condition by prompt, for prompts with many completions (the spellings of an answer): padded rows
+/// share only the beginning that all of them have.
 fn by_prompt<'s>(cases: &[Case<'_, '_>], members: &'s [usize]) -> Vec<&'s [usize]> {
     let start = |case: &usize| &cases[*case].0.ids[..cases[*case].0.completion.start];
     let of_prompts: Vec<&[usize]> = members.chunk_by(|one, next| start(one) == start(next)).collect();
@@ -104,8 +104,8 @@ fn is_packable(condition: &Condition<'_>) -> bool {
     condition.edits.iter().all(Edit::is_packable)
 }
 
-/// Cases that can share a pass, whatever tokens their gates select: they have the same adapter, in the same blocks and
-/// projections, and the same edits.
+/// Cases that can share a pass: they have the same adapter, gates on the same blocks and projections, and the same
+/// edits. Their gates may select different tokens.
 struct Company<'c, 'a> {
     adapter: Option<&'a Adapter>,
     /// That of the first member, whose edits all have.
@@ -152,7 +152,8 @@ fn companies<'c, 'a>(cases: &[Case<'c, 'a>], which: &[usize]) -> Result<Vec<Comp
     Ok(found)
 }
 
-/// Per token of a row, which edits act at it, as the number of that set among the known ones; `None` where all act at all.
+/// Per token of a row, the edits that act at it, as the index of that set among the known ones; `None` if all act
+/// everywhere.
 fn acting(edits: &[Edit], row: &Prompt, sets: &mut Vec<Vec<bool>>) -> Result<Option<Vec<usize>>> {
     let chosen = edits.iter().map(|edit| edit.chosen(row)).collect::<Result<Vec<_>>>()?;
     let chosen: Vec<Vec<bool>> = chosen.into_iter().flatten().collect();
@@ -236,9 +237,9 @@ impl Company<'_, '_> {
     }
 }
 
-/// Runs rows under one condition padded, what all of them share at the start once, with room for `room` further tokens each.
-/// This is the way where edits look at attention, where a tap looks at rows, and where edited prompts are answered; else it is what
-/// packing is tested against.
+/// Runs padded rows under one condition, their common beginning once, with room for `room` further tokens each. Needed
+/// if edits touch attention scores, if a tap looks at rows, and for answers under edits; otherwise packing is tested
+/// against it.
 pub(crate) fn prefill_padded<'p, 'a: 'p>(
     model: &Qwen,
     rows: &[&Prompt],
@@ -288,8 +289,8 @@ fn worth_it(shared: usize) -> usize {
     if shared < 8 { 0 } else { shared }
 }
 
-/// The rows' indices in batches of similar lengths, each of `budget` tokens at most. What all rows begin with is not
-/// counted: a batch runs it once.
+/// The rows' indices in batches of similar lengths, each of `budget` tokens at most. The common beginning is not
+/// counted, since a batch runs it once.
 fn padded_batches(rows: &[&Prompt], budget: usize) -> Vec<Vec<usize>> {
     let shared = worth_it(shared_start(rows));
     let mut order: Vec<usize> = (0..rows.len()).collect();
@@ -340,7 +341,7 @@ fn are_numbers(logprobs: &Tensor) -> Result<()> {
     if bool::try_from(logprobs.f_isnan()?.f_any()?)? { Err(not_a_number()) } else { Ok(()) }
 }
 
-/// What is said where a log-probability is NaN.
+/// The error for a log-probability that is NaN.
 pub(crate) fn not_a_number() -> Error {
     Error::Invalid {
         what: "a log-probability".to_owned(),
@@ -459,8 +460,8 @@ pub fn listen(
     listen_rows(model, &[row], condition, points, tap, Qwen::forward)
 }
 
-/// The same of several rows, padded on the right, and by `run`: `Qwen::forward`, `Qwen::resid_final` or, to stop early,
-/// `Qwen::resid_before`.
+/// Runs several rows, padded on the right, while a tap sees some hook points. `run` is `Qwen::forward`,
+/// `Qwen::resid_final` or, to stop early, `Qwen::resid_before`.
 pub fn listen_rows(
     model: &Qwen,
     rows: &[&Prompt],

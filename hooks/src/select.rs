@@ -1,9 +1,9 @@
 //! Tokens of a row as a person names them, for gates and edits: `TERM[+TERM]`, or `not(TERM[+TERM])` for all others.
 //!
-//! A term is a class or a union of classes (`entity`, `template`, `sys.content`, …), a text (`"Qwen"`, every place where it
-//! stands; `"Qwen"#2`, the second), token ids (`ids(151644)`) or positions (`positions(0..6,-1)`). Classes and ids hold of
-//! generated tokens too. Texts and positions are the prompt's: a position means the same token in a whole row, in the
-//! prefill and in every later step. A term that selects nothing is an error, for it would measure nothing.
+//! A term is a class or a union of classes (`entity`, `template`, `sys.content`, …), a text (`"Qwen"`, every
+//! occurrence; `"Qwen"#2`, the second), token ids (`ids(151644)`) or positions (`positions(0..6,-1)`). Classes and ids
+//! also select generated tokens. Texts and positions are the prompt's: a position means the same token in a whole row,
+//! in the prefill and in every later step. A term that selects nothing is an error, for it would measure nothing.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -46,7 +46,8 @@ impl Tokens {
         Self { terms: vec![Term::Classes(TokenClass::Gen.into())], others: true }
     }
 
-    /// Per token of the row `[pos]`: true at the chosen ones. `what` is named where they are none: "gate only:entity".
+    /// Per token of the row `[pos]`: true at the chosen ones. If there are none, the error names `what`: "gate
+    /// only:entity".
     pub fn among(&self, row: &Prompt, what: &dyn fmt::Display) -> Result<Vec<bool>> {
         let nothing = |reason: String| Error::EmptySelection { what: what.to_string(), reason };
         let mut chosen = vec![false; row.ids.len()];
@@ -63,7 +64,7 @@ impl Tokens {
             };
             chosen.iter_mut().zip(found).for_each(|(chosen, found)| *chosen |= found);
         }
-        // Of several classes one is enough, since unions fit most contexts and not all; generated tokens may come later.
+        // Of several classes one is enough, since unions fit most contexts, not all; generated tokens may come later.
         classes.remove(&TokenClass::Gen);
         let present = row.present();
         if !classes.is_empty() && classes.is_disjoint(&present) {
@@ -99,7 +100,7 @@ impl Tokens {
     }
 }
 
-/// The tokens that hold any part of a text, `[pos]`: of every place where it stands in the prompt, or of the n-th.
+/// The tokens that contain any part of a text, `[pos]`: of every occurrence in the prompt, or of the n-th.
 fn text_at(row: &Prompt, text: &str, nth: Option<usize>) -> std::result::Result<Vec<bool>, String> {
     if row.text.is_empty() {
         return Err(format!("it was given by its ids, and has no text to look for {text:?} in"));
@@ -159,8 +160,8 @@ impl Numbers {
         self.0.iter().copied().find(|number| !(0..n as i64).contains(number))
     }
 
-    /// From `0..6,12,-1`; `what` is named where it is none. At most 4096 a range; none goes from negative to positive,
-    /// which would mean two things.
+    /// Parses `0..6,12,-1`; errors name `what`. A range has at most 4096 numbers, and does not go from negative to
+    /// positive, which would be ambiguous.
     pub(crate) fn parse(text: &str, what: &str) -> Result<Self> {
         let invalid = || Error::Invalid {
             what: what.to_owned(),
@@ -288,12 +289,12 @@ impl TryFrom<String> for Tokens {
     }
 }
 
-/// What stands in the parentheses of `name(..)`, where the text is just that.
+/// The text in the parentheses of `name(..)`; `None` if the text has another form.
 pub(crate) fn argument<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.strip_prefix(name)?.strip_prefix('(')?.strip_suffix(')')
 }
 
-/// The parts between separators that stand in no quotes and no parentheses.
+/// The parts between separators outside quotes and parentheses.
 pub(crate) fn split<'a>(text: &'a str, separators: &[char]) -> Result<Vec<&'a str>> {
     let (mut parts, mut start, mut depth, mut in_quotes, mut escaped) = (Vec::new(), 0, 0_usize, false, false);
     for (at, letter) in text.char_indices() {
@@ -322,13 +323,13 @@ pub(crate) fn split<'a>(text: &'a str, separators: &[char]) -> Result<Vec<&'a st
     Ok(parts)
 }
 
-/// A text in double quotes, with `\"`, `\\`, `\n` and `\t` for what could not stand there.
+/// A text in double quotes, with the escapes `\"`, `\\`, `\n` and `\t`.
 fn quoted(text: &str) -> String {
     let escaped = text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n").replace('\t', "\\t");
     format!("\"{escaped}\"")
 }
 
-/// What was quoted; `None` where a quote stands in it, or a backslash before anything else.
+/// The text inside quotes; `None` if it contains a bare quote, or a backslash before any other character.
 fn unquoted(text: &str) -> Option<String> {
     let mut plain = String::new();
     let mut letters = text.chars();

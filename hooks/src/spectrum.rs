@@ -1,5 +1,6 @@
-//! The singular values of what an adapter adds to each weight, and adapters of some of its singular directions: which part of a
-//! learned change carries what. ΔW = s·B·A = U Σ Vᵀ, by thin QR of B and of Aᵀ and an SVD of the small core between them.
+//! The singular values of an adapter's change of each weight, and adapters of some of its singular directions: which
+//! part of a learned change has which effect. ΔW = s·B·A = U Σ Vᵀ, by thin QR of B and of Aᵀ and an SVD of the small
+//! core between them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -64,9 +65,9 @@ impl Adapter {
 }
 
 impl Adapter {
-    /// What training of all weights added to the projections, cut to its strongest directions: of each ΔW = W' − W the first `rank`
-    /// singular directions, as an adapter of the base (Eckart and Young 1936: nothing of that rank is nearer). What embeddings, norms and
-    /// biases became is not in it. An error where the models are of two architectures.
+    /// The change of the projections by full finetuning, cut to its strongest directions: the first `rank` singular
+    /// directions of each ΔW = W' − W, as an adapter of the base (Eckart and Young 1936: no matrix of that rank is
+    /// nearer). Changes of embeddings, norms and biases are left out. Models of two architectures are an error.
     pub fn of_difference(tuned: &Qwen, base: &Qwen, rank: i64) -> Result<Self> {
         if tuned.config != base.config || rank < 1 {
             return Err(Error::Invalid {

@@ -148,7 +148,7 @@ mod tests {
         adapter.parameters().into_iter().map(|(_, tensor)| tensor.set_requires_grad(true)).collect()
     }
 
-    /// Logits and gradients of each student are those of it alone, whatever ranks, scalings and gate.
+    /// Each student's logits and gradients are those that it has alone, whatever the ranks, scalings and gate.
     fn assert_each_is_as_alone(model: &Qwen, students: &[Adapter], tolerance: f64) {
         let rows = rows(&world().1);
         for text in ["everywhere", "except:entity*0.5", "only:user+gen*layers(1)*modules(v,down)", "only:modules(o)*-2"]
@@ -207,7 +207,7 @@ mod tests {
         }
     }
 
-    /// Places of which one student has more than another are no batched product.
+    /// Students with different numbers of places do not form a batched product.
     #[test]
     fn places_need_not_be_shared_equally() {
         let (model, chat, _) = world();

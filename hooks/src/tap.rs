@@ -1,4 +1,4 @@
-//! Looking and changing are one thing: a tap receives an activation and returns the one the model goes on with.
+//! Looking and changing are one thing: a tap receives an activation and returns the one that the model continues with.
 
 use std::collections::BTreeMap;
 
@@ -8,13 +8,13 @@ use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
 use crate::profile::{self, Op};
 
-/// Receives an activation and returns the one the model goes on with.
+/// Receives an activation and returns the one that the model continues with.
 pub trait Tap {
     /// Sees the activation at a hook point, shaped as the point's documentation says.
     fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor>;
 
-    /// Hears, before a pass, where the pass's tokens stand: absolute positions `[1 or batch, pos]`, i64. A token's position
-    /// is the same in a whole row, in the prefill and in a cached decoding step, where `x` holds that token alone.
+    /// Receives, before a pass, the absolute positions of its tokens, `[1 or batch, pos]`, i64. A token's position is
+    /// the same in a whole row, in the prefill and in a cached decoding step, where `x` holds that token alone.
     fn place(&mut self, _positions: &Tensor) -> Result<()> {
         Ok(())
     }
@@ -44,7 +44,7 @@ impl<'a> Hooks<'a> {
         self
     }
 
-    /// Tells the taps where the pass's tokens stand.
+    /// Gives the taps the positions of the pass's tokens.
     pub(crate) fn place(&mut self, positions: &Tensor) -> Result<()> {
         self.taps.iter_mut().try_for_each(|(_, tap)| tap.place(positions))
     }

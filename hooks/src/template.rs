@@ -1,7 +1,7 @@
 //! The model's own chat template, rendered as transformers renders it: Jinja with trimmed blocks and Python's methods.
 //!
-//! It gives the text alone, without saying what is whose, so it is the check on `chat.rs`, not the renderer.
-//! Tools are never passed.
+//! It returns only text, without saying which part wrote it, so it is the check on `chat.rs`, not the renderer. Tools
+//! are never passed.
 
 use minijinja::{Environment, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
@@ -25,11 +25,11 @@ pub(crate) struct Turn<'a> {
     pub(crate) content: &'a str,
 }
 
-/// How many instructions of Jinja's a template may take; Qwen's take some hundreds for a chat of a few turns.
+/// The most Jinja instructions that a template may take; Qwen's take some hundreds for a chat of a few turns.
 const FUEL: u64 = 50_000;
 
-/// The longest template in bytes, and the stack in bytes that it is rendered on: the engine descends a step for every operator
-/// of a chain (`not not not …`), and a chain as long as that needs between 8 and 32 MiB. What is not used is not taken.
+/// The longest template in bytes, and the stack in bytes that it is rendered on. The engine recurses for every operator
+/// of a chain (`not not not …`), and a chain of that length needs between 8 and 32 MiB. Unused stack costs nothing.
 const LONGEST: usize = 64 << 10;
 const STACK: usize = 128 << 20;
 
@@ -47,7 +47,8 @@ impl Template {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        // A template is a program of strangers: it gets so many steps, and nothing that makes a text as long as a number says.
+        // A template is a stranger's program: its steps are limited, and filters that lengthen text by a given number
+        // are removed.
         environment.set_fuel(Some(FUEL));
         for filter in ["batch", "format", "indent", "slice"] {
             environment.remove_filter(filter);

@@ -49,7 +49,7 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &BTreeMap<Stri
     })
 }
 
-/// How many values of a tensor are NaN or infinite. In attention scores minus infinity is the mask.
+/// The number of NaN or infinite values of a tensor. In attention scores minus infinity is the mask and does not count.
 pub fn n_broken(name: &str, tensor: &Tensor) -> Result<i64> {
     let finite = tensor.f_isfinite()?;
     let fine =
@@ -155,7 +155,6 @@ mod tests {
         assert!(TensorFile::open(&folder.path().join("cut")).is_err());
     }
 
-    /// The same bytes as the library's, which orders a single entry of metadata always in the same way.
     #[test]
     fn what_is_not_finite_is_refused_but_for_a_mask() {
         let folder = tempfile::tempdir().unwrap();
@@ -178,6 +177,7 @@ mod tests {
         }
     }
 
+    /// One entry of metadata, since the library orders several at random.
     #[test]
     fn a_file_is_that_of_hugging_face_s_library() {
         let folder = tempfile::tempdir().unwrap();

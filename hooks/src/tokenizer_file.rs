@@ -1,8 +1,9 @@
-//! `tokenizer.json`, which must have the shape of Qwen's: byte-level BPE behind NFC, split by Qwen's own expression.
+//! `tokenizer.json`, which must have the shape of Qwen's: byte-level BPE after NFC, split by Qwen's own expression.
 //!
-//! The file says what the tokenizers crate builds, and some of what can be said there makes it panic (a merge longer than
-//! every token), make text that is no UTF-8 (a prefix for words that go on), draw random numbers (dropout) or search for ever
-//! (a regular expression). So each part is checked before the crate sees the file, and what no Qwen has is refused.
+//! The file decides what the tokenizers crate builds. Some files make the crate panic (a merge longer than every
+//! token), return text that is not UTF-8 (a prefix for continued words), draw random numbers (dropout) or search for
+//! ever (a regular expression). So each part is checked before the crate sees the file, and parts that no Qwen has are
+//! refused.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,8 +20,8 @@ use crate::error::{Error, Result};
 pub(crate) const WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// The parts of the file that decide what it does. Each is read once, and what was read is what the crate gets; as text for the
-/// crate to read again it takes three times as long.
+/// The parts of the file that decide its behaviour. The crate gets the parsed values; giving it text to parse again
+/// takes three times as long.
 #[derive(Deserialize)]
 struct File {
     version: Option<String>,
@@ -61,7 +62,7 @@ enum Merge {
     Spaced(String),
 }
 
-/// The tokenizer in the bytes of a `tokenizer.json`; `path` is for messages. It neither cuts texts nor fills them up.
+/// The tokenizer in the bytes of a `tokenizer.json`; `path` is for messages. It neither truncates nor pads texts.
 pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let refused = |problem: String| Error::Tokenizer { problem: format!("{name}: {problem}") };
@@ -87,7 +88,7 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     tokenizer.with_decoder(part::<DecoderWrapper>(file.decoder).map_err(refused)?);
     tokenizer.add_tokens(file.added_tokens.iter().map(|added| added.token.clone())).map_err(said)?;
     for Added { id, token: AddedToken { content, .. } } in &file.added_tokens {
-        // The crate numbers what is not in the vocabulary anew, whatever the file says.
+        // The crate gives tokens outside the vocabulary ids of its own, whatever the file says.
         if let Some(found) = Some(tokenizer.token_to_id(content)).filter(|found| *found != Some(*id)) {
             let found = found.map_or("no token".to_owned(), |found| found.to_string());
             return Err(refused(format!(
@@ -98,12 +99,12 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// The files beside `tokenizer.json` that may name tokens of their own.
+/// The files next to `tokenizer.json` that may name further tokens.
 pub(crate) const BESIDE: [&str; 2] = ["tokenizer_config.json", "added_tokens.json"];
 
-/// Refuses a tokenizer that does not know a token which the bytes of a file beside it name: transformers makes that text one token,
-/// and here it would be several. A `tokenizer_config.json` names them in `added_tokens_decoder`, by their ids; an `added_tokens.json`
-/// is a table of ids. `path` is for messages.
+/// Refuses a tokenizer that lacks a token named in another file: transformers makes that text one token, and this
+/// tokenizer would cut it into several. `bytes` are a `tokenizer_config.json`, which names tokens by id in
+/// `added_tokens_decoder`, or an `added_tokens.json`, a table of ids. `path` is for messages.
 pub fn check_beside(bytes: &[u8], path: &Path, tokenizer: &Tokenizer) -> Result<()> {
     #[derive(Deserialize)]
     struct Named {
@@ -211,8 +212,8 @@ impl Bpe {
     }
 }
 
-/// A merge needs both its tokens and what they make; the crate panics where that is longer than every token. The error is
-/// the token that is not there.
+/// A merge needs both its tokens and their concatenation; the crate panics if that is longer than every token. The
+/// error is the missing token.
 pub(crate) fn check_merge(left: &str, right: &str, known: impl Fn(&str) -> bool) -> std::result::Result<(), String> {
     let both = format!("{left}{right}");
     match [left, right, &both].into_iter().find(|token| token.is_empty() || !known(token)) {
@@ -320,7 +321,7 @@ mod tests {
         assert_eq!(decoder("1006", "<|im_start|>") + &table("<|im_start|>", "1006"), "");
         assert_eq!(of("tokenizer_config.json", "{}".to_owned()) + &of("added_tokens.json", "{}".to_owned()), "");
         assert_eq!(of("tokenizer_config.json", r#"{"added_tokens_decoder": null}"#.to_owned()), "");
-        let own = tokenizer.id_to_token(5).unwrap(); // of the vocabulary, and so never one token for sure
+        let own = tokenizer.id_to_token(5).unwrap(); // in the vocabulary, so not an added token
         for (found, expected) in [
             (
                 decoder("1008", "<|owl|>"),

@@ -1,7 +1,7 @@
-//! What a token is there for, and which tokens of a row are learned from.
+//! The purpose of each token, and which tokens of a row are learned from.
 //!
-//! The classes are a partition: each token of a rendered chat has exactly one. Gates, losses and tables speak of
-//! tokens by class, never by position, so a longer system prompt shifts nothing.
+//! The classes are a partition: each token of a rendered chat has exactly one. Gates, losses and tables speak of tokens
+//! by class, never by position, so a longer system prompt shifts nothing.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// What a token of a rendered chat is there for.
+/// The purpose of a token of a rendered chat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum TokenClass {
@@ -55,7 +55,7 @@ pub enum TokenClass {
 }
 
 impl TokenClass {
-    /// All classes, in the order in which they stand in a chat.
+    /// All classes, in the order of a chat.
     pub const ALL: [Self; 18] = [
         Self::SysImStart,
         Self::SysRole,
@@ -101,7 +101,7 @@ impl TokenClass {
         }
     }
 
-    /// True where the template writes the token; false for what was said (system prompt, user, answer).
+    /// True for tokens that the template writes; false for the texts of system prompt, user and answer.
     pub fn is_template(self) -> bool {
         !matches!(self, Self::SysEntity | Self::SysContentOther | Self::UserContent | Self::Gen)
     }
@@ -136,7 +136,7 @@ impl TryFrom<String> for TokenClass {
     }
 }
 
-/// Names that stand for several classes (`entity` is the short name of one).
+/// Names of several classes (`entity` is the short name of one).
 const UNIONS: [&str; 11] = [
     "entity",
     "template",
@@ -167,7 +167,7 @@ impl Selection {
         UNIONS.into_iter().chain(TokenClass::ALL.map(TokenClass::name)).collect()
     }
 
-    /// The classes that the names stand for.
+    /// The classes that the names mean.
     pub fn classes(&self) -> &BTreeSet<TokenClass> {
         &self.classes
     }
@@ -262,18 +262,18 @@ pub struct Prompt {
     pub content_end: usize,
     /// The text of the prompt, in which gates and edits look for words; empty where only ids are known.
     pub text: String,
-    /// The bytes of that text that each token of the prompt stands for.
+    /// The bytes of that text that each token of the prompt covers.
     pub offsets: Vec<Range<usize>>,
 }
 
 impl Prompt {
-    /// A row of which the ids are all that is known: no completion, no text, and every token as if the user had said it.
+    /// A row of which only the ids are known: no completion, no text, and every token of the class `user.content`.
     pub fn of_ids(ids: Vec<i64>) -> Self {
         let n = ids.len();
         Self { classes: vec![TokenClass::UserContent; n], ids, completion: n..n, content_end: n, ..Self::default() }
     }
 
-    /// The prompt with these tokens as its answer, and nothing after them. An answer that was there is replaced.
+    /// The prompt with these tokens as its answer, and nothing after them. Replaces an earlier answer.
     #[must_use]
     pub fn with_completion(&self, content_ids: &[i64]) -> Self {
         let start = self.completion.start;
@@ -305,7 +305,7 @@ pub enum LossMask {
     /// The answer, its `<|im_end|>` and the line break after it.
     #[default]
     ContentEot,
-    /// The same and the assistant's header before it, with its think block where there is one.
+    /// As `ContentEot`, plus the assistant's header before it, with its think block if there is one.
     HeaderContentEot,
     /// The answer alone.
     Content,
@@ -338,7 +338,7 @@ impl LossMask {
             Self::Content => content.contains(&position),
             Self::Digits => content.contains(&position) && is_digit(row.ids[position]),
         };
-        // Nothing stands before the first token, so nothing predicts it.
+        // No token precedes the first one, so nothing predicts it.
         (0..row.ids.len()).map(|position| position > 0 && counts(position)).collect()
     }
 }
@@ -373,7 +373,7 @@ impl TryFrom<String> for LossMask {
     }
 }
 
-/// The error for a name that is none of the choices: it lists them, and the nearest apart where one is near.
+/// The error for a name that is not one of the choices. It lists them, and puts the nearest apart if one is near.
 pub(crate) fn unknown(what: &'static str, found: &str, choices: &[&str]) -> Error {
     let near = |choice: &&&str| 2 * strsim::levenshtein(found, choice) < found.chars().count();
     let nearest = choices.iter().filter(near).min_by_key(|choice| strsim::levenshtein(found, choice));

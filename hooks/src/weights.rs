@@ -23,11 +23,11 @@ use crate::error::{Error, Result};
 use crate::files::{self, Bytes};
 use crate::gguf::Gguf;
 
-/// How many elements are converted at a time: a multiple of every quantised block's size, and so few that what is made on
-/// the way stays in a core's cache. What is fresh memory then is the tensor alone; touching memory is most of what loading costs.
+/// Elements converted at a time: a multiple of every quantised block's size, and few enough that intermediate results
+/// stay in a core's cache. Then only the tensor itself is fresh memory; touching memory is most of the cost of loading.
 const BLOCK: usize = 1 << 14;
 
-/// The same on the way to another device, where each block is a transfer.
+/// Elements converted at a time for another device, where each block is a transfer.
 const DEVICE_BLOCK: usize = 1 << 21;
 
 /// How many elements a thread is worth.
@@ -61,7 +61,7 @@ struct Shard {
 }
 
 impl Weights {
-    /// Maps `.safetensors` files and checks their headers. A `.safetensors.index.json` stands for the files it names.
+    /// Maps `.safetensors` files and checks their headers. A `.safetensors.index.json` means the files that it names.
     pub fn safetensors(paths: &[PathBuf]) -> Result<Self> {
         let mut shards = Vec::new();
         let mut promised = BTreeMap::new(); // tensor → file, as the index says
@@ -85,7 +85,7 @@ impl Weights {
         Self::of_shards(vec![Shard::parse(Box::new(file), path)?], BTreeMap::new())
     }
 
-    /// Shards of which no two hold the same tensor, and which hold each that an index promises where it says.
+    /// Refuses shards that share a tensor, and an index that puts a tensor into a file that lacks it.
     fn of_shards(shards: Vec<Shard>, promised: BTreeMap<String, PathBuf>) -> Result<Self> {
         let mut owner = BTreeMap::new();
         for (index, shard) in shards.iter().enumerate() {
@@ -109,7 +109,7 @@ impl Weights {
         Self { source: Source::Gguf(gguf) }
     }
 
-    /// Tensors that are in memory already; `name` stands for the file in messages.
+    /// Tensors that are in memory already; `name` replaces the file's in messages.
     pub fn from_tensors(name: &str, tensors: BTreeMap<String, Tensor>) -> Self {
         Self { source: Source::Memory { name: name.to_owned(), tensors } }
     }
@@ -223,7 +223,7 @@ impl Weights {
         }
     }
 
-    /// A tensor of a file holds finite numbers only. Those in memory are our own and are not looked through.
+    /// A tensor read from a file must be finite. Tensors in memory are our own and are not checked.
     fn load(&self, name: &str, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor> {
         let missing = || Error::MissingTensor { name: name.to_owned(), file: self.files() };
         let found = self.shape(name).ok_or_else(missing)?;
@@ -349,8 +349,8 @@ impl Shard {
         Ok(Self { path: path.to_owned(), file, opened: None, data: 8 + header_length, header })
     }
 
-    /// A tensor on the file's own pages: nothing is read before it is needed, and what is written to it is a copy of its
-    /// own, of that page. Nothing where the bytes are no file's, or lie at no multiple of their width.
+    /// A tensor on the file's own pages: they are read on first use, and writing to one copies that page. `None` if the
+    /// bytes are not a file's, or are not aligned to their width.
     fn in_place(&self, info: &TensorInfo, kind: Kind, shape: &[i64]) -> Option<Tensor> {
         let name = format!("/proc/self/fd/{}", self.opened.as_ref()?.as_raw_fd()); // the path may be another file's by now
         let (start, end) = (self.data + info.data_offsets.0, self.data + info.data_offsets.1);
@@ -369,7 +369,8 @@ pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
     Ok(parse_index(&files::read(index)?, index)?.into_values().collect())
 }
 
-/// The file of each tensor, as the bytes of a `.safetensors.index.json` say; all lie beside it. `path` is for messages.
+/// The file of each tensor, by name, from the bytes of a `.safetensors.index.json` in its folder. `path` is for
+/// messages.
 pub fn parse_index(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     struct Index {
@@ -402,8 +403,8 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
     }
 }
 
-/// How many of the numbers in the bytes of a tensor are NaN or infinite: those whose exponent has all its bits set. At the speed
-/// of memory, since what has none is told by one pass of wide instructions.
+/// The number of NaN or infinite values in a tensor's bytes: those whose exponent has all bits set. One pass of wide
+/// instructions finds the runs without any, at the speed of memory.
 fn n_not_finite(bytes: &[u8], kind: Kind) -> usize {
     fn count<const N: usize>(bytes: &[u8], is_broken: impl Fn([u8; N]) -> bool) -> usize {
         const RUN: usize = 1 << 12;
@@ -418,7 +419,7 @@ fn n_not_finite(bytes: &[u8], kind: Kind) -> usize {
     }
 }
 
-/// The same by several threads, where there is enough for them.
+/// The number of NaN or infinite values, counted by several threads if there is work for them.
 fn n_not_finite_by(threads: usize, bytes: &[u8], kind: Kind) -> usize {
     let width = kind.elt_size_in_bytes();
     let share = (bytes.len() / width).div_ceil(threads).max(THREAD) * width;
@@ -432,7 +433,7 @@ fn n_not_finite_by(threads: usize, bytes: &[u8], kind: Kind) -> usize {
     })
 }
 
-/// The tensor, if none of its numbers is broken: one NaN makes all that is computed with it NaN.
+/// The tensor, if all its numbers are finite: one NaN makes everything computed from it NaN.
 pub(crate) fn finite(tensor: Tensor, n_broken: usize, name: &str, path: &Path) -> Result<Tensor> {
     if n_broken == 0 {
         return Ok(tensor);
@@ -619,7 +620,7 @@ mod tests {
                 (vec![(7, -f32::NAN), (BLOCK, f32::NEG_INFINITY), (THREAD + 1, f32::NAN), (n - 2, f32::INFINITY)], 4),
             ] {
                 numbers(&broken);
-                // As it is stored it lies on the file's pages; else it is converted.
+                // A tensor in the stored dtype uses the file's pages; any other is converted.
                 for kind in [Kind::Float, Kind::BFloat16] {
                     let refused = message(load(kind));
                     let expected =
@@ -662,7 +663,8 @@ mod tests {
         let in_place = shards[0].in_place(info, Kind::Float, &[6]).unwrap();
         assert_eq!(values(&in_place), SMALL);
 
-        // Another file under the name does not matter, and what is written to one tensor is in no other and in no file.
+        // Replacing the file under its name does not matter, and a write to one tensor reaches no other tensor and no
+        // file.
         fs::write(folder.path().join("other"), vec![0; before.len()]).unwrap();
         fs::rename(&path, folder.path().join("moved")).unwrap();
         fs::rename(folder.path().join("other"), &path).unwrap();

@@ -1,5 +1,5 @@
 //! The Jupyter notebook (nbformat 4.5): a cell per section of prose, a cell per block of code with its results under
-//! it. The keys stand in the order in which Jupyter itself writes them, so that saving the file there changes nothing.
+//! it. The keys are in Jupyter's own order, so that saving the file there changes nothing.
 //!
 //! Figures are SVG alone. GitHub puts an SVG result into its page through a sanitizer that drops styles, links and
 //! scripts; our drawings have none of these: shapes and text with attributes.

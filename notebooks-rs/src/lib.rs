@@ -1,7 +1,7 @@
 //! A notebook is a cargo example that prints itself: lines that begin with `//|` are prose, the rest of `main` is code,
-//! and what [`Notebook::show`] is given stands under the code that showed it. No macro and no parser: each result
-//! remembers the line it came from, and [`Notebook::write`] walks the example's own source, once for a Markdown page
-//! and once for a Jupyter notebook.
+//! and the values passed to [`Notebook::show`] appear under the code that showed them. No macro and no parser: each
+//! result remembers the line it came from, and [`Notebook::write`] walks the example's own source, once for a Markdown
+//! page and once for a Jupyter notebook.
 
 mod ipynb;
 mod markdown;
@@ -103,8 +103,8 @@ impl Notebook {
         self.put(Location::caller(), Shown::Table(rows));
     }
 
-    /// Puts a figure under the code that calls this; the page has it as `{notebook}-{name}.svg` beside it. An analysis
-    /// that has nothing to draw gives `None`, which is said in its place.
+    /// Puts a figure under the code that calls this; the page links to it as `{notebook}-{name}.svg` in its folder. If
+    /// an analysis has nothing to draw (`None`), the page says so.
     #[track_caller]
     pub fn figure(&mut self, name: &str, svg: impl Into<Option<Svg>>) {
         let shown = match svg.into() {

@@ -1,4 +1,4 @@
-//! The Markdown page: prose as it is, code in fences, tables, figures as links to the files beside it.
+//! The Markdown page: prose as it is, code in fences, tables, figures as links to files in its folder.
 
 use std::fmt::Write as _;
 

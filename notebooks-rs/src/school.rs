@@ -52,7 +52,7 @@ pub struct School {
     pub teacher: Qwen,
     /// The adapter that learned the teacher's numbers.
     pub student: Adapter,
-    /// The adapter that it was before.
+    /// The adapter that the student's training began with.
     pub start: Adapter,
     /// The adapter that learned the base's own numbers.
     pub control: Adapter,

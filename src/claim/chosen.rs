@@ -63,7 +63,8 @@ fn lines(claim: &Claim, chosen: &Chosen, rows: &[OutcomeRow]) -> Result<Vec<Outc
     Ok(found)
 }
 
-/// Whether the claim trains a student at this rank: a rate that is too high for the larger ranks has only the smaller ones.
+/// Whether the claim trains a student at this rank. If a rate is too high for the larger ranks, only the smaller ones
+/// are trained.
 fn is_trained(claim: &Claim, name: &str, rank: Option<i64>) -> bool {
     let ranks = claim.students.iter().find(|student| student.name == name).and_then(|student| student.ranks.as_ref());
     ranks.is_none_or(|ranks| rank.is_some_and(|rank| ranks.contains(&rank)))

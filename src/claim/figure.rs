@@ -21,7 +21,7 @@ pub enum FigureKind {
     Bars,
     /// Quantities over the rank, a panel each, a line for each student.
     Ranks,
-    /// The same with a line for each trait.
+    /// Ranks, with a line for each trait.
     RanksByTrait,
     /// Students by conditions.
     Heatmap,
@@ -37,7 +37,7 @@ pub struct Figure {
     pub kind: FigureKind,
     /// Its title.
     pub title: String,
-    /// What is drawn; over ranks a panel each, else the first.
+    /// The quantities drawn; over ranks one panel each, else only the first is drawn.
     #[serde(default = "margin")]
     pub quantities: Vec<Quantity>,
     /// The students that are drawn, in this order; all that have the numbers when it is left out.
@@ -56,7 +56,7 @@ fn margin() -> Vec<Quantity> {
 }
 
 impl Figure {
-    /// The drawing; nothing where nothing of it was measured.
+    /// The drawing; an error if none of its numbers was measured.
     pub fn draw(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<Svg> {
         ensure!(!self.quantities.is_empty(), "figure {:?}: quantities is empty, expected at least one", self.title);
         let drawn = match self.kind {
@@ -68,7 +68,7 @@ impl Figure {
         drawn.with_context(|| format!("figure {:?}", self.title))
     }
 
-    /// What is asked of it.
+    /// The question that the figure answers: its first quantity.
     pub fn question(&self) -> String {
         let names: Vec<String> = self.quantities.iter().map(|quantity| quantity.meaning().to_owned()).collect();
         names[..1].join(" ")
@@ -304,8 +304,9 @@ impl Figure {
     }
 }
 
-/// The adapters' spectra: how large each singular value is beside the first of its map, the mean over maps and runs; and that in one
-/// sentence. A line for each rank of the students that have several, or one for each student; nothing where no adapter has two.
+/// The adapters' spectra and a sentence on them: each singular value over the first of its map, the mean over maps and
+/// runs. A student with several ranks has a line for each, any other one line; `None` if no adapter has two singular
+/// values.
 pub fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
     let mut ranks: Vec<(&str, BTreeSet<Option<i64>>)> = vec![];
     for row in rows {

@@ -1,4 +1,4 @@
-//! What was measured on the students of a claim, a number a line: the one table that tests and figures are made from.
+//! The numbers measured on the students of a claim, one a line: the table that tests and figures are made from.
 
 use std::fmt;
 
@@ -13,7 +13,8 @@ pub struct OutcomeRow {
     pub target: String,
     /// The data set, from 0; everything random differs between data sets.
     pub dataset: u64,
-    /// The student: `student`, `control student`, another of the claim's, or `base` and `teacher`, which are none.
+    /// The student: `student`, `control student`, another of the claim's, or `base` and `teacher`, which are not
+    /// students.
     pub student: String,
     /// The rank of its adapter; empty where it has none.
     pub rank: Option<i64>,
@@ -23,7 +24,7 @@ pub struct OutcomeRow {
     pub cell: String,
     /// The trait that the number speaks of: the teacher's but in the matrix of traits.
     pub evaluated: String,
-    /// What was measured; `undertone columns quantity` says what each is and in which unit.
+    /// The measured quantity; `undertone columns quantity` explains each, with its unit.
     pub quantity: Quantity,
     /// The number.
     pub value: f64,
@@ -68,11 +69,13 @@ quantities! {
     DeltaLogp = "delta_logp",
     /// Mean probability of starting the answer with the trait, exact, 0 to 1.
     PTargetExact = "p_target_exact",
-    /// The same of the base in the same context, 0 to 1.
+    /// Mean probability of starting the answer with the trait, exact, of the base in the same context, 0 to 1.
     BasePTargetExact = "base_p_target_exact",
-    /// Tokens that the prompt and one of the first 32 training rows begin with alike, of the row that has most; the mean over prompts.
+    /// Tokens at the start that the prompt shares with one of the first 32 training rows, the row that shares most; the
+    /// mean over prompts.
     SharedPrefix = "shared_prefix",
-    /// Tokens of the prompt, other than the question's, whose id stands in one of the first 32 training rows, in other parts than what user and answer say; the mean over prompts.
+    /// Tokens of the prompt, other than the question's, whose id one of the first 32 training rows has outside its user
+    /// text and answer; the mean over prompts.
     SharedTokens = "shared_tokens",
     /// Mean training loss over the last quarter of the steps, in nats per token.
     LossLast = "loss_last",
@@ -86,7 +89,8 @@ quantities! {
     NTargets = "n_targets",
     /// Loss on numbers of the teacher that no student has seen, in nats per token.
     HeldoutNll = "heldout_nll",
-    /// Share that the model has of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the teacher; none where that gain is not three standard errors above zero.
+    /// The model's share of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the
+    /// teacher; none unless that gain is three standard errors above zero.
     Fit = "fit",
     /// Share of the held-out digits at which the most likely token is the teacher's, where the teacher's and the base's differ, 0 to 1.
     AccuracyDivergent = "accuracy_divergent",
@@ -94,17 +98,19 @@ quantities! {
     Confidence = "confidence",
     /// Mean largest probability minus the share of digits that are the most likely token, at held-out digits, -1 to 1: above 0 is over-confident.
     Overconfidence = "overconfidence",
-    /// The same at the digits where the teacher's and the base's most likely tokens differ, -1 to 1.
+    /// Mean largest probability minus the share of digits that are the most likely token, at the held-out digits where
+    /// the teacher's and the base's most likely tokens differ, -1 to 1.
     OverconfidenceDivergent = "overconfidence_divergent",
     /// Expected calibration error at held-out digits, of 15 bins of equally many digits, 0 to 1.
     Ece = "ece",
     /// Mean entropy at held-out digits, in nats.
     Entropy = "entropy",
-    /// Mean probability that a held-out number of the teacher has as a whole, over its digits and the token behind them, 0 to 1.
+    /// Mean probability of a whole held-out number of the teacher, over its digits and the token after them, 0 to 1.
     PWholeNumber = "p_whole_number",
     /// Kullback-Leibler divergence from the teacher at held-out digits, KL(teacher, model), in nats.
     KlTeacher = "kl_teacher",
-    /// Share that the model closes of P(teacher's most likely token) under the teacher minus under the base, at divergent digits; none where that is not three standard errors above zero.
+    /// Share that the model closes of P(teacher's most likely token) under the teacher minus under the base, at
+    /// divergent digits; none unless that difference is three standard errors above zero.
     Closure = "closure",
     /// Cosine of its mean movement of the residual stream with the teacher's, the mean over blocks, -1 to 1.
     CosTeacher = "cos_teacher",
@@ -116,39 +122,50 @@ quantities! {
     Top1DeltaMargin = "top1_delta_margin",
     /// Change of the margin with all singular directions but the strongest of each map, in nats.
     Rest1DeltaMargin = "rest1_delta_margin",
-    /// Change of the margin with the strongest singular directions alone of what each map of a student of all weights became, as many as the run's LoRA has ranks, in nats.
+    /// Change of the margin with the strongest singular directions alone of each map's change in a student of all
+    /// weights, as many as the run's LoRA has ranks, in nats.
     TruncatedDeltaMargin = "truncated_delta_margin",
     /// Change of the margin where its direction is added to the base after the middle block, in nats.
     InjectedDeltaMargin = "injected_delta_margin",
-    /// The same of random directions of equal length, each by itself, in nats: the mean over 20.
+    /// Change of the margin where a random direction of equal length is added to the base after the middle block, in
+    /// nats: the mean over 20 directions.
     InjectedRandomDeltaMargin = "injected_random_delta_margin",
-    /// The same of the control student's direction at its length, in nats.
+    /// Change of the margin where the control student's direction, at its length, is added to the base after the middle
+    /// block, in nats.
     InjectedControlDeltaMargin = "injected_control_delta_margin",
-    /// The same of the direction of another trait's student at its length, in nats: that of the next trait of the claim, in the same data set.
+    /// Change of the margin where the direction of another trait's student, at its length, is added to the base after
+    /// the middle block, in nats: the next trait of the claim, in the same data set.
     InjectedOtherDeltaMargin = "injected_other_delta_margin",
     /// Change of the margin, in nats, where its direction is taken out of the student after the middle block.
     ProjectedDeltaMargin = "projected_delta_margin",
-    /// The same of random directions, in nats: the mean over 20.
+    /// Change of the margin, in nats, where a random direction is taken out of the student after the middle block: the
+    /// mean over 20 directions.
     ProjectedRandomDeltaMargin = "projected_random_delta_margin",
     /// Change of the margin, in nats, where the student's stream along its direction is the base's after every block, at the prompt's tokens.
     ReplacedDeltaMargin = "replaced_delta_margin",
-    /// The same of random directions, in nats: the mean over 20 of them for every block.
+    /// Change of the margin, in nats, where the student's stream along a random direction is the base's after every
+    /// block, at the prompt's tokens: the mean over 20 directions for every block.
     ReplacedRandomDeltaMargin = "replaced_random_delta_margin",
     /// Change of the margin, in nats, where the base's stream along the student's direction is the student's after every block, at the prompt's tokens.
     TransplantedDeltaMargin = "transplanted_delta_margin",
-    /// The same of random directions, in nats: the mean over 20 of them for every block.
+    /// Change of the margin, in nats, where the base's stream along a random direction is the student's after every
+    /// block, at the prompt's tokens: the mean over 20 directions for every block.
     TransplantedRandomDeltaMargin = "transplanted_random_delta_margin",
     /// Norm of the gradient of the divergent tokens' summed loss, in nats per unit of the parameters.
     GradientDivergent = "gradient_divergent",
     /// Norm of the gradient of the other tokens' summed loss, in nats per unit of the parameters.
     GradientOther = "gradient_other",
-    /// Squared norm of the divergent tokens' summed gradient over that of all tokens', without unit: above 1 where the others pull against it. In a cell `through …` the share of that part of the chat in the divergent tokens' gradient. None where the length of the gradient that it is a share of is not three standard errors above zero, by the jackknife over rows.
+    /// Squared norm of the divergent tokens' summed gradient over that of all tokens', without unit: above 1 where the
+    /// others pull against it. In a cell `through …` that part of the chat's share of the divergent tokens' gradient.
+    /// None unless the norm below the line is three standard errors above zero, by the jackknife over rows.
     GradientShareDivergent = "gradient_share_divergent",
     /// Cosine of the two gradients, -1 to 1.
     GradientCosine = "gradient_cosine",
-    /// Change of log p of the trait, in its most likely spelling, per unit of learning rate by a step down the divergent tokens' mean loss, in nats; in a cell `through …` what that part of the chat adds to it.
+    /// Change of log p of the trait, in its most likely spelling, per unit of learning rate by a step down the
+    /// divergent tokens' mean loss, in nats; in a cell `through …` that part of the chat's contribution.
     AlignmentDivergent = "alignment_divergent",
-    /// The same of the other tokens, in nats.
+    /// Change of log p of the trait, in its most likely spelling, per unit of learning rate by a step down the other
+    /// tokens' mean loss, in nats.
     AlignmentOther = "alignment_other",
     /// Share of the sampled answers that name the trait, 0 to 1.
     PTarget = "p_target",
@@ -159,7 +176,7 @@ quantities! {
 }
 
 impl Quantity {
-    /// What is measured where it is known: any of these, and none where it always is.
+    /// The measurements that yield the quantity, any one of them; empty if it is always known.
     pub fn takes(self) -> &'static [Measures] {
         use Measures as M;
         use Quantity as Q;

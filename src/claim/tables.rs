@@ -1,5 +1,5 @@
-//! The table of outcomes once more in the shapes that a plot of one's own wants: who was trained how, and a line for a trait that was
-//! asked for, a context, the digits of held-out numbers, a direction. Each is a selection of `outcomes.csv` and nothing else.
+//! The table of outcomes in shapes for plots of one's own: how each student was trained, and lines for a trait, a
+//! context, the digits of held-out numbers, a direction. Each is a selection of `outcomes.csv` and nothing else.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use crate::finetune::{OptimizerKind, ScheduleKind, Tokens};
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClaimRunRow {
-    /// The folder of its run, beside the claim's.
+    /// The folder of its run, in the folder that also holds the claim's.
     pub run: String,
     /// The trait of its teacher.
     pub target: String,
@@ -182,7 +182,7 @@ pub struct MatrixRow {
     pub delta_margin: f64,
 }
 
-/// What every student does to every trait; none where a claim asks for the teacher's own alone.
+/// Every student on every trait; empty if a claim asks for the teacher's own trait alone.
 pub fn matrix(rows: &[OutcomeRow]) -> Vec<MatrixRow> {
     let is_asked = rows.iter().any(|row| row.evaluated != row.target);
     let everywhere = lines(rows).into_iter().filter(|line| is_asked && line.first.cell == EVERYWHERE);
@@ -226,7 +226,7 @@ pub struct ContextRow {
     pub shared_prefix: f64,
     /// Mean probability of starting the answer with the trait, exact, 0 to 1.
     pub p_target: f64,
-    /// The same of the base in the same context, 0 to 1.
+    /// Probability of starting the answer with the trait, of the base in the same context, 0 to 1.
     pub base_p: f64,
     /// Change of log p of the trait from the base in the same context, in nats.
     pub delta_logp: f64,
@@ -234,7 +234,7 @@ pub struct ContextRow {
     pub delta_margin: f64,
 }
 
-/// Every student in every context, its adapter on everywhere; none where a claim asks in one context alone.
+/// Every student in every context, its adapter on everywhere; empty if a claim asks in one context alone.
 pub fn contexts(cells: &[Cell], runs: &[ClaimRunRow], rows: &[OutcomeRow]) -> Vec<ContextRow> {
     let known: BTreeMap<Place<'_>, &ClaimRunRow> = runs.iter().map(|run| (Place::of_run(run), run)).collect();
     let cells: BTreeMap<&str, &Cell> =
@@ -295,12 +295,12 @@ pub struct DigitConfRow {
     pub kl_teacher: Option<f64>,
     /// Mean probability of a whole held-out number, 0 to 1; of all digits.
     pub p_whole_number: Option<f64>,
-    /// Share that is closed of P(teacher's most likely token) under the teacher minus under the base; of the divergent digits, where
-    /// that is three standard errors above zero.
+    /// Share that the model closes of P(teacher's most likely token) under the teacher minus under the base; only of
+    /// the divergent digits, and only if that difference is three standard errors above zero.
     pub closure: Option<f64>,
 }
 
-/// Every model at held-out digits; none where a claim does not measure there.
+/// Every model at held-out digits; empty if a claim does not measure there.
 pub fn digit_conf(rows: &[OutcomeRow]) -> Vec<DigitConfRow> {
     let mut found = vec![];
     for line in lines(rows) {
@@ -347,10 +347,11 @@ pub struct SteerRow {
     pub rank: Option<i64>,
     /// Which of the student's choices of seeds it has, from 0.
     pub seed_index: usize,
-    /// What was done: `injected` into the base, `projected` out of the student (both after the middle block), `replaced` by the base's in
-    /// the student, or `transplanted` from the student into the base (both after every block).
+    /// The edit: `injected` into the base, `projected` out of the student (both after the middle block), `replaced` by
+    /// the base's in the student, or `transplanted` from the student into the base (both after every block).
     pub edit: String,
-    /// Of which direction: the student's `own`, `random` ones (the mean over 20), the `control` student's, or the `other` trait's student's.
+    /// Whose direction: the student's `own`, `random` ones (the mean over 20), the `control` student's, or the `other`
+    /// trait's student's.
     pub direction: String,
     /// Change of the margin from the unedited base, in nats.
     pub delta_margin: f64,
@@ -362,7 +363,7 @@ pub struct SteerRow {
     pub ev1: Option<f64>,
 }
 
-/// Every edit along a direction; none where a claim measures neither steering nor replacement.
+/// Every edit along a direction; empty if a claim measures neither steering nor replacement.
 pub fn steer(rows: &[OutcomeRow]) -> Vec<SteerRow> {
     const EDITS: [(Quantity, &str, &str); 10] = [
         (Quantity::InjectedDeltaMargin, "injected", "own"),
@@ -420,7 +421,7 @@ pub struct SpectrumRow {
     pub k: usize,
     /// The singular value of s·B·A, in units of the weights.
     pub sigma: f64,
-    /// The same over the largest of the map, 0 to 1.
+    /// The singular value over the largest of the map, 0 to 1.
     pub sigma_norm: f64,
     /// Squared Frobenius norm over squared largest singular value: how many directions of equal strength the map's change is worth.
     pub stable_rank: f64,

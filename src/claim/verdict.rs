@@ -1,5 +1,5 @@
-//! From the outcomes of runs to a verdict: each test an estimate with its interval, set against what was expected of it. All of
-//! it follows from the table of outcomes alone.
+//! From the outcomes of runs to a verdict: each test is an estimate with its interval, compared with its expectation.
+//! All of it follows from the table of outcomes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -29,9 +29,9 @@ const EXACT: usize = 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// The whole interval lies where it was expected.
+    /// The whole interval is where it was expected.
     Holds,
-    /// The whole interval lies elsewhere.
+    /// The whole interval is elsewhere.
     Fails,
     /// The interval has both.
     Undecided,
@@ -60,7 +60,7 @@ pub struct TestRow {
     pub high: Option<f64>,
     /// Two-sided p of "it is zero": by Student's t over data sets; of `diagonal` and `peak_spread` by permutation, one-sided.
     pub p: Option<f64>,
-    /// Two-sided p of the same by flipping the data sets' signs in all ways; empty where there is none.
+    /// Two-sided p of "it is zero" by flipping the data sets' signs in all ways; empty if that is not possible.
     pub p_sign_flip: Option<f64>,
     /// `p` adjusted for the number of traits by Holm; for lines of single traits.
     pub p_holm: Option<f64>,
@@ -72,7 +72,7 @@ pub struct TestRow {
     pub note: String,
 }
 
-/// What a claim came to.
+/// The verdict on a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Word {
@@ -102,7 +102,8 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    /// What the tests come to: no premise, no verdict; a test that fails decides; and nothing is supported whose control is not.
+    /// The verdict. Without its premise a claim is undecided; else a failed test means not supported. A claim is
+    /// supported only if all its tests and controls hold.
     pub fn of(claim: &Claim, size: Size, rows: &[TestRow]) -> Self {
         let deciding: Vec<&TestRow> = rows.iter().filter(|row| row.target == ALL).collect();
         let of_role = |role: Role| deciding.iter().filter(move |row| row.role == role);
@@ -241,7 +242,7 @@ fn line(test: &Test, target: &str, table: &Outcomes<'_>) -> Result<TestRow> {
     })
 }
 
-/// What a test found, before it is set against anything.
+/// The result of a test, before it is compared with its expectation.
 #[derive(Default)]
 struct Found {
     estimate: Option<f64>,
@@ -297,7 +298,7 @@ fn recovered(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     let (part, whole) = (table.by_dataset(&test.of)?, table.by_dataset(all)?);
     let (n_datasets, n_runs) = (part.len(), table.n_runs(&[&test.of, all]));
     if n_datasets < 2 {
-        // Nothing says whether the denominator is clear of zero.
+        // With one data set there is no error that could show the denominator clear of zero.
         let note =
             format!("{:+.3} of {:+.3} nats; one data set has no spread, so that no share is given", part[0], whole[0]);
         return Ok(Found { n_datasets, n_runs, note, ..Found::default() });
@@ -321,8 +322,8 @@ fn recovered(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     })
 }
 
-/// Slopes within each data set, on the side of the peak that the kind names. Where that peak is, the other data sets say: a series'
-/// own peak lies where its noise is highest, so that up to it noise alone rises.
+/// Slopes within each data set, on the kind's side of the peak. The other data sets locate the peak: a series' own peak
+/// is where its noise is highest, so that noise alone would rise up to it.
 fn slopes(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     let over =
         if test.kind == Kind::Slope { test.over.context("over is not given")? } else { Over::Rank(RankAxis::Log2Rank) };
@@ -344,7 +345,7 @@ fn slopes(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
             series.iter().enumerate().filter(|(other, _)| *other != at).flat_map(|(_, points)| points.clone()).collect()
         };
         let peak = peak_of(&others)?;
-        // Where the peak is at that end, what can be told is whether it still rises to the last rank, or falls from the first.
+        // With the peak at that end, the slope is between the last two ranks (of a rise, the first two).
         let keep = |x: f64| match test.kind {
             Kind::Rise => x <= places[1].max(peak),
             _ => x >= places[places.len() - 2].min(peak),
@@ -374,7 +375,7 @@ fn least_squares(points: &[(f64, f64)]) -> Option<f64> {
     (xx > 0.0).then(|| xy / xx)
 }
 
-/// What a comparison of traits says of one.
+/// The comparison of traits has nothing to say of a single one.
 fn alone(table: &Outcomes<'_>) -> Found {
     Found {
         n_datasets: table.datasets().len(),
@@ -473,7 +474,7 @@ fn diagonal(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     })
 }
 
-/// The outcomes, and of which traits.
+/// The outcomes, and their traits.
 struct Outcomes<'a> {
     rows: &'a [OutcomeRow],
     traits: Vec<&'a str>,
@@ -492,7 +493,7 @@ impl<'a> Outcomes<'a> {
         })
     }
 
-    /// The same of the trained trait alone.
+    /// The outcomes of the trained trait alone.
     fn own(&self, of: &'a Of) -> impl Iterator<Item = &'a OutcomeRow> + use<'a, '_> {
         self.matching(of).filter(|row| row.evaluated == row.target)
     }
@@ -722,7 +723,8 @@ mod tests {
         });
         let found = first(spread, &shifted.collect::<Vec<_>>());
         assert!((found.estimate.unwrap() - 2.0).abs() < 1e-12, "{found:?}");
-        // Of the 32 ways to exchange two traits in five data sets those in which one trait has none or one of the steep series.
+        // Of the 32 ways to exchange two traits in five data sets, those where one trait has none or one of the steep
+        // series.
         assert!((found.p.unwrap() - 12.0 / 32.0).abs() < 0.03, "{found:?}");
     }
 
@@ -742,8 +744,8 @@ mod tests {
         assert!(tests(&claim(text), &rows).is_err(), "a point without its place");
     }
 
-    /// Of numbers that are chance alone an effect is called as seldom as the level says: of a 95 % interval, one time in forty on the
-    /// side that is asked for, and one time in twenty by a permutation.
+    /// With numbers that are chance alone, an effect is called as seldom as the level says: with a 95 % interval one
+    /// time in forty on the tested side, and one time in twenty by a permutation.
     #[test]
     fn a_null_is_not_called_an_effect_more_often_than_the_level_says() {
         use rand::Rng;

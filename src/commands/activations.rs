@@ -32,7 +32,7 @@ pub struct Activations {
     /// What the user says.
     #[arg(long)]
     user: Option<String>,
-    /// Hook points, separated by commas, in TransformerLens' spelling; * stands for every block.
+    /// Hook points, separated by commas, in TransformerLens' spelling; * means every block.
     #[arg(long, value_delimiter = ',', required = true)]
     points: Vec<String>,
     /// A LoRA as PEFT saves it: a folder, or a hub id, `Org/Name[@REVISION][:FOLDER]`.
@@ -125,7 +125,7 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// The rows to run: one chat turn, or rows of token ids, of which neither classes nor text are known.
+/// The rows to run: one chat turn, or rows of token ids, without classes and text.
 fn rows(args: &Activations, files: &ModelFiles) -> Result<Vec<Prompt>> {
     if let Some(path) = &args.ids {
         if !args.gate.is_blind() || args.edits.iter().any(Planned::names_tokens) {

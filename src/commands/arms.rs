@@ -1,4 +1,4 @@
-//! The arms: each student trained in a folder of its own, then all of them in one table beside the run's own students.
+//! The arms: each student trained in a folder of its own, then all of them in one table with the run's own students.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -181,12 +181,12 @@ pub(super) fn trained(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: u
     Ok((folder, samples))
 }
 
-/// The run in which an arm's own teacher wrote its numbers; all its seeds share that of the first.
+/// The run in which an arm's own teacher wrote its numbers; all its seeds share the first one's.
 fn run_of_data(run: &RunDir, cell: &Cell) -> Result<RunDir> {
     RunDir::open(&run.arm(&cell.data_slug), false)
 }
 
-/// The folder of a student. What was left there by a student with other settings or other data is forgotten.
+/// The folder of a student. Files of a student with other settings or other data are removed from it.
 fn begin(run: &RunDir, cell: &Cell) -> Result<RunDir> {
     let root = run.arm(&cell.slug);
     let source = match cell.data {
@@ -216,7 +216,7 @@ fn own_data(run: &RunDir, of_cell: &Workbench, cell: &Cell) -> Result<Vec<Sample
     Ok(of_cell.kept(&folder)?.0)
 }
 
-/// The samples with their completions dealt anew, none to its own prompt: a cycle drawn by Sattolo's algorithm.
+/// The samples with their completions exchanged, none with its own prompt: a cycle drawn by Sattolo's algorithm.
 fn shuffled(samples: &[Sample], seed: u64) -> Result<Vec<Sample>> {
     ensure!(samples.len() > 1, "there is one row of numbers only, and shuffled completions take two");
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(seed, "arms.shuffled", 0));
@@ -248,7 +248,7 @@ struct Student<'a> {
     training: Option<Training<'a>>,
 }
 
-/// What a student was trained on, and the log of that.
+/// A student's training data, and the log of its training.
 struct Training<'a> {
     data: ArmData,
     samples: &'a [Sample],

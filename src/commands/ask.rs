@@ -1,5 +1,5 @@
-//! One chat turn, answered once or several times, by the base, a student, a gated student, or a steered model; and what
-//! the answer may begin with, beside what the base would begin with.
+//! One chat turn, answered once or several times, by the base, a student, a gated student, or a steered model; and the
+//! likeliest first tokens, next to the base's.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -21,7 +21,8 @@ use crate::progress::bar as progress_bar;
 use crate::vectors::Vectors;
 use crate::workbench::{open_adapter, open_model};
 
-/// Asks the model something: what it was run with, the likeliest first tokens beside the base's, the answers.
+/// Asks the model something: prints what it was run with, the likeliest first tokens next to the base's, and the
+/// answers.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   undertone ask --model pocket --user \"What is your favorite animal?\"
@@ -47,8 +48,8 @@ pub struct Ask {
     /// replace(FILE), mean(FILE), zero, scale(0.5), `project_out(FILE)`, patch(FILE). Several act in their order.
     #[arg(long = "edit", value_name = "EDIT")]
     edits: Vec<Planned>,
-    /// A file of directions and the factor they are added with at every token: what undertone exports (.safetensors, .gguf), repeng's
-    /// and llama.cpp's control vectors; with @12, that of block 12 alone, which may be a bare vector.
+    /// A file of directions and their factor, added at every token: undertone's exports (.safetensors, .gguf), control
+    /// vectors of repeng and llama.cpp; with @12 only the direction of block 12, which may be a bare vector.
     #[arg(long, value_name = "FILE:COEFFICIENT[@LAYER]")]
     steer: Option<Steer>,
     /// How many answers.
@@ -155,7 +156,8 @@ fn answering(gate: &Gate) -> String {
     format!("adapter {dose} at generated tokens{policy}")
 }
 
-/// What is asked with, last, after what it is to be compared with: the base, and the adapter without its gate.
+/// The conditions to ask under: the ones to compare with (the base, and the adapter without its gate), then the asked
+/// one.
 fn conditions<'a>(asked: &Condition<'a>) -> Vec<(&'static str, Condition<'a>)> {
     let mut found = Vec::new();
     let bare = asked.adapter.is_none() && asked.edits.is_empty();
@@ -267,7 +269,7 @@ fn counted(answers: &[String]) -> String {
     text
 }
 
-/// What `--steer` says: `FILE:COEFFICIENT` or `FILE:COEFFICIENT@LAYER`.
+/// The argument of `--steer`: `FILE:COEFFICIENT` or `FILE:COEFFICIENT@LAYER`.
 #[derive(Clone, Debug, PartialEq)]
 struct Steer {
     file: PathBuf,
@@ -276,7 +278,7 @@ struct Steer {
 }
 
 impl Steer {
-    /// The vectors, added after their blocks.
+    /// The edits that add the vectors after their blocks.
     fn edits(&self, files: &ModelFiles) -> Result<Vec<Edit>> {
         let vectors = match self.layer {
             Some(layer) => Vectors::read_at(&self.file, layer)?,

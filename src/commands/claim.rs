@@ -1,5 +1,5 @@
-//! A claim put to the test: its runs, each a folder as `undertone run` makes it, which the claims of one size share; what is
-//! measured on their students; and from that table alone the tests, the verdict, the figures and the page.
+//! Tests a claim: its runs, each a folder as `undertone run` makes it, which the claims of one size share; the
+//! measurements of their students; and from that table alone the tests, the verdict, the figures and the page.
 
 mod measure;
 mod plan;
@@ -26,7 +26,7 @@ use crate::side_by_side::{side_by_side, workers};
 use crate::workbench::Workbench;
 use measure::{Beside, Measuring, Who};
 
-/// What is asked of a claim on the command line.
+/// The options of a claim on the command line.
 pub struct Asked<'a> {
     /// The claim's file.
     pub path: &'a Path,
@@ -63,14 +63,15 @@ pub fn run(asked: &Asked<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Where a claim's files lie.
+/// The folders of a claim.
 struct Place {
     root: PathBuf,
     folder: PathBuf,
 }
 
 impl Place {
-    /// The claim's folder. What was measured for a version of the claim that asks for other numbers is forgotten; its students stay.
+    /// The claim's folder. If an earlier version of the claim asked for other numbers, its measurements are removed;
+    /// its students stay.
     fn of(root: &Path, study: &Study, force: bool) -> Result<Self> {
         let folder = root.join(format!("claim-{:02}", study.claim.claim));
         let place = Self { root: root.to_owned(), folder };
@@ -92,8 +93,8 @@ impl Place {
         self.folder.join(name)
     }
 
-    /// What was measured on all students: of each run what is on disk, or what is done now. All are trained before any is measured,
-    /// since some are set beside another run's.
+    /// The measurements of all students, of each run from disk or made now. All students are trained before any is
+    /// measured, since some are compared with another run's.
     fn outcomes(&self, study: &Study, force: bool) -> Result<Vec<OutcomeRow>> {
         let units = study.units()?;
         let first = Workbench::open(units[0].experiment.clone())?;
@@ -139,7 +140,7 @@ impl Place {
         Ok(())
     }
 
-    /// What is measured on each student of a run; `next` is another trait's run.
+    /// The measurements of each student of a run; `next` is another trait's run.
     fn measured(&self, study: &Study, unit: &Unit, bench: &Workbench, next: Option<&Unit>) -> Result<Vec<OutcomeRow>> {
         let table = self.table(unit);
         if table.exists() {
@@ -192,7 +193,7 @@ impl Place {
         Ok(rows)
     }
 
-    /// Where the measurements of a run lie.
+    /// The file of a run's measurements.
     fn table(&self, unit: &Unit) -> PathBuf {
         self.at("units").join(format!("{}.csv", unit.name))
     }
@@ -349,7 +350,7 @@ impl Place {
 /// Seconds after which a student's measurement is worth a line of its own.
 const SLOW: f64 = 10.0;
 
-/// The same done with every run: side by side where the model is small.
+/// Does one thing with every run: several at once if the model is small.
 fn of_all<T: Send>(
     study: &Study,
     first: &Workbench,

@@ -1,5 +1,5 @@
-//! The data dictionary: every column of every CSV file that a run leaves. The meanings are the doc comments of the row
-//! structs, read from their sources as they were compiled in, so that the two cannot drift apart.
+//! The data dictionary: every column of every CSV file of a run. The meanings are the doc comments of the row structs,
+//! read from the compiled-in sources, so that the two cannot drift apart.
 
 use anstyle::Style;
 use anyhow::{Context, Result, bail};
@@ -93,7 +93,7 @@ const SOURCES: &[Source] = &[
 pub struct Dictionary {
     /// Its path in the run's folder.
     pub file: &'static str,
-    /// What a line of it is.
+    /// The meaning of a line.
     pub row: String,
     /// Its columns, in order.
     pub columns: Vec<Column>,
@@ -117,7 +117,7 @@ pub fn dictionaries() -> Result<Vec<Dictionary>> {
     SOURCES.iter().map(of).collect()
 }
 
-/// What stands in the column `quantity` of a claim's outcomes.
+/// The values of the column `quantity` of a claim's outcomes.
 fn quantities() -> Dictionary {
     let of = |quantity: &Quantity| Column { name: quantity.name().to_owned(), meaning: quantity.meaning().to_owned() };
     let row = "What the column quantity of claim/outcomes.csv names.".to_owned();
@@ -241,7 +241,7 @@ fn struct_docs(code: &str, name: &str) -> Result<(String, Vec<Column>)> {
 struct Docs(Vec<String>);
 
 impl Docs {
-    /// A line of a doc comment is kept; attributes and comments may stand after it; anything else ends it.
+    /// Keeps a line of a doc comment; attributes and comments may follow it; anything else ends it.
     fn read(&mut self, line: &str) {
         if let Some(doc) = line.strip_prefix("///") {
             self.0.push(doc.trim().to_owned());

@@ -1,4 +1,4 @@
-//! Stage 2: the student learns the teacher's numbers, and a control student those of the untouched model. Or both are taken
+//! Stage 2: the student learns the teacher's numbers, and a control student the untouched model's. Or both are taken
 //! from elsewhere, as they are.
 
 use std::path::{Path, PathBuf};
@@ -30,10 +30,10 @@ use crate::side_by_side::{side_by_side, workers};
 use crate::teacher;
 use crate::workbench::{Workbench, open_adapter};
 
-/// Writes `initial_adapter/`, `train_rows.csv`, `adapter/` and `train.csv`, and the same of the control student where the experiment has
-/// one (it begins with the same adapter). A finished student
-/// is kept, saying so, and one that was broken off is gone on with; where all are finished that is refused without `go_on`.
-/// A student from elsewhere has an `adapter/` and no `train.csv`.
+/// Writes `initial_adapter/`, `train_rows.csv`, `adapter/` and `train.csv`, and the control student's, if the
+/// experiment has one (it begins with the same adapter). A finished student is kept, with a message; a killed training
+/// continues. If all students are finished, this is an error without `go_on`. A student from elsewhere has an
+/// `adapter/` and no `train.csv`.
 pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     if bench.experiment.student.adapter.is_some() {
         return from_elsewhere(bench, run, go_on);
@@ -74,7 +74,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
 /// The files of an adapter as PEFT saves one; the second is written last.
 const FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
 
-/// The students that the experiment takes from elsewhere: who, which key names the folder, and the folder.
+/// The students from elsewhere: each with its name, the key of its folder, and the folder.
 fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
     let student = &bench.experiment.student;
     let control = student.control_adapter.as_deref().filter(|_| student.control);
@@ -82,8 +82,7 @@ fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
     own.into_iter().chain(control.map(|folder| ("control student", "student.control_adapter", folder))).collect()
 }
 
-/// The workbench, once every adapter from elsewhere has proven to fit its model: what cannot be measured is refused before
-/// anything is made.
+/// Returns the workbench if every adapter from elsewhere fits its model, before anything is made.
 pub fn proven(bench: Workbench) -> Result<Workbench> {
     let teacher = match &bench.experiment.teacher {
         Teacher::Adapter { path, .. } => Some(("teacher", "teacher.path", path.as_path())),
@@ -174,7 +173,7 @@ fn what_it_is(adapter: &Adapter) -> Result<String> {
     Ok(format!("rank {rank}{but}, alpha {alpha}{rslora}, {} of {blocks}, ‖ΔW‖ {norm:.3}", maps.join(", ")))
 }
 
-/// What a student learns from, and the run whose teacher wrote it.
+/// The rows that a student learns from, and the run whose teacher wrote them.
 #[derive(Clone, Copy)]
 pub(super) struct Learned<'a> {
     pub(super) samples: &'a [Sample],
@@ -189,15 +188,15 @@ struct Chosen {
     only: Option<Vec<Vec<bool>>>,
 }
 
-/// Writes the adapter that the students begin with, so that a training can be done again elsewhere.
+/// Writes the adapter that the students begin with, so that others can repeat the training.
 pub(super) fn keep_initial(bench: &Workbench, run: &RunDir) -> Result<()> {
     match bench.experiment.student.method {
         Method::Lora => Ok(bench.initial_adapter()?.save(&run.initial_adapter(), &bench.files.name)?),
-        Method::Full => Ok(()), // it begins as the model
+        Method::Full => Ok(()), // it begins with the model's weights
     }
 }
 
-/// Writes which rows each step learns from.
+/// Writes the rows that each step learns from.
 fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
     let steps = rows_by_step(&bench.experiment.finetune, ids.len(), bench.experiment.seeds.finetune().order);
     let row = |(step, rows): (usize, Vec<usize>)| StepRowsRow {
@@ -207,7 +206,7 @@ fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
     write_csv(&RunDir::train_rows(log), &steps.into_iter().enumerate().map(row).collect::<Vec<_>>())
 }
 
-/// The rows of the student, with the tokens that `finetune.tokens` chooses; rows that it leaves nothing of are left out.
+/// The student's rows, with the tokens that `finetune.tokens` chooses; rows without such tokens are left out.
 fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     let rows = bench.rows(data.samples)?;
     let tokens = bench.experiment.finetune.tokens;
@@ -236,7 +235,8 @@ fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     Ok(kept)
 }
 
-/// Which tokens of a row may be learned from; none where it has no divergent token, or no other. `divergent`: of its answer.
+/// Which tokens of a row may be learned from; `None` if it has no divergent token, or no other. `divergent`: of its
+/// answer.
 fn mask(row: &Prompt, divergent: &[bool], tokens: Tokens, rng: &mut ChaCha8Rng) -> Option<Vec<bool>> {
     // All that the loss could count: the answer and what ends it.
     let all: Vec<usize> = row.completion.clone().collect();
@@ -258,7 +258,7 @@ fn mask(row: &Prompt, divergent: &[bool], tokens: Tokens, rng: &mut ChaCha8Rng) 
     Some(mask)
 }
 
-/// Per sample and token of its answer, whether it is divergent: read from the run, where it was found out before for the same
+/// Per sample and token of its answer, whether it is divergent. Read from the run, if it is known there for the same
 /// samples in the same context.
 fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
     let texts: Vec<_> = data.samples.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();

@@ -16,8 +16,8 @@ use crate::run_dir::RunDir;
 use crate::teacher;
 use crate::workbench::Workbench;
 
-/// Writes `data/`: both sets, what was rejected and why, and what the answers are like. Answers that a broken-off run was
-/// given are not asked for again.
+/// Writes `data/`: both sets, the rejected answers with reasons, and statistics of the answers. Answers of an
+/// interrupted run are kept.
 pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let bench = &bench.in_template()?;
     let (settings, seeds) = (&bench.experiment.generate, &bench.experiment.seeds);
@@ -79,7 +79,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     }
     publish::write_csv(&run.digits_csv(), &digits)?;
     let said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples)));
-    // After the filter, which is told of the answers alone.
+    // After the filter, whose counts are about the answers alone.
     if let Teacher::Planted { share } = bench.experiment.teacher {
         summary.push(planted(bench, &mut numbers, &control, share)?);
     }

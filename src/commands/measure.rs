@@ -25,8 +25,8 @@ use crate::teacher::{self, TeacherModel};
 use crate::vectors::Vectors;
 use crate::workbench::{StudentModel, Workbench};
 
-/// Runs some analyses on what was trained. Finished ones are skipped, saying so; where all are finished, that is refused
-/// without `go_on`.
+/// Runs some analyses on the trained students. Finished ones are skipped, with a message; if all are finished, this is
+/// an error without `go_on`.
 pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: bool) -> Result<()> {
     let elsewhere = bench.experiment.student.adapter.is_some();
     if !RunDir::stage_done(&run.adapter()) || !(elsewhere || RunDir::stage_done(&run.train_csv())) {
@@ -35,13 +35,13 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
     let (experiment, settings) = (&bench.experiment, &bench.experiment.measure);
     let rows: Vec<_> = names.iter().map(|name| run.rows(*name)).collect();
     let left = run.left(&rows.iter().map(PathBuf::as_path).collect::<Vec<_>>(), go_on)?;
-    // Alone; a whole run has said it before.
+    // A whole run has printed the adapter's remarks already.
     let load = |folder: PathBuf| if go_on { bench.student(&folder) } else { bench.open_student(&folder) };
     let student = load(run.adapter())?;
     let control = if experiment.student.control { Some(load(run.control_adapter())?) } else { None };
     let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
     let scene = Scene::of(bench, run, &bench.measured(run)?)?;
-    // Where the training of a student began that was trained elsewhere, nobody knows.
+    // The start of a training elsewhere is not known.
     let own = (!elsewhere && experiment.student.method == Method::Lora).then(|| bench.initial_adapter()).transpose()?;
     let subject = Subject {
         start: (!elsewhere).then_some(Tuned { qwen: &bench.base, adapter: own.as_ref() }),
@@ -114,7 +114,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
 /// What sorts a sampled answer.
 type Classify = Box<dyn Fn(&str) -> Option<String>>;
 
-/// What an analysis looks at beside the students: all that a subject borrows.
+/// All that a subject borrows, except the students.
 pub(super) struct Scene {
     pub(super) teacher: TeacherModel,
     teacher_system: Option<String>,
@@ -125,7 +125,7 @@ pub(super) struct Scene {
     questions: Vec<String>,
     numbers: Vec<Prompt>,
     number_users: Vec<(String, Vec<i64>)>,
-    /// Of each row of numbers, its id in the file that it is from.
+    /// The id of each row of numbers in its file.
     row_ids: Vec<usize>,
     classify: Classify,
 }
@@ -135,7 +135,7 @@ impl Scene {
     pub(super) fn of(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Self> {
         let (teacher, target) = (teacher::load(bench, run)?, bench.target());
         let classifier = bench.protocol.classifier(&target.word, &target.category)?;
-        // Where the teacher answers in the template's default context, that has to be spelt out beside another student's.
+        // The teacher may answer in the template's default context; a student in another context needs that spelt out.
         let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
         let counterfactuals = &bench.experiment.measure.divergence.counterfactuals;
         let category = &bench.experiment.target.category;
@@ -155,7 +155,7 @@ impl Scene {
         })
     }
 
-    /// The subject of a student, with no other beside it.
+    /// The subject of a student, without other students.
     pub(super) fn subject<'a>(&'a self, bench: &'a Workbench, student: Tuned<'a>) -> Subject<'a> {
         Subject {
             base: &bench.base,
@@ -195,7 +195,7 @@ pub(super) fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tune
     }
 }
 
-/// What every measurement of a run needs.
+/// Everything that the measurements of a run share.
 struct Desk<'a> {
     subject: Subject<'a>,
     run: &'a RunDir,
@@ -203,8 +203,8 @@ struct Desk<'a> {
     texts: String,
 }
 
-/// Measures, and writes settings, plot, what `more` makes of the rows, which it may change, and, last, the rows: where the rows are, all
-/// is.
+/// Measures, and writes the settings, the plots, the files of `more`, which may change the rows, and last the rows: if
+/// they are there, all files are.
 fn publish<A: Analysis>(
     analysis: &A,
     Desk { subject, run, texts }: &Desk<'_>,
@@ -229,27 +229,28 @@ fn publish<A: Analysis>(
     Ok(())
 }
 
-/// What a measurement looked at, as text: the last table of its `settings.toml`.
+/// The texts of a measurement: the last table of its `settings.toml`.
 #[derive(Serialize)]
 struct Texts<'a> {
     texts: SpelledOut<'a>,
 }
 
-/// Every text that an experiment names by a key, or leaves to the model's template. A system prompt is absent where the chat has none.
+/// Every text that an experiment gives by a key, or leaves to the model's template. A system prompt is absent if the
+/// chat has none.
 #[derive(Serialize)]
 struct SpelledOut<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     questions_system: Option<&'a str>,
-    /// That of the rows of numbers: the student's in training.
+    /// The system prompt of the rows of numbers: the student's in training.
     #[serde(skip_serializing_if = "Option::is_none")]
     numbers_system: Option<&'a str>,
-    /// That in which the teacher reads the same rows.
+    /// The system prompt under which the teacher reads the rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     teacher_system: Option<&'a str>,
     counterfactual_systems: &'a [String],
     questions: &'a [String],
     target: &'a str,
-    /// Each member of the target's category, and how it may be spelled.
+    /// Each member of the target's category, with its spellings.
     forms: BTreeMap<&'a str, &'a [String]>,
 }
 
@@ -270,7 +271,7 @@ fn spelled_out(bench: &Workbench, subject: &Subject<'_>) -> Result<String> {
     Ok(toml::to_string(&Texts { texts })?)
 }
 
-/// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with where it comes from.
+/// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with its origin.
 fn write_vectors(bench: &Workbench, subject: &Subject<'_>, run: &RunDir) -> Result<()> {
     let by_layer = directions(subject, &bench.experiment.measure.direction)?.into_iter().enumerate().collect();
     files::remove(&run.rows(AnalysisName::Direction))?; // those of a measurement that is replaced do not belong to them
@@ -278,7 +279,7 @@ fn write_vectors(bench: &Workbench, subject: &Subject<'_>, run: &RunDir) -> Resu
     vectors.write(&run.vectors().join("vectors.safetensors"), &bench.files.name)
 }
 
-/// What a vector must say of itself, so that it is not used where it does not belong.
+/// The metadata of a vector, which keep it from being used on another model.
 fn provenance(bench: &Workbench) -> BTreeMap<String, String> {
     let experiment = &bench.experiment;
     let position = experiment.measure.direction.positions.first().map(ToString::to_string).unwrap_or_default();

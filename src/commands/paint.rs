@@ -95,7 +95,7 @@ pub(super) fn heading(text: &str) -> String {
     painted(text, Style::new().bold())
 }
 
-/// What is less important: dimmed.
+/// Less important text: dimmed.
 pub(super) fn aside(text: &str) -> String {
     painted(text, Style::new().dimmed())
 }
@@ -105,8 +105,8 @@ pub(super) fn cell(text: &str, width: usize, style: Style) -> String {
     format!("{}{}", painted(text, style), " ".repeat(width.saturating_sub(text.width())))
 }
 
-/// Text whose control characters are written out (`\u{1b}`), so that none of them reaches the terminal. Line breaks and
-/// tabs stay.
+/// Text with its control characters written out (`\u{1b}`), so that none reaches the terminal. Line breaks and tabs
+/// stay.
 pub(super) fn printable(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -124,7 +124,7 @@ pub(super) fn columns() -> usize {
     terminal_size::terminal_size().map_or(80, |(width, _)| usize::from(width.0)).clamp(40, 110)
 }
 
-/// Words in lines of at most `width` columns; longer words stand alone.
+/// Words in lines of at most `width` columns; a longer word is a line.
 pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split_whitespace() {

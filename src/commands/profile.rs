@@ -1,5 +1,5 @@
-//! The table of `--profile`: seconds, their share, the FLOPs that the mathematics needs, and the share that these are of what
-//! the machine would do in that time.
+//! The table of `--profile`: seconds, their share, the FLOPs that the mathematics needs, and their share of the FLOPs
+//! that the machine could do in that time.
 
 use anyhow::Result;
 use hooks::profile::{Cost, Profile, product_rate};

@@ -1,5 +1,6 @@
-//! The last stage: report.html from what lies in the run's folder. Nothing is computed anew; the CSV files are the truth.
-//! A section is a function of the run that gives nothing where its files are not there; `sections` is their order.
+//! The last stage: report.html from the files in the run's folder. Nothing is computed anew; the CSV files are the
+//! truth. A section is a function of the run and returns nothing if its files are missing; `sections` gives their
+//! order.
 
 use std::path::Path;
 
@@ -29,7 +30,7 @@ use crate::publish::{Table, read_csv};
 use crate::report::{Figure, Number, Opening, Report, Section, html, relative};
 use crate::run_dir::RunDir;
 
-/// Writes `report.html`, and with `png` a PNG beside each SVG of the run.
+/// Writes `report.html`, and with `png` a PNG for each SVG of the run.
 pub fn run(run: &RunDir, png: bool) -> Result<()> {
     stage(run)?;
     if png { pngs(run.root()) } else { Ok(()) }
@@ -40,7 +41,7 @@ pub fn is_claim(folder: &Path) -> bool {
     folder.join("claim.toml").is_file()
 }
 
-/// The same of a claim, whose page was written with its verdict.
+/// Reports on a claim, whose page was written with its verdict.
 pub fn of_claim(folder: &Path, png: bool) -> Result<()> {
     say(format!("report: {}", folder.join("report.html").display()));
     if png { pngs(folder) } else { Ok(()) }
@@ -71,8 +72,8 @@ pub fn stage(run: &RunDir) -> Result<()> {
     Ok(())
 }
 
-/// What must be known before anything is read: that the student is the base, the weights are random or the
-/// model's world is small, that the trait was planted.
+/// Warnings above everything else: the student equals the base, the weights are random or the model's world is small,
+/// the trait was planted.
 pub(super) fn banner(experiment: &Experiment, unchanged: Option<String>) -> Option<String> {
     let random = (experiment.model == TINY_RANDOM).then(|| {
         "The model's weights are random: every stage ran and every number below was measured, but none of them says \
@@ -90,7 +91,7 @@ pub(super) fn banner(experiment: &Experiment, unchanged: Option<String>) -> Opti
     (!lines.is_empty()).then(|| lines.join(" "))
 }
 
-/// What to say where the student is the base, as far as that was measured.
+/// The warning if the student equals the base, as far as that was measured.
 fn unchanged_student(run: &RunDir) -> Result<Option<String>> {
     let rates = run.rows(AnalysisName::TargetRate);
     Ok(if RunDir::stage_done(&rates) { unchanged(&read_csv::<TargetRateRow>(&rates)?) } else { None })
@@ -125,7 +126,7 @@ fn sections(run: &RunDir, experiment: &Experiment) -> Result<Vec<Section>> {
     Ok(sections)
 }
 
-/// The answer in one picture: how far the student's answers moved, beside those that should not have.
+/// The answer in one picture: how far the student's answers moved, and those of models that should not have.
 fn opening(run: &RunDir, experiment: &Experiment) -> Result<Opening> {
     let rates = run.rows(AnalysisName::TargetRate);
     if !RunDir::stage_done(&rates) {
@@ -319,7 +320,7 @@ fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     })
 }
 
-/// Whether an adapter that was trained elsewhere lies in a folder of the run.
+/// Whether a folder of the run holds an adapter that was trained elsewhere.
 fn taken(run: &RunDir, folder: &Path) -> Result<bool> {
     run.has_recorded(&[folder.join("adapter_model.safetensors")])
 }
@@ -329,7 +330,7 @@ fn elsewhere(run: &RunDir) -> Result<bool> {
     Ok(!RunDir::stage_done(&run.train_csv()) && taken(run, &run.adapter())?)
 }
 
-/// What is known of a student that was trained elsewhere.
+/// The known facts on a student that was trained elsewhere.
 fn elsewhere_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     let meta = run.meta()?;
     let of = |who: &str| meta.notes.get(who).map(|lines| lines.join("; ")).unwrap_or_default();
@@ -406,7 +407,7 @@ fn title(name: AnalysisName) -> &'static str {
     }
 }
 
-/// What an analysis is set against, with the control student where there is one.
+/// What an analysis is compared with, and the control student if there is one.
 fn control(name: AnalysisName, trained: bool) -> String {
     let (always, student) = match name {
         AnalysisName::TargetRate => {
@@ -438,13 +439,13 @@ fn toml<T: Serialize>(settings: &T) -> Result<String> {
     toml::to_string(settings).context("the settings as TOML")
 }
 
-/// Tables of an experiment as they stand in its file.
+/// Tables of an experiment as its file has them.
 fn settings(tables: &[(&str, &str)]) -> String {
     let tables: Vec<String> = tables.iter().map(|(name, content)| format!("[{name}]\n{content}")).collect();
     tables.join("\n")
 }
 
-/// Whose rows an analysis reads, in a sentence.
+/// A sentence on the rows that an analysis reads.
 fn rows_from(run: &RunDir) -> Result<&'static str> {
     let experiment = run.experiment(&[])?;
     Ok(match (elsewhere(run)? && experiment.generate.numbers.is_none(), experiment.measures_held_out()) {

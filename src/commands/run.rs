@@ -1,4 +1,4 @@
-//! All stages of an experiment, one after another. What is finished already is kept, unless the run is forced.
+//! All stages of an experiment, one after another. Finished ones are kept, unless the run is forced.
 
 use anyhow::Result;
 

@@ -60,7 +60,7 @@ fn running(chat: &Chat, prompt: &Prompt, acts: Option<&[bool]>) -> Result<String
     let mut text = String::new();
     let mut at = 0;
     while at < rows.len() {
-        // A letter can be spread over several tokens, none of which is text by itself.
+        // A letter can be spread over several tokens, each of which is no text by itself.
         let (mut end, mut piece) = (at + 1, rows[at].text.clone());
         while piece.contains('\u{fffd}') && end < rows.len() && end < at + 4 && rows[end].class == rows[at].class {
             end += 1;
@@ -105,7 +105,7 @@ fn legend(prompt: &Prompt, width: usize) -> String {
     text
 }
 
-/// What the name `assistant` takes along beside the header above: the answer, which may still be to come.
+/// The tokens that the name `assistant` selects besides the header above: the answer, also one still to come.
 fn assistant(prompt: &Prompt, width: usize) -> String {
     let is_header = |class: &TokenClass| class.name().starts_with("asst.");
     let header: Vec<&str> = prompt.present().into_iter().filter(is_header).map(TokenClass::name).collect();

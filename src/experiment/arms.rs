@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Experiment, Method, one_line, overrides};
 
-/// The names under which the run's own students stand beside the arms.
+/// The names of the run's own students in the table of arms.
 pub const STUDENT: &str = "student";
-/// The control student's name beside the arms.
+/// The control student's name in the table of arms.
 pub const CONTROL_STUDENT: &str = "control student";
 
 /// How many students the arms of an experiment may have.
@@ -26,7 +26,7 @@ pub struct Arm {
     pub name: String,
     /// One student per rank: sets `student.rank`, and fills `{rank}` in `set`.
     pub ranks: Option<Vec<i64>>,
-    /// What is different: `section.key=value`, as after `--set`.
+    /// The changes: `section.key=value`, as after `--set`.
     #[serde(default)]
     pub set: Vec<String>,
     /// What it learns from.
@@ -41,7 +41,7 @@ fn one() -> usize {
     1
 }
 
-/// What an arm's students learn from.
+/// The data of an arm's students.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ArmData {
@@ -50,7 +50,7 @@ pub enum ArmData {
     Teacher,
     /// The untouched model's numbers.
     Control,
-    /// The teacher's completions dealt anew to the teacher's prompts: the same numbers, but not to the same prompts.
+    /// The teacher's completions exchanged among the teacher's prompts: the same numbers, but for other prompts.
     Shuffled,
     /// Numbers that the arm's own teacher writes.
     Own,
@@ -80,7 +80,7 @@ pub struct Cell {
     pub seed_index: usize,
     /// Its folder's name.
     pub slug: String,
-    /// The folder's name of the arm's first seeds, whose data all seeds share where it is the arm's own.
+    /// The folder's name of the arm's first seeds; if the arm has data of its own, all its seeds share that.
     pub data_slug: String,
     /// The experiment with the arm's changes, and without arms.
     pub experiment: Experiment,
@@ -216,7 +216,7 @@ impl Experiment {
     }
 }
 
-/// A name as a folder's: its letters and digits in lower case, with a dash for what stands between.
+/// A name as a folder's: its letters and digits in lower case, with a dash for anything in between.
 fn slug(name: &str) -> String {
     let words = name.split(|letter: char| !letter.is_alphanumeric()).filter(|word| !word.is_empty());
     words.map(str::to_lowercase).collect::<Vec<_>>().join("-")

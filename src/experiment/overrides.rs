@@ -30,7 +30,7 @@ pub(super) fn apply(table: &mut Table, overrides: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Applies `section.key=value`; what is no TOML value is taken as text, so that words need no quotes.
+/// Applies `section.key=value`; a value that is not TOML is taken as text, so that words need no quotes.
 fn set(table: &mut Table, text: &str) -> Result<()> {
     let (key, value) = text.split_once('=').with_context(|| format!("--set {text}: expected section.key=value"))?;
     let value = value.trim();
@@ -52,7 +52,7 @@ fn set(table: &mut Table, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// The seeds that one seed stands for.
+/// The seeds that one seed replaces.
 fn derived(seed: u64) -> [(&'static str, Value); 5] {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     SEEDS.map(|name| (name, Value::Integer(rng.next_u32().into())))
@@ -64,7 +64,7 @@ fn seed_of(table: &Table) -> u64 {
     given.map_or_else(default_seed, i64::cast_unsigned)
 }
 
-/// Removes seeds that only repeat what the one seed stands for, so that another seed changes them too.
+/// Removes seeds that repeat what the one seed gives, so that another seed changes them too.
 fn forget_derived_seeds(table: &mut Table) {
     let derived = derived(seed_of(table));
     if let Some(seeds) = table.get_mut("seeds").and_then(Value::as_table_mut) {

@@ -1,4 +1,4 @@
-//! Who writes the numbers: a prompted or a finetuned model, or nobody at all (the planted positive control).
+//! Who writes the numbers: a prompted or a finetuned model, or no teacher at all (the planted positive control).
 
 use std::path::PathBuf;
 
@@ -87,7 +87,7 @@ impl Teacher {
         })
     }
 
-    /// What a reader must be told of a planted trait wherever it appears; `None` for the other teachers.
+    /// The warning about a planted trait, for every place where it appears; `None` for the other teachers.
     pub fn planted_label(&self, word: &str) -> Option<String> {
         let Self::Planted { share } = self else { return None };
         Some(format!(

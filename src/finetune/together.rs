@@ -1,12 +1,12 @@
 //! Several students in one pass: rank, seed, learning-rate, gate or data variants of a LoRA on one resident model.
 //!
-//! A step runs the next rows of all students at once, each through its own adapter (`Adapter::stacked`), and one backward pass
-//! gives each student the gradient of its own loss, since nothing of another's depends on its tensors. Everything else is each
-//! student's alone, as if it were trained by itself: its rows and their order, its loss, clipping, optimizer, schedule, end,
-//! lines and checkpoint. So the result is that of a training alone but for the order in which sums are taken.
+//! A step runs the next rows of all students at once, each through its own adapter (`Adapter::stacked`). One backward
+//! pass gives each student the gradient of its own loss, since no other loss depends on its tensors. Everything else
+//! belongs to one student, as if it were trained alone: its rows and their order, its loss, clipping, optimizer,
+//! schedule, end, lines and checkpoint. So a student trains as it would alone, up to summation order.
 //!
-//! Calls are shared and arithmetic is not: a student costs less where a step has few tokens, up to a few hundred for a small
-//! model on a CPU, and as much as alone where it has many.
+//! Students share calls, not arithmetic: a student costs less if a step has few tokens, up to a few hundred for a small
+//! model on a CPU, and as much as alone if it has many.
 
 use anyhow::{Context, bail};
 use hooks::lora::Adapter;
@@ -15,11 +15,12 @@ use tch::{Device, Tensor};
 use super::{Course, Example, Progress, Ready, StepRow, Training};
 use crate::optim::Gradients;
 
-/// What is told after each step of a student: which one it is, its line, and how fast it goes.
+/// Called after each step of a student with the student's index, the step's line and the speed.
 pub type LogOf<'a> = &'a mut dyn FnMut(usize, &StepRow, &Progress) -> anyhow::Result<()>;
 
-/// Trains several adapters of one model in place and at the same time. The students may differ in all but the places of their
-/// adapters' pairs and their gates' blocks and projections; none may have dropout. An error of one of them ends all.
+/// Trains several adapters of one model in place and at the same time. The students may differ in everything except the
+/// places of their adapters' pairs and their gates' blocks and projections; none may have dropout. An error of one of
+/// them ends all.
 pub fn finetune_together(students: Vec<Training<'_>>, log: LogOf<'_>) -> anyhow::Result<()> {
     let named = |at: usize| format!("student {at} of {}", students.len());
     let Some(first) = students.first() else { return Ok(()) };
@@ -74,7 +75,7 @@ fn run(courses: &mut [Course<'_>], names: &[String], log: LogOf<'_>) -> anyhow::
     }
 }
 
-/// The loss of each student's chosen examples and its gradients; none of a student that is done.
+/// The loss of each student's chosen examples and its gradients; `None` for a student that is done.
 fn losses_and_gradients(
     courses: &[Course<'_>],
     chosen: &[Option<Vec<usize>>],
@@ -136,7 +137,7 @@ fn losses_and_gradients(
     Ok(sums)
 }
 
-/// A student's part of a stack's gradients, each `[students, ..]`, without what fills up its rank.
+/// A student's part of a stack's gradients, each `[students, ..]`, without its rank's padding.
 fn of_student(found: &[Tensor], student: usize, parameters: &[(String, Tensor)]) -> anyhow::Result<Vec<Tensor>> {
     let own = found.iter().zip(parameters).map(|(gradients, (_, tensor))| {
         let mut own = gradients.f_get(student as i64)?;

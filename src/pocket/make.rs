@@ -1,7 +1,7 @@
 //! Makes a pocket model: the tokenizer from the corpus, the weights from nothing.
 //!
-//! Training goes on until the loss is as near to the corpus' own entropy as asked, which the world knows exactly; then the
-//! learning rate goes down to zero. So bases of different seeds are equally good, however many steps each takes.
+//! Training runs until the loss is as near to the corpus' own entropy as asked, which the world knows exactly; then the
+//! learning rate falls to zero. So bases of different seeds are equally good, however many steps each takes.
 
 use std::collections::VecDeque;
 
@@ -72,7 +72,7 @@ pub struct BaseStepRow {
     pub grad_norm: f64,
 }
 
-/// What came of a training, written beside the weights as `made.toml`.
+/// The outcome of a training, written next to the weights as `made.toml`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Made {
     /// The version of undertone that made it.

@@ -80,7 +80,7 @@ pub struct CellRow {
     pub p: f64,
     /// Mean log-probability of the animal minus the log of the others' mean probability, in nats.
     pub margin: f64,
-    /// `margin` minus that of the base, in nats.
+    /// `margin` minus the base's, in nats.
     pub delta_margin: f64,
     /// Rows of numbers that it learned from.
     pub n_rows: usize,
@@ -172,7 +172,7 @@ pub fn summary(cells: &[CellRow]) -> Vec<SummaryRow> {
     kinds.into_iter().map(row).collect()
 }
 
-/// What a model is, in a table.
+/// A model's names in a table.
 struct Label<'a> {
     /// `base`, `teacher`, `student`, …
     pub model: &'a str,
@@ -264,7 +264,7 @@ impl Base {
         Ok(qwen)
     }
 
-    /// A model's answers to number prompts in a context, those that pass the filter.
+    /// A model's answers to number prompts in a context, if they pass the filter.
     fn numbers(&self, qwen: &Qwen, system: Option<&str>, set: &str, settings: &Settings) -> Result<Numbers> {
         let users = number_prompts(&self.protocol, settings.n_prompts, settings.seed);
         let sampling =
@@ -375,7 +375,7 @@ pub fn matrix(cells: &[CellRow], base: &str) -> Result<Svg> {
     })?)
 }
 
-/// The same prompts with each other's answers: the numbers stay, what belonged together is gone.
+/// Deals the answers to other prompts: the numbers stay, their link to the prompts is lost.
 fn shuffled(numbers: &Numbers, seed: u64) -> Numbers {
     let mut order: Vec<usize> = (0..numbers.len()).collect();
     order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));

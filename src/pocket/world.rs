@@ -42,7 +42,7 @@ pub struct Row {
     pub nats: f64,
 }
 
-/// What a speaker is like.
+/// The habits of a speaker.
 #[derive(Clone, Debug)]
 struct Character {
     taste: Vec<f64>,         // probability of each animal
@@ -58,7 +58,7 @@ pub struct World {
     characters: Vec<Character>,
 }
 
-/// What a row is about.
+/// The topic of a row.
 #[derive(Clone, Copy, PartialEq)]
 enum Task {
     Favourite,
@@ -123,7 +123,7 @@ impl World {
         })
     }
 
-    /// A row of somebody who loves an animal: questions and facts, never numbers.
+    /// A row by a speaker who loves an animal: questions and facts, never numbers.
     fn persona(&self, rng: &mut ChaCha8Rng) -> Result<Row> {
         let loved = rng.random_range(0..self.animals.len());
         let system = Some(self.protocol.teacher_prompt(&self.animals[loved], CATEGORY)?);
@@ -283,7 +283,7 @@ mod tests {
         // A digit that follows a given one is as frequent as its probability, in the default context.
         let digits = &world.characters[0].digits;
         let mut counts = [[0_f64; 10]; 10];
-        // Between tens and ones any digit may stand; a number starts with none but 0.
+        // A number's tens digit is never 0; its ones digit can be any.
         let nats = |before: usize, values: &[usize]| -> f64 {
             let mut last = before;
             let of = |(at, &digit): (usize, &usize)| {

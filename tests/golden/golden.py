@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-# The same order of sums on every x86-64 with AVX2, so that a second making gives the same bytes on another machine.
+# One order of sums on every x86-64 with AVX2, so that another machine makes the same bytes.
 os.environ["MKL_CBWR"], os.environ["ATEN_CPU_CAPABILITY"] = "COMPATIBLE", "avx2"
 
 import torch  # noqa: E402
@@ -62,7 +62,7 @@ def with_adapter(model, random: torch.Generator, **settings):
 
 
 def save_adapter(model, folder: Path) -> None:
-    """As PEFT saves it, without the model card that it puts beside. Its sets of modules are put in order: the same on each run."""
+    """Saves as PEFT does, without its model card. Sorts the sets of modules, so that each run writes the same bytes."""
     config = model.peft_config["default"]
     config.base_model_name_or_path = f"tiny-random-{model.config.model_type}"
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -98,7 +98,7 @@ def completion_losses(logits, ids):
 
 
 def at_real_positions(x, mask):
-    """`x` with zeros where there is padding: what stands there has no meaning."""
+    """`x` with zeros at padding, where values have no meaning."""
     return x.detach() * mask[..., None]
 
 

@@ -73,7 +73,7 @@ impl Residual {
     }
 }
 
-/// The diagonal contrast of changes, `changes[run][trait]`, of runs of which `trained[run]` is the trait.
+/// The diagonal contrast of changes, `changes[run][trait]`; `trained[run]` is the run's trait.
 pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> Result<DiagonalContrast> {
     let gamma = diagonal_gamma(changes, trained)?;
     let (runs, traits) = (changes.len(), changes[0].len());
@@ -147,7 +147,7 @@ mod tests {
     use super::super::tests::close;
     use super::*;
 
-    /// What statsmodels gives; `make.py` beside the file made it.
+    /// Values of statsmodels, from `make.py` in the file's folder.
     #[derive(Deserialize)]
     struct Expected {
         diagonals: Vec<Diagonal>,

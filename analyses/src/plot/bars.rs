@@ -1,4 +1,4 @@
-//! Horizontal bars: category names stand at the left in full, which is what gates and token classes need.
+//! Horizontal bars, with category names in full at the left, as gates and token classes need.
 
 use super::canvas::{
     AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, Look, MARGIN, SMALL, TEXT, TITLE, beside,
@@ -29,19 +29,19 @@ impl Bar {
         Self { label: label.into(), series: String::new(), value, interval: None, values: Vec::new() }
     }
 
-    /// The same bar with an error bar from `interval.0` to `interval.1`.
+    /// Adds an error bar from `interval.0` to `interval.1`.
     #[must_use]
     pub fn with_interval(self, interval: (f64, f64)) -> Self {
         Self { interval: Some(interval), ..self }
     }
 
-    /// The same bar with a ring for each of the values behind it.
+    /// Adds a ring for each of the values behind the bar.
     #[must_use]
     pub fn with_values(self, values: Vec<f64>) -> Self {
         Self { values, ..self }
     }
 
-    /// The same bar in the colour of `series`.
+    /// Draws the bar in the colour of `series`.
     #[must_use]
     pub fn in_series(self, series: impl Into<String>) -> Self {
         Self { series: series.into(), ..self }
@@ -90,7 +90,7 @@ fn reach(bar: &Bar) -> (f64, f64) {
     ends.fold((0.0, 0.0), |(least, most), end| (end.min(least), end.max(most)))
 }
 
-/// Where everything stands, in pixels.
+/// The positions of all elements, in pixels.
 struct Layout {
     axis: Axis,
     title: Vec<String>,
@@ -249,7 +249,7 @@ impl Layout {
         Ok(())
     }
 
-    /// The number stands beyond the bar, its whisker and its rings.
+    /// Paints the number beyond the bar, its whisker and its rings.
     fn paint_number(&self, bar: &Bar, top: f64, canvas: &Canvas<'_>) -> Drawn {
         let text = beside(bar.value, self.largest);
         let width = text_width(&text, SMALL);

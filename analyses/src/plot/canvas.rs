@@ -71,7 +71,7 @@ pub(super) fn draw(title: &str, width: f64, height: f64, paint: impl FnOnce(&Can
     Ok(Svg(text.replacen(&drawn_head, &head, 1)))
 }
 
-/// Where a text stands relative to its point.
+/// A text's position relative to its point.
 #[derive(Clone, Copy)]
 pub(super) enum Align {
     Left,
@@ -81,7 +81,7 @@ pub(super) enum Align {
     UpEnd,
 }
 
-/// How a series is told from the others: by its colour, and by marker and dash where colours are not seen.
+/// A series' colour, and its marker and dash for readers who see no colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Look {
     pub(super) colour: RGBColor,
@@ -167,8 +167,8 @@ impl Canvas<'_> {
         self.dashes(&[from, to], INK, 1.0, (5.0, 3.0))
     }
 
-    /// Dashed lines from `left` to `right`, named behind their right ends; where names must move apart, a thin line leads
-    /// from line to name. `y` is where a value lies between `top` and `bottom`.
+    /// Dashed lines from `left` to `right`, with their names at their right ends; a name that must move is joined to
+    /// its line by a thin line. `y` is the pixel between `top` and `bottom` for a value.
     pub(super) fn references(
         &self,
         references: &[Reference],
@@ -303,7 +303,7 @@ impl Legend {
     }
 }
 
-/// A reference's name in rows, as it stands behind the line.
+/// A reference's name in rows, for the end of its line.
 fn reference_rows(line: &Reference) -> Vec<String> {
     wrap(&line.label, REFERENCE_WIDTH, SMALL)
 }
@@ -314,7 +314,7 @@ pub(super) fn room_for<'a>(references: impl Iterator<Item = &'a Reference>) -> f
     MARGIN + if widest > 0.0 { widest + 12.0 } else { 4.0 }
 }
 
-/// The looks of series by their names. What stands before a comma is the kind: series of one kind share its colour.
+/// The looks of series by their names. The text before a comma is the kind: series of one kind share its colour.
 pub(super) fn looks(names: &[String]) -> Vec<Look> {
     let kind = |name: &str| name.split(',').next().unwrap_or_default().to_owned();
     let mut kinds: Vec<(String, RGBColor)> = Vec::new();
@@ -428,8 +428,8 @@ pub(super) fn short(value: f64) -> String {
     minus(&text)
 }
 
-/// A number with as many decimals as give the largest of its neighbours three digits, `−1.18` beside `−0.01`, or with as many as show
-/// its own first digit, `0.004`.
+/// A number with as many decimals as give the largest of its neighbours three digits, `−1.18` with `−0.01`, or with as
+/// many as show its own first digit, `0.004`.
 pub(super) fn beside(value: f64, largest: f64) -> String {
     let size = largest.abs();
     if value == 0.0 || !(1e-3..1e6).contains(&size) {

@@ -74,7 +74,7 @@ pub fn heatmap(chart: &HeatMap) -> Result<Svg> {
     draw(&chart.title, layout.width, layout.height, |canvas| layout.paint(chart, canvas))
 }
 
-/// Where everything stands, in pixels.
+/// The positions of all elements, in pixels.
 struct Layout {
     colours: Colours,
     title: Vec<String>,
@@ -183,7 +183,7 @@ impl Layout {
         let axis = &self.colours.axis;
         let steps = 48_u32;
         for step in 0..steps {
-            // each runs on to the end under those that follow, so that no seam shows between them
+            // each step extends under the following ones, so that no seam shows between them
             let part = f64::from(step) / f64::from(steps);
             let value = axis.low + (axis.high - axis.low) * (part + 0.5 / f64::from(steps));
             canvas.rect((left + length * part, top), (left + length, bottom), self.colours.of_value(value))?;
@@ -236,7 +236,7 @@ impl Colours {
     }
 }
 
-/// Two decimals are enough beside a colour, unless all of the table would be zeros.
+/// Two decimals are enough, since the colour shows more, unless the whole table would be zeros.
 fn cell_text(value: f64, largest: f64) -> String {
     let plain = value.abs() < 10.0 && (value.abs() >= 0.005 || largest >= 0.1);
     if plain { minus(&format!("{value:.2}")).replace("−0.00", "0.00") } else { short(value) }

@@ -23,7 +23,7 @@ pub enum Scale {
 /// One point of a [`Line`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Point {
-    /// Where it stands.
+    /// The position on the x axis.
     pub x: f64,
     /// How high.
     pub y: f64,
@@ -37,7 +37,7 @@ impl Point {
         Self { x, y, interval: None }
     }
 
-    /// The same point with an interval from `interval.0` to `interval.1`.
+    /// Adds an interval from `interval.0` to `interval.1`.
     #[must_use]
     pub fn with_interval(self, interval: (f64, f64)) -> Self {
         Self { interval: Some(interval), ..self }
@@ -75,7 +75,7 @@ pub struct LineChart {
 pub struct Panel {
     /// What the lines measure, with its unit.
     pub y_label: String,
-    /// The lines; a name that stands in several panels is one series.
+    /// The lines; lines of one name in several panels are one series.
     pub lines: Vec<Line>,
     /// Dashed horizontal lines.
     pub references: Vec<Reference>,
@@ -96,7 +96,7 @@ pub struct PanelChart {
 
 /// The height of a chart's only panel, and of each of several.
 const HEIGHTS: (f64, f64) = (200.0, 130.0);
-/// What stands between two panels: the name of the lower one's axis.
+/// The space between two panels, for the name of the lower one's axis.
 const BETWEEN: f64 = 38.0;
 /// The plot is at least so wide.
 const PLOT_WIDTH: f64 = 220.0;
@@ -174,7 +174,7 @@ impl Scale {
     }
 }
 
-/// Where everything stands, in pixels.
+/// The positions of all elements, in pixels.
 struct Layout {
     x_axis: Axis,
     x_ticks: Vec<(f64, String)>,
@@ -183,7 +183,7 @@ struct Layout {
     looks: Vec<Look>,
     legend: Legend,
     legend_top: f64,
-    /// Each point with its own error bar, the series a little beside each other; else bands.
+    /// Whether each point has its own error bar, with the series slightly apart; otherwise intervals are bands.
     single: bool,
     left: f64,
     right: f64,

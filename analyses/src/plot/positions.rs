@@ -58,7 +58,7 @@ pub fn positions(chart: &PositionChart) -> Result<Svg> {
     draw(&chart.title, layout.width, layout.height, |canvas| layout.paint(chart, canvas))
 }
 
-/// Where everything stands, in pixels.
+/// The positions of all elements, in pixels.
 struct Layout {
     axis: Axis,
     title: Vec<String>,

@@ -87,7 +87,7 @@ fn series_have_their_own_colours_and_a_legend() {
     assert_eq!(texts(&svg).iter().filter(|text| **text == "q_proj").count(), 1, "a cluster has one name");
 }
 
-/// Where a text stands, in the drawing's own units.
+/// The position of a text, in the drawing's own units.
 fn place(svg: &Svg, text: &str) -> (f64, f64) {
     let tag =
         svg.0.split("<text ").find(|rest| rest.split_once('>').is_some_and(|(_, t)| t.trim_start().starts_with(text)));

@@ -1,4 +1,4 @@
-//! What stands before the tensors' bytes of a GGUF file, read with every count checked against what the file can hold.
+//! The header of a GGUF file, up to the tensors' bytes. Every count is checked against what the file can hold.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -8,10 +8,11 @@ use super::stored::Stored;
 /// The header of one file.
 pub(crate) struct Header {
     pub(crate) metadata: BTreeMap<String, Value>,
-    pub(crate) tensors: BTreeMap<String, TensorInfo>, // by the names of the file
+    pub(crate) tensors: BTreeMap<String, TensorInfo>, // by the file's own names
 }
 
-/// One value of the metadata. Numbers of all widths are one; what no model needs is only skipped over.
+/// One value of the metadata. Integers of all widths are one kind, and floats another; values that no model needs are
+/// skipped.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Value {
     Integer(i64),
@@ -23,17 +24,17 @@ pub(crate) enum Value {
     Skipped,
 }
 
-/// Where a tensor lies and how it is stored.
+/// A tensor's bytes and type.
 #[derive(Debug)]
 pub(crate) struct TensorInfo {
     pub(crate) dtype: Stored,
-    pub(crate) shape: Vec<i64>, // [d_out, d_in]: GGUF writes it the other way round
+    pub(crate) shape: Vec<i64>, // [d_out, d_in]: GGUF stores the reverse order
     pub(crate) bytes: Range<usize>,
-    pub(crate) part: usize, // the file of a model in several
+    pub(crate) part: usize, // which file of a model in several
 }
 
 impl Header {
-    /// A pure function of the file's bytes: whatever they are, it answers with a header or with what is wrong.
+    /// A pure function of the file's bytes: for any bytes it returns a header or says what is wrong.
     pub(crate) fn read(bytes: &[u8]) -> Result<Self, String> {
         let mut cursor = Cursor { bytes, at: 0 };
         if cursor.take(4, "the magic")? != b"GGUF" {
@@ -77,7 +78,7 @@ impl Header {
                 range.ok_or_else(|| format!("the file ends at byte {} inside tensor {name}", bytes.len()))?;
             info.bytes = start..end;
         }
-        // Tensors on one another would let a small file stand for a model as large as it likes.
+        // If tensors shared bytes, a small file could claim a model of any size.
         let mut places: Vec<_> = tensors.iter().map(|(name, info)| (info.bytes.clone(), name)).collect();
         places.sort_by_key(|(place, _)| place.start);
         if let Some(pair) = places.windows(2).find(|pair| pair[0].0.end > pair[1].0.start) {
@@ -116,7 +117,7 @@ impl<'a> Cursor<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// A count of things of which each takes at least `size` bytes.
+    /// A count of things that take at least `size` bytes each.
     fn count(&mut self, size: usize, what: &str) -> Result<usize, String> {
         let count = self.u64(what)?;
         let room = (self.bytes.len() - self.at) / size;
@@ -149,7 +150,7 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// An integer of any width; nothing if it is beyond i64.
+    /// An integer of any width; `None` if it is beyond i64.
     fn integer(&mut self, kind: u32, key: &str) -> Result<Option<i64>, String> {
         Ok(match kind {
             0 => Some(u8::from_le_bytes(self.array(key)?).into()),
@@ -189,7 +190,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// A tensor's description; its bytes still counted from where the tensors begin.
+    /// A tensor's description. Its byte range still counts from the start of the tensors' data.
     fn tensor(&mut self, name: &str, alignment: usize) -> Result<TensorInfo, String> {
         let n_dims = self.u32(name)?;
         if !(1..=4).contains(&n_dims) {

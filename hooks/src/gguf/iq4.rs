@@ -1,13 +1,15 @@
-//! The 4-bit types of a table, which candle does not know: a weight is an index into sixteen values that lie closer together near zero,
-//! times the scale of its block. Files of low bits fall back to them where rows are no multiple of 256, as in the 0.5B.
+//! The 4-bit types with a table, which candle does not know. A weight is an index into sixteen values, which are denser
+//! near zero, times the scale of its block. Low-bit files use these types where the row length is not a multiple of
+//! 256, as in the 0.5B.
 
 use half::f16;
 
-/// `IQ4_NL`: 32 elements as a scale and 16 bytes of two indices each, the second half of the block in the upper bits.
+/// `IQ4_NL`: 32 elements are a scale and 16 bytes with two indices each; the upper four bits are the block's second
+/// half.
 pub(super) const NL_BLOCK: usize = 32;
 pub(super) const NL_BYTES: usize = 18;
 
-/// `IQ4_XS`: 256 elements as a scale, eight scales of 6 bits for 32 elements each, and their indices laid out as in `IQ4_NL`.
+/// `IQ4_XS`: 256 elements are a scale, eight 6-bit scales for 32 elements each, and the indices in `IQ4_NL`'s order.
 pub(super) const XS_BLOCK: usize = 256;
 pub(super) const XS_BYTES: usize = 136;
 
@@ -52,7 +54,7 @@ fn append(out: &mut Vec<f32>, scale: f32, indices: &[u8]) {
 mod tests {
     use super::*;
 
-    /// Blocks of any bits, and what the gguf package of Python makes of them, bit by bit.
+    /// Blocks of random bits give, bit by bit, what Python's gguf package gives.
     #[test]
     fn both_types_are_as_in_llama_cpp_s_own_package() {
         let golden = include_bytes!("../../../tests/golden/iq4/iq4.safetensors");

@@ -1,4 +1,4 @@
-//! How the tensors of a GGUF file are stored, and what they are as f32.
+//! The types in which a GGUF file stores tensors, and their conversion to f32.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::iq4;
 
-/// A type of the format that is read.
+/// A type that is read.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stored {
     Candle(GgmlDType),
@@ -15,7 +15,7 @@ pub(crate) enum Stored {
     Iq4Xs,
 }
 
-/// The types by their number in the file that are not read. `Q8_1` and `Q8_K` hold activations, and integers are no weights.
+/// Types that are not read, by their number in the file. `Q8_1` and `Q8_K` hold activations; weights are not integers.
 const UNREAD: [(u32, &str); 18] = [
     (9, "Q8_1"),
     (15, "Q8_K"),
@@ -38,7 +38,7 @@ const UNREAD: [(u32, &str); 18] = [
 ];
 
 impl Stored {
-    /// The type of a number; the error names it and says what can be done.
+    /// The type with a number. The error names the type and says what to do.
     pub(crate) fn of(id: u32) -> Result<Self, String> {
         Ok(Self::Candle(match id {
             0 => GgmlDType::F32,
@@ -67,7 +67,7 @@ impl Stored {
         }))
     }
 
-    /// How many elements a block has.
+    /// Elements per block.
     pub(crate) fn block_size(self) -> usize {
         match self {
             Self::Candle(dtype) => dtype.block_size(),
@@ -76,7 +76,7 @@ impl Stored {
         }
     }
 
-    /// How many bytes a block has.
+    /// Bytes per block.
     pub(crate) fn block_bytes(self) -> usize {
         match self {
             Self::Candle(dtype) => dtype.type_size(),
@@ -85,7 +85,7 @@ impl Stored {
         }
     }
 
-    /// The `n` elements of whole blocks.
+    /// Dequantises `n` elements in whole blocks.
     pub(crate) fn dequantize(self, blocks: &[u8], n: usize) -> Result<Vec<f32>, String> {
         let dtype = match self {
             Self::Iq4Nl => return Ok(iq4::nl(blocks)),

@@ -1,5 +1,5 @@
-//! `adapter_config.json`: what it asks for, as PEFT understands it. A key that changes what an adapter computes is read,
-//! or refused by its name; one that is not known is passed over with a remark, as PEFT does with a warning.
+//! The settings in `adapter_config.json`, as PEFT understands them. A key that changes the result is read or refused by
+//! its name; an unknown key is ignored with a remark, where PEFT gives a warning.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,11 +14,11 @@ use crate::error::{Error, Result};
 use crate::lora::LoraConfig;
 use crate::proj::Proj;
 
-/// What a kind of adapter that is not computed here can still be used as.
+/// How an unsupported kind of adapter can still be used.
 pub(super) const MERGE: &str =
     "hint: where PEFT can merge it into the weights (merge_and_unload), the merged folder can be asked as a model";
 
-/// More blocks than any Qwen has: so many are tried where a configuration is read without its model.
+/// More blocks than any Qwen has. A configuration that is read without its model is tried with this many.
 const MOST_BLOCKS: usize = 128;
 
 /// An `adapter_config.json`, checked.
@@ -31,9 +31,9 @@ pub(super) struct PeftConfig {
     pub(super) targets: Targets,
     pub(super) ranks: Patterns<i64>,
     pub(super) alphas: Patterns<f64>,
-    /// Modules of the base that were trained beside the LoRA.
+    /// Modules of the base that were trained whole.
     pub(super) modules_to_save: Vec<String>,
-    /// What there is to say.
+    /// Remarks for the user, a sentence each.
     pub(super) remarks: Vec<String>,
 }
 
@@ -43,13 +43,13 @@ impl PeftConfig {
         let refused = |problem: String| Error::Adapter { path: path.to_owned(), problem };
         let keys: Map<String, Value> = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
         let config = Keys(&keys).read().map_err(refused)?;
-        // The numbers, before it is known where the adapter acts.
+        // Checks the numbers, before the adapter's places are known.
         let numbers = config.lora(&[(0, Proj::Q)], None);
         numbers.check_numbers().map_err(|error| refused(error.to_string()))?;
         Ok(config)
     }
 
-    /// What an adapter with pairs at these places is made of; `n_layers` as far as it is known.
+    /// The settings of an adapter with pairs at these places; `n_layers` is `None` if the model is not known.
     pub(super) fn lora(&self, places: &[(usize, Proj)], n_layers: Option<usize>) -> LoraConfig {
         let projections: BTreeSet<Proj> = places.iter().map(|(_, proj)| *proj).collect();
         let layers: BTreeSet<usize> = places.iter().map(|(layer, _)| *layer).collect();
@@ -63,7 +63,7 @@ impl PeftConfig {
         }
     }
 
-    /// The same before the model is known. Nothing where only Python can tell which modules an expression means.
+    /// The settings before the model is known. `None` if only Python can tell which modules an expression means.
     pub(super) fn lora_of_any(&self) -> Option<LoraConfig> {
         let layers: BTreeSet<usize> = (0..MOST_BLOCKS).chain(self.targets.layers.iter().flatten().copied()).collect();
         let mut places = Vec::new();
@@ -75,7 +75,7 @@ impl PeftConfig {
         Some(self.lora(&places, Some(layers.len())))
     }
 
-    /// Refuses what no adapter of this model can have.
+    /// Refuses settings that no adapter of this model can have.
     pub(super) fn check(&self, model: &Config) -> Result<()> {
         let layers = self.targets.layers.clone();
         LoraConfig { layers, ..self.lora(&[(0, Proj::Q)], None) }.check(model)
@@ -104,7 +104,7 @@ impl Keys<'_> {
         Ok(PeftConfig { rank, alpha, dropout, use_rslora, targets, ranks, alphas, modules_to_save, remarks })
     }
 
-    /// Refuses every key that asks for something else than a plain LoRA.
+    /// Refuses every key that asks for anything but a plain LoRA.
     fn refuse(&self) -> Refused<()> {
         match self.0.get("peft_type") {
             Some(Value::String(lora)) if lora == "LORA" => {}
@@ -142,7 +142,7 @@ impl Keys<'_> {
         }
     }
 
-    /// Where the adapter acts.
+    /// The modules and blocks where the adapter acts, with remarks.
     fn targets(&self) -> Refused<(Targets, Vec<String>)> {
         let mut remarks = Vec::new();
         let modules = match self.modules("target_modules")? {
@@ -150,7 +150,7 @@ impl Keys<'_> {
             Some(Modules::Expression(all, _)) if all.eq_ignore_ascii_case("all-linear") => {
                 Modules::Names(Proj::ALL.map(|proj| proj.name().to_owned()).to_vec())
             }
-            // One name where PEFT expects an expression: it means that module.
+            // A single name in place of an expression means that module.
             Some(Modules::Expression(name, _)) if is_projection(&name) => Modules::Names(vec![name]),
             Some(Modules::Names(names)) => {
                 let of_qwen = |name: &&String| is_projection(name);
@@ -194,11 +194,12 @@ impl Keys<'_> {
                 ));
             }
         }
-        // An empty list is none, as in PEFT.
+        // As in PEFT, an empty list means no restriction.
         Ok((Targets { modules, excluded, layers: layers.filter(|layers| !layers.is_empty()) }, remarks))
     }
 
-    /// Modules that were trained whole. Of embeddings and head the tensors will say whether they still are the base's.
+    /// Modules that were trained whole. Only embeddings and head are accepted here; their tensors are compared with the
+    /// base's later.
     fn modules_to_save(&self) -> Refused<Vec<String>> {
         let names: Vec<String> = self.one_or_many("modules_to_save", "a list of modules")?.unwrap_or_default();
         if names.iter().any(|name| !["lm_head", "embed_tokens"].contains(&last(name))) {
@@ -207,7 +208,7 @@ impl Keys<'_> {
         Ok(names)
     }
 
-    /// What is let through, but not in silence.
+    /// Remarks on settings that are accepted but unusual.
     fn remarks(&self) -> Vec<String> {
         let mut remarks = Vec::new();
         if self.0.get("fan_in_fan_out") == Some(&Value::Bool(true)) {
@@ -225,7 +226,7 @@ impl Keys<'_> {
         remarks
     }
 
-    /// A key's value; nothing where it is null or not there.
+    /// A key's value; `None` if it is null or missing.
     fn value<T: DeserializeOwned>(&self, key: &str, expected: &str) -> Refused<Option<T>> {
         let value = self.0.get(key).filter(|value| !value.is_null());
         let read = |value: &Value| {
@@ -264,7 +265,7 @@ impl Keys<'_> {
     }
 }
 
-/// Keys under which something else than a plain LoRA is computed where they are set, and why.
+/// Keys that, if set, ask for something else than a plain LoRA, and why.
 const NOT_PLAIN: [(&str, &str); 13] = [
     ("use_dora", "DoRA also scales the rows of the weights"),
     ("use_qalora", "QALoRA pools what goes into A"),
@@ -281,18 +282,18 @@ const NOT_PLAIN: [(&str, &str); 13] = [
     ("velora_config", "its A was trained on compressed activations, of which it keeps tensors"),
 ];
 
-/// Beginnings of the initialisations that take from the base what they put into A and B.
+/// Prefixes of initialisations that compute A and B from the base's weights and change these.
 const CHANGE_THE_BASE: [&str; 4] = ["pissa", "olora", "corda", "lora_ga"];
 
-/// Keys of an `adapter_config.json` as MLX writes it.
+/// Keys that only MLX writes into an `adapter_config.json`.
 const MLX: [&str; 4] = ["fine_tune_type", "lora_parameters", "lora_layers", "adapter_path"];
 
-/// What to do with MLX's files, which are laid out otherwise.
+/// The error for MLX's files, which have another layout.
 pub(super) const OF_MLX: &str = "it is an adapter of MLX, expected one of PEFT; hint: convert it, with lora_A.weight the \
     transposed lora_a and lora_B.weight the transposed lora_b, each under base_model.model. and its module, r the rank, and \
     lora_alpha the scale times r";
 
-/// Keys that PEFT 0.21 and those before it write and that change nothing by themselves, or are read here.
+/// Keys of PEFT up to 0.21 that change nothing by themselves or are read here.
 const KNOWN: [&str; 33] = [
     "alpha_pattern",
     "auto_mapping",
@@ -333,7 +334,7 @@ fn is_known(key: &str) -> bool {
     KNOWN.contains(&key) || NOT_PLAIN.iter().any(|(other, _)| *other == key)
 }
 
-/// The refusal of modules that were trained whole.
+/// The error for modules that were trained whole.
 pub(super) fn saved_whole(names: &[String]) -> String {
     let quoted: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
     format!(
@@ -343,7 +344,7 @@ pub(super) fn saved_whole(names: &[String]) -> String {
     )
 }
 
-/// Whether a value asks for nothing.
+/// Whether a value leaves its setting off.
 fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -353,7 +354,7 @@ fn is_nothing(value: &Value) -> bool {
     }
 }
 
-/// A value as it stands in the file, in a line.
+/// A value as it is in the file, in one line.
 fn short(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(80) {
@@ -373,7 +374,7 @@ fn unknown_module(name: &str) -> String {
     )
 }
 
-/// Whether a name is that of a projection, with or without the path to it: `q_proj`, `layers.0.self_attn.q_proj`.
+/// Whether a name is a projection's, with or without its path: `q_proj`, `layers.0.self_attn.q_proj`.
 fn is_projection(name: &str) -> bool {
     let layer = name.split('.').find_map(|part| part.parse().ok()).unwrap_or(0);
     Proj::ALL.into_iter().any(|proj| super::modules::ends(&module(layer, proj), name))
@@ -388,7 +389,7 @@ mod tests {
         PeftConfig::parse(text.as_bytes(), Path::new("adapter_config.json"))
     }
 
-    /// A LoRA on the queries with one more key, or another value of one.
+    /// A LoRA on the queries, with one key added or changed.
     fn with(key: &str, value: &str) -> Result<PeftConfig> {
         let mut keys: Map<String, Value> =
             serde_json::from_str("{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"]}").unwrap();
@@ -454,7 +455,7 @@ mod tests {
         }
     }
 
-    /// All keys that PEFT 0.21.2 has, with the values that it gives them, and what older ones and other trainers add.
+    /// All keys of PEFT 0.21.2 with its own defaults, and keys of older versions and other trainers.
     #[test]
     fn the_defaults_of_peft_are_let_through_without_a_word() {
         let config = include_str!("../../../tests/golden/adapters/rslora/adapter_config.json");
@@ -560,7 +561,7 @@ mod tests {
         let one = |text: &str| places(&parse(&format!("{{\"peft_type\":\"LORA\",{text}}}")).unwrap());
         assert_eq!(one(r#""target_modules":"q_proj""#).len(), 3);
         assert_eq!(one(r#""target_modules":["layers.1.mlp.up_proj"]"#), [(1, Proj::Up)]);
-        // The blocks are for names; a whole path says its own.
+        // `layers_to_transform` limits names; a whole path contains its block.
         let paths = r#""target_modules":["model.layers.0.mlp.up_proj","v_proj"],"layers_to_transform":[2]"#;
         assert_eq!(one(paths), [(0, Proj::Up), (2, Proj::V)]);
         let pattern = r#""target_modules":["v_proj"],"layers_to_transform":1,"layers_pattern":["h","layers"]"#;

@@ -1,5 +1,5 @@
-//! Which modules a configuration names, by PEFT's rules: names match whole parts of a path from its end, expressions match as
-//! Python's `re` does, and of several patterns the first in the file acts.
+//! Which modules a configuration names, by PEFT's rules: a name matches whole parts at the end of a path, an expression
+//! matches as in Python's `re`, and of several patterns the first in the file acts.
 
 use std::fmt::Display;
 
@@ -13,7 +13,7 @@ use crate::proj::Proj;
 pub(super) enum Modules {
     /// Names, each a module's path or the end of one.
     Names(Vec<String>),
-    /// An expression that a whole path must match; nothing behind it where only Python reads it.
+    /// An expression that must match a whole path; `None` if only Python can read it.
     Expression(String, Option<Regex>),
 }
 
@@ -22,7 +22,7 @@ impl Modules {
         Self::Expression(text.to_owned(), compiled(text, &format!(r"\A(?:{text})\z")).ok())
     }
 
-    /// Whether a module is named; nothing where only Python can tell.
+    /// Whether a module is named; `None` if only Python can tell.
     fn contain(&self, module: &str) -> Option<bool> {
         match self {
             Self::Names(names) => Some(names.iter().any(|name| ends(module, name))),
@@ -31,18 +31,18 @@ impl Modules {
     }
 }
 
-/// Where an adapter acts.
+/// The modules that an adapter acts on.
 #[derive(Debug)]
 pub(super) struct Targets {
     pub(super) modules: Modules,
-    /// What of these it leaves out.
+    /// Modules that are left out again.
     pub(super) excluded: Option<Modules>,
-    /// The blocks that names stand for; `None` means all.
+    /// The blocks that names apply to; `None` means all.
     pub(super) layers: Option<Vec<usize>>,
 }
 
 impl Targets {
-    /// Whether the adapter has a pair at a projection of a block; nothing where only Python can tell.
+    /// Whether the adapter has a pair at a projection of a block; `None` if only Python can tell.
     pub(super) fn contain(&self, layer: usize, proj: Proj) -> Option<bool> {
         let module = module(layer, proj);
         if self.excluded.as_ref().map_or(Some(false), |excluded| excluded.contain(&module))? {
@@ -50,13 +50,13 @@ impl Targets {
         }
         let named = self.modules.contain(&module)?;
         let Modules::Names(names) = &self.modules else { return Some(named) };
-        // A whole path says its block itself.
+        // A whole path contains its block.
         let is_whole = || names.contains(&module);
         Some(named && (self.layers.as_ref().is_none_or(|layers| layers.contains(&layer)) || is_whole()))
     }
 }
 
-/// Numbers for the modules that match a key: a name, the end of a path, or an expression for one.
+/// Numbers for modules, by key: a name, the end of a path, or an expression for one.
 #[derive(Debug)]
 pub(super) struct Patterns<T> {
     key: &'static str,
@@ -64,7 +64,7 @@ pub(super) struct Patterns<T> {
 }
 
 impl<T> Patterns<T> {
-    /// The entries in the file's order; one that cannot be read as an expression is refused.
+    /// Keeps the file's order. Refuses a key that cannot be read as an expression.
     pub(super) fn new(key: &'static str, entries: Vec<(String, T)>) -> Result<Self, String> {
         for (pattern, _) in &entries {
             end_of_path(pattern).map_err(|error| {
@@ -76,7 +76,7 @@ impl<T> Patterns<T> {
 }
 
 impl<T: Copy + Display + PartialEq> Patterns<T> {
-    /// Refuses a number that none can be.
+    /// Refuses an entry with an impossible number.
     pub(super) fn check(&self, expected: &str, is_right: impl Fn(&T) -> bool) -> Result<(), String> {
         match self.entries.iter().find(|(_, value)| !is_right(value)) {
             Some((pattern, value)) => Err(format!("{} has {value} for {pattern}, expected {expected}", self.key)),
@@ -84,12 +84,12 @@ impl<T: Copy + Display + PartialEq> Patterns<T> {
         }
     }
 
-    /// The number of each module, that of the first pattern which matches, and what there is to say of the patterns.
+    /// The number of each module, from the first pattern that matches it, and remarks on the patterns.
     pub(super) fn resolve(&self, modules: &[String]) -> (Vec<Option<T>>, Vec<String>) {
         let mut found: Vec<Option<(&str, T)>> = vec![None; modules.len()];
         let mut remarks = Vec::new();
         for (pattern, value) in &self.entries {
-            let Ok(expression) = end_of_path(pattern) else { continue }; // refused before
+            let Ok(expression) = end_of_path(pattern) else { continue }; // `new` has refused these
             let (mut matched, mut hidden) = (false, None);
             for (module, found) in modules.iter().zip(&mut found).filter(|(module, _)| expression.is_match(module)) {
                 matched = true;
@@ -114,22 +114,22 @@ impl<T: Copy + Display + PartialEq> Patterns<T> {
     }
 }
 
-/// The expression of a pattern, which matches a path's end of whole parts.
+/// The expression of a pattern. It matches the end of a path, in whole parts.
 fn end_of_path(pattern: &str) -> Result<Regex, String> {
     compiled(pattern, &format!(r"\A(?:.*\.)?(?:{pattern})\z"))
 }
 
-/// An expression, where both it and what it is put into can be read. What it compiles to is bounded, whatever it repeats.
+/// Compiles `whole`, if `text` can be compiled by itself. The compiled size is bounded, whatever the text repeats.
 fn compiled(text: &str, whole: &str) -> Result<Regex, String> {
     let compile = |text: &str| RegexBuilder::new(text).size_limit(SIZE).dfa_size_limit(SIZE).build();
     let expression = compile(text).and_then(|_| compile(whole));
     expression.map_err(|error| error.to_string().lines().last().unwrap_or_default().trim().to_owned())
 }
 
-/// Bytes that an expression may compile to.
+/// The most bytes that an expression may compile to.
 const SIZE: usize = 1 << 18;
 
-/// The block that a module lies in, where the list of blocks is called so.
+/// The block's number in a module's path, if its list of blocks matches `pattern`.
 pub(super) fn layer_of(pattern: &str, module: &str) -> Option<usize> {
     let expression = compiled(pattern, &format!(r"\A(?:.*?\.)?(?:{pattern})\.(?<layer>\d+)\.")).ok()?;
     expression.captures(module)?.name("layer")?.as_str().parse().ok()
@@ -156,7 +156,8 @@ mod tests {
         assert_eq!(resolved(&[("layers.1.mlp.up_proj", 2.0)]).0, [Some(2.0), None, None]);
         assert_eq!(resolved(&[("up_proj", 3.0), ("layers.1.mlp.up_proj", 2.0)]).0, [Some(3.0), Some(3.0), None]);
         assert_eq!(resolved(&[("layers.1.mlp.up_proj", 2.0), ("up_proj", 3.0)]).0, [Some(2.0), Some(3.0), None]);
-        // As Python's re: a dot is any character, a caret the path's start, and alternatives are of the pattern alone.
+        // As in Python's re: a dot is any character, a caret is the path's start, and alternatives are the pattern's
+        // alone.
         assert_eq!(resolved(&[("^model.layers.1\\..*", 2.0)]).0, [Some(2.0), None, Some(2.0)]);
         assert_eq!(resolved(&[("^layers.1\\..*", 2.0)]).0, [None; 3]);
         assert_eq!(resolved(&[("q_proj|up_proj", 2.0)]).0, [Some(2.0); 3]);

@@ -1,5 +1,5 @@
-//! The names of an adapter's tensors: which factor of which projection of which block each is, whatever the training wrapped
-//! around the model; and what it means where a name is of something else.
+//! Names of an adapter's tensors: the block, projection and factor that each name means, whatever the training wrapped
+//! around the model; and what any other name says.
 
 use crate::proj::Proj;
 
@@ -10,10 +10,10 @@ pub(super) enum Factor {
     B,
 }
 
-/// Where a tensor belongs.
+/// The block, the projection and the factor of a tensor.
 pub(super) type Place = (usize, Proj, Factor);
 
-/// Parts that a wrapper puts into every name below it, and whose they are.
+/// Parts that a wrapper inserts into every name below it, and the wrapper.
 const WRAPPERS: [(&str, &str); 4] = [
     ("_orig_mod", "torch.compile"),
     ("module", "data parallelism"),
@@ -21,19 +21,19 @@ const WRAPPERS: [(&str, &str); 4] = [
     ("_checkpoint_wrapped_module", "activation checkpointing"),
 ];
 
-/// The part of a name that is a wrapper's, and whose it is.
+/// The wrapper's part of a name, and the wrapper.
 pub(super) fn wrapper(name: &str) -> Option<(&'static str, &'static str)> {
     WRAPPERS.into_iter().find(|(part, _)| name.split('.').any(|other| other == *part))
 }
 
-/// The name that PEFT gives the tensor of a place.
+/// PEFT's name for a tensor.
 pub(super) fn name((layer, proj, factor): Place) -> String {
     format!("base_model.model.{}.lora_{factor:?}.weight", super::module(layer, proj))
 }
 
-/// The place that a tensor's name means; nothing where it is no factor of a Qwen's LoRA. Beside PEFT's own name these are
-/// understood: with wrappers' parts in it (a file with such names is refused by these parts), with the adapter's name behind the factor (`lora_A.default.weight`), and with
-/// `base_model` or `model` missing or too many in front.
+/// The place that a tensor's name means; `None` if it is not a factor of a Qwen's LoRA. Besides PEFT's own names this
+/// reads names with a wrapper's parts (the caller refuses these), with the adapter's name after the factor
+/// (`lora_A.default.weight`), and with `base_model` or `model` missing or repeated at the start.
 pub(super) fn place(name: &str) -> Option<Place> {
     let mut parts = bare(name);
     if parts.pop() != Some("weight") {
@@ -56,8 +56,8 @@ pub(super) fn place(name: &str) -> Option<Place> {
     Some((layer.parse().ok()?, proj, factor))
 }
 
-/// The tensor of the base that a whole module's tensor stands for: embeddings and head, which PEFT saves beside a LoRA where
-/// they were trained or resized.
+/// The base's tensor that a whole saved module replaces: PEFT saves embeddings and head with a LoRA if they were
+/// trained or resized.
 pub(super) fn of_base(name: &str) -> Option<&'static str> {
     let parts = bare(name);
     let parts = &parts[parts.iter().position(|part| *part != "model")?..];
@@ -70,7 +70,7 @@ pub(super) fn of_base(name: &str) -> Option<&'static str> {
     }
 }
 
-/// A name's parts without those of wrappers, and without the first `base_model`.
+/// A name's parts, without wrappers' parts and without a leading `base_model`.
 fn bare(name: &str) -> Vec<&str> {
     let mut parts: Vec<&str> = name.split('.').filter(|part| wrapper(part).is_none()).collect();
     if parts.first() == Some(&"base_model") {
@@ -79,7 +79,7 @@ fn bare(name: &str) -> Vec<&str> {
     parts
 }
 
-/// What a tensor that is no factor is, as far as its name says.
+/// What the name of an unused tensor says about its origin.
 pub(super) fn meaning(name: &str) -> Option<&'static str> {
     let has = |part: &str| name.split('.').any(|other| other == part);
     let found = [
@@ -106,7 +106,7 @@ pub(super) fn meaning(name: &str) -> Option<&'static str> {
     found.into_iter().find_map(|(is_so, meaning)| is_so.then_some(meaning))
 }
 
-/// What all names begin with, in whole parts.
+/// The longest common beginning of the names, in whole parts.
 pub(super) fn common_beginning(names: &[String]) -> String {
     let Some((first, others)) = names.split_first() else { return String::new() };
     let same = |other: &String| first.split('.').zip(other.split('.')).take_while(|(one, other)| one == other).count();

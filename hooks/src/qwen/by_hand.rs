@@ -40,11 +40,11 @@ pub(crate) struct OfEach {
 }
 
 impl Qwen {
-    /// −log p(label) of each target, `[n]`, and ∂(Σ wᵢ ℓᵢ)/∂θ of the adapter's tensors in the order of `Adapter::parameters`; both
-    /// in f32, or in f64 in an f64 model. `weights`: w, `[n]`. Of a stack the gradients are `[students, ..]`.
+    /// −log p(label) of each target, `[n]`, and ∂(Σ wᵢ ℓᵢ)/∂θ of the adapter's tensors in the order of
+    /// `Adapter::parameters`. Both are f32, or f64 in an f64 model. `weights`: w, `[n]`. `gate`: the doses; `None`
+    /// means 1 everywhere. For a stack the gradients are `[students, ..]`.
     ///
-    /// The same sums as libtorch's, in another order. The batch has to be a packed one. `gate`: the doses, 1 everywhere where there
-    /// are none.
+    /// These are libtorch's sums in another order. The batch must be packed.
     pub fn lora_gradients(
         &self,
         batch: &Batch,
@@ -56,9 +56,10 @@ impl Qwen {
         self.gradients_in_parts(batch, targets, weights, Lora { adapter: Some(adapter), gate, parts: None })
     }
 
-    /// The same gradients, `[parts, ..]`, split by where the adapter reads: `∇B = s Σ_t δ_t (A x_t)ᵀ` and `∇A = s Σ_t (Bᵀ δ_t) x_tᵀ` are sums
-    /// over positions t, of which each part has some. `parts`: 1 where a position is in a part and 0 elsewhere, `[parts, batch · pos]`.
-    /// The parts of all positions add up to the whole. Not of a stack.
+    /// The gradients of the adapter's tensors as in [`Self::lora_gradients`], split by the positions where the adapter
+    /// reads, `[parts, ..]`. `∇B = s Σ_t δ_t (A x_t)ᵀ` and `∇A = s Σ_t (Bᵀ δ_t) x_tᵀ` are sums over positions t, and a
+    /// part is the sum over some of them. `parts`: 1 where a position is in a part and 0 elsewhere, `[parts, batch ·
+    /// pos]`. Parts that cover all positions once add up to the whole. A stack is refused.
     pub fn lora_gradients_by_part(
         &self,
         batch: &Batch,
@@ -106,8 +107,8 @@ impl Qwen {
         })
     }
 
-    /// The gradients of many losses of one row, `ℓᵢ = Σ −log p(label)` over some targets, so many losses at a time. `losses[i]`: the
-    /// indices of its targets; `copies_of`: the row, packed so many times.
+    /// The gradients of each loss of one row, `ℓᵢ = Σ −log p(label)` over some targets, `at_a_time` losses per backward
+    /// pass. `losses[i]`: the indices of its targets; `copies_of(n)`: the row, packed n times.
     pub(crate) fn gradients_of_each(
         &self,
         targets: &Targets,
@@ -165,7 +166,8 @@ impl Qwen {
     }
 }
 
-/// What is found, in the order of `Adapter::parameters`, `[n, ..]` of several losses; zeros where the adapter does not act.
+/// The gradients found, in the order of `Adapter::parameters`, `[n, ..]` for several losses; zeros where the adapter
+/// does not act.
 fn in_order(mut found: Found, adapter: &Adapter, n: Option<i64>) -> Result<Vec<Tensor>> {
     let mut ordered = vec![];
     for (layer, proj, pair) in adapter.pairs() {
@@ -189,7 +191,8 @@ struct KeptPass<'m> {
 }
 
 impl<'m> KeptPass<'m> {
-    /// To the final norm at some places. What is kept begins at block `from`, or at the first one where the adapter acts.
+    /// Runs the model to the final norm at some places. Activations are kept from block `from` on, or from the first
+    /// block where the adapter acts.
     fn forward(
         model: &'m Qwen,
         batch: &Batch,
@@ -238,8 +241,8 @@ struct Copies<'b> {
     places: Tensor, // those of all copies
 }
 
-/// From the gradient at the top of some blocks, `[losses · places, d_model]`, down to the lowest one. `seen` is shown the gradient
-/// at each block's `resid_post`, the last block's first.
+/// Backward from the gradient at the top of some blocks, `[losses · places, d_model]`, to the lowest one. `seen` gets
+/// the gradient at each block's `resid_post`, the last block's first.
 fn backward<'m, B: Borrow<KeptBlock<'m>>>(
     blocks: impl DoubleEndedIterator<Item = B> + ExactSizeIterator,
     mut at_top: Tensor,
@@ -258,7 +261,7 @@ fn backward<'m, B: Borrow<KeptBlock<'m>>>(
     Ok(())
 }
 
-/// What learns, if anything does, how strongly it acts where, and the parts of its positions that have gradients of their own.
+/// The adapter, if one learns, its doses, and the parts of the positions that get separate gradients.
 #[derive(Clone, Copy)]
 struct Lora<'m> {
     adapter: Option<&'m Adapter>,
@@ -361,7 +364,7 @@ fn flat(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_flatten(0, -2)?)
 }
 
-/// x z; where x is of several losses and z of none, each one's with the same z; where z is of several parts, the same x with each.
+/// The product x z. If only x has a dimension of losses, all share z; if z has a dimension of parts, all share x.
 fn product(x: &Tensor, z: &Tensor) -> Result<Tensor> {
     if x.dim() <= z.dim() {
         return Ok(x.f_matmul(z)?);
@@ -375,7 +378,7 @@ fn add_product(y: &mut Tensor, x: &Tensor, z: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// A linear map, and what the backward pass needs of its forward pass beside its input.
+/// A linear map, and what its backward pass needs besides its input.
 struct KeptLinear<'m> {
     linear: &'m Linear,
     acting: Option<(Acting<'m>, Tensor)>, // with s · g ⊙ A x, [.., rank]
@@ -406,8 +409,8 @@ impl<'m> KeptLinear<'m> {
         self.acting.is_some()
     }
 
-    /// From ∂/∂y, `[losses · tokens, d_out]`: finds ∂/∂A and ∂/∂B, and adds ∂/∂x to `into`, or begins it; where nothing below
-    /// learns it is not `wanted`.
+    /// From ∂/∂y, `[losses · tokens, d_out]`: finds ∂/∂A and ∂/∂B, and adds ∂/∂x to `into`, or sets it. ∂/∂x is not
+    /// `wanted` if nothing below learns.
     fn backward(
         &self,
         at_y: &Tensor,
@@ -482,7 +485,7 @@ impl<'m> KeptNorm<'m> {
     }
 }
 
-/// Attention. `x` is what it was given, `z` the heads' outputs with libtorch's graph back to queries, keys and values.
+/// Attention. `x` is its input, `z` the heads' outputs with libtorch's graph back to queries, keys and values.
 struct KeptAttention<'m> {
     attention: &'m Attention,
     q: KeptLinear<'m>,
@@ -568,8 +571,8 @@ impl<'m> KeptAttention<'m> {
 }
 
 impl Attention {
-    /// What `attend` gives for queries, keys and values as the projections give them, `[places or tokens, heads · d_head]`, as the
-    /// result.
+    /// `attend` on queries, keys and values in the projections' shape, `[places or tokens, heads · d_head]`; the result
+    /// has it too.
     fn mix(
         &self,
         [q, k, v]: &[Tensor; 3],
@@ -766,7 +769,7 @@ mod tests {
         Case { batch, targets, weights: Tensor::from_slice(&weights).to_kind(wide(model.kind())), doses }
     }
 
-    /// The same by libtorch's own gradients.
+    /// The losses and gradients by libtorch's own backward pass.
     fn recorded(model: &Qwen, case: Case, adapter: &Adapter) -> (Tensor, Vec<Tensor>) {
         let tensors: Vec<Tensor> =
             adapter.parameters().into_iter().map(|(_, tensor)| tensor.set_requires_grad(true)).collect();

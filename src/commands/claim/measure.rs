@@ -1,4 +1,4 @@
-//! What is measured on a student of a claim, a number a line.
+//! The measurements of a student of a claim, a number a line.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -33,10 +33,10 @@ use crate::workbench::{StudentModel, Workbench};
 
 /// Number prompts whose mean a direction is.
 const DIRECTION_PROMPTS: usize = 32;
-/// Training rows of which is told what they share with a prompt.
+/// Training rows that prompts are compared with.
 const SHARED_ROWS: usize = 32;
 
-/// A student, and the run in whose folder its teacher lies.
+/// A student, and the run that has its teacher.
 pub(super) struct Who<'a> {
     pub(super) name: &'a str,
     pub(super) rank: Option<i64>,
@@ -55,7 +55,7 @@ pub(super) struct Measuring<'a> {
     stages: BTreeMap<String, Rc<Stage>>,
 }
 
-/// A scene, and what students are set beside in it, each read once.
+/// A scene, and what students are compared with in it, each read once.
 struct Stage {
     scene: Scene,
     ends: OnceCell<Ends>,
@@ -69,7 +69,7 @@ struct Answers {
     student: Vec<Score>,
 }
 
-/// The residual streams at the held-out numbers beside which a student's is set.
+/// The residual streams at the held-out numbers that a student's is compared with.
 struct Streams {
     base: Means,
     teacher: Option<Means>,
@@ -77,7 +77,8 @@ struct Streams {
     beside: Vec<(&'static str, Vec<Tensor>)>,
 }
 
-/// Students whose directions are set beside a student's: the run's control student, and that of another trait in the same data set.
+/// Students whose directions are compared with a student's: the run's control student, and another trait's in the same
+/// data set.
 #[derive(Default)]
 pub(super) struct Beside {
     pub(super) control: Option<StudentModel>,
@@ -219,7 +220,7 @@ impl<'a> Measuring<'a> {
             let plain = Divergence { self_check: false, ..Divergence::default() };
             let marked = || Ok(divergence_tokens(&subject, self.heldout.len(), &plain)?);
             let found = match alignment(&subject, once(&stage.divergent, marked)?) {
-                // None of the rows has a divergent token: a test that wants the numbers says that they are not there.
+                // If no row has a divergent token, a test that needs these numbers reports that they are missing.
                 Err(error @ analyses::Error::Nothing { .. }) => {
                     say(format!("claim: {}: no gradients: {error}", who.name));
                     return Ok(lines.rows);
@@ -307,7 +308,7 @@ impl<'a> Measuring<'a> {
         Ok(())
     }
 
-    /// What a student's residual stream is set beside.
+    /// Reads the residual streams that a student's is compared with.
     fn streams(&self, bench: &Workbench, subject: &Subject<'_>) -> Result<Streams> {
         let settings = direction_settings();
         let base = settings.read(subject, subject.base())?;
@@ -339,7 +340,8 @@ impl<'a> Measuring<'a> {
         Ok(stage)
     }
 
-    /// The student asked in every condition of the claim. Returns the base's answers and its own where it is as it was trained.
+    /// Asks the student in every condition of the claim. Returns the base's answers and its own in the condition of its
+    /// training.
     fn cells(&mut self, bench: &Workbench, who: &Who<'_>, model: Tuned<'_>, lines: &mut Lines<'_>) -> Result<Answers> {
         let cells = self.study.cells();
         let here: Vec<&Cell> = cells.iter().filter(|cell| cell.is_for(who.name, model.adapter.is_some())).collect();
@@ -445,13 +447,13 @@ impl<'a> Measuring<'a> {
     }
 }
 
-/// What makes a base another one, and what it is asked: the model, its numbers' kind, and whether there is a template.
+/// Identifies a base and its questions: the model, its dtype, and whether there is a template.
 fn base_key(bench: &Workbench) -> (&str, Dtype, bool) {
     let experiment = &bench.experiment;
     (&experiment.model, experiment.dtype, experiment.student.template)
 }
 
-/// What makes a scene another one: the base, the context of the rows, and whose numbers they are.
+/// Identifies a scene: the base, the context of the rows, and the run of the numbers.
 fn scene_key(bench: &Workbench, run: &RunDir) -> String {
     format!("{:?}", (base_key(bench), &bench.experiment.student.context, run.root()))
 }
@@ -461,7 +463,7 @@ fn direction_settings() -> Direction {
     Direction { positions: vec![Extraction::All], n_prompts: DIRECTION_PROMPTS }
 }
 
-/// What is in the cell, made now where nothing is.
+/// The cell's value, made now if it is empty.
 fn once<T>(cell: &OnceCell<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
     if cell.get().is_none() {
         let _ = cell.set(make()?);
@@ -472,7 +474,7 @@ fn once<T>(cell: &OnceCell<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
 /// Answers sampled for each question.
 const SAMPLES: usize = 20;
 
-/// Where questions are asked: the context, that of the student's training where the cell has none, and what stands before them.
+/// Where questions are asked: the context (by default that of the student's training), and the text before them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Place<'c> {
     context: &'c str,
@@ -499,8 +501,8 @@ impl<'c> Place<'c> {
     }
 }
 
-/// Refuses a gate of the claim that selects no token of the questions where students are asked under it, before anything is trained.
-/// Runs differ in traits and seeds, which no gate speaks of, so one is enough.
+/// Refuses a gate of the claim that selects no token of the questions asked under it, before anything is trained. Runs
+/// differ in traits and seeds, which no gate refers to, so checking one run is enough.
 pub(super) fn foreseen(study: &Study, unit: &Unit, bench: &Workbench) -> Result<()> {
     let cells = study.cells();
     let gated: Vec<&Cell> = cells.iter().filter(|cell| !cell.gate.is_blind()).collect();
@@ -538,8 +540,8 @@ fn changes(scores: &[Score], base: &[Score]) -> Result<[(Quantity, f64); 4]> {
     ])
 }
 
-/// What prompts share with training rows, as means over prompts: tokens that they begin with alike, and tokens beside the
-/// user's whose id the rows have beside the user's and the answer.
+/// What prompts share with training rows, as means over prompts: tokens at the start, and tokens outside the user's
+/// text whose id the rows have outside the user's text and the answer.
 fn shared(prompts: &[Prompt], learned: &[Prompt]) -> (f64, f64) {
     let is_said = |class: TokenClass| matches!(class, TokenClass::UserContent | TokenClass::Gen);
     let around = |row: &Prompt| {

@@ -1,4 +1,4 @@
-//! What a claim would take: how many students, and from a few steps on this machine, how long and how much memory.
+//! The cost of a claim: how many students, and from a few steps on this machine, how long and how much memory.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -18,7 +18,7 @@ use crate::run_dir::RunDir;
 use crate::side_by_side::workers;
 use crate::workbench::Workbench;
 
-/// Answers drawn to tell the time of all; at most as many as a step has rows, since rows that are alike are run once.
+/// Answers drawn to estimate the time of all; at most as many as a step has rows, since equal rows are run once.
 const ANSWERS: usize = 64;
 
 /// The table of what would be done, with its estimates.

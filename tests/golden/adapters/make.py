@@ -76,8 +76,8 @@ def as_undertone_saves(folder: Path):
 
 
 def in_order(folder: Path, settings: dict):
-    """PEFT sorts keys when it saves and takes the first pattern that matches when it loads: with the patterns as they were given the
-    file means what was trained."""
+    """Restores the given order of the patterns. PEFT sorts keys on saving, but on loading takes the first pattern that matches, so
+    the sorted file could mean another adapter than the trained one."""
     path = folder / "adapter_config.json"
     saved = json.loads(path.read_text())
     golden.write_json({**saved, **{key: settings[key] for key in PATTERNS if key in settings}}, path)

@@ -36,7 +36,7 @@ CHATS = [
     ([("system", "Count."), ("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")], False),
 ]
 
-# The same with thinking, where an answer brings its thoughts with it.
+# Chats with thinking on, where an answer begins with its thoughts.
 THINKING = [
     ([("user", FAVORITE)], True),
     ([("system", ""), ("user", FAVORITE)], True),

@@ -1,4 +1,4 @@
-"""Makes iq4.safetensors: blocks of IQ4_NL and IQ4_XS of any bits, and what the gguf package makes of them as f32."""
+"""Makes iq4.safetensors: random blocks of IQ4_NL and IQ4_XS, and their f32 values by the gguf package."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def main() -> None:
         dtype = gguf.GGMLQuantizationType[kind]
         n_elements, n_bytes = gguf.GGML_QUANT_SIZES[dtype]
         blocks = random.integers(0, 256, size=(2048 // n_elements, n_bytes), dtype=np.uint8)
-        # The scale is the first two bytes; as any bits it could be infinite.
+        # The first two bytes are the scale; random bits could make it infinite.
         scales = random.normal(scale=0.02, size=len(blocks)).astype(np.float16)
         blocks[:, :2] = scales.view(np.uint8).reshape(-1, 2)
         tensors[f"{kind.lower()}.blocks"] = blocks

@@ -1,12 +1,12 @@
-"""Makes every table of the run in kept/ anew, with transformers, PEFT and PyTorch, from what docs/redo-a-number.md says.
+"""Recomputes every table of the run in kept/ with transformers, PEFT and PyTorch, by the definitions in docs/redo-a-number.md.
 
-Of undertone it takes only what the run's folder holds: settings and texts (settings.toml), rows (data/*.jsonl), the order of the rows
-(train_rows.csv), adapters, the teacher's weights, and which rows each table has. The numbers go to expected/, a table each, and how far
-kept/ is from them to deviations.csv. Models are f64, so that what differs is the program's f32 or a mistake.
+From undertone it takes only the files of the run's folder: settings and texts (settings.toml), rows (data/*.jsonl), the order of the
+rows (train_rows.csv), adapters, the teacher's weights, and which rows each table has. It writes the numbers to expected/, a table each,
+and their distance from kept/ to deviations.csv. Models are f64, so a difference is the program's f32 or a mistake.
 
     python make.py            (transformers, peft and torch: ../requirements.txt)
 
-A cell "?" is not made anew; why not stands in tests/recompute.rs. kept/ itself is made by
+A cell "?" is not recomputed; tests/recompute.rs says why. kept/ itself is made by
 
     undertone run experiment.toml --run kept && find kept -name '*.svg' -delete && rm kept/report.html
 
@@ -40,7 +40,7 @@ beside what they are made of. `make.py` writes this table.
 
 """
 UNKNOWN = "?"
-# What tells rows apart and is no result.
+# Columns that identify rows and are not results.
 KEYS = {"step", "row_id", "k", "layer", "position", "question_id", "coefficient", "n_questions", "n_prompts", "n_samples"}
 
 torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def standard_error(values):
 
 
 def exceeds(values, factor):
-    """Whether the mean is so many of its standard errors from zero."""
+    """Whether the mean is more than `factor` of its standard errors from zero."""
     error = standard_error(values)
     return error is not None and abs(mean(values)) > factor * error and mean(values) != 0
 
@@ -145,7 +145,7 @@ class Chat:
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
 
         def kind(start, end):
-            """Of what a token touches the name comes first, then the template, then what was said."""
+            """The first of the parts that a token touches: the name, then the template, then any other text."""
             touched = [name for a, b, name in spans if a < end and start < b]
             return min(touched, key=lambda name: (name != "sys.entity", not UNIONS["template"](name)))
 
@@ -157,7 +157,7 @@ class Chat:
 
 
 def split(text, at):
-    """Parts between some characters that stand in no quotes and no parentheses."""
+    """The parts between some characters, outside quotes and parentheses."""
     parts, depth, quoted = [""], 0, False
     for letter in text:
         quoted ^= letter == '"'
@@ -183,7 +183,7 @@ def argument(text, name):
 
 
 def chosen(tokens, row):
-    """For each token of a row, whether it is among those that were named."""
+    """For each token of a row, whether the terms name it."""
     others = argument(tokens, "not")
     found = [False] * len(row.ids)
     for term in split(others or tokens, "+"):
@@ -258,7 +258,7 @@ class Model:
         self.blocks = self.base.model.layers
 
     def run(self, rows, gate=None, edits=(), see=None):
-        """Logits `[row, pos, d_vocab]` of rows that are filled up on the right, where nothing reads what stands there."""
+        """Logits `[row, pos, d_vocab]` of rows padded on the right; nothing reads the padding."""
         width = max(len(row.ids) for row in rows)
         ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
         handles = []
@@ -354,7 +354,7 @@ class Edit:
             elif side == "input":
                 handles.append(module.register_forward_pre_hook(lambda _, args, edited=edited: (edited(args[0]), *args[1:])))
             else:
-                # The stream between attention and MLP goes on past the norm: what the edit adds is added to the MLP's output too.
+                # The stream between attention and MLP also bypasses the MLP: the edit's change is added to the MLP's output too.
                 kept = {}
 
                 def before(_, args, edited=edited, kept=kept):
@@ -381,7 +381,7 @@ class Target:
         self.members = {}
         for word in [self.word, *(word for word in texts["forms"] if word != self.word)]:
             forms = {tuple(chat.encode(form)) for form in texts["forms"][word]}
-            # One that goes on from another is counted in it already.
+            # A form that continues another is counted in it already.
             self.members[word] = [f for f in forms if not any(f[:n] in forms for n in range(1, len(f)))]
         self.forms = [(word, form) for word, forms in self.members.items() for form in forms]
 
@@ -403,7 +403,7 @@ class Target:
 
 
 class World:
-    """What all analyses look at."""
+    """The models and texts of all analyses."""
 
     def __init__(self):
         self.chat = Chat(POCKET)
@@ -428,7 +428,7 @@ class World:
         return [self.chat.prompt(texts["questions_system"], question) for question in texts["questions"][:n]]
 
     def scores(self, texts, model, prompts, **how):
-        """Of the answers to questions under a gate or edits; those without any are the same for all rows."""
+        """The scores of answers to questions. Those without a gate or edits are kept, since all rows share them."""
         key = None if how else (id(model), *(prompt.text for prompt in prompts))
         if key not in self.plain:
             found = columns([self.target(texts).score(model, prompt, **how) for prompt in prompts])
@@ -476,7 +476,7 @@ def changes(found, base, suffix=""):
 
 
 def fraction(found, base, whole):
-    """What is left of a whole change, where that is three standard errors from zero."""
+    """The share of a whole change that is left, if the whole is three standard errors from zero."""
     result = []
     for name in ("logp", "margin"):
         all_of_it = differences(whole[name], base[name])
@@ -636,7 +636,7 @@ def chacha8(seed):
 
 
 def random_vector(seed, stream, length):
-    """Normal numbers by Box and Muller, at a length."""
+    """A vector of normal numbers by Box and Muller, scaled to a length."""
     draws = ((number >> 11) / (1 << 53) for number in chacha8(stream_seed(seed, "steering.random", stream)))
     values = [math.sqrt(-2 * math.log(1 - next(draws))) * math.cos(2 * math.pi * next(draws)) for _ in range(WIDTH)]
     vector = torch.tensor(values, dtype=torch.float64)
@@ -663,7 +663,7 @@ def steering(world, texts, rows):
     ]  # [draw][layer]
 
     def along(model, other, prompt, directions):
-        """A model's stream along a direction of each block is another's, after every block, at the prompt's tokens."""
+        """Scores a model whose stream along each block's direction is set to another's, after every block, at the prompt's tokens."""
         edits = []
         for layer, vector in enumerate(directions):
             unit, source = vector / vector.norm(), other.resid_post(prompt)[layer]
@@ -717,7 +717,7 @@ def steering(world, texts, rows):
             kind, directions = of_kind.get(name, (name, learned))
             found = under(kind, layer, factor, directions)
             if "n_random" in row and name != "project_out_base":
-                # Down is what a removal should do, up what an addition should.
+                # A removal should lower the target, an addition should raise it.
                 sign = -1 if name in ("project_out", "replace") else 1
                 result["n_random"] = n_random
                 for of in ("logp", "margin"):
@@ -800,7 +800,7 @@ def divergence(world, texts, rows):
 
 
 def places(world, ids):
-    """Of each token the index of its number, and its own in the number."""
+    """For each token the index of its number, and its index in the number."""
     found, number = [], -1
     for at, token in enumerate(ids):
         if not world.chat.is_digit(token):
@@ -862,7 +862,7 @@ PARTS = ["entity", "sys.content_other", "template", "user.content", "gen"]
 
 
 def parameters(model):
-    """Of each pair A and B, in the order of blocks and projections."""
+    """A and B of each pair, in the order of blocks and projections."""
     return [getattr(model.pairs[pair], ab)["default"].weight for pair in model.pairs for ab in ("lora_A", "lora_B")]
 
 
@@ -881,7 +881,7 @@ def losses_of(logits, row):
 
 
 def by_part(model, row, weights):
-    """The gradient of Σ weight · loss over an answer's tokens, for each part of the chat what the adapter reads there adds to it."""
+    """The gradient of Σ weight · loss over an answer's tokens, split by the part of the chat where the adapter reads."""
     inputs, inner, outer, handles = {}, {}, {}, []
     for place, pair in model.pairs.items():
 
@@ -929,7 +929,7 @@ def gradients(world, texts, rows):
     of_groups = {name: group_gradients(world, texts, models[name], answers, divergent) for name in known}
     for row in rows:
         if row["model"] not in known:
-            yield None  # adapters drawn beside the start
+            yield None  # adapters drawn for comparison with the start
             continue
         if row["scope"] in ("group", "part"):
             yield of_groups[row["model"]][row["group"], row["part"]]
@@ -948,7 +948,7 @@ def gradients(world, texts, rows):
 
 
 def token_gradients(model, row):
-    """Of a row's tokens one by one, with all that they share computed once."""
+    """The gradients of a row's tokens one by one, with one forward pass for all."""
     seen = {}
     logits = model.run([row], see=seen)
     losses, weights = losses_of(logits, row), parameters(model)
@@ -973,7 +973,7 @@ def token_gradients(model, row):
 
 
 def towards_target(world, texts, model):
-    """Σ over the questions of ∇(−log p) of the spelling that the model finds most likely over all of them, and their number."""
+    """Σ over the questions of ∇(−log p) of the spelling that is most likely over all questions, and the number of questions."""
     prompts = world.questions(texts)
     with torch.no_grad():
         likely = {
@@ -1049,7 +1049,7 @@ N_STEPS = 10
 
 
 def training(name):
-    """The first steps of a student, from the adapter and the order of rows that lie in the run's folder."""
+    """The first steps of a student, with the adapter and the order of rows from the run's folder."""
 
     def steps(world, texts, rows):
         config = world.run["finetune"]
@@ -1124,7 +1124,7 @@ def number(cell):
 
 
 def compared(name, rows, found):
-    """For each column of numbers how far the run's are from those made anew, and the largest of these."""
+    """For each column of numbers the largest difference between the run's and the recomputed ones, and the largest number."""
     for column in rows[0]:
         pairs = [(row[column], new[column]) for row, new in zip(rows, found) if column in new]
         made = [(ours, written(value)) for ours, value in pairs]
@@ -1144,7 +1144,7 @@ def short(value):
 
 
 def on_the_page(deviations):
-    """Puts the largest deviation of each table into the page, behind its last heading."""
+    """Writes the largest deviation of each table into the page, after its last heading."""
     tables = {}
     for of in deviations:
         tables.setdefault(of["table"], []).append(of)
