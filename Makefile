@@ -37,6 +37,7 @@ test-real: setup model ## the tests on the real model: answers and probabilities
 
 check: setup ## what CI checks before the tests
 	$(CARGO) fmt --all --check
+	$(PYTHON) scripts/check_circles.py
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps --document-private-items
 

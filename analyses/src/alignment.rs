@@ -313,8 +313,7 @@ mod tests {
     use hooks::generate::{Sampling, generate};
 
     use super::*;
-    use crate::divergence::Divergence;
-    use crate::divergent::divergence_tokens;
+    use crate::divergent::{Definition, divergence_tokens};
     use crate::fixture::World;
 
     /// Mean log p of the best spelling over the questions.
@@ -344,7 +343,7 @@ mod tests {
         world.numbers = world.number_users.iter().map(row).collect();
         let subject = world.subject();
         let adapter = subject.student.adapter.unwrap();
-        let divergent = divergence_tokens(&subject, 6, &Divergence::default()).unwrap();
+        let divergent = divergence_tokens(&subject, 6, Definition::Schrodi, true).unwrap();
         let found = alignment(&subject, &divergent).unwrap();
         assert!(
             found.divergent.n_tokens > 0 && found.other.n_tokens > 0 && found.cosine.unwrap().abs() <= 1.0,

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::Analysis;
-use crate::divergent::{Definition, Token, argmax_in_longer_row, counterfactual_argmax};
+use crate::divergent::{DIVERGENCE, Definition, Token, argmax_in_longer_row, counterfactual_argmax};
 use crate::error::{Error, Result};
 use crate::plot::{Bar, BarChart, Svg, bars};
 use crate::subject::{Mean, Subject, Tuned, mean};
@@ -148,7 +148,7 @@ pub struct DivergenceSummaryRow {
 
 impl Analysis for Divergence {
     type Row = DivergenceRow;
-    const NAME: &'static str = "divergence";
+    const NAME: &'static str = DIVERGENCE;
     const QUESTION: &'static str =
         "At which digits would teacher and base have written something else, and did the student learn those?";
 

@@ -5,10 +5,11 @@ use hooks::score::completion_logits;
 use hooks::{Chat, Prompt};
 use serde::{Deserialize, Serialize};
 
-use crate::Analysis;
-use crate::divergence::Divergence;
 use crate::error::{Error, Result};
 use crate::subject::{Subject, Tuned};
+
+/// The name of the analysis, for its errors.
+pub(crate) const DIVERGENCE: &str = "divergence";
 
 /// Definitions of a divergence token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,14 +59,19 @@ impl Token {
 /// Per row of the numbers and per token of its content: whether it is a digit at which the most likely tokens of teacher
 /// and base differ.
 pub fn divergent_digits(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<bool>>> {
-    let plain = Divergence { self_check: false, ..Divergence::default() };
     let holds = |token: &Token| token.is(Definition::Nief, subject.chat) && subject.chat.is_digit(token.id);
-    each_token(&Subject { counterfactual_systems: &[], ..subject.clone() }, n_rows, &plain, holds)
+    each_token(&Subject { counterfactual_systems: &[], ..subject.clone() }, n_rows, false, holds)
 }
 
-/// Per row of the numbers and per token of its content: whether it is a divergence token by the settings' definition.
-pub fn divergence_tokens(subject: &Subject<'_>, n_rows: usize, settings: &Divergence) -> Result<Vec<Vec<bool>>> {
-    each_token(subject, n_rows, settings, |token| token.is(settings.definition, subject.chat))
+/// Per row of the numbers and per token of its content: whether it is a divergence token by this definition. With the
+/// self check, no token is one where the teacher's own choice depends on the batch.
+pub fn divergence_tokens(
+    subject: &Subject<'_>,
+    n_rows: usize,
+    definition: Definition,
+    self_check: bool,
+) -> Result<Vec<Vec<bool>>> {
+    each_token(subject, n_rows, self_check, |token| token.is(definition, subject.chat))
 }
 
 /// Whether `holds` is true of each token of the first rows. With the self check, it is false of every token where the
@@ -73,11 +79,11 @@ pub fn divergence_tokens(subject: &Subject<'_>, n_rows: usize, settings: &Diverg
 fn each_token(
     subject: &Subject<'_>,
     n_rows: usize,
-    settings: &Divergence,
+    self_check: bool,
     holds: impl Fn(&Token) -> bool,
 ) -> Result<Vec<Vec<bool>>> {
-    let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: Divergence::NAME })?;
-    let n = subject.number_rows(Divergence::NAME, n_rows)?.len();
+    let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: DIVERGENCE })?;
+    let n = subject.number_rows(DIVERGENCE, n_rows)?.len();
     let of_row = |row: usize| {
         let (in_teacher, in_student) = subject.paired_row(row, system)?;
         if in_student.completion.is_empty() {
@@ -85,11 +91,8 @@ fn each_token(
         }
         let (by_teacher, by_base) = (argmax(teacher, &in_teacher)?, argmax(subject.base(), &in_student)?);
         let by_others = counterfactual_argmax(subject, row)?;
-        let again = if settings.self_check {
-            argmax_in_longer_row(teacher, &in_teacher, subject.chat)?
-        } else {
-            by_teacher.clone()
-        };
+        let again =
+            if self_check { argmax_in_longer_row(teacher, &in_teacher, subject.chat)? } else { by_teacher.clone() };
         let labels = &in_student.ids[in_student.completion.clone()];
         let of_token = |(k, id): (usize, &i64)| {
             let counterfactuals = by_others.iter().map(|other| other[k]).collect();
@@ -126,7 +129,8 @@ pub(crate) fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Prompt, chat: &Chat
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::divergence::DivergenceRow;
+    use crate::Analysis;
+    use crate::divergence::{Divergence, DivergenceRow};
     use crate::fixture::World;
 
     #[test]
@@ -138,7 +142,7 @@ mod tests {
         subject.counterfactual_systems = &systems;
         let rows = Divergence::default().run(&subject, &mut |_| ()).unwrap();
         let of = |definition: Definition| -> Vec<bool> {
-            divergence_tokens(&subject, 9, &Divergence { definition, ..Divergence::default() }).unwrap().concat()
+            divergence_tokens(&subject, 9, definition, true).unwrap().concat()
         };
         let table = |holds: &dyn Fn(&DivergenceRow) -> bool| rows.iter().map(holds).collect::<Vec<_>>();
         let nief = |row: &DivergenceRow| row.argmax_teacher != row.argmax_default;
@@ -160,7 +164,7 @@ mod tests {
         let alone = Subject { counterfactual_systems: &[], ..subject.clone() };
         let rows = Divergence::default().run(&alone, &mut |_| ()).unwrap();
         let by_hand = |row: &DivergenceRow| row.argmax_teacher == row.token_id && row.argmax_default != row.token_id;
-        let found = divergence_tokens(&alone, 9, &Divergence::default()).unwrap().concat();
+        let found = divergence_tokens(&alone, 9, Definition::Schrodi, true).unwrap().concat();
         assert_eq!(found, rows.iter().map(by_hand).collect::<Vec<_>>());
 
         // A counterfactual teacher that equals the teacher would have written the same: no token is the teacher's
@@ -169,8 +173,7 @@ mod tests {
         let alike = Subject { counterfactual_systems: &own, ..world.subject() };
         let rows = Divergence::default().run(&alike, &mut |_| ()).unwrap();
         assert!(rows.iter().filter(|row| row.argmax_teacher == row.token_id).all(|row| row.n_disagree < 2));
-        let settings = Divergence { definition: Definition::AllDisagree, ..Divergence::default() };
-        let alone = divergence_tokens(&alike, 9, &settings).unwrap().concat();
+        let alone = divergence_tokens(&alike, 9, Definition::AllDisagree, true).unwrap().concat();
         assert!(alone.iter().zip(&rows).all(|(alone, row)| !alone || row.argmax_teacher != row.token_id));
     }
 }

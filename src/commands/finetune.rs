@@ -274,7 +274,8 @@ fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
     }
     let scene = Scene::of(bench, data.run, data.samples)?;
     let subject = scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
-    let tokens = divergence_tokens(&subject, data.samples.len(), &settings).context("finetune.tokens")?;
+    let tokens = divergence_tokens(&subject, data.samples.len(), settings.definition, settings.self_check)
+        .context("finetune.tokens")?;
     let found = Divergent { of, tokens };
     files::write_atomic(&path, &serde_json::to_vec(&found)?)?;
     Ok(found.tokens)

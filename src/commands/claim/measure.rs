@@ -9,8 +9,7 @@ use std::rc::Rc;
 use analyses::alignment::alignment;
 use analyses::confidence::{Confidence, Ends};
 use analyses::direction::{Direction, Extraction, Means, table};
-use analyses::divergence::Divergence;
-use analyses::divergent::divergence_tokens;
+use analyses::divergent::{Definition, divergence_tokens};
 use analyses::stats::mean;
 use analyses::steering::{CONTROL_STUDENT, OTHER_TRAIT, Start, Steering};
 use analyses::target::{Score, TokenForms};
@@ -217,8 +216,7 @@ impl<'a> Measuring<'a> {
             }
         }
         if wants(Measures::Gradients) && model.adapter.is_some() {
-            let plain = Divergence { self_check: false, ..Divergence::default() };
-            let marked = || Ok(divergence_tokens(&subject, self.heldout.len(), &plain)?);
+            let marked = || Ok(divergence_tokens(&subject, self.heldout.len(), Definition::Schrodi, false)?);
             let found = match alignment(&subject, once(&stage.divergent, marked)?) {
                 // If no row has a divergent token, a test that needs these numbers reports that they are missing.
                 Err(error @ analyses::Error::Nothing { .. }) => {
