@@ -67,8 +67,12 @@ class Table:
                 and (of["cell"] == "*" or r["cell"] == of["cell"]) and (of["rank"] is None or r["rank"] == of["rank"])]
 
     def by_dataset(self, of):
-        mean = lambda rows: sum(r["value"] for r in rows) / len(rows)
-        return [sum(mean(self.pick(of, d, w)) for w in self.words) / len(self.words) for d in self.datasets]
+        mean = lambda values: sum(values) / len(values)
+        # A share of the teacher's gain is told in no student of a run in which that gain is not clear of zero.
+        gains = lambda d, w: of["quantity"] != "fit" or any(
+            r["quantity"] == "fit" and r["dataset"] == d and r["target"] == w for r in self.rows)
+        by_trait = [[mean([r["value"] for r in self.pick(of, d, w)]) for w in self.words if gains(d, w)] for d in self.datasets]
+        return [mean(values) for values in by_trait if values]
 
     def series(self, of, over):
         """Per data set, (x, y) by rank and cell: means over traits and seeds."""

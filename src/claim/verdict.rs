@@ -255,6 +255,20 @@ struct Found {
     note: String,
 }
 
+impl Found {
+    /// Names the runs that it leaves out.
+    fn without(mut self, runs: &BTreeSet<(&str, u64)>) -> Self {
+        if !runs.is_empty() {
+            let names: Vec<String> =
+                runs.iter().map(|(word, dataset)| format!("{word} in data set {dataset}")).collect();
+            let apart = if self.note.is_empty() { "" } else { "; " };
+            self.note +=
+                &format!("{apart}without {}, where the teacher's gain in loss is not clear of zero", names.join(", "));
+        }
+        self
+    }
+}
+
 fn estimate(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     let one_trait = || table.rows.windows(2).all(|two| two[0].target == two[1].target);
     if test.of.quantity == Quantity::InjectedOtherDeltaMargin && one_trait() {
@@ -263,13 +277,13 @@ fn estimate(test: &Test, table: &Outcomes<'_>) -> Result<Found> {
     match test.kind {
         Kind::Mean => {
             let values = table.by_dataset(&test.of)?;
-            Ok(over_datasets(&values, table.n_runs(&[&test.of])))
+            Ok(over_datasets(&values, table.n_runs(&[&test.of])).without(&table.without_gain(&test.of)))
         }
         Kind::Difference => {
             let minus = test.minus.as_ref().context("minus is not given")?;
             let (values, other) = (table.by_dataset(&test.of)?, table.by_dataset(minus)?);
             let values: Vec<f64> = values.iter().zip(&other).map(|(value, other)| value - other).collect();
-            Ok(over_datasets(&values, table.n_runs(&[&test.of, minus])))
+            Ok(over_datasets(&values, table.n_runs(&[&test.of, minus])).without(&table.without_gain(&test.of)))
         }
         Kind::Recovered => recovered(test, table),
         Kind::Slope | Kind::Rise | Kind::Fall => slopes(test, table),
@@ -510,23 +524,38 @@ impl<'a> Outcomes<'a> {
             .len()
     }
 
-    /// Per data set, the mean over traits of each trait's mean over seeds. Every trait has to be there in every data set.
+    /// Runs, by trait and data set, in which no student has a share of the teacher's gain, as that is not clear of zero.
+    fn without_gain(&self, of: &Of) -> BTreeSet<(&'a str, u64)> {
+        let has = |word: &str, dataset: u64| {
+            let mut of_run = self.rows.iter().filter(|row| row.target == word && row.dataset == dataset);
+            of_run.any(|row| row.quantity == of.quantity)
+        };
+        let runs = self.traits.iter().flat_map(|word| self.datasets().into_iter().map(move |dataset| (*word, dataset)));
+        runs.filter(|(word, dataset)| of.quantity == Quantity::Fit && !has(word, *dataset)).collect()
+    }
+
+    /// Per data set, the mean over traits of each trait's mean over seeds. Every trait has to be there in every data set,
+    /// except in runs without a gain.
     fn by_dataset(&self, of: &'a Of) -> Result<Vec<f64>> {
         let mut ranks = self.own(of).map(|row| row.rank).collect::<BTreeSet<_>>();
         ensure!(ranks.len() <= 1, "{of} has the ranks {ranks:?}, expected one; hint: name it with rank = 8");
         ensure!(ranks.pop_first().is_some(), "{of} was not measured");
-        let datasets = self.datasets();
-        datasets
+        let left_out = self.without_gain(of);
+        let of_run = |word: &str, dataset: u64| {
+            let here = self.own(of).filter(|row| row.dataset == dataset && row.target == word);
+            mean(&here.map(|row| row.value).collect::<Vec<_>>())
+                .with_context(|| format!("{of} was not measured for {word} in data set {dataset}"))
+        };
+        let of_dataset = |dataset: u64| {
+            let there = self.traits.iter().filter(|word| !left_out.contains(&(**word, dataset)));
+            there.map(|word| of_run(word, dataset)).collect::<Result<Vec<f64>>>()
+        };
+        let values = self.datasets().into_iter().map(of_dataset).collect::<Result<Vec<Vec<f64>>>>()?;
+        Ok(values
             .iter()
-            .map(|dataset| {
-                let of_trait = |word: &&str| {
-                    let here = self.own(of).filter(|row| row.dataset == *dataset && row.target == **word);
-                    mean(&here.map(|row| row.value).collect::<Vec<_>>())
-                        .with_context(|| format!("{of} was not measured for {word} in data set {dataset}"))
-                };
-                Ok(mean(&self.traits.iter().map(of_trait).collect::<Result<Vec<_>>>()?)?)
-            })
-            .collect()
+            .filter(|values| !values.is_empty())
+            .map(|values| mean(values))
+            .collect::<hooks::Result<_>>()?)
     }
 
     /// Per data set, points of a number over the rank or over another quantity, each the mean over traits and seeds at one rank in
@@ -784,6 +813,26 @@ mod tests {
             said.push(format!("{kind:?}: {called} of {times}"));
             assert!(share <= at_most, "{said:?}");
         }
+    }
+
+    #[test]
+    fn a_run_whose_teacher_gains_nothing_has_no_fit_and_is_left_out() {
+        let text = "[[tests]]\nname = \"x\"\nkind = \"difference\"\nof = { quantity = \"fit\" }\n\
+                    minus = { student = \"control student\", quantity = \"fit\" }\nabove = 0\n";
+        let margins = outcomes(&[1.0, 2.0, 6.0]);
+        let fits = margins.iter().map(|row| OutcomeRow { quantity: Quantity::Fit, ..row.clone() });
+        let told = |row: &OutcomeRow| row.dataset != 1 && !(row.dataset == 2 && row.target == "owl");
+        let mut rows: Vec<OutcomeRow> = fits.filter(told).collect();
+        rows.extend(margins);
+        let found = first(text, &rows);
+        // By hand, as in a difference: 1 in data set 0, and 6 for the cat in data set 2.
+        assert!((found.estimate.unwrap() - 3.5).abs() < 1e-12 && found.n_datasets == 2, "{found:?}");
+        let said = "without cat in data set 1, owl in data set 1, owl in data set 2, where the teacher's gain in loss is not clear of zero";
+        assert_eq!(found.note, said);
+        // A student without it in a run where another has it is a gap.
+        rows.retain(|row| !(row.quantity, row.student.as_str(), row.dataset).eq(&(Quantity::Fit, "student", 2)));
+        let gap = format!("{:#}", tests(&claim(text), &rows).unwrap_err());
+        assert!(gap.contains("fit of \"student\" was not measured for cat in data set 2"), "{gap}");
     }
 
     #[test]
