@@ -263,7 +263,7 @@ fn left_over_quantization(bytes: &[u8], config: &Config, weights: &Weights, path
 }
 
 /// Whether the head is the embedding: as the configuration says, unless a head is stored that is another one. As transformers 5 has it;
-/// transformers 4 tied in silence.
+/// transformers 4 tied in silence. Where the head alone is stored, it is the embedding too.
 fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Option<String>> {
     if !config.tie_embeddings {
         if weights.shape(HEAD).is_none() {
@@ -278,6 +278,11 @@ fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Op
     }
     if weights.shape(HEAD).is_none() || weights.are_equal(HEAD, EMBED)? {
         return Ok(None);
+    }
+    if weights.shape(EMBED).is_none() {
+        return Ok(Some(format!(
+            "config.json has tie_word_embeddings true, but there is no {EMBED}; {HEAD} is taken as both, as transformers 5 does"
+        )));
     }
     config.tie_embeddings = false;
     Ok(Some(format!(
@@ -451,6 +456,13 @@ mod tests {
         };
         write_whole(&at("bf16"), |_| (), in_bf16);
 
+        // Both are one tensor, under whichever of the two names it is stored.
+        let head_alone = |tensors: &mut BTreeMap<String, Tensor>| {
+            let embed = tensors.remove(EMBED).unwrap();
+            tensors.insert(HEAD.to_owned(), embed);
+        };
+        write_whole(&at("head-alone"), |_| (), head_alone);
+
         for tied in ["same", "none", "bf16"] {
             let files = opened(&at(tied));
             assert!(files.config.tie_embeddings && files.remarks.is_empty(), "{tied}: {:?}", files.remarks);
@@ -470,6 +482,16 @@ mod tests {
             model.forward(&batch, &mut crate::Pass::default()).unwrap()
         };
         assert!(logits(&other).equal(&logits(&untied)) && !logits(&other).equal(&logits(&opened(&at("same")))));
+        let head_alone = opened(&at("head-alone"));
+        assert_eq!(
+            head_alone.remarks,
+            [
+                "config.json has tie_word_embeddings true, but there is no model.embed_tokens.weight; lm_head.weight is taken as both, as transformers 5 does"
+            ]
+        );
+        assert_eq!(head_alone.config, opened(&at("none")).config);
+        let apart = (logits(&head_alone) - logits(&opened(&at("none")))).abs().max().double_value(&[]);
+        assert!(apart < 1e-4, "{apart}"); // the tensor lies elsewhere in its file, and its products may be summed in another order
 
         let refused = message(at("no-head").to_str().unwrap(), &nowhere());
         assert!(
