@@ -13,6 +13,7 @@ use hooks::files;
 use hooks::score::completion_logprobs;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use crate::dataset::{self, Sample};
 use crate::teacher::TeacherModel;
@@ -38,6 +39,8 @@ pub struct Given {
     pub rows: Vec<Row>,
     /// How many more there are.
     pub left_out: usize,
+    /// Of the file, in hex.
+    pub sha256: String,
 }
 
 /// An object of the file, in any of the usual forms; other keys of it are passed over.
@@ -124,7 +127,8 @@ impl Text {
 pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
     let settings = &bench.experiment.generate;
     let Some(path) = &settings.numbers else { return Ok(None) };
-    let mut rows = parse(&files::read(path)?, path).context("generate.numbers")?;
+    let bytes = files::read(path)?;
+    let mut rows = parse(&bytes, path).context("generate.numbers")?;
     let left_out = rows.len().saturating_sub(settings.n_prompts);
     rows.truncate(settings.n_prompts);
     let own = bench.student_system()?;
@@ -161,7 +165,7 @@ pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
             cut(&first.answer, 200)
         );
     }
-    Ok(Some(Given { rows, left_out }))
+    Ok(Some(Given { rows, left_out, sha256: format!("{:x}", Sha256::digest(&bytes)) }))
 }
 
 fn shown(system: Option<&str>) -> String {

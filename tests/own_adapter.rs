@@ -207,6 +207,16 @@ fn the_rows_it_was_trained_on_can_be_given() {
     let control = undertone::dataset::read_jsonl(&folder.path().join("run/data/control.jsonl")).unwrap();
     assert!(control.iter().map(|sample| &sample.prompt).eq(samples.iter().map(|sample| &sample.prompt)));
 
+    // A run whose rows are others now is another one.
+    let again = ["run", "experiment.toml", "--run", "run"];
+    fs::write(folder.path().join("rows.jsonl"), text[..2].join("\n")).unwrap();
+    let message = fails(folder.path(), &[again.as_slice(), &MINE, &given].concat());
+    assert!(
+        message.contains("run/run.toml holds another experiment, which differs in the rows of generate.numbers"),
+        "{message}"
+    );
+    fs::write(folder.path().join("rows.jsonl"), text.join("\n")).unwrap();
+
     // More than there are prompts are left out, and that is said.
     let few = ["--set", "generate.n_prompts=2", "--set", "generate.n_keep=2", "--force"];
     let said = succeeds(folder.path(), &[args.as_slice(), &MINE, &given, &few].concat());
