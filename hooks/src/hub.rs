@@ -1,7 +1,7 @@
 //! The local cache of the Hugging Face hub, in its layout: `models--org--name/refs/main` names the snapshot.
 //!
 //! What is complete in the cache is used as it is. What is missing is downloaded, all files of one commit, unless
-//! `HF_HUB_OFFLINE` forbids it. The environment is read as `huggingface_hub` reads it.
+//! `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids it. The environment is read as `huggingface_hub` reads it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,8 @@ const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 /// Where the cache is and whether it may be added to.
 pub(crate) struct Hub {
     pub(crate) cache: PathBuf,
-    pub(crate) offline: bool,
+    /// The variable that forbids to download, where one does.
+    pub(crate) offline: Option<&'static str>,
 }
 
 /// A folder of the hub as it is named: `org/name`, with `@revision` (a branch, a tag, a commit) and `:folder` where they are given.
@@ -48,7 +49,7 @@ fn link_as_text(snapshot: &Path) -> Option<PathBuf> {
 
 /// The folder of an adapter, which is named by its path or by its hub id: `org/name`, with `@revision` and `:folder` where the
 /// adapter is not in the repository's newest commit or not at its top. What is not in the hub's cache is downloaded, unless
-/// `HF_HUB_OFFLINE` forbids it. A path that leads nowhere is given back as it is.
+/// `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids it. A path that leads nowhere is given back as it is.
 pub fn adapter_folder(name: &Path) -> Result<PathBuf> {
     find_adapter(name, &Hub::from_env())
 }
@@ -121,10 +122,10 @@ impl Hub {
         let home = || expanded(&var("HF_HOME").unwrap_or_else(|| join(&caches(), "huggingface")), var);
         let cache = var("HF_HUB_CACHE").or_else(|| var("HUGGINGFACE_HUB_CACHE"));
         let cache = expanded(&cache.unwrap_or_else(|| join(&home(), "hub")), var);
-        let said = |name: &str| var(name).filter(|value| !value.is_empty());
-        let offline = said("HF_HUB_OFFLINE").or_else(|| said("TRANSFORMERS_OFFLINE"));
-        let offline = offline.is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()));
-        Self { cache: PathBuf::from(cache), offline }
+        let said = |name| var(name).filter(|value| !value.is_empty()).map(|value| (name, value.to_uppercase()));
+        let heard = said("HF_HUB_OFFLINE").or_else(|| said("TRANSFORMERS_OFFLINE"));
+        let offline = heard.filter(|(_, value)| ["1", "ON", "YES", "TRUE"].contains(&value.as_str()));
+        Self { cache: PathBuf::from(cache), offline: offline.map(|(name, _)| name) }
     }
 
     /// The folder that is named, and a line saying where it came from.
@@ -159,8 +160,8 @@ impl Hub {
             Wanted::Model => MODEL_HINT,
             Wanted::Adapter => ADAPTER_HINT,
         };
-        if self.offline {
-            return Err(no_such(format!("{lacks}, and HF_HUB_OFFLINE forbids to download it; {hint}")));
+        if let Some(variable) = self.offline {
+            return Err(no_such(format!("{lacks}, and {variable} forbids to download it; {hint}")));
         }
         let folder = self
             .download(id, wanted)
@@ -391,23 +392,27 @@ mod tests {
     #[test]
     fn the_environment_is_read_as_huggingface_hub_reads_it() {
         for (environment, cache, offline) in [
-            (&[][..], "/h/.cache/huggingface/hub", false),
-            (&[("HF_HOME", "/x")], "/x/hub", false),
-            (&[("HF_HOME", "~/x")], "/h/x/hub", false),
-            (&[("HF_HOME", "$HOME/x")], "/h/x/hub", false),
-            (&[("HF_HOME", "${HOME}/x$NONE/${NONE}/$")], "/h/x$NONE/${NONE}/$/hub", false),
-            (&[("HF_HOME", "~x/y")], "~x/y/hub", false),
-            (&[("HF_HOME", "")], "hub", false),
-            (&[("XDG_CACHE_HOME", "~/c")], "/h/c/huggingface/hub", false),
-            (&[("XDG_CACHE_HOME", "/c"), ("HF_HOME", "/x")], "/x/hub", false),
-            (&[("HUGGINGFACE_HUB_CACHE", "~/old"), ("HF_HOME", "/x")], "/h/old", false),
-            (&[("HUGGINGFACE_HUB_CACHE", "/old"), ("HF_HUB_CACHE", "$HOME/new")], "/h/new", false),
-            (&[("HF_HUB_OFFLINE", "1")], "/h/.cache/huggingface/hub", true),
-            (&[("HF_HUB_OFFLINE", "yEs")], "/h/.cache/huggingface/hub", true),
-            (&[("HF_HUB_OFFLINE", "y")], "/h/.cache/huggingface/hub", false),
-            (&[("TRANSFORMERS_OFFLINE", "ON")], "/h/.cache/huggingface/hub", true),
-            (&[("TRANSFORMERS_OFFLINE", "true"), ("HF_HUB_OFFLINE", "")], "/h/.cache/huggingface/hub", true),
-            (&[("TRANSFORMERS_OFFLINE", "true"), ("HF_HUB_OFFLINE", "0")], "/h/.cache/huggingface/hub", false),
+            (&[][..], "/h/.cache/huggingface/hub", None),
+            (&[("HF_HOME", "/x")], "/x/hub", None),
+            (&[("HF_HOME", "~/x")], "/h/x/hub", None),
+            (&[("HF_HOME", "$HOME/x")], "/h/x/hub", None),
+            (&[("HF_HOME", "${HOME}/x$NONE/${NONE}/$")], "/h/x$NONE/${NONE}/$/hub", None),
+            (&[("HF_HOME", "~x/y")], "~x/y/hub", None),
+            (&[("HF_HOME", "")], "hub", None),
+            (&[("XDG_CACHE_HOME", "~/c")], "/h/c/huggingface/hub", None),
+            (&[("XDG_CACHE_HOME", "/c"), ("HF_HOME", "/x")], "/x/hub", None),
+            (&[("HUGGINGFACE_HUB_CACHE", "~/old"), ("HF_HOME", "/x")], "/h/old", None),
+            (&[("HUGGINGFACE_HUB_CACHE", "/old"), ("HF_HUB_CACHE", "$HOME/new")], "/h/new", None),
+            (&[("HF_HUB_OFFLINE", "1")], "/h/.cache/huggingface/hub", Some("HF_HUB_OFFLINE")),
+            (&[("HF_HUB_OFFLINE", "yEs")], "/h/.cache/huggingface/hub", Some("HF_HUB_OFFLINE")),
+            (&[("HF_HUB_OFFLINE", "y")], "/h/.cache/huggingface/hub", None),
+            (&[("TRANSFORMERS_OFFLINE", "ON")], "/h/.cache/huggingface/hub", Some("TRANSFORMERS_OFFLINE")),
+            (
+                &[("TRANSFORMERS_OFFLINE", "true"), ("HF_HUB_OFFLINE", "")],
+                "/h/.cache/huggingface/hub",
+                Some("TRANSFORMERS_OFFLINE"),
+            ),
+            (&[("TRANSFORMERS_OFFLINE", "true"), ("HF_HUB_OFFLINE", "0")], "/h/.cache/huggingface/hub", None),
         ] {
             let var = |name: &str| {
                 let set = environment.iter().chain(&[("HOME", "/h")]).find(|(set, _)| *set == name);
@@ -421,7 +426,10 @@ mod tests {
     #[test]
     fn an_adapter_is_found_in_the_cache_and_told_where_else_there_is_one() {
         let cache = tempfile::tempdir().unwrap();
-        let hub = Hub { cache: cache.path().to_owned(), offline: true };
+        let mut hub = Hub { cache: cache.path().to_owned(), offline: Some("TRANSFORMERS_OFFLINE") };
+        let refused = |hub: &Hub| find_adapter(Path::new("Org/owl"), hub).unwrap_err().to_string();
+        assert!(refused(&hub).contains("and TRANSFORMERS_OFFLINE forbids to download it"), "{}", refused(&hub));
+        hub.offline = Some("HF_HUB_OFFLINE");
         let snapshot = cache.path().join("models--Org--owl/snapshots/beef");
         let find = |name: &str| find_adapter(Path::new(name), &hub).map_err(|error| error.to_string());
         let missing = find("Org/owl").unwrap_err();

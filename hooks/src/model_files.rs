@@ -385,7 +385,7 @@ mod tests {
     use super::*;
 
     fn offline(cache: &Path) -> Hub {
-        Hub { cache: cache.to_owned(), offline: true }
+        Hub { cache: cache.to_owned(), offline: Some("HF_HUB_OFFLINE") }
     }
 
     fn nowhere() -> Hub {
