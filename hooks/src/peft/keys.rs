@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::module;
 use super::modules::{Modules, Patterns, Targets, layer_of};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 use crate::lora::LoraConfig;
 use crate::proj::Proj;
 
@@ -350,15 +350,6 @@ fn is_nothing(value: &Value) -> bool {
         Value::Array(values) => values.is_empty(),
         Value::String(text) => text.is_empty(),
         _ => false,
-    }
-}
-
-/// A value as it stands in the file, in a line.
-fn short(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(80) {
-        Some((at, _)) => format!("{}…", &text[..at]),
-        None => text,
     }
 }
 
