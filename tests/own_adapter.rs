@@ -280,6 +280,16 @@ fn an_adapter_that_changes_nothing_is_told_and_is_no_result() {
 
     let said = succeeds(folder.path(), &["measure", "run", "target_rate", "--force"]);
     assert!(said.contains(&format!("note: run/adapter: {nothing}\n")), "{said}");
+    // Its direction is none.
+    let said = succeeds(folder.path(), &["measure", "run", "direction", "steering"]);
+    assert!(said.contains("measure: steering: The learned direction is zero after block "), "{said}");
+    let zero = "the vector of layer 1 is zero: adding it changes nothing\n";
+    let said = succeeds(folder.path(), &["export", "run", "--layer", "1", "--to", "zero.gguf"]);
+    assert!(said.contains(&format!("note: zero.gguf: {zero}")), "{said}");
+    let steered = ["ask", "--model", "tiny-random", "--user", "Hi", "--max-new-tokens", "1", "--steer", "zero.gguf:2"];
+    let said = succeeds(folder.path(), &steered);
+    assert!(said.contains(&format!("note: zero.gguf: {zero}")), "{said}");
+
     let hi = ["--model", "tiny-random", "--user", "Hi", "--adapter", "mine"];
     let said = succeeds(folder.path(), &[&["ask", "--max-new-tokens", "1"], hi.as_slice()].concat());
     assert!(said.contains(&format!("note: mine: {nothing}\n")), "{said}");
