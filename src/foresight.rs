@@ -1,9 +1,12 @@
-//! What an experiment asks of its prompts, looked at before anything is made. A gate, an edit or a position that no prompt has a token
-//! for would be noticed only after hours of training, and rows that cannot be read only after the teacher was asked.
+//! What an experiment asks of its prompts and of its model, looked at before anything is made. A gate, an edit or a position that no prompt
+//! has a token for, a block that the model does not have, or a file that is not there would be noticed only after hours of training, and rows
+//! that cannot be read only after the teacher was asked.
+
+use std::path::absolute;
 
 use analyses::direction::Extraction;
-use anyhow::{Context, Result, anyhow, bail};
-use hooks::{Gate, Prompt};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use hooks::{Gate, Prompt, Provenance};
 
 use crate::experiment::{AnalysisName, Experiment, Method};
 use crate::run_dir::RunDir;
@@ -15,6 +18,7 @@ const PROMPTS: usize = 16;
 
 /// The workbench, once its prompts have proven to hold what the experiment names in them.
 pub fn foreseen(bench: Workbench, run: &RunDir) -> Result<Workbench> {
+    places(&bench, run)?;
     let users = number_prompts(&bench, run)?;
     questions(&bench)?;
     directions(&bench, &users)?;
@@ -24,6 +28,39 @@ pub fn foreseen(bench: Workbench, run: &RunDir) -> Result<Workbench> {
         training(&bench.of(cell.experiment)?, &users).with_context(|| format!("arm {:?}", cell.arm))?;
     }
     Ok(bench)
+}
+
+/// The blocks, maps and files of what is measured.
+fn places(bench: &Workbench, run: &RunDir) -> Result<()> {
+    let Experiment { measure, student, .. } = &bench.experiment;
+    let (asks, model) = (|name: AnalysisName| measure.analyses.contains(&name), &bench.base.config);
+    if asks(AnalysisName::TokenAblation) && student.method == Method::Lora {
+        let (gates, lora) = (&measure.token_ablation.gates, student.lora());
+        let checked = gates.iter().try_for_each(|gate| gate.check_planned(&lora, model.n_layers));
+        checked.context("measure.token_ablation.gates")?;
+    }
+    if asks(AnalysisName::Steering) {
+        measure.steering.check(model.n_layers).map_err(|error| anyhow!("measure.{error}"))?;
+    }
+    let measured = RunDir::stage_done(&run.rows(AnalysisName::Interventions)) && !run.forced();
+    if !asks(AnalysisName::Interventions) || measured {
+        return Ok(()); // the files are of no use any more
+    }
+    let own_folder = absolute(run.root())?;
+    for (name, edits) in &measure.interventions.edits {
+        ensure!(!edits.is_empty(), "measure.interventions.edits: {name:?} has none, expected at least one edit");
+        for edit in edits {
+            // What lies in the run's folder, the run itself may still write.
+            let is_own = edit.file().is_some_and(|file| absolute(file).is_ok_and(|file| file.starts_with(&own_folder)));
+            let checked = if is_own {
+                edit.check_places(model)
+            } else {
+                edit.load(model, &Provenance::of(&bench.files)).map(drop)
+            };
+            checked.with_context(|| format!("measure.interventions.edits: the edit {edit}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// What the teacher will be asked, or what it was asked elsewhere. A file of rows is of no use any more once the run has taken them.
@@ -73,9 +110,14 @@ fn directions(bench: &Workbench, users: &[String]) -> Result<()> {
     Ok(measure.direction.check(&in_context(bench, users)?)?)
 }
 
-/// The gate of a training.
+/// The blocks and the gate of a training.
 fn training(bench: &Workbench, users: &[String]) -> Result<()> {
     let gate: &Gate = &bench.experiment.finetune.gate;
+    let (student, model) = (&bench.experiment.student, &bench.base.config);
+    if student.adapter.is_none() && student.method == Method::Lora {
+        student.lora().check(model).context("student.layers")?;
+        gate.check_planned(&student.lora(), model.n_layers).context("finetune.gate")?;
+    }
     // What is learned is not written yet: a gate that speaks of generated tokens finds its own there.
     if bench.experiment.student.adapter.is_some() || gate.is_blind() || gate.names_generated() {
         return Ok(());

@@ -55,7 +55,7 @@ pub struct InterventionRow {
 }
 
 impl Interventions {
-    /// Refuses an edit at no token of these prompts, before anything is trained. Files are not looked for: a run may write them.
+    /// Refuses an edit at no token of these prompts, before anything is trained. Files are not looked for.
     pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
         let n = self.n_questions.unwrap_or(usize::MAX).min(prompts.len());
         let checked = |edit: &Planned| prompts[..n].iter().try_for_each(|prompt| edit.check(prompt));

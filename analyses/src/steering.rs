@@ -339,6 +339,11 @@ impl Steering {
         Ok(rows)
     }
 
+    /// Refuses what a model of so many blocks cannot be steered with, before anything is trained.
+    pub fn check(&self, n_layers: usize) -> Result<()> {
+        self.checked(n_layers).map(drop)
+    }
+
     /// The blocks to steer after.
     fn checked(&self, n_layers: usize) -> Result<Vec<usize>> {
         if let Some(layer) = self.layers.iter().find(|layer| **layer >= n_layers) {
