@@ -75,10 +75,22 @@ impl PeftConfig {
         Some(self.lora(&places, Some(layers.len())))
     }
 
-    /// Refuses what no adapter of this model can have.
-    pub(super) fn check(&self, model: &Config) -> Result<()> {
-        let layers = self.targets.layers.clone();
-        LoraConfig { layers, ..self.lora(&[(0, Proj::Q)], None) }.check(model)
+    /// Refuses what no adapter of this model can have: blocks that are all beyond it. Of some there is a remark.
+    pub(super) fn check(&self, model: &Config) -> Result<Option<String>> {
+        let layers = self.targets.layers.clone().unwrap_or_default();
+        let (beyond, there): (Vec<usize>, Vec<usize>) = layers.into_iter().partition(|layer| *layer >= model.n_layers);
+        if there.is_empty() {
+            let layers = (!beyond.is_empty()).then_some(beyond);
+            LoraConfig { layers, ..self.lora(&[(0, Proj::Q)], None) }.check(model)?;
+            return Ok(None);
+        }
+        Ok((!beyond.is_empty()).then(|| {
+            format!(
+                "layers_to_transform also names {}, but the model has the blocks 0 to {}: nothing acts there",
+                crate::error::few(&beyond.iter().map(ToString::to_string).collect::<Vec<_>>()),
+                model.n_layers - 1
+            )
+        }))
     }
 }
 
