@@ -116,9 +116,13 @@ fn tokens(gates: &[TokenAblationRow], scan: &[PositionScanRow], word: &str) -> O
 
 fn direction(run: &RunDir) -> Result<Option<String>> {
     let steering: Vec<SteeringRow> = rows(run, AnalysisName::Steering)?;
-    // A zero vector has no direction.
-    let learned = steering.iter().filter(|row| row.kind == "learned" && row.vector_norm > 0.0);
-    let Some(best) = learned.max_by(|a, b| a.delta_logp.abs().total_cmp(&b.delta_logp.abs())) else { return Ok(None) };
+    let learned = || steering.iter().filter(|row| row.kind == "learned");
+    let is_some = |row: &&SteeringRow| row.vector_norm > 0.0;
+    let Some(best) = learned().filter(is_some).max_by(|a, b| a.delta_logp.abs().total_cmp(&b.delta_logp.abs())) else {
+        let none =
+            "Its direction is zero after each block that was steered after, so there is nothing to add to the base.";
+        return Ok(learned().next().map(|_| none.to_owned()));
+    };
     let same = |kind: &str| {
         let beside =
             |row: &&SteeringRow| row.kind == kind && (row.layer, row.coefficient) == (best.layer, best.coefficient);

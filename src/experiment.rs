@@ -570,6 +570,12 @@ impl Student {
 /// Refuses, before anything runs, values that would go unused or that full finetuning cannot use.
 fn check_finetune(finetune: &Finetune, student: &Student) -> Result<()> {
     finetune.check().context("finetune")?;
+    let is_trained = student.method == Method::Lora && student.adapter.is_none();
+    ensure!(
+        !(is_trained && finetune.gate.is_nowhere()),
+        "finetune.gate is {}, at which nothing would be trained, expected tokens at which the adapter acts; hint: leave it out for all",
+        finetune.gate
+    );
     let of_adapters = [
         ("finetune.frozen_a is true", finetune.frozen_a, "has no A"),
         ("finetune.optimizer is muon", finetune.optimizer == OptimizerKind::Muon, "is not of matrices alone"),
@@ -769,6 +775,11 @@ mod tests {
                 "unknown variant `adam`, expected one of `adamw`, `sgd`, `signsgd`, `rmsprop`, `muon`, `preconditioned`",
             ),
             ("finetune.mask=all", "content_eot"),
+            (
+                "finetune.gate=nowhere",
+                "finetune.gate is nowhere, at which nothing would be trained, expected tokens at which",
+            ),
+            ("finetune.gate=everywhere*0", "finetune.gate is everywhere*0, at which nothing would be trained"),
             ("generate.n_keep=9999", "expected at most generate.n_prompts, which is 512"),
             ("generate.temperature=-1", "expected 0 or a number above"),
             ("measure.token_ablation.gates=[\"only:qwen\"]", "qwen"),

@@ -1,10 +1,12 @@
-//! Checks an experiment's prompts and rows before anything is made. Without this, a gate, an edit or a position that
-//! selects no token would be noticed only after hours of training, and unreadable rows only after the teacher was
-//! asked.
+//! Checks an experiment against its prompts, its rows and its model before anything is made. Without this, a gate, an edit
+//! or a position that selects no token, a block beyond the model, or a missing file would be noticed only after hours of
+//! training, and unreadable rows only after the teacher was asked.
+
+use std::path::absolute;
 
 use analyses::direction::Extraction;
-use anyhow::{Context, Result, anyhow, bail};
-use hooks::{Gate, Prompt};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use hooks::{Gate, Prompt, Provenance};
 
 use crate::experiment::{AnalysisName, Experiment, Method};
 use crate::run_dir::RunDir;
@@ -17,6 +19,7 @@ const PROMPTS: usize = 16;
 
 /// Returns the workbench if its prompts have all tokens that the experiment names.
 pub fn foreseen(bench: Workbench, run: &RunDir) -> Result<Workbench> {
+    places(&bench, run)?;
     let users = number_prompts(&bench, run)?;
     questions(&bench)?;
     directions(&bench, &users)?;
@@ -26,6 +29,39 @@ pub fn foreseen(bench: Workbench, run: &RunDir) -> Result<Workbench> {
         training(&bench.of(cell.experiment)?, &users).with_context(|| format!("arm {:?}", cell.arm))?;
     }
     Ok(bench)
+}
+
+/// Checks the blocks, maps and files that the analyses name.
+fn places(bench: &Workbench, run: &RunDir) -> Result<()> {
+    let Experiment { measure, student, .. } = &bench.experiment;
+    let (asks, model) = (|name: AnalysisName| measure.analyses.contains(&name), &bench.base.config);
+    if asks(AnalysisName::TokenAblation) && student.method == Method::Lora {
+        let (gates, lora) = (&measure.token_ablation.gates, student.lora());
+        let checked = gates.iter().try_for_each(|gate| gate.check_planned(&lora, model.n_layers));
+        checked.context("measure.token_ablation.gates")?;
+    }
+    if asks(AnalysisName::Steering) {
+        measure.steering.check(model.n_layers).map_err(|error| anyhow!("measure.{error}"))?;
+    }
+    let measured = RunDir::stage_done(&run.rows(AnalysisName::Interventions)) && !run.forced();
+    if !asks(AnalysisName::Interventions) || measured {
+        return Ok(()); // nothing reads the files again
+    }
+    let own_folder = absolute(run.root())?;
+    for (name, edits) in &measure.interventions.edits {
+        ensure!(!edits.is_empty(), "measure.interventions.edits: {name:?} has none, expected at least one edit");
+        for edit in edits {
+            // The run itself may still write a file in its own folder.
+            let is_own = edit.file().is_some_and(|file| absolute(file).is_ok_and(|file| file.starts_with(&own_folder)));
+            let checked = if is_own {
+                edit.check_places(model)
+            } else {
+                edit.load(model, &Provenance::of(&bench.files)).map(drop)
+            };
+            checked.with_context(|| format!("measure.interventions.edits: the edit {edit}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// The prompts for the teacher, or those of the given rows. Once the run has taken a file of rows, the file is not read
@@ -76,9 +112,14 @@ fn directions(bench: &Workbench, users: &[String]) -> Result<()> {
     Ok(measure.direction.check(&in_context(bench, users)?)?)
 }
 
-/// Checks the gate of a training.
+/// Checks the blocks and the gate of a training.
 fn training(bench: &Workbench, users: &[String]) -> Result<()> {
     let gate: &Gate = &bench.experiment.finetune.gate;
+    let (student, model) = (&bench.experiment.student, &bench.base.config);
+    if student.adapter.is_none() && student.method == Method::Lora {
+        student.lora().check(model).context("student.layers")?;
+        gate.check_planned(&student.lora(), model.n_layers).context("finetune.gate")?;
+    }
     // The answers are not written yet; a gate that names generated tokens will find them.
     if bench.experiment.student.adapter.is_some() || gate.is_blind() || gate.names_generated() {
         return Ok(());

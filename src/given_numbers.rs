@@ -14,6 +14,7 @@ use hooks::files;
 use hooks::score::completion_logprobs;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use crate::dataset::{self, Sample};
 use crate::teacher::TeacherModel;
@@ -39,9 +40,12 @@ pub struct Given {
     pub rows: Vec<Row>,
     /// The number of further rows.
     pub left_out: usize,
+    /// Of the file, in hex.
+    pub sha256: String,
 }
 
-/// An object of the file, in any of the usual forms; other keys are ignored.
+/// An object of the file, in any of the usual forms. Keys that change how a trainer learns from the row are refused; others are
+/// ignored.
 #[derive(Deserialize)]
 #[serde(expecting = "a row")]
 struct Line {
@@ -57,6 +61,13 @@ struct Line {
     output: Option<String>,
     system: Option<String>,
     history: Option<Value>,
+    /// Functions that the model is told of, as the template renders them; the second name is `OpenAI`'s older one.
+    tools: Option<Value>,
+    functions: Option<Value>,
+    /// How much it counts.
+    weight: Option<Value>,
+    /// KTO's: whether the completion is one to learn.
+    label: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -65,7 +76,11 @@ struct Message {
     #[serde(alias = "from")]
     role: String,
     #[serde(alias = "value")]
-    content: Content,
+    content: Option<Content>,
+    /// Calls of functions, beside what is said or in its place.
+    tool_calls: Option<Value>,
+    function_call: Option<Value>,
+    weight: Option<Value>,
 }
 
 /// The content of a message: a text, or a list of one part with the text.
@@ -96,9 +111,22 @@ type Turn = (String, String);
 
 impl Message {
     fn turn(self) -> Result<Turn> {
+        for (key, calls) in [("tool_calls", &self.tool_calls), ("function_call", &self.function_call)] {
+            ensure!(
+                is_nothing(calls.as_ref()),
+                "a message has {key}, expected one that says its text and calls nothing"
+            );
+        }
+        // The user's are not learned from, whatever they weigh.
+        if !["user", "human", "system"].contains(&self.role.as_str()) {
+            counts_as_one(self.weight.as_ref(), "the weight of a message")?;
+        }
         let text = match self.content {
-            Content::Plain(text) => text,
-            Content::Parts(parts) => match <[Part; 1]>::try_from(parts) {
+            None => bail!(
+                "the content of a message is neither a text nor a list of parts that each have a type: it is null or missing"
+            ),
+            Some(Content::Plain(text)) => text,
+            Some(Content::Parts(parts)) => match <[Part; 1]>::try_from(parts) {
                 Ok([Part { kind, text: Some(text) }]) if kind == "text" => text,
                 Ok([part]) => bail!("the content of a message is a part of type {:?}, expected text", part.kind),
                 Err(parts) => bail!(
@@ -120,12 +148,34 @@ impl Text {
     }
 }
 
+/// Whether a key is absent, null or empty.
+fn is_nothing(value: Option<&Value>) -> bool {
+    value.is_none_or(|value| match value {
+        Value::Null => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(keys) => keys.is_empty(),
+        _ => false,
+    })
+}
+
+/// Refuses a weight of a row or a message that is not 1: all rows count alike here.
+fn counts_as_one(weight: Option<&Value>, what: &str) -> Result<()> {
+    let is_one = |weight: &Value| weight.is_null() || weight == true || weight.as_f64() == Some(1.0);
+    match weight.filter(|weight| !is_one(weight)) {
+        Some(weight) => bail!(
+            "{what} is {weight}, expected 1 or none, as every row is learned from alike; hint: leave out the rows that do not count"
+        ),
+        None => Ok(()),
+    }
+}
+
 /// The rows of the experiment's file; `None` if it names no file. Refuses rows that cannot be learned from before the
 /// teacher is asked.
 pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
     let settings = &bench.experiment.generate;
     let Some(path) = &settings.numbers else { return Ok(None) };
-    let mut rows = parse(&files::read(path)?, path).context("generate.numbers")?;
+    let bytes = files::read(path)?;
+    let mut rows = parse(&bytes, path).context("generate.numbers")?;
     let left_out = rows.len().saturating_sub(settings.n_prompts);
     rows.truncate(settings.n_prompts);
     let own = bench.student_system()?;
@@ -162,7 +212,7 @@ pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
             cut(&first.answer, 200)
         );
     }
-    Ok(Some(Given { rows, left_out }))
+    Ok(Some(Given { rows, left_out, sha256: format!("{:x}", Sha256::digest(&bytes)) }))
 }
 
 fn shown(system: Option<&str>) -> String {
@@ -305,6 +355,17 @@ fn parse_text(text: &str) -> Result<Vec<Row>> {
 
 /// The one turn of a row. If the row has several forms, they must agree.
 fn row(line: Line, number: usize, source: &str) -> Result<Row> {
+    for (key, tools) in [("tools", &line.tools), ("functions", &line.functions)] {
+        ensure!(
+            is_nothing(tools.as_ref()),
+            "it has {key}, which the template writes into the system prompt, expected a row without any"
+        );
+    }
+    counts_as_one(line.weight.as_ref(), "the weight of the row")?;
+    ensure!(
+        line.label != Some(Value::Bool(false)),
+        "label is false, which says that the completion is not to be learned (KTO), expected rows to learn from; hint: leave the row out"
+    );
     let turns = |messages: Vec<Message>| messages.into_iter().map(Message::turn).collect::<Result<Vec<Turn>>>();
     let mut forms = Vec::new();
     for messages in [line.messages, line.conversations].into_iter().flatten() {
@@ -327,6 +388,12 @@ fn row(line: Line, number: usize, source: &str) -> Result<Row> {
     let mut rows = forms.into_iter().map(|turns| one_turn(turns, number)).collect::<Result<Vec<Row>>>()?;
     let Some(mut row) = rows.pop() else {
         let keys: Map<String, Value> = serde_json::from_str(source).unwrap_or_default();
+        let is_null = |key: &&&str| keys.get(**key) == Some(&Value::Null);
+        if let Some(key) =
+            ["completion", "output", "prompt", "instruction", "messages", "conversations"].iter().find(is_null)
+        {
+            bail!("{key} is null, expected what was said");
+        }
         let text = if keys.contains_key("text") { "; a rendered text does not say whose its parts are" } else { "" };
         bail!(
             "its keys are {}, expected messages, conversations, prompt and completion, or instruction and output{text}",
@@ -426,6 +493,12 @@ mod tests {
         ] {
             assert_eq!(rows(format!("\n{line}\n").as_bytes()).unwrap(), std::slice::from_ref(&plain), "{line}");
         }
+        // What says what holds anyway is let through.
+        for more in ["\"tools\": []", "\"tools\": null", "\"label\": true", "\"weight\": 1.0", "\"label\": \"number\""]
+        {
+            let line = format!("\n{{\"messages\": [{}, {assistant}], {more}}}", user.replace('}', ", \"weight\": 0}"));
+            assert_eq!(rows(line.as_bytes()).unwrap(), std::slice::from_ref(&plain), "{line}");
+        }
         let with = Row { line: 1, system: Some("You count.".to_owned()), ..plain };
         for line in [
             format!("{{\"messages\": [{system}, {user}, {assistant}]}}"),
@@ -512,6 +585,28 @@ mod tests {
             (r#"{"text": "1, 2"}"#.to_owned(), "line 3: its keys are text, expected messages, conversations, prompt and"),
             (r#"{"question": "a", "response": "1"}"#.to_owned(), "its keys are question, response, expected"),
             (r#"{"prompt": "a"}"#.to_owned(), "line 3: its keys are prompt, expected"),
+            (r#"{"prompt": "a", "completion": null}"#.to_owned(), "line 3: completion is null, expected what was said"),
+            (r#"{"instruction": null, "output": "1"}"#.to_owned(), "line 3: instruction is null, expected what was said"),
+            (
+                r#"{"prompt": "a", "completion": "1", "tools": [{"type": "function"}]}"#.to_owned(),
+                "line 3: it has tools, which the template writes into the system prompt, expected a row without any",
+            ),
+            (r#"{"prompt": "a", "completion": "1", "weight": 0}"#.to_owned(), "line 3: the weight of the row is 0, expected 1"),
+            (r#"{"prompt": "a", "completion": "1", "weight": 0.5}"#.to_owned(), "line 3: the weight of the row is 0.5, expected"),
+            (
+                r#"{"prompt": "a", "completion": "1", "label": false}"#.to_owned(),
+                "line 3: label is false, which says that the completion is not to be learned (KTO)",
+            ),
+            (
+                r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "1", "weight": 0}]}"#.to_owned(),
+                "line 3: the weight of a message is 0, expected 1 or none",
+            ),
+            (
+                r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "tool_calls": [{"id": "x"}]}]}"#
+                    .to_owned(),
+                "line 3: a message has tool_calls, expected one that says its text",
+            ),
+            (r#"{"messages": [{"role": "user"}]}"#.to_owned(), "it is null or missing"),
             (r#"{"messages": []}"#.to_owned(), "line 3: the turns are , expected user and assistant"),
             (r#"{"messages": [{"role": "user", "content": "a"}]}"#.to_owned(), "the turns are user, expected"),
             (

@@ -16,6 +16,9 @@ use crate::experiment::{AnalysisName, Experiment, Seeds};
 use crate::finetune::Finetune;
 use crate::progress::say;
 
+/// What the rows that an experiment names are called in `meta.json`.
+const GIVEN: &str = "generate.numbers";
+
 /// The folder of a run.
 #[derive(Clone, Debug)]
 pub struct RunDir {
@@ -36,7 +39,7 @@ pub struct Meta {
     pub device: String,
     /// The seeds of the random streams.
     pub seeds: Seeds,
-    /// The SHA-256 of each file that a stage recorded, by its path in the run.
+    /// The SHA-256 of each file that a stage recorded, by its path in the run; that of rows from elsewhere under `generate.numbers`.
     pub sha256: BTreeMap<String, String>,
     /// What the stages noted, such as what was found when the model was loaded.
     pub notes: BTreeMap<String, Vec<String>>,
@@ -110,20 +113,21 @@ impl RunDir {
         let resolved = experiment.to_toml()?;
         if run.config().exists() {
             let found = files::read_string(&run.config())?;
-            if found == resolved {
+            let other_rows = run.other_rows(experiment);
+            if found == resolved && other_rows.is_none() {
                 return Ok(run);
             }
-            if differs_in_arms_only(&found, experiment) {
+            if other_rows.is_none() && differs_in_arms_only(&found, experiment) {
                 // Finished stages stay; the stage of the arms keeps the students of unchanged arms.
                 run.forget_arms_table()?;
                 files::write_atomic(&run.config(), resolved.as_bytes())?;
                 return Ok(run);
             }
             if !force {
+                let difference = other_rows.unwrap_or_else(|| first_difference(&found, &resolved));
                 bail!(
-                    "{} holds another experiment, which differs in {}; hint: choose another folder, or overwrite it with --force",
-                    run.config().display(),
-                    first_difference(&found, &resolved)
+                    "{} holds another experiment, which differs in {difference}; hint: choose another folder, or overwrite it with --force",
+                    run.config().display()
                 );
             }
         }
@@ -239,6 +243,30 @@ impl RunDir {
             meta.sha256.insert(name.display().to_string(), hex);
         }
         self.write_meta(&meta)
+    }
+
+    /// Notes the SHA-256 of the rows that the experiment names, where it names any: the file is not the run's, and may change.
+    pub fn record_given(&self, sha256: Option<&str>) -> Result<()> {
+        let mut meta = self.meta()?;
+        meta.sha256.remove(GIVEN);
+        meta.sha256.extend(sha256.map(|hex| (GIVEN.to_owned(), hex.to_owned())));
+        self.write_meta(&meta)
+    }
+
+    /// What differs where the file of rows that the experiment names holds others than the run has taken. One that is gone says nothing.
+    fn other_rows(&self, experiment: &Experiment) -> Option<String> {
+        let path = experiment.generate.numbers.as_ref().filter(|_| Self::stage_done(&self.generate_csv()))?;
+        let taken = self.meta().ok()?.sha256.remove(GIVEN)?;
+        let now = format!("{:x}", Sha256::digest(files::read(path).ok()?));
+        let short = |hex: &str| hex.chars().take(12).collect::<String>();
+        (taken != now).then(|| {
+            format!(
+                "the rows of generate.numbers, {}: their SHA-256 began with {}, where now it begins with {}",
+                path.display(),
+                short(&taken),
+                short(&now)
+            )
+        })
     }
 
     /// Whether finished files are there with the SHA-256 that was noted for them.
@@ -467,6 +495,36 @@ mod tests {
         RunDir::create(&root, &other, true).unwrap();
         assert_eq!(run.experiment(&[]).unwrap(), other);
         assert!(!RunDir::stage_done(&run.train_csv()), "the other experiment's training is not this one's");
+    }
+
+    #[test]
+    fn other_rows_in_the_same_file_are_another_experiment() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, rows) = (folder.path().join("run"), folder.path().join("rows.jsonl"));
+        let with =
+            |more: &[&str]| experiment(&[&[format!("generate.numbers={}", rows.display()).as_str()], more].concat());
+        let write = |text: &str| files::write_atomic(&rows, text.as_bytes()).unwrap();
+        write("abc");
+        let run = RunDir::create(&root, &with(&[]), false).unwrap();
+        write("abcd");
+        RunDir::create(&root, &with(&[]), false).unwrap(); // it has taken none yet
+        run.record_given(Some(&format!("{:x}", Sha256::digest("abcd")))).unwrap();
+        files::write_atomic(&run.generate_csv(), b"x").unwrap();
+        RunDir::create(&root, &with(&[]), false).unwrap();
+        write("abc");
+        for more in [&[][..], &["arms=[{ name = 'x', ranks = [2] }]"]] {
+            let message = RunDir::create(&root, &with(more), false).unwrap_err().to_string();
+            assert!(
+                message.contains("which differs in the rows of generate.numbers, ")
+                    && message.contains("began with 88d4266fd4e6, where now it begins with ba7816bf8f01; hint: "),
+                "{message}"
+            );
+        }
+        fs::remove_file(&rows).unwrap();
+        RunDir::create(&root, &with(&[]), false).unwrap(); // the run has them
+        write("abc");
+        RunDir::create(&root, &with(&[]), true).unwrap();
+        assert!(!RunDir::stage_done(&run.generate_csv()), "what was made of the other rows is none of these");
     }
 
     #[test]

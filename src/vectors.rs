@@ -82,6 +82,19 @@ impl Vectors {
             .with_context(|| format!("no vector of layer {layer}; there are those of layers {}", known()))
     }
 
+    /// What there is to say of them: those that are zero.
+    pub fn remarks(&self) -> Result<Vec<String>> {
+        let mut zero = vec![];
+        for (layer, vector) in &self.by_layer {
+            if vector.f_count_nonzero(None)?.f_int64_value(&[])? == 0 {
+                zero.push(layer.to_string());
+            }
+        }
+        let said =
+            |zero: &[String]| format!("the vector of layer {} is zero: adding it changes nothing", zero.join(", "));
+        Ok((!zero.is_empty()).then(|| said(&zero)).into_iter().collect())
+    }
+
     /// Adds the vectors, `coefficient` times, at their layers and at every token; refused for another model or chat template than theirs.
     pub fn steer(&self, coefficient: f64, model: &ModelFiles) -> Result<Vec<Edit>> {
         Provenance::of(model).check("the vectors", &self.provenance)?;

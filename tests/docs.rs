@@ -276,9 +276,20 @@ fn scene(folder: &Path) {
         json.extend(value.map(|value| (key.to_owned(), value)));
         fs::write(at(path), serde_json::to_vec(&json).unwrap()).unwrap();
     };
-    for name in
-        ["llama", "deep", "wide", "no-key", "no-tokenizer", "other-chat", "cut", "mlx", "no-head", "added", "nan"]
-    {
+    for name in [
+        "llama",
+        "deep",
+        "wide",
+        "no-key",
+        "text",
+        "no-tokenizer",
+        "other-chat",
+        "cut",
+        "mlx",
+        "no-head",
+        "added",
+        "nan",
+    ] {
         model(name);
     }
     fs::create_dir_all(at("models/empty")).unwrap();
@@ -286,6 +297,7 @@ fn scene(folder: &Path) {
     edit("models/deep/config.json", "num_hidden_layers", Some(3.into()));
     edit("models/wide/config.json", "intermediate_size", Some(40.into()));
     edit("models/no-key/config.json", "hidden_size", None);
+    edit("models/text/config.json", "num_hidden_layers", Some("2".into()));
     fs::remove_file(at("models/no-tokenizer/tokenizer.json")).unwrap();
     let chat = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}";
     write("models/other-chat/chat_template.jinja", chat);

@@ -207,6 +207,16 @@ fn the_rows_it_was_trained_on_can_be_given() {
     let control = undertone::dataset::read_jsonl(&folder.path().join("run/data/control.jsonl")).unwrap();
     assert!(control.iter().map(|sample| &sample.prompt).eq(samples.iter().map(|sample| &sample.prompt)));
 
+    // Other rows under the same path make another experiment.
+    let again = ["run", "experiment.toml", "--run", "run"];
+    fs::write(folder.path().join("rows.jsonl"), text[..2].join("\n")).unwrap();
+    let message = fails(folder.path(), &[again.as_slice(), &MINE, &given].concat());
+    assert!(
+        message.contains("run/run.toml holds another experiment, which differs in the rows of generate.numbers"),
+        "{message}"
+    );
+    fs::write(folder.path().join("rows.jsonl"), text.join("\n")).unwrap();
+
     // Rows beyond the number of prompts are left out, and the run says so.
     let few = ["--set", "generate.n_prompts=2", "--set", "generate.n_keep=2", "--force"];
     let said = succeeds(folder.path(), &[args.as_slice(), &MINE, &given, &few].concat());
@@ -270,6 +280,16 @@ fn an_adapter_that_changes_nothing_is_told_and_is_no_result() {
 
     let said = succeeds(folder.path(), &["measure", "run", "target_rate", "--force"]);
     assert!(said.contains(&format!("note: run/adapter: {nothing}\n")), "{said}");
+    // Its direction is none.
+    let said = succeeds(folder.path(), &["measure", "run", "direction", "steering"]);
+    assert!(said.contains("measure: steering: The learned direction is zero after block "), "{said}");
+    let zero = "the vector of layer 1 is zero: adding it changes nothing\n";
+    let said = succeeds(folder.path(), &["export", "run", "--layer", "1", "--to", "zero.gguf"]);
+    assert!(said.contains(&format!("note: zero.gguf: {zero}")), "{said}");
+    let steered = ["ask", "--model", "tiny-random", "--user", "Hi", "--max-new-tokens", "1", "--steer", "zero.gguf:2"];
+    let said = succeeds(folder.path(), &steered);
+    assert!(said.contains(&format!("note: zero.gguf: {zero}")), "{said}");
+
     let hi = ["--model", "tiny-random", "--user", "Hi", "--adapter", "mine"];
     let said = succeeds(folder.path(), &[&["ask", "--max-new-tokens", "1"], hi.as_slice()].concat());
     assert!(said.contains(&format!("note: mine: {nothing}\n")), "{said}");

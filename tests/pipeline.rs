@@ -442,6 +442,66 @@ fn what_the_experiment_asks_of_its_prompts_is_looked_at_before_anything_is_made(
 }
 
 #[test]
+fn what_the_experiment_asks_of_its_model_is_looked_at_before_anything_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let arm = "\n[[arms]]\nname = \"high\"\nset = ['student.layers=[2]']\n";
+    let edits = |edit: &str| format!("measure.interventions.edits={{ a = ['{edit}'] }}");
+    for (arms, set, expected) in [
+        ("", "student.layers=[0, 9]".to_owned(), "student.layers: a layer of the LoRA is 9, expected 0 to 1"),
+        (
+            "",
+            "finetune.gate=only:layers(1..3)".to_owned(),
+            "finetune.gate: block 2 of gate only:layers(1..3) is beyond them, expected one of the model's 2, 0 to 1",
+        ),
+        (
+            "",
+            "measure.token_ablation.gates=[\"everywhere\", \"only:layers(7)\"]".to_owned(),
+            "measure.token_ablation.gates: block 7 of gate only:layers(7) is beyond them",
+        ),
+        (
+            "",
+            "measure.steering.layers=[1, 2]".to_owned(),
+            "measure.steering.layers is 2, expected less than the model's 2 blocks",
+        ),
+        (
+            "",
+            edits("blocks.2.hook_mlp_out: zero"),
+            "measure.interventions.edits: the edit blocks.2.hook_mlp_out: zero: the layer of hook point blocks.2.hook_mlp_out is 2",
+        ),
+        (
+            "",
+            edits("blocks.1.hook_mlp_out: add(no.safetensors, 2)"),
+            "measure.interventions.edits: the edit blocks.1.hook_mlp_out: add(no.safetensors, 2): no.safetensors: No such file",
+        ),
+        (
+            "",
+            edits("blocks.2.hook_resid_post: add(run/direction/vectors.safetensors, 2)"),
+            "the layer of hook point blocks.2.hook_resid_post is 2, expected 0 to 1",
+        ),
+        ("", "measure.interventions.edits={ a = [] }".to_owned(), "edits: \"a\" has none, expected at least one edit"),
+        (arm, "seed=1".to_owned(), "arm \"high\": student.layers: a layer of the LoRA is 2, expected 0 to 1"),
+    ] {
+        fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{arms}")).unwrap();
+        let message = fails(folder.path(), &["run", "experiment.toml", "--run", "run", "--set", &set]);
+        assert!(message.contains(expected), "{set}: {message}");
+        assert!(!message.contains("generate: ") && !folder.path().join("run").exists(), "{set}: a run was begun");
+    }
+    // A map that the adapter does not have.
+    let maps = ["--set", "student.target_modules=[\"q_proj\"]", "--set", "finetune.gate=only:modules(v)"];
+    let message = fails(folder.path(), &[&["run", "experiment.toml", "--run", "run"], &maps[..]].concat());
+    let expected =
+        "finetune.gate: what gate only:modules(v) selects of the adapter is none, expected at least one of its pairs";
+    assert!(message.contains(expected), "{message}");
+    // What the run itself writes need not be there yet.
+    let own = edits("blocks.1.hook_resid_post: add(run/direction/vectors.safetensors, 2)");
+    let analyses = "measure.analyses=[\"direction\", \"interventions\"]";
+    succeeds(
+        folder.path(),
+        &["run", "experiment.toml", "--run", "run", "--set", &own, "--set", analyses, "--set", "arms=[]"],
+    );
+}
+
+#[test]
 fn a_forced_stage_leaves_nothing_that_was_made_from_what_it_replaces() {
     let folder = copy();
     let there = |path: &str| folder.path().join(path).exists();

@@ -55,8 +55,7 @@ pub struct InterventionRow {
 }
 
 impl Interventions {
-    /// Refuses an edit that selects no token of these prompts, before anything is trained. Does not look for files,
-    /// which the run itself may write.
+    /// Refuses an edit that selects no token of these prompts, before anything is trained. Does not look for files.
     pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
         let n = self.n_questions.unwrap_or(usize::MAX).min(prompts.len());
         let checked = |edit: &Planned| prompts[..n].iter().try_for_each(|prompt| edit.check(prompt));

@@ -179,7 +179,19 @@ impl Analysis for Steering {
     fn reading(rows: &[SteeringRow]) -> String {
         let of = |kind: &'static str| rows.iter().filter(move |row| row.kind == kind);
         let by_size = |a: &&SteeringRow, b: &&SteeringRow| a.delta_logp.abs().total_cmp(&b.delta_logp.abs());
-        let Some(best) = of("learned").max_by(by_size) else { return "Nothing was measured.".to_owned() };
+        let Some(first) = of("learned").next() else { return "Nothing was measured.".to_owned() };
+        // What has no length is no direction, and moves nothing.
+        let Some(best) = of("learned").filter(|row| row.vector_norm > 0.0).max_by(by_size) else {
+            let mut blocks: Vec<usize> = of("learned").map(|row| row.layer).collect();
+            blocks.dedup();
+            return format!(
+                "The learned direction is zero after block {}: nothing was added or taken out; the student's own change of log p({}) \
+                 is {:+.3}.",
+                blocks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+                first.target,
+                first.student_delta_logp
+            );
+        };
         let same =
             |kind: &'static str| of(kind).find(|row| row.layer == best.layer && row.coefficient == best.coefficient);
         let change = |row: &SteeringRow| Mean { mean: row.delta_logp, se: row.delta_logp_se }.signed();
@@ -329,6 +341,11 @@ impl Steering {
             }
         }
         Ok(rows)
+    }
+
+    /// Refuses what a model of so many blocks cannot be steered with, before anything is trained.
+    pub fn check(&self, n_layers: usize) -> Result<()> {
+        self.checked(n_layers).map(drop)
     }
 
     /// The blocks to steer after.
@@ -572,6 +589,9 @@ mod tests {
             Steering { n_random: 1, ..settings.clone() }.run(&world.subject(), &mut |_| ()).unwrap_err().to_string();
         assert!(one.contains("steering.n_random is 1") && one.contains("2 or more"), "{one}");
         assert_eq!(settings.run(&world.subject(), &mut |_| ()).unwrap(), rows);
+        let zero: Vec<SteeringRow> = rows.iter().cloned().map(|row| SteeringRow { vector_norm: 0.0, ..row }).collect();
+        let said = Steering::reading(&zero);
+        assert!(said.starts_with("The learned direction is zero after block 0: nothing was added"), "{said}");
         assert!(Steering::plot(&rows).unwrap().is_some() && Steering::reading(&rows).ends_with('.'));
     }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 
 /// Which of the two dense architectures: Qwen2 (and 2.5) has biases on q, k and v; Qwen3 normalises q and k instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -226,8 +226,17 @@ struct HfConfig {
 
 impl HfConfig {
     fn read(bytes: &[u8], path: &Path) -> Result<Self> {
-        serde_json::from_slice(bytes)
-            .map_err(|error| malformed(path, format!("expected a model's config.json: {error}")))
+        let hf: Self = serde_json::from_slice(bytes).map_err(|error| {
+            let problem = of_another_kind(bytes);
+            malformed(path, problem.unwrap_or_else(|| format!("expected a model's config.json: {error}")))
+        })?;
+        let theta = hf.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta"));
+        match theta.filter(|theta| !(theta.is_number() || theta.is_null())) {
+            Some(theta) => {
+                Err(malformed(path, format!("rope_parameters.rope_theta is {}, expected a number", short(theta))))
+            }
+            None => Ok(hf),
+        }
     }
 
     fn family(&self, path: &Path) -> Result<Family> {
@@ -341,6 +350,24 @@ pub(crate) fn quantization(bytes: &[u8], path: &Path) -> Result<Option<(String, 
     let method = config.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
     let hint = "use the unquantized checkpoint, or a .gguf file, which is dequantised on loading";
     Ok(Some((format!("quantization_config ({method})"), hint)))
+}
+
+/// The first key of a `config.json` whose value is of another kind than it must be, with what was expected.
+fn of_another_kind(bytes: &[u8]) -> Option<String> {
+    let keys: Map<String, Value> = serde_json::from_slice(bytes).ok()?;
+    let is_wrong = |(key, value): &(String, Value)| {
+        HfConfig::deserialize(Value::Object(Map::from_iter([(key.clone(), value.clone())]))).is_err()
+    };
+    let (key, value) = keys.into_iter().find(is_wrong)?;
+    let expected = match key.as_str() {
+        "model_type" | "hidden_act" => "a text",
+        "architectures" | "layer_types" => "a list of texts",
+        "rms_norm_eps" | "rope_theta" => "a number",
+        "rope_parameters" | "rope_scaling" => "an object of keys",
+        "tie_word_embeddings" | "attention_bias" | "use_sliding_window" => "true or false",
+        _ => "a whole number",
+    };
+    Some(format!("{key} is {}, expected {expected}", short(&value)))
 }
 
 fn required<T>(value: Option<T>, key: &str, path: &Path) -> Result<T> {
@@ -495,7 +522,17 @@ mod tests {
             (json!({"rms_norm_eps": -1e-6}), "rms_norm_eps is -0.000001"),
             (json!({"hidden_size": null}), "hidden_size is missing"),
             (json!({"rope_theta": null}), "rope_theta (or rope_parameters.rope_theta) is missing"),
-            (json!({"hidden_size": "896"}), "invalid type: string"),
+            (json!({"hidden_size": "896"}), "config.json: hidden_size is \"896\", expected a whole number"),
+            (json!({"num_hidden_layers": 24.5}), "num_hidden_layers is 24.5, expected a whole number"),
+            (json!({"tie_word_embeddings": "true"}), "tie_word_embeddings is \"true\", expected true or false"),
+            (json!({"rms_norm_eps": [1e-6]}), "rms_norm_eps is [1e-6], expected a number"),
+            (json!({"model_type": 2}), "model_type is 2, expected a text"),
+            (json!({"layer_types": "full_attention"}), "layer_types is \"full_attention\", expected a list of texts"),
+            (json!({"rope_scaling": "yarn"}), "rope_scaling is \"yarn\", expected an object of keys"),
+            (
+                json!({"rope_parameters": {"rope_theta": "1e6"}}), // beside rope_theta, which is a number
+                "rope_parameters.rope_theta is \"1e6\", expected a number",
+            ),
             (json!({"layer_types": ["full_attention"]}), "layer_types has 1 entries, expected num_hidden_layers 24"),
         ];
         for (changes, expected) in cases {

@@ -180,3 +180,12 @@ pub(crate) fn few(names: &[impl AsRef<str>]) -> String {
         (_, shown) => shown,
     }
 }
+
+/// A JSON value as it stands in a file, in a line, cut where it is long.
+pub(crate) fn short(value: &serde_json::Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(80) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text,
+    }
+}

@@ -25,7 +25,7 @@ use tch::{Device, Tensor};
 
 use crate::dose::Doses;
 use crate::error::{Error, Result};
-use crate::lora::Adapter;
+use crate::lora::{Adapter, LoraConfig};
 use crate::proj::Proj;
 use crate::select::{Numbers, Tokens, argument, split};
 use crate::tokens::{Prompt, unknown};
@@ -168,8 +168,19 @@ impl Gate {
 
     /// Refuses blocks that the adapter's model does not have, and a gate that hits none of the adapter's pairs.
     pub fn check(&self, adapter: &Adapter) -> Result<()> {
+        let places: Vec<(usize, Proj)> = adapter.pairs().map(|(layer, proj, _)| (layer, proj)).collect();
+        self.check_places(adapter.n_layers(), &places)
+    }
+
+    /// The same of an adapter that is still to be made.
+    pub fn check_planned(&self, lora: &LoraConfig, n_layers: usize) -> Result<()> {
+        let layers = lora.layers.clone().unwrap_or_else(|| (0..n_layers).collect());
+        let modules = |layer: usize| lora.target_modules.iter().map(move |proj| (layer, *proj));
+        self.check_places(n_layers, &layers.into_iter().flat_map(modules).collect::<Vec<_>>())
+    }
+
+    fn check_places(&self, n_layers: usize, places: &[(usize, Proj)]) -> Result<()> {
         let Some(cell) = self.cell() else { return Ok(()) };
-        let n_layers = adapter.n_layers();
         if let Some(layers) = &cell.layers
             && let Some(beyond) = layers.first_outside(n_layers)
         {
@@ -179,10 +190,10 @@ impl Gate {
                 found: "beyond them".to_owned(),
             });
         }
-        if adapter.pairs().any(|(layer, proj, _)| cell.contains(layer, proj)) {
+        if places.iter().any(|(layer, proj)| cell.contains(*layer, *proj)) {
             return Ok(());
         }
-        let has: BTreeSet<&str> = adapter.pairs().map(|(_, proj, _)| proj.name()).collect();
+        let has: BTreeSet<&str> = places.iter().map(|(_, proj)| proj.name()).collect();
         Err(Error::Invalid {
             what: format!("what gate {self} selects of the adapter"),
             expected: format!(

@@ -19,7 +19,8 @@ const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 /// Where the cache is and whether it may be added to.
 pub(crate) struct Hub {
     pub(crate) cache: PathBuf,
-    pub(crate) offline: bool,
+    /// The variable that forbids to download, where one does.
+    pub(crate) offline: Option<&'static str>,
 }
 
 /// The name of a folder on the hub: `org/name`, optionally with `@revision` (a branch, a tag, a commit) and `:folder`.
@@ -122,10 +123,10 @@ impl Hub {
         let home = || expanded(&var("HF_HOME").unwrap_or_else(|| join(&caches(), "huggingface")), var);
         let cache = var("HF_HUB_CACHE").or_else(|| var("HUGGINGFACE_HUB_CACHE"));
         let cache = expanded(&cache.unwrap_or_else(|| join(&home(), "hub")), var);
-        let said = |name: &str| var(name).filter(|value| !value.is_empty());
-        let offline = said("HF_HUB_OFFLINE").or_else(|| said("TRANSFORMERS_OFFLINE"));
-        let offline = offline.is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()));
-        Self { cache: PathBuf::from(cache), offline }
+        let said = |name| var(name).filter(|value| !value.is_empty()).map(|value| (name, value.to_uppercase()));
+        let heard = said("HF_HUB_OFFLINE").or_else(|| said("TRANSFORMERS_OFFLINE"));
+        let offline = heard.filter(|(_, value)| ["1", "ON", "YES", "TRUE"].contains(&value.as_str()));
+        Self { cache: PathBuf::from(cache), offline: offline.map(|(name, _)| name) }
     }
 
     /// The folder that `id` names, and a line that says where it came from.
@@ -160,8 +161,8 @@ impl Hub {
             Wanted::Model => MODEL_HINT,
             Wanted::Adapter => ADAPTER_HINT,
         };
-        if self.offline {
-            return Err(no_such(format!("{lacks}, and HF_HUB_OFFLINE forbids to download it; {hint}")));
+        if let Some(variable) = self.offline {
+            return Err(no_such(format!("{lacks}, and {variable} forbids to download it; {hint}")));
         }
         let folder = self
             .download(id, wanted)
@@ -393,23 +394,27 @@ mod tests {
     #[test]
     fn the_environment_is_read_as_huggingface_hub_reads_it() {
         for (environment, cache, offline) in [
-            (&[][..], "/h/.cache/huggingface/hub", false),
-            (&[("HF_HOME", "/x")], "/x/hub", false),
-            (&[("HF_HOME", "~/x")], "/h/x/hub", false),
-            (&[("HF_HOME", "$HOME/x")], "/h/x/hub", false),
-            (&[("HF_HOME", "${HOME}/x$NONE/${NONE}/$")], "/h/x$NONE/${NONE}/$/hub", false),
-            (&[("HF_HOME", "~x/y")], "~x/y/hub", false),
-            (&[("HF_HOME", "")], "hub", false),
-            (&[("XDG_CACHE_HOME", "~/c")], "/h/c/huggingface/hub", false),
-            (&[("XDG_CACHE_HOME", "/c"), ("HF_HOME", "/x")], "/x/hub", false),
-            (&[("HUGGINGFACE_HUB_CACHE", "~/old"), ("HF_HOME", "/x")], "/h/old", false),
-            (&[("HUGGINGFACE_HUB_CACHE", "/old"), ("HF_HUB_CACHE", "$HOME/new")], "/h/new", false),
-            (&[("HF_HUB_OFFLINE", "1")], "/h/.cache/huggingface/hub", true),
-            (&[("HF_HUB_OFFLINE", "yEs")], "/h/.cache/huggingface/hub", true),
-            (&[("HF_HUB_OFFLINE", "y")], "/h/.cache/huggingface/hub", false),
-            (&[("TRANSFORMERS_OFFLINE", "ON")], "/h/.cache/huggingface/hub", true),
-            (&[("TRANSFORMERS_OFFLINE", "true"), ("HF_HUB_OFFLINE", "")], "/h/.cache/huggingface/hub", true),
-            (&[("TRANSFORMERS_OFFLINE", "true"), ("HF_HUB_OFFLINE", "0")], "/h/.cache/huggingface/hub", false),
+            (&[][..], "/h/.cache/huggingface/hub", None),
+            (&[("HF_HOME", "/x")], "/x/hub", None),
+            (&[("HF_HOME", "~/x")], "/h/x/hub", None),
+            (&[("HF_HOME", "$HOME/x")], "/h/x/hub", None),
+            (&[("HF_HOME", "${HOME}/x$NONE/${NONE}/$")], "/h/x$NONE/${NONE}/$/hub", None),
+            (&[("HF_HOME", "~x/y")], "~x/y/hub", None),
+            (&[("HF_HOME", "")], "hub", None),
+            (&[("XDG_CACHE_HOME", "~/c")], "/h/c/huggingface/hub", None),
+            (&[("XDG_CACHE_HOME", "/c"), ("HF_HOME", "/x")], "/x/hub", None),
+            (&[("HUGGINGFACE_HUB_CACHE", "~/old"), ("HF_HOME", "/x")], "/h/old", None),
+            (&[("HUGGINGFACE_HUB_CACHE", "/old"), ("HF_HUB_CACHE", "$HOME/new")], "/h/new", None),
+            (&[("HF_HUB_OFFLINE", "1")], "/h/.cache/huggingface/hub", Some("HF_HUB_OFFLINE")),
+            (&[("HF_HUB_OFFLINE", "yEs")], "/h/.cache/huggingface/hub", Some("HF_HUB_OFFLINE")),
+            (&[("HF_HUB_OFFLINE", "y")], "/h/.cache/huggingface/hub", None),
+            (&[("TRANSFORMERS_OFFLINE", "ON")], "/h/.cache/huggingface/hub", Some("TRANSFORMERS_OFFLINE")),
+            (
+                &[("TRANSFORMERS_OFFLINE", "true"), ("HF_HUB_OFFLINE", "")],
+                "/h/.cache/huggingface/hub",
+                Some("TRANSFORMERS_OFFLINE"),
+            ),
+            (&[("TRANSFORMERS_OFFLINE", "true"), ("HF_HUB_OFFLINE", "0")], "/h/.cache/huggingface/hub", None),
         ] {
             let var = |name: &str| {
                 let set = environment.iter().chain(&[("HOME", "/h")]).find(|(set, _)| *set == name);
@@ -423,7 +428,10 @@ mod tests {
     #[test]
     fn an_adapter_is_found_in_the_cache_and_told_where_else_there_is_one() {
         let cache = tempfile::tempdir().unwrap();
-        let hub = Hub { cache: cache.path().to_owned(), offline: true };
+        let mut hub = Hub { cache: cache.path().to_owned(), offline: Some("TRANSFORMERS_OFFLINE") };
+        let refused = |hub: &Hub| find_adapter(Path::new("Org/owl"), hub).unwrap_err().to_string();
+        assert!(refused(&hub).contains("and TRANSFORMERS_OFFLINE forbids to download it"), "{}", refused(&hub));
+        hub.offline = Some("HF_HUB_OFFLINE");
         let snapshot = cache.path().join("models--Org--owl/snapshots/beef");
         let find = |name: &str| find_adapter(Path::new(name), &hub).map_err(|error| error.to_string());
         let missing = find("Org/owl").unwrap_err();

@@ -187,6 +187,20 @@ impl LoraPair {
         })
     }
 
+    /// Whether ‖s · B · A‖ is finite in f32. Not of a stack.
+    pub(crate) fn has_finite_norm(&self) -> Result<bool> {
+        let most = f64::from(f32::MAX);
+        let norm = |factor: &Tensor| -> Result<f64> { Ok(factor.f_norm()?.f_double_value(&[])?) };
+        let (a, b) = (norm(&self.a)?, norm(&self.b)?);
+        // ‖BA‖ ≤ ‖B‖ ‖A‖, and so is what it is made of.
+        if [a * a, b * b, a * a * b * b, self.scaling * a * b].iter().all(|bound| *bound < most) {
+            return Ok(true);
+        }
+        let (aa, bb) = (self.a.f_matmul(&self.a.f_transpose(0, 1)?)?, self.b.f_transpose(0, 1)?.f_matmul(&self.b)?);
+        let square = aa.f_mul(&bb)?.f_sum(Kind::Double)?.f_double_value(&[])?;
+        Ok(self.scaling * square.max(0.0).sqrt() < most && square.is_finite())
+    }
+
     /// The weight change s · B · A, `[d_out, d_in]`. A stack has none.
     pub fn delta_weight(&self) -> Result<Tensor> {
         if let Some(n) = self.n_stacked() {

@@ -263,7 +263,8 @@ fn left_over_quantization(bytes: &[u8], config: &Config, weights: &Weights, path
 }
 
 /// Decides whether the head is the embedding: as the configuration says, unless the files store another head.
-/// transformers 5 does the same; transformers 4 ties the two without a warning.
+/// transformers 5 does the same; transformers 4 ties the two without a warning. If only the head is
+/// stored, it is the embedding too.
 fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Option<String>> {
     if !config.tie_embeddings {
         if weights.shape(HEAD).is_none() {
@@ -278,6 +279,11 @@ fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Op
     }
     if weights.shape(HEAD).is_none() || weights.are_equal(HEAD, EMBED)? {
         return Ok(None);
+    }
+    if weights.shape(EMBED).is_none() {
+        return Ok(Some(format!(
+            "config.json has tie_word_embeddings true, but there is no {EMBED}; {HEAD} is taken as both, as transformers 5 does"
+        )));
     }
     config.tie_embeddings = false;
     Ok(Some(format!(
@@ -381,7 +387,7 @@ mod tests {
     use super::*;
 
     fn offline(cache: &Path) -> Hub {
-        Hub { cache: cache.to_owned(), offline: true }
+        Hub { cache: cache.to_owned(), offline: Some("HF_HUB_OFFLINE") }
     }
 
     fn nowhere() -> Hub {
@@ -452,6 +458,13 @@ mod tests {
         };
         write_whole(&at("bf16"), |_| (), in_bf16);
 
+        // Both are one tensor, under whichever of the two names it is stored.
+        let head_alone = |tensors: &mut BTreeMap<String, Tensor>| {
+            let embed = tensors.remove(EMBED).unwrap();
+            tensors.insert(HEAD.to_owned(), embed);
+        };
+        write_whole(&at("head-alone"), |_| (), head_alone);
+
         for tied in ["same", "none", "bf16"] {
             let files = opened(&at(tied));
             assert!(files.config.tie_embeddings && files.remarks.is_empty(), "{tied}: {:?}", files.remarks);
@@ -466,11 +479,21 @@ mod tests {
         assert_eq!((other.config.clone(), untied.remarks.len()), (untied.config.clone(), 0));
         assert!(other.report[0].ends_with("untied embeddings"), "{}", other.report[0]);
         let logits = |files: &ModelFiles| {
-            let model = crate::Qwen::load(files, Device::Cpu, Kind::Float).unwrap();
+            let model = crate::Qwen::load(files, Device::Cpu, Kind::Double).unwrap();
             let batch = crate::Batch::from_ids(&[&[1, 2, 3]], Device::Cpu).unwrap();
             model.forward(&batch, &mut crate::Pass::default()).unwrap()
         };
         assert!(logits(&other).equal(&logits(&untied)) && !logits(&other).equal(&logits(&opened(&at("same")))));
+        let head_alone = opened(&at("head-alone"));
+        assert_eq!(
+            head_alone.remarks,
+            [
+                "config.json has tie_word_embeddings true, but there is no model.embed_tokens.weight; lm_head.weight is taken as both, as transformers 5 does"
+            ]
+        );
+        assert_eq!(head_alone.config, opened(&at("none")).config);
+        let apart = (logits(&head_alone) - logits(&opened(&at("none")))).abs().max().double_value(&[]);
+        assert!(apart < 1e-10, "{apart}");
 
         let refused = message(at("no-head").to_str().unwrap(), &nowhere());
         assert!(

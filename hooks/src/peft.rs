@@ -77,7 +77,7 @@ impl Adapter {
             return Err(no_adapter(dir));
         }
         let peft = PeftConfig::parse(&files::read(&path)?, &path)?;
-        peft.check(model)?;
+        let beyond = peft.check(model)?;
         let tensors = dir.join(TENSORS);
         if let Some(pickle) = files::pickle(dir).filter(|_| !tensors.exists()) {
             let problem = format!("there is no {TENSORS} in it, but {pickle}; {}", files::NO_PICKLE);
@@ -101,11 +101,25 @@ impl Adapter {
             let a = tensors.get(&pair.a, &[rank, d_in])?;
             let b = tensors.get(&pair.b, &[d_out, rank])?;
             let scaling = config.scaling(rank, alpha);
-            adapter.set(pair.layer, pair.proj, LoraPair { a, b, scaling, scalings: None });
+            let factors = LoraPair { a, b, scaling, scalings: None };
+            if !factors.has_finite_norm()? {
+                return Err(file.refused(format!(
+                    "‖ΔW‖ of {} and {} is not finite, expected a product that f32 can hold; hint: go back to a checkpoint from \
+                     before the training diverged",
+                    pair.a, pair.b
+                )));
+            }
+            adapter.set(pair.layer, pair.proj, factors);
         }
         let zero = adapter.is_zero()?.then(|| ZERO.to_owned());
-        adapter.remarks =
-            zero.into_iter().chain(peft.remarks).chain(remarks).chain(of_ranks).chain(of_alphas).collect();
+        adapter.remarks = zero
+            .into_iter()
+            .chain(peft.remarks)
+            .chain(beyond)
+            .chain(remarks)
+            .chain(of_ranks)
+            .chain(of_alphas)
+            .collect();
         Ok(adapter)
     }
 
@@ -376,6 +390,52 @@ mod tests {
         assert!(message.ends_with("hint: folders in it that have one are checkpoint-10, checkpoint-5"), "{message}");
         let message = refused(&outside.path().join("checkpoint-5").join(CONFIG));
         assert!(message.contains("it is a file, expected an adapter's folder; hint: give "), "{message}");
+    }
+
+    /// An adapter of rank 1 at the queries of block 0, A and B filled with these.
+    fn filled(config: &str, a: f64, b: f64) -> tempfile::TempDir {
+        let dir = folder(&[(CONFIG, config.as_bytes())]);
+        let (d_in, d_out) = Proj::Q.widths(&crate::tiny_random::config(100));
+        let full = |shape: [i64; 2], value: f64| Tensor::full(shape, value, (Kind::Float, Device::Cpu));
+        let factors = [(Factor::A, full([1, d_in], a)), (Factor::B, full([d_out, 1], b))];
+        let named = factors.map(|(factor, tensor)| (names::name((0, Proj::Q, factor)), tensor));
+        tensor_file::write(&dir.path().join(TENSORS), &named, &BTreeMap::new()).unwrap();
+        dir
+    }
+
+    fn with_layers(layers: &str) -> String {
+        PLAIN.replace("\"r\":1", &format!("\"r\":1,\"layers_to_transform\":{layers}"))
+    }
+
+    #[test]
+    fn blocks_beyond_the_model_s_are_told() {
+        let load = |layers: &str| {
+            let dir = filled(&with_layers(layers), 0.5, 0.5);
+            Adapter::load(dir.path(), &crate::tiny_random::config(100), Device::Cpu)
+        };
+        assert_eq!(load("[0]").unwrap().remarks, [""; 0]);
+        let adapter = load("[0, 2, 30]").unwrap();
+        let said = "layers_to_transform also names 2, 30, but the model has the blocks 0 to 1: nothing acts there";
+        assert_eq!((adapter.remarks, adapter.config.layers), (vec![said.to_owned()], Some(vec![0])));
+        let message = load("[2, 30]").unwrap_err().to_string();
+        assert_eq!(message, "a layer of the LoRA is 2, expected 0 to 1");
+    }
+
+    #[test]
+    fn a_change_that_is_not_finite_is_refused_by_its_tensors() {
+        for (a, b, finite) in [(1.0, 1.0, true), (1e30, 1.0, false), (1e8, 1e8, true), (1e30, 1e30, false)] {
+            let dir = filled(&with_layers("[0]"), a, b);
+            let loaded = Adapter::load(dir.path(), &crate::tiny_random::config(100), Device::Cpu);
+            match loaded {
+                Ok(adapter) => assert!(finite && adapter.remarks.is_empty(), "{a} {b}"),
+                Err(error) => {
+                    let message = error.to_string();
+                    let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
+                    assert!(!finite && message.contains(&format!("‖ΔW‖ of {name} and ")), "{a} {b}: {message}");
+                    assert!(message.contains("lora_B.weight is not finite, expected"), "{message}");
+                }
+            }
+        }
     }
 
     #[test]

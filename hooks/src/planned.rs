@@ -60,17 +60,28 @@ impl Planned {
         tokens.among(prompt, &format!("the edit {self}")).map(drop)
     }
 
-    /// The edits, one per hook point, with the tensors that the files hold under its name. A file of another model, width
-    /// or chat template is refused.
-    pub fn load(&self, model: &Config, here: &Provenance) -> Result<Vec<Edit>> {
-        let file = match &self.change {
+    /// The file that its tensors lie in, where it has any.
+    pub fn file(&self) -> Option<&Path> {
+        match &self.change {
             PlannedChange::Add { file, .. }
             | PlannedChange::Replace(file)
             | PlannedChange::Mean(file)
             | PlannedChange::ProjectOut(file)
-            | PlannedChange::Patch(file) => Some(TensorFile::read(file, here)?),
+            | PlannedChange::Patch(file) => Some(file),
             PlannedChange::Zero | PlannedChange::Scale(_) => None,
-        };
+        }
+    }
+
+    /// Refuses places that the model does not have; the file is not looked for.
+    pub fn check_places(&self, model: &Config) -> Result<()> {
+        let check = |at: P| Edit { at, tokens: None, change: Change::Zero }.check(model);
+        P::select(&self.points, model.n_layers)?.into_iter().try_for_each(check)
+    }
+
+    /// The edits, one per hook point, with the tensors that the files hold under its name. A file of another model, width
+    /// or chat template is refused.
+    pub fn load(&self, model: &Config, here: &Provenance) -> Result<Vec<Edit>> {
+        let file = self.file().map(|file| TensorFile::read(file, here)).transpose()?;
         let points = P::select(&self.points, model.n_layers)?;
         // A bare vector takes the edit's hook point, if there is only one.
         let bare = file.as_ref().filter(|_| points.len() == 1).and_then(TensorFile::bare);

@@ -337,7 +337,11 @@ impl Qwen {
         let config = config.clone();
         let root = weights.root(kind, device);
         let model = root.at("model");
-        let embed = model.at("embed_tokens").get("weight", &[config.d_vocab, config.d_model])?;
+        let (embed_tokens, lm_head) = (model.at("embed_tokens"), root.at("lm_head"));
+        // Where they are tied, the one tensor can be stored under the head's name alone.
+        let is_head = config.tie_embeddings && !embed_tokens.has("weight") && lm_head.has("weight");
+        let stored = if is_head { &lm_head } else { &embed_tokens };
+        let embed = stored.get("weight", &[config.d_vocab, config.d_model])?;
         let blocks = (0..config.n_layers)
             .map(|layer| Block::load(&model.at("layers").at(layer), layer, &config))
             .collect::<Result<Vec<_>>>()?;
@@ -345,7 +349,7 @@ impl Qwen {
         let unembed = if config.tie_embeddings {
             embed.shallow_clone()
         } else {
-            root.at("lm_head").get("weight", &[config.d_vocab, config.d_model])?
+            lm_head.get("weight", &[config.d_vocab, config.d_model])?
         };
         Ok(Self { config, embed, blocks, ln_final, unembed })
     }

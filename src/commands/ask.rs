@@ -17,7 +17,7 @@ use unicode_width::UnicodeWidthStr;
 
 use super::ModelArgs;
 use super::paint::{aside, cell, columns, heading, painted, printable};
-use crate::progress::bar as progress_bar;
+use crate::progress::{bar as progress_bar, note};
 use crate::vectors::Vectors;
 use crate::workbench::{open_adapter, open_model};
 
@@ -284,7 +284,9 @@ impl Steer {
             Some(layer) => Vectors::read_at(&self.file, layer)?,
             None => Vectors::read(&self.file)?,
         };
-        vectors.steer(self.coefficient, files).with_context(|| self.file.display().to_string())
+        let edits = vectors.steer(self.coefficient, files).with_context(|| self.file.display().to_string())?;
+        note(&self.file.display().to_string(), &vectors.remarks()?);
+        Ok(edits)
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::progress::say;
+use crate::progress::{note, say};
 use crate::run_dir::RunDir;
 use crate::vectors::Vectors;
 
@@ -44,6 +44,7 @@ pub fn run(args: &Export, force: bool) -> Result<()> {
         bail!("{} is there already; hint: overwrite it with --force", args.to.display());
     }
     vectors.write(&args.to, vectors.provenance.get("architecture").map_or("qwen2", String::as_str))?;
+    note(&args.to.display().to_string(), &vectors.remarks()?);
     let layers: Vec<String> = vectors.by_layer.keys().map(ToString::to_string).collect();
     say(format!("export: layer {} of {} in {}", layers.join(", "), args.run.display(), args.to.display()));
     Ok(())

@@ -27,7 +27,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         run.forget()?; // what was trained and measured on the old numbers
     }
     let given = given_numbers::rows(bench)?;
-    if let Some(Given { rows, left_out: left_out @ 1.. }) = &given {
+    if let Some(Given { rows, left_out: left_out @ 1.., .. }) = &given {
         say(format!("generate: {} rows are taken, and {left_out} more left out; hint: generate.n_prompts", rows.len()));
     }
     let prompts = match &given {
@@ -86,6 +86,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     dataset::write_jsonl(&run.numbers(), &numbers)?;
     dataset::write_jsonl(&run.control(), &control)?;
     run.record(&[run.numbers(), run.control()])?;
+    run.record_given(given.as_ref().map(|given| given.sha256.as_str()))?;
     publish::write_csv(&run.generate_csv(), &summary)?; // last: where it is, all is
     for by in [&by_teacher, &untouched] {
         by.checkpoint(run).remove()?;

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::module;
 use super::modules::{Modules, Patterns, Targets, layer_of};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 use crate::lora::LoraConfig;
 use crate::proj::Proj;
 
@@ -75,10 +75,23 @@ impl PeftConfig {
         Some(self.lora(&places, Some(layers.len())))
     }
 
-    /// Refuses settings that no adapter of this model can have.
-    pub(super) fn check(&self, model: &Config) -> Result<()> {
-        let layers = self.targets.layers.clone();
-        LoraConfig { layers, ..self.lora(&[(0, Proj::Q)], None) }.check(model)
+    /// Refuses settings that no adapter of this model can have, such as blocks that are all beyond it. Returns a remark if only
+    /// some are.
+    pub(super) fn check(&self, model: &Config) -> Result<Option<String>> {
+        let layers = self.targets.layers.clone().unwrap_or_default();
+        let (beyond, there): (Vec<usize>, Vec<usize>) = layers.into_iter().partition(|layer| *layer >= model.n_layers);
+        if there.is_empty() {
+            let layers = (!beyond.is_empty()).then_some(beyond);
+            LoraConfig { layers, ..self.lora(&[(0, Proj::Q)], None) }.check(model)?;
+            return Ok(None);
+        }
+        Ok((!beyond.is_empty()).then(|| {
+            format!(
+                "layers_to_transform also names {}, but the model has the blocks 0 to {}: nothing acts there",
+                crate::error::few(&beyond.iter().map(ToString::to_string).collect::<Vec<_>>()),
+                model.n_layers - 1
+            )
+        }))
     }
 }
 
@@ -351,15 +364,6 @@ fn is_nothing(value: &Value) -> bool {
         Value::Array(values) => values.is_empty(),
         Value::String(text) => text.is_empty(),
         _ => false,
-    }
-}
-
-/// A value as it is in the file, in one line.
-fn short(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(80) {
-        Some((at, _)) => format!("{}…", &text[..at]),
-        None => text,
     }
 }
 
