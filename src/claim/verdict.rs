@@ -261,9 +261,10 @@ impl Found {
         if !runs.is_empty() {
             let names: Vec<String> =
                 runs.iter().map(|(word, dataset)| format!("{word} in data set {dataset}")).collect();
-            let apart = if self.note.is_empty() { "" } else { "; " };
-            self.note +=
-                &format!("{apart}without {}, where the teacher's gain in loss is not clear of zero", names.join(", "));
+            let left_out =
+                format!("without {}, where the teacher's gain in loss is not clear of zero", names.join(", "));
+            let notes = [std::mem::take(&mut self.note), left_out];
+            self.note = notes.into_iter().filter(|note| !note.is_empty()).collect::<Vec<_>>().join("; ");
         }
         self
     }
