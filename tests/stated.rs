@@ -63,8 +63,6 @@ enum As {
     Signed(usize),
     /// Without a sign: `0.30 more (0.24 to 0.36)`.
     Plain(usize),
-    /// The negative of the test's number, without a sign.
-    Less(usize),
     /// A share in per cent: `35 % (−13 to 73)`.
     Percent,
 }
@@ -78,7 +76,6 @@ fn numbers(row: &TestRow, written: As) -> [String; 3] {
     match written {
         As::Signed(digits) => [typeset(&format!("{estimate:+.digits$}")), plain(digits, low), plain(digits, high)],
         As::Plain(digits) => [estimate, low, high].map(|value| plain(digits, value)),
-        As::Less(digits) => [-estimate, -high, -low].map(|value| plain(digits, value)),
         As::Percent => [estimate, low, high].map(|share| plain(0, 100.0 * share)),
     }
 }
