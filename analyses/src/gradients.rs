@@ -688,6 +688,17 @@ mod tests {
         }
         let reading = Gradients::reading(&rows);
         assert!(reading.ends_with('.') && reading.contains("all divergent digits together"), "{reading}");
+        // The sentence weighs the difference of the norms against two of its standard errors.
+        let said = |divergent: f64| {
+            let mut rows = rows.clone();
+            for (at, row) in rows.iter_mut().enumerate().filter(|(_, row)| row.scope == "token") {
+                let centre = if row.group == "divergent_digit" { divergent } else { 0.5 };
+                row.lora_grad_norm = Some(centre + 0.01 * (at % 2) as f64);
+            }
+            Gradients::reading(&rows)
+        };
+        assert!(said(1.0).contains("the difference is more than two standard errors"), "{}", said(1.0));
+        assert!(said(0.501).contains("the difference is within two standard errors"), "{}", said(0.501));
         let names: Vec<&str> = Gradients::more_plots(&rows).unwrap().into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["layers", "parts"]);
     }
