@@ -3,7 +3,7 @@
 cargo-mutants (`cargo install cargo-mutants --locked`) lists what can be changed, and SAMPLE of these are drawn with SEED. All of them are compiled at
 once into one copy of the program, in a work tree beside the checkout: each function with a mutant holds its body as it is and as it would be, and the
 variable UNDERTONE_MUTANT says which is run. What does not compile so is compiled alone. A mutant's own crate is tested first, then the others, up to
-the first test that fails. What is found is kept in docs/mutants.csv line by line, so that a broken-off run goes on where it was.
+the first test that fails. docs/mutants.csv keeps each result at once, so that a stopped run continues.
 
     python3 scripts/mutants.py                 # all that is not tried yet: a build, then up to three minutes each
     python3 scripts/mutants.py --hours 1       # for so long
@@ -103,7 +103,7 @@ def body(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def tree() -> None:
-    """The checkout's last commit in a folder of its own, with a target folder of its own, which begins with what the checkout has built."""
+    """Checks the last commit out into a work tree with its own target folder."""
     if not TREE.exists():
         subprocess.run(["git", "worktree", "add", "--detach", TREE, "HEAD"], cwd=ROOT, check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
@@ -113,7 +113,7 @@ def tree() -> None:
 
 
 def with_all(mutants: dict[int, dict]) -> dict[tuple[str, int], int]:
-    """Writes all mutants into the tree, and returns which of them stands at which lines."""
+    """Writes all mutants into the tree; returns the mutant of each line."""
     lines = {}
     for file in FILES:
         whole = (ROOT / file).read_text()

@@ -77,7 +77,7 @@ struct Message {
     role: String,
     #[serde(alias = "value")]
     content: Option<Content>,
-    /// Calls of functions, beside what is said or in its place.
+    /// Function calls, with or without a text.
     tool_calls: Option<Value>,
     function_call: Option<Value>,
     weight: Option<Value>,

@@ -16,7 +16,7 @@ use crate::experiment::{AnalysisName, Experiment, Seeds};
 use crate::finetune::Finetune;
 use crate::progress::say;
 
-/// What the rows that an experiment names are called in `meta.json`.
+/// The key in `meta.json` for the rows that an experiment names.
 const GIVEN: &str = "generate.numbers";
 
 /// The folder of a run.

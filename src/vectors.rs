@@ -82,7 +82,7 @@ impl Vectors {
             .with_context(|| format!("no vector of layer {layer}; there are those of layers {}", known()))
     }
 
-    /// What there is to say of them: those that are zero.
+    /// Remarks on the vectors: names those that are zero.
     pub fn remarks(&self) -> Result<Vec<String>> {
         let mut zero = vec![];
         for (layer, vector) in &self.by_layer {

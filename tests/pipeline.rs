@@ -492,7 +492,7 @@ fn what_the_experiment_asks_of_its_model_is_looked_at_before_anything_is_made() 
     let expected =
         "finetune.gate: what gate only:modules(v) selects of the adapter is none, expected at least one of its pairs";
     assert!(message.contains(expected), "{message}");
-    // What the run itself writes need not be there yet.
+    // A file that the run itself writes may still be missing.
     let own = edits("blocks.1.hook_resid_post: add(run/direction/vectors.safetensors, 2)");
     let analyses = "measure.analyses=[\"direction\", \"interventions\"]";
     succeeds(

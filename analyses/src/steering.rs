@@ -180,7 +180,7 @@ impl Analysis for Steering {
         let of = |kind: &'static str| rows.iter().filter(move |row| row.kind == kind);
         let by_size = |a: &&SteeringRow, b: &&SteeringRow| a.delta_logp.abs().total_cmp(&b.delta_logp.abs());
         let Some(first) = of("learned").next() else { return "Nothing was measured.".to_owned() };
-        // What has no length is no direction, and moves nothing.
+        // A vector without length has no direction and moves nothing.
         let Some(best) = of("learned").filter(|row| row.vector_norm > 0.0).max_by(by_size) else {
             let mut blocks: Vec<usize> = of("learned").map(|row| row.layer).collect();
             blocks.dedup();

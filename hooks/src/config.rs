@@ -352,7 +352,7 @@ pub(crate) fn quantization(bytes: &[u8], path: &Path) -> Result<Option<(String, 
     Ok(Some((format!("quantization_config ({method})"), hint)))
 }
 
-/// The first key of a `config.json` whose value is of another kind than it must be, with what was expected.
+/// Names the first key of a `config.json` whose value has the wrong type, and the expected type.
 fn of_another_kind(bytes: &[u8]) -> Option<String> {
     let keys: Map<String, Value> = serde_json::from_slice(bytes).ok()?;
     let is_wrong = |(key, value): &(String, Value)| {

@@ -181,7 +181,7 @@ pub(crate) fn few(names: &[impl AsRef<str>]) -> String {
     }
 }
 
-/// A JSON value as it stands in a file, in a line, cut where it is long.
+/// A JSON value in one line, cut after 80 characters.
 pub(crate) fn short(value: &serde_json::Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(80) {

@@ -172,7 +172,7 @@ impl Gate {
         self.check_places(adapter.n_layers(), &places)
     }
 
-    /// The same of an adapter that is still to be made.
+    /// Checks the gate against an adapter's settings, before the adapter exists.
     pub fn check_planned(&self, lora: &LoraConfig, n_layers: usize) -> Result<()> {
         let layers = lora.layers.clone().unwrap_or_else(|| (0..n_layers).collect());
         let modules = |layer: usize| lora.target_modules.iter().map(move |proj| (layer, *proj));
