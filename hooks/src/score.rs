@@ -473,3 +473,29 @@ pub fn listen_rows(
     let batch = Batch::of(rows, model.device())?;
     condition.prepare(rows, model, None)?.listen(model, &batch, points, tap, run)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_holds_as_many_distinct_tokens_as_its_budget_allows() {
+        // Ten rows of 8 tokens, of which any two have the first 4 in common: 8 + 4 + 4 + 4 tokens fit into 20.
+        let row = |row: i64| Prompt {
+            ids: (0..8).map(|at| if at < 4 { at } else { 10 * row + at }).collect(),
+            ..Prompt::default()
+        };
+        let (prompts, condition) = ((0..10).map(row).collect::<Vec<_>>(), Condition::default());
+        let cases: Vec<Case<'_, '_>> = prompts.iter().map(|prompt| (prompt, &condition)).collect();
+        let sizes = |budget: usize| -> Vec<usize> {
+            let found = companies(&cases, &(0..10).collect::<Vec<_>>()).unwrap();
+            assert_eq!(found.len(), 1, "rows of one condition share a pass");
+            found[0].batches(&cases, budget).iter().map(|members| members.len()).collect()
+        };
+        assert_eq!(sizes(20), [4, 4, 2]);
+        assert_eq!(sizes(43), [9, 1]);
+        assert_eq!(sizes(44), [10]);
+        assert_eq!(sizes(1), [1; 10], "a row that is longer than the budget is run alone");
+    }
+}
