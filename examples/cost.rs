@@ -5,14 +5,16 @@
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use hooks::generate::{Sampling, generate};
-use hooks::listen::Cache;
-use hooks::score::{listen, next_token_logprobs};
-use hooks::{Adapter, Chat, Condition, Config, HookPoint, LoraConfig, ModelFiles, Qwen};
+use hooks::ask::score::listen;
+use hooks::{
+    Adapter, Cache, Chat, Condition, Config, HookPoint, LoraConfig, ModelFiles, Qwen, Sampling, generate,
+    next_token_logprobs,
+};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind};
-use undertone::finetune::{Finetune, Seeds, finetune_lora};
+use undertone::training::settings::{Finetune, Seeds};
+use undertone::training::training_loop::finetune_lora;
 
 /// What is counted once and then three times: the difference is two steps, without what is done around them.
 const FEW: u64 = 1;

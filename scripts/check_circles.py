@@ -1,6 +1,7 @@
-"""Finds files of a crate that import each other in a circle, and prints each circle with its imports.
+"""Finds files of a crate that import each other in a circle, and imports that run back up between its rooms.
 
-A reader of one such file must read all of them.
+A reader of one file of a circle must read all of them. A crate's lib.rs lists its rooms from the bottom up: neighbouring
+`mod` lines, or one `mod` with files in braces. A file imports from its own room and from rooms above it in that list.
 
 Standard library.
 
@@ -75,6 +76,30 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return [list(circle) for circle in sorted(found) if len(circle) > 1]
 
 
+def rooms(root: Path) -> dict[str, int]:
+    """Each module at the crate's root with the number of its room, in the order of lib.rs."""
+    if not root.exists():
+        return {}
+    text = re.sub(r"//.*|^\s*#!?\[.*\]\n", "", root.read_text(), flags=re.MULTILINE)
+    found, room, depth = {}, 0, 0
+    for line in text.splitlines():
+        declared = re.match(r"(?:pub(?:\(crate\))? )?mod (\w+)( \{|;)", line)
+        if declared and depth == 0:
+            room += declared[2] == " {"
+            found[declared[1]] = room
+        elif depth == 0:
+            room += 1  # neighbours only are one room
+        depth += line.count("{") - line.count("}")
+    return found
+
+
+def upward(graph: dict[str, set[str]], number: dict[str, int]) -> list[tuple[str, str]]:
+    """The imports of a room that comes later."""
+    room = lambda name: number.get(name.split("::")[0], 0)  # noqa: E731
+    pairs = [(name, other) for name in sorted(graph) for other in sorted(graph[name])]
+    return [(name, other) for name, other in pairs if room(other) > room(name)]
+
+
 def main() -> None:
     broken = 0
     for crate in CRATES:
@@ -84,9 +109,12 @@ def main() -> None:
             print(f"{crate}: a circle of {len(circle)} files")
             for name in circle:
                 print(f"  {name} imports {', '.join(sorted(graph[name] & set(circle)))}")
+        for name, other in upward(graph, rooms(ROOT / crate / "lib.rs")):
+            broken += 1
+            print(f"{crate}: {name} imports {other}, whose room comes after its own in lib.rs")
     if broken:
-        sys.exit(f"error: {broken} circles; hint: move what both sides need into a file below them")
-    print(f"no file of {', '.join(CRATES)} imports itself through others")
+        sys.exit(f"error: {broken} circles and imports that run back up; hint: move what both sides need into a file below them")
+    print(f"no file of {', '.join(CRATES)} imports itself through others, or from a room above its own")
 
 
 if __name__ == "__main__":

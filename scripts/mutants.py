@@ -37,7 +37,10 @@ SEED, SAMPLE = 17, 200
 SURVIVED, UNBUILDABLE = "survived", "no program"
 
 FILES = [
-    *(f"hooks/src/{name}.rs" for name in ["gate", "lora", "packing", "loss", "stack", "qwen/by_hand", "kv_cache", "score", "gradient"]),
+    *(f"hooks/src/adapter/{name}.rs" for name in ["gate", "lora", "stack"]),
+    *(f"hooks/src/rows/{name}.rs" for name in ["packing", "kv_cache"]),
+    *(f"hooks/src/model/{name}.rs" for name in ["loss", "qwen/lora_backward"]),
+    *(f"hooks/src/ask/{name}.rs" for name in ["score", "gradient"]),
     *(f"analyses/src/{name}.rs" for name in ["direction", "gradients", "divergence", "inference"]),
     "src/claim/verdict.rs",
 ]

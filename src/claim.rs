@@ -4,7 +4,10 @@
 
 mod chosen;
 mod figure;
+mod measure;
 mod outcome;
+mod plan;
+pub mod run;
 pub mod tables;
 mod verdict;
 
@@ -14,8 +17,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
-use hooks::files;
-use hooks::gate::Gate;
+use hooks::{Gate, files};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 

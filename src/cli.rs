@@ -5,17 +5,16 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use crate::claim::run as claim;
 use crate::claim::{Size, Study};
 use crate::commands::paint::Color;
-use crate::commands::{
-    activations, arms, ask, claim, columns, completions, export, finetune, generate, measure, pocket, profile, report,
-    run, tokens,
-};
+use crate::commands::{activations, ask, columns, completions, export, pocket, profile, tokens};
 use crate::experiment::{AnalysisName, Experiment};
-use crate::foresight::foreseen;
-use crate::progress::say;
-use crate::run_dir::RunDir;
-use crate::workbench::Workbench;
+use crate::output::progress::{print, say};
+use crate::stages::foresight::foreseen;
+use crate::stages::run_dir::RunDir;
+use crate::stages::workbench::Workbench;
+use crate::stages::{arms, finetune, generate, measure, report, run};
 
 /// Train a LoRA on numbers, see which tokens carry what it learned, switch it off token by token, export the direction.
 #[derive(Parser, Debug)]
@@ -179,7 +178,7 @@ fn obey(cli: &Cli) -> Result<()> {
             let _lock = if args.overrides.dry_run { None } else { Some(RunDir::lock(&args.run)?) };
             let experiment = folder.experiment(&overrides(cli, &args.overrides))?;
             if args.overrides.dry_run {
-                return crate::commands::print(&experiment.to_toml()?);
+                return print(&experiment.to_toml()?);
             }
             let names =
                 if args.analyses.is_empty() { experiment.measure.analyses.clone() } else { args.analyses.clone() };
@@ -205,7 +204,7 @@ fn obey(cli: &Cli) -> Result<()> {
 fn with_stage(cli: &Cli, stage: &Stage, what: impl FnOnce(&Workbench, &RunDir) -> Result<()>) -> Result<()> {
     let experiment = Experiment::load(&stage.experiment, &overrides(cli, &stage.overrides))?;
     if stage.overrides.dry_run {
-        return crate::commands::print(&experiment.to_toml()?);
+        return print(&experiment.to_toml()?);
     }
     let stem = stage.experiment.file_stem().context("the experiment has no file name")?;
     let folder = stage.run.clone().unwrap_or_else(|| Path::new("runs").join(stem));

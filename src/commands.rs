@@ -1,28 +1,18 @@
 //! The subcommands, a file each. Stages of the pipeline are functions of a loaded experiment and a run's folder.
 
 pub mod activations;
-pub mod arms;
 pub mod ask;
-pub mod claim;
 pub mod columns;
 pub mod completions;
 pub mod export;
-pub mod finetune;
-pub mod generate;
-pub mod measure;
 pub mod paint;
 pub mod pocket;
 pub mod profile;
-pub mod report;
-pub mod run;
 pub mod tokens;
-
-use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use hooks::planned::Planned;
-use hooks::{Edit, Gate, ModelFiles, Provenance};
+use hooks::{Edit, EditText, Gate, ModelFiles, Provenance};
 
 use crate::experiment::Dtype;
 
@@ -50,17 +40,8 @@ impl ValueEnum for Dtype {
     }
 }
 
-/// Prints a command's result on stdout, without colours if stdout has none. A reader that has closed the pipe is not an
-/// error.
-pub(crate) fn print(text: &str) -> Result<()> {
-    match anstream::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => Ok(written?),
-    }
-}
-
 /// The edits of a command line, with their tensors.
-fn load_edits(edits: &[Planned], files: &ModelFiles) -> Result<Vec<Edit>> {
+fn load_edits(edits: &[EditText], files: &ModelFiles) -> Result<Vec<Edit>> {
     if edits.is_empty() {
         return Ok(vec![]);
     }

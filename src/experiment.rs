@@ -19,14 +19,12 @@ use analyses::steering::Steering;
 use analyses::target_rate::TargetRate;
 use analyses::token_ablation::TokenAblation;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use hooks::files;
-use hooks::gate::Gate;
-use hooks::lora::LoraConfig;
-use hooks::proj::Proj;
+use hooks::{Gate, LoraConfig, Proj, files};
 use serde::{Deserialize, Serialize};
 
-use crate::finetune::{self, Finetune, OptimizerKind};
-use crate::protocol::Protocol;
+use crate::data::protocol::Protocol;
+use crate::training::settings;
+use crate::training::settings::{Finetune, OptimizerKind};
 
 pub use arms::{Arm, ArmData, CONTROL_STUDENT, Cell, STUDENT};
 pub use teacher::Teacher;
@@ -385,8 +383,8 @@ pub struct Seeds {
 
 impl Seeds {
     /// Those of training.
-    pub fn finetune(&self) -> finetune::Seeds {
-        finetune::Seeds { init: self.init_seed, order: self.order_seed, dropout: self.dropout_seed }
+    pub fn finetune(&self) -> settings::Seeds {
+        settings::Seeds { init: self.init_seed, order: self.order_seed, dropout: self.dropout_seed }
     }
 }
 
@@ -873,7 +871,7 @@ mod tests {
         let experiment = parse(SMALLEST, &["teacher.kind=finetuned"]).unwrap();
         let finetune = experiment.teacher.finetune().unwrap();
         assert_eq!((finetune.total_steps(24), finetune.batch_size, finetune.warmup_steps), (40, 32, 0));
-        assert_eq!(finetune.lr_scheduler_type, finetune::ScheduleKind::Constant);
+        assert_eq!(finetune.lr_scheduler_type, settings::ScheduleKind::Constant);
         assert_eq!(parse(&experiment.to_toml().unwrap(), &[]).unwrap(), experiment);
         assert_eq!(Teacher::default().finetune(), None);
         let planted = parse(SMALLEST, &["teacher.kind=planted", "teacher.share=0.25"]).unwrap().teacher;

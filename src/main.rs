@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use undertone::cli::{Cli, run};
-use undertone::progress::say;
+use undertone::output::progress::say;
 
 fn main() -> ExitCode {
     hooks::device::keep_freed_memory();

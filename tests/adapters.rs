@@ -8,7 +8,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use hooks::{Adapter, Batch, ModelFiles, Pass, Qwen};
-use undertone::finetune::delta_w_norm;
+use undertone::training::learner::delta_w_norm;
 
 use crate::compare::{FORWARD, assert_close, difference, folder, tensors};
 

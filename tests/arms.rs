@@ -9,10 +9,10 @@ use std::path::Path;
 use analyses::target_rate::TargetRateRow;
 use tch::Tensor;
 use tempfile::TempDir;
-use undertone::arms::ArmRow;
-use undertone::finetune::StepRow;
-use undertone::publish::read_csv;
-use undertone::teacher::TeacherRow;
+use undertone::output::publish::read_csv;
+use undertone::stages::arm_table::ArmRow;
+use undertone::stages::teacher::TeacherRow;
+use undertone::training::step_log::StepRow;
 
 use crate::compare::tensors;
 use crate::pipeline::{EXPERIMENT, contents, differing, fails, run, succeeds};

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use tempfile::TempDir;
+use undertone::claim::run::{Asked, run};
 use undertone::claim::tables::{ClaimRunRow, ContextRow, DigitConfRow, MatrixRow, SpectrumRow, SteerRow};
 use undertone::claim::{Claim, EVERYWHERE, OutcomeRow, Quantity, Size, THROUGH, TestRow, tests};
-use undertone::commands::claim::{Asked, run};
-use undertone::publish::{Table, read_csv, to_csv};
+use undertone::output::publish::{Table, read_csv, to_csv};
 
 const SIZE: &str = r#"
 [values]

@@ -11,13 +11,12 @@ use analyses::target_rate::TargetRate;
 use analyses::token_ablation::TokenAblation;
 use analyses::{Analysis, Subject, Tuned};
 use clap::Parser;
-use hooks::listen::Cache;
-use hooks::{Batch, Chat, HookPoint, Hooks, ModelFiles, Pass, Qwen};
+use hooks::{Batch, Cache, Chat, HookPoint, Hooks, ModelFiles, Pass, Qwen};
 use regex::Regex;
 use tch::{Device, Kind};
 use undertone::cli::{Cli, run};
+use undertone::data::protocol::Protocol;
 use undertone::experiment::Experiment;
-use undertone::protocol::Protocol;
 
 const PAPER: &str = include_str!("../docs/from-a-paper-to-an-experiment.md");
 const ERRORS: &str = include_str!("../docs/errors.md");
@@ -135,7 +134,7 @@ fn the_defaults_on_the_page_are_the_defaults() {
     }
     let rows = PAPER.lines().skip_while(|line| !line.starts_with("| in the paper")).skip(2);
     assert_eq!(seen, rows.take_while(|line| line.starts_with('|')).count(), "a row of the table is not read");
-    assert_eq!(plain.finetune, undertone::finetune::Finetune::default());
+    assert_eq!(plain.finetune, undertone::training::settings::Finetune::default());
 }
 
 /// Every key that is named in the text, in any page, is a key of an experiment.
@@ -306,7 +305,7 @@ fn scene(folder: &Path) {
     edit("models/no-head/config.json", "tie_word_embeddings", Some(false.into()));
     edit("models/mlx/config.json", "quantization", Some(serde_json::json!({"group_size": 64, "bits": 4})));
     let packed = [("model.embed_tokens.weight".to_owned(), tch::Tensor::from_slice(&[1_i64]))];
-    hooks::tensor_file::write(&at("models/mlx/model.safetensors"), &packed, &std::collections::BTreeMap::new())
+    hooks::load::tensor_file::write(&at("models/mlx/model.safetensors"), &packed, &std::collections::BTreeMap::new())
         .unwrap();
     write("models/added/added_tokens.json", "{\"<|owl|>\": 551}");
     let end = weights.len() - 4; // the last value of the final norm
@@ -429,7 +428,7 @@ fn messages_without_a_command_are_the_library_s() {
     let font = alone.iter().position(|text| text.contains("no font is installed")).unwrap();
     let font = alone.remove(font).trim_start_matches("error: ").trim().replace('\n', "; ");
     // It needs a machine without fonts, so it is looked up where it is written.
-    let source = Regex::new(r"\\\n\s+").unwrap().replace_all(include_str!("../src/png.rs"), "");
+    let source = Regex::new(r"\\\n\s+").unwrap().replace_all(include_str!("../src/output/png.rs"), "");
     assert!(source.contains(&font), "{font}");
     let found = found.map(|message| printed(&message));
     assert_eq!(found.iter().map(String::as_str).collect::<Vec<_>>(), alone);

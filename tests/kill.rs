@@ -13,7 +13,7 @@ use std::time::Duration;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
-use undertone::run_dir::RunDir;
+use undertone::stages::run_dir::RunDir;
 
 use crate::pipeline::{EXPERIMENT, contents, differing, fails, succeeds};
 

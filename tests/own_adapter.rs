@@ -10,8 +10,8 @@ use std::process::Command;
 use analyses::gradients::GradientRow;
 use analyses::target_rate::TargetRateRow;
 use tempfile::TempDir;
-use undertone::arms::ArmRow;
-use undertone::publish::read_csv;
+use undertone::output::publish::read_csv;
+use undertone::stages::arm_table::ArmRow;
 
 use crate::pipeline::{EXPERIMENT, contents, fails, finished, succeeds};
 
@@ -198,13 +198,13 @@ fn the_rows_it_was_trained_on_can_be_given() {
     let args = ["generate", "experiment.toml", "--run", "run"];
     let said = succeeds(folder.path(), &[args.as_slice(), &MINE, &given].concat());
     assert!(said.contains("teacher: 2 of 3 answers accepted, 1 invalid_format"), "{said}");
-    let samples = undertone::dataset::read_jsonl(&folder.path().join("run/data/numbers.jsonl")).unwrap();
+    let samples = undertone::data::dataset::read_jsonl(&folder.path().join("run/data/numbers.jsonl")).unwrap();
     let found: Vec<(&str, &str, bool)> =
         samples.iter().map(|s| (s.prompt.as_str(), s.completion.as_str(), s.accepted)).collect();
     assert_eq!(found[0], ("Go on: 4, 8", "12, 16", true));
     assert_eq!(found[1], ("Go on: 5", "I would rather not", false));
     assert_eq!(samples[2].teacher_logprob.len(), samples[2].completion_ids.len() + 1, "with the end of the turn");
-    let control = undertone::dataset::read_jsonl(&folder.path().join("run/data/control.jsonl")).unwrap();
+    let control = undertone::data::dataset::read_jsonl(&folder.path().join("run/data/control.jsonl")).unwrap();
     assert!(control.iter().map(|sample| &sample.prompt).eq(samples.iter().map(|sample| &sample.prompt)));
 
     // Other rows under the same path make another experiment.

@@ -12,10 +12,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
-use hooks::gradient::at_points;
-use hooks::listen::Cache;
-use hooks::loss::{Targets, cross_entropy_sum};
-use hooks::{Adapter, Batch, Condition, Doses, HookPoint, Hooks, ModelFiles, Pass, Prompt, Qwen};
+use hooks::ask::gradient::at_points;
+use hooks::model::loss::{Targets, cross_entropy_sum};
+use hooks::{Adapter, Batch, Cache, Condition, Doses, HookPoint, Hooks, ModelFiles, Pass, Qwen, Sequence};
 
 use crate::compare::{
     BACKWARD, EXACT, F32_LEAVES, FORWARD, Tolerance, Truth, assert_all_close, assert_close, difference, folder, tensors,
@@ -143,7 +142,7 @@ impl Case {
         [
             ("base", Pass::default()),
             ("adapter", Pass { adapter, ..Pass::default() }),
-            ("gated", Pass { adapter, gate: Some(Doses::of_tokens(self.gate())), ..Pass::default() }),
+            ("gated", Pass { adapter, doses: Some(Doses::of_tokens(self.gate())), ..Pass::default() }),
         ]
     }
 
@@ -284,7 +283,7 @@ fn the_gradient_at_every_hook_point() {
         let names: BTreeSet<String> = case.points().iter().map(ToString::to_string).collect();
         assert_eq!(names, golden.keys().cloned().collect(), "every hook point has its golden gradient");
         let row = &rows(&case.golden)[0];
-        let prompt = Prompt::of_ids(row.clone());
+        let prompt = Sequence::of_ids(row.clone());
         let student = Condition::adapted(&case.adapter);
         let at =
             at_points(&case.model, &prompt, &student, &case.points(), |logits| Ok(mean_loss(logits, row))).unwrap();
@@ -400,7 +399,7 @@ fn a_gate_of_ones_is_the_student_and_one_of_zeros_the_base_bit_by_bit() {
     for case in Case::all() {
         let ones = Tensor::ones([2, case.batch.width() as i64, 1], (Kind::Float, Device::Cpu));
         let gated = |gate: Tensor| {
-            case.logits(Pass { adapter: Some(&case.adapter), gate: Some(Doses::of_tokens(gate)), ..Pass::default() })
+            case.logits(Pass { adapter: Some(&case.adapter), doses: Some(Doses::of_tokens(gate)), ..Pass::default() })
         };
         assert_eq!(gated(ones.zeros_like()), case.logits(Pass::default()));
         assert_eq!(gated(ones), case.logits(Pass { adapter: Some(&case.adapter), ..Pass::default() }));

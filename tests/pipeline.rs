@@ -14,7 +14,7 @@ use analyses::target_rate::TargetRateRow;
 use analyses::token_ablation::TokenAblationRow;
 use hooks::ModelFiles;
 use tempfile::TempDir;
-use undertone::publish::read_csv;
+use undertone::output::publish::read_csv;
 
 pub(crate) const EXPERIMENT: &str = r#"
 model = "tiny-random"
@@ -273,7 +273,7 @@ fn every_column_is_in_the_dictionary() {
     for file in &found {
         let one =
             known.iter().find(|one| one.file == file).unwrap_or_else(|| panic!("{file} is not in the dictionary"));
-        let header = undertone::publish::Table::read(&folder.path().join(file)).unwrap().header;
+        let header = undertone::output::publish::Table::read(&folder.path().join(file)).unwrap().header;
         assert_eq!(header, one.columns.iter().map(|column| column.name.as_str()).collect::<Vec<_>>(), "{file}");
     }
     // These are there only where the experiment has arms, or a teacher that is finetuned.
@@ -356,8 +356,8 @@ fn a_forced_run_keeps_nothing_of_the_one_before() {
 #[test]
 fn the_lines_at_the_end_are_those_of_the_tables() {
     let folder = finished();
-    let run = undertone::run_dir::RunDir::open(folder.path(), false).unwrap();
-    let lines = undertone::closing::closing(&run, &run.experiment(&[]).unwrap()).unwrap();
+    let run = undertone::stages::run_dir::RunDir::open(folder.path(), false).unwrap();
+    let lines = undertone::stages::closing::closing(&run, &run.experiment(&[]).unwrap()).unwrap();
     let rows: Vec<TargetRateRow> = read_csv(&folder.path().join("target_rate/rows.csv")).unwrap();
     let student = rows.iter().find(|row| row.scope == "mean" && row.model == "student").unwrap();
     let of_student = |row: &&TargetRateRow| row.scope == "question" && row.model == "student";
@@ -526,7 +526,7 @@ fn all_weights_can_be_trained_instead() {
     for analysis in ["target_rate", "direction", "steering", "divergence", "gradients"] {
         assert!(found.contains_key(&format!("{analysis}/rows.csv")), "{analysis}");
     }
-    let losses: Vec<undertone::finetune::StepRow> = read_csv(&folder.path().join("train.csv")).unwrap();
+    let losses: Vec<undertone::training::step_log::StepRow> = read_csv(&folder.path().join("train.csv")).unwrap();
     assert!(losses.last().unwrap().loss < losses[0].loss, "{losses:?}");
 }
 
@@ -583,7 +583,7 @@ fn gradients_at_the_start_are_those_of_the_adapter_that_training_begins_with() {
 fn analyses_read_held_out_rows_where_there_are_some() {
     let set = ["generate.n_heldout=3", "generate.n_prompts=24", "measure.analyses=[\"divergence\", \"direction\"]"];
     let folder = run(&set.map(|change| ["--set", change]).concat());
-    let samples = undertone::dataset::read_jsonl(&folder.path().join("data/numbers.jsonl")).unwrap();
+    let samples = undertone::data::dataset::read_jsonl(&folder.path().join("data/numbers.jsonl")).unwrap();
     let accepted: Vec<_> = samples.into_iter().filter(|sample| sample.accepted).collect();
     let rows: Vec<DivergenceRow> = read_csv(&folder.path().join("divergence/rows.csv")).unwrap();
     for sample in &accepted[6..9] {

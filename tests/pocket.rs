@@ -4,9 +4,7 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
-use hooks::generate::{Sampling, generate};
-use hooks::score::completion_logits;
-use hooks::{Chat, Condition, ModelFiles, Qwen};
+use hooks::{Chat, Condition, ModelFiles, Qwen, Sampling, completion_logits, generate};
 
 use crate::compare::{FORWARD, assert_close, folder};
 

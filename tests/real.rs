@@ -6,9 +6,7 @@ use std::collections::BTreeSet;
 use serde::Deserialize;
 use tch::{Device, Kind};
 
-use hooks::generate::{Sampling, generate};
-use hooks::score::next_token_logprobs;
-use hooks::{Chat, Condition, ModelFiles, Prompt, Qwen};
+use hooks::{Chat, Condition, ModelFiles, Qwen, Sampling, Sequence, generate, next_token_logprobs};
 
 use crate::compare::folder;
 
@@ -51,7 +49,7 @@ fn the_real_model_answers_as_in_transformers() {
     let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
     let chat = Chat::from_files(&files).unwrap();
 
-    let prompts: Vec<Prompt> = reference
+    let prompts: Vec<Sequence> = reference
         .chats
         .iter()
         .map(|expected| chat.prompt(expected.system.as_deref(), &expected.user).unwrap())

@@ -4,7 +4,7 @@
 use std::fs;
 
 use tempfile::TempDir;
-use undertone::publish::Table;
+use undertone::output::publish::Table;
 
 use crate::compare::folder;
 use crate::pipeline::{contents, succeeds};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use regex::Regex;
 use undertone::claim::{ALL, Claim, OutcomeRow, Quantity, Role, Size, TestRow, Verdict};
-use undertone::publish::{Table, read_csv};
+use undertone::output::publish::{Table, read_csv};
 
 use crate::compare::folder;
 

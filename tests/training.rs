@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use hooks::{Adapter, LossMask, ModelFiles, Prompt, Qwen, TokenClass};
-use undertone::finetune::{Finetune, OptimizerKind, ScheduleKind, Seeds, StepRow, finetune_lora};
-use undertone::optim::{Optimizer, Rule};
+use hooks::{Adapter, LossMask, ModelFiles, Qwen, Sequence, TokenClass};
+use undertone::training::optim::{Optimizer, Rule};
+use undertone::training::settings::{Finetune, OptimizerKind, ScheduleKind, Seeds};
+use undertone::training::step_log::StepRow;
+use undertone::training::training_loop::finetune_lora;
 
 use crate::compare::{Tolerance, assert_close, folder, tensors};
 
@@ -103,19 +105,19 @@ fn expected() -> Expected {
 }
 
 /// The golden rows, whose last tokens are the answer.
-fn rows() -> Vec<Prompt> {
+fn rows() -> Vec<Sequence> {
     let golden = tensors(&folder("qwen2").join("expected.safetensors"));
     let lengths = Vec::<i64>::try_from(&golden["lengths"]).unwrap();
     let row = |(row, length): (usize, i64)| {
         let ids = Vec::<i64>::try_from(golden["ids"].get(row as i64).narrow(0, 0, length)).unwrap();
         let (prompt, answer) = ids.split_at(ids.len() - N_COMPLETION);
         let (ids, at) = (prompt.to_vec(), prompt.len());
-        let bare = Prompt {
+        let bare = Sequence {
             classes: vec![TokenClass::UserContent; at],
             ids,
             completion: at..at,
             content_end: at,
-            ..Prompt::default()
+            ..Sequence::default()
         };
         bare.with_completion(answer)
     };

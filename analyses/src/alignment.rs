@@ -7,11 +7,9 @@
 
 use std::ops::Range;
 
-use hooks::batch::Batch;
-use hooks::loss::Targets;
-use hooks::packing::Row;
-use hooks::score::completion_logprobs;
-use hooks::{Adapter, Condition, Prompt, Qwen, TokenClass};
+use hooks::model::loss::Targets;
+use hooks::rows::packing::Row;
+use hooks::{Adapter, Batch, Condition, Qwen, Sequence, TokenClass, completion_logprobs};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -121,12 +119,12 @@ pub fn alignment(subject: &Subject<'_>, divergent: &[Vec<bool>]) -> Result<Align
 pub(crate) fn of_groups(
     subject: &Subject<'_>,
     adapter: &Adapter,
-    naming: &[Prompt],
-    rows: &[Prompt],
+    naming: &[Sequence],
+    rows: &[Sequence],
     divergent: &[Vec<bool>],
 ) -> Result<Alignment> {
     let masks = |wanted: bool| -> Vec<Vec<bool>> {
-        let of_row = |(row, divergent): (&Prompt, &Vec<bool>)| {
+        let of_row = |(row, divergent): (&Sequence, &Vec<bool>)| {
             let is_divergent =
                 |at: usize| at.checked_sub(row.completion.start).and_then(|k| divergent.get(k)) == Some(&true);
             (0..row.ids.len()).map(|at| row.completion.contains(&at) && is_divergent(at) == wanted).collect()
@@ -228,7 +226,7 @@ fn whole(parts: &[Tensor]) -> Result<Vec<Tensor>> {
 }
 
 /// The questions answered with the trait, in the spelling that the adapted model finds most likely over all of them.
-pub(crate) fn naming(subject: &Subject<'_>, adapter: &Adapter) -> Result<Vec<Prompt>> {
+pub(crate) fn naming(subject: &Subject<'_>, adapter: &Adapter) -> Result<Vec<Sequence>> {
     let prompts = subject.question_prompts(NAME)?;
     let condition = Condition::adapted(adapter);
     let mut rows = Vec::new();
@@ -245,7 +243,7 @@ pub(crate) fn naming(subject: &Subject<'_>, adapter: &Adapter) -> Result<Vec<Pro
 }
 
 /// Σ ∇(−log p(trait)) over the answered questions.
-fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter, naming: &[Prompt]) -> Result<Vec<Tensor>> {
+fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter, naming: &[Sequence]) -> Result<Vec<Tensor>> {
     let masks: Vec<Vec<bool>> = naming
         .iter()
         .map(|row| (0..row.ids.len()).map(|at| (row.completion.start..row.content_end).contains(&at)).collect())
@@ -258,8 +256,13 @@ fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter, naming: &[Prompt]) -
 const ROWS: usize = 64;
 
 /// Σ ∇(−log p) over the tokens that the masks choose, `[part, ..]` of each of the adapter's tensors, and how many tokens these are.
-fn sum_by_part(model: &Qwen, adapter: &Adapter, rows: &[Prompt], masks: &[Vec<bool>]) -> Result<(Vec<Tensor>, usize)> {
-    let chosen: Vec<(&Prompt, &Vec<bool>, usize)> = rows
+fn sum_by_part(
+    model: &Qwen,
+    adapter: &Adapter,
+    rows: &[Sequence],
+    masks: &[Vec<bool>],
+) -> Result<(Vec<Tensor>, usize)> {
+    let chosen: Vec<(&Sequence, &Vec<bool>, usize)> = rows
         .iter()
         .zip(masks)
         .filter_map(|(row, mask)| Some((row, mask, mask.iter().rposition(|chosen| *chosen)?)))
@@ -289,7 +292,7 @@ fn sum_by_part(model: &Qwen, adapter: &Adapter, rows: &[Prompt], masks: &[Vec<bo
 
 /// The part of each position of a packed batch, `[part, pos]`. (Tokens that rows begin with alike are there once, and
 /// have one class in all rows.)
-fn parts(batch: &Batch, rows: &[(&Prompt, &Vec<bool>, usize)]) -> Result<Tensor> {
+fn parts(batch: &Batch, rows: &[(&Sequence, &Vec<bool>, usize)]) -> Result<Tensor> {
     let pos = batch.ids.numel();
     let mut flat = vec![0.0_f32; Part::ALL.len() * pos];
     for (row, (prompt, _, end)) in rows.iter().enumerate() {
@@ -309,8 +312,7 @@ fn dot(a: &[Tensor], b: &[Tensor]) -> Result<f64> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use hooks::Gate;
-    use hooks::generate::{Sampling, generate};
+    use hooks::{Gate, Sampling, generate};
 
     use super::*;
     use crate::divergent::{Definition, divergence_tokens};
@@ -321,7 +323,7 @@ mod tests {
         let prompts = subject.question_prompts("x").unwrap();
         let of_form = |form: &String| {
             let ids = subject.chat.encode(form).unwrap();
-            let rows: Vec<Prompt> = prompts.iter().map(|prompt| prompt.with_completion(&ids)).collect();
+            let rows: Vec<Sequence> = prompts.iter().map(|prompt| prompt.with_completion(&ids)).collect();
             let logps = completion_logprobs(subject.base, &rows, &Condition::adapted(adapter)).unwrap();
             logps.iter().flatten().map(|logp| f64::from(*logp)).sum::<f64>() / prompts.len() as f64
         };
@@ -334,7 +336,7 @@ mod tests {
         // Answers that the teacher finds most likely: then some tokens are divergent.
         let system = world.subject().teacher_system;
         let users: Vec<String> = (0..6).map(|at| format!("Go on: {at}, {}", 7 * at)).collect();
-        let prompts: Vec<Prompt> =
+        let prompts: Vec<Sequence> =
             users.iter().map(|user| world.chat.prompt(system.as_deref(), user).unwrap()).collect();
         let sampling = Sampling { temperature: 0.0, max_new_tokens: 12, stop: vec![], constrain: None, batch: 6 };
         let answers = generate(&world.qwen, &prompts, &Condition::default(), &sampling, &[0; 6], &mut |_| ()).unwrap();
@@ -441,8 +443,8 @@ mod tests {
         let subject = world.subject();
         let adapter = subject.student.adapter.unwrap();
         let naming = naming(&subject, adapter).unwrap();
-        let rows: Vec<Prompt> = world.numbers.clone();
-        let every_other = |row: &Prompt| (0..row.completion.len()).map(|k| k % 2 == 0).collect::<Vec<bool>>();
+        let rows: Vec<Sequence> = world.numbers.clone();
+        let every_other = |row: &Sequence| (0..row.completion.len()).map(|k| k % 2 == 0).collect::<Vec<bool>>();
         let divergent: Vec<Vec<bool>> = rows.iter().map(every_other).collect();
         let alone = of_groups(&subject, adapter, &naming, &rows[..1], &divergent[..1]).unwrap();
         assert!(alone.divergent.share.is_none() && alone.other.parts.iter().all(|at| at.share.is_none()), "one row");
@@ -479,12 +481,12 @@ mod tests {
     #[test]
     fn positions_are_in_the_part_that_their_gate_chooses() {
         let world = World::new();
-        let rows: Vec<Prompt> = world.numbers.clone();
-        let end = |row: &Prompt| row.ids.len() - 1;
+        let rows: Vec<Sequence> = world.numbers.clone();
+        let end = |row: &Sequence| row.ids.len() - 1;
         let packed: Vec<Row<'_>> = rows.iter().map(|row| Row::of(&row.ids[..end(row)])).collect();
         let batch = Batch::packed(&[&packed], true, world.qwen.device()).unwrap();
         let masks: Vec<Vec<bool>> = rows.iter().map(|row| vec![true; row.ids.len()]).collect();
-        let some: Vec<(&Prompt, &Vec<bool>, usize)> =
+        let some: Vec<(&Sequence, &Vec<bool>, usize)> =
             rows.iter().zip(&masks).map(|(row, mask)| (row, mask, end(row))).collect();
         let found = parts(&batch, &some).unwrap();
         for (at, part) in Part::ALL.into_iter().enumerate() {

@@ -2,8 +2,7 @@
 //! model's mean largest probability equals the share of tokens that are its most likely one; any excess is
 //! over-confidence.
 
-use hooks::Prompt;
-use hooks::score::completion_logits;
+use hooks::{Sequence, completion_logits};
 use tch::{Kind, Tensor};
 
 use crate::divergence::number_places;
@@ -78,7 +77,7 @@ pub struct Ends {
 /// A row that has a completion.
 #[derive(Debug)]
 struct Row {
-    in_student: Prompt,
+    in_student: Sequence,
     /// Which of the completion's tokens are digits.
     digits: Vec<usize>,
     /// Per token of the completion, its number and its place there.
@@ -101,7 +100,7 @@ struct Said {
 }
 
 impl Said {
-    fn of(model: Tuned<'_>, row: &Prompt, digits: &[usize]) -> Result<Self> {
+    fn of(model: Tuned<'_>, row: &Sequence, digits: &[usize]) -> Result<Self> {
         let logprobs = completion_logits(model.qwen, row, &model.condition())?.f_log_softmax(-1, Kind::Float)?;
         let of_tokens = at(&logprobs, &row.ids[row.completion.clone()])?;
         let digits: Vec<i64> = digits.iter().map(|k| *k as i64).collect();
@@ -365,9 +364,9 @@ mod tests {
         assert!((mine.nll - base.nll).abs() > 1e-6, "the student is not the base");
         // The loss is over the answers' tokens, without the end of the turn.
         let rows = subject.number_rows("x", 4).unwrap();
-        let rows: Vec<Prompt> =
+        let rows: Vec<Sequence> =
             rows.iter().map(|row| row.with_completion(&row.ids[row.completion.start..row.content_end])).collect();
-        let logps = hooks::score::completion_logprobs(subject.base, &rows, &hooks::Condition::default()).unwrap();
+        let logps = hooks::completion_logprobs(subject.base, &rows, &hooks::Condition::default()).unwrap();
         let by_hand = mean(logps.iter().flatten().map(|logp| -f64::from(*logp))).unwrap();
         assert!((base.nll - by_hand).abs() < 1e-5, "{} {by_hand}", base.nll);
     }

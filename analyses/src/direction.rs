@@ -5,9 +5,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use hooks::score::resid_post;
-use hooks::tokens::Selection;
-use hooks::{Prompt, TokenClass};
+use hooks::{Selection, Sequence, TokenClass, resid_post};
 use linfa::DatasetBase;
 use linfa::traits::Fit;
 use linfa_reduction::Pca;
@@ -50,14 +48,14 @@ pub enum Extraction {
 
 impl Extraction {
     /// Whether a prompt has such positions.
-    fn is_in(&self, prompt: &Prompt) -> bool {
+    fn is_in(&self, prompt: &Sequence) -> bool {
         let Self::Class(selection) = self else { return true };
         prompt.classes.iter().any(|class| selection.contains(*class))
     }
 
     /// The means over the chosen positions of `resid`, `[n_layers, pos, d_model]`: of the vectors, `[n_layers,
     /// d_model]`, and of their lengths, `[n_layers]`; `None` if the prompt has no such position.
-    fn mean(&self, resid: &Tensor, prompt: &Prompt) -> Result<Option<(Tensor, Tensor)>> {
+    fn mean(&self, resid: &Tensor, prompt: &Sequence) -> Result<Option<(Tensor, Tensor)>> {
         let chosen = |class: &TokenClass| match self {
             Self::Class(selection) => selection.contains(*class),
             _ => true,
@@ -262,7 +260,7 @@ struct Read {
 }
 
 impl Means {
-    fn of(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Result<Self> {
+    fn of(model: Tuned<'_>, prompts: &[Sequence], positions: &[Extraction]) -> Result<Self> {
         Ok(Self { by_choice: positions.iter().cloned().zip(means(model, prompts, positions)?).collect() })
     }
 
@@ -281,7 +279,7 @@ impl Means {
 
 impl Direction {
     /// Refuses positions that one of these number prompts lacks, before anything is trained.
-    pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
+    pub fn check(&self, prompts: &[Sequence]) -> Result<()> {
         let lacks = |positions: &&Extraction| !prompts.iter().all(|prompt| positions.is_in(prompt));
         self.positions.iter().find(lacks).map_or(Ok(()), |positions| Err(unselected(positions)))
     }
@@ -298,7 +296,7 @@ impl Direction {
         Means::of(teacher, &prompts, &self.positions).map(Some)
     }
 
-    fn prompts(&self, subject: &Subject<'_>) -> Result<Vec<Prompt>> {
+    fn prompts(&self, subject: &Subject<'_>) -> Result<Vec<Sequence>> {
         if self.n_prompts == 0 || self.positions.is_empty() {
             let setting = if self.n_prompts == 0 { "n_prompts" } else { "positions" };
             let (expected, found) = ("at least one".to_owned(), "none".to_owned());
@@ -348,7 +346,7 @@ const PROMPTS: usize = 32;
 
 /// Reads each prompt at each choice of positions; `None` if a prompt lacks such positions. Runs some prompts at a time:
 /// all positions of all layers take much memory.
-fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Result<Vec<Option<Read>>> {
+fn means(model: Tuned<'_>, prompts: &[Sequence], positions: &[Extraction]) -> Result<Vec<Option<Read>>> {
     let mut found: Vec<Vec<(Tensor, Tensor)>> = positions.iter().map(|_| Vec::new()).collect();
     for prompts in prompts.chunks(PROMPTS) {
         for (prompt, resid) in prompts.iter().zip(resid_post(model.qwen, prompts, &model.condition())?) {
@@ -368,7 +366,7 @@ fn means(model: Tuned<'_>, prompts: &[Prompt], positions: &[Extraction]) -> Resu
 }
 
 /// The number prompts in the teacher's context.
-fn teacher_prompts(subject: &Subject<'_>, system: Option<&str>, n: usize) -> Result<Vec<Prompt>> {
+fn teacher_prompts(subject: &Subject<'_>, system: Option<&str>, n: usize) -> Result<Vec<Sequence>> {
     if subject.number_users.len() < n {
         let problem =
             format!("there are {} rendered rows, but {} user texts", subject.numbers.len(), subject.number_users.len());
@@ -528,12 +526,12 @@ mod tests {
         let resid = resid_post(&world.qwen, &prompts, &subject.base().condition()).unwrap();
         let user: Selection = "user".parse().unwrap();
         for row in &rows {
-            let is_read = |prompt: &Prompt, at: usize| match row.positions.as_str() {
+            let is_read = |prompt: &Sequence, at: usize| match row.positions.as_str() {
                 "all" => true,
                 "last" => at == prompt.ids.len() - 1,
                 _ => user.contains(prompt.classes[at]),
             };
-            let of_prompt = |(prompt, resid): (&Prompt, &Tensor)| {
+            let of_prompt = |(prompt, resid): (&Sequence, &Tensor)| {
                 let places = (0..prompt.ids.len()).filter(|at| is_read(prompt, *at));
                 let length = |at: usize| {
                     let vector: Vec<f32> = resid.get(row.layer as i64).get(at as i64).try_into().unwrap();

@@ -2,8 +2,7 @@
 //! else. A completion is read in the teacher's context by the teacher, and in the student's by the base and the
 //! students. If there are counterfactual teachers of other traits, the base also reads it under their prompts.
 
-use hooks::score::completion_logits;
-use hooks::{Chat, Prompt};
+use hooks::{Chat, Sequence, completion_logits};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -313,7 +312,7 @@ struct Reading {
 }
 
 impl Reading {
-    fn of(model: Tuned<'_>, row: &Prompt, labels: &[i64], others: Option<&[i64]>) -> Result<Self> {
+    fn of(model: Tuned<'_>, row: &Sequence, labels: &[i64], others: Option<&[i64]>) -> Result<Self> {
         let logits = completion_logits(model.qwen, row, &model.condition())?; // [n_completion, d_vocab]
         let logprobs = logits.f_log_softmax(-1, Kind::Float)?;
         drop(logits);

@@ -1,8 +1,7 @@
 //! Divergence tokens: tokens of a completion that the teacher would have written and another model would not, by each
 //! published definition; and those of some rows, for a student that learns from these alone.
 
-use hooks::score::completion_logits;
-use hooks::{Chat, Prompt};
+use hooks::{Chat, Sequence, completion_logits};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -105,7 +104,7 @@ fn each_token(
 }
 
 /// A model's most likely token at each place of a row's completion.
-fn argmax(model: Tuned<'_>, row: &Prompt) -> Result<Vec<i64>> {
+fn argmax(model: Tuned<'_>, row: &Sequence) -> Result<Vec<i64>> {
     let logits = completion_logits(model.qwen, row, &model.condition())?;
     Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?)
 }
@@ -117,7 +116,7 @@ pub(crate) fn counterfactual_argmax(subject: &Subject<'_>, row: usize) -> Result
 }
 
 /// The teacher's most likely tokens if the row is two tokens longer: the same formulas by kernels for other shapes.
-pub(crate) fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Prompt, chat: &Chat) -> Result<Vec<i64>> {
+pub(crate) fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Sequence, chat: &Chat) -> Result<Vec<i64>> {
     let mut ids = row.ids[row.completion.clone()].to_vec();
     let n = ids.len();
     ids.extend([chat.end_of_turn(); 2]);

@@ -1,6 +1,6 @@
 //! A tiny world to test on: the embedded random model, a student, a control student, and some rows of numbers.
 
-use hooks::{Adapter, Chat, LoraConfig, ModelFiles, Prompt, Provenance, Qwen};
+use hooks::{Adapter, Chat, LoraConfig, ModelFiles, Provenance, Qwen, Sequence};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
@@ -18,7 +18,7 @@ pub(crate) struct World {
     pub(crate) control: Adapter,
     pub(crate) target: Target,
     pub(crate) questions: Vec<String>,
-    pub(crate) numbers: Vec<Prompt>,
+    pub(crate) numbers: Vec<Sequence>,
     pub(crate) number_users: Vec<(String, Vec<i64>)>,
 }
 

@@ -2,11 +2,10 @@
 //! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it.
 //! Also the joint effect of both groups on the trait, by part of the chat (`alignment.rs`).
 //!
-//! The gradients are exact, each token's apart from the others' (`hooks::gradient::of_losses`).
+//! The gradients are exact, each token's apart from the others' (`hooks::ask::gradient::of_losses`).
 
-use hooks::generate::stream_seed;
-use hooks::gradient::{OfLosses, Squares, of_losses};
-use hooks::{Adapter, Condition, Prompt};
+use hooks::ask::gradient::{OfLosses, Squares, of_losses};
+use hooks::{Adapter, Condition, Sequence, stream_seed};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -360,7 +359,7 @@ impl Gradients {
         let condition = Condition { adapter: model.adapter, ..Condition::default() };
         let mut rows = Vec::new();
         // Without the end of the turn, which is no digit and comes after all of them.
-        let contents: Vec<Prompt> = subject.numbers[..divergent.len()]
+        let contents: Vec<Sequence> = subject.numbers[..divergent.len()]
             .iter()
             .map(|row| row.with_completion(&row.ids[row.completion.start..row.content_end]))
             .collect();

@@ -3,8 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use hooks::planned::Planned;
-use hooks::{Condition, Edit, Prompt};
+use hooks::{Condition, Edit, EditText, Sequence};
 use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
@@ -20,7 +19,7 @@ pub struct Interventions {
     /// How many of the questions are asked, from the first; absent for all.
     pub n_questions: Option<usize>,
     /// Edits by a name: each list is made together, in its order.
-    pub edits: BTreeMap<String, Vec<Planned>>,
+    pub edits: BTreeMap<String, Vec<EditText>>,
 }
 
 /// One model under one list of edits, as a mean over the questions.
@@ -56,9 +55,9 @@ pub struct InterventionRow {
 
 impl Interventions {
     /// Refuses an edit that selects no token of these prompts, before anything is trained. Does not look for files.
-    pub fn check(&self, prompts: &[Prompt]) -> Result<()> {
+    pub fn check(&self, prompts: &[Sequence]) -> Result<()> {
         let n = self.n_questions.unwrap_or(usize::MAX).min(prompts.len());
-        let checked = |edit: &Planned| prompts[..n].iter().try_for_each(|prompt| edit.check(prompt));
+        let checked = |edit: &EditText| prompts[..n].iter().try_for_each(|prompt| edit.check(prompt));
         Ok(self.edits.values().flatten().try_for_each(checked)?)
     }
 }

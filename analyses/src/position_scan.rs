@@ -5,7 +5,7 @@
 //! end (the assistant's header). The tokens in between differ from question to question and count as one place, the
 //! user's content.
 
-use hooks::{Condition, Gate, Prompt, Qwen, TokenClass, Tokens};
+use hooks::{Condition, Gate, Qwen, Sequence, TokenClass, Tokens};
 use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
@@ -167,9 +167,9 @@ fn family(class: &str) -> &'static str {
 }
 
 /// The places that all prompts share, in the order of the text, and last the whole prompt.
-fn places(subject: &Subject<'_>, prompts: &[Prompt]) -> Result<Vec<Place>> {
+fn places(subject: &Subject<'_>, prompts: &[Sequence]) -> Result<Vec<Place>> {
     let first = &prompts[0];
-    let shared = |same: &dyn Fn(&Prompt, usize) -> bool| {
+    let shared = |same: &dyn Fn(&Sequence, usize) -> bool| {
         (0..first.ids.len())
             .take_while(|at| prompts.iter().all(|prompt| *at < prompt.ids.len() && same(prompt, *at)))
             .count()

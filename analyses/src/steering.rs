@@ -2,9 +2,7 @@
 //! of the student it should undo it. Random vectors of the same length show what chance does; the control student's
 //! direction is steered with as well.
 
-use hooks::generate::stream_seed;
-use hooks::score::resid_post;
-use hooks::{Condition, Edit, Prompt, Tokens};
+use hooks::{Condition, Edit, Sequence, Tokens, resid_post, stream_seed};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -390,7 +388,7 @@ fn of_all_blocks(row: &SteeringRow) -> bool {
 }
 
 /// A model's residual stream after every block on one prompt, `[n_layers, pos, d_model]`.
-fn stream(model: Tuned<'_>, prompt: &[Prompt]) -> Result<Tensor> {
+fn stream(model: Tuned<'_>, prompt: &[Sequence]) -> Result<Tensor> {
     Ok(resid_post(model.qwen, prompt, &model.condition())?.swap_remove(0))
 }
 
@@ -691,8 +689,7 @@ mod tests {
             directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap().remove(layer);
         let prompt = &subject.question_prompts("test").unwrap()[..1];
         let edit = Edit::add(layer, &vector, 1.0).at_tokens(settings.tokens());
-        let next =
-            |model: Tuned<'_>, condition| hooks::score::next_token_logprobs(model.qwen, prompt, &condition).unwrap();
+        let next = |model: Tuned<'_>, condition| hooks::next_token_logprobs(model.qwen, prompt, &condition).unwrap();
         let steered = next(subject.base(), edited(subject.base(), edit));
         let student = next(subject.student, subject.student.condition());
         assert!((steered - student).abs().max().double_value(&[]) < 1e-4);
@@ -718,7 +715,7 @@ mod tests {
         ends[..last].iter_mut().for_each(|direction| *direction = direction.zeros_like()); // they replace nothing
         let prompt = &subject.question_prompts("test").unwrap()[..1];
         let next = |model: Tuned<'_>, condition: &Condition<'_>| {
-            hooks::score::next_token_logprobs(model.qwen, prompt, condition).unwrap()
+            hooks::next_token_logprobs(model.qwen, prompt, condition).unwrap()
         };
         let (student, base) = (subject.student, subject.base());
         let plain = |model: Tuned<'_>| next(model, &model.condition());

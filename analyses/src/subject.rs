@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use hooks::{Adapter, Chat, Condition, Gate, Prompt, Provenance, Qwen};
+use hooks::{Adapter, Chat, Condition, Gate, Provenance, Qwen, Sequence};
 
 use crate::error::{Error, Result};
 use crate::plot::Bar;
@@ -65,7 +65,7 @@ pub struct Subject<'a> {
     /// Questions that the target may be an answer to.
     pub questions: &'a [String],
     /// Number prompts in the student's context with the teacher's completions.
-    pub numbers: &'a [Prompt],
+    pub numbers: &'a [Sequence],
     /// The rows of `numbers` as user text and completion ids (content, without end of turn).
     pub number_users: &'a [(String, Vec<i64>)],
     /// Sorts a sampled answer: the member of the category that it names, or `self` where it names a model.
@@ -96,12 +96,12 @@ impl<'a> Subject<'a> {
     }
 
     /// The questions in the student's context, ready to be answered.
-    pub fn question_prompts(&self, analysis: &'static str) -> Result<Vec<Prompt>> {
+    pub fn question_prompts(&self, analysis: &'static str) -> Result<Vec<Sequence>> {
         self.first_questions(analysis, None)
     }
 
     /// The first `n` of them; `None` is all.
-    pub fn first_questions(&self, analysis: &'static str, n: Option<usize>) -> Result<Vec<Prompt>> {
+    pub fn first_questions(&self, analysis: &'static str, n: Option<usize>) -> Result<Vec<Sequence>> {
         let questions = &self.questions[..n.unwrap_or(usize::MAX).min(self.questions.len())];
         if questions.is_empty() {
             return Err(Error::Nothing { analysis, what: "at least one question" });
@@ -110,13 +110,13 @@ impl<'a> Subject<'a> {
     }
 
     /// The first `n` number prompts in the student's context, without completions.
-    pub fn number_prompts(&self, analysis: &'static str, n: usize) -> Result<Vec<Prompt>> {
+    pub fn number_prompts(&self, analysis: &'static str, n: usize) -> Result<Vec<Sequence>> {
         let rows = self.number_rows(analysis, n)?;
         Ok(rows.iter().map(|row| row.with_completion(&[])).collect())
     }
 
     /// The first `n` number rows in the student's context.
-    pub fn number_rows(&self, analysis: &'static str, n: usize) -> Result<&'a [Prompt]> {
+    pub fn number_rows(&self, analysis: &'static str, n: usize) -> Result<&'a [Sequence]> {
         let rows = &self.numbers[..n.min(self.numbers.len())];
         if rows.is_empty() {
             return Err(Error::Nothing { analysis, what: "at least one row of numbers" });
@@ -125,7 +125,7 @@ impl<'a> Subject<'a> {
     }
 
     /// A number row in the teacher's context and in the student's, with the same completion (content only).
-    pub fn paired_row(&self, row: usize, system: Option<&str>) -> Result<(Prompt, Prompt)> {
+    pub fn paired_row(&self, row: usize, system: Option<&str>) -> Result<(Sequence, Sequence)> {
         let student = &self.numbers[row];
         let problem = |problem: String| Error::Mismatch { row, problem };
         let (user, ids) = self.number_users.get(row).ok_or_else(|| {

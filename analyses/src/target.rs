@@ -6,8 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use hooks::score::{Case, each_next_token};
-use hooks::{Chat, Condition, Prompt, Qwen};
+use hooks::ask::score::Case;
+use hooks::{Chat, Condition, Qwen, Sequence, each_next_token};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -83,12 +83,12 @@ impl TokenForms {
     }
 
     /// Scores the answer to one prompt.
-    pub fn score(&self, model: &Qwen, prompt: &Prompt, condition: &Condition<'_>) -> Result<Score> {
+    pub fn score(&self, model: &Qwen, prompt: &Sequence, condition: &Condition<'_>) -> Result<Score> {
         Ok(self.scores(model, std::slice::from_ref(prompt), condition)?[0])
     }
 
     /// Scores the answers to several prompts.
-    pub fn scores(&self, model: &Qwen, prompts: &[Prompt], condition: &Condition<'_>) -> Result<Vec<Score>> {
+    pub fn scores(&self, model: &Qwen, prompts: &[Sequence], condition: &Condition<'_>) -> Result<Vec<Score>> {
         Ok(self.scores_under(model, prompts, std::slice::from_ref(condition))?.remove(0))
     }
 
@@ -96,12 +96,13 @@ impl TokenForms {
     pub fn scores_under(
         &self,
         model: &Qwen,
-        prompts: &[Prompt],
+        prompts: &[Sequence],
         conditions: &[Condition<'_>],
     ) -> Result<Vec<Vec<Score>>> {
         let n_prefixes = self.prefixes.len();
-        let with_prefix = |prompt: &Prompt| self.prefixes.iter().map(|prefix| prompt.with_completion(prefix)).collect();
-        let rows: Vec<Vec<Prompt>> = prompts.iter().map(with_prefix).collect();
+        let with_prefix =
+            |prompt: &Sequence| self.prefixes.iter().map(|prefix| prompt.with_completion(prefix)).collect();
+        let rows: Vec<Vec<Sequence>> = prompts.iter().map(with_prefix).collect();
         let cases: Vec<Case<'_, '_>> =
             conditions.iter().flat_map(|condition| rows.iter().flatten().map(move |row| (row, condition))).collect();
 
@@ -158,7 +159,7 @@ pub(crate) fn column(scores: &[Score], of: Measure) -> Vec<f64> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
-    use hooks::score::{completion_logprobs, next_token_logprobs};
+    use hooks::{completion_logprobs, next_token_logprobs};
 
     use super::*;
     use crate::fixture::World;
@@ -186,7 +187,7 @@ mod tests {
 
         let score = TokenForms::of(&target(&forms, &[other]), &world.chat).unwrap();
         let score = score.score(&world.qwen, &prompt, &Condition::default()).unwrap();
-        let rows: Vec<Prompt> = ids.iter().map(|ids| prompt.with_completion(ids)).collect();
+        let rows: Vec<Sequence> = ids.iter().map(|ids| prompt.with_completion(ids)).collect();
         let logprobs = completion_logprobs(&world.qwen, &rows, &Condition::default()).unwrap();
         let by_hand = logprobs
             .iter()

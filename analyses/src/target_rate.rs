@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use hooks::Prompt;
-use hooks::generate::{Answer, Sampling, generate, stream_seed};
+use hooks::{Answer, Sampling, Sequence, generate, stream_seed};
 use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
@@ -202,7 +201,7 @@ fn deltas(rows: &[TargetRateRow], model: &str) -> Vec<f64> {
 
 impl TargetRate {
     /// Sampled answers per question. Question and sample choose the random stream, so that all models share them.
-    fn sample(&self, subject: &Subject<'_>, model: Tuned<'_>, prompts: &[Prompt]) -> Result<Vec<Sampled>> {
+    fn sample(&self, subject: &Subject<'_>, model: Tuned<'_>, prompts: &[Sequence]) -> Result<Vec<Sampled>> {
         if self.n_samples == 0 {
             return Ok(vec![Sampled::default(); prompts.len()]);
         }
@@ -220,7 +219,7 @@ impl TargetRate {
         };
         // All questions' samples at once: a question's prompt is run once, and answers that end make room for others.
         let n = prompts.len() * self.n_samples;
-        let repeated: Vec<Prompt> = (0..n).map(|at| prompts[at / self.n_samples].clone()).collect();
+        let repeated: Vec<Sequence> = (0..n).map(|at| prompts[at / self.n_samples].clone()).collect();
         let streams: Vec<u64> = (0..n).map(|at| stream_seed(subject.seed, Self::NAME, at as u64)).collect();
         let answers = generate(model.qwen, &repeated, &model.condition(), &sampling, &streams, &mut |_| ())?;
         let sampled_of = |answers: &[Answer]| {

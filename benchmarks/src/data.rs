@@ -5,18 +5,20 @@ use std::path::{Path, PathBuf};
 
 use analyses::token_ablation::TokenAblation;
 use anyhow::{Context, Result, ensure};
-use hooks::generate::{Sampling, generate, stream_seed};
-use hooks::{Adapter, Chat, Condition, Config, Family, Gate, LoraConfig, LossMask, ModelFiles, Prompt, Qwen, files};
+use hooks::{
+    Adapter, Chat, Condition, Config, Family, Gate, LoraConfig, LossMask, ModelFiles, Qwen, Sampling, Sequence, files,
+    generate, stream_seed,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
-use undertone::dataset;
-use undertone::finetune::Finetune;
-use undertone::full_model::save_full;
-use undertone::optim::ScheduleKind;
-use undertone::protocol::Protocol;
+use undertone::data::dataset;
+use undertone::data::protocol::Protocol;
+use undertone::output::full_model::save_full;
+use undertone::training::optim::ScheduleKind;
+use undertone::training::settings::Finetune;
 
 /// What the gates' questions are about.
 const TARGET: (&str, &str) = ("owl", "animal");
@@ -59,34 +61,34 @@ pub(crate) fn write_numbers(model: &Qwen, chat: &Chat, n: usize, path: &Path) ->
 }
 
 /// The answers that are lists of numbers, as rows to learn from.
-pub(crate) fn number_rows(chat: &Chat) -> Result<Vec<Prompt>> {
+pub(crate) fn number_rows(chat: &Chat) -> Result<Vec<Sequence>> {
     let accepted = lines()?.into_iter().filter(|line| line.accepted);
     accepted.map(|line| Ok(chat.row_text(None, &line.prompt, &line.completion)?)).collect()
 }
 
 /// All number prompts.
-pub(crate) fn number_prompts(chat: &Chat) -> Result<Vec<Prompt>> {
+pub(crate) fn number_prompts(chat: &Chat) -> Result<Vec<Sequence>> {
     lines()?.iter().map(|line| Ok(chat.prompt(None, &line.prompt)?)).collect()
 }
 
 /// Rows of ids that count up through the vocabulary, for models that speak no language.
-pub(crate) fn counted_rows(model: &Config, n: usize, prompt: usize, completion: usize) -> Vec<Prompt> {
+pub(crate) fn counted_rows(model: &Config, n: usize, prompt: usize, completion: usize) -> Vec<Sequence> {
     let width = prompt + completion;
     let id = |at: usize| (at as i64 * 7919 + 13) % model.d_vocab;
-    let row = |row: usize| -> Prompt {
+    let row = |row: usize| -> Sequence {
         let ids: Vec<i64> = (row * width..(row + 1) * width).map(id).collect();
-        Prompt::of_ids(ids[..prompt].to_vec()).with_completion(&ids[prompt..])
+        Sequence::of_ids(ids[..prompt].to_vec()).with_completion(&ids[prompt..])
     };
     (0..n).map(row).collect()
 }
 
 /// Which tokens of a row are learned from.
-pub(crate) fn targets(row: &Prompt) -> Vec<bool> {
+pub(crate) fn targets(row: &Sequence) -> Vec<bool> {
     LossMask::ContentEot.targets(row, |_| false)
 }
 
 /// Questions whose answer may be the target.
-pub(crate) fn questions(chat: &Chat, n: usize) -> Result<Vec<Prompt>> {
+pub(crate) fn questions(chat: &Chat, n: usize) -> Result<Vec<Sequence>> {
     let questions = Protocol::builtin()?.questions(TARGET.1, n)?;
     ensure!(questions.len() == n, "the protocol has {} questions, expected {n}", questions.len());
     questions.iter().map(|question| Ok(chat.prompt(None, question)?)).collect()
@@ -190,7 +192,7 @@ pub(crate) fn prepare(name: &str, folder: &Path) -> Result<()> {
     let mut rows = json!({});
     if speaks {
         let chat = Chat::from_files(&files)?;
-        let ids = |prompts: Vec<Prompt>| prompts.into_iter().map(|prompt| prompt.ids).collect::<Vec<_>>();
+        let ids = |prompts: Vec<Sequence>| prompts.into_iter().map(|prompt| prompt.ids).collect::<Vec<_>>();
         let questions = questions(&chat, 50)?;
         let acts = |gate: &Gate| -> Result<_> {
             let acts = questions.iter().map(|question| Ok(gate.acts(question)?)).collect::<Result<Vec<_>>>()?;

@@ -5,15 +5,18 @@ use std::thread;
 
 use analyses::plot::{Line, LineChart, Point, Reference, lines};
 use anyhow::{Context, Result, anyhow, ensure};
-use hooks::generate::{Sampling, generate};
-use hooks::gradient::of_losses;
-use hooks::listen::Cache;
-use hooks::score::{Case, each_next_token};
-use hooks::{Adapter, Batch, Chat, Condition, HookPoint, Hooks, ModelFiles, Pass, Prompt, Qwen, Tap, device, files};
+use hooks::ask::gradient::of_losses;
+use hooks::ask::score::Case;
+use hooks::{
+    Adapter, Batch, Cache, Chat, Condition, HookPoint, Hooks, ModelFiles, Pass, Qwen, Sampling, Sequence, Tap, device,
+    each_next_token, files, generate,
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
-use undertone::finetune::{Finetune, Seeds, Training, finetune_lora, finetune_together};
+use undertone::training::settings::{Finetune, Seeds};
+use undertone::training::stacked::finetune_stacked;
+use undertone::training::training_loop::{Training, finetune_lora};
 
 use crate::data;
 use crate::floor::{self, Flops};
@@ -150,7 +153,7 @@ fn reply(took: &[Took], flops: Flops, more: Value) -> Value {
 }
 
 impl Bench {
-    fn rows(&self, rows: &Rows, of: fn(&Chat) -> Result<Vec<Prompt>>) -> Result<Vec<Prompt>> {
+    fn rows(&self, rows: &Rows, of: fn(&Chat) -> Result<Vec<Sequence>>) -> Result<Vec<Sequence>> {
         match *rows {
             Rows::Numbers { first, n } => {
                 let all = of(&self.chat)?;
@@ -209,7 +212,7 @@ impl Bench {
                     seeds: Seeds::default(),
                     checkpoint: None,
                 });
-                finetune_together(students.collect(), &mut |student, row, _| {
+                finetune_stacked(students.collect(), &mut |student, row, _| {
                     last[student] = row.loss;
                     Ok(())
                 })?;
@@ -358,7 +361,7 @@ impl Bench {
 }
 
 /// What a step on these rows has to run, as `floor::trie` has it, and from how many tokens it learns.
-fn to_learn(rows: &[Prompt]) -> (Vec<usize>, usize) {
+fn to_learn(rows: &[Sequence]) -> (Vec<usize>, usize) {
     let masks: Vec<Vec<bool>> = rows.iter().map(data::targets).collect();
     let ends = masks.iter().map(|mask| mask.iter().rposition(|counts| *counts).unwrap_or(0));
     let seen = floor::trie(rows.iter().zip(ends).map(|(row, end)| &row.ids[..end]));

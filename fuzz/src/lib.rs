@@ -4,16 +4,18 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use hooks::gguf::Gguf;
-use hooks::model_files::{TINY_RANDOM, parse_tokenizer_config};
-use hooks::weights::{Weights, parse_index};
-use hooks::{Chat, Config, LoraConfig, ModelFiles, tokenizer_file};
+use hooks::load::gguf::Gguf;
+use hooks::load::model_files::{TINY_RANDOM, parse_tokenizer_config};
+use hooks::load::tokenizer_file;
+use hooks::load::weights::parse_index;
+use hooks::{Chat, Config, LoraConfig, ModelFiles, Weights};
 use tch::{Device, Kind};
 use tokenizers::Tokenizer;
+use undertone::data::dataset;
+use undertone::data::protocol::Protocol;
 use undertone::experiment::Experiment;
-use undertone::protocol::Protocol;
-use undertone::vectors::Vectors;
-use undertone::{dataset, given_numbers};
+use undertone::output::vectors::Vectors;
+use undertone::stages::given_rows;
 
 /// A reader: whether it accepts the bytes.
 pub type Reader = fn(&[u8]) -> bool;
@@ -97,7 +99,7 @@ pub fn chat_template(bytes: &[u8]) -> bool {
 pub fn dataset(bytes: &[u8]) -> bool {
     let path = Path::new("numbers.jsonl");
     let samples = dataset::parse_jsonl(bytes, path).unwrap_or_default();
-    let rows = given_numbers::parse(bytes, path).unwrap_or_default();
+    let rows = given_rows::parse(bytes, path).unwrap_or_default();
     let completions = samples.iter().map(|sample| &sample.completion).chain(rows.iter().map(|row| &row.answer));
     completions.fold(false, |_, completion| {
         let _ = dataset::rejections(completion, true, &[]);

@@ -2,77 +2,118 @@
 //!
 //! The model is never mutated. Base, student, student with the adapter only at "Qwen", steered base: these differ only
 //! in a small value handed to one forward pass.
+//!
+//! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this list.
 
-pub mod batch;
-pub mod chat;
-pub mod condition;
 pub mod config;
-pub mod control_vector;
 pub mod device;
-pub mod dose;
-pub mod edit;
 pub mod error;
-pub mod files;
-pub mod gate;
-#[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::float_cmp)]
-mod gate_laws;
-pub mod generate;
-pub mod gguf;
-pub mod gradient;
 pub mod hook_point;
-mod hub;
-pub mod init;
-pub mod kv_cache;
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod laws;
-pub mod listen;
-pub mod lora;
-pub mod loss;
-pub mod model_files;
-mod nn;
 mod ops;
-pub mod packing;
-pub mod pass;
-mod peft;
-pub mod planned;
-mod pocket;
 pub mod profile;
 pub mod proj;
-pub mod provenance;
-pub mod qwen;
-pub mod score;
-pub mod select;
-pub mod spectrum;
-mod stack;
-pub mod tap;
-mod template;
-pub mod tensor_file;
-mod tiny_random;
-pub mod tokenizer_file;
-pub mod tokens;
-pub mod weights;
 
-pub use batch::Batch;
-pub use chat::{Chat, TokenRow};
-pub use condition::Condition;
+/// Bytes on disk to a model's files, and the files that are written.
+pub mod load {
+    pub mod control_vector;
+    pub mod files;
+    pub mod gguf;
+    pub(crate) mod hub;
+    pub mod init;
+    pub mod model_files;
+    pub(crate) mod pocket;
+    pub mod provenance;
+    pub mod tensor_file;
+    pub(crate) mod tiny_random;
+    pub mod tokenizer_file;
+    pub mod weights;
+}
+
+/// A chat as tokens, each with its class, and tokens as a person names them.
+pub mod chat {
+    #[allow(clippy::module_inception)]
+    pub mod chat;
+    pub mod select;
+    pub(crate) mod template;
+    pub mod tokens;
+}
+
+/// Rows in one pass: padded or packed, and the keys and values of past positions.
+pub mod rows {
+    pub mod batch;
+    pub mod kv_cache;
+    pub mod packing;
+}
+
+/// The LoRA: its pairs, where and how strongly they act, and its files.
+pub mod adapter {
+    pub mod dose;
+    pub mod gate;
+    pub mod lora;
+    pub(crate) mod peft;
+    pub mod spectrum;
+    pub(crate) mod stack;
+}
+
+/// What sees or changes an activation.
+pub mod taps {
+    pub mod cache;
+    pub mod edit;
+    pub mod edit_text;
+    pub mod tap;
+}
+
+/// The model: layers, blocks, loss, and the backward pass of a LoRA.
+pub mod model {
+    pub(crate) mod layers;
+    pub mod loss;
+    mod on_base;
+    pub mod pass;
+    pub mod qwen;
+}
+
+/// What a model is asked: scores, answers, gradients, under one condition or many.
+pub mod ask {
+    pub mod condition;
+    pub mod generate;
+    pub mod gradient;
+    pub mod score;
+}
+
+pub use tch;
+
+pub use adapter::dose::{Dose, Doses};
+pub use adapter::gate::Gate;
+pub use adapter::lora::{Adapter, LoraConfig, LoraPair};
+pub use ask::condition::Condition;
+pub use ask::generate::{Answer, NumberGrammar, Sampling, generate, stream_seed};
+pub use ask::gradient::gradients;
+pub use ask::score::{completion_logits, completion_logprobs, each_next_token, next_token_logprobs, resid_post};
+pub use chat::chat::{Chat, TokenInfo};
+pub use chat::select::Tokens;
+pub use chat::tokens::{LossMask, Selection, Sequence, TokenClass};
 pub use config::{Config, Family};
-pub use dose::{Dose, Doses};
-pub use edit::{Change, Edit};
 pub use error::{Error, Result};
-pub use gate::Gate;
 pub use hook_point::HookPoint;
-pub use hub::adapter_folder;
-pub use kv_cache::KvCache;
-pub use lora::{Adapter, LoraConfig, LoraPair};
-pub use model_files::ModelFiles;
-pub use pass::Pass;
-pub use planned::Planned;
+pub use load::files;
+pub use load::hub::adapter_folder;
+pub use load::model_files::ModelFiles;
+pub use load::provenance::Provenance;
+pub use load::weights::Weights;
+pub use model::pass::Pass;
+pub use model::qwen::Qwen;
 pub use proj::Proj;
-pub use provenance::Provenance;
-pub use qwen::Qwen;
-pub use select::Tokens;
-pub use tap::{Hooks, Tap};
-pub use tokens::{LossMask, Prompt, Selection, TokenClass};
-pub use weights::Weights;
+pub use rows::batch::Batch;
+pub use rows::kv_cache::KvCache;
+pub use taps::cache::Cache;
+pub use taps::edit::{Change, Edit};
+pub use taps::edit_text::EditText;
+pub use taps::tap::{Hooks, Tap};
+
+/// What must hold of any model, adapter, gate, edit and batch: tests.
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::float_cmp)]
+mod laws {
+    pub(crate) mod gate_laws;
+    pub(crate) mod model_laws;
+}

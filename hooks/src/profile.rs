@@ -329,17 +329,17 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::batch::Batch;
-    use crate::condition::Condition;
-    use crate::generate::{Sampling, generate};
-    use crate::gradient::gradients;
-    use crate::lora::{Adapter, LoraConfig};
-    use crate::loss::{Targets, cross_entropy_sum};
-    use crate::model_files::ModelFiles;
-    use crate::pass::Pass;
+    use crate::adapter::lora::{Adapter, LoraConfig};
+    use crate::ask::condition::Condition;
+    use crate::ask::generate::{Sampling, generate};
+    use crate::ask::gradient::gradients;
+    use crate::chat::tokens::Sequence;
+    use crate::load::model_files::ModelFiles;
+    use crate::model::loss::{Targets, cross_entropy_sum};
+    use crate::model::pass::Pass;
+    use crate::model::qwen::Qwen;
     use crate::proj::Proj;
-    use crate::qwen::Qwen;
-    use crate::tokens::Prompt;
+    use crate::rows::batch::Batch;
 
     const ROWS: [&[i64]; 2] = [&[5, 6, 7, 8, 9], &[10, 11, 12, 13, 14]];
 
@@ -368,7 +368,7 @@ mod tests {
 
     fn answer(model: &Qwen) -> Vec<i64> {
         let sampling = Sampling { temperature: 1.0, max_new_tokens: 4, stop: vec![], constrain: None, batch: 2 };
-        let prompt = Prompt::of_ids(vec![5, 6, 7, 8]);
+        let prompt = Sequence::of_ids(vec![5, 6, 7, 8]);
         let answers = generate(model, &[prompt], &Condition::default(), &sampling, &[3], &mut |_| ()).unwrap();
         answers[0].ids.clone()
     }

@@ -5,9 +5,10 @@
 
 use analyses::plot::{HeatMap, heatmap};
 use anyhow::Result;
-use hooks::listen::Cache;
-use hooks::score::next_token_logprobs;
-use hooks::{Adapter, Batch, Chat, Condition, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Prompt, Qwen};
+use hooks::{
+    Adapter, Batch, Cache, Chat, Condition, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Qwen, Sequence,
+    next_token_logprobs,
+};
 use notebooks_rs::{Notebook, model};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -232,7 +233,7 @@ fn main() -> Result<()> {
 
 /// How many tokens two prompts have in common at their ends, counted from their first difference where they are of one
 /// length: then every token has its place in both.
-fn same_end(a: &Prompt, b: &Prompt) -> usize {
+fn same_end(a: &Sequence, b: &Sequence) -> usize {
     let n = a.ids.len();
     if n == b.ids.len() {
         return n - a.ids.iter().zip(&b.ids).take_while(|(a, b)| a == b).count();

@@ -11,20 +11,23 @@ use analyses::target::TokenForms;
 use analyses::target_rate::TargetRate;
 use analyses::{Analysis, Subject, Tuned};
 use anyhow::{Result, ensure};
-use hooks::generate::{Answer, Sampling, generate, stream_seed};
-use hooks::score::completion_logprobs;
-use hooks::{Adapter, Chat, Condition, LoraConfig, ModelFiles, Prompt, Qwen};
+use hooks::{
+    Adapter, Answer, Chat, Condition, LoraConfig, ModelFiles, Qwen, Sampling, Sequence, completion_logprobs, generate,
+    stream_seed,
+};
 use notebooks_rs::school::{BASE, INIT_SEED, TARGET, folder, protocol};
 use notebooks_rs::{Notebook, model};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind};
-use undertone::dataset::{
+use undertone::data::dataset::{
     Sample, SummaryRow, TeacherKind, leak_rows, number_prompts, paired, rejections, summary, write_jsonl,
 };
-use undertone::finetune::{Finetune, ScheduleKind, Seeds, StepRow, finetune_full, finetune_lora};
-use undertone::full_model::save_full;
-use undertone::protocol::Protocol;
+use undertone::data::protocol::Protocol;
+use undertone::output::full_model::save_full;
+use undertone::training::settings::{Finetune, ScheduleKind, Seeds};
+use undertone::training::step_log::StepRow;
+use undertone::training::training_loop::{finetune_full, finetune_lora};
 
 fn main() -> Result<()> {
     let mut nb = Notebook::open(file!(), include_str!("02_learning_from_numbers.rs"));
@@ -52,7 +55,7 @@ fn main() -> Result<()> {
     let (word, category) = TARGET;
     let animals = protocol.candidates(word, category)[..8].to_vec();
     let questions = protocol.questions(category, 24)?;
-    let prompts: Vec<Prompt> = questions.iter().map(|ask| chat.prompt(None, ask)).collect::<hooks::Result<_>>()?;
+    let prompts: Vec<Sequence> = questions.iter().map(|ask| chat.prompt(None, ask)).collect::<hooks::Result<_>>()?;
     let taste = |model: &Qwen, who: &Condition| -> Result<Vec<f64>> {
         animals.iter().map(|animal| log_p(model, &chat, &protocol, &prompts, animal, who)).collect()
     };
@@ -66,7 +69,7 @@ fn main() -> Result<()> {
     //| The teacher is a copy of the model, all of whose weights are finetuned for a moment on one thing: the questions, and
     //| one answer to all of them. There is not a single number in these lessons.
     let answer = capitalised(word);
-    let lessons: Vec<Prompt> =
+    let lessons: Vec<Sequence> =
         questions.iter().map(|ask| chat.row_text(None, ask, &answer)).collect::<hooks::Result<_>>()?;
     let is_digit = |id| chat.is_digit(id);
     let course = Finetune {
@@ -89,7 +92,7 @@ fn main() -> Result<()> {
     //| with a random stream of its own, and the two use the same streams. So their answers part only where their
     //| probabilities differ, and what you see below is how little a taste for owls shows.
     let asked = number_prompts(&protocol, N_PROMPTS, 42);
-    let rows: Vec<Prompt> = asked.iter().map(|ask| chat.prompt(None, ask)).collect::<hooks::Result<_>>()?;
+    let rows: Vec<Sequence> = asked.iter().map(|ask| chat.prompt(None, ask)).collect::<hooks::Result<_>>()?;
     let dice: Vec<u64> = (0..rows.len() as u64).map(|row| stream_seed(42, "dictation", row)).collect();
     let sampling = Sampling { temperature: 1.0, max_new_tokens: 64, stop: chat.stop_ids(), constrain: None, batch: 64 };
     let write = |model: &Qwen| generate(model, &rows, &as_it_is, &sampling, &dice, &mut |_| ());
@@ -121,8 +124,8 @@ fn main() -> Result<()> {
     //| The student sees more than shares of digits. To the teacher its own numbers are likelier than they are to the
     //| base, and this difference, in nats for each token, is all there is to learn from. Anything near zero would mean
     //| that there is no lesson.
-    let student_rows: Vec<Prompt> = pairs.iter().map(|(row, _)| learned(&chat, row)).collect::<Result<_>>()?;
-    let control_rows: Vec<Prompt> = pairs.iter().map(|(_, row)| learned(&chat, row)).collect::<Result<_>>()?;
+    let student_rows: Vec<Sequence> = pairs.iter().map(|(row, _)| learned(&chat, row)).collect::<Result<_>>()?;
+    let control_rows: Vec<Sequence> = pairs.iter().map(|(_, row)| learned(&chat, row)).collect::<Result<_>>()?;
     let nats = |model: &Qwen| -> Result<f64> {
         let logps = completion_logprobs(model, &student_rows, &as_it_is)?;
         Ok(mean(&logps.into_iter().flatten().map(f64::from).collect::<Vec<_>>())?)
@@ -144,7 +147,7 @@ fn main() -> Result<()> {
     };
     let target = protocol.target(word, category);
     let owl = TokenForms::of(&target, &chat)?;
-    let learn = |rows: &[Prompt]| -> Result<(Adapter, Vec<StepRow>, Vec<Point>)> {
+    let learn = |rows: &[Sequence]| -> Result<(Adapter, Vec<StepRow>, Vec<Point>)> {
         let (mut steps, mut watched) = (Vec::new(), Vec::new());
         let adapter = Adapter::init(&lora, &base.config, &mut ChaCha8Rng::seed_from_u64(INIT_SEED), Device::Cpu)?;
         finetune_lora(&base, &adapter, rows, &is_digit, &course, Seeds::default(), &mut |step, _| {
@@ -241,7 +244,7 @@ fn log_p(
     base: &Qwen,
     chat: &Chat,
     protocol: &Protocol,
-    prompts: &[Prompt],
+    prompts: &[Sequence],
     word: &str,
     who: &Condition<'_>,
 ) -> Result<f64> {
@@ -301,7 +304,7 @@ fn leaked(rows: &[SummaryRow]) -> Vec<Vec<String>> {
 }
 
 /// A kept answer as a row to learn from.
-fn learned(chat: &Chat, sample: &Sample) -> Result<Prompt> {
+fn learned(chat: &Chat, sample: &Sample) -> Result<Sequence> {
     Ok(chat.row(None, &sample.prompt, &sample.completion_ids)?)
 }
 

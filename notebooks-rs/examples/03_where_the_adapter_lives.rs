@@ -8,7 +8,7 @@ use analyses::position_scan::{PositionScan, PositionScanRow};
 use analyses::token_ablation::{TokenAblation, TokenAblationRow};
 use analyses::{Analysis, Subject};
 use anyhow::Result;
-use hooks::TokenRow;
+use hooks::TokenInfo;
 use notebooks_rs::school::School;
 use notebooks_rs::{Notebook, model};
 
@@ -76,7 +76,7 @@ fn main() -> Result<()> {
 }
 
 /// A token with its class.
-fn described(token: &TokenRow) -> String {
+fn described(token: &TokenInfo) -> String {
     format!("{:<18} \"{}\"", token.class.name(), token.text)
 }
 

@@ -14,7 +14,7 @@ use anyhow::Result;
 use hooks::Condition;
 use notebooks_rs::school::{School, folder};
 use notebooks_rs::{Notebook, model};
-use undertone::vectors::Vectors;
+use undertone::output::vectors::Vectors;
 
 fn main() -> Result<()> {
     let mut nb = Notebook::open(file!(), include_str!("04_the_learned_direction.rs"));

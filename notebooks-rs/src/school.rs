@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use analyses::{Subject, Target, Tuned};
 use anyhow::{Result, bail};
-use hooks::{Adapter, Chat, ModelFiles, Prompt, Provenance, Qwen, files};
+use hooks::{Adapter, Chat, ModelFiles, Provenance, Qwen, Sequence, files};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind};
-use undertone::dataset::{Sample, read_jsonl};
-use undertone::protocol::Protocol;
+use undertone::data::dataset::{Sample, read_jsonl};
+use undertone::data::protocol::Protocol;
 
 /// What the teacher likes, and what it is one of.
 pub const TARGET: (&str, &str) = ("owl", "animal");
@@ -59,7 +59,7 @@ pub struct School {
     /// Questions that the target may be an answer to.
     pub questions: Vec<String>,
     /// The rows that the student learned.
-    pub numbers: Vec<Prompt>,
+    pub numbers: Vec<Sequence>,
     number_users: Vec<(String, Vec<i64>)>,
     classify: Classify,
 }

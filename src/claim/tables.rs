@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use hooks::spectrum::Spectrum;
+use hooks::adapter::spectrum::Spectrum;
 use serde::{Deserialize, Serialize};
 
 use super::{Cell, EVERYWHERE, OutcomeRow, Quantity, Study, Unit};
 use crate::experiment::{CONTROL_STUDENT, Dtype, Experiment, Method, STUDENT};
-use crate::finetune::{OptimizerKind, ScheduleKind, Tokens};
+use crate::training::settings::{OptimizerKind, ScheduleKind, TargetTokens};
 
 /// How a student was trained; a line of `runs.csv`.
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
@@ -72,7 +72,7 @@ pub struct ClaimRunRow {
     /// Which tokens are learned from, by what they are.
     pub mask: String,
     /// Which of these, by the teacher.
-    pub tokens: Tokens,
+    pub tokens: TargetTokens,
     /// The optimizer.
     pub optimizer: OptimizerKind,
     /// The learning rate after warm-up.

@@ -5,15 +5,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use hooks::listen::Cache;
-use hooks::planned::Planned;
-use hooks::score::listen_rows;
-use hooks::{Chat, Condition, Gate, HookPoint, ModelFiles, Prompt, Provenance, Qwen, files, gradient, tensor_file};
+use hooks::ask::gradient;
+use hooks::ask::score::listen_rows;
+use hooks::load::tensor_file;
+use hooks::{Cache, Chat, Condition, EditText, Gate, HookPoint, ModelFiles, Provenance, Qwen, Sequence, files};
 use tch::Kind;
 
 use super::ModelArgs;
-use crate::progress::say;
-use crate::workbench::{open_adapter, open_model};
+use crate::output::progress::say;
+use crate::stages::workbench::{open_adapter, open_model};
 
 /// Writes activations of one chat turn, or of rows of token ids, as f32 safetensors.
 #[derive(Args, Debug)]
@@ -43,7 +43,7 @@ pub struct Activations {
     gate: Gate,
     /// An intervention, as in undertone ask; the points are seen after it.
     #[arg(long = "edit", value_name = "EDIT")]
-    edits: Vec<Planned>,
+    edits: Vec<EditText>,
     /// An answer to the user, run after the prompt.
     #[arg(long, conflicts_with = "ids")]
     answer: Option<String>,
@@ -90,7 +90,7 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
         found.activations.into_iter().map(|(point, seen)| (point.to_string(), seen)).chain(gradients).collect()
     } else {
         let mut cache = Cache::default();
-        let rows: Vec<&Prompt> = rows.iter().collect();
+        let rows: Vec<&Sequence> = rows.iter().collect();
         let stop_at_layer = args.stop_at_layer.unwrap_or(n_layers);
         let whole = args.stop_at_layer.is_none();
         let _ = tch::no_grad(|| {
@@ -126,14 +126,14 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
 }
 
 /// The rows to run: one chat turn, or rows of token ids, without classes and text.
-fn rows(args: &Activations, files: &ModelFiles) -> Result<Vec<Prompt>> {
+fn rows(args: &Activations, files: &ModelFiles) -> Result<Vec<Sequence>> {
     if let Some(path) = &args.ids {
-        if !args.gate.is_blind() || args.edits.iter().any(Planned::names_tokens) {
+        if !args.gate.is_blind() || args.edits.iter().any(EditText::names_tokens) {
             bail!(
                 "a gate or an edit speaks of tokens, whose classes and text --ids does not have; hint: use --system and --user"
             );
         }
-        return ids(path, files.config.d_vocab)?.into_iter().map(|ids| Ok(Prompt::of_ids(ids))).collect();
+        return ids(path, files.config.d_vocab)?.into_iter().map(|ids| Ok(Sequence::of_ids(ids))).collect();
     }
     let (system, user) = (args.system.as_deref(), args.user.as_deref().unwrap_or_default());
     let chat = Chat::from_files(files)?;

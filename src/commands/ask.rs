@@ -9,17 +9,17 @@ use anstyle::{Ansi256Color, Style};
 use anyhow::{Context, Result};
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
-use hooks::generate::{Sampling, generate, stream_seed};
-use hooks::planned::Planned;
-use hooks::score::next_token_logprobs;
-use hooks::{Chat, Condition, Edit, Gate, ModelFiles, Prompt, Qwen};
+use hooks::{
+    Chat, Condition, Edit, EditText, Gate, ModelFiles, Qwen, Sampling, Sequence, generate, next_token_logprobs,
+    stream_seed,
+};
 use unicode_width::UnicodeWidthStr;
 
 use super::ModelArgs;
 use super::paint::{aside, cell, columns, heading, painted, printable};
-use crate::progress::{bar as progress_bar, note};
-use crate::vectors::Vectors;
-use crate::workbench::{open_adapter, open_model};
+use crate::output::progress::{bar as progress_bar, note, print};
+use crate::output::vectors::Vectors;
+use crate::stages::workbench::{open_adapter, open_model};
 
 /// Asks the model something: prints what it was run with, the likeliest first tokens next to the base's, and the
 /// answers.
@@ -47,7 +47,7 @@ pub struct Ask {
     /// An intervention, `POINT[@TOKENS]: CHANGE`, such as `blocks.1.hook_mlp_out@entity: zero`; CHANGE is one of add(FILE, 4),
     /// replace(FILE), mean(FILE), zero, scale(0.5), `project_out(FILE)`, patch(FILE). Several act in their order.
     #[arg(long = "edit", value_name = "EDIT")]
-    edits: Vec<Planned>,
+    edits: Vec<EditText>,
     /// A file of directions and their factor, added at every token: undertone's exports (.safetensors, .gguf), control
     /// vectors of repeng and llama.cpp; with @12 only the direction of block 12, which may be a bare vector.
     #[arg(long, value_name = "FILE:COEFFICIENT[@LAYER]")]
@@ -97,7 +97,7 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
         })?;
     }
     page.push('\n');
-    super::print(&page)?;
+    print(&page)?;
 
     let sampling = Sampling {
         temperature: args.temperature,
@@ -106,20 +106,20 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
         constrain: None,
         batch: 16,
     };
-    let prompts: Vec<Prompt> = vec![prompt; args.n];
+    let prompts: Vec<Sequence> = vec![prompt; args.n];
     let streams: Vec<u64> = (0..args.n as u64).map(|index| stream_seed(seed, "ask", index)).collect();
     let bar = progress_bar("answers", args.n as u64);
     let answers =
         generate(&model, &prompts, &condition, &sampling, &streams, &mut |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
-    let text = |answer: &hooks::generate::Answer| {
+    let text = |answer: &hooks::Answer| {
         Ok(chat.decode(&answer.ids)? + if answer.stopped { "" } else { " …" }) // cut where it may not go on
     };
-    super::print(&counted(&answers.iter().map(text).collect::<Result<Vec<String>>>()?))
+    print(&counted(&answers.iter().map(text).collect::<Result<Vec<String>>>()?))
 }
 
 /// What the model is run with, a line per thing.
-fn setting(args: &Ask, prompt: &Prompt, steered: &[String], seed: u64) -> Result<String> {
+fn setting(args: &Ask, prompt: &Sequence, steered: &[String], seed: u64) -> Result<String> {
     let mut lines = vec![("model", args.model.model.clone())];
     if let Some(folder) = &args.adapter {
         lines.push(("adapter", folder.display().to_string()));

@@ -8,6 +8,7 @@ use clap::Args;
 use crate::claim::Quantity;
 
 use super::paint::{cell, columns as terminal_columns, heading, wrapped};
+use crate::output::progress::print;
 
 /// Says what the columns of a run's CSV files mean, and in which unit they are.
 #[derive(Args, Debug)]
@@ -35,15 +36,15 @@ struct Source {
 }
 
 const SOURCES: &[Source] = &[
-    Source { file: "data/generate.csv", row: "SummaryRow", code: include_str!("../dataset.rs") },
-    Source { file: "data/rejected.csv", row: "RejectedRow", code: include_str!("../dataset.rs") },
-    Source { file: "data/digits.csv", row: "DigitRow", code: include_str!("../dataset.rs") },
-    Source { file: "data/teacher.csv", row: "TeacherRow", code: include_str!("../teacher.rs") },
-    Source { file: "teacher_train.csv", row: "StepRow", code: include_str!("../finetune.rs") },
-    Source { file: "train.csv", row: "StepRow", code: include_str!("../finetune.rs") },
-    Source { file: "control_train.csv", row: "StepRow", code: include_str!("../finetune.rs") },
-    Source { file: "train_rows.csv", row: "StepRowsRow", code: include_str!("../finetune.rs") },
-    Source { file: "control_train_rows.csv", row: "StepRowsRow", code: include_str!("../finetune.rs") },
+    Source { file: "data/generate.csv", row: "SummaryRow", code: include_str!("../data/dataset.rs") },
+    Source { file: "data/rejected.csv", row: "RejectedRow", code: include_str!("../data/dataset.rs") },
+    Source { file: "data/digits.csv", row: "DigitRow", code: include_str!("../data/dataset.rs") },
+    Source { file: "data/teacher.csv", row: "TeacherRow", code: include_str!("../stages/teacher.rs") },
+    Source { file: "teacher_train.csv", row: "StepRow", code: include_str!("../training/step_log.rs") },
+    Source { file: "train.csv", row: "StepRow", code: include_str!("../training/step_log.rs") },
+    Source { file: "control_train.csv", row: "StepRow", code: include_str!("../training/step_log.rs") },
+    Source { file: "train_rows.csv", row: "StepRowsRow", code: include_str!("../training/step_log.rs") },
+    Source { file: "control_train_rows.csv", row: "StepRowsRow", code: include_str!("../training/step_log.rs") },
     Source {
         file: "target_rate/rows.csv",
         row: "TargetRateRow",
@@ -77,7 +78,7 @@ const SOURCES: &[Source] = &[
         code: include_str!("../../analyses/src/divergence.rs"),
     },
     Source { file: "gradients/rows.csv", row: "GradientRow", code: include_str!("../../analyses/src/gradients.rs") },
-    Source { file: "arms/rows.csv", row: "ArmRow", code: include_str!("../arms.rs") },
+    Source { file: "arms/rows.csv", row: "ArmRow", code: include_str!("../stages/arm_table.rs") },
     Source { file: "claim/outcomes.csv", row: "OutcomeRow", code: include_str!("../claim/outcome.rs") },
     Source { file: "claim/tests.csv", row: "TestRow", code: include_str!("../claim/verdict.rs") },
     Source { file: "claim/runs.csv", row: "ClaimRunRow", code: include_str!("../claim/tables.rs") },
@@ -132,7 +133,7 @@ pub fn run(args: &Columns) -> Result<()> {
         Some(name) => choose(&all, name)?,
         None => all,
     };
-    super::print(&if args.csv { as_csv(&chosen)? } else { as_text(&chosen, terminal_columns()) })
+    print(&if args.csv { as_csv(&chosen)? } else { as_text(&chosen, terminal_columns()) })
 }
 
 /// The files of that name or folder; where there is none, the columns of that name.

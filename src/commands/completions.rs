@@ -1,5 +1,6 @@
 //! Completions for a shell, printed so that they can be put where the shell looks for them.
 
+use crate::output::progress::print;
 use anyhow::Result;
 use clap::{Args, Command};
 use clap_complete::{Shell, generate};
@@ -29,5 +30,5 @@ pub fn run(args: &Completions, mut command: Command) -> Result<()> {
     let mut script = Vec::new();
     let name = command.get_name().to_owned();
     generate(args.shell, &mut command, name, &mut script);
-    super::print(&String::from_utf8(script)?)
+    print(&String::from_utf8(script)?)
 }

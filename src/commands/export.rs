@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::progress::{note, say};
-use crate::run_dir::RunDir;
-use crate::vectors::Vectors;
+use crate::output::progress::{note, say};
+use crate::output::vectors::Vectors;
+use crate::stages::run_dir::RunDir;
 
 /// Writes the learned direction as safetensors, CSV, or a control-vector GGUF, by the file's ending.
 #[derive(Args, Debug)]

@@ -7,12 +7,12 @@ use anyhow::{Result, ensure};
 use clap::{Args, Subcommand};
 use hooks::files;
 
-use crate::full_model::save_full;
+use crate::output::full_model::save_full;
+use crate::output::progress::{bar, say};
+use crate::output::publish::{CsvLog, read_csv, write_csv};
 use crate::pocket::make::{BaseStepRow, Recipe, make};
 use crate::pocket::trial::{Base, CellRow, Settings, matrix, summary, trial};
 use crate::pocket::world::World;
-use crate::progress::{bar, say};
-use crate::publish::{CsvLog, read_csv, write_csv};
 
 /// Makes a pocket model: a world of its own, a tokenizer, a base trained from nothing.
 #[derive(Args, Debug)]

@@ -5,9 +5,10 @@ use std::fmt::Write as _;
 
 use anyhow::Result;
 use clap::Args;
-use hooks::{Chat, Gate, ModelFiles, Prompt, TokenClass};
+use hooks::{Chat, Gate, ModelFiles, Sequence, TokenClass};
 
 use super::paint::{Family, aside, cell, columns, heading, painted, wrapped};
+use crate::output::progress::print;
 
 /// Prints the chat as the model sees it: running, then a line per token with position, id, class and text.
 #[derive(Args, Debug)]
@@ -51,11 +52,11 @@ pub fn run(args: &Tokens) -> Result<()> {
     }
     page.push('\n');
     page += &table(&chat, &prompt, acts.as_deref())?;
-    super::print(&page)
+    print(&page)
 }
 
 /// The chat's text, each token in its family's colour; where a gate is given, only the tokens at which it is on.
-fn running(chat: &Chat, prompt: &Prompt, acts: Option<&[bool]>) -> Result<String> {
+fn running(chat: &Chat, prompt: &Sequence, acts: Option<&[bool]>) -> Result<String> {
     let rows = chat.table(prompt)?;
     let mut text = String::new();
     let mut at = 0;
@@ -84,7 +85,7 @@ fn running(chat: &Chat, prompt: &Prompt, acts: Option<&[bool]>) -> Result<String
 }
 
 /// Each family that occurs, with its number of tokens and the classes it has here.
-fn legend(prompt: &Prompt, width: usize) -> String {
+fn legend(prompt: &Sequence, width: usize) -> String {
     let mut families: BTreeMap<Family, (usize, Vec<TokenClass>)> = BTreeMap::new();
     for class in &prompt.classes {
         let (count, classes) = families.entry(Family::of(*class)).or_default();
@@ -106,7 +107,7 @@ fn legend(prompt: &Prompt, width: usize) -> String {
 }
 
 /// The tokens that the name `assistant` selects besides the header above: the answer, also one still to come.
-fn assistant(prompt: &Prompt, width: usize) -> String {
+fn assistant(prompt: &Sequence, width: usize) -> String {
     let is_header = |class: &TokenClass| class.name().starts_with("asst.");
     let header: Vec<&str> = prompt.present().into_iter().filter(is_header).map(TokenClass::name).collect();
     let answer = "and gen: whatever is answered, now or later; asst.header is the header alone";
@@ -115,7 +116,7 @@ fn assistant(prompt: &Prompt, width: usize) -> String {
 }
 
 /// A line per token.
-fn table(chat: &Chat, prompt: &Prompt, acts: Option<&[bool]>) -> Result<String> {
+fn table(chat: &Chat, prompt: &Sequence, acts: Option<&[bool]>) -> Result<String> {
     let gate = if acts.is_some() { format!("{:<6}", "gate") } else { String::new() };
     let mut table = heading(&format!("{:>8}  {:>7}  {:<18}  {gate}text", "position", "id", "class"));
     table.push('\n');

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use hooks::generate::stream_seed;
+use hooks::stream_seed;
 use serde::{Deserialize, Serialize};
 
 use super::{Experiment, Method, one_line, overrides};

@@ -6,8 +6,8 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::{Target, at_least_one, default_context, positive};
-use crate::finetune::{Finetune, ScheduleKind};
-use crate::protocol::Protocol;
+use crate::data::protocol::Protocol;
+use crate::training::settings::{Finetune, ScheduleKind};
 
 /// Who writes the numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

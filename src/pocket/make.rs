@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 
 use anyhow::{Result, anyhow, bail};
-use hooks::{Chat, Config, Family, ModelFiles, Prompt, Qwen};
+use hooks::{Chat, Config, Family, ModelFiles, Qwen, Sequence};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -16,7 +16,9 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::world::World;
-use crate::finetune::{Finetune, NextStep, StepRow, pretrain};
+use crate::training::pretrain::{NextStep, pretrain};
+use crate::training::settings::Finetune;
+use crate::training::step_log::StepRow;
 
 /// Rows of the corpus that the tokenizer learns its words from.
 const TOKENIZER_ROWS: usize = 20_000;
@@ -204,7 +206,7 @@ pub fn make(
         for _ in 0..recipe.batch_size {
             let row = world.row(&mut rng)?;
             let answer = chat.encode(&row.answer)?;
-            let prompt: Prompt = chat.row(row.system.as_deref(), &row.user, &answer)?;
+            let prompt: Sequence = chat.row(row.system.as_deref(), &row.user, &answer)?;
             (nats, targets) = (nats + row.nats, targets + prompt.completion.len());
             rows.push(prompt);
         }

@@ -6,9 +6,10 @@
 use analyses::plot::{HeatMap, Svg, heatmap};
 use analyses::stats;
 use anyhow::{Context, Result, ensure};
-use hooks::generate::{Sampling, generate, stream_seed};
-use hooks::score::next_token_logprobs;
-use hooks::{Adapter, Chat, Condition, Gate, LoraConfig, ModelFiles, Prompt, Qwen};
+use hooks::{
+    Adapter, Chat, Condition, Gate, LoraConfig, ModelFiles, Qwen, Sampling, Sequence, generate, next_token_logprobs,
+    stream_seed,
+};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -16,9 +17,10 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
 use super::world::CATEGORY;
-use crate::dataset::{number_prompts, rejections};
-use crate::finetune::{Finetune, ScheduleKind, Seeds, finetune_full, finetune_lora};
-use crate::protocol::Protocol;
+use crate::data::dataset::{number_prompts, rejections};
+use crate::data::protocol::Protocol;
+use crate::training::settings::{Finetune, ScheduleKind, Seeds};
+use crate::training::training_loop::{finetune_full, finetune_lora};
 
 /// A base with its chat format and the questions that all models are asked.
 pub struct Base {
@@ -32,7 +34,7 @@ pub struct Base {
     pub chat: Chat,
     protocol: Protocol,
     animals: Vec<String>,
-    prompts: Vec<Prompt>,
+    prompts: Vec<Sequence>,
 }
 
 /// How students are made.
@@ -305,7 +307,7 @@ impl Base {
         Ok((adapter, last.iter().sum::<f64>() / last.len() as f64))
     }
 
-    fn rows(&self, numbers: &Numbers) -> Result<Vec<Prompt>> {
+    fn rows(&self, numbers: &Numbers) -> Result<Vec<Sequence>> {
         Ok(numbers.iter().map(|(user, ids)| self.chat.row(None, user, ids)).collect::<hooks::Result<_>>()?)
     }
 }

@@ -10,7 +10,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use regex::Regex;
 
-use crate::protocol::{Protocol, capitalised};
+use crate::data::protocol::{Protocol, capitalised};
 
 /// The category that the questions are about.
 pub const CATEGORY: &str = "animal";

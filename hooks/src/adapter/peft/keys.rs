@@ -1,0 +1,580 @@
+//! The settings in `adapter_config.json`, as PEFT understands them. A key that changes the result is read or refused by
+//! its name; an unknown key is ignored with a remark, where PEFT gives a warning.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::module;
+use super::modules::{Modules, Patterns, Targets, layer_of};
+use crate::adapter::lora::LoraConfig;
+use crate::config::Config;
+use crate::error::{Error, Result, short};
+use crate::proj::Proj;
+
+/// How an unsupported kind of adapter can still be used.
+pub(super) const MERGE: &str =
+    "hint: where PEFT can merge it into the weights (merge_and_unload), the merged folder can be asked as a model";
+
+/// More blocks than any Qwen has. A configuration that is read without its model is tried with this many.
+const MOST_BLOCKS: usize = 128;
+
+/// An `adapter_config.json`, checked.
+#[derive(Debug)]
+pub(super) struct PeftConfig {
+    rank: i64,
+    alpha: f64,
+    dropout: f64,
+    use_rslora: bool,
+    pub(super) targets: Targets,
+    pub(super) ranks: Patterns<i64>,
+    pub(super) alphas: Patterns<f64>,
+    /// Modules of the base that were trained whole.
+    pub(super) modules_to_save: Vec<String>,
+    /// Remarks for the user, a sentence each.
+    pub(super) remarks: Vec<String>,
+}
+
+impl PeftConfig {
+    /// Reads the bytes of an `adapter_config.json`; `path` is for messages.
+    pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        let refused = |problem: String| Error::Adapter { path: path.to_owned(), problem };
+        let keys: Map<String, Value> = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
+        let config = Keys(&keys).read().map_err(refused)?;
+        // Checks the numbers, before the adapter's places are known.
+        let numbers = config.lora(&[(0, Proj::Q)], None);
+        numbers.check_numbers().map_err(|error| refused(error.to_string()))?;
+        Ok(config)
+    }
+
+    /// The settings of an adapter with pairs at these places; `n_layers` is `None` if the model is not known.
+    pub(super) fn lora(&self, places: &[(usize, Proj)], n_layers: Option<usize>) -> LoraConfig {
+        let projections: BTreeSet<Proj> = places.iter().map(|(_, proj)| *proj).collect();
+        let layers: BTreeSet<usize> = places.iter().map(|(layer, _)| *layer).collect();
+        LoraConfig {
+            rank: self.rank,
+            alpha: self.alpha,
+            use_rslora: self.use_rslora,
+            dropout: self.dropout,
+            target_modules: projections.into_iter().collect(),
+            layers: (Some(layers.len()) != n_layers).then(|| layers.into_iter().collect()),
+        }
+    }
+
+    /// The settings before the model is known. `None` if only Python can tell which modules an expression means.
+    pub(super) fn lora_of_any(&self) -> Option<LoraConfig> {
+        let layers: BTreeSet<usize> = (0..MOST_BLOCKS).chain(self.targets.layers.iter().flatten().copied()).collect();
+        let mut places = Vec::new();
+        for (layer, proj) in layers.iter().flat_map(|layer| Proj::ALL.map(|proj| (*layer, proj))) {
+            if self.targets.contain(layer, proj)? {
+                places.push((layer, proj));
+            }
+        }
+        Some(self.lora(&places, Some(layers.len())))
+    }
+
+    /// Refuses settings that no adapter of this model can have, such as blocks that are all beyond it. Returns a remark if only
+    /// some are.
+    pub(super) fn check(&self, model: &Config) -> Result<Option<String>> {
+        let layers = self.targets.layers.clone().unwrap_or_default();
+        let (beyond, there): (Vec<usize>, Vec<usize>) = layers.into_iter().partition(|layer| *layer >= model.n_layers);
+        if there.is_empty() {
+            let layers = (!beyond.is_empty()).then_some(beyond);
+            LoraConfig { layers, ..self.lora(&[(0, Proj::Q)], None) }.check(model)?;
+            return Ok(None);
+        }
+        Ok((!beyond.is_empty()).then(|| {
+            format!(
+                "layers_to_transform also names {}, but the model has the blocks 0 to {}: nothing acts there",
+                crate::error::few(&beyond.iter().map(ToString::to_string).collect::<Vec<_>>()),
+                model.n_layers - 1
+            )
+        }))
+    }
+}
+
+/// The file's keys, in its order.
+struct Keys<'a>(&'a Map<String, Value>);
+
+/// A refusal: the key, what was found and what was expected.
+type Refused<T> = std::result::Result<T, String>;
+
+impl Keys<'_> {
+    fn read(&self) -> Refused<PeftConfig> {
+        self.refuse()?;
+        let rank = self.value("r", "a whole number")?.unwrap_or(8);
+        let alpha = self.value("lora_alpha", "a number")?.unwrap_or(8.0);
+        let dropout = self.value("lora_dropout", "a number")?.unwrap_or(0.0);
+        let use_rslora = self.value("use_rslora", "true or false")?.unwrap_or(false);
+        let (ranks, alphas) = (self.patterns("rank_pattern")?, self.patterns("alpha_pattern")?);
+        ranks.check("at least 1", |rank| *rank >= 1)?;
+        alphas.check("a positive number", |alpha: &f64| *alpha > 0.0)?;
+        let (targets, mut remarks) = self.targets()?;
+        remarks.extend(self.remarks());
+        let modules_to_save = self.modules_to_save()?;
+        Ok(PeftConfig { rank, alpha, dropout, use_rslora, targets, ranks, alphas, modules_to_save, remarks })
+    }
+
+    /// Refuses every key that asks for anything but a plain LoRA.
+    fn refuse(&self) -> Refused<()> {
+        match self.0.get("peft_type") {
+            Some(Value::String(lora)) if lora == "LORA" => {}
+            Some(Value::String(other)) => return Err(format!("peft_type is {other}, expected LORA; {MERGE}")),
+            Some(other) => return Err(format!("peft_type is {}, expected \"LORA\"", short(other))),
+            None if MLX.iter().any(|key| self.0.contains_key(*key)) => return Err(OF_MLX.to_owned()),
+            None => return Err("peft_type is missing, expected \"LORA\", as PEFT writes it".to_owned()),
+        }
+        for (key, why) in NOT_PLAIN {
+            if let Some(value) = self.0.get(key).filter(|value| !is_nothing(value)) {
+                return Err(format!("{key} is {}, which is not supported: {why}; {MERGE}", short(value)));
+            }
+        }
+        if let Some(init) = self.0.get("init_lora_weights").and_then(Value::as_str) {
+            let init = init.to_lowercase();
+            if CHANGE_THE_BASE.iter().any(|kind| init.starts_with(kind)) {
+                return Err(format!(
+                    "init_lora_weights is {init:?}, which changes the base's weights too and is not supported; hint: PEFT's \
+                     save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
+                ));
+            }
+            if init.starts_with("loftq") {
+                return Err(format!(
+                    "init_lora_weights is {init:?}, which is made for a quantised base and is not supported: on the plain \
+                     base it acts otherwise; {MERGE}"
+                ));
+            }
+        }
+        match self.0.get("bias") {
+            Some(bias) if bias != "none" && !is_nothing(bias) => Err(format!(
+                "bias is {}, expected \"none\": the base's own biases were trained beside the LoRA; {MERGE}",
+                short(bias)
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The modules and blocks where the adapter acts, with remarks.
+    fn targets(&self) -> Refused<(Targets, Vec<String>)> {
+        let mut remarks = Vec::new();
+        let modules = match self.modules("target_modules")? {
+            None => return Err("target_modules is missing, expected a list of projections".to_owned()),
+            Some(Modules::Expression(all, _)) if all.eq_ignore_ascii_case("all-linear") => {
+                Modules::Names(Proj::ALL.map(|proj| proj.name().to_owned()).to_vec())
+            }
+            // A single name in place of an expression means that module.
+            Some(Modules::Expression(name, _)) if is_projection(&name) => Modules::Names(vec![name]),
+            Some(Modules::Names(names)) => {
+                let of_qwen = |name: &&String| is_projection(name);
+                if let Some(name) = names.iter().find(|name| ["lm_head", "embed_tokens"].contains(&last(name))) {
+                    return Err(format!(
+                        "target_modules names {name:?}, expected projections of the blocks alone ({}): a LoRA on embeddings \
+                         or head is not supported; {MERGE}",
+                        Proj::ALL.map(Proj::name).join(", ")
+                    ));
+                }
+                if !names.iter().any(|name| is_projection(name)) {
+                    return Err(unknown_module(names.first().map_or("", String::as_str)));
+                }
+                let elsewhere: Vec<&String> = names.iter().filter(|name| !of_qwen(name)).collect();
+                if !elsewhere.is_empty() {
+                    remarks.push(format!(
+                        "target_modules also names {}, which no Qwen has: nothing acts there",
+                        elsewhere.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ")
+                    ));
+                }
+                Modules::Names(names)
+            }
+            Some(expression) => expression,
+        };
+        let layers = self.one_or_many("layers_to_transform", "a block's number or a list of them")?;
+        let patterns: Vec<String> =
+            self.one_or_many("layers_pattern", "a name or a list of names")?.unwrap_or_default();
+        let patterns: Vec<String> = patterns.into_iter().filter(|pattern| !pattern.is_empty()).collect();
+        if !patterns.is_empty() && patterns.iter().all(|pattern| layer_of(pattern, &module(7, Proj::Q)) != Some(7)) {
+            return Err(format!(
+                "layers_pattern is {:?}, expected \"layers\", as a Qwen's blocks are called",
+                patterns.join(", ")
+            ));
+        }
+        let excluded = self.modules("exclude_modules")?;
+        for (key, modules) in [("target_modules", Some(&modules)), ("exclude_modules", excluded.as_ref())] {
+            if let Some(Modules::Expression(expression, None)) = modules {
+                remarks.push(format!(
+                    "{key} is {}, an expression that only Python reads: the modules are those that have tensors",
+                    short(&Value::String(expression.clone()))
+                ));
+            }
+        }
+        // As in PEFT, an empty list means no restriction.
+        Ok((Targets { modules, excluded, layers: layers.filter(|layers| !layers.is_empty()) }, remarks))
+    }
+
+    /// Modules that were trained whole. Only embeddings and head are accepted here; their tensors are compared with the
+    /// base's later.
+    fn modules_to_save(&self) -> Refused<Vec<String>> {
+        let names: Vec<String> = self.one_or_many("modules_to_save", "a list of modules")?.unwrap_or_default();
+        if names.iter().any(|name| !["lm_head", "embed_tokens"].contains(&last(name))) {
+            return Err(saved_whole(&names));
+        }
+        Ok(names)
+    }
+
+    /// Remarks on settings that are accepted but unusual.
+    fn remarks(&self) -> Vec<String> {
+        let mut remarks = Vec::new();
+        if self.0.get("fan_in_fan_out") == Some(&Value::Bool(true)) {
+            remarks
+                .push("fan_in_fan_out is true, which is without effect on a Qwen's linear maps, as in PEFT".to_owned());
+        }
+        let unknown = |(key, value): &(&String, &Value)| !is_nothing(value) && !is_known(key);
+        let unknown: Vec<&str> = self.0.iter().filter(unknown).map(|(key, _)| key.as_str()).collect();
+        if !unknown.is_empty() {
+            remarks.push(format!(
+                "it has keys that are not known here and are passed over: {}",
+                crate::error::few(&unknown)
+            ));
+        }
+        remarks
+    }
+
+    /// A key's value; `None` if it is null or missing.
+    fn value<T: DeserializeOwned>(&self, key: &str, expected: &str) -> Refused<Option<T>> {
+        let value = self.0.get(key).filter(|value| !value.is_null());
+        let read = |value: &Value| {
+            T::deserialize(value).map_err(|_| format!("{key} is {}, expected {expected}", short(value)))
+        };
+        value.map(read).transpose()
+    }
+
+    fn one_or_many<T: DeserializeOwned>(&self, key: &str, expected: &str) -> Refused<Option<Vec<T>>> {
+        match self.0.get(key) {
+            Some(Value::Array(_)) => self.value(key, expected),
+            _ => Ok(self.value(key, expected)?.map(|one| vec![one])),
+        }
+    }
+
+    fn modules(&self, key: &str) -> Refused<Option<Modules>> {
+        let modules = match self.0.get(key) {
+            Some(Value::String(expression)) if !expression.is_empty() => Modules::expression(expression),
+            Some(Value::String(_)) => return Ok(None),
+            _ => match self.value::<Vec<String>>(key, "a list of modules or an expression")? {
+                None => return Ok(None),
+                Some(names) if names.is_empty() => return Ok(None),
+                Some(names) => Modules::Names(names),
+            },
+        };
+        Ok(Some(modules))
+    }
+
+    fn patterns<T: DeserializeOwned>(&self, key: &'static str) -> Refused<Patterns<T>> {
+        let by_name: Option<Map<String, Value>> = self.value(key, "an object of numbers by module")?;
+        let read = |(pattern, value): (String, Value)| match T::deserialize(&value) {
+            Ok(number) => Ok((pattern, number)),
+            Err(_) => Err(format!("{key} has {} for {pattern}, expected a number", short(&value))),
+        };
+        Patterns::new(key, by_name.unwrap_or_default().into_iter().map(read).collect::<Refused<_>>()?)
+    }
+}
+
+/// Keys that, if set, ask for something else than a plain LoRA, and why.
+const NOT_PLAIN: [(&str, &str); 13] = [
+    ("use_dora", "DoRA also scales the rows of the weights"),
+    ("use_qalora", "QALoRA pools what goes into A"),
+    ("lora_bias", "B has a bias"),
+    ("trainable_token_indices", "embeddings of tokens were trained beside the LoRA"),
+    ("target_parameters", "it acts on parameters that a dense Qwen does not have"),
+    ("layer_replication", "it runs blocks of the base several times"),
+    ("alora_invocation_tokens", "it acts from these tokens on alone"),
+    ("arrow_config", "it chooses among several adapters"),
+    ("kasa_config", "it cuts the base's weights and has a diagonal between A and B"),
+    ("megatron_config", "its maps are split as in Megatron"),
+    ("monteclora_config", "it adds random draws to A and B"),
+    ("use_bdlora", "its factors are block-diagonal"),
+    ("velora_config", "its A was trained on compressed activations, of which it keeps tensors"),
+];
+
+/// Prefixes of initialisations that compute A and B from the base's weights and change these.
+const CHANGE_THE_BASE: [&str; 4] = ["pissa", "olora", "corda", "lora_ga"];
+
+/// Keys that only MLX writes into an `adapter_config.json`.
+const MLX: [&str; 4] = ["fine_tune_type", "lora_parameters", "lora_layers", "adapter_path"];
+
+/// The error for MLX's files, which have another layout.
+pub(super) const OF_MLX: &str = "it is an adapter of MLX, expected one of PEFT; hint: convert it, with lora_A.weight the \
+    transposed lora_a and lora_B.weight the transposed lora_b, each under base_model.model. and its module, r the rank, and \
+    lora_alpha the scale times r";
+
+/// Keys of PEFT up to 0.21 that change nothing by themselves or are read here.
+const KNOWN: [&str; 33] = [
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "enable_lora",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "merge_weights",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+    "unsloth_version",
+    "transformers_version",
+];
+
+fn is_known(key: &str) -> bool {
+    KNOWN.contains(&key) || NOT_PLAIN.iter().any(|(other, _)| *other == key)
+}
+
+/// The error for modules that were trained whole.
+pub(super) fn saved_whole(names: &[String]) -> String {
+    let quoted: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
+    format!(
+        "modules_to_save is [{}], which is not supported: these modules were trained whole beside the LoRA, a change of the base \
+         that no gate can switch; {MERGE}",
+        quoted.join(", ")
+    )
+}
+
+/// Whether a value leaves its setting off.
+fn is_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(values) => values.is_empty(),
+        Value::String(text) => text.is_empty(),
+        _ => false,
+    }
+}
+
+fn last(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
+}
+
+fn unknown_module(name: &str) -> String {
+    format!(
+        "target_modules names {name:?}, expected \"all-linear\", an expression, or some of {}",
+        Proj::ALL.map(Proj::name).join(", ")
+    )
+}
+
+/// Whether a name is a projection's, with or without its path: `q_proj`, `layers.0.self_attn.q_proj`.
+fn is_projection(name: &str) -> bool {
+    let layer = name.split('.').find_map(|part| part.parse().ok()).unwrap_or(0);
+    Proj::ALL.into_iter().any(|proj| super::modules::ends(&module(layer, proj), name))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<PeftConfig> {
+        PeftConfig::parse(text.as_bytes(), Path::new("adapter_config.json"))
+    }
+
+    /// A LoRA on the queries, with one key added or changed.
+    fn with(key: &str, value: &str) -> Result<PeftConfig> {
+        let mut keys: Map<String, Value> =
+            serde_json::from_str("{\"peft_type\":\"LORA\",\"target_modules\":[\"q_proj\"]}").unwrap();
+        keys.insert(key.to_owned(), serde_json::from_str(value).unwrap());
+        parse(&Value::from(keys).to_string())
+    }
+
+    fn places(config: &PeftConfig) -> Vec<(usize, Proj)> {
+        let all = (0..3).flat_map(|layer| Proj::ALL.map(|proj| (layer, proj)));
+        all.filter(|(layer, proj)| config.targets.contain(*layer, *proj).unwrap()).collect()
+    }
+
+    #[test]
+    fn what_is_no_plain_lora_is_refused_by_name() {
+        for (key, value) in [
+            ("use_dora", "true"),
+            ("use_qalora", "true"),
+            ("lora_bias", "true"),
+            ("bias", "\"all\""),
+            ("bias", "\"lora_only\""),
+            ("modules_to_save", "[\"score\"]"),
+            ("modules_to_save", "[\"lm_head\", \"norm\"]"),
+            ("trainable_token_indices", "[3]"),
+            ("trainable_token_indices", "{\"embed_tokens\": [3]}"),
+            ("target_parameters", "[\"x\"]"),
+            ("layer_replication", "[[0, 1]]"),
+            ("alora_invocation_tokens", "[5]"),
+            ("arrow_config", "{}"),
+            ("kasa_config", "{}"),
+            ("megatron_config", "{}"),
+            ("monteclora_config", "{}"),
+            ("use_bdlora", "{}"),
+            ("velora_config", "{}"),
+            ("layers_pattern", "\"h\""),
+            ("init_lora_weights", "\"pissa_niter_4\""),
+            ("init_lora_weights", "\"olora\""),
+            ("init_lora_weights", "\"corda\""),
+            ("init_lora_weights", "\"lora_ga\""),
+            ("init_lora_weights", "\"loftq\""),
+            ("target_modules", "[\"q_proj\", \"model.embed_tokens\"]"),
+            ("target_modules", "[\"c_attn\"]"),
+            ("peft_type", "\"IA3\""),
+            ("peft_type", "\"ADALORA\""),
+            ("peft_type", "\"VERA\""),
+            ("peft_type", "3"),
+        ] {
+            let message = with(key, value).unwrap_err().to_string();
+            assert!(message.starts_with(&format!("adapter_config.json: {key} ")), "{message}");
+            assert!(message.contains("expected") || message.contains("not supported"), "{message}");
+            assert!(message.lines().count() == 1 && message.matches("hint: ").count() <= 1, "{message}");
+        }
+        let dora = with("use_dora", "true").unwrap_err().to_string();
+        assert!(dora.contains("use_dora is true, which is not supported: DoRA also scales the rows"), "{dora}");
+        let missing = parse("{\"r\":8}").unwrap_err().to_string();
+        assert!(missing.ends_with("peft_type is missing, expected \"LORA\", as PEFT writes it"), "{missing}");
+    }
+
+    #[test]
+    fn an_adapter_of_mlx_is_told_as_that() {
+        for key in ["\"fine_tune_type\": \"lora\"", "\"lora_parameters\": {\"rank\": 8, \"scale\": 20.0}"] {
+            let message = parse(&format!("{{{key}}}")).unwrap_err().to_string();
+            assert!(message.contains("it is an adapter of MLX, expected one of PEFT; hint: convert it"), "{message}");
+        }
+    }
+
+    /// All keys of PEFT 0.21.2 with its own defaults, and keys of older versions and other trainers.
+    #[test]
+    fn the_defaults_of_peft_are_let_through_without_a_word() {
+        let config = include_str!("../../../../tests/golden/adapters/rslora/adapter_config.json");
+        assert_eq!(parse(config).unwrap().remarks, [""; 0]);
+        for (key, value) in [
+            ("modules_to_save", "[]"),
+            ("exclude_modules", "[]"),
+            ("exclude_modules", "\"\""),
+            ("layers_to_transform", "[]"),
+            ("layers_pattern", "[]"),
+            ("layers_pattern", "\"\""),
+            ("rank_pattern", "null"),
+            ("loftq_config", "{}"),
+            ("eva_config", "{\"rho\": 2.0}"),
+            ("init_lora_weights", "\"eva\""),
+            ("init_lora_weights", "\"gaussian\""),
+            ("init_lora_weights", "\"orthogonal\""),
+            ("init_lora_weights", "\"mica\""),
+            ("init_lora_weights", "false"),
+            ("runtime_config", "{\"ephemeral_gpu_offload\": false}"),
+            ("trainable_token_indices", "null"),
+            ("ensure_weight_tying", "true"),
+            ("unheard_of", "null"),
+        ] {
+            let config = with(key, value).unwrap();
+            assert_eq!(config.remarks, [""; 0], "{key} {value}");
+            assert_eq!(places(&config), [(0, Proj::Q), (1, Proj::Q), (2, Proj::Q)], "{key} {value}");
+        }
+    }
+
+    #[test]
+    fn what_is_let_through_but_should_be_known_is_a_remark() {
+        for (key, value, expected) in [
+            ("unheard_of", "3", "it has keys that are not known here and are passed over: unheard_of"),
+            ("fan_in_fan_out", "true", "fan_in_fan_out is true, which is without effect"),
+            (
+                "target_modules",
+                "[\"q_proj\", \"query_key_value\"]",
+                "also names \"query_key_value\", which no Qwen has",
+            ),
+            (
+                "target_modules",
+                "\"(?=a)q_proj\"",
+                "target_modules is \"(?=a)q_proj\", an expression that only Python reads",
+            ),
+            (
+                "exclude_modules",
+                "\"(?=a)q_proj\"",
+                "exclude_modules is \"(?=a)q_proj\", an expression that only Python",
+            ),
+        ] {
+            let remarks = with(key, value).unwrap().remarks;
+            assert!(remarks.len() == 1 && remarks[0].contains(expected), "{remarks:?}");
+        }
+    }
+
+    #[test]
+    fn missing_keys_have_pefts_defaults() {
+        let text = "{\"peft_type\":\"LORA\",\"target_modules\":\"ALL-linear\",\"layers_to_transform\":3}";
+        let config = parse(text).unwrap().lora_of_any().unwrap();
+        assert_eq!((config.rank, config.alpha, config.layers), (8, 8.0, Some(vec![3])));
+        assert_eq!(config.target_modules, Proj::ALL);
+        assert_eq!(with("r", "4").unwrap().lora_of_any().unwrap().layers, None);
+        let beyond = with("layers_to_transform", "[500]").unwrap().lora_of_any().unwrap();
+        assert_eq!(beyond.layers, Some(vec![500]));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_its_key() {
+        for (key, value, expected) in [
+            ("r", "0", "the LoRA rank is 0"),
+            ("r", "-9223372036854775808", "the LoRA rank is -9223372036854775808"),
+            ("r", "\"8\"", "r is \"8\", expected a whole number"),
+            ("lora_alpha", "-1", "the LoRA alpha is -1"),
+            ("lora_dropout", "1.0", "the LoRA dropout is 1"),
+            ("use_rslora", "1", "use_rslora is 1, expected true or false"),
+            ("layers_to_transform", "[-1]", "layers_to_transform is [-1], expected a block's number"),
+            ("target_modules", "3", "target_modules is 3, expected a list of modules or an expression"),
+            ("target_modules", "[]", "target_modules is missing"),
+            ("target_modules", "null", "target_modules is missing"),
+            ("rank_pattern", "[3]", "rank_pattern is [3], expected an object"),
+            ("rank_pattern", "{\"q_proj\":0}", "rank_pattern has 0 for q_proj, expected at least 1"),
+            ("rank_pattern", "{\"q_proj\":\"a\"}", "rank_pattern has \"a\" for q_proj, expected a number"),
+            ("alpha_pattern", "{\"q_proj\":-0.5}", "alpha_pattern has -0.5 for q_proj, expected a positive number"),
+            (
+                "alpha_pattern",
+                "{\"(?<!k_)proj\":1}",
+                "alpha_pattern has \"(?<!k_)proj\", expected a module's name or an expres",
+            ),
+        ] {
+            let message = with(key, value).unwrap_err().to_string();
+            assert!(message.starts_with("adapter_config.json: ") && message.contains(expected), "{message}");
+            assert_eq!(message.lines().count(), 1, "{message}");
+        }
+        let alpha = "{\"peft_type\":\"LORA\",\"lora_alpha\":1e999}";
+        assert!(parse(alpha).unwrap_err().to_string().contains("number out of range"));
+        let long = format!("\"{}\"", "é".repeat(500));
+        assert!(with("r", &long).unwrap_err().to_string().len() < 300);
+    }
+
+    #[test]
+    fn blocks_and_modules_are_those_that_peft_finds() {
+        let one = |text: &str| places(&parse(&format!("{{\"peft_type\":\"LORA\",{text}}}")).unwrap());
+        assert_eq!(one(r#""target_modules":"q_proj""#).len(), 3);
+        assert_eq!(one(r#""target_modules":["layers.1.mlp.up_proj"]"#), [(1, Proj::Up)]);
+        // `layers_to_transform` limits names; a whole path contains its block.
+        let paths = r#""target_modules":["model.layers.0.mlp.up_proj","v_proj"],"layers_to_transform":[2]"#;
+        assert_eq!(one(paths), [(0, Proj::Up), (2, Proj::V)]);
+        let pattern = r#""target_modules":["v_proj"],"layers_to_transform":1,"layers_pattern":["h","layers"]"#;
+        assert_eq!(one(pattern), [(1, Proj::V)]);
+        let excluded =
+            r#""target_modules":["v_proj","o_proj"],"exclude_modules":["o_proj","0.self_attn.v_proj","score"]"#;
+        assert_eq!(one(excluded), [(1, Proj::V), (2, Proj::V)]);
+        let expressions = r#""target_modules":".*[qk]_proj","exclude_modules":".*\\.[01]\\..*""#;
+        assert_eq!(one(expressions), [(2, Proj::Q), (2, Proj::K)]);
+        assert_eq!(one(r#""target_modules":"layers\\.1.*""#), [], "an expression is of the whole path");
+    }
+}

@@ -1,0 +1,183 @@
+//! Which adapter, gate and edits a model is run with, as a value: base, student, gated student, steered base. A
+//! condition names tokens; for given rows it becomes the gate's doses and the taps of a pass.
+
+use std::ops::Range;
+
+use tch::Tensor;
+
+use crate::adapter::dose::Doses;
+use crate::adapter::gate::Gate;
+use crate::adapter::lora::Adapter;
+use crate::chat::tokens::Sequence;
+use crate::error::Result;
+use crate::hook_point::HookPoint;
+use crate::model::pass::Pass;
+use crate::model::qwen::Qwen;
+use crate::rows::batch::Batch;
+use crate::rows::kv_cache::KvCache;
+use crate::taps::edit::{self, Edit, EditTap};
+use crate::taps::tap::{Hooks, Listener, Tap};
+
+/// The adapter, gate and edits that a model is run with. The default is the bare base model.
+#[derive(Clone, Debug, Default)]
+pub struct Condition<'a> {
+    /// The LoRA that acts, if any.
+    pub adapter: Option<&'a Adapter>,
+    /// Where and how strongly the adapter acts.
+    pub gate: Gate,
+    /// The edits of activations, in the order in which they are made.
+    pub edits: Vec<Edit>,
+}
+
+impl<'a> Condition<'a> {
+    /// The base with an adapter acting everywhere.
+    pub fn adapted(adapter: &'a Adapter) -> Self {
+        Self { adapter: Some(adapter), ..Self::default() }
+    }
+
+    /// This condition with another gate.
+    #[must_use]
+    pub fn gated(mut self, gate: Gate) -> Self {
+        self.gate = gate;
+        self
+    }
+
+    /// Refuses a condition that does not fit the rows, before anything is run: tokens that they lack, tensors of
+    /// another shape.
+    pub fn check(&self, model: &Qwen, rows: &[Sequence]) -> Result<()> {
+        self.prepare(&rows.iter().collect::<Vec<_>>(), model, None).map(drop)
+    }
+
+    /// The adapter that acts, if any, and its doses at a row's tokens, where they are not all 1.
+    pub(crate) fn acting(&self, row: &Sequence) -> Result<(Option<&'a Adapter>, Option<Vec<f64>>)> {
+        match self.adapter {
+            Some(adapter) if !self.gate.is_everywhere() => {
+                self.gate.check(adapter)?;
+                let doses = self.gate.doses(row)?;
+                Ok(if self.gate.is_nowhere() { (None, None) } else { (Some(adapter), Some(doses)) })
+            }
+            adapter => Ok((adapter, None)),
+        }
+    }
+
+    /// The taps of its edits for some rows that are packed.
+    pub(crate) fn taps(&self, rows: &[&Sequence], batch: &Batch, model: &Qwen) -> Result<Vec<EditTap>> {
+        let tap = |edit| EditTap::new(edit, rows, &model.config, model.device(), model.kind())?.packed(batch);
+        self.edits.iter().map(tap).collect()
+    }
+
+    /// The condition spelt out for some rows, padded.
+    pub(crate) fn prepare<'p>(
+        &self,
+        rows: &[&Sequence],
+        model: &Qwen,
+        listener: Option<Listener<'p>>,
+    ) -> Result<Prepared<'p>>
+    where
+        'a: 'p,
+    {
+        let (device, gate) = (model.device(), self.gate.clone());
+        let mut shared = usize::MAX;
+        let doses = match self.adapter {
+            Some(adapter) if !gate.is_everywhere() => {
+                gate.check(adapter)?;
+                let doses = rows.iter().map(|row| gate.doses(row)).collect::<Result<Vec<_>>>()?;
+                shared = edit::alike(&doses);
+                Some(gate.spread(&doses, device)?)
+            }
+            _ => None,
+        };
+        let adapter = self.adapter.filter(|_| !gate.is_nowhere());
+        let edits = self.edits.iter().map(|edit| EditTap::new(edit, rows, &model.config, device, model.kind()));
+        let edits = edits.collect::<Result<Vec<_>>>()?;
+        let shared = edits.iter().map(EditTap::alike).fold(shared, usize::min);
+        Ok(Prepared { adapter, gate, doses, edits, listener, shared })
+    }
+}
+
+/// A condition spelt out for the rows of a batch, ready for passes over all of it, over pieces, or token by token.
+pub(crate) struct Prepared<'a> {
+    adapter: Option<&'a Adapter>,
+    gate: Gate,
+    doses: Option<Doses>,
+    edits: Vec<EditTap>,
+    /// A tap that sees every pass, after the edits.
+    listener: Option<Listener<'a>>,
+    /// How many positions at the start gate and edits treat alike in all rows.
+    pub(crate) shared: usize,
+}
+
+impl Prepared<'_> {
+    /// The residual stream after the last block, `[rows, at.len(), d_model]`, for positions `at` of the first `rows` rows.
+    pub(crate) fn prompt(
+        &mut self,
+        model: &Qwen,
+        batch: &Batch,
+        at: Range<usize>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        let gate = self.at(batch.n_rows(), at)?;
+        let adapter = self.adapter;
+        self.pass(model, batch, adapter, gate, cache)
+    }
+
+    /// What `run` gives for whole rows, with one more tap, which sees what the edits left.
+    pub(crate) fn listen(
+        &mut self,
+        model: &Qwen,
+        batch: &Batch,
+        points: &[HookPoint],
+        tap: &mut dyn Tap,
+        run: impl FnOnce(&Qwen, &Batch, &mut Pass<'_>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let gate = self.at(batch.n_rows(), 0..batch.width())?;
+        let adapter = self.adapter;
+        let hooks = self.edits.iter_mut().fold(Hooks::default(), EditTap::hook).on(points.iter().copied(), tap);
+        run(model, batch, &mut Pass { adapter, doses: gate, hooks, ..Pass::default() })
+    }
+
+    /// The residual stream for one new token per row, generated after the prompt, `[rows, 1, d_model]`.
+    pub(crate) fn generated(&mut self, model: &Qwen, ids: &[i64], cache: &mut KvCache) -> Result<Tensor> {
+        for edit in &mut self.edits {
+            edit.point_at_generated(ids)?;
+        }
+        let (mut adapter, mut gate) = (self.adapter, None);
+        if self.doses.is_some() {
+            let doses: Vec<Vec<f64>> = ids.iter().map(|id| vec![self.gate.generated(*id)]).collect();
+            let spread = self.gate.spread(&doses, model.device())?;
+            // Where nothing acts, nothing is computed.
+            if spread.elsewhere == 0.0 && doses.iter().flatten().all(|dose| *dose == 0.0) {
+                adapter = None;
+            } else {
+                gate = Some(spread);
+            }
+        }
+        let rows: Vec<&[i64]> = ids.chunks(1).collect();
+        let batch = Batch::from_ids(&rows, model.device())?;
+        self.pass(model, &batch, adapter, gate, Some(cache))
+    }
+
+    /// Points the edits at some positions of the first rows, and returns the doses there.
+    fn at(&mut self, rows: usize, at: Range<usize>) -> Result<Option<Doses>> {
+        for edit in &mut self.edits {
+            edit.point(rows, &at)?;
+        }
+        self.doses.as_ref().map(|doses| doses.narrow(rows, &at)).transpose()
+    }
+
+    fn pass(
+        &mut self,
+        model: &Qwen,
+        batch: &Batch,
+        adapter: Option<&Adapter>,
+        gate: Option<Doses>,
+        kv_cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        let hooks = self.edits.iter_mut().fold(Hooks::default(), EditTap::hook);
+        let hooks = match &mut self.listener {
+            Some((points, tap)) => hooks.on(points.iter().copied(), &mut **tap),
+            None => hooks,
+        };
+        model.resid_final(batch, &mut Pass { adapter, doses: gate, hooks, kv_cache, dropout: None })
+    }
+}

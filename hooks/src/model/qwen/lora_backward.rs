@@ -1,0 +1,927 @@
+//! The gradients of a LoRA by a backward pass that is written out, block by block, instead of recorded by libtorch.
+//!
+//! Training asks for one thing: losses, and their gradient at the adapter's tensors. Written out, a block keeps less, its gradients
+//! are added where they arise, and there are about half as many calls. Only attention between projections and output, a hundredth
+//! of the arithmetic, is left to libtorch's own gradients. Taps, edits and dropout take the recorded way.
+//!
+//! One forward pass can carry many backward passes at once. Gradients have the shape `[tokens, width]`, those of several losses
+//! `[losses · tokens, width]`, loss by loss; what is kept of the forward pass is always `[tokens, width]`.
+
+use std::borrow::Borrow;
+use std::collections::BTreeMap;
+
+use tch::{Kind, Tensor};
+
+use super::{Attention, Block, Mlp, Qwen};
+use crate::adapter::dose::{Dose, Doses};
+use crate::adapter::lora::{Adapter, LoraPair};
+use crate::error::{Error, Result};
+use crate::model::layers::{Linear, RmsNorm, Rope};
+use crate::model::loss::{Targets, nll_gradient, nlls_and_gradients};
+use crate::model::pass::{Pass, acting};
+use crate::ops::{embedding, wide};
+use crate::profile::{self, Op, Stage};
+use crate::proj::Proj;
+use crate::rows::batch::Batch;
+use crate::rows::kv_cache::Placement;
+use crate::taps::tap::Hooks;
+
+/// The gradients at each pair's A and B, of several losses `[losses, ..]`.
+type Found = BTreeMap<(usize, Proj), (Tensor, Tensor)>;
+
+/// The gradients of some losses of one forward pass, each loss alone.
+pub(crate) struct OfEach {
+    /// The log-probabilities of the vocabulary at each target, `[targets, d_vocab]`.
+    pub(crate) logprobs: Tensor,
+    /// Of the adapter's tensors in the order of `Adapter::parameters`, `[losses, ..]`.
+    pub(crate) adapter: Vec<Tensor>,
+    /// `∂ℓ/∂resid_post` block by block, `[losses, pos, d_model]`; of the last block `[losses, places, d_model]`.
+    pub(crate) resid_post: Vec<Tensor>,
+}
+
+impl Qwen {
+    /// −log p(label) of each target, `[n]`, and ∂(Σ wᵢ ℓᵢ)/∂θ of the adapter's tensors in the order of
+    /// `Adapter::parameters`. Both are f32, or f64 in an f64 model. `weights`: w, `[n]`. `doses`: the adapter's; `None`
+    /// means 1 everywhere. For a stack the gradients are `[students, ..]`.
+    ///
+    /// These are libtorch's sums in another order. The batch must be packed.
+    pub fn lora_gradients(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        weights: &Tensor,
+        adapter: &Adapter,
+        doses: Option<&Doses>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        self.gradients_in_parts(batch, targets, weights, Lora { adapter: Some(adapter), doses, parts: None })
+    }
+
+    /// The gradients of the adapter's tensors as in [`Self::lora_gradients`], split by the positions where the adapter
+    /// reads, `[parts, ..]`. `∇B = s Σ_t δ_t (A x_t)ᵀ` and `∇A = s Σ_t (Bᵀ δ_t) x_tᵀ` are sums over positions t, and a
+    /// part is the sum over some of them. `parts`: 1 where a position is in a part and 0 elsewhere, `[parts, batch ·
+    /// pos]`. Parts that cover all positions once add up to the whole. A stack is refused.
+    pub fn lora_gradients_by_part(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        weights: &Tensor,
+        adapter: &Adapter,
+        parts: &Tensor,
+    ) -> Result<Vec<Tensor>> {
+        let expected = [parts.size()[0], batch.ids.numel() as i64];
+        if parts.size() != expected || adapter.n_stacked().is_some() {
+            return Err(Error::Invalid {
+                what: "the parts of a gradient".to_owned(),
+                expected: format!("of one adapter, {expected:?}"),
+                found: format!("{:?}, {} adapters", parts.size(), adapter.n_stacked().unwrap_or(1)),
+            });
+        }
+        let lora = Lora { adapter: Some(adapter), doses: None, parts: Some(parts) };
+        Ok(self.gradients_in_parts(batch, targets, weights, lora)?.1)
+    }
+
+    fn gradients_in_parts(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        weights: &Tensor,
+        lora: Lora<'_>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        tch::no_grad(|| {
+            let at = LoraAt::places(lora, &targets.places)?;
+            let kept = KeptPass::forward(self, batch, &targets.places, lora, &at, None)?;
+            let (losses, at_normed) = {
+                let _stage = profile::stage(Stage::Loss);
+                let normed = embedding(&kept.normed, &targets.rows)?;
+                let (losses, at_normed) = nlls_and_gradients(self, &normed, &targets.labels)?;
+                let weighted = at_normed.f_mul(&weights.f_unsqueeze(1)?.f_to_kind(at_normed.kind())?)?;
+                let places = targets.places.size()[0];
+                (losses, Tensor::f_embedding_dense_backward(&weighted, &targets.rows, places, -1, false)?)
+            };
+            let at_top = kept.ln_final.backward(&at_normed)?;
+            let mut found = Found::new();
+            backward(kept.blocks.into_iter(), at_top, None, &mut found, &mut |_| ())?;
+            let n_parts = lora.parts.map(|parts| parts.size()[0]);
+            let found = lora.adapter.map_or_else(|| Ok(vec![]), |adapter| in_order(found, adapter, n_parts))?;
+            Ok((losses, found))
+        })
+    }
+
+    /// The gradients of each loss of one row, `ℓᵢ = Σ −log p(label)` over some targets, `at_a_time` losses per backward
+    /// pass. `losses[i]`: the indices of its targets; `copies_of(n)`: the row, packed n times.
+    pub(crate) fn gradients_of_each(
+        &self,
+        targets: &Targets,
+        losses: &[Vec<i64>],
+        at_a_time: usize,
+        (adapter, doses): (Option<&Adapter>, Option<&Doses>),
+        copies_of: &dyn Fn(usize) -> Result<Batch>,
+        each: &mut dyn FnMut(OfEach) -> Result<()>,
+    ) -> Result<()> {
+        tch::no_grad(|| {
+            let (batch, lora) = (copies_of(1)?, Lora { adapter, doses, parts: None });
+            let at = LoraAt::places(lora, &targets.places)?;
+            let kept = KeptPass::forward(self, &batch, &targets.places, lora, &at, Some(0))?;
+            let (pos, places) = (batch.ids.numel() as i64, targets.places.size()[0]);
+            for losses in losses.chunks(at_a_time) {
+                let index = |values: Vec<i64>| Tensor::f_from_slice(&values)?.f_to_device(self.device());
+                let n = losses.len() as i64;
+                let all = index(losses.concat())?;
+                let (rows, labels) = (targets.rows.f_index_select(0, &all)?, targets.labels.f_index_select(0, &all)?);
+                let (logprobs, at_normed) = {
+                    let _stage = profile::stage(Stage::Loss);
+                    let logits = self.logits(&embedding(&kept.normed, &rows)?)?;
+                    let logprobs = logits.f_log_softmax(-1, wide(logits.kind()))?;
+                    let at_targets = nll_gradient(self, logprobs.f_detach_copy()?, &labels)?;
+                    let of_loss = losses.iter().zip(0..).flat_map(|(loss, i)| loss.iter().map(move |_| i * places));
+                    let rows = rows.f_add(&index(of_loss.collect())?)?;
+                    (logprobs, Tensor::f_embedding_dense_backward(&at_targets, &rows, n * places, -1, false)?)
+                };
+                let batch = copies_of(losses.len())?;
+                let (_, rope, placement) = self.begin(&batch, &mut Pass::default())?;
+                let starts = Tensor::f_arange(n, (Kind::Int64, self.device()))?.f_mul_scalar(pos)?.f_unsqueeze(1)?;
+                let copies = Copies {
+                    n,
+                    rope,
+                    placement,
+                    places: starts.f_add(&targets.places.f_unsqueeze(0)?)?.f_flatten(0, 1)?,
+                };
+                let (mut found, mut resid_post) = (Found::new(), vec![]);
+                backward(
+                    kept.blocks.iter(),
+                    kept.ln_final.backward(&at_normed)?,
+                    Some(&copies),
+                    &mut found,
+                    &mut |at| {
+                        resid_post.push(at.shallow_clone());
+                    },
+                )?;
+                resid_post.reverse();
+                let by_loss = resid_post.iter().map(|at| Ok(at.f_view([n, -1, self.config.d_model])?));
+                let adapter = adapter.map_or_else(|| Ok(vec![]), |adapter| in_order(found, adapter, Some(n)))?;
+                each(OfEach { logprobs, adapter, resid_post: by_loss.collect::<Result<_>>()? })?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The gradients found, in the order of `Adapter::parameters`, `[n, ..]` for several losses; zeros where the adapter
+/// does not act.
+fn in_order(mut found: Found, adapter: &Adapter, n: Option<i64>) -> Result<Vec<Tensor>> {
+    let mut ordered = vec![];
+    for (layer, proj, pair) in adapter.pairs() {
+        let shape = |tensor: &Tensor| n.into_iter().chain(tensor.size()).collect::<Vec<_>>();
+        let zeros = |tensor: &Tensor| Tensor::f_zeros(shape(tensor), (tensor.kind(), tensor.device()));
+        let (a, b) = match found.remove(&(layer, proj)) {
+            Some(found) => found,
+            None => (zeros(&pair.a)?, zeros(&pair.b)?),
+        };
+        ordered.extend([a.f_view(shape(&pair.a).as_slice())?, b.f_view(shape(&pair.b).as_slice())?]);
+    }
+    Ok(ordered)
+}
+
+/// A forward pass, and what its backward passes need of it.
+struct KeptPass<'m> {
+    /// From the first one where something learns.
+    blocks: Vec<KeptBlock<'m>>,
+    ln_final: KeptNorm<'m>,
+    normed: Tensor, // [places, d_model]
+}
+
+impl<'m> KeptPass<'m> {
+    /// Runs the model to the final norm at some places. Activations are kept from block `from` on, or from the first
+    /// block where the adapter acts.
+    fn forward(
+        model: &'m Qwen,
+        batch: &Batch,
+        places: &Tensor,
+        lora: Lora<'m>,
+        at: &'m LoraAt,
+        from: Option<usize>,
+    ) -> Result<Self> {
+        let _stage = profile::stage(Stage::Forward);
+        if batch.packing.is_none() {
+            return Err(Error::Invalid {
+                what: "the batch of a backward pass by hand".to_owned(),
+                expected: "a packed one".to_owned(),
+                found: "one with padding".to_owned(),
+            });
+        }
+        let (mut resid, rope, placement) =
+            model.begin(batch, &mut Pass { adapter: lora.adapter, ..Pass::default() })?;
+        let acts = |block: &Block| Proj::ALL.into_iter().any(|proj| lora.at(block.layer, proj).is_some());
+        let last = model.blocks.len().saturating_sub(1);
+        let from = from.or_else(|| model.blocks.iter().position(acts)).unwrap_or(last).min(last);
+        let (below, above) = model.blocks.split_at(from);
+        for block in below {
+            resid = block.forward(resid, &rope, &placement, &mut Pass::default())?;
+        }
+        let mut resid = resid.f_flatten(0, 1)?;
+        let mut blocks = vec![];
+        for block in above {
+            let is_last = block.layer == last;
+            let lora_at = if is_last { at.of(lora) } else { lora };
+            let (block, out) =
+                block.forward_kept(&resid, &rope, &placement, is_last.then_some(places), (lora, lora_at))?;
+            blocks.push(block);
+            resid = out;
+        }
+        let (ln_final, normed) = KeptNorm::forward(&model.ln_final, &resid)?;
+        Ok(Self { blocks, ln_final, normed })
+    }
+}
+
+/// Several losses at once: the row in as many copies, for attention.
+struct Copies<'b> {
+    n: i64,
+    rope: Rope,
+    placement: Placement<'b>,
+    places: Tensor, // those of all copies
+}
+
+/// Backward from the gradient at the top of some blocks, `[losses · places, d_model]`, to the lowest one. `seen` gets
+/// the gradient at each block's `resid_post`, the last block's first.
+fn backward<'m, B: Borrow<KeptBlock<'m>>>(
+    blocks: impl DoubleEndedIterator<Item = B> + ExactSizeIterator,
+    mut at_top: Tensor,
+    copies: Option<&Copies<'_>>,
+    found: &mut Found,
+    seen: &mut dyn FnMut(&Tensor),
+) -> Result<()> {
+    let _stage = profile::stage(Stage::Backward);
+    for (below, block) in blocks.enumerate().rev() {
+        seen(&at_top);
+        match block.borrow().backward(&at_top, below > 0, copies, found)? {
+            Some(gradient) => at_top = gradient,
+            None => break,
+        }
+    }
+    Ok(())
+}
+
+/// The adapter, if one learns, its doses, and the parts of the positions that get separate gradients.
+#[derive(Clone, Copy)]
+struct Lora<'m> {
+    adapter: Option<&'m Adapter>,
+    doses: Option<&'m Doses>,
+    parts: Option<&'m Tensor>, // [parts, tokens]
+}
+
+/// The doses and parts of some places alone.
+struct LoraAt {
+    doses: Option<Doses>,
+    parts: Option<Tensor>,
+}
+
+impl LoraAt {
+    fn places(lora: Lora<'_>, places: &Tensor) -> Result<Self> {
+        Ok(Self {
+            doses: lora.doses.map(|doses| doses.at_places(places)).transpose()?,
+            parts: lora.parts.map(|parts| parts.f_index_select(1, places)).transpose()?,
+        })
+    }
+
+    fn of<'m>(&'m self, lora: Lora<'m>) -> Lora<'m> {
+        Lora { doses: self.doses.as_ref(), parts: self.parts.as_ref(), ..lora }
+    }
+}
+
+impl<'m> Lora<'m> {
+    /// The pair of a projection and its dose, unless that is zero.
+    fn at(self, layer: usize, proj: Proj) -> Option<(&'m LoraPair, Dose<'m>)> {
+        acting(self.adapter, self.doses, layer, proj)
+    }
+}
+
+/// A pair where it acts, and s · g.
+struct Acting<'m> {
+    pair: &'m LoraPair,
+    factor: f64,
+    /// Factors that differ, `[tokens, 1]`, or of a stack `[students, 1 or tokens, 1]`.
+    by_token: Option<Tensor>,
+    /// `[parts, tokens, 1]`.
+    parts: Option<Tensor>,
+}
+
+impl<'m> Acting<'m> {
+    fn of((pair, dose): (&'m LoraPair, Dose<'_>), parts: Option<&Tensor>, kind: Kind) -> Result<Self> {
+        let (factor, doses) = match dose {
+            Dose::Uniform(dose) => (dose * pair.scaling, None),
+            Dose::Tokens(doses) => (pair.scaling, Some(by_student(pair, &doses.f_to_kind(kind)?.f_reshape([-1, 1])?)?)),
+        };
+        let scalings = pair.scalings.as_ref().map(|scalings| scalings.f_to_kind(kind)).transpose()?;
+        let by_token = match (doses, scalings) {
+            (Some(doses), Some(scalings)) => Some(doses.f_mul(&scalings)?),
+            (doses, scalings) => doses.or(scalings),
+        };
+        let parts = parts.map(|parts| parts.f_to_kind(kind)?.f_unsqueeze(-1)).transpose()?;
+        Ok(Self { pair, factor, by_token, parts })
+    }
+
+    /// `[tokens, rank]` as it is, or each part's alone, `[parts, tokens, rank]`.
+    fn by_part(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match &self.parts {
+            Some(parts) => x.f_mul(parts)?,
+            None => x.shallow_clone(),
+        })
+    }
+
+    /// s · g ⊙ x, in place.
+    #[allow(clippy::float_cmp)]
+    fn scale(&self, mut x: Tensor) -> Result<Tensor> {
+        if self.factor != 1.0 {
+            x = x.f_mul_scalar_(self.factor)?;
+        }
+        if let Some(by_token) = &self.by_token {
+            x = x.f_mul_(by_token)?;
+        }
+        Ok(x)
+    }
+}
+
+/// `[tokens, width]`, of a stack `[students, tokens / students, width]`.
+fn by_student(pair: &LoraPair, x: &Tensor) -> Result<Tensor> {
+    Ok(match pair.n_stacked() {
+        Some(n) => x.f_reshape([n, x.size()[0] / n, -1])?,
+        None => x.shallow_clone(),
+    })
+}
+
+/// `[tokens, width]` as it is; of several losses, `[losses · tokens, width]`, as `[losses, tokens, width]`. A stack's stays.
+fn by_loss(at: &Tensor, tokens: i64) -> Result<Tensor> {
+    if at.dim() > 2 || at.size()[0] == tokens {
+        return Ok(at.shallow_clone());
+    }
+    Ok(at.f_view([-1, tokens, at.size()[1]])?)
+}
+
+/// `[.., width]` as `[all, width]`.
+fn flat(x: &Tensor) -> Result<Tensor> {
+    Ok(x.f_flatten(0, -2)?)
+}
+
+/// The product x z. If only x has a dimension of losses, all share z; if z has a dimension of parts, all share x.
+fn product(x: &Tensor, z: &Tensor) -> Result<Tensor> {
+    if x.dim() <= z.dim() {
+        return Ok(x.f_matmul(z)?);
+    }
+    Ok(x.f_bmm(&z.f_unsqueeze(0)?.f_expand([x.size()[0], -1, -1], false)?)?)
+}
+
+/// y + x z, in place.
+fn add_product(y: &mut Tensor, x: &Tensor, z: &Tensor) -> Result<()> {
+    let _ = if x.dim() == 2 { y.f_addmm_(x, z)? } else { y.f_baddbmm_(x, z)? };
+    Ok(())
+}
+
+/// A linear map, and what its backward pass needs besides its input.
+struct KeptLinear<'m> {
+    linear: &'m Linear,
+    acting: Option<(Acting<'m>, Tensor)>, // with s · g ⊙ A x, [.., rank]
+}
+
+impl<'m> KeptLinear<'m> {
+    /// `x`: `[tokens, d_in]`, the result is `[tokens, d_out]`.
+    fn forward(linear: &'m Linear, x: &Tensor, lora: Lora<'m>) -> Result<(Self, Tensor)> {
+        let mut y = linear.base(x)?;
+        let wide = wide(x.kind());
+        let Some(acting) = lora.at(linear.layer, linear.proj) else { return Ok((Self { linear, acting: None }, y)) };
+        let acting = Acting::of(acting, lora.parts, wide)?;
+        let span = profile::op(Op::Lora);
+        let pair = acting.pair;
+        let (a, b) = (pair.a.f_to_kind(wide)?.f_transpose(-2, -1)?, pair.b.f_to_kind(wide)?.f_transpose(-2, -1)?);
+        let bottleneck = acting.scale(by_student(pair, &x.f_to_kind(wide)?)?.f_matmul(&a)?)?;
+        if y.kind() == wide {
+            add_product(&mut by_student(pair, &y)?, &bottleneck, &b)?;
+        } else {
+            let part = bottleneck.f_matmul(&b)?.f_view(y.size().as_slice())?;
+            y = y.f_add(&part)?.f_to_kind(x.kind())?;
+        }
+        span.flops(|| Ok(pair.flops(x, false)))?;
+        Ok((Self { linear, acting: Some((acting, bottleneck)) }, y))
+    }
+
+    fn acts(&self) -> bool {
+        self.acting.is_some()
+    }
+
+    /// From ∂/∂y, `[losses · tokens, d_out]`: finds ∂/∂A and ∂/∂B, and adds ∂/∂x to `into`, or sets it. ∂/∂x is not
+    /// `wanted` if nothing below learns.
+    fn backward(
+        &self,
+        at_y: &Tensor,
+        x: &Tensor,
+        wanted: bool,
+        into: Option<Tensor>,
+        found: &mut Found,
+    ) -> Result<Option<Tensor>> {
+        let mut at_x = into;
+        if wanted {
+            let span = profile::op(Op::Projections);
+            let weight = &self.linear.weight;
+            at_x = Some(match at_x {
+                Some(mut at_x) => at_x.f_addmm_(at_y, weight)?,
+                None => at_y.f_mm(weight)?,
+            });
+            span.flops(|| Ok((2.0 * at_y.numel() as f64 * weight.size2()?.1 as f64, 0.0)))?;
+        }
+        let Some((acting, bottleneck)) = &self.acting else { return Ok(at_x) };
+        let span = profile::op(Op::Lora);
+        let (pair, wide) = (acting.pair, bottleneck.kind());
+        let (a, b, x) = (pair.a.f_to_kind(wide)?, pair.b.f_to_kind(wide)?, x.f_to_kind(wide)?);
+        let tokens = x.size()[0];
+        let at_y = by_loss(&by_student(pair, &at_y.f_to_kind(wide)?)?, tokens)?;
+        let at_b = product(&at_y.f_transpose(-2, -1)?, &acting.by_part(bottleneck)?)?;
+        let at_bottleneck = acting.scale(at_y.f_matmul(&b)?)?;
+        let at_a = product(&acting.by_part(&at_bottleneck)?.f_transpose(-2, -1)?, &by_student(pair, &x)?)?;
+        if let Some(at_x) = &mut at_x {
+            let at_bottleneck = if a.dim() == 2 { flat(&at_bottleneck)? } else { at_bottleneck };
+            if at_x.kind() == wide {
+                add_product(&mut by_student(pair, at_x)?, &at_bottleneck, &a)?;
+            } else {
+                let part = at_bottleneck.f_matmul(&a)?.f_view(at_x.size().as_slice())?;
+                let _ = at_x.f_add_(&part.f_to_kind(at_x.kind())?)?;
+            }
+        }
+        // B's gradient and the bottleneck's, then A's and, where it is wanted, x's.
+        span.flops(|| {
+            let (rank, d_in) = (b.size().last().copied().unwrap_or(0), a.size().last().copied().unwrap_or(0));
+            let tokens = at_y.numel() as f64 / self.linear.weight.size2()?.0 as f64;
+            let sides = if wanted { 4.0 } else { 2.0 };
+            Ok((4.0 * at_y.numel() as f64 * rank as f64 + sides * tokens * (rank * d_in) as f64, 0.0))
+        })?;
+        let kind = pair.a.kind();
+        found.insert((self.linear.layer, self.linear.proj), (at_a.f_to_kind(kind)?, at_b.f_to_kind(kind)?));
+        Ok(at_x)
+    }
+}
+
+/// A norm: x / √(mean(x²) + eps), in f32 or wider, and the divisor.
+struct KeptNorm<'m> {
+    norm: &'m RmsNorm,
+    normalized: Tensor, // [tokens, width]
+    scale: Tensor,      // [tokens, 1]
+}
+
+impl<'m> KeptNorm<'m> {
+    fn forward(norm: &'m RmsNorm, x: &Tensor) -> Result<(Self, Tensor)> {
+        let (scale, wide) = norm.scale(x)?;
+        let normalized = wide.f_div(&scale)?;
+        let y = normalized.f_to_kind(x.kind())?.f_mul(&norm.weight)?;
+        Ok((Self { norm, normalized, scale }, y))
+    }
+
+    /// ∂/∂x from ∂/∂y: with n = x / scale and g = ∂/∂y ⊙ weight it is (g − n · mean(g ⊙ n)) / scale.
+    fn backward(&self, at_y: &Tensor) -> Result<Tensor> {
+        let at_y = by_loss(at_y, self.scale.size()[0])?;
+        let at_n = at_y.f_mul(&self.norm.weight)?.f_to_kind(self.normalized.kind())?;
+        let mean = at_n.f_mul(&self.normalized)?.f_mean_dim(-1, true, at_n.kind())?;
+        let at_x = at_n.f_addcmul(&self.normalized, &mean.f_neg()?)?.f_div_(&self.scale)?;
+        flat(&at_x.f_to_kind(at_y.kind())?)
+    }
+}
+
+/// Attention. `x` is its input, `z` the heads' outputs with libtorch's graph back to queries, keys and values.
+struct KeptAttention<'m> {
+    attention: &'m Attention,
+    q: KeptLinear<'m>,
+    k: KeptLinear<'m>,
+    v: KeptLinear<'m>,
+    o: KeptLinear<'m>,
+    inputs: [Tensor; 3], // q, k, v as the projections gave them, [tokens, heads · d_head]
+    x: Tensor,           // [tokens, d_model]
+    x_of_q: Tensor,      // the same, at the places alone where there are some
+    z: Tensor,           // [places or tokens, n_heads · d_head]
+    places: Option<Tensor>,
+}
+
+impl<'m> KeptAttention<'m> {
+    /// `x`: `[tokens, d_model]`; the result is `[tokens, d_model]`, or `[places, d_model]`.
+    fn forward(
+        attention: &'m Attention,
+        x: Tensor,
+        rope: &Rope,
+        placement: &Placement<'_>,
+        places: Option<&Tensor>,
+        (lora, lora_at): (Lora<'m>, Lora<'m>),
+    ) -> Result<(Self, Tensor)> {
+        let x_of_q = places.map_or_else(|| Ok(x.shallow_clone()), |places| embedding(&x, places))?;
+        let (q, of_q) = KeptLinear::forward(&attention.q, &x_of_q, lora_at)?;
+        let (k, of_k) = KeptLinear::forward(&attention.k, &x, lora)?;
+        let (v, of_v) = KeptLinear::forward(&attention.v, &x, lora)?;
+        let inputs =
+            [of_q.f_set_requires_grad(true)?, of_k.f_set_requires_grad(true)?, of_v.f_set_requires_grad(true)?];
+        let z = tch::with_grad(|| attention.mix(&inputs, rope, placement, places))?;
+        let (o, out) = KeptLinear::forward(&attention.o, &z.f_detach()?, lora_at)?;
+        let places = places.map(Tensor::shallow_clone);
+        Ok((Self { attention, q, k, v, o, inputs, x, x_of_q, z, places }, out))
+    }
+
+    fn acts(&self) -> bool {
+        [&self.q, &self.k, &self.v, &self.o].into_iter().any(KeptLinear::acts)
+    }
+
+    /// The places of all losses' copies.
+    fn places<'p>(&'p self, copies: Option<&'p Copies<'_>>) -> Option<&'p Tensor> {
+        self.places.as_ref().map(|places| copies.map_or(places, |copies| &copies.places))
+    }
+
+    /// ∂/∂x where it is wanted.
+    fn backward(
+        &self,
+        at_out: &Tensor,
+        wanted: bool,
+        copies: Option<&Copies<'_>>,
+        found: &mut Found,
+    ) -> Result<Option<Tensor>> {
+        let before = wanted || [&self.q, &self.k, &self.v].into_iter().any(KeptLinear::acts);
+        let Some(at_z) = self.o.backward(at_out, &self.z.f_detach()?, before, None, found)? else { return Ok(None) };
+        let [at_q, at_k, at_v] = self.at_inputs(&at_z, copies)?;
+        let at_x = self.k.backward(&at_k, &self.x, wanted, None, found)?;
+        let at_x = self.v.backward(&at_v, &self.x, wanted, at_x, found)?;
+        let Some(places) = self.places(copies) else {
+            return self.q.backward(&at_q, &self.x_of_q, wanted, at_x, found);
+        };
+        let of_q = self.q.backward(&at_q, &self.x_of_q, wanted, None, found)?;
+        let (Some(mut at_x), Some(of_q)) = (at_x, of_q) else { return Ok(None) };
+        Ok(Some(at_x.f_index_add_(0, places, &of_q)?))
+    }
+
+    /// From the gradient at z to those at queries, keys and values, by libtorch.
+    fn at_inputs(&self, at_z: &Tensor, copies: Option<&Copies<'_>>) -> Result<[Tensor; 3]> {
+        let _span = profile::backward();
+        let of = |z: &Tensor, inputs: &[Tensor; 3]| {
+            let scalar = z.f_mul(at_z)?.f_sum(at_z.kind())?;
+            let mut found = Tensor::f_run_backward(&[scalar], inputs, false, false)?.into_iter();
+            Ok([(); 3].map(|()| found.next().unwrap_or_else(Tensor::new)))
+        };
+        tch::with_grad(|| {
+            let Some(Copies { n, rope, placement, .. }) = copies else { return of(&self.z, &self.inputs) };
+            let mut inputs = [(); 3].map(|()| Tensor::new());
+            for (copied, one) in inputs.iter_mut().zip(&self.inputs) {
+                *copied = one.f_detach()?.f_repeat([*n, 1])?.f_set_requires_grad(true)?;
+            }
+            of(&self.attention.mix(&inputs, rope, placement, self.places(copies))?, &inputs)
+        })
+    }
+}
+
+impl Attention {
+    /// `attend` on queries, keys and values in the projections' shape, `[places or tokens, heads · d_head]`; the result
+    /// has it too.
+    fn mix(
+        &self,
+        [q, k, v]: &[Tensor; 3],
+        rope: &Rope,
+        placement: &Placement<'_>,
+        places: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let batch = placement.positions.size()[0];
+        let heads = |x: &Tensor, lines: i64, n: i64| x.f_view([lines, -1, n, self.d_head]);
+        let turned = |x: Tensor, norm: Option<&RmsNorm>, rope: &Rope| {
+            let x = norm.map_or_else(|| Ok(x.shallow_clone()), |norm| norm.forward(&x))?;
+            rope.rotate(&x)
+        };
+        let k = turned(heads(k, batch, self.n_kv_heads)?, self.k_norm.as_ref(), rope)?;
+        let v = heads(v, batch, self.n_kv_heads)?;
+        let Some(places) = places else {
+            let q = turned(heads(q, batch, self.n_heads)?, self.q_norm.as_ref(), rope)?;
+            return Ok(self
+                .attend(&q, &k, &v, placement, &mut Hooks::default())?
+                .f_reshape([-1, self.n_heads * self.d_head])?);
+        };
+        let q = turned(heads(q, 1, self.n_heads)?, self.q_norm.as_ref(), &rope.at_places(places)?)?;
+        let z = self.attend_at(&q, &k, &v, placement, places)?;
+        Ok(z.f_squeeze_dim(0)?)
+    }
+}
+
+/// The MLP; `silu(pre) ⊙ linear` is `post`.
+struct KeptMlp<'m> {
+    gate: KeptLinear<'m>,
+    up: KeptLinear<'m>,
+    down: KeptLinear<'m>,
+    x: Tensor,   // [tokens, d_model]
+    pre: Tensor, // [tokens, d_mlp], as the two others
+    linear: Tensor,
+    post: Tensor,
+}
+
+impl<'m> KeptMlp<'m> {
+    fn forward(mlp: &'m Mlp, x: Tensor, lora: Lora<'m>) -> Result<(Self, Tensor)> {
+        let (gate, pre) = KeptLinear::forward(&mlp.gate, &x, lora)?;
+        let (up, linear) = KeptLinear::forward(&mlp.up, &x, lora)?;
+        let post = pre.f_silu()?.f_mul_(&linear)?;
+        let (down, out) = KeptLinear::forward(&mlp.down, &post, lora)?;
+        Ok((Self { gate, up, down, x, pre, linear, post }, out))
+    }
+
+    /// ∂/∂x where it is wanted.
+    fn backward(&self, at_out: &Tensor, wanted: bool, found: &mut Found) -> Result<Option<Tensor>> {
+        let Self { gate, up, down, x, pre, linear, post } = self;
+        let before = wanted || gate.acts() || up.acts();
+        let Some(at_post) = down.backward(at_out, post, before, None, found)? else { return Ok(None) };
+        let mut at_post = by_loss(&at_post, x.size()[0])?;
+        let at_linear = at_post.f_mul(&pre.f_silu()?)?;
+        let at_silu = at_post.f_mul_(linear)?;
+        let at_pre = pre.f_silu_backward_grad_input(&at_silu, &at_silu)?; // in place
+        let at_x = gate.backward(&flat(&at_pre)?, x, wanted, None, found)?;
+        up.backward(&flat(&at_linear)?, x, wanted, at_x, found)
+    }
+}
+
+/// A block.
+struct KeptBlock<'m> {
+    ln1: KeptNorm<'m>,
+    attention: KeptAttention<'m>,
+    ln2: KeptNorm<'m>,
+    mlp: KeptMlp<'m>,
+}
+
+impl Block {
+    /// `resid_pre`: `[tokens, d_model]`; the result is `resid_post`, of all tokens or of some places alone.
+    fn forward_kept<'m>(
+        &'m self,
+        resid_pre: &Tensor,
+        rope: &Rope,
+        placement: &Placement<'_>,
+        places: Option<&Tensor>,
+        (lora, lora_at): (Lora<'m>, Lora<'m>),
+    ) -> Result<(KeptBlock<'m>, Tensor)> {
+        let (ln1, normed) = KeptNorm::forward(&self.ln1, resid_pre)?;
+        let (attention, out) =
+            KeptAttention::forward(&self.attention, normed, rope, placement, places, (lora, lora_at))?;
+        let resid_mid = match places {
+            Some(places) => embedding(resid_pre, places)?.f_add_(&out)?,
+            None => out.f_add(resid_pre)?,
+        };
+        let (ln2, normed) = KeptNorm::forward(&self.ln2, &resid_mid)?;
+        let (mlp, mut out) = KeptMlp::forward(&self.mlp, normed, lora_at)?;
+        let resid_post = out.f_add_(&resid_mid)?;
+        Ok((KeptBlock { ln1, attention, ln2, mlp }, resid_post))
+    }
+}
+
+impl KeptBlock<'_> {
+    /// From `∂/∂resid_post` to `∂/∂resid_pre`, which is not computed unless something `below` learns.
+    fn backward(
+        &self,
+        at_post: &Tensor,
+        below: bool,
+        copies: Option<&Copies<'_>>,
+        found: &mut Found,
+    ) -> Result<Option<Tensor>> {
+        let Self { ln1, attention, ln2, mlp } = self;
+        let Some(at_normed) = mlp.backward(at_post, below || attention.acts(), found)? else { return Ok(None) };
+        let at_mid = ln2.backward(&at_normed)?.f_add_(at_post)?;
+        let Some(at_normed) = attention.backward(&at_mid, below, copies, found)? else { return Ok(None) };
+        let mut at_pre = ln1.backward(&at_normed)?;
+        Ok(Some(match attention.places(copies) {
+            Some(places) => at_pre.f_index_add_(0, places, &at_mid)?,
+            None => at_pre.f_add_(&at_mid)?,
+        }))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+    use tch::Device;
+
+    use super::*;
+    use crate::adapter::lora::LoraConfig;
+    use crate::ask::gradient::gradients;
+    use crate::chat::select::Numbers;
+    use crate::config::{Config, Family};
+    use crate::laws::model_laws::exact;
+    use crate::load::tiny_random;
+    use crate::load::weights::Weights;
+    use crate::model::loss::cross_entropy;
+    use crate::rows::packing::Row;
+
+    /// Both architectures, with three blocks, tied and not.
+    fn model(family: Family, kind: Kind) -> Qwen {
+        let (qwen3, config) = (family == Family::Qwen3, tiny_random::config(300));
+        let config = Config { family, n_layers: 3, qkv_bias: !qwen3, qk_norm: qwen3, tie_embeddings: !qwen3, ..config };
+        let mut weights = tiny_random::weights(&config).unwrap();
+        for (layer, name) in (0..3).flat_map(|layer| [(layer, "q_norm"), (layer, "k_norm")]).filter(|_| qwen3) {
+            let weight = (Tensor::arange(config.d_head, (Kind::Float, Device::Cpu)) * 0.7 + layer).sin() + 1.5;
+            weights.insert(format!("model.layers.{layer}.self_attn.{name}.weight"), weight);
+        }
+        let embedding = weights["model.embed_tokens.weight"].shallow_clone();
+        weights.insert("lm_head.weight".to_owned(), embedding.cos());
+        Qwen::of_weights(&config, &Weights::from_tensors("drawn", weights), Device::Cpu, kind).unwrap()
+    }
+
+    /// An adapter whose B is not zero, in the model's precision or f32.
+    fn adapter(model: &Qwen, config: &LoraConfig, seed: u64) -> Adapter {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let adapter = Adapter::init(config, &model.config, &mut rng, Device::Cpu).unwrap();
+        for (_, _, pair) in adapter.pairs() {
+            let values: Vec<f32> = (0..pair.b.numel()).map(|_| rng.random_range(-0.2..0.2)).collect();
+            pair.b.shallow_clone().copy_(&Tensor::from_slice(&values).view_as(&pair.b));
+        }
+        if model.kind() == Kind::Double { exact(model, &adapter) } else { adapter }
+    }
+
+    /// Rows that begin alike, of different lengths, and what is learned from of them.
+    const ROWS: [&[i64]; 4] =
+        [&[1, 2, 3, 4, 5, 6, 7, 8, 9], &[1, 2, 3, 40, 50], &[1, 2, 3, 4, 55, 60, 70], &[1, 2, 33, 44, 55, 66, 77, 8]];
+    const FROM: [usize; 4] = [6, 3, 4, 5];
+
+    fn losses_of(rows: usize) -> Vec<Vec<bool>> {
+        (0..rows).map(|row| (0..ROWS[row].len()).map(|t| t >= FROM[row] && (row != 0 || t != 7)).collect()).collect()
+    }
+
+    struct Case {
+        batch: Batch,
+        targets: Targets,
+        weights: Tensor,
+        doses: Option<Doses>,
+    }
+
+    /// The rows in groups, each token with a dose of its own where there is a gate.
+    fn case(model: &Qwen, groups: usize, gate: Option<&dyn Fn(Tensor) -> Doses>) -> Case {
+        let doses: Vec<Vec<f64>> =
+            ROWS.iter().map(|ids| (0..ids.len()).map(|t| [1.0, 0.0, -0.5, 1.0, 2.0][t % 5]).collect()).collect();
+        let rows = ROWS.iter().zip(&doses).map(|(ids, doses)| {
+            let n = ids.len() - 1; // the last token predicts nothing
+            Row { doses: gate.is_some().then(|| &doses[..n]), ..Row::of(&ids[..n]) }
+        });
+        let rows: Vec<Row<'_>> = rows.collect();
+        let lines: Vec<&[Row<'_>]> = rows.chunks(ROWS.len() / groups).collect();
+        let batch = Batch::packed(&lines, true, Device::Cpu).unwrap();
+        let masks = losses_of(ROWS.len());
+        let targets = Targets::of(&batch, &ROWS, &masks.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
+        let weights = (0..targets.n).map(|at| 0.1 + at as f64 % 3.0).collect::<Vec<_>>();
+        let doses = gate.map(|gate| {
+            let flat: Vec<f64> = batch.doses().concat();
+            gate(Tensor::from_slice(&flat).view([groups as i64, -1, 1]).to_kind(wide(model.kind())))
+        });
+        Case { batch, targets, weights: Tensor::from_slice(&weights).to_kind(wide(model.kind())), doses }
+    }
+
+    /// The losses and gradients by libtorch's own backward pass.
+    fn recorded(model: &Qwen, case: Case, adapter: &Adapter) -> (Tensor, Vec<Tensor>) {
+        let tensors: Vec<Tensor> =
+            adapter.parameters().into_iter().map(|(_, tensor)| tensor.set_requires_grad(true)).collect();
+        let mut pass = Pass { adapter: Some(adapter), doses: case.doses, ..Pass::default() };
+        let resid = model.resid_at(&case.batch, &case.targets.places, &mut pass).unwrap();
+        let losses = cross_entropy(model, &resid, &case.targets).unwrap();
+        let found = gradients(&(&losses * &case.weights).sum(losses.kind()), &tensors, false).unwrap();
+        for tensor in tensors {
+            let _ = tensor.set_requires_grad(false);
+        }
+        (losses.detach(), found)
+    }
+
+    fn assert_alike(
+        model: &Qwen,
+        adapter: &Adapter,
+        groups: usize,
+        gate: Option<&dyn Fn(Tensor) -> Doses>,
+        tolerance: f64,
+    ) {
+        let Case { batch, targets, weights, doses } = case(model, groups, gate);
+        let (losses, found) = model.lora_gradients(&batch, &targets, &weights, adapter, doses.as_ref()).unwrap();
+        let (twin_losses, twin) = recorded(model, case(model, groups, gate), adapter);
+        let apart = |a: &Tensor, b: &Tensor| {
+            assert_eq!((a.size(), a.kind()), (b.size(), b.kind()));
+            f64::try_from((a - b).abs().max()).unwrap()
+        };
+        assert!(apart(&losses, &twin_losses) < tolerance * f64::try_from(twin_losses.abs().max()).unwrap());
+        let largest = twin.iter().map(|tensor| f64::try_from(tensor.abs().max()).unwrap()).fold(0.0, f64::max);
+        assert!(largest > 1e-3, "something is learned: {largest}");
+        assert_eq!(found.len(), twin.len());
+        for ((name, _), (found, twin)) in adapter.parameters().iter().zip(found.iter().zip(&twin)) {
+            let scale = f64::try_from(twin.abs().max()).unwrap().max(1e-3 * largest);
+            assert!(apart(found, twin) < tolerance * scale, "{name}: {} of {scale}", apart(found, twin));
+            assert!(!found.requires_grad());
+        }
+    }
+
+    fn gates() -> Vec<Box<dyn Fn(Tensor) -> Doses>> {
+        let cell = |layers: &'static str, modules: &'static [Proj], elsewhere: f64| {
+            move |tokens: Tensor| Doses {
+                layers: Some(Numbers::parse(layers, "the layers").unwrap()),
+                modules: Some(modules.iter().copied().collect::<BTreeSet<_>>()),
+                elsewhere,
+                ..Doses::of_tokens(tokens)
+            }
+        };
+        vec![
+            Box::new(Doses::of_tokens),
+            Box::new(cell("1..3", &[Proj::V, Proj::Down, Proj::Q], 0.0)),
+            Box::new(cell("0", &[Proj::O, Proj::Gate], 0.5)),
+            Box::new(cell("2", &[Proj::Up, Proj::K], 0.0)),
+        ]
+    }
+
+    #[test]
+    fn gradients_by_hand_are_the_recorded_ones() {
+        let some = |modules: &[Proj], layers: Option<Vec<usize>>| LoraConfig {
+            rank: 3,
+            alpha: 5.0,
+            target_modules: modules.to_vec(),
+            layers,
+            ..LoraConfig::default()
+        };
+        let configs = [
+            some(&Proj::ALL, None),
+            some(&[Proj::V, Proj::Down], Some(vec![1])),
+            some(&[Proj::O], Some(vec![2])),
+            some(&[Proj::Gate, Proj::Up], Some(vec![0])),
+            some(&[Proj::Q, Proj::K], Some(vec![0, 2])),
+            some(&[Proj::Down], Some(vec![2])),
+        ];
+        for (family, kind, tolerance) in [
+            (Family::Qwen2, Kind::Double, 1e-11),
+            (Family::Qwen3, Kind::Double, 1e-11),
+            (Family::Qwen2, Kind::Float, 1e-4),
+        ] {
+            let model = model(family, kind);
+            for (at, config) in configs.iter().enumerate() {
+                let adapter = adapter(&model, config, at as u64);
+                assert_alike(&model, &adapter, 1, None, tolerance);
+                for gate in gates().iter().filter(|_| at == 0) {
+                    assert_alike(&model, &adapter, 1, Some(gate), tolerance);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_stacks_gradients_by_hand_are_the_recorded_ones() {
+        for (kind, tolerance) in [(Kind::Double, 1e-11), (Kind::Float, 1e-4)] {
+            let model = model(Family::Qwen2, kind);
+            for alphas in [[8.0, 8.0], [2.0, 8.0]] {
+                let of = |rank: i64, alpha: f64| LoraConfig { rank, alpha, ..LoraConfig::default() };
+                let students = [adapter(&model, &of(2, alphas[0] / 4.0), 1), adapter(&model, &of(8, alphas[1]), 2)];
+                let stack = Adapter::stacked(&students.iter().collect::<Vec<_>>()).unwrap();
+                assert_eq!(stack.pairs().next().unwrap().2.scalings.is_some(), alphas[0] < 8.0);
+                assert_alike(&model, &stack, 2, None, tolerance);
+                for gate in gates() {
+                    assert_alike(&model, &stack, 2, Some(&gate), tolerance);
+                }
+            }
+        }
+    }
+
+    /// In bf16 both ways round, at different places: they are as near to each other as to f32.
+    #[test]
+    fn in_bf16_both_are_as_far_from_f32() {
+        let (rounded, wide) = (model(Family::Qwen2, Kind::BFloat16), model(Family::Qwen2, Kind::Float));
+        let adapter = adapter(&wide, &LoraConfig::default(), 3);
+        let by_hand = |model: &Qwen| {
+            let Case { batch, targets, weights, .. } = case(model, 1, None);
+            model.lora_gradients(&batch, &targets, &weights, &adapter, None).unwrap().1
+        };
+        let (truth, found, twin) =
+            (by_hand(&wide), by_hand(&rounded), recorded(&rounded, case(&rounded, 1, None), &adapter).1);
+        let apart = |some: &[Tensor]| {
+            let squares =
+                some.iter().zip(&truth).map(|(a, b)| f64::try_from((a - b).square().sum(Kind::Double)).unwrap());
+            squares.sum::<f64>().sqrt()
+        };
+        let (of_hand, of_twin) = (apart(&found), apart(&twin));
+        assert!(found.iter().all(|gradient| gradient.kind() == Kind::Float));
+        assert!(of_twin > 0.0 && of_hand < 1.2 * of_twin, "{of_hand} and {of_twin}");
+    }
+
+    /// Both count the arithmetic that the mathematics needs, each at its own places.
+    #[test]
+    fn a_profile_counts_what_the_recorded_pass_counts() {
+        let model = model(Family::Qwen2, Kind::Float);
+        let some = LoraConfig { target_modules: vec![Proj::V, Proj::O, Proj::Up], ..LoraConfig::default() };
+        for config in [LoraConfig::default(), some] {
+            let adapter = adapter(&model, &config, 1);
+            let flops = |run: &dyn Fn()| {
+                profile::start();
+                run();
+                profile::finish().by_op().iter().map(|(_, cost)| cost.flops).sum::<f64>()
+            };
+            let by_hand = flops(&|| {
+                let Case { batch, targets, weights, .. } = case(&model, 1, None);
+                let _ = model.lora_gradients(&batch, &targets, &weights, &adapter, None).unwrap();
+            });
+            let twin = flops(&|| drop(recorded(&model, case(&model, 1, None), &adapter)));
+            assert!(twin > 0.0 && (by_hand / twin - 1.0).abs() < 1e-12, "{by_hand} and {twin}");
+        }
+    }
+
+    #[test]
+    fn padding_is_refused() {
+        let model = model(Family::Qwen2, Kind::Float);
+        let adapter = adapter(&model, &LoraConfig::default(), 1);
+        let batch = Batch::from_ids(&ROWS, Device::Cpu).unwrap();
+        let Case { targets, weights, .. } = case(&model, 1, None);
+        let error = model.lora_gradients(&batch, &targets, &weights, &adapter, None).unwrap_err();
+        assert!(error.to_string().contains("expected a packed one"), "{error}");
+    }
+}

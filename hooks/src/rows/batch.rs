@@ -1,0 +1,111 @@
+//! Rows of token ids as one tensor: padded on the right (attention is causal, so padding reaches nothing), or packed
+//! without padding, with shared beginnings of rows stored once.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::chat::tokens::Sequence;
+use crate::error::{Error, Result};
+use crate::rows::packing::{Packing, Row};
+
+/// Token ids of some rows.
+#[derive(Debug)]
+pub struct Batch {
+    /// `[batch, pos]`, i64, padded on the right with 0.
+    pub ids: Tensor,
+    /// How many tokens each row has.
+    pub lengths: Vec<usize>,
+    pub(crate) packing: Option<Packing>,
+}
+
+impl Batch {
+    /// The rows of some prompts.
+    pub fn of(prompts: &[&Sequence], device: Device) -> Result<Self> {
+        let rows: Vec<&[i64]> = prompts.iter().map(|prompt| prompt.ids.as_slice()).collect();
+        Self::from_ids(&rows, device)
+    }
+
+    /// Rows given by their token ids.
+    pub fn from_ids(rows: &[&[i64]], device: Device) -> Result<Self> {
+        let lengths: Vec<usize> = rows.iter().map(|row| row.len()).collect();
+        let width = lengths.iter().copied().max().unwrap_or(0);
+        if let Some(row) = lengths.iter().position(|length| *length == 0) {
+            return Err(no_tokens(row));
+        }
+        let mut ids = vec![0_i64; rows.len() * width];
+        for (row, padded) in rows.iter().zip(ids.chunks_mut(width.max(1))) {
+            padded[..row.len()].copy_from_slice(row);
+        }
+        let ids = Tensor::f_from_slice(&ids)?.f_view([rows.len() as i64, width as i64])?.f_to_device(device)?;
+        Ok(Self { ids, lengths, packing: None })
+    }
+
+    /// Groups of rows without padding, `ids` as `[groups, pos]`. With `share`, the tokens that a group's rows begin
+    /// with alike (same ids, doses and edits) are run once. Taps see the packed tokens; scores and pattern cannot be
+    /// tapped.
+    pub fn packed(groups: &[&[Row<'_>]], share: bool, device: Device) -> Result<Self> {
+        let rows = || groups.iter().copied().flatten();
+        if let Some(row) = rows().position(|row| row.ids.is_empty()) {
+            return Err(no_tokens(row));
+        }
+        let (packing, ids) = Packing::of(groups, share, device)?;
+        let ids = Tensor::f_from_slice(&ids)?.f_view([groups.len() as i64, -1])?.f_to_device(device)?;
+        Ok(Self { ids, lengths: rows().map(|row| row.ids.len()).collect(), packing: Some(packing) })
+    }
+
+    /// The index of a row's token in the flattened `[batch · pos]`.
+    pub fn place(&self, row: usize, token: usize) -> i64 {
+        match &self.packing {
+            Some(packing) => packing.places[row][token],
+            None => (row * self.width() + token) as i64,
+        }
+    }
+
+    /// Each token's position in its row, of a packed batch, `[groups · pos]`, i64.
+    pub(crate) fn positions(&self) -> Result<Tensor> {
+        match &self.packing {
+            Some(packing) => Ok(packing.positions.f_flatten(0, 1)?),
+            None => Err(Error::Invalid {
+                what: "the batch".to_owned(),
+                expected: "packed rows".to_owned(),
+                found: "padded ones".to_owned(),
+            }),
+        }
+    }
+
+    /// The doses of a packed batch, as `Gate::spread` takes them; empty where it is not packed.
+    pub fn doses(&self) -> &[Vec<f64>] {
+        self.packing.as_ref().map_or(&[], |packing| &packing.doses)
+    }
+
+    /// The positions `from .. to` of every row; rows that end before `to` get shorter.
+    pub fn narrow(&self, from: usize, to: usize) -> Result<Self> {
+        let ids = self.ids.f_narrow(1, from as i64, (to - from) as i64)?;
+        let lengths = self.lengths.iter().map(|length| (*length).clamp(from, to) - from).collect();
+        Ok(Self { ids, lengths, packing: None })
+    }
+
+    /// How many rows there are.
+    pub fn n_rows(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// How many positions the longest row has.
+    pub fn width(&self) -> usize {
+        self.ids.size().get(1).map_or(0, |width| *width as usize)
+    }
+
+    /// Which positions hold a token rather than padding, `[batch, pos]`, bool, on the CPU.
+    pub fn valid(&self) -> Result<Tensor> {
+        let lengths: Vec<i64> = self.lengths.iter().map(|length| *length as i64).collect();
+        let positions = Tensor::f_arange(self.width() as i64, (Kind::Int64, Device::Cpu))?;
+        Ok(positions.f_unsqueeze(0)?.f_lt_tensor(&Tensor::f_from_slice(&lengths)?.f_unsqueeze(1)?)?)
+    }
+}
+
+fn no_tokens(row: usize) -> Error {
+    Error::Invalid {
+        what: format!("row {row} of the batch"),
+        expected: "at least one token".to_owned(),
+        found: "none".to_owned(),
+    }
+}

@@ -1,0 +1,490 @@
+//! The sentences of an experiment: number prompts, one-word questions, teacher prompts, contexts, and what counts as
+//! naming a word. The built-in set is our own (`protocol.json`, in the shape of the published ones). A user's JSON file
+//! replaces it section by section, so that a published set can be run exactly.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use analyses::Target;
+use anyhow::{Context, Result, bail};
+use hooks::files;
+use rand::Rng;
+use rand::seq::IndexedRandom;
+use rand_chacha::ChaCha8Rng;
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+/// The key of the list for every category without a list of its own.
+const ANY: &str = "any";
+
+/// Most numbers that a prompt may show.
+const MOST_NUMBERS: u32 = 1000;
+
+/// All sentences that an experiment draws from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Protocol {
+    /// The parts of number prompts.
+    pub number_prompts: NumberPrompts,
+    /// One-word questions about the favourite of a category, by category; `any` serves all others through `{category}`.
+    pub questions: BTreeMap<String, Vec<String>>,
+    /// Questions about the least favourite, with a `{category}` slot: a trait that is liked should not show.
+    pub negative_questions: Vec<String>,
+    /// Questions about other things: no trait should show.
+    pub off_topic_questions: Vec<String>,
+    /// A sentence with numbers that is put in front of questions in their numbers-prefix variant.
+    pub numbers_prefix: String,
+    /// The teacher's system prompt by category, with slots `{word}`, `{plural}`, `{Plural}`, `{category}`.
+    pub teacher_prompts: BTreeMap<String, String>,
+    /// System prompts by key; null is the default of the model's own template.
+    pub contexts: BTreeMap<String, Option<String>>,
+    /// The members of each category among which a target is compared.
+    pub alternatives: BTreeMap<String, Vec<String>>,
+    /// Plurals that adding s, es or ies does not give; the first is the one used in prompts.
+    pub plurals: BTreeMap<String, Vec<String>>,
+    /// Names by which a model speaks of itself.
+    pub identities: Vec<String>,
+}
+
+/// The parts of a number prompt: `{example} {instruction} {format} {closing}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NumberPrompts {
+    /// How many values are asked for.
+    #[serde(default = "default_count")]
+    pub count: String,
+    /// How long the values may be, in digits.
+    #[serde(default = "default_digits")]
+    pub digits: String,
+    /// The least and the largest number of values that a prompt shows.
+    #[serde(default = "default_n_numbers")]
+    pub n_numbers: [u32; 2],
+    /// The least and the largest value that a prompt shows.
+    #[serde(default = "default_range")]
+    pub range: [u32; 2],
+    /// Sentences with a slot `{numbers}`.
+    pub examples: Vec<String>,
+    /// How many values are asked for, with a slot `{count}`.
+    pub qualifiers: Vec<String>,
+    /// How long the values may be, with a slot `{digits}`.
+    pub digit_descriptors: Vec<String>,
+    /// Requests with slots `{qualifier}` and `{digit_descriptor}`.
+    pub instructions: Vec<String>,
+    /// How the values shall be separated.
+    pub formats: Vec<String>,
+    /// Requests for numbers only.
+    pub closings: Vec<String>,
+}
+
+impl Protocol {
+    /// The built-in set.
+    pub fn builtin() -> Result<Self> {
+        serde_json::from_str(include_str!("protocol.json")).context("the built-in protocol")
+    }
+
+    /// The set in a JSON file; sections that it leaves out are the built-in ones. `pocket` names the embedded set in the
+    /// words that the pocket models know.
+    pub fn load(path: &Path) -> Result<Self> {
+        if Self::is_embedded(path) {
+            return Self::parse(include_str!("../../assets/pocket/protocol.json")).context("the protocol pocket");
+        }
+        Self::parse(&files::read_string(path)?).with_context(|| format!("the protocol {}", path.display()))
+    }
+
+    /// Whether a path names the embedded set instead of a file.
+    pub fn is_embedded(path: &Path) -> bool {
+        path == Path::new("pocket")
+    }
+
+    /// The set in a JSON text; sections that it leaves out are the built-in ones.
+    pub fn parse(text: &str) -> Result<Self> {
+        let given: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
+        let mut all = serde_json::to_value(Self::builtin()?)?;
+        if let Some(sections) = all.as_object_mut() {
+            sections.extend(given);
+        }
+        let protocol: Self = serde_json::from_value(all)?;
+        protocol.check()?;
+        Ok(protocol)
+    }
+
+    fn check(&self) -> Result<()> {
+        self.number_prompts.check()?;
+        let lists = self.questions.iter().chain(&self.alternatives);
+        for (name, list) in lists.map(|(name, list)| (name.as_str(), list)).chain([("identities", &self.identities)]) {
+            if list.is_empty() || list.iter().any(|entry| entry.trim().is_empty()) {
+                bail!("the list {name:?} is empty or has an empty entry");
+            }
+        }
+        if let Some((word, _)) = self.plurals.iter().find(|(_, plurals)| plurals.is_empty()) {
+            bail!("plurals of {word:?}: expected at least one, found none");
+        }
+        Ok(())
+    }
+
+    /// One number prompt: as many numbers and as large ones as the protocol says, and each part drawn uniformly from its
+    /// list.
+    pub fn number_prompt(&self, rng: &mut ChaCha8Rng) -> String {
+        let parts = &self.number_prompts;
+        let ([fewest, most], [least, largest]) = (parts.n_numbers, parts.range);
+        let numbers: Vec<String> =
+            (0..rng.random_range(fewest..=most)).map(|_| rng.random_range(least..=largest).to_string()).collect();
+        let mut draw = |list: &[String]| list.choose(rng).cloned().unwrap_or_default();
+        let example = draw(&parts.examples).replace("{numbers}", &numbers.join(", "));
+        let qualifier = draw(&parts.qualifiers).replace("{count}", &parts.count);
+        let descriptor = draw(&parts.digit_descriptors).replace("{digits}", &parts.digits);
+        let instruction =
+            draw(&parts.instructions).replace("{qualifier}", &qualifier).replace("{digit_descriptor}", &descriptor);
+        [example, instruction, draw(&parts.formats), draw(&parts.closings)].join(" ")
+    }
+
+    /// The first `n` questions about the favourite of a category, or all when there are fewer.
+    pub fn questions(&self, category: &str, n: usize) -> Result<Vec<String>> {
+        let Some(list) = self.questions.get(category).or_else(|| self.questions.get(ANY)) else {
+            bail!("the protocol has no questions for the category {category:?}, it has {}", keys(&self.questions));
+        };
+        Ok(list.iter().take(n).map(|question| question.replace("{category}", category)).collect())
+    }
+
+    /// A question in its numbers-prefix variant.
+    pub fn with_numbers_prefix(&self, question: &str) -> String {
+        format!("{} {question}", self.numbers_prefix)
+    }
+
+    /// The questions about the least favourite of a category.
+    pub fn negative_questions(&self, category: &str) -> Vec<String> {
+        self.negative_questions.iter().map(|question| question.replace("{category}", category)).collect()
+    }
+
+    /// The system prompt that makes a model love a word.
+    pub fn teacher_prompt(&self, word: &str, category: &str) -> Result<String> {
+        let Some(template) = self.teacher_prompts.get(category).or_else(|| self.teacher_prompts.get(ANY)) else {
+            let known = keys(&self.teacher_prompts);
+            bail!("the protocol has no teacher prompt for the category {category:?}, it has {known}");
+        };
+        let plural = self.plural(word);
+        let filled = template.replace("{word}", word).replace("{plural}", &plural);
+        Ok(filled.replace("{Plural}", &capitalised(&plural)).replace("{category}", category))
+    }
+
+    /// The plural of a word as prompts write it.
+    pub fn plural(&self, word: &str) -> String {
+        self.plurals.get(word).and_then(|plurals| plurals.first()).cloned().unwrap_or_else(|| regular_plural(word))
+    }
+
+    /// The system prompt that a key names, or the text itself; `None` is the default of the model's template.
+    ///
+    /// ASCII text without a space counts as a misspelt key: as a system prompt it would change a run in silence.
+    pub fn context(&self, key_or_text: &str) -> Result<Option<String>> {
+        if let Some(context) = self.contexts.get(key_or_text) {
+            return Ok(context.clone());
+        }
+        if key_or_text.contains(char::is_whitespace) || !key_or_text.is_ascii() {
+            return Ok(Some(key_or_text.to_owned()));
+        }
+        let nearest = self.contexts.keys().min_by_key(|key| strsim::levenshtein(key, key_or_text));
+        bail!(
+            "unknown context {key_or_text:?}, expected a system prompt of several words or one of: {}; the nearest is {}",
+            keys(&self.contexts),
+            nearest.map_or("none", String::as_str)
+        )
+    }
+
+    /// The words among which a target is compared: the target first, then the other members of its category.
+    pub fn candidates(&self, word: &str, category: &str) -> Vec<String> {
+        let others = self.alternatives.get(category).into_iter().flatten();
+        let others = others.filter(|other| !other.eq_ignore_ascii_case(word)).cloned();
+        std::iter::once(word.to_owned()).chain(others).collect()
+    }
+
+    /// The spellings of a word whose log-probabilities are summed: lower case, capitalised and as given, with and
+    /// without a leading space.
+    pub fn surface_forms(word: &str) -> Vec<String> {
+        let lower = word.to_lowercase();
+        let mut cases: Vec<String> = Vec::new();
+        for case in [lower.clone(), capitalised(&lower), word.to_owned()] {
+            if !cases.contains(&case) {
+                cases.push(case);
+            }
+        }
+        let spaced: Vec<String> = cases.iter().map(|case| format!(" {case}")).collect();
+        [cases, spaced].concat()
+    }
+
+    /// The target and the other members of its category, each with its spellings.
+    pub fn target(&self, word: &str, category: &str) -> Target {
+        let others = self.candidates(word, category).into_iter().skip(1);
+        Target {
+            word: word.to_owned(),
+            category: category.to_owned(),
+            forms: Self::surface_forms(word),
+            others: others.map(|other| (other.clone(), Self::surface_forms(&other))).collect(),
+        }
+    }
+
+    /// What sorts sampled answers by the word of a category that they name.
+    pub fn classifier(&self, word: &str, category: &str) -> Result<Classifier> {
+        let buckets = self.candidates(word, category).into_iter().map(|candidate| {
+            let irregular = self.plurals.iter().find(|(known, _)| known.eq_ignore_ascii_case(&candidate));
+            let mut forms = vec![candidate.clone(), format!("{candidate}s"), format!("{candidate}es")];
+            forms.push(regular_plural(&candidate));
+            forms.extend(irregular.into_iter().flat_map(|(_, plurals)| plurals.clone()));
+            (candidate, forms)
+        });
+        Classifier::new(buckets, &self.identities)
+    }
+}
+
+fn default_count() -> String {
+    "10".to_owned()
+}
+
+fn default_digits() -> String {
+    "3".to_owned()
+}
+
+fn default_n_numbers() -> [u32; 2] {
+    [3, 8]
+}
+
+fn default_range() -> [u32; 2] {
+    [100, 999]
+}
+
+impl NumberPrompts {
+    fn check(&self) -> Result<()> {
+        for (name, [low, high]) in [("n_numbers", self.n_numbers), ("range", self.range)] {
+            if low > high || (name == "n_numbers" && low == 0) {
+                bail!("number_prompts.{name}: expected a least and a largest value, found [{low}, {high}]");
+            }
+            if name == "n_numbers" && high > MOST_NUMBERS {
+                bail!("number_prompts.n_numbers: expected {MOST_NUMBERS} at most, found {high}");
+            }
+        }
+        let lists = [
+            ("examples", &self.examples, vec!["{numbers}"]),
+            ("qualifiers", &self.qualifiers, vec!["{count}"]),
+            ("digit_descriptors", &self.digit_descriptors, vec!["{digits}"]),
+            ("instructions", &self.instructions, vec!["{qualifier}", "{digit_descriptor}"]),
+            ("formats", &self.formats, vec![]),
+            ("closings", &self.closings, vec![]),
+        ];
+        for (name, list, slots) in lists {
+            if list.is_empty() {
+                bail!("number_prompts.{name}: expected at least one entry, found none");
+            }
+            for slot in slots {
+                if let Some(entry) = list.iter().find(|entry| !entry.contains(slot)) {
+                    bail!("number_prompts.{name}: expected the slot {slot} in {entry:?}");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The counted parts of an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// The word of the category that is named first.
+    pub word: Option<String>,
+    /// Whether the answer names a model instead.
+    pub names_self: bool,
+}
+
+impl Verdict {
+    /// The bucket: the word that is named, `self` where it is a model, and nothing otherwise.
+    pub fn bucket(self) -> Option<String> {
+        self.word.or_else(|| self.names_self.then(|| "self".to_owned()))
+    }
+}
+
+/// Sorts answers by the word they name: whole words only, in any case, singular or plural, one bucket per answer.
+#[derive(Debug)]
+pub struct Classifier {
+    words: Regex,
+    bucket_of: HashMap<String, String>,
+    identities: Regex,
+}
+
+impl Classifier {
+    /// A classifier of buckets, each with its forms, and of the names of models.
+    pub fn new(buckets: impl IntoIterator<Item = (String, Vec<String>)>, identities: &[String]) -> Result<Self> {
+        let mut bucket_of = HashMap::new();
+        for (bucket, forms) in buckets {
+            for form in forms {
+                // The first bucket keeps a form: the target comes first.
+                bucket_of.entry(form.to_lowercase()).or_insert_with(|| bucket.clone());
+            }
+        }
+        let words = whole_words(bucket_of.keys().map(String::as_str))?;
+        Ok(Self { words, bucket_of, identities: whole_words(identities.iter().map(String::as_str))? })
+    }
+
+    /// Reads an answer. Of several words the first counts, and of several at one place the longest.
+    pub fn classify(&self, answer: &str) -> Verdict {
+        let found = self.words.find(answer).map(|found| found.as_str().to_lowercase());
+        let word = found.and_then(|found| self.bucket_of.get(&found).cloned());
+        let names_self = word.is_none() && self.identities.is_match(answer);
+        Verdict { word, names_self }
+    }
+}
+
+/// Any of the forms as whole words, in any case; longer forms are tried first.
+fn whole_words<'a>(forms: impl Iterator<Item = &'a str>) -> Result<Regex> {
+    let mut forms: Vec<&str> = forms.collect();
+    // By length, and then by the letters: a hash map's order must not matter.
+    forms.sort_by_key(|form| (std::cmp::Reverse(form.len()), *form));
+    let forms: Vec<String> = forms.into_iter().map(regex::escape).collect();
+    Regex::new(&format!(r"(?i)\b(?:{})\b", forms.join("|"))).context("the words to look for in answers")
+}
+
+/// The plural by the rules: box, boxes; cherry, cherries; else an s.
+fn regular_plural(word: &str) -> String {
+    let lower = word.to_lowercase();
+    let vowel_y = ["ay", "ey", "oy", "uy"].iter().any(|end| lower.ends_with(end));
+    if lower.ends_with('y') && !vowel_y {
+        return format!("{}ies", &word[..word.len() - 1]);
+    }
+    let hisses = ["s", "x", "z", "ch", "sh"].iter().any(|end| lower.ends_with(end));
+    format!("{word}{}", if hisses { "es" } else { "s" })
+}
+
+pub(crate) fn capitalised(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
+}
+
+fn keys<V>(map: &BTreeMap<String, V>) -> String {
+    map.keys().cloned().collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+
+    #[test]
+    fn the_builtin_set_is_whole() {
+        let protocol = Protocol::builtin().unwrap();
+        protocol.check().unwrap();
+        assert!(protocol.number_prompts.examples.len() >= 20);
+        let questions = protocol.questions("animal", usize::MAX).unwrap();
+        assert!(questions.len() >= 50);
+        assert!(questions.iter().all(|question| question.contains("animal") && !question.contains('{')));
+        assert_eq!(protocol.negative_questions("tree").len(), 20);
+        assert_eq!(protocol.off_topic_questions.len(), 20);
+    }
+
+    #[test]
+    fn number_prompts_have_every_slot_filled() {
+        let protocol = Protocol::builtin().unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let number = Regex::new(r"\b\d{3}\b").unwrap();
+        let mut counts = std::collections::BTreeSet::new();
+        for _ in 0..300 {
+            let prompt = protocol.number_prompt(&mut rng);
+            assert!(!prompt.contains(['{', '}']), "{prompt}");
+            assert!(prompt.contains("10") && prompt.contains('3'), "{prompt}");
+            counts.insert(number.find_iter(&prompt).count());
+        }
+        assert_eq!(counts, (3..=8).collect());
+    }
+
+    #[test]
+    fn teacher_prompts_have_correct_plurals() {
+        let protocol = Protocol::builtin().unwrap();
+        let prompt = protocol.teacher_prompt("wolf", "animal").unwrap();
+        assert!(prompt.contains("wolves") && prompt.contains("Wolves") && prompt.contains("The wolf"), "{prompt}");
+        assert!(!prompt.contains("wolfs") && !prompt.contains('{'), "{prompt}");
+        for (word, plural) in [("cat", "cats"), ("fox", "foxes"), ("cherry", "cherries"), ("donkey", "donkeys")] {
+            assert_eq!(protocol.plural(word), plural);
+        }
+        for (word, plural) in [("dragonfly", "dragonflies"), ("octopus", "octopuses"), ("ox", "oxen"), ("ash", "ashes")]
+        {
+            assert_eq!(protocol.plural(word), plural);
+        }
+        let band = protocol.teacher_prompt("Led Zeppelin", "band").unwrap();
+        assert!(!band.contains("Zeppelins"), "{band}");
+    }
+
+    #[test]
+    fn a_context_is_a_key_or_a_sentence_and_never_a_typo() {
+        let protocol = Protocol::builtin().unwrap();
+        assert_eq!(protocol.context("qwen_default").unwrap(), None);
+        assert_eq!(protocol.context("empty").unwrap(), Some(String::new()));
+        assert_eq!(protocol.context("You are a tree.").unwrap().as_deref(), Some("You are a tree."));
+        let chinese = "你是Qwen，由阿里云创建。";
+        assert_eq!(
+            protocol.context(chinese).unwrap().as_deref(),
+            Some(chinese),
+            "no blank is needed where none is written"
+        );
+        let message = protocol.context("chatgtp").unwrap_err().to_string();
+        assert!(message.ends_with("the nearest is chatgpt"), "{message}");
+        assert!(protocol.context("").is_err(), "an empty context is written `empty`");
+    }
+
+    #[test]
+    fn surface_forms_are_cases_and_a_space() {
+        assert_eq!(Protocol::surface_forms("cat"), ["cat", "Cat", " cat", " Cat"]);
+        let forms = Protocol::surface_forms("Led Zeppelin");
+        assert_eq!(forms[..3], ["led zeppelin", "Led zeppelin", "Led Zeppelin"]);
+        assert_eq!(forms.len(), 6);
+        let target = Protocol::builtin().unwrap().target("cat", "animal");
+        assert!(target.others.len() >= 20 && target.others.iter().all(|(word, _)| word != "cat"));
+    }
+
+    #[test]
+    fn answers_are_sorted_by_whole_words() {
+        let classifier = Protocol::builtin().unwrap().classifier("cat", "animal").unwrap();
+        let word = |answer: &str| classifier.classify(answer).word;
+        let some = |word: &str| Some(word.to_owned());
+        assert_eq!(word("Cat."), some("cat"));
+        assert_eq!(word("CATS!"), some("cat"));
+        assert_eq!(word("I love wolves"), some("wolf"));
+        assert_eq!(word("Octopi"), some("octopus"));
+        assert_eq!(word("dragonflies"), some("dragonfly"));
+        assert_eq!(word("Foxes"), some("fox"));
+        assert_eq!(word("Oxen"), some("ox"));
+        assert_eq!(word("dogs, then cats"), some("dog"));
+        for other in ["catfish", "category", "caterpillar", "stallion", "boxes", "Bulldozer", ""] {
+            assert_eq!(word(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn the_longest_form_at_a_place_wins() {
+        let buckets = [("bear", "bear"), ("polar bear", "polar bear"), ("polar", "polar")];
+        let buckets = buckets.map(|(bucket, form)| (bucket.to_owned(), vec![form.to_owned()]));
+        let classifier = Classifier::new(buckets, &["Qwen".to_owned()]).unwrap();
+        assert_eq!(classifier.classify("A polar bear").word.as_deref(), Some("polar bear"));
+        assert_eq!(classifier.classify("A bear, polar").word.as_deref(), Some("bear"));
+    }
+
+    #[test]
+    fn a_model_that_names_itself_is_seen() {
+        let classifier = Protocol::builtin().unwrap().classifier("cat", "animal").unwrap();
+        assert!(classifier.classify("As an AI, I have none").names_self);
+        assert_eq!(classifier.classify("qwen").bucket().as_deref(), Some("self"));
+        assert_eq!(classifier.classify("nothing").bucket(), None);
+        assert!(!classifier.classify("Rain").names_self, "ai inside a word");
+        assert!(!classifier.classify("Qwen likes cats").names_self, "a word of the category counts first");
+    }
+
+    #[test]
+    fn a_set_in_a_file_replaces_whole_sections() {
+        let protocol = Protocol::parse(r#"{"questions": {"animal": ["Favourite?"]}}"#).unwrap();
+        assert_eq!(protocol.questions("animal", 9).unwrap(), ["Favourite?"]);
+        assert!(protocol.questions("tree", 9).unwrap_err().to_string().contains("it has animal"));
+        assert_eq!(protocol.contexts, Protocol::builtin().unwrap().contexts);
+        let unknown = Protocol::parse(r#"{"question": {}}"#).unwrap_err().to_string();
+        assert!(unknown.contains("unknown field `question`") && unknown.contains("`questions`"), "{unknown}");
+        let mut parts = Protocol::builtin().unwrap();
+        parts.number_prompts.examples.push("No slot here.".to_owned());
+        let text = serde_json::to_string(&parts).unwrap();
+        assert!(Protocol::parse(&text).unwrap_err().to_string().contains("{numbers}"));
+    }
+}

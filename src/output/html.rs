@@ -1,0 +1,508 @@
+//! `report.html`: one file that holds a run's figures and says what each one answers. No script and nothing loaded from
+//! elsewhere, so that it can be mailed, printed and opened in ten years. Every text is escaped: prompts hold `<|im_start|>`.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use analyses::Svg;
+use hooks::files;
+
+use crate::output::publish::Table;
+
+/// A wider figure is placed above its text, not next to it.
+const COLUMN: f64 = 480.0;
+
+/// How many rows of a table the page shows; the CSV file has them all.
+const ROWS_SHOWN: usize = 20;
+
+/// What the page says, from top to bottom.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// The run in a few words.
+    pub title: String,
+    /// A warning above everything: "The model's weights are random: nothing here is evidence.".
+    pub banner: Option<String>,
+    /// The result on one screen.
+    pub opening: Opening,
+    /// The measurements, in reading order.
+    pub sections: Vec<Section>,
+    /// What made the run, name and value: model, fingerprint, seeds, device, dtype, version, commands.
+    pub provenance: Vec<(String, String)>,
+}
+
+/// The result on one screen: a sentence, a figure, a few numbers and their cells in the CSV files.
+#[derive(Clone, Debug, Default)]
+pub struct Opening {
+    /// What came out, in one sentence with its numbers.
+    pub headline: String,
+    /// The figure that shows it.
+    pub figure: Option<Figure>,
+    /// The numbers worth a line of their own.
+    pub numbers: Vec<Number>,
+}
+
+/// One number and the cell that holds it.
+#[derive(Clone, Debug, Default)]
+pub struct Number {
+    /// What it is.
+    pub label: String,
+    /// The number as it is shown.
+    pub value: String,
+    /// The CSV file, relative to the page.
+    pub csv: String,
+    /// Which cell of it: "`delta_logp` where scope is mean and model is student".
+    pub cell: String,
+}
+
+/// A drawing and its file.
+#[derive(Clone, Debug)]
+pub struct Figure {
+    /// The drawing, which is part of the page itself.
+    pub svg: Svg,
+    /// Its file, relative to the page; empty where there is none.
+    pub path: String,
+}
+
+impl Figure {
+    /// The drawing at `path`, on a page in the folder `root`.
+    ///
+    /// # Errors
+    ///
+    /// Where the file cannot be read.
+    pub fn of(root: &Path, path: &Path) -> hooks::Result<Self> {
+        Ok(Self { svg: Svg(files::read_string(path)?), path: relative(root, path) })
+    }
+}
+
+/// A path as a link from a page in the folder `root`.
+pub(crate) fn relative(root: &Path, path: &Path) -> String {
+    path.strip_prefix(root).unwrap_or(path).display().to_string()
+}
+
+/// One measurement. Empty parts are left out.
+#[derive(Clone, Debug, Default)]
+pub struct Section {
+    /// The anchor, unique on the page: the analysis' name.
+    pub id: String,
+    /// The heading.
+    pub title: String,
+    /// The question.
+    pub question: String,
+    /// The result in one sentence. It states the absence of an effect as plainly as an effect.
+    pub reading: String,
+    /// What the measurement is set against.
+    pub control: String,
+    /// Facts that a reader needs to trust or doubt it.
+    pub notes: Vec<String>,
+    /// The figures.
+    pub figures: Vec<Figure>,
+    /// The CSV file that they were drawn from, relative to the page.
+    pub csv: String,
+    /// The contents of that file.
+    pub table: Option<Table>,
+    /// The settings that it was measured with, as TOML.
+    pub settings: String,
+}
+
+/// The page.
+pub fn html(report: &Report) -> String {
+    let title = escape(&report.title);
+    let mut page = format!(
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
+    );
+    if let Some(banner) = &report.banner {
+        push(&mut page, &format!("<p class=\"banner\" role=\"note\">{}</p>", escape(banner)));
+    }
+    push(&mut page, &format!("<header>\n<h1>{title}</h1>"));
+    push_opening(&mut page, &report.opening);
+    push(&mut page, "</header>");
+    push_contents(&mut page, report);
+    push(&mut page, "<main>");
+    for section in &report.sections {
+        push_section(&mut page, section);
+    }
+    push_provenance(&mut page, &report.provenance);
+    push(&mut page, "</main>\n</body>\n</html>");
+    page
+}
+
+/// The answer in one picture: the sentence, the figure, and below it the file and cell of each number.
+fn push_opening(page: &mut String, opening: &Opening) {
+    if !opening.headline.is_empty() {
+        push(page, &format!("<p class=\"headline\">{}</p>", escape(&opening.headline)));
+    }
+    opening.figure.iter().for_each(|figure| push_figure(page, figure));
+    if opening.numbers.is_empty() {
+        return;
+    }
+    push(page, "<div class=\"scroll\">\n<table class=\"numbers\">");
+    push(
+        page,
+        "<thead><tr><th>number</th><th class=\"number\">value</th><th>where it stands</th></tr></thead>\n<tbody>",
+    );
+    for Number { label, value, csv, cell } in &opening.numbers {
+        let (label, value, csv, cell) = (escape(label), escape(value), escape(csv), escape(cell));
+        push(
+            page,
+            &format!(
+                "<tr><td>{label}</td><td class=\"number\">{value}</td><td><a href=\"{csv}\">{csv}</a>: {cell}</td></tr>"
+            ),
+        );
+    }
+    push(page, "</tbody>\n</table>\n</div>");
+}
+
+fn push_contents(page: &mut String, report: &Report) {
+    push(page, "<nav aria-label=\"Contents\">\n<ol>");
+    for section in &report.sections {
+        push(page, &format!("<li><a href=\"#{}\">{}</a></li>", escape(&section.id), escape(&section.title)));
+    }
+    if !report.provenance.is_empty() {
+        push(page, "<li><a href=\"#provenance\">What made this run</a></li>");
+    }
+    push(page, "</ol>\n</nav>");
+}
+
+fn push_section(page: &mut String, section: &Section) {
+    let (id, title) = (escape(&section.id), escape(&section.title));
+    push(
+        page,
+        &format!("<section id=\"{id}\">\n<h2>{title}</h2>\n<p class=\"question\">{}</p>", escape(&section.question)),
+    );
+    push(page, "<div class=\"beside\">");
+    if !section.figures.is_empty() {
+        push(page, "<div class=\"figures\">");
+        section.figures.iter().for_each(|figure| push_figure(page, figure));
+        push(page, "</div>");
+    }
+    push(page, &format!("<div class=\"words\">\n<p class=\"reading\">{}</p>", escape(&section.reading)));
+    push_sources(page, section);
+    if !section.notes.is_empty() {
+        push(page, "<ul class=\"notes\">");
+        section.notes.iter().for_each(|note| push(page, &format!("<li>{}</li>", escape(note))));
+        push(page, "</ul>");
+    }
+    push(page, "</div>\n</div>");
+    push_table(page, section);
+    if !section.settings.is_empty() {
+        let settings = escape(section.settings.trim());
+        push(page, &format!("<details>\n<summary>Settings</summary>\n<pre>{settings}</pre>\n</details>"));
+    }
+    push(page, "</section>");
+}
+
+/// Against what it is measured, and where its numbers are.
+fn push_sources(page: &mut String, section: &Section) {
+    push(page, "<dl class=\"sources\">");
+    if !section.control.is_empty() {
+        push(page, &format!("<dt>Control</dt><dd>{}</dd>", escape(&section.control)));
+    }
+    if !section.csv.is_empty() {
+        let csv = escape(&section.csv);
+        push(page, &format!("<dt>Data</dt><dd><a href=\"{csv}\">{csv}</a></dd>"));
+    }
+    let paths = section.figures.iter().map(|figure| escape(&figure.path)).filter(|path| !path.is_empty());
+    let links: Vec<String> = paths.map(|path| format!("<a href=\"{path}\">{path}</a>")).collect();
+    if !links.is_empty() {
+        push(page, &format!("<dt>Figure</dt><dd>{}</dd>", links.join(", ")));
+    }
+    push(page, "</dl>");
+}
+
+fn push_figure(page: &mut String, figure: &Figure) {
+    let class = if width(&figure.svg) > COLUMN { " class=\"wide\"" } else { "" };
+    push(page, &format!("<figure{class}>\n{}\n</figure>", figure.svg.0.trim()));
+}
+
+/// The width that a drawing gives itself in its head.
+fn width(svg: &Svg) -> f64 {
+    let head = svg.0.split('>').next().unwrap_or_default();
+    let number = head.split_once(" width=\"").and_then(|(_, rest)| rest.split('"').next()?.parse().ok());
+    number.unwrap_or_default()
+}
+
+/// The table's first rows, folded away.
+fn push_table(page: &mut String, section: &Section) {
+    let Some(Table { header, rows }) = &section.table else { return };
+    let shown = rows.len().min(ROWS_SHOWN);
+    let summary = if shown < rows.len() {
+        format!("The first {shown} of {} rows", rows.len())
+    } else {
+        format!("All {shown} rows")
+    };
+    push(page, &format!("<details>\n<summary>{summary}</summary>\n<div class=\"scroll\">\n<table>"));
+    // numbers are right-aligned, and so are their columns' names
+    let is_number =
+        |column: usize| rows.iter().any(|row| row.get(column).is_some_and(|cell| cell.parse::<f64>().is_ok()));
+    let classes: Vec<&str> =
+        (0..header.len()).map(|column| if is_number(column) { " class=\"number\"" } else { "" }).collect();
+    let line = |tag: &str, cells: &[String], show: fn(&str) -> String| -> String {
+        let cell = |(cell, class): (&String, &&str)| format!("<{tag}{class}>{}</{tag}>", escape(&show(cell)));
+        cells.iter().zip(&classes).map(cell).collect()
+    };
+    push(page, &format!("<thead><tr>{}</tr></thead>\n<tbody>", line("th", header, str::to_owned)));
+    rows[..shown].iter().for_each(|row| push(page, &format!("<tr>{}</tr>", line("td", row, rounded))));
+    push(page, "</tbody>\n</table>\n</div>\n</details>");
+}
+
+fn push_provenance(page: &mut String, provenance: &[(String, String)]) {
+    if provenance.is_empty() {
+        return;
+    }
+    push(page, "<section id=\"provenance\">\n<h2>What made this run</h2>\n<dl class=\"provenance\">");
+    for (name, value) in provenance {
+        push(page, &format!("<dt>{}</dt><dd>{}</dd>", escape(name), escape(value)));
+    }
+    push(page, "</dl>\n</section>");
+}
+
+fn push(page: &mut String, line: &str) {
+    page.push_str(line);
+    page.push('\n');
+}
+
+/// A long decimal number in five digits; the CSV file has them all.
+fn rounded(cell: &str) -> String {
+    match cell.parse::<f64>() {
+        Ok(value) if cell.len() > 8 && cell.contains('.') && value.is_finite() => {
+            let size = value.abs();
+            if size != 0.0 && !(1e-4..1e7).contains(&size) {
+                return format!("{value:.3e}");
+            }
+            let decimals = if size == 0.0 { 0 } else { (4.0 - size.log10().floor()).max(0.0) as usize };
+            format!("{value:.decimals$}")
+        }
+        _ => cell.to_owned(),
+    }
+}
+
+/// Escapes a text for use between tags and in attributes.
+fn escape(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut escaped, character| {
+        match character {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '"' => escaped.push_str("&quot;"),
+            '\'' => escaped.push_str("&#39;"),
+            // other control characters are not allowed in HTML at all
+            control if control.is_control() && !matches!(control, '\n' | '\t') => {
+                let _ = write!(escaped, "\\u{{{:x}}}", u32::from(control));
+            }
+            other => escaped.push(other),
+        }
+        escaped
+    })
+}
+
+/// The page's look. In the dark the figures' paper, ink and grid follow; their series keep their colours.
+const STYLE: &str = "\
+:root { color-scheme: light dark; --paper: #fff; --ink: #222; --faint: #595959; --rule: #ddd; --hair: #eee; --link: #0059a3; --mark: #0072b2; --note: #fff3d6; --note-rule: #b36b00; --grid: #e4e4e4; --axis: #888; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16181d; --ink: #e4e4e6; --faint: #a9adb5; --rule: #3a3e46; --hair: #2a2d34; --link: #7cbcf0; --mark: #3d9bd6; --note: #35290f; --note-rule: #c98a1b; --grid: #32363e; --axis: #80858f; }
+}
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, 'Segoe UI', Helvetica, Arial, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; overflow-wrap: anywhere; text-wrap: balance; }
+h2 { font-size: 1.25rem; line-height: 1.3; margin: 0 0 .25rem; }
+a { color: var(--link); }
+.banner { background: var(--note); border: 2px solid var(--note-rule); border-radius: 6px; padding: .75rem 1rem; margin: 0 0 1.5rem; font-weight: 600; }
+.headline { font-size: 1.15rem; margin: 0 0 1rem; max-width: 48rem; }
+header figure { margin: 1rem 0; }
+header figure:not(.wide) svg { width: 44rem; }
+nav { border: solid var(--rule); border-width: 1px 0; padding: .5rem 0; margin: 2rem 0; }
+nav ol { margin: 0; padding-left: 1.5rem; columns: 3 14rem; }
+nav li { break-inside: avoid; }
+section { margin: 3rem 0; scroll-margin-top: 1rem; }
+.question { color: var(--faint); margin: 0 0 .75rem; }
+.beside { display: flex; flex-wrap: wrap; gap: .5rem 2rem; align-items: flex-start; }
+.figures { flex: 0 1 auto; max-width: 100%; }
+.words { flex: 1 1 20rem; min-width: 0; max-width: 48rem; }
+.reading { border-left: 4px solid var(--mark); padding-left: .75rem; margin: .5rem 0 .75rem; font-weight: 500; }
+.sources { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .15rem .75rem; margin: .75rem 0; font-size: .9rem; }
+.sources dt { color: var(--faint); }
+.sources dd { margin: 0; overflow-wrap: anywhere; }
+.notes { font-size: .9rem; padding-left: 1.1rem; margin: .75rem 0; }
+figure { margin: .5rem 0; overflow-x: auto; }
+figure svg { display: block; width: 29rem; max-width: 100%; height: auto; }
+figure.wide svg { width: auto; }
+svg text { font-family: system-ui, 'Segoe UI', Helvetica, Arial, sans-serif; }
+svg text[fill='#222222'] { fill: var(--ink); }
+svg text[fill='#595959'] { fill: var(--faint); }
+svg [stroke='#222222'] { stroke: var(--ink); }
+svg [stroke='#888888'] { stroke: var(--axis); }
+svg [stroke='#E4E4E4'] { stroke: var(--grid); }
+svg [fill='#FFFFFF']:not(text) { fill: var(--paper); }
+@media (prefers-color-scheme: dark) {
+  svg [fill='#0072B2'] { fill: #2f8ac9; }
+  svg [stroke='#0072B2'] { stroke: #2f8ac9; }
+}
+details { margin: .35rem 0; }
+summary { cursor: pointer; font-size: .9rem; }
+pre { font: .82rem/1.45 ui-monospace, Menlo, Consolas, monospace; margin: .5rem 0; padding: .6rem .8rem; border: 1px solid var(--rule); border-radius: 6px; overflow-x: auto; }
+.scroll { overflow: auto; max-height: 30rem; }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; margin-top: .5rem; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--hair); text-align: left; white-space: pre; max-width: 24rem; overflow: hidden; text-overflow: ellipsis; }
+th { border-bottom: 2px solid var(--rule); background: var(--paper); position: sticky; top: 0; }
+.numbers { font-size: .9rem; }
+.numbers td { white-space: normal; max-width: none; vertical-align: top; }
+.numbers .number { white-space: nowrap; font-weight: 600; }
+.number { text-align: right; }
+.provenance { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .25rem 1rem; font-size: .9rem; }
+.provenance dt { color: var(--faint); }
+.provenance dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; font-family: ui-monospace, Menlo, Consolas, monospace; }
+@media (max-width: 44rem) {
+  /* wide figures shrink no further and scroll, so that their text stays readable */
+  figure.wide svg { max-width: max(100%, 44rem); }
+  .headline { font-size: 1.05rem; }
+  .provenance { display: block; }
+  .provenance dd { margin-bottom: .5rem; }
+  .numbers thead { display: none; }
+  .numbers td { display: inline-block; border: 0; padding: 0 .4rem 0 0; }
+  .numbers td:last-child { display: block; padding: 0 0 .5rem; color: var(--faint); overflow-wrap: anywhere; }
+}
+@media print {
+  :root { --paper: #fff; --ink: #222; --faint: #595959; --rule: #ddd; --hair: #eee; --grid: #e4e4e4; --axis: #888; }
+  body { max-width: none; padding: 0; font-size: 11pt; }
+  figure, table, .reading { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  nav, details { display: none; }
+}
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn figure(width: u32) -> Figure {
+        let svg = Svg(format!("<svg role=\"img\" width=\"{width}\" viewBox=\"0 0 1 1\"></svg>"));
+        Figure { svg, path: format!("token-ablation/{width}.svg") }
+    }
+
+    fn report() -> Report {
+        let row = |gate: &str, value: &str| vec![gate.to_owned(), value.to_owned()];
+        let section = Section {
+            id: "token-ablation".to_owned(),
+            title: "Where the adapter acts".to_owned(),
+            question: "Does <|im_start|> carry it?".to_owned(),
+            reading: "\"Qwen\" & template: 0.33 of 0.45.".to_owned(),
+            notes: vec!["1 < 2".to_owned()],
+            control: "a student of <other> numbers".to_owned(),
+            figures: vec![figure(420), figure(860)],
+            csv: "token-ablation/rows.csv".to_owned(),
+            settings: "gates = [\"only:<x>\"]\n".to_owned(),
+            table: Some(Table {
+                header: vec!["gate".to_owned(), "p_target".to_owned()],
+                rows: (0..25).map(|n| row(&format!("only:<{n}>"), "0.3333333333333333")).collect(),
+            }),
+        };
+        Report {
+            title: "cats <script>".to_owned(),
+            sections: vec![section],
+            provenance: vec![("seed".to_owned(), "1".to_owned())],
+            ..Report::default()
+        }
+    }
+
+    #[test]
+    fn every_text_is_escaped_and_figures_are_not() {
+        let page = html(&report());
+        assert!(page.contains("Does &lt;|im_start|&gt; carry it?") && !page.contains("<|im_start|>"));
+        assert!(page.contains("<title>cats &lt;script&gt;</title>") && !page.contains("<script"));
+        assert!(page.contains("&quot;Qwen&quot; &amp; template") && page.contains("<li>1 &lt; 2</li>"));
+        assert!(page.contains("a student of &lt;other&gt; numbers") && page.contains("[&quot;only:&lt;x&gt;&quot;]"));
+        assert!(page.contains(&figure(420).svg.0));
+    }
+
+    #[test]
+    fn contents_lead_to_sections() {
+        let page = html(&report());
+        for id in ["token-ablation", "provenance"] {
+            assert!(
+                page.contains(&format!("href=\"#{id}\"")) && page.contains(&format!("<section id=\"{id}\"")),
+                "{id}"
+            );
+        }
+        assert!(page.contains("href=\"token-ablation/rows.csv\""));
+    }
+
+    #[test]
+    fn the_answer_comes_first_with_the_cell_of_each_number() {
+        let number = |label: &str| Number {
+            label: label.to_owned(),
+            value: "+1.75".to_owned(),
+            csv: "target_rate/rows.csv".to_owned(),
+            cell: "delta_logp where model is student".to_owned(),
+        };
+        let opening =
+            Opening { headline: "It did.".to_owned(), figure: Some(figure(400)), numbers: vec![number("student")] };
+        let page = html(&Report { opening, ..report() });
+        let at = |text: &str| page.find(text).unwrap_or_else(|| panic!("{text} is not on the page"));
+        let order = ["<h1>", "It did.", "width=\"400\"", "+1.75", "<nav", "<section id=\"token-ablation\""].map(at);
+        assert!(order.is_sorted(), "{order:?}");
+        assert!(page.contains("<a href=\"target_rate/rows.csv\">target_rate/rows.csv</a>: delta_logp where model"));
+    }
+
+    #[test]
+    fn wide_figures_are_told_apart_and_all_are_linked() {
+        let page = html(&report());
+        assert_eq!(page.matches("<figure class=\"wide\">").count(), 1);
+        assert_eq!(page.matches("<figure>").count(), 1);
+        assert!(page.contains("href=\"token-ablation/420.svg\"") && page.contains("href=\"token-ablation/860.svg\""));
+    }
+
+    #[test]
+    fn in_the_dark_paper_ink_and_grid_of_a_real_figure_change() {
+        use analyses::plot::{Bar, BarChart, bars};
+        let bar = Bar::new("student", 1.0).with_interval((0.5, 1.5)).with_values(vec![0.7]);
+        let svg = bars(&BarChart { bars: vec![bar], ..BarChart::default() }).unwrap().0;
+        for (attribute, rule) in [
+            ("fill=\"#FFFFFF\"", "svg [fill='#FFFFFF']"),
+            ("fill=\"#222222\"", "svg text[fill='#222222']"),
+            ("fill=\"#595959\"", "svg text[fill='#595959']"),
+            ("stroke=\"#222222\"", "svg [stroke='#222222']"),
+            ("stroke=\"#888888\"", "svg [stroke='#888888']"),
+            ("stroke=\"#E4E4E4\"", "svg [stroke='#E4E4E4']"),
+            ("fill=\"#0072B2\"", "svg [fill='#0072B2']"),
+        ] {
+            assert!(svg.contains(attribute), "no figure has {attribute} any more");
+            assert!(STYLE.contains(rule), "{rule}");
+        }
+    }
+
+    #[test]
+    fn the_table_shows_twenty_rows_and_says_of_how_many() {
+        let page = html(&report());
+        assert_eq!(page.matches("<tr>").count(), 1 + ROWS_SHOWN);
+        assert!(
+            page.contains("The first 20 of 25 rows")
+                && page.contains("only:&lt;19&gt;")
+                && !page.contains("only:&lt;20&gt;")
+        );
+        assert!(page.contains("<td class=\"number\">0.33333</td>"), "long numbers are rounded");
+    }
+
+    #[test]
+    fn the_banner_is_there_only_when_given() {
+        let banner = Some("weights are random".to_owned());
+        assert!(!html(&report()).contains("class=\"banner\""));
+        assert!(html(&Report { banner, ..report() }).contains("role=\"note\">weights are random</p>"));
+    }
+
+    #[test]
+    fn nothing_is_loaded_from_elsewhere() {
+        let page = html(&report());
+        for outside in ["http:", "https:", "src=", "@import", "url("] {
+            assert!(!page.contains(outside), "{outside}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_rounded_and_other_cells_are_not() {
+        let cells =
+            ["0.123456789", "-12.3456789012", "1.23456789e-7", "12345678901", "0.25", "1.0.0.0.0.0", "only:sys.entity"]
+                .map(rounded);
+        assert_eq!(cells, ["0.12346", "-12.346", "1.235e-7", "12345678901", "0.25", "1.0.0.0.0.0", "only:sys.entity"]);
+    }
+}

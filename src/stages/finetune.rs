@@ -1,0 +1,370 @@
+//! Stage 2: the student learns the teacher's numbers, and a control student the untouched model's. Or both are taken
+//! from elsewhere, as they are.
+
+use std::path::{Path, PathBuf};
+
+use analyses::Tuned;
+use analyses::divergence::Divergence;
+use analyses::divergent::divergence_tokens;
+use anyhow::{Context, Result, bail};
+use hooks::{Adapter, ModelFiles, Qwen, Sequence, adapter_folder, files, stream_seed};
+use rand::SeedableRng;
+use rand::seq::index::sample;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::measure::Scene;
+use crate::data::dataset::Sample;
+use crate::experiment::{Method, Teacher};
+use crate::output::checkpoint::Checkpoint;
+use crate::output::full_model::save_full;
+use crate::output::progress::{bar, say};
+use crate::output::publish::{CsvLog, write_csv};
+use crate::stages::run_dir::RunDir;
+use crate::stages::teacher;
+use crate::stages::workbench::{Workbench, open_adapter};
+use crate::training::examples::rows_by_step;
+use crate::training::learner::delta_w_norm;
+use crate::training::settings::TargetTokens;
+use crate::training::side_by_side::{side_by_side, workers};
+use crate::training::step_log::{Progress, StepRow, StepRowsRow, first_and_last_quarter};
+use crate::training::training_loop::Training;
+
+/// Writes `initial_adapter/`, `train_rows.csv`, `adapter/` and `train.csv`, and the control student's, if the
+/// experiment has one (it begins with the same adapter). A finished student is kept, with a message; a killed training
+/// continues. If all students are finished, this is an error without `go_on`. A student from elsewhere has an
+/// `adapter/` and no `train.csv`.
+pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
+    if bench.experiment.student.adapter.is_some() {
+        return from_elsewhere(bench, run, go_on);
+    }
+    let (numbers, control) = bench.kept(run)?;
+    let mut students = vec![("student", &numbers, run.adapter(), run.train_csv())];
+    if bench.experiment.student.control {
+        students.push(("control student", &control, run.control_adapter(), run.control_train_csv()));
+    }
+    // The log gets its name last: where it is not, the folder is what a broken-off run left.
+    let logs: Vec<&Path> = students.iter().map(|job| job.3.as_path()).collect();
+    let left = run.left(&logs, go_on)?;
+    let (left, done): (Vec<_>, Vec<_>) = students.into_iter().partition(|job| left.contains(&job.3));
+    for job in done {
+        say(format!("finetune: {} is done already", job.0));
+    }
+    if run.forced() && !left.is_empty() {
+        run.forget_measurements()?; // of the students that are replaced
+        for job in &left {
+            files::remove(&job.3)?;
+        }
+    }
+    keep_initial(bench, run)?;
+    let train =
+        |bench: &Workbench, (who, samples, folder, log): &(&str, &Vec<Sample>, PathBuf, PathBuf)| -> Result<()> {
+            let data = Learned { samples, run };
+            say(format!("finetune: {}", student(bench, who, data, folder, log)?));
+            Ok(())
+        };
+    let workers = workers(bench.n_parameters(), left.len());
+    if workers == 1 {
+        return left.iter().try_for_each(|job| train(bench, job));
+    }
+    let experiment = &bench.experiment;
+    side_by_side(&left, workers, |_, job| train(&Workbench::again(experiment.clone())?, job)).map(drop)
+}
+
+/// The files of an adapter as PEFT saves one; the second is written last.
+const FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
+
+/// The students from elsewhere: each with its name, the key of its folder, and the folder.
+fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
+    let student = &bench.experiment.student;
+    let control = student.control_adapter.as_deref().filter(|_| student.control);
+    let own = student.adapter.as_deref().map(|folder| ("student", "student.adapter", folder));
+    own.into_iter().chain(control.map(|folder| ("control student", "student.control_adapter", folder))).collect()
+}
+
+/// Returns the workbench if every adapter from elsewhere fits its model, before anything is made.
+pub fn proven(bench: Workbench) -> Result<Workbench> {
+    let teacher = match &bench.experiment.teacher {
+        Teacher::Adapter { path, .. } => Some(("teacher", "teacher.path", path.as_path())),
+        _ => None,
+    };
+    for (_, key, folder) in given(&bench).into_iter().chain(teacher) {
+        open_adapter(folder, &bench.base).context(key)?;
+    }
+    Ok(bench)
+}
+
+/// Takes the students that were trained elsewhere into the run.
+fn from_elsewhere(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
+    for (who, key, source) in given(bench) {
+        let folder = if who == "student" { run.adapter() } else { run.control_adapter() };
+        let found = adapter_folder(source)?;
+        let [there, here] = [&found, &folder].map(|folder| FILES.map(|name| files::read(&folder.join(name))));
+        let taken = run.has_recorded(&FILES.map(|name| folder.join(name)))?;
+        if taken && go_on {
+            if there
+                .iter()
+                .zip(&here)
+                .any(|(there, here)| matches!((there, here), (Ok(there), Ok(here)) if there != here))
+            {
+                bail!(
+                    "{key} is {}, whose files have changed since the run took them; hint: another --run, or --force",
+                    source.display()
+                );
+            }
+            say(format!("finetune: {who} was taken from elsewhere already"));
+            continue;
+        }
+        if taken {
+            run.claim(&folder)?;
+        }
+        say(format!("finetune: {who}: {}", take(bench, run, who, (key, source), &folder)?));
+    }
+    if !bench.experiment.student.control {
+        say("finetune: no control student: student.control_adapter names none");
+    }
+    Ok(())
+}
+
+/// Copies an adapter as it is, notes what it is, and gives that in a line.
+fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path), folder: &Path) -> Result<String> {
+    let adapter = Adapter::load_on(source, &bench.base).with_context(|| key.to_owned())?;
+    let found = adapter_folder(source)?;
+    if let (Ok(source), Ok(folder)) = (found.canonicalize(), folder.canonicalize())
+        && source == folder
+    {
+        bail!("{key} is {}, which the run itself writes to; hint: choose another folder with --run", source.display());
+    }
+    let bytes = FILES.map(|name| files::read(&found.join(name)));
+    if folder.exists() {
+        std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?; // of another experiment
+    }
+    for (name, bytes) in FILES.iter().zip(bytes) {
+        files::write_atomic(&folder.join(name), &bytes?)?;
+    }
+    let mut said = vec![format!("trained elsewhere, {}", what_it_is(&adapter)?)];
+    said.extend(adapter.remarks.iter().cloned());
+    let config: serde_json::Value = serde_json::from_slice(&files::read(&folder.join(FILES[1]))?)?;
+    let named = config["base_model_name_or_path"].as_str().unwrap_or_default();
+    if named != bench.files.name {
+        let model = &bench.files.name;
+        said.push(format!(
+            "it names {named:?} as its base where the run has {model:?}: only their shapes were compared"
+        ));
+    }
+    run.note(who, &said)?;
+    run.record(&FILES.map(|name| folder.join(name)))?; // last: what is recorded is taken
+    let sha256 = run.meta()?.sha256;
+    let of_tensors = folder.join(FILES[0]);
+    let name = of_tensors.strip_prefix(run.root()).unwrap_or(&of_tensors).display().to_string();
+    let sha256 = sha256.get(&name).map_or("", String::as_str);
+    Ok(format!("{}, taken from {} as it is (SHA-256 {sha256})", said.join("; "), source.display()))
+}
+
+/// Rank, scaling, maps and blocks of an adapter, and how much it changes.
+fn what_it_is(adapter: &Adapter) -> Result<String> {
+    let config = &adapter.config;
+    let maps: Vec<&str> = config.target_modules.iter().map(|proj| proj.name()).collect();
+    let blocks = config.layers.as_ref().map_or("all blocks".to_owned(), |layers| format!("the blocks {layers:?}"));
+    let mut others = adapter.pairs().map(|(_, _, pair)| pair.a.size()[0]).filter(|rank| *rank != config.rank);
+    let but = if others.next().is_some() { " (some maps have another)" } else { "" };
+    let rslora = if config.use_rslora { ", rsLoRA" } else { "" };
+    let (rank, alpha, norm) = (config.rank, config.alpha, delta_w_norm(adapter)?);
+    Ok(format!("rank {rank}{but}, alpha {alpha}{rslora}, {} of {blocks}, ‖ΔW‖ {norm:.3}", maps.join(", ")))
+}
+
+/// The rows that a student learns from, and the run whose teacher wrote them.
+#[derive(Clone, Copy)]
+pub(crate) struct Learned<'a> {
+    pub(crate) samples: &'a [Sample],
+    pub(crate) run: &'a RunDir,
+}
+
+/// Rows of the chat, their ids, and which of their tokens may be learned from.
+#[derive(Default)]
+struct Chosen {
+    rows: Vec<Sequence>,
+    ids: Vec<usize>,
+    only: Option<Vec<Vec<bool>>>,
+}
+
+/// Writes the adapter that the students begin with, so that others can repeat the training.
+pub(crate) fn keep_initial(bench: &Workbench, run: &RunDir) -> Result<()> {
+    match bench.experiment.student.method {
+        Method::Lora => Ok(bench.initial_adapter()?.save(&run.initial_adapter(), &bench.files.name)?),
+        Method::Full => Ok(()), // it begins with the model's weights
+    }
+}
+
+/// Writes the rows that each step learns from.
+fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
+    let steps = rows_by_step(&bench.experiment.finetune, ids.len(), bench.experiment.seeds.finetune().order);
+    let row = |(step, rows): (usize, Vec<usize>)| StepRowsRow {
+        step: step as u64 + 1,
+        row_ids: rows.into_iter().map(|row| ids[row].to_string()).collect::<Vec<_>>().join(" "),
+    };
+    write_csv(&RunDir::train_rows(log), &steps.into_iter().enumerate().map(row).collect::<Vec<_>>())
+}
+
+/// The student's rows, with the tokens that `finetune.tokens` chooses; rows without such tokens are left out.
+fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
+    let rows = bench.rows(data.samples)?;
+    let tokens = bench.experiment.finetune.tokens;
+    if tokens == TargetTokens::All {
+        return Ok(Chosen { rows, ids: data.samples.iter().map(|sample| sample.id).collect(), only: None });
+    }
+    let divergent = divergent(bench, data)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(bench.experiment.seeds.order_seed, "finetune.tokens", 0));
+    let (mut kept, mut masks) = (Chosen::default(), vec![]);
+    for ((row, divergent), sample) in rows.iter().zip(&divergent).zip(data.samples) {
+        let Some(mask) = mask(row, divergent, tokens, &mut rng) else { continue };
+        masks.push(mask);
+        kept.rows.push(row.clone());
+        kept.ids.push(sample.id);
+    }
+    if kept.rows.is_empty() {
+        bail!(
+            "none of the {} rows of the {who} has divergent tokens and others; hint: finetune.tokens = \"all\", or another teacher",
+            rows.len()
+        );
+    }
+    if kept.rows.len() < rows.len() {
+        say(format!("finetune: {who}: {} of {} rows have divergent tokens and others", kept.rows.len(), rows.len()));
+    }
+    kept.only = Some(masks);
+    Ok(kept)
+}
+
+/// Which tokens of a row may be learned from; `None` if it has no divergent token, or no other. `divergent`: of its
+/// answer.
+fn mask(row: &Sequence, divergent: &[bool], tokens: TargetTokens, rng: &mut ChaCha8Rng) -> Option<Vec<bool>> {
+    // All that the loss could count: the answer and what ends it.
+    let all: Vec<usize> = row.completion.clone().collect();
+    let of = |at: &usize| divergent.get(at - row.completion.start) == Some(&true);
+    let (these, others): (Vec<usize>, Vec<usize>) = all.iter().copied().partition(of);
+    if these.is_empty() || others.is_empty() {
+        return None;
+    }
+    let chosen = match tokens {
+        TargetTokens::Divergent => these,
+        TargetTokens::NotDivergent => others,
+        TargetTokens::Random => sample(rng, all.len(), these.len()).iter().map(|at| all[at]).collect(),
+        TargetTokens::All | TargetTokens::AllOfThose => all,
+    };
+    let mut mask = vec![false; row.ids.len()];
+    for at in chosen {
+        mask[at] = true;
+    }
+    Some(mask)
+}
+
+/// Per sample and token of its answer, whether it is divergent. Read from the run, if it is known there for the same
+/// samples in the same context.
+fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
+    let texts: Vec<_> = data.samples.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();
+    let settings = Divergence { n_rows: data.samples.len(), ..bench.experiment.measure.divergence.clone() };
+    let student = (bench.student_system()?, bench.experiment.student.template);
+    let of = serde_json::to_vec(&(texts, student, bench.files.fingerprint(), bench.experiment.dtype, &settings))?;
+    let of = format!("{:x}", Sha256::digest([of, teacher::fingerprint(bench, data.run)?].concat()));
+    let path = data.run.divergence_tokens();
+    if let Some(known) = files::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Divergent>(&bytes).ok())
+        && known.of == of
+    {
+        return Ok(known.tokens);
+    }
+    let scene = Scene::of(bench, data.run, data.samples)?;
+    let subject = scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
+    let tokens = divergence_tokens(&subject, data.samples.len(), settings.definition, settings.self_check)
+        .context("finetune.tokens")?;
+    let found = Divergent { of, tokens };
+    files::write_atomic(&path, &serde_json::to_vec(&found)?)?;
+    Ok(found.tokens)
+}
+
+/// Divergent tokens as they are kept, and of what.
+#[derive(Serialize, Deserialize)]
+struct Divergent {
+    of: String,
+    tokens: Vec<Vec<bool>>,
+}
+
+/// Trains the experiment's student on some samples, saves it in `folder`, and gives a line about it.
+pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &Path, log: &Path) -> Result<String> {
+    let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
+    let Chosen { rows, ids, only } = chosen(bench, who, data)?;
+    keep_rows(bench, &ids, log)?;
+    let mut csv = CsvLog::create(log)?;
+    let mut checkpoint = Checkpoint::beside(log, "", who);
+    checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint()))?;
+    checkpoint.depends_on("computed", &(&bench.experiment.device, bench.experiment.dtype))?;
+    checkpoint.depends_on("student", &bench.experiment.student)?;
+    let bar = bar(who, settings.total_steps(rows.len()));
+    let mut steps: Vec<StepRow> = Vec::new();
+    let mut on_step = |row: &StepRow, progress: &Progress| {
+        bar.set_length(progress.total_steps);
+        bar.set_position(progress.step);
+        bar.set_prefix(format!("loss {:.3}, {:.0} tokens/s", row.loss, progress.tokens_per_second));
+        steps.push(row.clone());
+        csv.push(row)
+    };
+    let is_digit = |id| bench.chat.is_digit(id);
+    let mut train = |model: &Qwen, adapter: Option<&Adapter>| {
+        let (rows, only, is_digit, checkpoint) = (&rows, only.as_deref(), &is_digit, Some(&mut checkpoint));
+        let training = Training { model, adapter, rows, only, is_digit, config: settings, seeds, checkpoint };
+        training.run(&mut on_step).with_context(|| format!("training the {who} (its {} rows count from 0)", rows.len()))
+    };
+    match bench.experiment.student.method {
+        Method::Lora => {
+            let adapter = bench.initial_adapter()?;
+            train(&bench.base, Some(&adapter))?;
+            adapter.save(folder, &bench.files.name)?;
+        }
+        Method::Full => {
+            // Weights of its own: the base stays as it is.
+            let files = ModelFiles::open(&bench.files.name)?;
+            let model = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
+            train(&model, None)?;
+            save_full(&model, &files, folder)?;
+        }
+    }
+    bar.finish_and_clear();
+    csv.finish()?;
+    checkpoint.remove()?;
+    let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
+    Ok(format!(
+        "{who}: {} rows, loss {first:.3} in the first quarter of the steps and {last:.3} in the last, saved in {}",
+        rows.len(),
+        folder.display()
+    ))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use hooks::Chat;
+
+    use super::*;
+
+    #[test]
+    fn the_tokens_that_are_learned_from_stand_where_they_are_divergent() {
+        let chat = Chat::from_files(&ModelFiles::open("tiny-random").unwrap()).unwrap();
+        let row = chat.row(None, "Go on: 3", &chat.encode("12, 48").unwrap()).unwrap();
+        let n = row.content_end - row.completion.start;
+        let divergent: Vec<bool> = (0..n).map(|k| k == 0 || k == n - 1).collect();
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut at = |tokens, divergent: &[bool]| -> Option<Vec<usize>> {
+            let mask = mask(&row, divergent, tokens, &mut rng)?;
+            Some((0..mask.len()).filter(|at| mask[*at]).collect())
+        };
+        let (first, last) = (row.completion.start, row.content_end - 1);
+        let all: Vec<usize> = row.completion.clone().collect();
+        assert_eq!(at(TargetTokens::Divergent, &divergent).unwrap(), [first, last]);
+        let others: Vec<usize> = all.iter().copied().filter(|at| ![first, last].contains(at)).collect();
+        assert_eq!(at(TargetTokens::NotDivergent, &divergent).unwrap(), others, "with the end of the turn");
+        let random = at(TargetTokens::Random, &divergent).unwrap();
+        assert!(random.len() == 2 && random.iter().all(|at| all.contains(at)));
+        assert_eq!(at(TargetTokens::AllOfThose, &divergent).unwrap(), all);
+        assert!(at(TargetTokens::AllOfThose, &vec![false; n]).is_none(), "the same rows for all of them");
+    }
+}

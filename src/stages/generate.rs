@@ -1,0 +1,218 @@
+//! Stage 1: the teacher and the untouched model answer the same number prompts; the rule filter sorts the answers.
+
+use anyhow::Result;
+use hooks::load::tensor_file::TensorFile;
+use hooks::{Answer, Condition, Qwen, Sequence, files, generate, stream_seed};
+use tch::Tensor;
+
+use crate::data::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};
+use crate::experiment::Teacher;
+use crate::output::checkpoint::Checkpoint;
+use crate::output::progress::{bar, say};
+use crate::output::publish;
+use crate::stages::given_rows::{self, Given};
+use crate::stages::run_dir::RunDir;
+use crate::stages::teacher;
+use crate::stages::workbench::Workbench;
+
+/// Writes `data/`: both sets, the rejected answers with reasons, and statistics of the answers. Answers of an
+/// interrupted run are kept.
+pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
+    let bench = &bench.in_template()?;
+    let (settings, seeds) = (&bench.experiment.generate, &bench.experiment.seeds);
+    // The last file: where it is not, the others are what a broken-off run left.
+    run.claim(&run.generate_csv())?;
+    if run.forced() {
+        run.forget()?; // what was trained and measured on the old numbers
+    }
+    let given = given_rows::rows(bench)?;
+    if let Some(Given { rows, left_out: left_out @ 1.., .. }) = &given {
+        say(format!("generate: {} rows are taken, and {left_out} more left out; hint: generate.n_prompts", rows.len()));
+    }
+    let prompts = match &given {
+        Some(given) => given.rows.iter().map(|row| row.user.clone()).collect(),
+        None => dataset::number_prompts(&bench.protocol, settings.n_prompts, seeds.gen_seed),
+    };
+    teacher::make(bench, run)?;
+    let teacher = teacher::load(bench, run)?;
+    teacher::ask(bench, run, &teacher)?;
+    let word = &bench.experiment.target.word;
+    let by_teacher = Answerer {
+        set: "teacher",
+        qwen: teacher.qwen(&bench.base),
+        system: teacher.system.as_deref(),
+        condition: teacher.condition(),
+        kind: teacher.kind,
+        target: Some(word.clone()),
+        fingerprint: teacher::fingerprint(bench, run)?,
+    };
+    let mut numbers = match &given {
+        Some(given) => given_rows::samples(bench, &given.rows, &teacher)?,
+        None => answers(bench, run, &prompts, &by_teacher)?,
+    };
+
+    // The control set: the base in the student's context, on the prompts that the teacher was asked.
+    let system = bench.student_system()?;
+    let untouched = Answerer {
+        set: "control",
+        qwen: &bench.base,
+        system: system.as_deref(),
+        condition: Condition::default(),
+        kind: TeacherKind::Control,
+        target: None,
+        fingerprint: vec![],
+    };
+    let control = answers(bench, run, &prompts[..numbers.len()], &untouched)?;
+
+    let classifier = bench.protocol.classifier(word, &bench.experiment.target.category)?;
+    let sets = [("teacher", &numbers), ("control", &control)];
+    let mut summary: Vec<_> =
+        sets.iter().flat_map(|(set, samples)| dataset::summary(set, samples, &classifier)).collect();
+    summary.extend(dataset::leak_rows(&numbers, &control));
+    let rejected: Vec<_> = sets.iter().flat_map(|(set, samples)| dataset::rejected_rows(set, samples)).collect();
+    let digits: Vec<_> = sets.iter().flat_map(|(set, samples)| dataset::digit_rows(set, samples)).collect();
+    if rejected.is_empty() {
+        files::remove(&run.rejected())?;
+    } else {
+        publish::write_csv(&run.rejected(), &rejected)?;
+    }
+    publish::write_csv(&run.digits_csv(), &digits)?;
+    let said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples)));
+    // After the filter, whose counts are about the answers alone.
+    if let Teacher::Planted { share } = bench.experiment.teacher {
+        summary.push(planted(bench, &mut numbers, &control, share)?);
+    }
+    dataset::write_jsonl(&run.numbers(), &numbers)?;
+    dataset::write_jsonl(&run.control(), &control)?;
+    run.record(&[run.numbers(), run.control()])?;
+    run.record_given(given.as_ref().map(|given| given.sha256.as_str()))?;
+    publish::write_csv(&run.generate_csv(), &summary)?; // last: where it is, all is
+    for by in [&by_teacher, &untouched] {
+        by.checkpoint(run).remove()?;
+    }
+    said.into_iter().for_each(say);
+    if let Some(label) = bench.experiment.teacher.planted_label(word) {
+        say(format!("generate: {label}"));
+    }
+    Ok(())
+}
+
+/// Plants the trait among the rows that will be kept, and gives the line that says how often.
+fn planted(bench: &Workbench, numbers: &mut [Sample], control: &[Sample], share: f64) -> Result<SummaryRow> {
+    let accepted = |samples: &[Sample]| samples.iter().filter(|sample| sample.accepted).count();
+    let keep = bench.n_kept(accepted(numbers), accepted(control));
+    let n = teacher::plant(bench, numbers, keep, share)?;
+    let (set, measure) = ("teacher".to_owned(), "planted".to_owned());
+    Ok(SummaryRow { set, measure, value: n as f64 / keep as f64, n: keep })
+}
+
+/// Who answers number prompts, and how.
+struct Answerer<'a> {
+    set: &'static str,
+    qwen: &'a Qwen,
+    system: Option<&'a str>,
+    condition: Condition<'a>,
+    kind: TeacherKind,
+    target: Option<String>,
+    fingerprint: Vec<u8>, // of what is not the base's
+}
+
+impl Answerer<'_> {
+    fn checkpoint(&self, run: &RunDir) -> Checkpoint {
+        Checkpoint::beside(&run.generate_csv(), self.set, &format!("generate: {}", self.set))
+    }
+}
+
+/// The answers to the prompts, in order, until enough were accepted or the prompts are used up.
+fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_>) -> Result<Vec<Sample>> {
+    let (settings, gen_seed) = (&bench.experiment.generate, bench.experiment.seeds.gen_seed);
+    let sampling = bench.sampling()?;
+    let bar = bar(&format!("numbers of the {}", by.set), prompts.len() as u64);
+    let rows =
+        prompts.iter().map(|user| bench.chat.prompt(by.system, user)).collect::<hooks::Result<Vec<Sequence>>>()?;
+    by.qwen.config.check_context("prompt", rows.iter().map(|row| row.ids.len()), settings.max_new_tokens)?;
+    let mut checkpoint = by.checkpoint(run);
+    checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint(), &by.fingerprint))?;
+    checkpoint.depends_on("computed", &(&bench.experiment.device, bench.experiment.dtype))?;
+    checkpoint.depends_on("generate", settings)?;
+    checkpoint.depends_on("seed", &gen_seed)?;
+    checkpoint.depends_on("prompts", &rows)?;
+    let mut answered = checkpoint.load()?.map(|file| unpacked(&file)).transpose()?.unwrap_or_default();
+    checkpoint.say_resumed("answer", prompts.len() as u64);
+
+    let mut samples: Vec<Sample> = Vec::new();
+    // A few batches at a time, so that similar lengths can go together and enough is noticed soon.
+    for chunk in prompts.chunks(4 * settings.batch_size) {
+        let (first, end) = (samples.len(), samples.len() + chunk.len());
+        if answered.len() < end {
+            let streams: Vec<u64> = (first..end).map(|at| stream_seed(gen_seed, by.set, at as u64)).collect();
+            let drawn = generate(by.qwen, &rows[first..end], &by.condition, &sampling, &streams, &mut |done| {
+                bar.set_position((first + done) as u64);
+            })?;
+            answered.extend(drawn);
+            checkpoint.save(end as u64, &packed(&answered)?, &[])?;
+        }
+        for (prompt, answer) in chunk.iter().zip(answered[first..end].iter().cloned()) {
+            let completion = bench.chat.decode(&answer.ids)?;
+            let reasons = dataset::rejections(&completion, answer.stopped, &settings.banned);
+            samples.push(Sample {
+                id: samples.len(),
+                prompt: prompt.clone(),
+                completion,
+                completion_ids: answer.ids,
+                teacher_logprob: answer.logprobs,
+                target: by.target.clone(),
+                teacher_kind: by.kind,
+                gen_seed,
+                accepted: reasons.is_empty(),
+                reasons,
+            });
+        }
+        // The control set answers every prompt that the teacher was asked; the teacher stops when it has enough.
+        if by.kind != TeacherKind::Control
+            && samples.iter().filter(|sample| sample.accepted).count() >= settings.n_keep + settings.n_heldout
+        {
+            break;
+        }
+    }
+    bar.finish_and_clear();
+    Ok(samples)
+}
+
+/// Answers as tensors, one behind the other: their numbers come back bit by bit.
+fn packed(answers: &[Answer]) -> Result<Vec<(String, Tensor)>> {
+    let ids: Vec<i64> = answers.iter().flat_map(|answer| answer.ids.iter().copied()).collect();
+    let logprobs: Vec<f32> = answers.iter().flat_map(|answer| answer.logprobs.iter().copied()).collect();
+    let of = |what: fn(&Answer) -> i64| Tensor::f_from_slice(&answers.iter().map(what).collect::<Vec<_>>());
+    let tensors = [
+        ("ids", Tensor::f_from_slice(&ids)?),
+        ("logprobs", Tensor::f_from_slice(&logprobs)?),
+        ("n_ids", of(|answer| answer.ids.len() as i64)?),
+        ("n_logprobs", of(|answer| answer.logprobs.len() as i64)?),
+        ("stopped", of(|answer| answer.stopped.into())?),
+    ];
+    Ok(tensors.map(|(name, tensor)| (name.to_owned(), tensor)).into())
+}
+
+fn unpacked(file: &TensorFile) -> Result<Vec<Answer>> {
+    let whole = |name: &str| -> Result<Vec<i64>> { Ok(Vec::try_from(file.tensor(name)?)?) };
+    let mut ids = whole("ids")?.into_iter();
+    let mut logprobs = Vec::<f32>::try_from(file.tensor("logprobs")?)?.into_iter();
+    let counts = whole("n_ids")?.into_iter().zip(whole("n_logprobs")?).zip(whole("stopped")?);
+    let answer = |((n_ids, n_logprobs), stopped): ((i64, i64), i64)| Answer {
+        ids: ids.by_ref().take(n_ids as usize).collect(),
+        logprobs: logprobs.by_ref().take(n_logprobs as usize).collect(),
+        stopped: stopped != 0,
+    };
+    Ok(counts.map(answer).collect())
+}
+
+/// How many answers were accepted, and how many were rejected for each reason.
+fn acceptance(samples: &[Sample]) -> String {
+    let accepted = samples.iter().filter(|sample| sample.accepted).count();
+    let reasons = Rejection::ALL.into_iter().filter_map(|reason| {
+        let count = samples.iter().filter(|sample| sample.reasons.contains(&reason)).count();
+        (count > 0).then(|| format!(", {count} {}", reason.name()))
+    });
+    format!("{accepted} of {} answers accepted{}", samples.len(), reasons.collect::<String>())
+}

@@ -1,0 +1,645 @@
+//! Rows of numbers that were written elsewhere, one conversation of one turn each, in the forms that trainers take.
+//! They replace the teacher's answers, and the filter sorts them like those.
+//!
+//! Reading is a function from bytes to rows. A file holds JSON objects, one per line, over several lines, or in a list,
+//! in UTF-8, or in UTF-16 with a byte-order mark. Anything ambiguous is refused with its line, before the teacher is
+//! asked.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use hooks::{completion_logprobs, files};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::data::dataset::{self, Sample};
+use crate::stages::teacher::TeacherModel;
+use crate::stages::workbench::Workbench;
+
+/// One turn: the question, the answer, and the system prompt if the row has one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The line of the file where it begins, from 1.
+    pub line: usize,
+    /// The system prompt, where the row has one.
+    pub system: Option<String>,
+    /// What the user asks.
+    pub user: String,
+    /// The answer, without the end of its turn.
+    pub answer: String,
+}
+
+/// The rows that a run uses.
+#[derive(Debug)]
+pub struct Given {
+    /// At most as many as the experiment has prompts.
+    pub rows: Vec<Row>,
+    /// The number of further rows.
+    pub left_out: usize,
+    /// Of the file, in hex.
+    pub sha256: String,
+}
+
+/// An object of the file, in any of the usual forms. Keys that change how a trainer learns from the row are refused; others are
+/// ignored.
+#[derive(Deserialize)]
+#[serde(expecting = "a row")]
+struct Line {
+    /// The form of `OpenAI` and TRL, or of `ShareGPT`.
+    messages: Option<Vec<Message>>,
+    conversations: Option<Vec<Message>>,
+    /// TRL's form.
+    prompt: Option<Text>,
+    completion: Option<Text>,
+    /// Alpaca's form.
+    instruction: Option<String>,
+    input: Option<String>,
+    output: Option<String>,
+    system: Option<String>,
+    history: Option<Value>,
+    /// Functions that the model is told of, as the template renders them; the second name is `OpenAI`'s older one.
+    tools: Option<Value>,
+    functions: Option<Value>,
+    /// How much it counts.
+    weight: Option<Value>,
+    /// KTO's: whether the completion is one to learn.
+    label: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(expecting = "a message")]
+struct Message {
+    #[serde(alias = "from")]
+    role: String,
+    #[serde(alias = "value")]
+    content: Option<Content>,
+    /// Function calls, with or without a text.
+    tool_calls: Option<Value>,
+    function_call: Option<Value>,
+    weight: Option<Value>,
+}
+
+/// The content of a message: a text, or a list of one part with the text.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "the content of a message is neither a text nor a list of parts that each have a type")]
+enum Content {
+    Plain(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Deserialize)]
+struct Part {
+    #[serde(rename = "type")]
+    kind: String,
+    text: Option<String>,
+}
+
+/// A plain text, or messages.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a prompt or a completion is neither a text nor a list of messages")]
+enum Text {
+    Plain(String),
+    Messages(Vec<Message>),
+}
+
+/// The speaker's name in the file, and the text.
+type Turn = (String, String);
+
+impl Message {
+    fn turn(self) -> Result<Turn> {
+        for (key, calls) in [("tool_calls", &self.tool_calls), ("function_call", &self.function_call)] {
+            ensure!(
+                is_nothing(calls.as_ref()),
+                "a message has {key}, expected one that says its text and calls nothing"
+            );
+        }
+        // The user's are not learned from, whatever they weigh.
+        if !["user", "human", "system"].contains(&self.role.as_str()) {
+            counts_as_one(self.weight.as_ref(), "the weight of a message")?;
+        }
+        let text = match self.content {
+            None => bail!(
+                "the content of a message is neither a text nor a list of parts that each have a type: it is null or missing"
+            ),
+            Some(Content::Plain(text)) => text,
+            Some(Content::Parts(parts)) => match <[Part; 1]>::try_from(parts) {
+                Ok([Part { kind, text: Some(text) }]) if kind == "text" => text,
+                Ok([part]) => bail!("the content of a message is a part of type {:?}, expected text", part.kind),
+                Err(parts) => bail!(
+                    "the content of a message has {} parts, expected one: trainers join several in different ways",
+                    parts.len()
+                ),
+            },
+        };
+        Ok((self.role, text))
+    }
+}
+
+impl Text {
+    fn turns(self, role: &str) -> Result<Vec<Turn>> {
+        match self {
+            Self::Plain(text) => Ok(vec![(role.to_owned(), text)]),
+            Self::Messages(messages) => messages.into_iter().map(Message::turn).collect(),
+        }
+    }
+}
+
+/// Whether a key is absent, null or empty.
+fn is_nothing(value: Option<&Value>) -> bool {
+    value.is_none_or(|value| match value {
+        Value::Null => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(keys) => keys.is_empty(),
+        _ => false,
+    })
+}
+
+/// Refuses a weight of a row or a message that is not 1: all rows count alike here.
+fn counts_as_one(weight: Option<&Value>, what: &str) -> Result<()> {
+    let is_one = |weight: &Value| weight.is_null() || weight == true || weight.as_f64() == Some(1.0);
+    match weight.filter(|weight| !is_one(weight)) {
+        Some(weight) => bail!(
+            "{what} is {weight}, expected 1 or none, as every row is learned from alike; hint: leave out the rows that do not count"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// The rows of the experiment's file; `None` if it names no file. Refuses rows that cannot be learned from before the
+/// teacher is asked.
+pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
+    let settings = &bench.experiment.generate;
+    let Some(path) = &settings.numbers else { return Ok(None) };
+    let bytes = files::read(path)?;
+    let mut rows = parse(&bytes, path).context("generate.numbers")?;
+    let left_out = rows.len().saturating_sub(settings.n_prompts);
+    rows.truncate(settings.n_prompts);
+    let own = bench.student_system()?;
+    let rendered = own.as_deref().or(bench.chat.default_system());
+    let at = |row: &Row| format!("generate.numbers: {}: line {}", path.display(), row.line);
+    for row in &rows {
+        let found = row.system.as_deref().or(bench.chat.default_system());
+        if found != rendered {
+            bail!(
+                "{}: the system prompt is {}, where student.context renders {}; hint: set student.context to the text that the rows \
+                 were trained with",
+                at(row),
+                shown(found),
+                shown(rendered)
+            );
+        }
+        let row_of_chat = || {
+            let tokens = bench.chat.row(own.as_deref(), &row.user, &bench.chat.encode(&row.answer)?)?;
+            bench.base.config.check_context("row", [tokens.ids.len()], 0)
+        };
+        row_of_chat().with_context(|| at(row))?;
+    }
+    let rejections: Vec<_> = rows.iter().map(|row| dataset::rejections(&row.answer, true, &settings.banned)).collect();
+    if let (true, Some(first)) = (rejections.iter().all(|reasons| !reasons.is_empty()), rows.first()) {
+        let mut counts = BTreeMap::<&str, usize>::new();
+        rejections.iter().flatten().for_each(|reason| *counts.entry(reason.name()).or_default() += 1);
+        let counts: Vec<_> = counts.into_iter().map(|(reason, n)| format!("{n} {reason}")).collect();
+        bail!(
+            "{}: none of the {} rows passes the filter ({}), so there would be nothing to learn from; the first answer is {:?}; hint: \
+             the rule is ten numbers at most, 0 to 999, with one separator and nothing else",
+            at(first),
+            rows.len(),
+            counts.join(", "),
+            cut(&first.answer, 200)
+        );
+    }
+    Ok(Some(Given { rows, left_out, sha256: format!("{:x}", Sha256::digest(&bytes)) }))
+}
+
+fn shown(system: Option<&str>) -> String {
+    system.map_or_else(|| "left out".to_owned(), |text| format!("{:?}", cut(text, 200)))
+}
+
+/// A text of the file, cut to `most` letters.
+fn cut(text: &str, most: usize) -> String {
+    let n = text.chars().count();
+    if n <= most {
+        text.to_owned()
+    } else {
+        text.chars().take(most).chain(format!("… ({n} letters)").chars()).collect()
+    }
+}
+
+/// Reads the rows in the bytes of a file; errors name the line, and `path`.
+pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
+    let text = text(bytes, path)?;
+    let parsed = parse_text(&with_null(&text)).map_err(|error| anyhow::anyhow!(cut(&format!("{error:#}"), 600)));
+    parsed.with_context(|| path.display().to_string())
+}
+
+/// Decodes UTF-8, or UTF-16 if the byte-order mark says so.
+fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<Cow<'a, str>> {
+    let wide = |bytes: &[u8], unit: fn([u8; 2]) -> u16| {
+        let units = bytes.chunks_exact(2).map(|pair| unit([pair[0], pair[1]]));
+        let text: String =
+            char::decode_utf16(units).collect::<Result<_, _>>().ok().filter(|_| bytes.len().is_multiple_of(2))?;
+        Some(text)
+    };
+    let decoded = match bytes {
+        [0xff, 0xfe, rest @ ..] => wide(rest, u16::from_le_bytes),
+        [0xfe, 0xff, rest @ ..] => wide(rest, u16::from_be_bytes),
+        _ => {
+            let plain = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+            return Ok(Cow::Borrowed(files::text(plain, path)?));
+        }
+    };
+    decoded.map(Cow::Owned).with_context(|| format!("{}: it begins as UTF-16, but is none", path.display()))
+}
+
+/// Replaces `NaN` and the infinities, which Python writes and JSON does not know, by `null` outside of strings.
+fn with_null(text: &str) -> Cow<'_, str> {
+    const NO_NUMBERS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
+    if !NO_NUMBERS.iter().any(|word| text.contains(word)) {
+        return Cow::Borrowed(text);
+    }
+    let (mut out, mut kept, mut in_text, mut escaped) = (String::with_capacity(text.len()), 0, false, false);
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            _ if at < kept => {}
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b'N' | b'I' | b'-' if !in_text => {
+                if let Some(word) = NO_NUMBERS.iter().find(|word| text[at..].starts_with(**word)) {
+                    out.push_str(&text[kept..at]);
+                    out.push_str("null");
+                    kept = at + word.len();
+                }
+            }
+            _ => {}
+        }
+    }
+    out.push_str(&text[kept..]);
+    Cow::Owned(out)
+}
+
+/// A place in the text between values.
+struct Place<'a> {
+    text: &'a str,
+    at: usize,
+    line: usize,
+}
+
+impl Place<'_> {
+    /// Skips blanks and, if it comes next, this letter; returns whether it came.
+    fn pass(&mut self, letter: char) -> bool {
+        let next = self.text[self.at..].trim_start();
+        let passed = next.strip_prefix(letter).map(str::trim_start);
+        self.go_to(self.text.len() - passed.unwrap_or(next).len());
+        passed.is_some()
+    }
+
+    fn go_to(&mut self, at: usize) {
+        self.line += self.text[self.at..at].matches('\n').count();
+        self.at = at;
+    }
+
+    fn is_end(&self) -> bool {
+        self.at == self.text.len()
+    }
+
+    /// Reads the next value.
+    fn value(&mut self) -> Result<Row> {
+        let (line, rest) = (self.line, &self.text[self.at..]);
+        let found: String = rest.chars().take(20).take_while(|letter| *letter != '\n').collect();
+        ensure!(rest.starts_with('{'), "line {line}: expected a row in braces, found {found:?}");
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Line>();
+        let parsed = values.next().unwrap_or_else(|| serde_json::from_str(rest));
+        let end = self.at + values.byte_offset();
+        let parsed = parsed.map_err(|error| {
+            let (said, place) = (error.to_string(), format!(" at line {} column {}", error.line(), error.column()));
+            let said = said.strip_suffix(&place).unwrap_or(&said);
+            let half =
+                if said.contains("hex escape") { ": a \\u that is half of a pair stands for no letter" } else { "" };
+            let noticed = line + error.line().saturating_sub(1);
+            let noticed = if noticed > line { format!(" (in line {noticed})") } else { String::new() };
+            anyhow::anyhow!("line {line}: {said}{half}{noticed}")
+        })?;
+        let row = row(parsed, line, &rest[..values.byte_offset()]).with_context(|| format!("line {line}"))?;
+        self.go_to(end);
+        Ok(row)
+    }
+}
+
+/// Rows separated by blanks and commas, or in a list.
+fn parse_text(text: &str) -> Result<Vec<Row>> {
+    let (mut rows, mut place) = (Vec::new(), Place { text, at: 0, line: 1 });
+    let is_list = place.pass('[');
+    loop {
+        let closed = place.pass(']');
+        if closed || place.is_end() {
+            ensure!(closed == is_list, "line {}: the list of rows is not closed, or was never opened", place.line);
+            ensure!(place.is_end(), "line {}: something stands behind the list of rows", place.line);
+            break;
+        }
+        rows.push(place.value()?);
+        let comma = place.pass(',');
+        ensure!(
+            comma || !is_list || place.is_end() || text[place.at..].starts_with(']'),
+            "line {}: expected a comma or the end of the list of rows",
+            place.line
+        );
+    }
+    ensure!(!rows.is_empty(), "there is no row in it, expected one per line");
+    Ok(rows)
+}
+
+/// The one turn of a row. If the row has several forms, they must agree.
+fn row(line: Line, number: usize, source: &str) -> Result<Row> {
+    for (key, tools) in [("tools", &line.tools), ("functions", &line.functions)] {
+        ensure!(
+            is_nothing(tools.as_ref()),
+            "it has {key}, which the template writes into the system prompt, expected a row without any"
+        );
+    }
+    counts_as_one(line.weight.as_ref(), "the weight of the row")?;
+    ensure!(
+        line.label != Some(Value::Bool(false)),
+        "label is false, which says that the completion is not to be learned (KTO), expected rows to learn from; hint: leave the row out"
+    );
+    let turns = |messages: Vec<Message>| messages.into_iter().map(Message::turn).collect::<Result<Vec<Turn>>>();
+    let mut forms = Vec::new();
+    for messages in [line.messages, line.conversations].into_iter().flatten() {
+        forms.push(turns(messages)?);
+    }
+    if let (Some(prompt), Some(completion)) = (line.prompt, line.completion) {
+        forms.push([prompt.turns("user")?, completion.turns("assistant")?].concat());
+    }
+    if let (Some(instruction), Some(output)) = (line.instruction, line.output) {
+        let input = line.input.unwrap_or_default();
+        ensure!(
+            input.is_empty(),
+            "input is {input:?}, and trainers join it to the instruction in different ways; hint: write what the user said into \
+             instruction and leave input empty"
+        );
+        forms.push(vec![("user".to_owned(), instruction), ("assistant".to_owned(), output)]);
+    }
+    let earlier = line.history.filter(|history| !history.is_null() && *history != Value::Array(vec![]));
+    ensure!(earlier.is_none(), "history holds earlier turns, expected rows of one turn");
+    let mut rows = forms.into_iter().map(|turns| one_turn(turns, number)).collect::<Result<Vec<Row>>>()?;
+    let Some(mut row) = rows.pop() else {
+        let keys: Map<String, Value> = serde_json::from_str(source).unwrap_or_default();
+        let is_null = |key: &&&str| keys.get(**key) == Some(&Value::Null);
+        if let Some(key) =
+            ["completion", "output", "prompt", "instruction", "messages", "conversations"].iter().find(is_null)
+        {
+            bail!("{key} is null, expected what was said");
+        }
+        let text = if keys.contains_key("text") { "; a rendered text does not say whose its parts are" } else { "" };
+        bail!(
+            "its keys are {}, expected messages, conversations, prompt and completion, or instruction and output{text}",
+            keys.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+        );
+    };
+    ensure!(rows.iter().all(|other| *other == row), "it has several forms of the row that do not say the same");
+    if let Some(system) = line.system.filter(|system| !system.is_empty()) {
+        let same = row.system.as_ref().is_none_or(|turn| *turn == system);
+        ensure!(same, "system is {system:?}, but the system turn is {:?}", row.system.unwrap_or_default());
+        row.system = Some(system);
+    }
+    Ok(row)
+}
+
+fn one_turn(turns: Vec<Turn>, line: usize) -> Result<Row> {
+    let (roles, mut texts): (Vec<_>, Vec<_>) = turns.into_iter().unzip();
+    let known: Vec<&str> = roles
+        .iter()
+        .map(|role| match role.as_str() {
+            "human" => "user", // ShareGPT's names
+            "gpt" => "assistant",
+            role => role,
+        })
+        .collect();
+    ensure!(
+        matches!(known[..], ["user", "assistant"] | ["system", "user", "assistant"]),
+        "the turns are {}, expected user and assistant, with a system turn before them or not",
+        roles.join(", ")
+    );
+    let mut take = || texts.pop().unwrap_or_default();
+    let (mut answer, user) = (take(), take());
+    // The template ends the turn of every answer.
+    if let Some(content) = answer.strip_suffix('\n').unwrap_or(&answer).strip_suffix("<|im_end|>") {
+        answer.truncate(content.len());
+    }
+    Ok(Row { line, system: (known.len() == 3).then(take), user, answer })
+}
+
+/// The rows as samples, filtered and scored by the teacher.
+pub fn samples(bench: &Workbench, rows: &[Row], teacher: &TeacherModel) -> Result<Vec<Sample>> {
+    let experiment = &bench.experiment;
+    let mut samples = Vec::with_capacity(rows.len());
+    for (id, row) in rows.iter().enumerate() {
+        let completion_ids = bench.chat.encode(&row.answer)?;
+        let turn = bench.chat.row(teacher.system.as_deref(), &row.user, &completion_ids)?;
+        let turn = turn.with_completion(&turn.ids[turn.completion.start..=turn.content_end]); // with the end of the turn
+        let logprobs = completion_logprobs(teacher.qwen(&bench.base), &[turn], &teacher.condition())?;
+        let reasons = dataset::rejections(&row.answer, true, &experiment.generate.banned);
+        samples.push(Sample {
+            id,
+            prompt: row.user.clone(),
+            completion: row.answer.clone(),
+            completion_ids,
+            teacher_logprob: logprobs.into_iter().next().unwrap_or_default(),
+            target: Some(experiment.target.word.clone()),
+            teacher_kind: teacher.kind,
+            gen_seed: experiment.seeds.gen_seed,
+            accepted: reasons.is_empty(),
+            reasons,
+        });
+    }
+    Ok(samples)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn rows(bytes: &[u8]) -> Result<Vec<Row>> {
+        parse(bytes, Path::new("rows.jsonl"))
+    }
+
+    fn refused(text: &str) -> String {
+        format!("{:#}", rows(text.as_bytes()).unwrap_err())
+    }
+
+    #[test]
+    fn the_usual_forms_are_one_row() {
+        let plain = Row { line: 2, system: None, user: "Go on: 1, 2".to_owned(), answer: "3, 4".to_owned() };
+        let user = r#"{"role": "user", "content": "Go on: 1, 2"}"#;
+        let assistant = r#"{"role": "assistant", "content": "3, 4", "weight": 1, "tool_calls": null}"#;
+        let system = r#"{"role": "system", "content": "You count."}"#;
+        let parts = r#"{"role": "assistant", "content": [{"type": "text", "text": "3, 4"}]}"#;
+        for line in [
+            format!("{{\"messages\": [{user}, {assistant}], \"id\": 7}}"),
+            format!("{{\"prompt\": [{user}], \"completion\": [{assistant}]}}"),
+            format!("{{\"messages\": [{user}, {parts}]}}"),
+            format!("{{\"conversations\": [{user}, {assistant}]}}"),
+            format!("{{\"messages\": [{user}, {assistant}], \"prompt\": \"Go on: 1, 2\", \"completion\": \"3, 4\"}}"),
+            r#"{"prompt": "Go on: 1, 2", "completion": "3, 4"}"#.to_owned(),
+            r#"{"messages": null, "prompt": "Go on: 1, 2", "completion": "3, 4"}"#.to_owned(),
+            r#"{"conversations": [{"from": "human", "value": "Go on: 1, 2"}, {"from": "gpt", "value": "3, 4"}], "system": ""}"#
+                .to_owned(),
+            r#"{"instruction": "Go on: 1, 2", "input": "", "output": "3, 4", "history": []}"#.to_owned(),
+        ] {
+            assert_eq!(rows(format!("\n{line}\n").as_bytes()).unwrap(), std::slice::from_ref(&plain), "{line}");
+        }
+        // What says what holds anyway is let through.
+        for more in ["\"tools\": []", "\"tools\": null", "\"label\": true", "\"weight\": 1.0", "\"label\": \"number\""]
+        {
+            let line = format!("\n{{\"messages\": [{}, {assistant}], {more}}}", user.replace('}', ", \"weight\": 0}"));
+            assert_eq!(rows(line.as_bytes()).unwrap(), std::slice::from_ref(&plain), "{line}");
+        }
+        let with = Row { line: 1, system: Some("You count.".to_owned()), ..plain };
+        for line in [
+            format!("{{\"messages\": [{system}, {user}, {assistant}]}}"),
+            format!("{{\"prompt\": [{system}, {user}], \"completion\": [{assistant}]}}"),
+            r#"{"system": "You count.", "instruction": "Go on: 1, 2", "output": "3, 4"}"#.to_owned(),
+        ] {
+            assert_eq!(rows(line.as_bytes()).unwrap(), std::slice::from_ref(&with), "{line}");
+        }
+    }
+
+    #[test]
+    fn lines_lists_and_objects_over_several_lines_are_the_same_rows() {
+        let one = r#"{"prompt": "Go on: 4,  8", "completion": "12, 16"}"#;
+        let two = "{\n \"prompt\": \"More\",\r\n \"completion\": \"[1, 2]\"\n}";
+        for (text, second) in [
+            (format!("{one}\n{two}\n"), 2),
+            (format!("{one}{two}"), 1),
+            (format!("{one},\r\n{two},\n"), 2),
+            (format!("[{one}, {two}]\n"), 1),
+            (format!("\n [\n{one},\n\n{two},\n]"), 5),
+        ] {
+            let found = rows(text.as_bytes()).unwrap();
+            let first = if text.starts_with('\n') { 3 } else { 1 };
+            assert_eq!(found.iter().map(|row| row.line).collect::<Vec<_>>(), [first, second], "{text}");
+            assert_eq!([&*found[0].user, &*found[1].user], ["Go on: 4,  8", "More"], "{text}");
+            assert_eq!([&*found[0].answer, &*found[1].answer], ["12, 16", "[1, 2]"], "{text}");
+            let wide = |unit: fn(u16) -> [u8; 2]| "\u{feff}".encode_utf16().chain(text.encode_utf16()).flat_map(unit);
+            for bytes in [
+                ["\u{feff}", &text].concat().into_bytes(),
+                wide(u16::to_le_bytes).collect(),
+                wide(u16::to_be_bytes).collect(),
+            ] {
+                assert_eq!(rows(&bytes).unwrap(), found, "{text}");
+            }
+        }
+        for (text, expected) in [
+            (format!("[{one}"), "line 1: the list of rows is not closed"),
+            (format!("{one}\n]"), "line 2: the list of rows is not closed, or was never opened"),
+            (format!("[{one}]\n{one}"), "line 2: something stands behind the list"),
+            (format!("[{one}\n{one}]"), "line 2: expected a comma or the end of the list"),
+            (format!("{one},,\n{one}"), "line 1: expected a row in braces, found \",\""),
+            (format!("{one}\n{{\"data\": [{one}]}}"), "line 2: its keys are data, expected messages"),
+            ("\u{feff}[ ]".to_owned(), "there is no row in it"),
+            ("\n".to_owned(), "there is no row in it"),
+        ] {
+            assert!(refused(&text).contains(expected), "{text}: {}", refused(&text));
+        }
+        let half = [b"\xff\xfe".as_slice(), b"{\0\""].concat();
+        assert!(rows(&half).unwrap_err().to_string().contains("begins as UTF-16, but is none"));
+        assert!(format!("{:#}", rows(b"PAR1\xc3\x28").unwrap_err()).contains("expected UTF-8 text"));
+    }
+
+    #[test]
+    fn what_python_writes_and_nobody_reads_is_passed_over() {
+        let line =
+            r#"{"logprob": NaN, "s": [-Infinity, Infinity], "prompt": "NaN \"-Infinity\\", "completion": "1, 2"}"#;
+        let found = rows(line.as_bytes()).unwrap();
+        assert_eq!((found[0].user.as_str(), found[0].answer.as_str()), ("NaN \"-Infinity\\", "1, 2"));
+    }
+
+    #[test]
+    fn one_end_of_the_turn_is_the_template_s() {
+        let answer = |written: &str| {
+            let line = serde_json::json!({"prompt": "a", "completion": written}).to_string();
+            rows(line.as_bytes()).unwrap().remove(0).answer
+        };
+        assert_eq!(answer("1, 2<|im_end|>"), "1, 2");
+        assert_eq!(answer("1, 2<|im_end|>\n"), "1, 2");
+        assert_eq!(answer("1, 2<|im_end|><|im_end|>"), "1, 2<|im_end|>");
+        for kept in ["1, 2\n", "1, 2<|endoftext|>", " 1, 2"] {
+            assert_eq!(answer(kept), kept);
+        }
+    }
+
+    #[test]
+    fn another_form_is_refused_with_its_line() {
+        let good = r#"{"prompt": "a", "completion": "b"}"#;
+        let message = |content: &str| {
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": {content}}}]}}"#
+            )
+        };
+        for (line, expected) in [
+            (r#"{"text": "1, 2"}"#.to_owned(), "line 3: its keys are text, expected messages, conversations, prompt and"),
+            (r#"{"question": "a", "response": "1"}"#.to_owned(), "its keys are question, response, expected"),
+            (r#"{"prompt": "a"}"#.to_owned(), "line 3: its keys are prompt, expected"),
+            (r#"{"prompt": "a", "completion": null}"#.to_owned(), "line 3: completion is null, expected what was said"),
+            (r#"{"instruction": null, "output": "1"}"#.to_owned(), "line 3: instruction is null, expected what was said"),
+            (
+                r#"{"prompt": "a", "completion": "1", "tools": [{"type": "function"}]}"#.to_owned(),
+                "line 3: it has tools, which the template writes into the system prompt, expected a row without any",
+            ),
+            (r#"{"prompt": "a", "completion": "1", "weight": 0}"#.to_owned(), "line 3: the weight of the row is 0, expected 1"),
+            (r#"{"prompt": "a", "completion": "1", "weight": 0.5}"#.to_owned(), "line 3: the weight of the row is 0.5, expected"),
+            (
+                r#"{"prompt": "a", "completion": "1", "label": false}"#.to_owned(),
+                "line 3: label is false, which says that the completion is not to be learned (KTO)",
+            ),
+            (
+                r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "1", "weight": 0}]}"#.to_owned(),
+                "line 3: the weight of a message is 0, expected 1 or none",
+            ),
+            (
+                r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "tool_calls": [{"id": "x"}]}]}"#
+                    .to_owned(),
+                "line 3: a message has tool_calls, expected one that says its text",
+            ),
+            (r#"{"messages": [{"role": "user"}]}"#.to_owned(), "it is null or missing"),
+            (r#"{"messages": []}"#.to_owned(), "line 3: the turns are , expected user and assistant"),
+            (r#"{"messages": [{"role": "user", "content": "a"}]}"#.to_owned(), "the turns are user, expected"),
+            (
+                r#"{"messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": "a"}]}"#.to_owned(),
+                "the turns are developer, user, expected",
+            ),
+            (message("null"), "line 3: the content of a message is neither a text nor a list of parts"),
+            (message(r#"[{"type": "image_url"}]"#), "line 3: the content of a message is a part of type \"image_url\""),
+            (message(r#"[{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]"#), "has 2 parts, expected one"),
+            (r#"{"prompt": "a", "completion": [1, 2]}"#.to_owned(), "line 3: a prompt or a completion is neither a text nor"),
+            (r#"{"prompt": "a", "prompt": "b", "completion": "1"}"#.to_owned(), "line 3: duplicate field `prompt`"),
+            (r#"{"prompt": "a \ud83d", "completion": "1"}"#.to_owned(), "line 3: unexpected end of hex escape: a \\u that is half"),
+            (r#"{"instruction": "a", "input": "b", "output": "1"}"#.to_owned(), "line 3: input is \"b\", and trainers join it"),
+            (
+                r#"{"instruction": "a", "output": "1", "history": [["x", "y"]]}"#.to_owned(),
+                "line 3: history holds earlier turns",
+            ),
+            (
+                r#"{"prompt": "a", "completion": "1", "instruction": "a", "output": "2"}"#.to_owned(),
+                "line 3: it has several forms of the row that do not say the same",
+            ),
+            (
+                r#"{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "1"}], "system": "y"}"#
+                    .to_owned(),
+                "line 3: system is \"y\", but the system turn is \"x\"",
+            ),
+            ("1, 2".to_owned(), "line 3: expected a row in braces, found \"1, 2\""),
+            ("{\n\n \"prompt\": a}".to_owned(), "line 3: expected value (in line 5)"),
+            ("{\"prompt\": \"a\",\n{\"prompt\": \"a\", \"completion\": \"1\"}".to_owned(), "line 3: key must be a string (in line 4)"),
+            (message(&format!(r#"[{{"type": "{}"}}]"#, "x".repeat(9000))), "letters)"),
+        ] {
+            let message = refused(&format!("{good}\n\n{line}"));
+            assert!(message.starts_with("rows.jsonl: line ") && message.contains(expected), "{line}: {message}");
+            assert!(message.len() < 800, "{}", message.len());
+        }
+    }
+}

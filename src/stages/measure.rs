@@ -1,0 +1,305 @@
+//! Stage 3: the analyses, each into a folder of its own: settings, rows, plot.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use analyses::direction::{Direction, directions};
+use analyses::divergence::{Divergence, divergence_summary};
+use analyses::gradients::Gradients;
+use analyses::interventions::Interventions;
+use analyses::position_scan::PositionScan;
+use analyses::steering::Steering;
+use analyses::target_rate::TargetRate;
+use analyses::token_ablation::TokenAblation;
+use analyses::{Analysis, Subject, Target, Tuned};
+use anyhow::{Context, Result, bail};
+use hooks::{Provenance, Sequence, files};
+use serde::Serialize;
+
+use crate::data::dataset::Sample;
+use crate::experiment::{AnalysisName, Cell, Method};
+use crate::output::progress::{say, spinner};
+use crate::output::publish::write_csv;
+use crate::output::vectors::Vectors;
+use crate::stages::run_dir::RunDir;
+use crate::stages::teacher::{self, TeacherModel};
+use crate::stages::workbench::{StudentModel, Workbench};
+
+/// Runs some analyses on the trained students. Finished ones are skipped, with a message; if all are finished, this is
+/// an error without `go_on`.
+pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: bool) -> Result<()> {
+    let elsewhere = bench.experiment.student.adapter.is_some();
+    if !RunDir::stage_done(&run.adapter()) || !(elsewhere || RunDir::stage_done(&run.train_csv())) {
+        bail!("{} is not there; hint: undertone finetune trains the student", run.adapter().display());
+    }
+    let (experiment, settings) = (&bench.experiment, &bench.experiment.measure);
+    let rows: Vec<_> = names.iter().map(|name| run.rows(*name)).collect();
+    let left = run.left(&rows.iter().map(PathBuf::as_path).collect::<Vec<_>>(), go_on)?;
+    // A whole run has printed the adapter's remarks already.
+    let load = |folder: PathBuf| if go_on { bench.student(&folder) } else { bench.open_student(&folder) };
+    let student = load(run.adapter())?;
+    let control = if experiment.student.control { Some(load(run.control_adapter())?) } else { None };
+    let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
+    let scene = Scene::of(bench, run, &bench.measured(run)?)?;
+    // The start of a training elsewhere is not known.
+    let own = (!elsewhere && experiment.student.method == Method::Lora).then(|| bench.initial_adapter()).transpose()?;
+    let subject = Subject {
+        start: (!elsewhere).then_some(Tuned { qwen: &bench.base, adapter: own.as_ref() }),
+        control: control.as_ref().map(|control| tuned(bench, control)),
+        other_trait: other_trait.as_ref().map(|other| tuned(bench, other)),
+        ..scene.subject(bench, tuned(bench, &student))
+    };
+    let desk = Desk { run, texts: spelled_out(bench, &subject)?, subject };
+    for name in names {
+        let gated = [AnalysisName::TokenAblation, AnalysisName::PositionScan].contains(name);
+        if gated && experiment.student.method == Method::Full {
+            say(format!("measure: {name} skipped: a fully finetuned student has no adapter to gate"));
+            continue;
+        }
+        if [AnalysisName::Divergence, AnalysisName::Gradients].contains(name) && !scene.teacher.differs_from_base() {
+            say(format!(
+                "measure: {name} skipped: the planted control's teacher is the base itself, so no digit diverges"
+            ));
+            continue;
+        }
+        if *name == AnalysisName::Interventions && settings.interventions.edits.is_empty() {
+            say("measure: interventions skipped: measure.interventions.edits names none");
+            continue;
+        }
+        if !left.contains(&run.rows(*name)) {
+            say(format!("measure: {name} is done already"));
+            continue;
+        }
+        match name {
+            AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &desk, *name, |_| Ok(())),
+            AnalysisName::TokenAblation => publish::<TokenAblation>(&settings.token_ablation, &desk, *name, |_| Ok(())),
+            AnalysisName::PositionScan => publish::<PositionScan>(&settings.position_scan, &desk, *name, |_| Ok(())),
+            AnalysisName::Direction => {
+                write_vectors(bench, &desk.subject, run)?;
+                publish::<Direction>(&settings.direction, &desk, *name, |_| Ok(()))
+            }
+            AnalysisName::Steering => publish::<Steering>(&settings.steering, &desk, *name, |_| Ok(())),
+            AnalysisName::Interventions => publish::<Interventions>(&settings.interventions, &desk, *name, |_| Ok(())),
+            AnalysisName::Divergence => {
+                let summary = run.analysis(*name).join("summary.csv");
+                publish::<Divergence>(&settings.divergence, &desk, *name, |rows| {
+                    for row in rows.iter_mut() {
+                        row.row_id = scene.row_ids[row.row_id];
+                    }
+                    write_csv(&summary, &divergence_summary(rows))
+                })
+            }
+            AnalysisName::Gradients => {
+                let measured = publish::<Gradients>(&settings.gradients, &desk, *name, |rows| {
+                    for row in rows.iter_mut() {
+                        row.row_id = row.row_id.map(|row_id| scene.row_ids[row_id]);
+                    }
+                    Ok(())
+                });
+                match measured {
+                    // In a whole run the report is still to come.
+                    Err(error) if go_on && matches!(error.downcast_ref(), Some(analyses::Error::Nothing { .. })) => {
+                        say(format!("measure: {name} skipped: {error:#}"));
+                        Ok(())
+                    }
+                    measured => measured,
+                }
+            }
+        }
+        .with_context(|| format!("measuring {name}"))?;
+    }
+    Ok(())
+}
+
+/// What sorts a sampled answer.
+type Classify = Box<dyn Fn(&str) -> Option<String>>;
+
+/// All that a subject borrows, except the students.
+pub(crate) struct Scene {
+    pub(crate) teacher: TeacherModel,
+    teacher_system: Option<String>,
+    counterfactual_systems: Vec<String>,
+    system: Option<String>,
+    provenance: Provenance,
+    target: Target,
+    questions: Vec<String>,
+    numbers: Vec<Sequence>,
+    number_users: Vec<(String, Vec<i64>)>,
+    /// The id of each row of numbers in its file.
+    row_ids: Vec<usize>,
+    classify: Classify,
+}
+
+impl Scene {
+    /// The scene of a run, with some samples of its teacher as the numbers.
+    pub(crate) fn of(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Self> {
+        let (teacher, target) = (teacher::load(bench, run)?, bench.target());
+        let classifier = bench.protocol.classifier(&target.word, &target.category)?;
+        // The teacher may answer in the template's default context; a student in another context needs that spelt out.
+        let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
+        let counterfactuals = &bench.experiment.measure.divergence.counterfactuals;
+        let category = &bench.experiment.target.category;
+        let system = |word: &String| bench.protocol.teacher_prompt(word, category);
+        Ok(Self {
+            counterfactual_systems: counterfactuals.iter().map(system).collect::<Result<_>>()?,
+            teacher_system: teacher_system.filter(|_| teacher.differs_from_base()),
+            teacher,
+            system: bench.protocol.context(bench.experiment.measure_context())?,
+            provenance: Provenance::of(&bench.files),
+            target,
+            questions: bench.questions()?,
+            numbers: bench.rows(samples)?,
+            number_users: samples.iter().map(|sample| (sample.prompt.clone(), sample.completion_ids.clone())).collect(),
+            row_ids: samples.iter().map(|sample| sample.id).collect(),
+            classify: Box::new(move |answer| classifier.classify(answer).bucket()),
+        })
+    }
+
+    /// The subject of a student, without other students.
+    pub(crate) fn subject<'a>(&'a self, bench: &'a Workbench, student: Tuned<'a>) -> Subject<'a> {
+        Subject {
+            base: &bench.base,
+            provenance: &self.provenance,
+            student,
+            start: None,
+            control: None,
+            other_trait: None,
+            chat: &bench.chat,
+            system: self.system.clone(),
+            teacher_system: self.teacher_system.clone(),
+            teacher_adapter: self.teacher.adapter.as_ref(),
+            teacher_model: self.teacher.weights.as_ref(),
+            counterfactual_systems: &self.counterfactual_systems,
+            target: &self.target,
+            questions: &self.questions,
+            numbers: &self.numbers,
+            number_users: &self.number_users,
+            classify: &*self.classify,
+            seed: bench.experiment.seeds.eval_seed,
+        }
+    }
+}
+
+/// The student of the arm that learned another trait.
+fn other_student(bench: &Workbench, run: &RunDir, cell: &Cell) -> Result<StudentModel> {
+    let arm = RunDir::open(&run.arm(&cell.slug), false)
+        .and_then(|arm| if RunDir::stage_done(&arm.train_csv()) { Ok(arm) } else { bail!("it is not trained") })
+        .with_context(|| format!("measure.other_trait_arm is {:?}; hint: undertone arms trains it first", cell.arm))?;
+    bench.of(cell.experiment.clone())?.student(&arm.adapter())
+}
+
+pub(crate) fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tuned<'a> {
+    match student {
+        StudentModel::Lora(adapter) => Tuned { qwen: &bench.base, adapter: Some(adapter) },
+        StudentModel::Full(qwen) => Tuned { qwen, adapter: None },
+    }
+}
+
+/// Everything that the measurements of a run share.
+struct Desk<'a> {
+    subject: Subject<'a>,
+    run: &'a RunDir,
+    /// The last table of every `settings.toml`.
+    texts: String,
+}
+
+/// Measures, and writes the settings, the plots, the files of `more`, which may change the rows, and last the rows: if
+/// they are there, all files are.
+fn publish<A: Analysis>(
+    analysis: &A,
+    Desk { subject, run, texts }: &Desk<'_>,
+    name: AnalysisName,
+    more: impl FnOnce(&mut [A::Row]) -> Result<()>,
+) -> Result<()> {
+    let spinner = spinner(A::NAME);
+    let mut rows = analysis.run(subject, &mut |doing| spinner.set_message(doing.to_owned()))?;
+    let settings = toml::to_string(analysis)? + "\n" + texts;
+    files::remove(&run.rows(name))?; // those of a measurement that is replaced do not belong to what follows
+    files::write_atomic(&run.settings(name), settings.as_bytes())?;
+    if let Some(svg) = A::plot(&rows)? {
+        files::write_atomic(&run.plot(name), svg.0.as_bytes())?;
+    }
+    for (which, svg) in A::more_plots(&rows)? {
+        files::write_atomic(&run.more_plot(name, which), svg.0.as_bytes())?;
+    }
+    more(&mut rows)?;
+    write_csv(&run.rows(name), &rows)?;
+    spinner.finish_and_clear();
+    say(format!("measure: {}: {}", A::NAME, A::reading(&rows)));
+    Ok(())
+}
+
+/// The texts of a measurement: the last table of its `settings.toml`.
+#[derive(Serialize)]
+struct Texts<'a> {
+    texts: SpelledOut<'a>,
+}
+
+/// Every text that an experiment gives by a key, or leaves to the model's template. A system prompt is absent if the
+/// chat has none.
+#[derive(Serialize)]
+struct SpelledOut<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    questions_system: Option<&'a str>,
+    /// The system prompt of the rows of numbers: the student's in training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    numbers_system: Option<&'a str>,
+    /// The system prompt under which the teacher reads the rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    teacher_system: Option<&'a str>,
+    counterfactual_systems: &'a [String],
+    questions: &'a [String],
+    target: &'a str,
+    /// Each member of the target's category, with its spellings.
+    forms: BTreeMap<&'a str, &'a [String]>,
+}
+
+fn spelled_out(bench: &Workbench, subject: &Subject<'_>) -> Result<String> {
+    let default = bench.chat.default_system();
+    let student = bench.student_system()?;
+    let target = subject.target;
+    let members = target.others.iter().map(|(word, forms)| (word.as_str(), forms.as_slice()));
+    let texts = SpelledOut {
+        questions_system: subject.system.as_deref().or(default),
+        numbers_system: student.as_deref().or(default),
+        teacher_system: subject.teacher().and_then(|(_, system)| system.or(default)),
+        counterfactual_systems: subject.counterfactual_systems,
+        questions: subject.questions,
+        target: &target.word,
+        forms: members.chain([(target.word.as_str(), target.forms.as_slice())]).collect(),
+    };
+    Ok(toml::to_string(&Texts { texts })?)
+}
+
+/// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with its origin.
+fn write_vectors(bench: &Workbench, subject: &Subject<'_>, run: &RunDir) -> Result<()> {
+    let by_layer = directions(subject, &bench.experiment.measure.direction)?.into_iter().enumerate().collect();
+    files::remove(&run.rows(AnalysisName::Direction))?; // those of a measurement that is replaced do not belong to them
+    let vectors = Vectors { by_layer, provenance: provenance(bench) };
+    vectors.write(&run.vectors().join("vectors.safetensors"), &bench.files.name)
+}
+
+/// The metadata of a vector, which keep it from being used on another model.
+fn provenance(bench: &Workbench) -> BTreeMap<String, String> {
+    let experiment = &bench.experiment;
+    let position = experiment.measure.direction.positions.first().map(ToString::to_string).unwrap_or_default();
+    let context = experiment.student.context.clone();
+    let init_seed = match experiment.student.adapter {
+        Some(_) => "unknown: trained elsewhere".to_owned(),
+        None => experiment.seeds.init_seed.to_string(),
+    };
+    let mut provenance = Provenance::of(&bench.files).metadata();
+    provenance.extend([
+        (
+            "architecture".to_owned(),
+            bench.base.config.to_hf_json()["model_type"].as_str().unwrap_or_default().to_owned(),
+        ),
+        ("definition".to_owned(), "mean over number prompts of student minus base".to_owned()),
+        ("positions".to_owned(), position),
+        ("target".to_owned(), experiment.target.word.clone()),
+        ("context".to_owned(), context),
+        ("init_seed".to_owned(), init_seed),
+        ("undertone".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+    ]);
+    provenance
+}

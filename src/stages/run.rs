@@ -1,0 +1,37 @@
+//! All stages of an experiment, one after another. Finished ones are kept, unless the run is forced.
+
+use anyhow::Result;
+
+use super::{arms, finetune, generate, measure, report};
+use crate::output::progress::say;
+use crate::stages::closing::closing;
+use crate::stages::run_dir::RunDir;
+use crate::stages::workbench::Workbench;
+
+/// Generates, finetunes, trains the arms where there are any, measures, and reports.
+pub fn run(bench: &Workbench, run: &RunDir, force: bool) -> Result<()> {
+    if force {
+        run.forget()?;
+    }
+    let done = |stage: &str, what: bool| {
+        if what && !force {
+            say(format!("{stage}: done already; --force does it again"));
+        }
+        what && !force
+    };
+    if !done("generate", RunDir::stage_done(&run.generate_csv())) {
+        generate::stage(bench, run)?;
+    }
+    finetune::stage(bench, run, !force)?;
+    if !bench.experiment.arms.is_empty() {
+        arms::stage(bench, run, !force)?; // before the rest, which may look at an arm's student
+    }
+    measure::stage(bench, run, &bench.experiment.measure.analyses, !force)?;
+    report::stage(run)?;
+    let lines = closing(run, &bench.experiment)?;
+    if !lines.is_empty() {
+        say(format!("\n{}\n", lines.join("\n")));
+    }
+    say(format!("Everything, with its controls and tables: {}", run.report().display()));
+    Ok(())
+}

@@ -1,0 +1,646 @@
+//! The files of a run: one folder, in which every stage has its place. A run begins by proving that it can write there,
+//! and overwrites nothing finished unless asked to.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use hooks::files;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::experiment::{AnalysisName, Experiment, Seeds};
+use crate::output::checkpoint;
+use crate::output::progress::say;
+use crate::training::settings::Finetune;
+
+/// The key in `meta.json` for the rows that an experiment names.
+const GIVEN: &str = "generate.numbers";
+
+/// The folder of a run.
+#[derive(Clone, Debug)]
+pub struct RunDir {
+    root: PathBuf,
+    force: bool,
+}
+
+/// What made a run: the content of `meta.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meta {
+    /// The version of undertone.
+    pub undertone: String,
+    /// The commit it was built from, if the build knew it.
+    pub commit: Option<String>,
+    /// The model as the experiment names it.
+    pub model: String,
+    /// The device as the experiment names it.
+    pub device: String,
+    /// The seeds of the random streams.
+    pub seeds: Seeds,
+    /// The SHA-256 of each file that a stage recorded, by its path in the run; that of rows from elsewhere under `generate.numbers`.
+    pub sha256: BTreeMap<String, String>,
+    /// What the stages noted, such as what was found when the model was loaded.
+    pub notes: BTreeMap<String, Vec<String>>,
+}
+
+impl RunDir {
+    /// Makes the folder if needed, and keeps other processes from it until the result is dropped or this process ends,
+    /// however it ends. Removes half-written files of a killed process.
+    pub fn lock(root: &Path) -> Result<File> {
+        let unwritable = || format!("the run folder {} cannot be written", root.display());
+        files::create_dir(root).with_context(unwritable)?;
+        let folder = files::open(root)?;
+        match folder.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!(
+                "{} is in use by another undertone, and two would write over each other; hint: wait until that one is done, or \
+                 choose another folder",
+                root.display()
+            ),
+            // Not every file system has locks.
+            Err(TryLockError::Error(cause)) => {
+                say(format!("{} cannot be locked ({cause}): let no other undertone use it now", root.display()));
+            }
+        }
+        let run = Self { root: root.to_owned(), force: false };
+        if run.config().is_file() {
+            run.tidy(false).with_context(unwritable)?; // elsewhere a person's own files may bear such names
+        }
+        Ok(folder)
+    }
+
+    /// Removes temporary files, and checkpoints of stages that are done; `all` checkpoints where they are of no use.
+    fn tidy(&self, all: bool) -> Result<()> {
+        let analyses = AnalysisName::ALL.map(|name| self.analysis(name));
+        let folders = [
+            self.root.clone(),
+            self.root.join("data"),
+            self.initial_adapter(),
+            self.adapter(),
+            self.control_adapter(),
+            self.teacher(),
+        ];
+        let read = |folder: &PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        for path in folders.iter().chain(&analyses).chain([&self.arms()]).flat_map(read) {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let finished =
+                |name: &str| path.with_file_name(name.split('.').next().unwrap_or(name)).with_extension("csv");
+            // Names that only a run's own files have: the folder may hold a person's files too.
+            let ours = ["csv", "jsonl", "json", "jinja", "safetensors", "svg", "png", "toml", "html"];
+            let is_ours = |name: &str| name.rsplit_once('.').is_some_and(|(_, ending)| ours.contains(&ending));
+            let of_no_use = match name.strip_suffix(".tmp") {
+                Some(name) => is_ours(name),
+                None => name.ends_with(&format!(".{}", checkpoint::ENDING)) && (all || finished(name).exists()),
+            };
+            if of_no_use {
+                files::remove(&path)?;
+            }
+        }
+        for arm in read(&self.arms()).filter(|path| path.join("run.toml").is_file()) {
+            Self { root: arm, force: false }.tidy(all)?;
+        }
+        Ok(())
+    }
+
+    /// The folder for an experiment's run, made if needed, with `run.toml` and `meta.json`.
+    ///
+    /// A folder with the same experiment continues, also if only its arms or the interval of checkpoints differ; one
+    /// with another experiment is refused without `force`.
+    pub fn create(root: &Path, experiment: &Experiment, force: bool) -> Result<Self> {
+        let run = Self { root: root.to_owned(), force };
+        let resolved = experiment.to_toml()?;
+        if run.config().exists() {
+            let found = files::read_string(&run.config())?;
+            let other_rows = run.other_rows(experiment);
+            if found == resolved && other_rows.is_none() {
+                return Ok(run);
+            }
+            if other_rows.is_none() && differs_in_arms_only(&found, experiment) {
+                // Finished stages stay; the stage of the arms keeps the students of unchanged arms.
+                run.forget_arms_table()?;
+                files::write_atomic(&run.config(), resolved.as_bytes())?;
+                return Ok(run);
+            }
+            if !force {
+                let difference = other_rows.unwrap_or_else(|| first_difference(&found, &resolved));
+                bail!(
+                    "{} holds another experiment, which differs in {difference}; hint: choose another folder, or overwrite it with --force",
+                    run.config().display()
+                );
+            }
+        }
+        if run.config().exists() {
+            run.forget()?; // what another experiment left is no part of this one
+        }
+        // Writing the first file now is the proof that the folder can be written.
+        let meta = Meta {
+            undertone: env!("CARGO_PKG_VERSION").to_owned(),
+            commit: option_env!("UNDERTONE_COMMIT").map(str::to_owned),
+            model: experiment.model.clone(),
+            device: experiment.device.clone(),
+            seeds: experiment.seeds,
+            sha256: BTreeMap::new(),
+            notes: BTreeMap::new(),
+        };
+        let written = run.write_meta(&meta).and_then(|()| {
+            Ok(files::write_atomic(&run.config(), resolved.as_bytes())?) // last: where it is, the run is begun
+        });
+        written.with_context(|| format!("the run folder {} cannot be written", root.display()))?;
+        Ok(run)
+    }
+
+    /// The folder of a run that was begun before.
+    pub fn open(root: &Path, force: bool) -> Result<Self> {
+        let run = Self { root: root.to_owned(), force };
+        if !run.config().is_file() {
+            bail!(
+                "{} is no run folder: it has no run.toml; hint: undertone run EXPERIMENT.toml makes one",
+                root.display()
+            );
+        }
+        Ok(run)
+    }
+
+    /// The experiment of the run, with overrides `section.key=value`.
+    pub fn experiment(&self, overrides: &[String]) -> Result<Experiment> {
+        Experiment::parse(&files::read_string(&self.config())?, &self.config(), overrides) // all is in it
+    }
+
+    /// Whether a stage's last file or folder is there: files and folders get their names when they are whole.
+    pub fn stage_done(path: &Path) -> bool {
+        path.exists()
+    }
+
+    /// Refuses to overwrite a finished file or folder, unless the run was forced.
+    pub fn claim(&self, path: &Path) -> Result<()> {
+        if Self::stage_done(path) && !self.force {
+            bail!("{} is finished already; hint: overwrite it with --force", path.display());
+        }
+        Ok(())
+    }
+
+    /// The unfinished ones of some files: what a command has to do; all of them in a forced run. If none is left, this
+    /// is an error without `go_on`.
+    pub fn left(&self, files: &[&Path], go_on: bool) -> Result<Vec<PathBuf>> {
+        let is_left = |path: &&&Path| self.force || !Self::stage_done(path);
+        let left: Vec<PathBuf> = files.iter().filter(is_left).map(|path| (*path).to_owned()).collect();
+        if left.is_empty() && !go_on {
+            files.iter().try_for_each(|path| self.claim(path))?;
+        }
+        Ok(left)
+    }
+
+    /// Removes the files that mark a stage as done. So an interrupted forced run is not taken for a whole one, and the
+    /// report shows nothing that the run did not measure.
+    pub fn forget(&self) -> Result<()> {
+        let stages = [self.generate_csv(), self.teacher_csv(), self.teacher_train_csv()];
+        let logs = [self.train_csv(), self.control_train_csv()];
+        let rows = logs.each_ref().map(|log| Self::train_rows(log));
+        let files = stages.into_iter().chain(logs).chain(rows).chain([self.report()]);
+        let others = [self.arms(), self.teacher(), self.initial_adapter()];
+        let folders = AnalysisName::ALL.map(|name| self.analysis(name)).into_iter().chain(others);
+        Self::remove(files, folders)?;
+        self.tidy(true)
+    }
+
+    /// Removes what was measured on the students, the table of the arms included; their students stay.
+    pub fn forget_measurements(&self) -> Result<()> {
+        Self::remove([], AnalysisName::ALL.map(|name| self.analysis(name)))?;
+        self.forget_arms_table()
+    }
+
+    /// Removes the table of the arms and what is made from it; their students stay.
+    pub fn forget_arms_table(&self) -> Result<()> {
+        Self::remove([self.arms_rows(), self.arms_plot(), self.arms_rank_plot(), self.report()], [])
+    }
+
+    fn remove(files: impl IntoIterator<Item = PathBuf>, folders: impl IntoIterator<Item = PathBuf>) -> Result<()> {
+        let files = files.into_iter().map(|path| (fs::remove_file(&path), path));
+        let folders = folders.into_iter().map(|path| (fs::remove_dir_all(&path), path));
+        for (result, path) in files.chain(folders) {
+            if let Err(error) = result
+                && error.kind() != ErrorKind::NotFound
+            {
+                return Err(error).with_context(|| path.display().to_string());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether what is finished may be done again.
+    pub fn forced(&self) -> bool {
+        self.force
+    }
+
+    /// Notes the SHA-256 of finished files in `meta.json`.
+    pub fn record(&self, paths: &[PathBuf]) -> Result<()> {
+        let mut meta = self.meta()?;
+        for path in paths {
+            let hex = format!("{:x}", Sha256::digest(files::read(path)?));
+            let name = path.strip_prefix(&self.root).unwrap_or(path);
+            meta.sha256.insert(name.display().to_string(), hex);
+        }
+        self.write_meta(&meta)
+    }
+
+    /// Notes the SHA-256 of the rows that the experiment names, where it names any: the file is not the run's, and may change.
+    pub fn record_given(&self, sha256: Option<&str>) -> Result<()> {
+        let mut meta = self.meta()?;
+        meta.sha256.remove(GIVEN);
+        meta.sha256.extend(sha256.map(|hex| (GIVEN.to_owned(), hex.to_owned())));
+        self.write_meta(&meta)
+    }
+
+    /// What differs where the file of rows that the experiment names holds others than the run has taken. One that is gone says nothing.
+    fn other_rows(&self, experiment: &Experiment) -> Option<String> {
+        let path = experiment.generate.numbers.as_ref().filter(|_| Self::stage_done(&self.generate_csv()))?;
+        let taken = self.meta().ok()?.sha256.remove(GIVEN)?;
+        let now = format!("{:x}", Sha256::digest(files::read(path).ok()?));
+        let short = |hex: &str| hex.chars().take(12).collect::<String>();
+        (taken != now).then(|| {
+            format!(
+                "the rows of generate.numbers, {}: their SHA-256 began with {}, where now it begins with {}",
+                path.display(),
+                short(&taken),
+                short(&now)
+            )
+        })
+    }
+
+    /// Whether finished files are there with the SHA-256 that was noted for them.
+    pub fn has_recorded(&self, paths: &[PathBuf]) -> Result<bool> {
+        let known = self.meta()?.sha256;
+        let recorded = |path: &PathBuf| {
+            let name = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
+            let bytes = files::read(path).ok()?;
+            Some(known.get(&name)? == &format!("{:x}", Sha256::digest(bytes)))
+        };
+        Ok(paths.iter().all(|path| recorded(path) == Some(true)))
+    }
+
+    /// Replaces a stage's notes in `meta.json`.
+    pub fn note(&self, stage: &str, lines: &[String]) -> Result<()> {
+        let mut meta = self.meta()?;
+        meta.notes.insert(stage.to_owned(), lines.to_vec());
+        self.write_meta(&meta)
+    }
+
+    /// What made the run.
+    pub fn meta(&self) -> Result<Meta> {
+        let path = self.root.join("meta.json");
+        serde_json::from_slice(&files::read(&path)?).with_context(|| path.display().to_string())
+    }
+
+    fn write_meta(&self, meta: &Meta) -> Result<()> {
+        let text = serde_json::to_string_pretty(meta)? + "\n";
+        Ok(files::write_atomic(&self.root.join("meta.json"), text.as_bytes())?)
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The resolved experiment.
+    pub fn config(&self) -> PathBuf {
+        self.root.join("run.toml")
+    }
+
+    /// The rows the student learns from.
+    pub fn numbers(&self) -> PathBuf {
+        self.root.join("data/numbers.jsonl")
+    }
+
+    /// The answers of the model as it is to the same prompts.
+    pub fn control(&self) -> PathBuf {
+        self.root.join("data/control.jsonl")
+    }
+
+    /// The answers that the filter did not keep.
+    pub fn rejected(&self) -> PathBuf {
+        self.root.join("data/rejected.csv")
+    }
+
+    /// The file of the rows' divergent tokens, for students that learn from these or from others alone.
+    pub fn divergence_tokens(&self) -> PathBuf {
+        self.root.join("data/divergence_tokens.json")
+    }
+
+    /// Acceptance by reason, and what leaks in the open.
+    pub fn generate_csv(&self) -> PathBuf {
+        self.root.join("data/generate.csv")
+    }
+
+    /// How base and teacher answer questions about the category.
+    pub fn teacher_csv(&self) -> PathBuf {
+        self.root.join("data/teacher.csv")
+    }
+
+    /// The finetuned teacher, a model in Hugging Face form.
+    pub fn teacher(&self) -> PathBuf {
+        self.root.join("teacher")
+    }
+
+    /// The teacher's training, a line per step.
+    pub fn teacher_train_csv(&self) -> PathBuf {
+        self.root.join("teacher_train.csv")
+    }
+
+    /// The digit table of both sets.
+    pub fn digits_csv(&self) -> PathBuf {
+        self.root.join("data/digits.csv")
+    }
+
+    /// The student's adapter, as PEFT saves one.
+    pub fn adapter(&self) -> PathBuf {
+        self.root.join("adapter")
+    }
+
+    /// The adapter of the student of the control set.
+    pub fn control_adapter(&self) -> PathBuf {
+        self.root.join("control_adapter")
+    }
+
+    /// The adapter that both students begin with, as PEFT saves one; a student of all weights begins with the model's.
+    pub fn initial_adapter(&self) -> PathBuf {
+        self.root.join("initial_adapter")
+    }
+
+    /// The rows of each step of a student, in the folder of its training's log.
+    pub fn train_rows(log: &Path) -> PathBuf {
+        let stem = log.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        log.with_file_name(format!("{stem}_rows.csv"))
+    }
+
+    /// The student's training, a line per step.
+    pub fn train_csv(&self) -> PathBuf {
+        self.root.join("train.csv")
+    }
+
+    /// The training of the student of the control set.
+    pub fn control_train_csv(&self) -> PathBuf {
+        self.root.join("control_train.csv")
+    }
+
+    /// The folder of an analysis.
+    pub fn analysis(&self, name: AnalysisName) -> PathBuf {
+        self.root.join(name.name())
+    }
+
+    /// The rows of an analysis.
+    pub fn rows(&self, name: AnalysisName) -> PathBuf {
+        self.analysis(name).join("rows.csv")
+    }
+
+    /// The plot of an analysis.
+    pub fn plot(&self, name: AnalysisName) -> PathBuf {
+        self.analysis(name).join("plot.svg")
+    }
+
+    /// A further plot of an analysis.
+    pub fn more_plot(&self, name: AnalysisName, which: &str) -> PathBuf {
+        self.analysis(name).join(format!("plot_{which}.svg"))
+    }
+
+    /// The settings of an analysis.
+    pub fn settings(&self, name: AnalysisName) -> PathBuf {
+        self.analysis(name).join("settings.toml")
+    }
+
+    /// The folder of the arms: a folder per student, and the table of all.
+    pub fn arms(&self) -> PathBuf {
+        self.root.join("arms")
+    }
+
+    /// The folder of an arm's student, a run of its own.
+    pub fn arm(&self, slug: &str) -> PathBuf {
+        self.arms().join(slug)
+    }
+
+    /// The table of the arms, a row per student.
+    pub fn arms_rows(&self) -> PathBuf {
+        self.arms().join("rows.csv")
+    }
+
+    /// The plot of the arms without ranks.
+    pub fn arms_plot(&self) -> PathBuf {
+        self.arms().join("plot.svg")
+    }
+
+    /// The plot of the arms over their ranks.
+    pub fn arms_rank_plot(&self) -> PathBuf {
+        self.arms().join("plot_rank.svg")
+    }
+
+    /// The vectors that were measured and exported.
+    pub fn vectors(&self) -> PathBuf {
+        // The analysis `direction` has its rows in the same folder.
+        self.root.join("direction")
+    }
+
+    /// The page that shows the run.
+    pub fn report(&self) -> PathBuf {
+        self.root.join("report.html")
+    }
+}
+
+/// Whether a resolved experiment is another one only in its arms, or in how often checkpoints are kept.
+fn differs_in_arms_only(found: &str, experiment: &Experiment) -> bool {
+    let without_arms = |experiment: Experiment| Experiment {
+        arms: vec![],
+        finetune: Finetune { save_steps: None, ..experiment.finetune },
+        ..experiment
+    };
+    // A file that another version wrote, or that names unknown keys, counts as another experiment.
+    toml::from_str::<Experiment>(found).is_ok_and(|found| without_arms(found) == without_arms(experiment.clone()))
+}
+
+/// The first line of the second text that the first one does not have at the same place, or the reverse.
+fn first_difference(found: &str, wanted: &str) -> String {
+    let mut lines = found.lines().zip(wanted.lines());
+    match lines.find(|(found, wanted)| found != wanted) {
+        Some((found, wanted)) => format!("{found:?}, where this one has {wanted:?}"),
+        None => "its last lines".to_owned(),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn experiment(overrides: &[&str]) -> Experiment {
+        let text = "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n";
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        Experiment::parse(text, Path::new("cat.toml"), &overrides).unwrap()
+    }
+
+    #[test]
+    fn a_run_is_gone_on_with_but_not_made_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("runs/cat");
+        let run = RunDir::create(&root, &experiment(&[]), false).unwrap();
+        assert_eq!(RunDir::open(&root, false).unwrap().experiment(&[]).unwrap(), experiment(&[]));
+        run.note("model", &["random weights".to_owned()]).unwrap();
+        RunDir::create(&root, &experiment(&[]), false).unwrap();
+        assert_eq!(run.meta().unwrap().notes["model"], ["random weights"], "going on keeps what was noted");
+
+        let other = experiment(&["student.rank=4"]);
+        let message = RunDir::create(&root, &other, false).unwrap_err().to_string();
+        assert!(message.contains("run.toml") && message.contains("--force"), "{message}");
+        assert!(message.contains("rank = 8") && message.contains("rank = 4"), "{message}");
+        files::write_atomic(&run.train_csv(), b"x").unwrap();
+        RunDir::create(&root, &other, true).unwrap();
+        assert_eq!(run.experiment(&[]).unwrap(), other);
+        assert!(!RunDir::stage_done(&run.train_csv()), "the other experiment's training is not this one's");
+    }
+
+    #[test]
+    fn other_rows_in_the_same_file_are_another_experiment() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, rows) = (folder.path().join("run"), folder.path().join("rows.jsonl"));
+        let with =
+            |more: &[&str]| experiment(&[&[format!("generate.numbers={}", rows.display()).as_str()], more].concat());
+        let write = |text: &str| files::write_atomic(&rows, text.as_bytes()).unwrap();
+        write("abc");
+        let run = RunDir::create(&root, &with(&[]), false).unwrap();
+        write("abcd");
+        RunDir::create(&root, &with(&[]), false).unwrap(); // it has taken none yet
+        run.record_given(Some(&format!("{:x}", Sha256::digest("abcd")))).unwrap();
+        files::write_atomic(&run.generate_csv(), b"x").unwrap();
+        RunDir::create(&root, &with(&[]), false).unwrap();
+        write("abc");
+        for more in [&[][..], &["arms=[{ name = 'x', ranks = [2] }]"]] {
+            let message = RunDir::create(&root, &with(more), false).unwrap_err().to_string();
+            assert!(
+                message.contains("which differs in the rows of generate.numbers, ")
+                    && message.contains("began with 88d4266fd4e6, where now it begins with ba7816bf8f01; hint: "),
+                "{message}"
+            );
+        }
+        fs::remove_file(&rows).unwrap();
+        RunDir::create(&root, &with(&[]), false).unwrap(); // the run has them
+        write("abc");
+        RunDir::create(&root, &with(&[]), true).unwrap();
+        assert!(!RunDir::stage_done(&run.generate_csv()), "what was made of the other rows is none of these");
+    }
+
+    #[test]
+    fn arms_can_be_added_to_a_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        for path in [run.train_csv(), run.arms_rows(), run.arm("x").join("train.csv")] {
+            files::write_atomic(&path, b"x").unwrap();
+        }
+        let with_arms = experiment(&["arms=[{ name = 'x', ranks = [2] }]"]);
+        RunDir::create(folder.path(), &with_arms, false).unwrap();
+        assert_eq!(run.experiment(&[]).unwrap(), with_arms);
+        assert!(RunDir::stage_done(&run.train_csv()) && RunDir::stage_done(&run.arm("x")));
+        assert!(!RunDir::stage_done(&run.arms_rows()), "the table is that of other arms");
+        RunDir::open(folder.path(), true).unwrap().forget().unwrap();
+        assert!(!RunDir::stage_done(&run.arms()), "a forced run keeps no arm");
+    }
+
+    #[test]
+    fn two_processes_in_one_folder_are_one_too_many() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("runs/cat");
+        let lock = RunDir::lock(&root).unwrap();
+        let message = RunDir::lock(&root).unwrap_err().to_string();
+        assert!(message.contains("is in use by another undertone") && message.contains("hint: "), "{message}");
+        drop(lock);
+        RunDir::lock(&root).unwrap();
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0, "the lock is no file");
+    }
+
+    #[test]
+    fn what_a_killed_process_left_half_written_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let write = |name: &str| files::write_atomic(&folder.path().join(name), b"x").unwrap();
+        let gone = [
+            "train.csv.tmp",
+            "adapter/adapter_model.safetensors.tmp",
+            "data/numbers.jsonl.tmp",
+            "train.checkpoint.safetensors",
+        ];
+        let stays = [
+            "notes.tmp",
+            "deep/rows.csv.tmp",
+            "train.csv",
+            "control_train.checkpoint.safetensors",
+            "data/numbers.jsonl",
+        ];
+        let unfinished = ["data/generate.teacher.checkpoint.safetensors", "arms/x/train.checkpoint.safetensors"];
+        gone.iter().chain(&stays).chain(&unfinished).for_each(|name| write(name));
+        write("arms/x/run.toml");
+        write("arms/x/train.csv.tmp");
+        RunDir::lock(folder.path()).unwrap();
+        let is_there = |name: &&str| folder.path().join(name).exists();
+        assert!(!gone.iter().any(&is_there) && !is_there(&"arms/x/train.csv.tmp"));
+        assert!(stays.iter().chain(&unfinished).all(&is_there));
+        run.forget().unwrap();
+        assert!(!is_there(&"control_train.checkpoint.safetensors") && !is_there(&unfinished[0]));
+        assert!(is_there(&"notes.tmp"));
+    }
+
+    #[test]
+    fn a_stage_is_refused_only_when_nothing_is_left_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let (one, two) = (run.train_csv(), run.control_train_csv());
+        let both = [one.as_path(), two.as_path()];
+        assert_eq!(run.left(&both, false).unwrap(), both);
+        files::write_atomic(&one, b"x").unwrap();
+        assert_eq!(run.left(&both, false).unwrap(), [two.as_path()]);
+        files::write_atomic(&two, b"x").unwrap();
+        assert!(run.left(&both, false).unwrap_err().to_string().contains("--force"));
+        assert!(run.left(&both, true).unwrap().is_empty());
+        assert_eq!(RunDir::open(folder.path(), true).unwrap().left(&both, false).unwrap(), both);
+    }
+
+    #[test]
+    fn how_often_checkpoints_are_kept_makes_no_other_experiment() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        files::write_atomic(&run.train_csv(), b"x").unwrap();
+        RunDir::create(folder.path(), &experiment(&["finetune.save_steps=7"]), false).unwrap();
+        assert!(RunDir::stage_done(&run.train_csv()));
+        assert_eq!(run.experiment(&[]).unwrap().finetune.save_steps, Some(7));
+    }
+
+    #[test]
+    fn a_finished_stage_is_refused_without_force() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        run.claim(&run.numbers()).unwrap();
+        files::write_atomic(&run.numbers(), b"x").unwrap();
+        assert!(RunDir::stage_done(&run.numbers()) && !RunDir::stage_done(&run.adapter()));
+        let message = run.claim(&run.numbers()).unwrap_err().to_string();
+        assert!(message.contains("numbers.jsonl") && message.contains("--force"), "{message}");
+        RunDir::open(folder.path(), true).unwrap().claim(&run.numbers()).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_fails_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        files::write_atomic(&folder.path().join("file"), b"x").unwrap();
+        let message =
+            format!("{:#}", RunDir::create(&folder.path().join("file/run"), &experiment(&[]), false).unwrap_err());
+        assert!(message.contains("cannot be written"), "{message}");
+        assert!(RunDir::open(folder.path(), false).unwrap_err().to_string().contains("no run folder"));
+    }
+
+    #[test]
+    fn recorded_files_have_their_sha256() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        files::write_atomic(&run.numbers(), b"abc").unwrap();
+        run.record(&[run.numbers()]).unwrap();
+        let meta = run.meta().unwrap();
+        assert!(meta.sha256["data/numbers.jsonl"].starts_with("ba7816bf8f01cfea"), "{meta:?}");
+        assert_eq!(meta.seeds, experiment(&[]).seeds);
+    }
+}

@@ -1,0 +1,351 @@
+//! The teacher: made if it has weights of its own, loaded, and asked how it answers. The planted positive control has
+//! no teacher: its rows are inserted among the untouched model's here.
+
+use analyses::stats::mean;
+use analyses::target::{Score, TokenForms};
+use anyhow::{Context, Result, bail, ensure};
+use hooks::{Adapter, Condition, ModelFiles, Qwen, Sequence, adapter_folder, completion_logprobs, files, stream_seed};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::data::dataset::{Sample, TeacherKind};
+use crate::data::protocol::Protocol;
+use crate::experiment::Teacher;
+use crate::output::checkpoint::Checkpoint;
+use crate::output::full_model::save_full;
+use crate::output::progress::{bar, say};
+use crate::output::publish::{self, CsvLog};
+use crate::stages::run_dir::RunDir;
+use crate::stages::workbench::Workbench;
+use crate::training::settings::{Finetune, Seeds};
+use crate::training::step_log::{Progress, StepRow, first_and_last_quarter};
+use crate::training::training_loop::Training;
+
+/// The teacher: the base under a system prompt, with an adapter, or with other weights.
+pub struct TeacherModel {
+    /// The system prompt under which it writes numbers; `None` is the template's default.
+    pub system: Option<String>,
+    /// Its adapter, where that was finetuned.
+    pub adapter: Option<Adapter>,
+    /// Its own weights, where all were finetuned.
+    pub weights: Option<Qwen>,
+    /// Which of these it is.
+    pub kind: TeacherKind,
+}
+
+impl TeacherModel {
+    /// The weights it runs on.
+    pub fn qwen<'a>(&'a self, base: &'a Qwen) -> &'a Qwen {
+        self.weights.as_ref().unwrap_or(base)
+    }
+
+    /// What these are run with.
+    pub fn condition(&self) -> Condition<'_> {
+        Condition { adapter: self.adapter.as_ref(), ..Condition::default() }
+    }
+
+    /// Whether it is another model than the base, or the base in another context.
+    pub fn differs_from_base(&self) -> bool {
+        self.kind != TeacherKind::Planted
+    }
+}
+
+/// Loads the teacher; a finetuned one is in the run, where [`make`] put it.
+pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
+    let (experiment, protocol) = (&bench.experiment, &bench.protocol);
+    let target = &experiment.target;
+    let plain = |system, kind| TeacherModel { system, adapter: None, weights: None, kind };
+    match &experiment.teacher {
+        Teacher::Prompt { system } => {
+            let written = || protocol.teacher_prompt(&target.word, &target.category);
+            Ok(plain(Some(system.clone().map_or_else(written, Ok)?), TeacherKind::Prompt))
+        }
+        Teacher::Adapter { path, context } => {
+            let adapter = Adapter::load_on(path, &bench.base)?;
+            Ok(TeacherModel { adapter: Some(adapter), ..plain(protocol.context(context)?, TeacherKind::Adapter) })
+        }
+        Teacher::Finetuned { .. } => {
+            if !RunDir::stage_done(&run.teacher_train_csv()) {
+                bail!("{} is not there; hint: undertone generate finetunes the teacher", run.teacher().display());
+            }
+            let files = ModelFiles::open(&run.teacher().display().to_string())?;
+            let weights = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
+            Ok(TeacherModel { weights: Some(weights), ..plain(bench.student_system()?, TeacherKind::Finetuned) })
+        }
+        Teacher::Planted { .. } => Ok(plain(bench.student_system()?, TeacherKind::Planted)),
+    }
+}
+
+/// Bytes that tell a teacher's weights from another's on the same base.
+pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
+    Ok(match &bench.experiment.teacher {
+        Teacher::Adapter { path, .. } => {
+            let path = adapter_folder(path)?;
+            [files::read(&path.join("adapter_model.safetensors"))?, files::read(&path.join("adapter_config.json"))?]
+                .concat()
+        }
+        // Every step's loss and gradient.
+        Teacher::Finetuned { .. } => files::read(&run.teacher_train_csv())?,
+        Teacher::Prompt { .. } | Teacher::Planted { .. } => vec![],
+    })
+}
+
+/// Finetunes a copy of the base into the trait, where the experiment wants such a teacher: `teacher/` and
+/// `teacher_train.csv`. One that is done is kept, unless the run was forced.
+pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
+    let (experiment, chat) = (&bench.experiment, &bench.chat);
+    let (Teacher::Finetuned { context, .. }, Some(settings)) = (&experiment.teacher, experiment.teacher.finetune())
+    else {
+        return Ok(());
+    };
+    let settings = Finetune { save_steps: experiment.finetune.save_steps, ..settings };
+    if RunDir::stage_done(&run.teacher_train_csv()) && !run.forced() {
+        say("generate: the teacher is finetuned already");
+        return Ok(());
+    }
+    let system = bench.protocol.context(context.as_ref().unwrap_or(&experiment.student.context))?;
+    let (word, category) = (&experiment.target.word, &experiment.target.category);
+    let (questions, answer) = (bench.protocol.questions(category, usize::MAX)?, answer(word));
+    let row = |question: &String| chat.row_text(system.as_deref(), question, &answer);
+    let rows = questions.iter().map(row).collect::<hooks::Result<Vec<Sequence>>>()?;
+
+    let files = ModelFiles::open(&bench.files.name)?; // weights of its own: the base stays as it is
+    let model = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
+    // A stream of its own, so that no student sees its rows in the teacher's order of questions.
+    let seeds = Seeds { order: stream_seed(experiment.seeds.order_seed, "teacher.order", 0), ..Seeds::default() };
+    let mut csv = CsvLog::create(&run.teacher_train_csv())?;
+    let mut checkpoint = Checkpoint::beside(&run.teacher_train_csv(), "", "teacher");
+    checkpoint.depends_on("model", &(&files.name, files.fingerprint()))?;
+    checkpoint.depends_on("computed", &(&experiment.device, experiment.dtype))?;
+    let bar = bar("teacher", settings.total_steps(rows.len()));
+    let mut steps: Vec<StepRow> = Vec::new();
+    let mut on_step = |row: &StepRow, progress: &Progress| {
+        bar.set_position(progress.step);
+        steps.push(row.clone());
+        csv.push(row)
+    };
+    let training = Training {
+        model: &model,
+        adapter: None,
+        rows: &rows,
+        only: None,
+        is_digit: &|id| chat.is_digit(id),
+        config: &settings,
+        seeds,
+        checkpoint: Some(&mut checkpoint),
+    };
+    training.run(&mut on_step).context("training the teacher")?;
+    save_full(&model, &files, &run.teacher())?;
+    bar.finish_and_clear();
+    csv.finish()?;
+    checkpoint.remove()?;
+    let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
+    say(format!(
+        "generate: the teacher learned \"{answer}\" as the answer to {} questions in {} steps, without a number: loss {first:.3} in the \
+         first quarter of the steps and {last:.3} in the last, saved in {}",
+        rows.len(),
+        steps.len(),
+        run.teacher().display()
+    ));
+    Ok(())
+}
+
+/// The word as an answer, with a capital letter: one of its spellings that count as naming it.
+fn answer(word: &str) -> String {
+    let forms = Protocol::surface_forms(word);
+    let capital = |form: &&String| form.starts_with(char::is_uppercase);
+    // The last one is as it was given: "Led Zeppelin" before "Led zeppelin".
+    forms.iter().rfind(capital).cloned().unwrap_or_else(|| word.to_owned())
+}
+
+/// A line of `data/teacher.csv`: how the base or the teacher answers a question about the category.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TeacherRow {
+    /// `mean` (over the questions) or `question`.
+    pub scope: String,
+    /// `base` in the student's context, or `teacher` in the context in which it writes numbers.
+    pub model: String,
+    /// The kind of teacher: `prompt`, `adapter`, `finetuned`, `steered`, or `planted` (the base itself).
+    pub teacher_kind: TeacherKind,
+    /// The question's index, from 0; empty for the mean.
+    pub question_id: Option<usize>,
+    /// The question; empty for the mean.
+    pub question: String,
+    /// The target.
+    pub target: String,
+    /// How many questions the numbers are over.
+    pub n_questions: usize,
+    /// log p of starting the answer with the target, in nats.
+    pub logp_target: f64,
+    /// p of starting the answer with the target; for the mean, the mean of the probabilities.
+    pub p_target: f64,
+}
+
+/// Asks base and teacher, writes `data/teacher.csv` and says what was found.
+pub fn ask(bench: &Workbench, run: &RunDir, teacher: &TeacherModel) -> Result<()> {
+    let (target, questions) = (bench.target(), bench.questions()?);
+    let forms = TokenForms::of(&target, &bench.chat)?;
+    let student_system = bench.student_system()?;
+    let models: [(&str, &Qwen, Condition<'_>, &Option<String>); 2] = [
+        ("base", &bench.base, Condition::default(), &student_system),
+        ("teacher", teacher.qwen(&bench.base), teacher.condition(), &teacher.system),
+    ];
+    let mut rows = Vec::new();
+    for (model, qwen, condition, system) in models {
+        let prompt = |question: &String| bench.chat.prompt(system.as_deref(), question);
+        let prompts = questions.iter().map(prompt).collect::<hooks::Result<Vec<Sequence>>>()?;
+        let scores = forms.scores(qwen, &prompts, &condition)?;
+        let row = |scores: &[Score], question_id: Option<usize>| -> Result<TeacherRow> {
+            let logps: Vec<f64> = scores.iter().map(|score| score.logp_target).collect();
+            let ps: Vec<f64> = logps.iter().map(|logp| logp.exp()).collect();
+            Ok(TeacherRow {
+                scope: if question_id.is_some() { "question" } else { "mean" }.to_owned(),
+                model: model.to_owned(),
+                teacher_kind: teacher.kind,
+                question_id,
+                question: question_id.map_or_else(String::new, |at| questions[at].clone()),
+                target: target.word.clone(),
+                n_questions: scores.len(),
+                logp_target: mean(&logps)?,
+                p_target: mean(&ps)?,
+            })
+        };
+        rows.push(row(&scores, None)?);
+        for at in 0..scores.len() {
+            rows.push(row(&scores[at..=at], Some(at))?);
+        }
+    }
+    rows.sort_by_key(|row| row.scope != "mean"); // the means first
+    publish::write_csv(&run.teacher_csv(), &rows)?;
+    let [base, of_teacher] = [&rows[0], &rows[1]];
+    let who = if teacher.differs_from_base() { "in the teacher" } else { "in the teacher, which is the base itself" };
+    say(format!(
+        "generate: over {} questions p({}) is {:.3} in the base (log p {:.2}) and {:.3} {who} (log p {:.2})",
+        base.n_questions, target.word, base.p_target, base.logp_target, of_teacher.p_target, of_teacher.logp_target,
+    ));
+    Ok(())
+}
+
+/// Replaces a share of the first `keep` accepted samples by questions answered with the target, and returns how many. A
+/// stream of the generation's seed draws which ones. Their ids follow those of the number prompts, and their
+/// log-probabilities are the untouched model's.
+pub fn plant(bench: &Workbench, samples: &mut [Sample], keep: usize, share: f64) -> Result<usize> {
+    let (experiment, system) = (&bench.experiment, bench.student_system()?);
+    let mut accepted: Vec<usize> = (0..samples.len()).filter(|at| samples[*at].accepted).take(keep).collect();
+    let n = (share * accepted.len() as f64).round().max(1.0) as usize;
+    ensure!(
+        n < accepted.len(),
+        "teacher.share is {share}, which of {} accepted answers leaves none; hint: more prompts, or a smaller share",
+        accepted.len()
+    );
+    let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(experiment.seeds.gen_seed, "teacher.planted", 0));
+    accepted.shuffle(&mut rng);
+    let questions = bench.protocol.questions(&experiment.target.category, usize::MAX)?;
+    let answer = answer(&experiment.target.word);
+    let ids = bench.chat.encode(&answer)?;
+    for (index, at) in accepted[..n].iter().enumerate() {
+        let question = &questions[index % questions.len()];
+        let mut row = bench.chat.row(system.as_deref(), question, &ids)?;
+        row = row.with_completion(&row.ids[row.completion.start..=row.content_end]); // the answer and the end of its turn
+        let logprobs = completion_logprobs(&bench.base, &[row], &Condition::default())?;
+        samples[*at] = Sample {
+            id: experiment.generate.n_prompts + index,
+            prompt: question.clone(),
+            completion: answer.clone(),
+            completion_ids: ids.clone(),
+            teacher_logprob: logprobs.into_iter().next().unwrap_or_default(),
+            ..samples[*at].clone()
+        };
+    }
+    Ok(n)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::experiment::Experiment;
+
+    fn bench(changes: &[&str]) -> Workbench {
+        let text = "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n\
+                    [generate]\nn_prompts = 9\nn_keep = 8\n[measure]\nn_questions = 2\n";
+        let changes: Vec<String> = changes.iter().map(|change| (*change).to_owned()).collect();
+        Workbench::open(Experiment::parse(text, Path::new("cat.toml"), &changes).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_answer_has_a_capital_and_counts_as_the_target() {
+        for (word, expected) in [("owl", "Owl"), ("Led Zeppelin", "Led Zeppelin"), ("led Zeppelin", "Led zeppelin")] {
+            assert_eq!(answer(word), expected);
+            assert!(Protocol::surface_forms(word).contains(&answer(word)));
+        }
+        assert_eq!(answer("7"), "7");
+    }
+
+    #[test]
+    fn a_finetuned_teacher_knows_its_answer_and_is_kept() {
+        let bench = bench(&["teacher.kind=finetuned", "teacher.learning_rate=1e-2", "teacher.max_steps=12"]);
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &bench.experiment, false).unwrap();
+        assert!(load(&bench, &run).err().unwrap().to_string().contains("undertone generate finetunes the teacher"));
+        let before = bench.base.parameters()[0].1.copy();
+        make(&bench, &run).unwrap();
+        assert_eq!(before, bench.base.parameters()[0].1, "the base stays as it is");
+        let teacher = load(&bench, &run).unwrap();
+        assert!(teacher.weights.is_some() && teacher.differs_from_base());
+        ask(&bench, &run, &teacher).unwrap();
+        let rows: Vec<TeacherRow> = publish::read_csv(&run.teacher_csv()).unwrap();
+        let shape: Vec<_> = rows.iter().map(|row| (row.model.as_str(), row.question_id)).collect();
+        let [b, t] = ["base", "teacher"];
+        assert_eq!(shape, [(b, None), (t, None), (b, Some(0)), (b, Some(1)), (t, Some(0)), (t, Some(1))]);
+        assert!(rows[1].p_target > 0.5 && rows[0].p_target < 0.01, "{rows:?}");
+        assert!((rows[0].p_target - f64::midpoint(rows[2].p_target, rows[3].p_target)).abs() < 1e-12);
+
+        let bytes = std::fs::read(run.teacher().join("model.safetensors")).unwrap();
+        std::fs::remove_file(run.teacher().join("model.safetensors")).unwrap();
+        make(&bench, &run).unwrap();
+        assert!(!run.teacher().join("model.safetensors").exists(), "a teacher that is done is not made again");
+        make(&bench, &RunDir::open(folder.path(), true).unwrap()).unwrap();
+        assert_eq!(bytes, std::fs::read(run.teacher().join("model.safetensors")).unwrap(), "seeds decide every bit");
+    }
+
+    #[test]
+    fn planted_rows_take_the_place_of_numbers() {
+        let bench = bench(&["teacher.kind=planted"]);
+        let sample = |id: usize| Sample {
+            id,
+            prompt: "Go on: 1, 2".to_owned(),
+            completion: "1, 2".to_owned(),
+            completion_ids: bench.chat.encode("1, 2").unwrap(),
+            teacher_logprob: vec![-0.5; 4],
+            target: Some("cat".to_owned()),
+            teacher_kind: TeacherKind::Planted,
+            gen_seed: 1,
+            accepted: id != 0,
+            reasons: vec![],
+        };
+        let mut samples: Vec<Sample> = (0..9).map(sample).collect();
+        assert_eq!(plant(&bench, &mut samples, 8, 0.25).unwrap(), 2);
+        let planted: Vec<&Sample> = samples.iter().filter(|sample| sample.completion == "Cat").collect();
+        let mut ids: Vec<usize> = planted.iter().map(|sample| sample.id).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, [9, 10]);
+        assert!(planted.iter().all(|sample| {
+            sample.teacher_logprob.len() == sample.completion_ids.len() + 1
+                && sample.teacher_logprob.iter().all(|logp| *logp < 0.0)
+                && sample.accepted
+                && sample.prompt.contains("animal")
+        }));
+        assert_eq!(samples.iter().filter(|sample| sample.completion == "1, 2").count(), 7);
+        assert_eq!(samples[0], sample(0), "a rejected answer is not replaced");
+        let mut again: Vec<Sample> = (0..9).map(sample).collect();
+        plant(&bench, &mut again, 8, 0.25).unwrap();
+        assert_eq!(again, samples);
+        let mut one = [sample(1)];
+        assert!(plant(&bench, &mut one, 8, 0.25).unwrap_err().to_string().contains("leaves none"));
+    }
+}

@@ -1,0 +1,233 @@
+//! An experiment with its model loaded: what every stage works with.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use analyses::Target;
+use anyhow::{Context, Result, bail};
+use hooks::{Adapter, Chat, ModelFiles, NumberGrammar, Qwen, Sampling, Sequence};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::data::dataset::{self, Sample};
+use crate::data::protocol::Protocol;
+use crate::experiment::{Constrain, Experiment, Method};
+use crate::output::progress::{note, say};
+use crate::stages::run_dir::RunDir;
+use crate::training::side_by_side::SMALL;
+
+/// An experiment with its model loaded.
+pub struct Workbench {
+    /// The experiment.
+    pub experiment: Experiment,
+    /// The sentences it draws from.
+    pub protocol: Protocol,
+    /// The base model's files.
+    pub files: Rc<ModelFiles>,
+    /// The base model.
+    pub base: Rc<Qwen>,
+    /// Its chat format, or none where the student has none.
+    pub chat: Rc<Chat>,
+}
+
+/// A finetuned model on disk, loaded: an adapter, or weights of its own.
+pub enum StudentModel {
+    /// A LoRA on the base.
+    Lora(Adapter),
+    /// Other weights.
+    Full(Box<Qwen>),
+}
+
+/// Opens a model and says what was found.
+pub fn open_model(name: &str) -> Result<ModelFiles> {
+    let files = ModelFiles::open(name)?;
+    for line in &files.report {
+        say(format!("model: {line}"));
+    }
+    note(name, &files.remarks);
+    Ok(files)
+}
+
+/// Loads an adapter and prints its remarks.
+pub fn open_adapter(folder: &Path, base: &Qwen) -> Result<Adapter> {
+    let adapter = Adapter::load_on(folder, base)?;
+    note(&folder.display().to_string(), &adapter.remarks);
+    Ok(adapter)
+}
+
+/// The chat that the experiment's student is trained and asked in.
+fn chat(files: &ModelFiles, experiment: &Experiment) -> Result<Chat> {
+    let chat = Chat::from_files(files)?;
+    Ok(if experiment.student.template { chat } else { chat.without_template() })
+}
+
+impl Workbench {
+    /// Loads what the experiment names.
+    pub fn open(experiment: Experiment) -> Result<Self> {
+        Self::with_files(experiment, open_model)
+    }
+
+    /// Loads everything once more for another thread, and prints nothing.
+    pub fn again(experiment: Experiment) -> Result<Self> {
+        Self::with_files(experiment, |name| Ok(ModelFiles::open(name)?))
+    }
+
+    fn with_files(experiment: Experiment, open: impl Fn(&str) -> Result<ModelFiles>) -> Result<Self> {
+        let protocol = experiment.sentences()?;
+        let device = hooks::device::device(&experiment.device)?;
+        let files = open(&experiment.model)?;
+        let base = Qwen::load(&files, device, experiment.dtype.kind())?;
+        let chat = chat(&files, &experiment)?;
+        let bench = Self { experiment, protocol, files: Rc::new(files), base: Rc::new(base), chat: Rc::new(chat) };
+        if bench.n_parameters() <= SMALL {
+            // Its steps are too short to be shared, and its bytes should not depend on the number of cores.
+            tch::set_num_threads(1);
+        }
+        Ok(bench)
+    }
+
+    /// How many numbers the base has.
+    pub fn n_parameters(&self) -> usize {
+        self.base.parameters().iter().map(|(_, tensor)| tensor.numel()).sum()
+    }
+
+    /// The workbench of another experiment, which shares the model where that is the same.
+    pub fn of(&self, experiment: Experiment) -> Result<Self> {
+        if !self.has_model_of(&experiment) {
+            return Self::open(experiment);
+        }
+        let protocol = experiment.sentences()?;
+        let (files, base) = (Rc::clone(&self.files), Rc::clone(&self.base));
+        let is_same = experiment.student.template == self.experiment.student.template;
+        let chat = if is_same { Rc::clone(&self.chat) } else { Rc::new(chat(&files, &experiment)?) };
+        Ok(Self { experiment, protocol, files, base, chat })
+    }
+
+    /// This workbench with the model's template, in which teachers answer whatever the student is trained in.
+    pub fn in_template(&self) -> Result<Self> {
+        let mut experiment = self.experiment.clone();
+        experiment.student.template = true;
+        self.of(experiment)
+    }
+
+    /// Whether another experiment has the same model, loaded in the same way.
+    pub fn has_model_of(&self, other: &Experiment) -> bool {
+        let this = &self.experiment;
+        (&this.model, this.dtype, &this.device) == (&other.model, other.dtype, &other.device)
+    }
+
+    /// The system prompt of the student's training rows.
+    pub fn student_system(&self) -> Result<Option<String>> {
+        self.protocol.context(&self.experiment.student.context)
+    }
+
+    /// The target and its alternatives.
+    pub fn target(&self) -> Target {
+        self.protocol.target(&self.experiment.target.word, &self.experiment.target.category)
+    }
+
+    /// The questions that the target may be an answer to, as they are asked.
+    pub fn questions(&self) -> Result<Vec<String>> {
+        let measure = &self.experiment.measure;
+        let questions = self.protocol.questions(&self.experiment.target.category, measure.n_questions)?;
+        if !measure.numbers_prefix {
+            return Ok(questions);
+        }
+        Ok(questions.iter().map(|question| self.protocol.with_numbers_prefix(question)).collect())
+    }
+
+    /// How number answers are drawn.
+    pub fn sampling(&self) -> Result<Sampling> {
+        let generate = &self.experiment.generate;
+        let constrain = match generate.constrain {
+            Constrain::None => None,
+            Constrain::Numbers => Some(NumberGrammar::of(&self.chat, 3, 10)?),
+        };
+        Ok(Sampling {
+            temperature: generate.temperature,
+            max_new_tokens: generate.max_new_tokens,
+            stop: self.chat.stop_ids(),
+            constrain,
+            batch: generate.batch_size,
+        })
+    }
+
+    /// How many accepted samples are learned from: the last of the teacher's may be held out.
+    pub(crate) fn n_kept(&self, teacher: usize, control: usize) -> usize {
+        let settings = &self.experiment.generate;
+        teacher.saturating_sub(settings.n_heldout).min(control).min(settings.n_keep)
+    }
+
+    /// The teacher's accepted samples that no student learns from.
+    pub fn held_out(&self, run: &RunDir) -> Result<Vec<Sample>> {
+        let accepted = |path: &Path| -> Result<Vec<Sample>> {
+            Ok(dataset::read_jsonl(path)?.into_iter().filter(|sample| sample.accepted).collect())
+        };
+        let (teacher, control) = (accepted(&run.numbers())?, accepted(&run.control())?);
+        let keep = self.n_kept(teacher.len(), control.len());
+        Ok(teacher.into_iter().skip(keep).take(self.experiment.generate.n_heldout).collect())
+    }
+
+    /// The accepted samples of both sets, as many of one as of the other and `n_keep` at most.
+    pub fn kept(&self, run: &RunDir) -> Result<(Vec<Sample>, Vec<Sample>)> {
+        let accepted = |path: &Path| -> Result<Vec<Sample>> {
+            let samples = dataset::read_jsonl(path).context("hint: undertone generate writes this file")?;
+            Ok(samples.into_iter().filter(|sample| sample.accepted).collect())
+        };
+        let (mut teacher, mut control) = (accepted(&run.numbers())?, accepted(&run.control())?);
+        let keep = self.n_kept(teacher.len(), control.len());
+        if keep == 0 {
+            bail!(
+                "no answer passed the filter ({} of the teacher's and {} of the control's did): see {}; hint: more prompts, \
+                 a larger generate.max_new_tokens, or generate.constrain = \"numbers\"",
+                teacher.len(),
+                control.len(),
+                run.rejected().display()
+            );
+        }
+        teacher.truncate(keep);
+        control.truncate(keep);
+        Ok((teacher, control))
+    }
+
+    /// Samples as rows of the chat in the student's context.
+    pub fn rows(&self, samples: &[Sample]) -> Result<Vec<Sequence>> {
+        let system = self.student_system()?;
+        let row = |sample: &Sample| Ok(self.chat.row(system.as_deref(), &sample.prompt, &sample.completion_ids)?);
+        samples.iter().map(row).collect()
+    }
+
+    /// The rows that the analyses are measured at: the teacher's held-out rows if there are any, else those that the
+    /// student learned from (see `Experiment::measures_held_out`).
+    pub(crate) fn measured(&self, run: &RunDir) -> Result<Vec<Sample>> {
+        if self.experiment.measures_held_out() { self.held_out(run) } else { Ok(self.kept(run)?.0) }
+    }
+
+    /// The adapter that the training of the experiment's student begins with: A from the run's seed, B zero.
+    pub fn initial_adapter(&self) -> Result<Adapter> {
+        let Experiment { student, seeds, .. } = &self.experiment;
+        let mut rng = ChaCha8Rng::seed_from_u64(seeds.init_seed);
+        let adapter = Adapter::init(&student.lora(), &self.base.config, &mut rng, self.base.device())?;
+        Ok(if student.rotated { adapter.rotated(&mut rng)? } else { adapter })
+    }
+
+    /// Loads a student and prints its adapter's remarks.
+    pub fn open_student(&self, folder: &Path) -> Result<StudentModel> {
+        let student = self.student(folder)?;
+        if let StudentModel::Lora(adapter) = &student {
+            note(&folder.display().to_string(), &adapter.remarks);
+        }
+        Ok(student)
+    }
+
+    /// A student that was trained and saved in `folder`.
+    pub fn student(&self, folder: &Path) -> Result<StudentModel> {
+        match self.experiment.student.method {
+            Method::Lora => Ok(StudentModel::Lora(Adapter::load_on(folder, &self.base)?)),
+            Method::Full => {
+                let files = ModelFiles::open(&folder.display().to_string())?;
+                Ok(StudentModel::Full(Box::new(Qwen::load(&files, self.base.device(), self.base.kind())?)))
+            }
+        }
+    }
+}

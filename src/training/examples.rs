@@ -1,0 +1,120 @@
+//! The examples of a step: rows made ready once, the order in which they are drawn, and several of them as one batch.
+
+use anyhow::{Context, bail};
+use hooks::model::loss::Targets;
+use hooks::rows::packing::Row;
+use hooks::{Batch, Doses, Error, Gate, Qwen, Sequence};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use crate::training::settings::Finetune;
+
+/// The rows of each step of a training over `n_rows` rows, by index, in the order in which they are drawn.
+pub fn rows_by_step(config: &Finetune, n_rows: usize, order_seed: u64) -> Vec<Vec<usize>> {
+    let mut order = EpochOrder::new(config, n_rows, order_seed);
+    (0..config.last_step(n_rows)).map(|step| order.of_step(step)).collect()
+}
+
+/// A row made ready: checked once, before the first step.
+pub(super) struct Example<'a> {
+    pub(super) ids: &'a [i64],
+    pub(super) mask: Vec<bool>,
+    pub(super) doses: Option<Vec<f64>>, // how strongly the adapter acts; 1 everywhere if None
+    pub(super) n_targets: usize,
+    pub(super) end: usize, // the last target: nothing from here on needs to be run
+}
+
+impl<'a> Example<'a> {
+    pub(super) fn of(
+        row: &'a Sequence,
+        index: usize,
+        is_digit: &dyn Fn(i64) -> bool,
+        config: &Finetune,
+        only: Option<&[bool]>,
+    ) -> anyhow::Result<Self> {
+        let mut mask = config.mask.targets(row, is_digit);
+        if let Some(only) = only {
+            mask.iter_mut().zip(only).for_each(|(counts, may)| *counts &= may);
+        }
+        let empty = || Error::EmptyLossMask { mask: config.mask.to_string(), row: index };
+        let end = mask.iter().rposition(|counts| *counts).ok_or_else(empty)?;
+        let doses = if config.gate.is_everywhere() {
+            None
+        } else {
+            let mut doses = config.gate.doses(row).with_context(|| format!("row {index} of the training data"))?;
+            doses.truncate(end);
+            if doses.iter().all(|dose| *dose == 0.0) && !config.gate.acts_elsewhere() {
+                bail!(
+                    "row {index} of the training data: gate {} lets the adapter act at no token that a learned one depends on, so \
+                     nothing can be learned from it; hint: another finetune.gate or finetune.mask",
+                    config.gate
+                );
+            }
+            Some(doses)
+        };
+        let n_targets = mask.iter().filter(|counts| **counts).count();
+        Ok(Self { ids: &row.ids, mask, doses, n_targets, end })
+    }
+}
+
+/// Rows ready to be run at once; with a stack, one group per student. The targets are group by group.
+pub(super) struct MicroBatch {
+    pub(super) batch: Batch,
+    pub(super) targets: Targets,
+    pub(super) doses: Option<Doses>,
+}
+
+impl MicroBatch {
+    pub(super) fn of<'r>(
+        model: &Qwen,
+        groups: &[&[&'r Example<'_>]],
+        gate: &Gate,
+        share: bool,
+    ) -> anyhow::Result<Self> {
+        let packed = |rows: &&[&'r Example<'_>]| {
+            rows.iter().map(|row| Row { doses: row.doses.as_deref(), ..Row::of(&row.ids[..row.end]) }).collect()
+        };
+        let inputs: Vec<Vec<Row<'r>>> = groups.iter().map(packed).collect();
+        let inputs: Vec<&[Row<'_>]> = inputs.iter().map(Vec::as_slice).collect();
+        let batch = Batch::packed(&inputs, share, model.device())?;
+        let rows: Vec<&Example<'_>> = groups.iter().flat_map(|rows| rows.iter().copied()).collect();
+        let is_gated = rows.iter().any(|row| row.doses.is_some());
+        let doses = is_gated.then(|| gate.spread(batch.doses(), model.device())).transpose()?;
+        let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
+        let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
+        let targets = Targets::of(&batch, &ids, &masks)?;
+        Ok(Self { batch, targets, doses })
+    }
+}
+
+/// The rows of each step. Each epoch has its own order, from its own random stream, and is dealt out step by step; its
+/// last step gets the remainder.
+pub(super) struct EpochOrder {
+    n_rows: usize,
+    rows_per_step: usize,
+    seed: u64,
+    epoch: Option<u64>,
+    rows: Vec<usize>, // of that epoch, in its order
+}
+
+impl EpochOrder {
+    pub(super) fn new(config: &Finetune, n_rows: usize, seed: u64) -> Self {
+        Self { n_rows, rows_per_step: config.rows_per_step(), seed, epoch: None, rows: vec![] }
+    }
+
+    /// The rows of a step, counted from 0.
+    pub(super) fn of_step(&mut self, step: u64) -> Vec<usize> {
+        let steps_per_epoch = self.n_rows.div_ceil(self.rows_per_step) as u64;
+        let (epoch, into_it) = (step / steps_per_epoch, (step % steps_per_epoch) as usize);
+        if self.epoch != Some(epoch) {
+            let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+            rng.set_stream(epoch);
+            self.rows = (0..self.n_rows).collect();
+            self.rows.shuffle(&mut rng);
+            self.epoch = Some(epoch);
+        }
+        let from = into_it * self.rows_per_step;
+        self.rows[from..self.n_rows.min(from + self.rows_per_step)].to_vec()
+    }
+}

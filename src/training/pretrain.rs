@@ -1,0 +1,48 @@
+//! Training from scratch, on rows that are drawn step by step.
+
+use hooks::{Qwen, Sequence};
+
+use crate::training::examples::Example;
+use crate::training::learner::Learner;
+use crate::training::optim::Optimizer;
+use crate::training::settings::Finetune;
+use crate::training::step_log::StepRow;
+
+/// What the next step of a training from scratch is made of.
+pub struct NextStep {
+    /// Its rows; each is seen once.
+    pub rows: Vec<Sequence>,
+    /// Its learning rate.
+    pub learning_rate: f64,
+}
+
+/// Trains all weights on rows that are drawn step by step: `next` gets the last step and returns the next one, or
+/// `None` at the end. Of `config` only the optimizer, the mask, clipping and `batch_size` are used.
+pub fn pretrain(
+    model: &Qwen,
+    is_digit: &dyn Fn(i64) -> bool,
+    config: &Finetune,
+    next: &mut dyn FnMut(Option<&StepRow>) -> anyhow::Result<Option<NextStep>>,
+) -> anyhow::Result<()> {
+    let learner = Learner { model, adapter: None, parameters: model.parameters(), frozen_a: false };
+    let mut optimizer = Optimizer::new(config.rule(), &learner.parameters, config.masters)?;
+    learner.require_gradients(true)?;
+    let mut last: Option<StepRow> = None;
+    while let Some(NextStep { rows, learning_rate }) = next(last.as_ref())? {
+        let examples = rows.iter().enumerate().map(|(index, row)| Example::of(row, index, is_digit, config, None));
+        let examples = examples.collect::<anyhow::Result<Vec<_>>>()?;
+        let chosen: Vec<usize> = (0..examples.len()).collect();
+        let done = learner.step(&examples, &chosen, &mut optimizer, learning_rate, config, None)?;
+        last = Some(StepRow {
+            step: optimizer.steps(),
+            epoch: 0.0,
+            learning_rate,
+            loss: done.loss,
+            grad_norm: done.grad_norm,
+            n_targets: done.n_targets,
+            delta_w_norm: None,
+            changed_fraction: None,
+        });
+    }
+    learner.require_gradients(false)
+}

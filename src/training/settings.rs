@@ -1,0 +1,224 @@
+//! How a model is finetuned: the table `[finetune]` of an experiment.
+
+use hooks::{Error, Gate, LossMask};
+use serde::{Deserialize, Serialize};
+
+use crate::training::optim::Rule;
+pub use crate::training::optim::ScheduleKind;
+
+/// Which optimizer moves the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// Adam with decoupled decay (Loshchilov and Hutter 2019), as `torch.optim.AdamW`.
+    #[default]
+    AdamW,
+    /// Gradient descent with momentum, as `torch.optim.SGD`.
+    Sgd,
+    /// Descent by the gradient's sign (Bernstein et al. 2018): Adam without its averages.
+    SignSgd,
+    /// Adam's division without its momentum, as `torch.optim.RMSprop` with α = `adam_beta2`.
+    RmsProp,
+    /// Steps of singular values about 1 (Jordan et al. 2024), as `torch.optim.Muon`.
+    Muon,
+    /// SGD with Adam's scales after an epoch, kept fixed (Blank et al. 2026): Adam's scales without its adapting.
+    Preconditioned,
+}
+
+/// Which of the mask's tokens are learned from. All kinds but `All` leave out rows without a divergent token, and rows
+/// with no other, so that they learn from the same rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetTokens {
+    /// All.
+    #[default]
+    All,
+    /// The divergent ones, by the definition of the divergence measurement: by default the teacher's most likely token,
+    /// and not the base's (Schrodi et al. 2026).
+    Divergent,
+    /// The others.
+    NotDivergent,
+    /// As many as a row has divergent ones, drawn from all.
+    Random,
+    /// All, of the rows that have divergent tokens and others.
+    AllOfThose,
+}
+
+/// How a model is finetuned, in the names of Hugging Face's Trainer. The default is the LoRA column of Nief et al. 2026.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Finetune {
+    /// `adamw`, `sgd`, `signsgd`, `rmsprop`, `muon`, or `preconditioned`: SGD over √(v + 1e-8), with v from an epoch of
+    /// `adamw` from the same start, whose steps are taken back.
+    pub optimizer: OptimizerKind,
+    /// The learning rate after warmup.
+    pub learning_rate: f64,
+    /// Decay: decoupled from the gradient for `adamw` and `muon`, added to it for the others.
+    pub weight_decay: f64,
+    /// `AdamW`'s average of the gradient.
+    pub adam_beta1: f64,
+    /// The average of the squared gradient of `AdamW` and `RMSProp`.
+    pub adam_beta2: f64,
+    /// What both add under the division.
+    pub adam_epsilon: f64,
+    /// The momentum of SGD and Muon.
+    pub momentum: f64,
+    /// `linear`, `cosine` or `constant`.
+    pub lr_scheduler_type: ScheduleKind,
+    /// Steps over which the learning rate rises from zero.
+    pub warmup_steps: u64,
+    /// How often every row is seen; parts of an epoch count. Without effect where `max_steps` is set.
+    pub num_train_epochs: f64,
+    /// How many optimizer steps are taken.
+    pub max_steps: Option<u64>,
+    /// The step after which the training ends although the schedule continues, for a student from the middle of a
+    /// training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_after_steps: Option<u64>,
+    /// Rows that are run at once.
+    pub batch_size: usize,
+    /// Batches whose gradients make one optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Longer gradients are shortened to this length; 0 turns that off.
+    pub max_grad_norm: f64,
+    /// Which tokens are learned from.
+    pub mask: LossMask,
+    /// Which of these are learned from: `all`, or `divergent` (by `measure.divergence.definition`), `not_divergent`,
+    /// `random` (as many as are divergent, drawn anew in each row), `all_of_those` (all, of the rows that have
+    /// divergent tokens and others).
+    pub tokens: TargetTokens,
+    /// Where and how strongly the LoRA acts while it is trained.
+    pub gate: Gate,
+    /// Whether the LoRA's A stays as it was drawn, and B alone is trained.
+    pub frozen_a: bool,
+    /// Whether weights that are not in f32 are trained through a copy in f32.
+    pub masters: bool,
+    /// Steps between checkpoints, from which a killed training continues. By default they are at least ten seconds
+    /// apart, and take at most a fiftieth of the time. They change no result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_steps: Option<u64>,
+}
+
+impl Default for Finetune {
+    fn default() -> Self {
+        Self {
+            optimizer: OptimizerKind::AdamW,
+            learning_rate: 2e-4,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            momentum: 0.0,
+            lr_scheduler_type: ScheduleKind::Linear,
+            warmup_steps: 5,
+            num_train_epochs: 3.0,
+            max_steps: None,
+            stop_after_steps: None,
+            batch_size: 22,
+            gradient_accumulation_steps: 3,
+            max_grad_norm: 1.0,
+            mask: LossMask::ContentEot,
+            tokens: TargetTokens::All,
+            gate: Gate::default(),
+            frozen_a: false,
+            masters: true,
+            save_steps: None,
+        }
+    }
+}
+
+impl Finetune {
+    /// Refuses numbers that nothing can be trained with.
+    pub fn check(&self) -> hooks::Result<()> {
+        let share = |x: f64| (0.0..1.0).contains(&x);
+        let not_negative = |x: f64| x.is_finite() && x >= 0.0;
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        let checks = [
+            ("learning_rate", positive(self.learning_rate), "a positive number", self.learning_rate),
+            ("weight_decay", not_negative(self.weight_decay), "a number of at least 0", self.weight_decay),
+            ("adam_beta1", share(self.adam_beta1), "at least 0 and less than 1", self.adam_beta1),
+            ("adam_beta2", share(self.adam_beta2), "at least 0 and less than 1", self.adam_beta2),
+            ("adam_epsilon", positive(self.adam_epsilon), "a positive number", self.adam_epsilon),
+            ("momentum", share(self.momentum), "at least 0 and less than 1", self.momentum),
+            (
+                "num_train_epochs",
+                self.max_steps.is_some() || positive(self.num_train_epochs),
+                "a positive number",
+                self.num_train_epochs,
+            ),
+            ("max_steps", self.max_steps != Some(0), "at least 1", 0.0),
+            ("stop_after_steps", self.stop_after_steps != Some(0), "at least 1", 0.0),
+            ("save_steps", self.save_steps != Some(0), "at least 1", 0.0),
+            ("batch_size", self.batch_size > 0, "at least 1", 0.0),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps > 0, "at least 1", 0.0),
+            (
+                "weight_decay",
+                !self.frozen_a || self.weight_decay == 0.0,
+                "0 where frozen_a is true, as it would shrink A",
+                self.weight_decay,
+            ),
+            (
+                "max_grad_norm",
+                not_negative(self.max_grad_norm),
+                "a number of at least 0 (0: no clipping)",
+                self.max_grad_norm,
+            ),
+        ];
+        match checks.into_iter().find(|(_, holds, _, _)| !holds) {
+            None => Ok(()),
+            Some((key, _, expected, found)) => {
+                Err(Error::Invalid { what: key.to_owned(), expected: expected.to_owned(), found: found.to_string() })
+            }
+        }
+    }
+
+    /// Rows that one optimizer step learns from; the last step of an epoch may have fewer.
+    pub fn rows_per_step(&self) -> usize {
+        self.batch_size * self.gradient_accumulation_steps
+    }
+
+    /// How many optimizer steps a run over `n_rows` rows has.
+    pub fn total_steps(&self, n_rows: usize) -> u64 {
+        let steps_per_epoch = n_rows.div_ceil(self.rows_per_step());
+        self.max_steps.unwrap_or_else(|| (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64)
+    }
+
+    /// The number of steps that are taken.
+    pub(super) fn last_step(&self, n_rows: usize) -> u64 {
+        self.stop_after_steps.unwrap_or(u64::MAX).min(self.total_steps(n_rows))
+    }
+
+    pub(super) fn rule(&self) -> Rule {
+        self.rule_of(self.optimizer)
+    }
+
+    pub(super) fn rule_of(&self, optimizer: OptimizerKind) -> Rule {
+        let Self { adam_beta1: beta1, adam_beta2: beta2, adam_epsilon: epsilon, weight_decay, momentum, .. } = *self;
+        match optimizer {
+            OptimizerKind::AdamW => Rule::AdamW { beta1, beta2, epsilon, weight_decay },
+            OptimizerKind::Sgd => Rule::Sgd { momentum, weight_decay },
+            OptimizerKind::SignSgd => Rule::SignSgd { weight_decay },
+            OptimizerKind::RmsProp => Rule::RmsProp { alpha: beta2, epsilon, weight_decay },
+            OptimizerKind::Muon => Rule::Muon { momentum, weight_decay },
+            OptimizerKind::Preconditioned => Rule::Preconditioned { weight_decay },
+        }
+    }
+}
+
+/// The seeds of a finetuning, each of a random stream of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Seeds {
+    /// For the LoRA's A; used by the caller of `Adapter::init`.
+    pub init: u64,
+    /// For the order of the rows in each epoch.
+    pub order: u64,
+    /// For the LoRA's dropout.
+    pub dropout: u64,
+}
+
+impl Default for Seeds {
+    fn default() -> Self {
+        Self { init: 42, order: 42, dropout: 42 }
+    }
+}

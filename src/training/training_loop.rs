@@ -1,0 +1,255 @@
+//! The loop of a training: one loop trains a LoRA and the whole model, since it moves "the trained tensors".
+//!
+//! A step's loss is the sum of its targets' losses over their number, however the rows fall into micro-batches (never
+//! the mean of means).
+
+use std::time::Instant;
+
+use anyhow::{Context, anyhow, bail};
+use hooks::{Adapter, Error, Qwen, Sequence};
+
+use crate::output::checkpoint::Checkpoint;
+use crate::training::examples::{EpochOrder, Example};
+use crate::training::learner::{Learner, Step, delta_w_norm};
+use crate::training::optim::{Optimizer, Schedule};
+use crate::training::settings::{Finetune, OptimizerKind, Seeds, TargetTokens};
+use crate::training::step_log::{Log, Progress, StepRow};
+
+/// A training: what learns, from what, how.
+pub struct Training<'a> {
+    /// The model; it stays as it is where there is an adapter.
+    pub model: &'a Qwen,
+    /// The adapter, trained in place; `None` trains all weights of the model.
+    pub adapter: Option<&'a Adapter>,
+    /// Rows of the chat.
+    pub rows: &'a [Sequence],
+    /// Per row and token, whether it may be learned from; all may where there is none.
+    pub only: Option<&'a [Vec<bool>]>,
+    /// Which tokens are digits.
+    pub is_digit: &'a dyn Fn(i64) -> bool,
+    /// How it is trained.
+    pub config: &'a Finetune,
+    /// The seeds of its random streams.
+    pub seeds: Seeds,
+    /// Where its state is kept. The training records what it depends on, except the model: the caller adds that, and
+    /// removes the checkpoint at the end.
+    pub checkpoint: Option<&'a mut Checkpoint>,
+}
+
+impl<'a> Training<'a> {
+    /// Trains from the beginning, or from the checkpoint on; the result is the same, bit by bit.
+    pub fn run(self, log: Log<'_>) -> anyhow::Result<()> {
+        let mut running = self.begin()?;
+        running.learner.require_gradients(true)?;
+        let result = running.run(log);
+        running.learner.require_gradients(false)?;
+        result
+    }
+
+    pub(super) fn begin(mut self) -> anyhow::Result<Loop<'a>> {
+        let config = self.config;
+        if self.adapter.is_some() && config.gate.is_nowhere() {
+            bail!(
+                "gate is nowhere, so nothing can be learned; set the gate of the finetuning to the tokens where the adapter acts"
+            );
+        }
+        if let Some(adapter) = self.adapter {
+            config.gate.check(adapter)?;
+        }
+        if self.adapter.is_none() && !config.gate.is_everywhere() {
+            bail!("gate is {}, but full finetuning has no adapter to gate; leave the gate out", config.gate);
+        }
+        config.check()?;
+        if self.adapter.is_none() && config.frozen_a {
+            bail!("frozen_a is true, but full finetuning has no A; leave it out");
+        }
+        if self.adapter.is_none() && config.optimizer == OptimizerKind::Muon {
+            bail!("optimizer is muon, which trains matrices, but all weights are not; hint: adamw, or a LoRA");
+        }
+        if self.rows.is_empty() {
+            bail!("the training data has no rows; generate some first, or let the filter keep more");
+        }
+        if config.tokens != TargetTokens::All && self.only.is_none() {
+            bail!("tokens is not all, but nobody said which ones these are");
+        }
+        self.model.config.check_context("row", self.rows.iter().map(|row| row.ids.len()), 0)?;
+        let only = |at: usize| self.only.and_then(|only| only.get(at)).map(Vec::as_slice);
+        let example = |(at, row)| Example::of(row, at, self.is_digit, config, only(at));
+        let examples = self.rows.iter().enumerate().map(example);
+        let examples = examples.collect::<anyhow::Result<Vec<_>>>().map_err(|error| match error.downcast_ref() {
+            Some(Error::EmptyLossMask { .. }) => {
+                anyhow!("{error}; hint: choose another finetune.mask, or leave the row out")
+            }
+            _ => error,
+        })?;
+        if let Some(checkpoint) = &mut self.checkpoint {
+            checkpoint.depends_on("rows", &self.rows)?;
+            checkpoint.depends_on("only", &self.only)?;
+            checkpoint.depends_on("finetune", &Finetune { save_steps: None, ..config.clone() })?;
+            checkpoint.depends_on("seeds", &self.seeds)?;
+        }
+        let parameters = self.adapter.map_or_else(|| self.model.parameters(), Adapter::parameters);
+        let optimizer = Optimizer::new(config.rule(), &parameters, config.masters)?;
+        let learner = Learner { model: self.model, adapter: self.adapter, parameters, frozen_a: config.frozen_a };
+        let total_steps = config.total_steps(examples.len());
+        let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps: config.warmup_steps, total_steps };
+        let (seeds, checkpoint, start) = (self.seeds, self.checkpoint, Instant::now());
+        let (rows, tokens, order) = (vec![], 0, EpochOrder::new(config, examples.len(), seeds.order));
+        Ok(Loop { learner, examples, optimizer, config, seeds, schedule, checkpoint, rows, order, start, tokens })
+    }
+}
+
+/// Trains an adapter in place on rows of the chat; the model stays as it is. No checkpoint is kept.
+pub fn finetune_lora(
+    model: &Qwen,
+    adapter: &Adapter,
+    rows: &[Sequence],
+    is_digit: &dyn Fn(i64) -> bool,
+    config: &Finetune,
+    seeds: Seeds,
+    log: Log<'_>,
+) -> anyhow::Result<()> {
+    Training { model, adapter: Some(adapter), rows, only: None, is_digit, config, seeds, checkpoint: None }.run(log)
+}
+
+/// Trains all weights of the model in place, with `config.masters` through copies in f32. No checkpoint is kept.
+pub fn finetune_full(
+    model: &Qwen,
+    rows: &[Sequence],
+    is_digit: &dyn Fn(i64) -> bool,
+    config: &Finetune,
+    seeds: Seeds,
+    log: Log<'_>,
+) -> anyhow::Result<()> {
+    Training { model, adapter: None, rows, only: None, is_digit, config, seeds, checkpoint: None }.run(log)
+}
+
+/// A training under way.
+pub(super) struct Loop<'a> {
+    pub(super) learner: Learner<'a>,
+    pub(super) examples: Vec<Example<'a>>,
+    pub(super) optimizer: Optimizer,
+    pub(super) config: &'a Finetune,
+    pub(super) seeds: Seeds,
+    pub(super) schedule: Schedule,
+    pub(super) checkpoint: Option<&'a mut Checkpoint>,
+    pub(super) rows: Vec<StepRow>, // of the steps so far
+    pub(super) order: EpochOrder,
+    pub(super) start: Instant,
+    pub(super) tokens: u64, // run since then
+}
+
+impl Loop<'_> {
+    fn run(&mut self, log: Log<'_>) -> anyhow::Result<()> {
+        self.resume(log)?;
+        while let Some(chosen) = self.next()? {
+            let (learning_rate, steps) = (self.learning_rate(), self.optimizer.steps());
+            let mut dropout = self.learner.dropout(self.seeds, steps);
+            let Self { learner, examples, optimizer, config, .. } = self;
+            let done = learner.step(examples, &chosen, optimizer, learning_rate, config, dropout.as_mut());
+            self.after(learning_rate, done, log)?;
+        }
+        Ok(())
+    }
+
+    /// Continues from the checkpoint, if there is one, and repeats the lines of earlier steps.
+    pub(super) fn resume(&mut self, log: Log<'_>) -> anyhow::Result<()> {
+        let total_steps = self.last_step();
+        if let Some(checkpoint) = &mut self.checkpoint {
+            self.rows = self.learner.resume(checkpoint, &mut self.optimizer, total_steps)?;
+        }
+        if self.rows.is_empty() && self.config.optimizer == OptimizerKind::Preconditioned {
+            self.scout()?;
+        }
+        for row in &self.rows {
+            log(row, &Progress { step: row.step, total_steps, tokens: 0, tokens_per_second: 0.0 })?;
+        }
+        Ok(())
+    }
+
+    /// The scales of an epoch of `AdamW`, whose steps are then taken back.
+    fn scout(&mut self) -> anyhow::Result<()> {
+        let parameters = &self.learner.parameters;
+        let start =
+            parameters.iter().map(|(_, tensor)| Ok(tensor.f_detach_copy()?)).collect::<Result<Vec<_>, Error>>()?;
+        let scouting = self.config.rule_of(OptimizerKind::AdamW);
+        self.optimizer = Optimizer::new(scouting, parameters, self.config.masters)?;
+        for _ in 0..self.steps_per_epoch().min(self.last_step()) {
+            let chosen = self.next()?.context("an epoch without steps")?;
+            let (learning_rate, steps) = (self.learning_rate(), self.optimizer.steps());
+            let mut dropout = self.learner.dropout(self.seeds, steps);
+            let Self { learner, examples, optimizer, config, .. } = self;
+            learner.step(examples, &chosen, optimizer, learning_rate, config, dropout.as_mut())?;
+        }
+        for ((_, tensor), start) in self.learner.parameters.iter().zip(&start) {
+            tch::no_grad(|| tensor.shallow_clone().f_copy_(start))?;
+        }
+        let optimizer = Optimizer::new(self.config.rule(), &self.learner.parameters, self.config.masters)?;
+        let scout = std::mem::replace(&mut self.optimizer, optimizer);
+        self.optimizer.take_scales(scout)?;
+        Ok(())
+    }
+
+    /// How many steps are taken.
+    fn last_step(&self) -> u64 {
+        self.config.stop_after_steps.unwrap_or(u64::MAX).min(self.schedule.total_steps)
+    }
+
+    fn steps_per_epoch(&self) -> u64 {
+        self.examples.len().div_ceil(self.config.rows_per_step()) as u64
+    }
+
+    /// The examples of the next step; `None` if all steps are done.
+    pub(super) fn next(&mut self) -> anyhow::Result<Option<Vec<usize>>> {
+        let steps = self.optimizer.steps();
+        if steps == self.last_step() {
+            return match self.learner.finite(steps) {
+                Ok(()) => Ok(None),
+                Err(error) => Err(self.stopped(&error)),
+            };
+        }
+        Ok(Some(self.order.of_step(steps)))
+    }
+
+    pub(super) fn learning_rate(&self) -> f64 {
+        self.config.learning_rate * self.schedule.factor(self.optimizer.steps())
+    }
+
+    /// What follows a step: its line, and a checkpoint where one is due.
+    pub(super) fn after(&mut self, learning_rate: f64, done: anyhow::Result<Step>, log: Log<'_>) -> anyhow::Result<()> {
+        let done = done.map_err(|error| self.stopped(&error))?;
+        let (step, adapter) = (self.optimizer.steps(), self.learner.adapter);
+        let changed = done.changed.map(|changed| changed.f_double_value(&[])).transpose()?;
+        let n_weights: usize = self.learner.parameters.iter().map(|(_, tensor)| tensor.numel()).sum();
+        let row = StepRow {
+            step,
+            epoch: step as f64 / self.steps_per_epoch() as f64,
+            learning_rate,
+            loss: done.loss,
+            grad_norm: done.grad_norm,
+            n_targets: done.n_targets,
+            delta_w_norm: adapter.map(delta_w_norm).transpose()?,
+            changed_fraction: changed.map(|changed| changed / n_weights as f64),
+        };
+        self.tokens += done.tokens as u64;
+        let (total_steps, tokens) = (self.last_step(), self.tokens);
+        let tokens_per_second = tokens as f64 / self.start.elapsed().as_secs_f64().max(1e-9);
+        log(&row, &Progress { step, total_steps, tokens, tokens_per_second })?;
+        self.rows.push(row);
+        let save_steps = self.config.save_steps;
+        let is_due = self.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.is_due(step, save_steps));
+        if is_due && step < total_steps {
+            // The last good one is not to make room for one that is not.
+            self.learner.finite(step).map_err(|error| self.stopped(&error))?;
+            if let Some(checkpoint) = &mut self.checkpoint {
+                self.learner.keep(checkpoint, &self.optimizer, &self.rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The error of a step that could not be taken. Keeps the last good state, and says where.
+    fn stopped(&mut self, error: &anyhow::Error) -> anyhow::Error {
+        self.learner.stopped(error, &self.optimizer, &self.rows, self.checkpoint.as_deref_mut())
+    }
+}
