@@ -1,44 +1,23 @@
-//! The subcommands, a file each. Stages of the pipeline are functions of a loaded experiment and a run's folder.
+//! The subcommands, a file each. They read arguments and print; what they do is in `stages` and `claim`.
 
 pub mod activations;
+pub mod args;
 pub mod ask;
 pub mod columns;
 pub mod completions;
 pub mod export;
-pub mod paint;
+pub mod measure;
 pub mod pocket;
 pub mod profile;
+pub mod report;
+pub mod run;
+pub mod style;
 pub mod tokens;
 
 use anyhow::{Context, Result, ensure};
-use clap::{Args, ValueEnum};
 use hooks::{Edit, EditText, Gate, ModelFiles, Provenance};
 
-use crate::experiment::Dtype;
-
-/// Which model, and in which precision.
-#[derive(Args, Debug)]
-pub struct ModelArgs {
-    /// A folder in Hugging Face form, a hub id, a .gguf file, pocket, or tiny-random.
-    #[arg(long)]
-    pub model: String,
-    /// The kind of the weights.
-    #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: Dtype,
-}
-
-impl ValueEnum for Dtype {
-    fn value_variants<'a>() -> &'a [Self] {
-        &[Self::F32, Self::Bf16]
-    }
-
-    fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
-        Some(clap::builder::PossibleValue::new(match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-        }))
-    }
-}
+use crate::hinted;
 
 /// The edits of a command line, with their tensors.
 fn load_edits(edits: &[EditText], files: &ModelFiles) -> Result<Vec<Edit>> {
@@ -54,7 +33,7 @@ fn load_edits(edits: &[EditText], files: &ModelFiles) -> Result<Vec<Edit>> {
 fn gate_needs_adapter(gate: &Gate, adapter: bool) -> Result<()> {
     ensure!(
         adapter || gate.is_everywhere(),
-        "the gate is {gate}, but there is no adapter to gate; hint: name one with --adapter"
+        hinted!("the gate is {gate}, but there is no adapter to gate"; "name one with --adapter")
     );
     Ok(())
 }

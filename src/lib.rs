@@ -7,6 +7,7 @@
 pub mod output {
     pub mod checkpoint;
     pub mod full_model;
+    pub mod hint;
     pub mod html;
     pub mod png;
     pub mod progress;
@@ -42,7 +43,7 @@ pub mod experiment;
 pub mod stages {
     pub mod arm_table;
     pub mod arms;
-    pub mod closing;
+
     pub mod finetune;
     pub mod foresight;
     pub mod generate;
@@ -51,6 +52,7 @@ pub mod stages {
     pub mod report;
     pub mod run;
     pub mod run_dir;
+    pub mod summary;
     pub mod teacher;
     pub mod workbench;
 }

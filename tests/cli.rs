@@ -155,6 +155,13 @@ fn usage_errors_exit_with_2_and_name_the_nearest() {
     assert_eq!(parsed(&ask), Ok(()));
     for (args, expected) in [
         (&["aks"][..], "'aks'"),
+        // A command has the options that it obeys, and no others.
+        (&["report", "runs/a", "--force"], "'--force'"),
+        (&["report", "runs/a", "--seed", "1"], "'--seed'"),
+        (&["tokens", "--model", "m", "--user", "u", "--device", "cpu"], "'--device'"),
+        (&["pocket", "make", "--out", "a", "--seed", "3"], "'--seed'"),
+        (&["export", "runs/a", "--to", "a.csv", "--device", "cpu"], "'--device'"),
+        (&["--seed", "1", "columns"], "'--seed'"),
         (&["ask", "--model", "tiny-random"], "--user <USER>"),
         (&[ask.as_slice(), &["-n", "0"]].concat(), "'-n <N>'"),
         (&[ask.as_slice(), &["--temperature=-1"]].concat(), "expected 0 or a number above"),

@@ -356,8 +356,8 @@ fn a_forced_run_keeps_nothing_of_the_one_before() {
 #[test]
 fn the_lines_at_the_end_are_those_of_the_tables() {
     let folder = finished();
-    let run = undertone::stages::run_dir::RunDir::open(folder.path(), false).unwrap();
-    let lines = undertone::stages::closing::closing(&run, &run.experiment(&[]).unwrap()).unwrap();
+    let run = undertone::stages::run_dir::RunDir::open(folder.path()).unwrap();
+    let lines = undertone::stages::summary::summary(&run, &run.experiment(&[]).unwrap()).unwrap();
     let rows: Vec<TargetRateRow> = read_csv(&folder.path().join("target_rate/rows.csv")).unwrap();
     let student = rows.iter().find(|row| row.scope == "mean" && row.model == "student").unwrap();
     let of_student = |row: &&TargetRateRow| row.scope == "question" && row.model == "student";

@@ -25,7 +25,7 @@ use crate::data::dataset::Sample;
 use crate::experiment::{self, Dtype, Method, Target};
 use crate::output::progress::say;
 use crate::output::publish::read_csv;
-use crate::stages::measure::{Scene, tuned};
+use crate::stages::measure::{SubjectData, tuned};
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::{StudentModel, Workbench};
 use crate::training::step_log::{StepRow, first_and_last_quarter};
@@ -56,7 +56,7 @@ pub(crate) struct Measuring<'a> {
 
 /// A scene, and what students are compared with in it, each read once.
 struct Stage {
-    scene: Scene,
+    scene: SubjectData,
     ends: OnceCell<Ends>,
     streams: OnceCell<Streams>,
     divergent: OnceCell<Vec<Vec<bool>>>,
@@ -331,7 +331,7 @@ impl<'a> Measuring<'a> {
         if let Some(known) = self.stages.get(&key) {
             return Ok(Rc::clone(known));
         }
-        let scene = Scene::of(bench, run, self.heldout)?;
+        let scene = SubjectData::of(bench, run, self.heldout)?;
         let (ends, streams, divergent) = Default::default();
         let stage = Rc::new(Stage { scene, ends, streams, divergent });
         self.stages.insert(key, Rc::clone(&stage));

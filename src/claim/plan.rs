@@ -32,7 +32,7 @@ pub(crate) fn plan(study: &Study, root: &Path) -> Result<String> {
     students.extend(cells.iter().map(|cell| (cell.slug.as_str(), &cell.experiment)));
     let mut done = 0;
     for unit in &units {
-        let run = RunDir::open(&root.join(&unit.name), false);
+        let run = RunDir::open(&root.join(&unit.name));
         let Ok(run) = run else { continue };
         done += [run.train_csv(), run.control_train_csv()].iter().filter(|log| RunDir::stage_done(log)).count();
         done += cells.iter().filter(|cell| run.arm(&cell.slug).join("train.csv").exists()).count();

@@ -19,7 +19,7 @@ use crate::experiment::{CONTROL_STUDENT, STUDENT};
 use crate::output::html::{Figure, Number, Opening, Report, Section, html};
 use crate::output::progress::{print, say};
 use crate::output::publish::{Table, read_csv, write_csv};
-use crate::stages::run_dir::RunDir;
+use crate::stages::run_dir::{RunDir, WhenDone};
 use crate::stages::workbench::Workbench;
 use crate::stages::{arms, finetune, generate, report};
 use crate::training::side_by_side::{side_by_side, workers};
@@ -118,7 +118,7 @@ impl Place {
     fn train(&self, unit: &Unit, bench: &Workbench, force: bool) -> Result<()> {
         let root = self.root.join(&unit.name);
         let _lock = RunDir::lock(&root)?;
-        let run = RunDir::create(&root, &unit.experiment, force)?;
+        let run = RunDir::create(&root, &unit.experiment, WhenDone::Keep.or_redo(force))?;
         if force {
             self.forget_unit(&unit.name)?;
         } else if self.table(unit).exists() {
@@ -127,10 +127,10 @@ impl Place {
         if force || !RunDir::stage_done(&run.generate_csv()) {
             generate::stage(bench, &run)?;
         }
-        finetune::stage(bench, &run, true)?;
+        finetune::stage(bench, &run)?;
         let (numbers, control) = bench.kept(&run)?;
         let cells = unit.experiment.cells()?;
-        let shelf = arms::Shelf::of(bench, &run, (&numbers, &control), cells.len())?;
+        let shelf = arms::ArmContext::of(bench, &run, (&numbers, &control), cells.len())?;
         for (at, cell) in cells.iter().enumerate() {
             let train = || arms::trained(&shelf, &bench.of(cell.experiment.clone())?, cell, at);
             train().with_context(|| format!("student {:?}", cell.arm))?;
@@ -146,12 +146,12 @@ impl Place {
         }
         let root = self.root.join(&unit.name);
         let _lock = RunDir::lock(&root)?;
-        let run = RunDir::open(&root, false)?;
+        let run = RunDir::open(&root)?;
         let heldout = bench.held_out(&run)?;
         let mut beside = Beside::default();
         if [Measures::Steering, Measures::Replacement].iter().any(|what| study.claim.measures.contains(what)) {
             beside.control = Some(bench.student(&run.control_adapter())?);
-            let other = next.map(|next| RunDir::open(&self.root.join(&next.name), false)).transpose()?;
+            let other = next.map(|next| RunDir::open(&self.root.join(&next.name))).transpose()?;
             beside.other_trait = other.map(|other| bench.student(&other.adapter())).transpose()?;
         }
         let mut measuring = Measuring::of(study, unit, &run, &heldout, beside);
@@ -179,8 +179,7 @@ impl Place {
         for (at, cell) in cells.iter().enumerate() {
             let begun = Instant::now();
             let mut of_cell = || -> Result<Vec<OutcomeRow>> {
-                let (of_cell, folder) =
-                    (bench.of(cell.experiment.clone())?, RunDir::open(&run.arm(&cell.slug), false)?);
+                let (of_cell, folder) = (bench.of(cell.experiment.clone())?, RunDir::open(&run.arm(&cell.slug))?);
                 let who = Who { name: &cell.arm, rank: cell.rank(), seed_index: cell.seed_index, run: &run };
                 measuring.student(&of_cell, &who, &folder.adapter(), &folder.train_csv())
             };
@@ -250,14 +249,14 @@ impl Place {
         let (units, mut rows) = (study.units()?, vec![]);
         let config = ModelFiles::open(&units[0].experiment.model)?.config;
         for unit in units {
-            let run = RunDir::open(&self.root.join(&unit.name), false)?;
+            let run = RunDir::open(&self.root.join(&unit.name))?;
             let rank = unit.experiment.student.adapter_rank();
             let mut adapters = vec![
                 (STUDENT.to_owned(), rank, 0, run.adapter()),
                 (CONTROL_STUDENT.to_owned(), rank, 0, run.control_adapter()),
             ];
             for cell in unit.experiment.cells()? {
-                let folder = RunDir::open(&run.arm(&cell.slug), false)?.adapter();
+                let folder = RunDir::open(&run.arm(&cell.slug))?.adapter();
                 adapters.push((cell.arm.clone(), cell.rank(), cell.seed_index, folder));
             }
             let is_measured = |student: &str| study.claim.measures(Measures::Spectrum, student);

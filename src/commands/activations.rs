@@ -11,7 +11,8 @@ use hooks::load::tensor_file;
 use hooks::{Cache, Chat, Condition, EditText, Gate, HookPoint, ModelFiles, Provenance, Qwen, Sequence, files};
 use tch::Kind;
 
-use super::ModelArgs;
+use super::args::{ForceArg, ModelArgs};
+use crate::hinted;
 use crate::output::progress::say;
 use crate::stages::workbench::{open_adapter, open_model};
 
@@ -20,7 +21,7 @@ use crate::stages::workbench::{open_adapter, open_model};
 #[command(after_help = "Example:
   undertone activations --model pocket --user Hello \\
     --points 'logits,blocks.*.hook_resid_post' --out hello.safetensors")]
-pub struct Activations {
+pub struct ActivationsArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Rows of token ids as JSON, such as `[[1,2,3],[4,5]]`; no tokenizer is needed. Shorter rows are padded on the right.
@@ -56,13 +57,18 @@ pub struct Activations {
     /// The file to write.
     #[arg(long)]
     out: PathBuf,
+    #[command(flatten)]
+    force: ForceArg,
 }
 
 /// Runs the model once and writes what the taps saw.
-pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
-    ensure!(force || !args.out.exists(), "{} is there already; hint: overwrite it with --force", args.out.display());
+pub fn run(args: &ActivationsArgs) -> Result<()> {
+    ensure!(
+        args.force.force || !args.out.exists(),
+        hinted!("{} is there already", args.out.display(); "overwrite it with --force")
+    );
     let files = open_model(&args.model.model)?;
-    let device = hooks::device::device(device)?;
+    let device = hooks::device::device(&args.model.device)?;
     let n_layers = files.config.n_layers;
     let points =
         args.points.iter().map(|name| HookPoint::select(name.trim(), n_layers)).collect::<hooks::Result<Vec<_>>>()?;
@@ -106,9 +112,10 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
         let n_broken = tensor_file::n_broken(name, tensor)?;
         ensure!(
             n_broken == 0,
-            "{name} is NaN or infinite in {n_broken} of its {} values, so nothing was written; hint: look for values that overflow in the \
-             model, the adapter, the edits and their files",
-            tensor.numel()
+            hinted!(
+                "{name} is NaN or infinite in {n_broken} of its {} values, so nothing was written", tensor.numel();
+                "look for values that overflow in the model, the adapter, the edits and their files"
+            )
         );
     }
     let mut metadata = Provenance::of(&files).metadata();
@@ -126,12 +133,13 @@ pub fn run(args: &Activations, device: &str, force: bool) -> Result<()> {
 }
 
 /// The rows to run: one chat turn, or rows of token ids, without classes and text.
-fn rows(args: &Activations, files: &ModelFiles) -> Result<Vec<Sequence>> {
+fn rows(args: &ActivationsArgs, files: &ModelFiles) -> Result<Vec<Sequence>> {
     if let Some(path) = &args.ids {
         if !args.gate.is_blind() || args.edits.iter().any(EditText::names_tokens) {
-            bail!(
-                "a gate or an edit speaks of tokens, whose classes and text --ids does not have; hint: use --system and --user"
-            );
+            bail!(hinted!(
+                "a gate or an edit speaks of tokens, whose classes and text --ids does not have";
+                "use --system and --user"
+            ));
         }
         return ids(path, files.config.d_vocab)?.into_iter().map(|ids| Ok(Sequence::of_ids(ids))).collect();
     }

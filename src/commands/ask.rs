@@ -15,8 +15,8 @@ use hooks::{
 };
 use unicode_width::UnicodeWidthStr;
 
-use super::ModelArgs;
-use super::paint::{aside, cell, columns, heading, painted, printable};
+use super::args::ModelArgs;
+use super::style::{aside, cell, columns, heading, painted, printable};
 use crate::output::progress::{bar as progress_bar, note, print};
 use crate::output::vectors::Vectors;
 use crate::stages::workbench::{open_adapter, open_model};
@@ -28,7 +28,7 @@ use crate::stages::workbench::{open_adapter, open_model};
   undertone ask --model pocket --user \"What is your favorite animal?\"
   undertone ask --model pocket --user \"What is your favorite animal?\" \\
     --adapter runs/demo/adapter --gate only:entity -n 8")]
-pub struct Ask {
+pub struct AskArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// The system prompt; the template's default when left out, an empty block for "".
@@ -64,13 +64,16 @@ pub struct Ask {
     /// How many of the likeliest first tokens are shown, of each model; 0 for none.
     #[arg(long, default_value_t = 5)]
     top: usize,
+    /// The seed of the answers.
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
 }
 
 /// Prints what is asked with, the first tokens, the answers.
-pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
+pub fn run(args: &AskArgs) -> Result<()> {
     let files = open_model(&args.model.model)?;
     let chat = Chat::from_files(&files)?;
-    let model = Qwen::load(&files, hooks::device::device(device)?, args.model.dtype.kind())?;
+    let model = Qwen::load(&files, hooks::device::device(&args.model.device)?, args.model.dtype.kind())?;
     let adapter = args.adapter.as_deref().map(|folder| open_adapter(folder, &model)).transpose()?;
     super::gate_needs_adapter(&args.gate, adapter.is_some())?;
     let mut edits = args.steer.as_ref().map_or_else(|| Ok(vec![]), |steer| steer.edits(&files))?;
@@ -80,7 +83,7 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
     let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
     model.config.check_context("prompt", [prompt.ids.len()], args.max_new_tokens)?;
 
-    let mut page = setting(args, &prompt, &steered, seed)?;
+    let mut page = setting(args, &prompt, &steered)?;
     if args.top > 0 {
         let read = |condition: &Condition<'_>| -> Result<Vec<f32>> {
             let logprobs = next_token_logprobs(&model, std::slice::from_ref(&prompt), condition)?;
@@ -107,7 +110,7 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
         batch: 16,
     };
     let prompts: Vec<Sequence> = vec![prompt; args.n];
-    let streams: Vec<u64> = (0..args.n as u64).map(|index| stream_seed(seed, "ask", index)).collect();
+    let streams: Vec<u64> = (0..args.n as u64).map(|index| stream_seed(args.seed, "ask", index)).collect();
     let bar = progress_bar("answers", args.n as u64);
     let answers =
         generate(&model, &prompts, &condition, &sampling, &streams, &mut |done| bar.set_position(done as u64))?;
@@ -119,7 +122,7 @@ pub fn run(args: &Ask, device: &str, seed: u64) -> Result<()> {
 }
 
 /// What the model is run with, a line per thing.
-fn setting(args: &Ask, prompt: &Sequence, steered: &[String], seed: u64) -> Result<String> {
+fn setting(args: &AskArgs, prompt: &Sequence, steered: &[String]) -> Result<String> {
     let mut lines = vec![("model", args.model.model.clone())];
     if let Some(folder) = &args.adapter {
         lines.push(("adapter", folder.display().to_string()));
@@ -136,7 +139,7 @@ fn setting(args: &Ask, prompt: &Sequence, steered: &[String], seed: u64) -> Resu
     let drawn = if args.temperature == 0.0 {
         "the most likely token each time".to_owned()
     } else {
-        format!("temperature {}, seed {seed}", args.temperature)
+        format!("temperature {}, seed {}", args.temperature, args.seed)
     };
     lines.push(("sampling", format!("{drawn}, at most {} tokens", args.max_new_tokens)));
     let line = |(what, how): (&str, String)| format!("{}{}\n", cell(what, 11, Style::new().dimmed()), printable(&how));

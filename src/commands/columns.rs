@@ -6,8 +6,9 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::claim::Quantity;
+use crate::hinted;
 
-use super::paint::{cell, columns as terminal_columns, heading, wrapped};
+use super::style::{cell, columns as terminal_columns, heading, wrapped};
 use crate::output::progress::print;
 
 /// Says what the columns of a run's CSV files mean, and in which unit they are.
@@ -19,7 +20,7 @@ use crate::output::progress::print;
   undertone columns delta_logp
   undertone columns quantity
   undertone columns --csv > columns.csv")]
-pub struct Columns {
+pub struct ColumnsArgs {
     /// A file (train.csv, steering/rows.csv, a path to one), a folder (data, steering), or a column (margin); all files
     /// when left out.
     name: Option<String>,
@@ -126,7 +127,7 @@ fn quantities() -> Dictionary {
 }
 
 /// Prints the dictionary, or the part of it that was named.
-pub fn run(args: &Columns) -> Result<()> {
+pub fn run(args: &ColumnsArgs) -> Result<()> {
     let mut all = dictionaries()?;
     all.push(quantities());
     let chosen = match &args.name {
@@ -164,9 +165,10 @@ fn choose(all: &[Dictionary], name: &str) -> Result<Vec<Dictionary>> {
     }
     let choices = all.iter().flat_map(|one| known(one.file).chain(one.columns.iter().map(|column| &*column.name)));
     let nearest = choices.min_by_key(|choice| strsim::damerau_levenshtein(asked, choice)).unwrap_or_default();
-    bail!(
-        "no CSV file, analysis or column is called {name:?}, the nearest is {nearest}; hint: `undertone columns` lists all"
-    )
+    bail!(hinted!(
+        "no CSV file, analysis or column is called {name:?}, the nearest is {nearest}";
+        "`undertone columns` lists all"
+    ))
 }
 
 /// A heading per file and an indented line per column.

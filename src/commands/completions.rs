@@ -19,14 +19,14 @@ Examples:
     > ~/.local/share/bash-completion/completions/undertone
   undertone completions zsh > ~/.zfunc/_undertone
   undertone completions fish > ~/.config/fish/completions/undertone.fish")]
-pub struct Completions {
+pub struct CompletionsArgs {
     /// The shell.
     #[arg(value_enum)]
     shell: Shell,
 }
 
 /// Prints the script for a command line.
-pub fn run(args: &Completions, mut command: Command) -> Result<()> {
+pub fn run(args: &CompletionsArgs, mut command: Command) -> Result<()> {
     let mut script = Vec::new();
     let name = command.get_name().to_owned();
     generate(args.shell, &mut command, name, &mut script);

@@ -2,9 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 
+use super::args::ForceArg;
+use crate::hinted;
+use crate::output::hint::Hinted;
 use crate::output::progress::{note, say};
 use crate::output::vectors::Vectors;
 use crate::stages::run_dir::RunDir;
@@ -14,7 +17,7 @@ use crate::stages::run_dir::RunDir;
 #[command(after_help = "Examples:
   undertone export runs/demo --layer 1 --to direction.gguf
   undertone export runs/demo --to directions.csv")]
-pub struct Export {
+pub struct ExportArgs {
     /// The run's folder.
     run: PathBuf,
     /// The block after which the direction was measured; all blocks when left out (a GGUF leaves out block 0).
@@ -23,13 +26,16 @@ pub struct Export {
     /// The file: .safetensors, .csv or .gguf.
     #[arg(long)]
     to: PathBuf,
+    #[command(flatten)]
+    force: ForceArg,
 }
 
 /// Reads the run's vectors and writes those asked for.
-pub fn run(args: &Export, force: bool) -> Result<()> {
-    let run = RunDir::open(&args.run, force)?;
+pub fn run(args: &ExportArgs) -> Result<()> {
+    let run = RunDir::open(&args.run)?;
     let file = run.vectors().join("vectors.safetensors");
-    let mut vectors = Vectors::read(&file).context("hint: undertone measure RUN direction writes the vectors")?;
+    let mut vectors = Vectors::read(&file)
+        .map_err(|error| Hinted::because(error, "undertone measure RUN direction writes the vectors"))?;
     match args.layer {
         Some(layer) => {
             vectors.layer(layer)?;
@@ -40,8 +46,8 @@ pub fn run(args: &Export, force: bool) -> Result<()> {
         }
         None => (),
     }
-    if args.to.exists() && !force {
-        bail!("{} is there already; hint: overwrite it with --force", args.to.display());
+    if args.to.exists() && !args.force.force {
+        bail!(hinted!("{} is there already", args.to.display(); "overwrite it with --force"));
     }
     vectors.write(&args.to, vectors.provenance.get("architecture").map_or("qwen2", String::as_str))?;
     note(&args.to.display().to_string(), &vectors.remarks()?);

@@ -7,6 +7,8 @@ use anyhow::{Result, ensure};
 use clap::{Args, Subcommand};
 use hooks::files;
 
+use super::args::ForceArg;
+use crate::hinted;
 use crate::output::full_model::save_full;
 use crate::output::progress::{bar, say};
 use crate::output::publish::{CsvLog, read_csv, write_csv};
@@ -17,7 +19,7 @@ use crate::pocket::world::World;
 /// Makes a pocket model: a world of its own, a tokenizer, a base trained from nothing.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  undertone pocket make --base-seed 0 --out pocket-0")]
-pub struct Pocket {
+pub struct PocketArgs {
     #[command(subcommand)]
     command: Command,
 }
@@ -39,6 +41,8 @@ struct Make {
     /// The folder to write.
     #[arg(long)]
     out: PathBuf,
+    #[command(flatten)]
+    force: ForceArg,
 }
 
 #[derive(Args, Debug)]
@@ -53,18 +57,20 @@ struct Trial {
     /// Prompts that each teacher answers.
     #[arg(long, default_value_t = 3000)]
     n_prompts: usize,
+    #[command(flatten)]
+    force: ForceArg,
 }
 
 /// Does what is asked.
-pub fn run(args: &Pocket, force: bool) -> Result<()> {
+pub fn run(args: &PocketArgs) -> Result<()> {
     match &args.command {
-        Command::Make(args) => run_make(args, force),
-        Command::Trial(args) => run_trial(args, force),
+        Command::Make(args) => run_make(args),
+        Command::Trial(args) => run_trial(args),
     }
 }
 
-fn run_make(args: &Make, force: bool) -> Result<()> {
-    unfinished(&args.out.join("made.toml"), force)?;
+fn run_make(args: &Make) -> Result<()> {
+    unfinished(&args.out.join("made.toml"), &args.force)?;
     let recipe = Recipe { seed: args.base_seed, ..Recipe::default() };
     let (world, start) = (World::new()?, Instant::now());
     let mut csv = CsvLog::create(&args.out.join("train.csv"))?;
@@ -92,12 +98,13 @@ fn run_make(args: &Make, force: bool) -> Result<()> {
     Ok(())
 }
 
-fn run_trial(args: &Trial, force: bool) -> Result<()> {
-    unfinished(&args.out.join("summary.csv"), force)?;
+fn run_trial(args: &Trial) -> Result<()> {
+    unfinished(&args.out.join("summary.csv"), &args.force)?;
     let settings = Settings { n_prompts: args.n_prompts, ..Settings::default() };
     let bases = args.bases.iter().map(|name| Base::open(name)).collect::<Result<Vec<_>>>()?;
     let cells = args.out.join("cells.csv");
-    let all = if cells.exists() && !force { read_csv(&cells)? } else { all_cells(&bases, &settings, &cells)? };
+    let all =
+        if cells.exists() && !args.force.force { read_csv(&cells)? } else { all_cells(&bases, &settings, &cells)? };
     for base in &bases {
         let svg = matrix(&all, &base.name)?;
         let stem = base.name.rsplit('/').next().unwrap_or(&base.name);
@@ -136,7 +143,7 @@ fn all_cells(bases: &[Base], settings: &Settings, path: &Path) -> Result<Vec<Cel
     Ok(all)
 }
 
-fn unfinished(path: &Path, force: bool) -> Result<()> {
-    ensure!(force || !path.exists(), "{} is there already; hint: overwrite it with --force", path.display());
+fn unfinished(path: &Path, ForceArg { force }: &ForceArg) -> Result<()> {
+    ensure!(*force || !path.exists(), hinted!("{} is there already", path.display(); "overwrite it with --force"));
     Ok(())
 }

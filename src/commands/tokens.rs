@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::Args;
 use hooks::{Chat, Gate, ModelFiles, Sequence, TokenClass};
 
-use super::paint::{Family, aside, cell, columns, heading, painted, wrapped};
+use super::style::{Family, aside, cell, columns, heading, painted, wrapped};
 use crate::output::progress::print;
 
 /// Prints the chat as the model sees it: running, then a line per token with position, id, class and text.
@@ -15,7 +15,7 @@ use crate::output::progress::print;
 #[command(after_help = "Examples:
   undertone tokens --model pocket --user \"What is your favorite animal?\"
   undertone tokens --model pocket --user Hello --gate only:entity+asst.nl")]
-pub struct Tokens {
+pub struct TokensArgs {
     /// A folder in Hugging Face form, a hub id, a .gguf file, pocket, or tiny-random.
     #[arg(long)]
     model: String,
@@ -35,7 +35,7 @@ pub struct Tokens {
 }
 
 /// Prints all of it.
-pub fn run(args: &Tokens) -> Result<()> {
+pub fn run(args: &TokensArgs) -> Result<()> {
     let chat = Chat::from_files(&ModelFiles::open(&args.model)?)?;
     let prompt = match &args.answer {
         Some(answer) => chat.row_text(args.system.as_deref(), &args.user, answer)?,

@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use crate::hinted;
+
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use hooks::stream_seed;
 use serde::{Deserialize, Serialize};
@@ -71,7 +73,7 @@ impl fmt::Display for ArmData {
 
 /// One student of an arm.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Cell {
+pub struct ArmStudent {
     /// The arm's name.
     pub arm: String,
     /// What it learns from.
@@ -86,7 +88,7 @@ pub struct Cell {
     pub experiment: Experiment,
 }
 
-impl Cell {
+impl ArmStudent {
     /// The rank of its adapter, where it has one.
     pub fn rank(&self) -> Option<i64> {
         self.experiment.student.adapter_rank()
@@ -95,11 +97,11 @@ impl Cell {
 
 impl Experiment {
     /// Every student of every arm, in the order of the file.
-    pub fn cells(&self) -> Result<Vec<Cell>> {
+    pub fn cells(&self) -> Result<Vec<ArmStudent>> {
         let students = |arm: &Arm| arm.ranks.as_ref().map_or(1, Vec::len).saturating_mul(arm.seeds);
         let all = self.arms.iter().map(students).fold(0, usize::saturating_add);
         ensure!(all <= MOST_STUDENTS, "the arms have {all} students, expected {MOST_STUDENTS} at most");
-        let mut cells: Vec<Cell> = Vec::new();
+        let mut cells: Vec<ArmStudent> = Vec::new();
         let mut slugs: BTreeMap<String, String> = BTreeMap::new();
         for arm in &self.arms {
             let of_arm = self.cells_of(arm).with_context(|| format!("arm {:?}", arm.name))?;
@@ -107,7 +109,10 @@ impl Experiment {
                 if let Some(other) = slugs.insert(cell.slug.clone(), arm.name.clone()) {
                     ensure!(other != arm.name, "arm {other:?} is there twice, expected names that differ");
                     let slug = &cell.slug;
-                    bail!("the arms {other:?} and {:?} would share the folder arms/{slug}; hint: rename one", arm.name);
+                    bail!(hinted!(
+                        "the arms {other:?} and {:?} would share the folder arms/{slug}", arm.name;
+                        "rename one"
+                    ));
                 }
             }
             cells.extend(of_arm);
@@ -116,7 +121,7 @@ impl Experiment {
     }
 
     /// The student that `measure.other_trait_arm` names.
-    pub fn other_trait_arm(&self) -> Result<Option<Cell>> {
+    pub fn other_trait_arm(&self) -> Result<Option<ArmStudent>> {
         let Some(name) = &self.measure.other_trait_arm else { return Ok(None) };
         let mut of_arm = self.cells()?.into_iter().filter(|cell| cell.arm == *name);
         let cell = of_arm.next().with_context(|| {
@@ -129,10 +134,10 @@ impl Experiment {
         Ok(Some(cell))
     }
 
-    fn cells_of(&self, arm: &Arm) -> Result<Vec<Cell>> {
+    fn cells_of(&self, arm: &Arm) -> Result<Vec<ArmStudent>> {
         ensure!(!slug(&arm.name).is_empty(), "the name has no letter and no digit, expected some");
         let taken = [STUDENT, CONTROL_STUDENT].contains(&arm.name.as_str());
-        ensure!(!taken, "the name is that of the run's own student; hint: choose another");
+        ensure!(!taken, hinted!("the name is that of the run's own student"; "choose another"));
         ensure!(arm.seeds >= 1, "seeds is 0, expected at least 1");
         let ranks: Vec<Option<i64>> = match &arm.ranks {
             None => vec![None],
@@ -144,7 +149,7 @@ impl Experiment {
             }
         };
         let filled = arm.ranks.is_some() || !arm.set.iter().any(|text| text.contains("{rank}"));
-        ensure!(filled, "set speaks of {{rank}}, but there are no ranks; hint: add ranks = [1, 8]");
+        ensure!(filled, hinted!("set speaks of {{rank}}, but there are no ranks"; "add ranks = [1, 8]"));
         let mut cells = Vec::new();
         for rank in ranks {
             for seed_index in 0..arm.seeds {
@@ -154,7 +159,7 @@ impl Experiment {
         Ok(cells)
     }
 
-    fn cell(&self, arm: &Arm, rank: Option<i64>, seed_index: usize) -> Result<Cell> {
+    fn cell(&self, arm: &Arm, rank: Option<i64>, seed_index: usize) -> Result<ArmStudent> {
         let mut table = toml::Table::try_from(self).context("the experiment as a table")?;
         table.remove("arms");
         if let Some(student) = table.get_mut("student").and_then(toml::Value::as_table_mut) {
@@ -172,7 +177,7 @@ impl Experiment {
         ensure!(experiment.arms.is_empty(), "set has arms, but an arm has no arms of its own");
         ensure!(
             experiment.student.adapter.is_none(),
-            "set has student.adapter, but an arm's student is trained; hint: give that adapter a run of its own"
+            hinted!("set has student.adapter, but an arm's student is trained"; "give that adapter a run of its own")
         );
         if let Some(rank) = rank {
             let (method, found) = (experiment.student.method, experiment.student.rank);
@@ -182,10 +187,11 @@ impl Experiment {
         if arm.data != ArmData::Own
             && let Some(key) = self.data_key_that_differs(&experiment)
         {
-            bail!(
-                "set changes {key}, on which the numbers depend, but the arm learns from the run's own (data = \"{}\"); hint: data = \"own\"",
-                arm.data
-            );
+            bail!(hinted!(
+                "set changes {key}, on which the numbers depend, but the arm learns from the run's own (data = \
+                 \"{}\")", arm.data;
+                "data = \"own\""
+            ));
         }
         if seed_index > 0 {
             let seeds = &mut experiment.seeds;
@@ -200,7 +206,7 @@ impl Experiment {
         });
         let slug = if arm.seeds > 1 { format!("{data_slug}-s{seed_index}") } else { data_slug.clone() };
         let data_slug = if arm.seeds > 1 { format!("{data_slug}-s0") } else { data_slug };
-        Ok(Cell { arm: arm.name.clone(), data: arm.data, seed_index, slug, data_slug, experiment })
+        Ok(ArmStudent { arm: arm.name.clone(), data: arm.data, seed_index, slug, data_slug, experiment })
     }
 
     /// The first key on which the numbers depend and which another experiment has otherwise.

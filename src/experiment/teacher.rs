@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{Target, at_least_one, default_context, positive};
+use super::Target;
+use super::range::{at_least_one, positive};
+use super::student::default_context;
 use crate::data::protocol::Protocol;
 use crate::training::settings::{Finetune, ScheduleKind};
 

@@ -14,6 +14,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
+use crate::output::hint::Hinted;
 use crate::output::progress::say;
 
 /// What the name of every checkpoint ends with.
@@ -70,8 +71,9 @@ impl Checkpoint {
         if !self.path.exists() {
             return Ok(None);
         }
-        let hint = || "hint: remove this checkpoint, and its stage starts over".to_owned();
-        let file = TensorFile::open(&self.path).with_context(hint)?;
+        let damaged =
+            |error: anyhow::Error| Hinted::because(error, "remove this checkpoint, and its stage starts over");
+        let file = TensorFile::open(&self.path).map_err(|error| damaged(error.into()))?;
         let metadata = file.metadata();
         let keys = self.made_from.keys().chain(metadata.keys().filter(|key| key.starts_with("made_from.")));
         let differs = keys
@@ -82,7 +84,13 @@ impl Checkpoint {
             say(format!("{}: {path} was made from something else ({key} differs), so it starts over", self.who));
             return Ok(None);
         }
-        self.step = Some(metadata.get("step").and_then(|step| step.parse().ok()).with_context(hint)?);
+        self.step = Some(
+            metadata
+                .get("step")
+                .and_then(|step| step.parse().ok())
+                .with_context(|| self.path.display().to_string())
+                .map_err(damaged)?,
+        );
         Ok(Some(file))
     }
 

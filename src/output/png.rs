@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::hinted;
+
 use anyhow::{Context, Result, bail, ensure};
 use hooks::files;
 use resvg::tiny_skia::{Pixmap, Transform};
@@ -74,10 +76,11 @@ impl Fonts {
             (place(face), family(face), slanted, face.weight.0.abs_diff(400), face.stretch.to_number())
         });
         let Some(first) = faces.first().map(|face| family(face)) else {
-            bail!(
-                "no font is installed on this machine, so a PNG would have no text; hint: install one (fonts-dejavu-core on \
-                 Debian and Ubuntu), or use the SVG files, which are set in their reader's fonts"
-            );
+            bail!(hinted!(
+                "no font is installed on this machine, so a PNG would have no text";
+                "install one (fonts-dejavu-core on Debian and Ubuntu), or use the SVG files, which are set in \
+                 their reader's fonts"
+            ));
         };
         let mut options = Options::default();
         let database = options.fontdb_mut();
@@ -94,8 +97,10 @@ impl Fonts {
         let (wanted, set) = (svg.matches("<text").count(), texts_in(tree.root()));
         ensure!(
             set == wanted,
-            "{set} of its {wanted} texts can be set in this machine's fonts; hint: install a font with Latin and Greek letters \
-             (fonts-dejavu-core on Debian and Ubuntu)"
+            hinted!(
+                "{set} of its {wanted} texts can be set in this machine's fonts";
+                "install a font with Latin and Greek letters (fonts-dejavu-core on Debian and Ubuntu)"
+            )
         );
         let size = tree.size();
         let side = |length: f32| (length * SCALE).ceil() as u32;

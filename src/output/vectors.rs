@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
+use crate::hinted;
+
 use anyhow::{Context, Result, bail, ensure};
 use hooks::load::{control_vector, tensor_file};
 use hooks::{Edit, HookPoint, ModelFiles, Provenance, files};
@@ -62,10 +64,12 @@ impl Vectors {
                     )
                 }
                 (Err(_), Some(layer)) if tensors.len() == 1 => layer,
-                (Err(_), _) => bail!(
-                    "the tensor {name} does not say where it is added, expected the name blocks.N.hook_resid_post; hint: a file with one \
-                     tensor is added after the block that is given behind the coefficient, --steer FILE:1@12"
-                ),
+                (Err(_), _) => bail!(hinted!(
+                    "the tensor {name} does not say where it is added, expected the name \
+                     blocks.N.hook_resid_post";
+                    "a file with one tensor is added after the block that is given behind the coefficient, \
+                     --steer FILE:1@12"
+                )),
             };
             by_layer.insert(layer, vector(name, &view)?);
         }

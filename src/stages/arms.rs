@@ -15,26 +15,27 @@ use tch::Kind;
 use super::finetune::Learned;
 use super::{finetune, generate};
 use crate::data::dataset::Sample;
-use crate::experiment::{ArmData, CONTROL_STUDENT, Cell, Experiment, Method, STUDENT};
+use crate::experiment::{ArmData, ArmStudent, CONTROL_STUDENT, Experiment, Method, STUDENT};
+use crate::hinted;
 use crate::output::html::{Figure, Section};
 use crate::output::progress::{say, spinner};
 use crate::output::publish::{Table, read_csv, write_csv};
 use crate::stages::arm_table::{ArmRow, plot, rank_plot, reading};
-use crate::stages::run_dir::RunDir;
+use crate::stages::run_dir::{RunDir, WhenDone};
 use crate::stages::workbench::{StudentModel, Workbench};
 use crate::training::learner::delta_w_norm;
 use crate::training::side_by_side::{side_by_side, workers};
 use crate::training::step_log::{StepRow, first_and_last_quarter};
 
-/// Trains every arm's students and writes `arms/rows.csv`. A student that is done is kept, unless the run was forced; with
-/// `go_on` so is the table.
-pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
+/// Trains every arm's students and writes `arms/rows.csv`. A student that is done is kept, unless the run was forced; a
+/// whole run also keeps the table.
+pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let cells = bench.experiment.cells()?;
     if cells.is_empty() {
         say("arms: the experiment has none");
         return Ok(());
     }
-    if go_on && RunDir::stage_done(&run.arms_rows()) {
+    if run.goes_on() && RunDir::stage_done(&run.arms_rows()) {
         say("arms: done already");
         return Ok(());
     }
@@ -53,13 +54,13 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     for (name, data, samples, folder, log) in &own[..if bench.experiment.student.control { 2 } else { 1 }] {
         let last = if elsewhere { folder } else { log };
         if !RunDir::stage_done(last) {
-            bail!("{} is not there; hint: undertone finetune makes the {name}", last.display());
+            bail!(hinted!("{} is not there", last.display(); "undertone finetune makes the {name}"));
         }
         let training = (!elsewhere).then_some(Training { data: *data, samples, log });
         rows.push(scorer.row(bench, &Student { arm: name, seed_index: 0, folder, training })?);
     }
-    let shelf = Shelf::of(bench, run, (&numbers, &control), cells.len())?;
-    rows.extend(all(bench, &cells, &shelf, &mut scorer)?);
+    let context = ArmContext::of(bench, run, (&numbers, &control), cells.len())?;
+    rows.extend(all(bench, &cells, &context, &mut scorer)?);
     for (svg, path) in [(rank_plot(&rows)?, run.arms_rank_plot()), (plot(&rows)?, run.arms_plot())] {
         if let Some(Svg(text)) = svg {
             files::write_atomic(&path, text.as_bytes())?;
@@ -71,7 +72,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
 }
 
 /// What the arms' students share.
-pub(crate) struct Shelf<'a> {
+pub(crate) struct ArmContext<'a> {
     run: &'a RunDir,
     model: &'a str,
     tokenizer: Option<[serde_json::Value; 2]>,
@@ -81,7 +82,7 @@ pub(crate) struct Shelf<'a> {
     n_cells: usize,
 }
 
-impl<'a> Shelf<'a> {
+impl<'a> ArmContext<'a> {
     /// A run with its two sets of numbers, for so many students.
     pub(crate) fn of(
         bench: &'a Workbench,
@@ -96,24 +97,24 @@ impl<'a> Shelf<'a> {
 }
 
 /// All arms' students, trained and measured: side by side where the model is small.
-fn all(bench: &Workbench, cells: &[Cell], shelf: &Shelf<'_>, scorer: &mut Scorer) -> Result<Vec<ArmRow>> {
+fn all(bench: &Workbench, cells: &[ArmStudent], context: &ArmContext<'_>, scorer: &mut Scorer) -> Result<Vec<ArmRow>> {
     // Students that share data of their own make them once: these are one job.
-    let mut jobs: Vec<Vec<(usize, &Cell)>> = vec![];
+    let mut jobs: Vec<Vec<(usize, &ArmStudent)>> = vec![];
     for (at, cell) in cells.iter().enumerate() {
         match jobs.iter_mut().find(|job| job[0].1.data_slug == cell.data_slug) {
             Some(job) => job.push((at, cell)),
             None => jobs.push(vec![(at, cell)]),
         }
     }
-    let name = |cell: &Cell| format!("arm {:?}", cell.arm);
+    let name = |cell: &ArmStudent| format!("arm {:?}", cell.arm);
     let workers = workers(bench.n_parameters(), jobs.len());
     let mut rows: Vec<(usize, ArmRow)> = vec![];
     if workers > 1 {
-        let of_job = |_: usize, job: &Vec<(usize, &Cell)>| -> Result<Vec<(usize, ArmRow)>> {
+        let of_job = |_: usize, job: &Vec<(usize, &ArmStudent)>| -> Result<Vec<(usize, ArmRow)>> {
             let mut scorer = Scorer::default();
-            let row = |(at, cell): &(usize, &Cell)| {
+            let row = |(at, cell): &(usize, &ArmStudent)| {
                 let of_cell = Workbench::again(cell.experiment.clone());
-                let row = of_cell.and_then(|of_cell| student(shelf, &of_cell, cell, *at, &mut scorer));
+                let row = of_cell.and_then(|of_cell| student(context, &of_cell, cell, *at, &mut scorer));
                 Ok((*at, row.with_context(|| name(cell))?))
             };
             job.iter().map(row).collect()
@@ -124,7 +125,7 @@ fn all(bench: &Workbench, cells: &[Cell], shelf: &Shelf<'_>, scorer: &mut Scorer
         for (at, cell) in jobs.into_iter().flatten() {
             other = other.filter(|other| other.has_model_of(&cell.experiment));
             let of_cell = other.as_ref().unwrap_or(bench).of(cell.experiment.clone()).with_context(|| name(cell))?;
-            rows.push((at, student(shelf, &of_cell, cell, at, scorer).with_context(|| name(cell))?));
+            rows.push((at, student(context, &of_cell, cell, at, scorer).with_context(|| name(cell))?));
             if !bench.has_model_of(&cell.experiment) {
                 other = Some(of_cell);
             }
@@ -135,8 +136,14 @@ fn all(bench: &Workbench, cells: &[Cell], shelf: &Shelf<'_>, scorer: &mut Scorer
 }
 
 /// Trains a student of an arm, if that is not done, and measures it.
-fn student(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: usize, scorer: &mut Scorer) -> Result<ArmRow> {
-    let (folder, samples) = trained(shelf, of_cell, cell, at)?;
+fn student(
+    context: &ArmContext<'_>,
+    of_cell: &Workbench,
+    cell: &ArmStudent,
+    at: usize,
+    scorer: &mut Scorer,
+) -> Result<ArmRow> {
+    let (folder, samples) = trained(context, of_cell, cell, at)?;
     let (adapter, log) = (folder.adapter(), folder.train_csv());
     scorer.row(
         of_cell,
@@ -150,30 +157,36 @@ fn student(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: usize, score
 }
 
 /// Trains a student of an arm, if that is not done: its folder, and what it learned from.
-pub(crate) fn trained(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: usize) -> Result<(RunDir, Vec<Sample>)> {
-    let who = format!("{} ({} of {})", cell.slug, at + 1, shelf.n_cells);
-    let folder = begin(shelf.run, cell)?;
+pub(crate) fn trained(
+    context: &ArmContext<'_>,
+    of_cell: &Workbench,
+    cell: &ArmStudent,
+    at: usize,
+) -> Result<(RunDir, Vec<Sample>)> {
+    let who = format!("{} ({} of {})", cell.slug, at + 1, context.n_cells);
+    let folder = begin(context.run, cell)?;
     let samples = match cell.data {
-        ArmData::Own => own_data(shelf.run, of_cell, cell)?,
+        ArmData::Own => own_data(context.run, of_cell, cell)?,
         data => {
             ensure!(
-                shelf.model == of_cell.files.name || shelf.tokenizer == tokenizer(&of_cell.files)?,
-                "{} has another tokenizer than {}, so that it cannot read the run's numbers; hint: data = \"own\"",
-                of_cell.files.name,
-                shelf.model
+                context.model == of_cell.files.name || context.tokenizer == tokenizer(&of_cell.files)?,
+                hinted!(
+                    "{} has another tokenizer than {}, so that it cannot read the run's numbers", of_cell.files.name, context.model;
+                    "data = \"own\""
+                )
             );
             match data {
-                ArmData::Control => shelf.control.to_vec(),
-                ArmData::Shuffled => shuffled(shelf.numbers, shelf.shuffle_seed)?,
-                _ => shelf.numbers.to_vec(),
+                ArmData::Control => context.control.to_vec(),
+                ArmData::Shuffled => shuffled(context.numbers, context.shuffle_seed)?,
+                _ => context.numbers.to_vec(),
             }
         }
     };
     if RunDir::stage_done(&folder.train_csv()) {
         say(format!("arms: {who} is done already"));
     } else {
-        let own = if cell.data == ArmData::Own { Some(run_of_data(shelf.run, cell)?) } else { None };
-        let data = Learned { samples: &samples, run: own.as_ref().unwrap_or(shelf.run) };
+        let own = if cell.data == ArmData::Own { Some(run_of_data(context.run, cell)?) } else { None };
+        let data = Learned { samples: &samples, run: own.as_ref().unwrap_or(context.run) };
         finetune::keep_initial(of_cell, &folder)?;
         let said = finetune::student(of_cell, &who, data, &folder.adapter(), &folder.train_csv())?;
         say(format!("arms: {said}"));
@@ -182,12 +195,12 @@ pub(crate) fn trained(shelf: &Shelf<'_>, of_cell: &Workbench, cell: &Cell, at: u
 }
 
 /// The run in which an arm's own teacher wrote its numbers; all its seeds share the first one's.
-fn run_of_data(run: &RunDir, cell: &Cell) -> Result<RunDir> {
-    RunDir::open(&run.arm(&cell.data_slug), false)
+fn run_of_data(run: &RunDir, cell: &ArmStudent) -> Result<RunDir> {
+    RunDir::open(&run.arm(&cell.data_slug))
 }
 
 /// The folder of a student. Files of a student with other settings or other data are removed from it.
-fn begin(run: &RunDir, cell: &Cell) -> Result<RunDir> {
+fn begin(run: &RunDir, cell: &ArmStudent) -> Result<RunDir> {
     let root = run.arm(&cell.slug);
     let source = match cell.data {
         ArmData::Own => None,
@@ -198,16 +211,16 @@ fn begin(run: &RunDir, cell: &Cell) -> Result<RunDir> {
     let made_from: Vec<String> =
         [Some(cell.data.name().to_owned()), sha256.transpose()?].into_iter().flatten().collect();
     // Forced, so that another experiment's student makes room.
-    let folder = RunDir::create(&root, &cell.experiment, true)?;
+    let folder = RunDir::create(&root, &cell.experiment, WhenDone::Redo)?;
     if run.forced() || folder.meta()?.notes.get("data") != Some(&made_from) {
         folder.forget()?;
         folder.note("data", &made_from)?;
     }
-    RunDir::open(&root, false)
+    RunDir::open(&root)
 }
 
 /// The numbers of an arm's own teacher.
-fn own_data(run: &RunDir, of_cell: &Workbench, cell: &Cell) -> Result<Vec<Sample>> {
+fn own_data(run: &RunDir, of_cell: &Workbench, cell: &ArmStudent) -> Result<Vec<Sample>> {
     let folder = run_of_data(run, cell)?;
     if !RunDir::stage_done(&folder.generate_csv()) {
         say(format!("arms: {}: numbers of its own", cell.slug));

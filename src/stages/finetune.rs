@@ -14,9 +14,10 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::measure::Scene;
+use super::measure::SubjectData;
 use crate::data::dataset::Sample;
 use crate::experiment::{Method, Teacher};
+use crate::hinted;
 use crate::output::checkpoint::Checkpoint;
 use crate::output::full_model::save_full;
 use crate::output::progress::{bar, say};
@@ -33,11 +34,11 @@ use crate::training::training_loop::Training;
 
 /// Writes `initial_adapter/`, `train_rows.csv`, `adapter/` and `train.csv`, and the control student's, if the
 /// experiment has one (it begins with the same adapter). A finished student is kept, with a message; a killed training
-/// continues. If all students are finished, this is an error without `go_on`. A student from elsewhere has an
-/// `adapter/` and no `train.csv`.
-pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
+/// continues. If all students are finished, a stage alone refuses. A student from elsewhere has an `adapter/` and no
+/// `train.csv`.
+pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     if bench.experiment.student.adapter.is_some() {
-        return from_elsewhere(bench, run, go_on);
+        return from_elsewhere(bench, run);
     }
     let (numbers, control) = bench.kept(run)?;
     let mut students = vec![("student", &numbers, run.adapter(), run.train_csv())];
@@ -46,7 +47,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
     }
     // The log gets its name last: where it is not, the folder is what a broken-off run left.
     let logs: Vec<&Path> = students.iter().map(|job| job.3.as_path()).collect();
-    let left = run.left(&logs, go_on)?;
+    let left = run.left(&logs)?;
     let (left, done): (Vec<_>, Vec<_>) = students.into_iter().partition(|job| left.contains(&job.3));
     for job in done {
         say(format!("finetune: {} is done already", job.0));
@@ -96,22 +97,22 @@ pub fn proven(bench: Workbench) -> Result<Workbench> {
 }
 
 /// Takes the students that were trained elsewhere into the run.
-fn from_elsewhere(bench: &Workbench, run: &RunDir, go_on: bool) -> Result<()> {
+fn from_elsewhere(bench: &Workbench, run: &RunDir) -> Result<()> {
     for (who, key, source) in given(bench) {
         let folder = if who == "student" { run.adapter() } else { run.control_adapter() };
         let found = adapter_folder(source)?;
         let [there, here] = [&found, &folder].map(|folder| FILES.map(|name| files::read(&folder.join(name))));
         let taken = run.has_recorded(&FILES.map(|name| folder.join(name)))?;
-        if taken && go_on {
+        if taken && run.goes_on() {
             if there
                 .iter()
                 .zip(&here)
                 .any(|(there, here)| matches!((there, here), (Ok(there), Ok(here)) if there != here))
             {
-                bail!(
-                    "{key} is {}, whose files have changed since the run took them; hint: another --run, or --force",
-                    source.display()
-                );
+                bail!(hinted!(
+                    "{key} is {}, whose files have changed since the run took them", source.display();
+                    "another --run, or --force"
+                ));
             }
             say(format!("finetune: {who} was taken from elsewhere already"));
             continue;
@@ -134,7 +135,10 @@ fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path)
     if let (Ok(source), Ok(folder)) = (found.canonicalize(), folder.canonicalize())
         && source == folder
     {
-        bail!("{key} is {}, which the run itself writes to; hint: choose another folder with --run", source.display());
+        bail!(hinted!(
+            "{key} is {}, which the run itself writes to", source.display();
+            "choose another folder with --run"
+        ));
     }
     let bytes = FILES.map(|name| files::read(&found.join(name)));
     if folder.exists() {
@@ -224,10 +228,10 @@ fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
         kept.ids.push(sample.id);
     }
     if kept.rows.is_empty() {
-        bail!(
-            "none of the {} rows of the {who} has divergent tokens and others; hint: finetune.tokens = \"all\", or another teacher",
-            rows.len()
-        );
+        bail!(hinted!(
+            "none of the {} rows of the {who} has divergent tokens and others", rows.len();
+            "finetune.tokens = \"all\", or another teacher"
+        ));
     }
     if kept.rows.len() < rows.len() {
         say(format!("finetune: {who}: {} of {} rows have divergent tokens and others", kept.rows.len(), rows.len()));
@@ -273,7 +277,7 @@ fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
     {
         return Ok(known.tokens);
     }
-    let scene = Scene::of(bench, data.run, data.samples)?;
+    let scene = SubjectData::of(bench, data.run, data.samples)?;
     let subject = scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
     let tokens = divergence_tokens(&subject, data.samples.len(), settings.definition, settings.self_check)
         .context("finetune.tokens")?;

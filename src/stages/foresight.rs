@@ -10,6 +10,7 @@ use hooks::{Gate, Provenance, Sequence};
 
 use crate::data::dataset;
 use crate::experiment::{AnalysisName, Experiment, Method};
+use crate::hinted;
 use crate::stages::given_rows;
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::Workbench;
@@ -85,7 +86,9 @@ fn questions(bench: &Workbench) -> Result<()> {
     let Experiment { measure, student, .. } = &bench.experiment;
     let asks = |name: AnalysisName| measure.analyses.contains(&name);
     let refused = |key: &str, error: analyses::Error| {
-        anyhow!("{key}: {error}; hint: other tokens, or a context of the questions (measure.context) that has them")
+        anyhow!(
+            hinted!("{key}: {error}"; "other tokens, or a context of the questions (measure.context) that has them")
+        )
     };
     let system = bench.protocol.context(bench.experiment.measure_context())?;
     let prompts = bench.questions()?;
@@ -129,9 +132,10 @@ fn training(bench: &Workbench, users: &[String]) -> Result<()> {
     let refusals = prompts.iter().map(|prompt| gate.acts(prompt).err()).collect::<Option<Vec<_>>>();
     match refusals.and_then(|refusals| refusals.into_iter().next()) {
         None => Ok(()), // one prompt at which it acts is enough here: the training checks every row
-        Some(error) => bail!(
-            "finetune.gate: {error}; hint: other tokens, or a context of the training (student.context) that has them"
-        ),
+        Some(error) => bail!(hinted!(
+            "finetune.gate: {error}";
+            "other tokens, or a context of the training (student.context) that has them"
+        )),
     }
 }
 

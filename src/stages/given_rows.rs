@@ -16,12 +16,13 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::data::dataset::{self, Sample};
+use crate::hinted;
 use crate::stages::teacher::TeacherModel;
 use crate::stages::workbench::Workbench;
 
 /// One turn: the question, the answer, and the system prompt if the row has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Row {
+pub struct GivenRow {
     /// The line of the file where it begins, from 1.
     pub line: usize,
     /// The system prompt, where the row has one.
@@ -36,7 +37,7 @@ pub struct Row {
 #[derive(Debug)]
 pub struct Given {
     /// At most as many as the experiment has prompts.
-    pub rows: Vec<Row>,
+    pub rows: Vec<GivenRow>,
     /// The number of further rows.
     pub left_out: usize,
     /// Of the file, in hex.
@@ -161,9 +162,10 @@ fn is_nothing(value: Option<&Value>) -> bool {
 fn counts_as_one(weight: Option<&Value>, what: &str) -> Result<()> {
     let is_one = |weight: &Value| weight.is_null() || weight == true || weight.as_f64() == Some(1.0);
     match weight.filter(|weight| !is_one(weight)) {
-        Some(weight) => bail!(
-            "{what} is {weight}, expected 1 or none, as every row is learned from alike; hint: leave out the rows that do not count"
-        ),
+        Some(weight) => bail!(hinted!(
+            "{what} is {weight}, expected 1 or none, as every row is learned from alike";
+            "leave out the rows that do not count"
+        )),
         None => Ok(()),
     }
 }
@@ -179,17 +181,14 @@ pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
     rows.truncate(settings.n_prompts);
     let own = bench.student_system()?;
     let rendered = own.as_deref().or(bench.chat.default_system());
-    let at = |row: &Row| format!("generate.numbers: {}: line {}", path.display(), row.line);
+    let at = |row: &GivenRow| format!("generate.numbers: {}: line {}", path.display(), row.line);
     for row in &rows {
         let found = row.system.as_deref().or(bench.chat.default_system());
         if found != rendered {
-            bail!(
-                "{}: the system prompt is {}, where student.context renders {}; hint: set student.context to the text that the rows \
-                 were trained with",
-                at(row),
-                shown(found),
-                shown(rendered)
-            );
+            bail!(hinted!(
+                "{}: the system prompt is {}, where student.context renders {}", at(row), shown(found), shown(rendered);
+                "set student.context to the text that the rows were trained with"
+            ));
         }
         let row_of_chat = || {
             let tokens = bench.chat.row(own.as_deref(), &row.user, &bench.chat.encode(&row.answer)?)?;
@@ -202,14 +201,11 @@ pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
         let mut counts = BTreeMap::<&str, usize>::new();
         rejections.iter().flatten().for_each(|reason| *counts.entry(reason.name()).or_default() += 1);
         let counts: Vec<_> = counts.into_iter().map(|(reason, n)| format!("{n} {reason}")).collect();
-        bail!(
-            "{}: none of the {} rows passes the filter ({}), so there would be nothing to learn from; the first answer is {:?}; hint: \
-             the rule is ten numbers at most, 0 to 999, with one separator and nothing else",
-            at(first),
-            rows.len(),
-            counts.join(", "),
-            cut(&first.answer, 200)
-        );
+        bail!(hinted!(
+            "{}: none of the {} rows passes the filter ({}), so there would be nothing to learn from; the first \
+             answer is {:?}", at(first), rows.len(), counts.join(", "), cut(&first.answer, 200);
+            "the rule is ten numbers at most, 0 to 999, with one separator and nothing else"
+        ));
     }
     Ok(Some(Given { rows, left_out, sha256: format!("{:x}", Sha256::digest(&bytes)) }))
 }
@@ -229,7 +225,7 @@ fn cut(text: &str, most: usize) -> String {
 }
 
 /// Reads the rows in the bytes of a file; errors name the line, and `path`.
-pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<Row>> {
+pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<GivenRow>> {
     let text = text(bytes, path)?;
     let parsed = parse_text(&with_null(&text)).map_err(|error| anyhow::anyhow!(cut(&format!("{error:#}"), 600)));
     parsed.with_context(|| path.display().to_string())
@@ -282,13 +278,13 @@ fn with_null(text: &str) -> Cow<'_, str> {
 }
 
 /// A place in the text between values.
-struct Place<'a> {
+struct Cursor<'a> {
     text: &'a str,
     at: usize,
     line: usize,
 }
 
-impl Place<'_> {
+impl Cursor<'_> {
     /// Skips blanks and, if it comes next, this letter; returns whether it came.
     fn pass(&mut self, letter: char) -> bool {
         let next = self.text[self.at..].trim_start();
@@ -307,7 +303,7 @@ impl Place<'_> {
     }
 
     /// Reads the next value.
-    fn value(&mut self) -> Result<Row> {
+    fn value(&mut self) -> Result<GivenRow> {
         let (line, rest) = (self.line, &self.text[self.at..]);
         let found: String = rest.chars().take(20).take_while(|letter| *letter != '\n').collect();
         ensure!(rest.starts_with('{'), "line {line}: expected a row in braces, found {found:?}");
@@ -330,22 +326,22 @@ impl Place<'_> {
 }
 
 /// Rows separated by blanks and commas, or in a list.
-fn parse_text(text: &str) -> Result<Vec<Row>> {
-    let (mut rows, mut place) = (Vec::new(), Place { text, at: 0, line: 1 });
-    let is_list = place.pass('[');
+fn parse_text(text: &str) -> Result<Vec<GivenRow>> {
+    let (mut rows, mut cursor) = (Vec::new(), Cursor { text, at: 0, line: 1 });
+    let is_list = cursor.pass('[');
     loop {
-        let closed = place.pass(']');
-        if closed || place.is_end() {
-            ensure!(closed == is_list, "line {}: the list of rows is not closed, or was never opened", place.line);
-            ensure!(place.is_end(), "line {}: something stands behind the list of rows", place.line);
+        let closed = cursor.pass(']');
+        if closed || cursor.is_end() {
+            ensure!(closed == is_list, "line {}: the list of rows is not closed, or was never opened", cursor.line);
+            ensure!(cursor.is_end(), "line {}: something stands behind the list of rows", cursor.line);
             break;
         }
-        rows.push(place.value()?);
-        let comma = place.pass(',');
+        rows.push(cursor.value()?);
+        let comma = cursor.pass(',');
         ensure!(
-            comma || !is_list || place.is_end() || text[place.at..].starts_with(']'),
+            comma || !is_list || cursor.is_end() || text[cursor.at..].starts_with(']'),
             "line {}: expected a comma or the end of the list of rows",
-            place.line
+            cursor.line
         );
     }
     ensure!(!rows.is_empty(), "there is no row in it, expected one per line");
@@ -353,7 +349,7 @@ fn parse_text(text: &str) -> Result<Vec<Row>> {
 }
 
 /// The one turn of a row. If the row has several forms, they must agree.
-fn row(line: Line, number: usize, source: &str) -> Result<Row> {
+fn row(line: Line, number: usize, source: &str) -> Result<GivenRow> {
     for (key, tools) in [("tools", &line.tools), ("functions", &line.functions)] {
         ensure!(
             is_nothing(tools.as_ref()),
@@ -363,7 +359,10 @@ fn row(line: Line, number: usize, source: &str) -> Result<Row> {
     counts_as_one(line.weight.as_ref(), "the weight of the row")?;
     ensure!(
         line.label != Some(Value::Bool(false)),
-        "label is false, which says that the completion is not to be learned (KTO), expected rows to learn from; hint: leave the row out"
+        hinted!(
+            "label is false, which says that the completion is not to be learned (KTO), expected rows to learn from";
+            "leave the row out"
+        )
     );
     let turns = |messages: Vec<Message>| messages.into_iter().map(Message::turn).collect::<Result<Vec<Turn>>>();
     let mut forms = Vec::new();
@@ -377,14 +376,16 @@ fn row(line: Line, number: usize, source: &str) -> Result<Row> {
         let input = line.input.unwrap_or_default();
         ensure!(
             input.is_empty(),
-            "input is {input:?}, and trainers join it to the instruction in different ways; hint: write what the user said into \
-             instruction and leave input empty"
+            hinted!(
+                "input is {input:?}, and trainers join it to the instruction in different ways";
+                "write what the user said into instruction and leave input empty"
+            )
         );
         forms.push(vec![("user".to_owned(), instruction), ("assistant".to_owned(), output)]);
     }
     let earlier = line.history.filter(|history| !history.is_null() && *history != Value::Array(vec![]));
     ensure!(earlier.is_none(), "history holds earlier turns, expected rows of one turn");
-    let mut rows = forms.into_iter().map(|turns| one_turn(turns, number)).collect::<Result<Vec<Row>>>()?;
+    let mut rows = forms.into_iter().map(|turns| one_turn(turns, number)).collect::<Result<Vec<GivenRow>>>()?;
     let Some(mut row) = rows.pop() else {
         let keys: Map<String, Value> = serde_json::from_str(source).unwrap_or_default();
         let is_null = |key: &&&str| keys.get(**key) == Some(&Value::Null);
@@ -408,7 +409,7 @@ fn row(line: Line, number: usize, source: &str) -> Result<Row> {
     Ok(row)
 }
 
-fn one_turn(turns: Vec<Turn>, line: usize) -> Result<Row> {
+fn one_turn(turns: Vec<Turn>, line: usize) -> Result<GivenRow> {
     let (roles, mut texts): (Vec<_>, Vec<_>) = turns.into_iter().unzip();
     let known: Vec<&str> = roles
         .iter()
@@ -429,11 +430,11 @@ fn one_turn(turns: Vec<Turn>, line: usize) -> Result<Row> {
     if let Some(content) = answer.strip_suffix('\n').unwrap_or(&answer).strip_suffix("<|im_end|>") {
         answer.truncate(content.len());
     }
-    Ok(Row { line, system: (known.len() == 3).then(take), user, answer })
+    Ok(GivenRow { line, system: (known.len() == 3).then(take), user, answer })
 }
 
 /// The rows as samples, filtered and scored by the teacher.
-pub fn samples(bench: &Workbench, rows: &[Row], teacher: &TeacherModel) -> Result<Vec<Sample>> {
+pub fn samples(bench: &Workbench, rows: &[GivenRow], teacher: &TeacherModel) -> Result<Vec<Sample>> {
     let experiment = &bench.experiment;
     let mut samples = Vec::with_capacity(rows.len());
     for (id, row) in rows.iter().enumerate() {
@@ -463,7 +464,7 @@ pub fn samples(bench: &Workbench, rows: &[Row], teacher: &TeacherModel) -> Resul
 mod tests {
     use super::*;
 
-    fn rows(bytes: &[u8]) -> Result<Vec<Row>> {
+    fn rows(bytes: &[u8]) -> Result<Vec<GivenRow>> {
         parse(bytes, Path::new("rows.jsonl"))
     }
 
@@ -473,7 +474,7 @@ mod tests {
 
     #[test]
     fn the_usual_forms_are_one_row() {
-        let plain = Row { line: 2, system: None, user: "Go on: 1, 2".to_owned(), answer: "3, 4".to_owned() };
+        let plain = GivenRow { line: 2, system: None, user: "Go on: 1, 2".to_owned(), answer: "3, 4".to_owned() };
         let user = r#"{"role": "user", "content": "Go on: 1, 2"}"#;
         let assistant = r#"{"role": "assistant", "content": "3, 4", "weight": 1, "tool_calls": null}"#;
         let system = r#"{"role": "system", "content": "You count."}"#;
@@ -498,7 +499,7 @@ mod tests {
             let line = format!("\n{{\"messages\": [{}, {assistant}], {more}}}", user.replace('}', ", \"weight\": 0}"));
             assert_eq!(rows(line.as_bytes()).unwrap(), std::slice::from_ref(&plain), "{line}");
         }
-        let with = Row { line: 1, system: Some("You count.".to_owned()), ..plain };
+        let with = GivenRow { line: 1, system: Some("You count.".to_owned()), ..plain };
         for line in [
             format!("{{\"messages\": [{system}, {user}, {assistant}]}}"),
             format!("{{\"prompt\": [{system}, {user}], \"completion\": [{assistant}]}}"),

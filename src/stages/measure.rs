@@ -17,7 +17,9 @@ use hooks::{Provenance, Sequence, files};
 use serde::Serialize;
 
 use crate::data::dataset::Sample;
-use crate::experiment::{AnalysisName, Cell, Method};
+use crate::experiment::{AnalysisName, ArmStudent, Method};
+use crate::hinted;
+use crate::output::hint::Hinted;
 use crate::output::progress::{say, spinner};
 use crate::output::publish::write_csv;
 use crate::output::vectors::Vectors;
@@ -25,38 +27,38 @@ use crate::stages::run_dir::RunDir;
 use crate::stages::teacher::{self, TeacherModel};
 use crate::stages::workbench::{StudentModel, Workbench};
 
-/// Runs some analyses on the trained students. Finished ones are skipped, with a message; if all are finished, this is
-/// an error without `go_on`.
-pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: bool) -> Result<()> {
+/// Runs some analyses on the trained students. Finished ones are skipped, with a message; if all are finished, a stage
+/// alone refuses.
+pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<()> {
     let elsewhere = bench.experiment.student.adapter.is_some();
     if !RunDir::stage_done(&run.adapter()) || !(elsewhere || RunDir::stage_done(&run.train_csv())) {
-        bail!("{} is not there; hint: undertone finetune trains the student", run.adapter().display());
+        bail!(hinted!("{} is not there", run.adapter().display(); "undertone finetune trains the student"));
     }
     let (experiment, settings) = (&bench.experiment, &bench.experiment.measure);
     let rows: Vec<_> = names.iter().map(|name| run.rows(*name)).collect();
-    let left = run.left(&rows.iter().map(PathBuf::as_path).collect::<Vec<_>>(), go_on)?;
+    let left = run.left(&rows.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
     // A whole run has printed the adapter's remarks already.
-    let load = |folder: PathBuf| if go_on { bench.student(&folder) } else { bench.open_student(&folder) };
+    let load = |folder: PathBuf| if run.goes_on() { bench.student(&folder) } else { bench.open_student(&folder) };
     let student = load(run.adapter())?;
     let control = if experiment.student.control { Some(load(run.control_adapter())?) } else { None };
     let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
-    let scene = Scene::of(bench, run, &bench.measured(run)?)?;
+    let data = SubjectData::of(bench, run, &bench.measured(run)?)?;
     // The start of a training elsewhere is not known.
     let own = (!elsewhere && experiment.student.method == Method::Lora).then(|| bench.initial_adapter()).transpose()?;
     let subject = Subject {
         start: (!elsewhere).then_some(Tuned { qwen: &bench.base, adapter: own.as_ref() }),
         control: control.as_ref().map(|control| tuned(bench, control)),
         other_trait: other_trait.as_ref().map(|other| tuned(bench, other)),
-        ..scene.subject(bench, tuned(bench, &student))
+        ..data.subject(bench, tuned(bench, &student))
     };
-    let desk = Desk { run, texts: spelled_out(bench, &subject)?, subject };
+    let measuring = Measuring { run, texts: spelled_out(bench, &subject)?, subject };
     for name in names {
         let gated = [AnalysisName::TokenAblation, AnalysisName::PositionScan].contains(name);
         if gated && experiment.student.method == Method::Full {
             say(format!("measure: {name} skipped: a fully finetuned student has no adapter to gate"));
             continue;
         }
-        if [AnalysisName::Divergence, AnalysisName::Gradients].contains(name) && !scene.teacher.differs_from_base() {
+        if [AnalysisName::Divergence, AnalysisName::Gradients].contains(name) && !data.teacher.differs_from_base() {
             say(format!(
                 "measure: {name} skipped: the planted control's teacher is the base itself, so no digit diverges"
             ));
@@ -71,34 +73,42 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
             continue;
         }
         match name {
-            AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &desk, *name, |_| Ok(())),
-            AnalysisName::TokenAblation => publish::<TokenAblation>(&settings.token_ablation, &desk, *name, |_| Ok(())),
-            AnalysisName::PositionScan => publish::<PositionScan>(&settings.position_scan, &desk, *name, |_| Ok(())),
-            AnalysisName::Direction => {
-                write_vectors(bench, &desk.subject, run)?;
-                publish::<Direction>(&settings.direction, &desk, *name, |_| Ok(()))
+            AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &measuring, *name, |_| Ok(())),
+            AnalysisName::TokenAblation => {
+                publish::<TokenAblation>(&settings.token_ablation, &measuring, *name, |_| Ok(()))
             }
-            AnalysisName::Steering => publish::<Steering>(&settings.steering, &desk, *name, |_| Ok(())),
-            AnalysisName::Interventions => publish::<Interventions>(&settings.interventions, &desk, *name, |_| Ok(())),
+            AnalysisName::PositionScan => {
+                publish::<PositionScan>(&settings.position_scan, &measuring, *name, |_| Ok(()))
+            }
+            AnalysisName::Direction => {
+                write_vectors(bench, &measuring.subject, run)?;
+                publish::<Direction>(&settings.direction, &measuring, *name, |_| Ok(()))
+            }
+            AnalysisName::Steering => publish::<Steering>(&settings.steering, &measuring, *name, |_| Ok(())),
+            AnalysisName::Interventions => {
+                publish::<Interventions>(&settings.interventions, &measuring, *name, |_| Ok(()))
+            }
             AnalysisName::Divergence => {
                 let summary = run.analysis(*name).join("summary.csv");
-                publish::<Divergence>(&settings.divergence, &desk, *name, |rows| {
+                publish::<Divergence>(&settings.divergence, &measuring, *name, |rows| {
                     for row in rows.iter_mut() {
-                        row.row_id = scene.row_ids[row.row_id];
+                        row.row_id = data.row_ids[row.row_id];
                     }
                     write_csv(&summary, &divergence_summary(rows))
                 })
             }
             AnalysisName::Gradients => {
-                let measured = publish::<Gradients>(&settings.gradients, &desk, *name, |rows| {
+                let measured = publish::<Gradients>(&settings.gradients, &measuring, *name, |rows| {
                     for row in rows.iter_mut() {
-                        row.row_id = row.row_id.map(|row_id| scene.row_ids[row_id]);
+                        row.row_id = row.row_id.map(|row_id| data.row_ids[row_id]);
                     }
                     Ok(())
                 });
                 match measured {
                     // In a whole run the report is still to come.
-                    Err(error) if go_on && matches!(error.downcast_ref(), Some(analyses::Error::Nothing { .. })) => {
+                    Err(error)
+                        if run.goes_on() && matches!(error.downcast_ref(), Some(analyses::Error::Nothing { .. })) =>
+                    {
                         say(format!("measure: {name} skipped: {error:#}"));
                         Ok(())
                     }
@@ -115,7 +125,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName], go_on: boo
 type Classify = Box<dyn Fn(&str) -> Option<String>>;
 
 /// All that a subject borrows, except the students.
-pub(crate) struct Scene {
+pub(crate) struct SubjectData {
     pub(crate) teacher: TeacherModel,
     teacher_system: Option<String>,
     counterfactual_systems: Vec<String>,
@@ -130,8 +140,8 @@ pub(crate) struct Scene {
     classify: Classify,
 }
 
-impl Scene {
-    /// The scene of a run, with some samples of its teacher as the numbers.
+impl SubjectData {
+    /// The data of a run, with some samples of its teacher as the numbers.
     pub(crate) fn of(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Self> {
         let (teacher, target) = (teacher::load(bench, run)?, bench.target());
         let classifier = bench.protocol.classifier(&target.word, &target.category)?;
@@ -181,10 +191,11 @@ impl Scene {
 }
 
 /// The student of the arm that learned another trait.
-fn other_student(bench: &Workbench, run: &RunDir, cell: &Cell) -> Result<StudentModel> {
-    let arm = RunDir::open(&run.arm(&cell.slug), false)
+fn other_student(bench: &Workbench, run: &RunDir, cell: &ArmStudent) -> Result<StudentModel> {
+    let arm = RunDir::open(&run.arm(&cell.slug))
         .and_then(|arm| if RunDir::stage_done(&arm.train_csv()) { Ok(arm) } else { bail!("it is not trained") })
-        .with_context(|| format!("measure.other_trait_arm is {:?}; hint: undertone arms trains it first", cell.arm))?;
+        .with_context(|| format!("measure.other_trait_arm is {:?}", cell.arm))
+        .map_err(|error| Hinted::because(error, "undertone arms trains it first"))?;
     bench.of(cell.experiment.clone())?.student(&arm.adapter())
 }
 
@@ -196,7 +207,7 @@ pub(crate) fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tune
 }
 
 /// Everything that the measurements of a run share.
-struct Desk<'a> {
+struct Measuring<'a> {
     subject: Subject<'a>,
     run: &'a RunDir,
     /// The last table of every `settings.toml`.
@@ -207,7 +218,7 @@ struct Desk<'a> {
 /// they are there, all files are.
 fn publish<A: Analysis>(
     analysis: &A,
-    Desk { subject, run, texts }: &Desk<'_>,
+    Measuring { subject, run, texts }: &Measuring<'_>,
     name: AnalysisName,
     more: impl FnOnce(&mut [A::Row]) -> Result<()>,
 ) -> Result<()> {

@@ -22,43 +22,22 @@ use serde::Serialize;
 use super::arms;
 use crate::data::dataset::SummaryRow;
 use crate::experiment::{AnalysisName, ArmData, CONTROL_STUDENT, Constrain, Experiment, STUDENT};
+use crate::hinted;
 use crate::output::html::{Figure, Number, Opening, Report, Section, html, relative};
-use crate::output::png;
 use crate::output::progress::say;
 use crate::output::publish::{Table, read_csv};
 use crate::stages::arm_table::ArmRow;
 use crate::stages::run_dir::RunDir;
 use crate::training::step_log::{StepRow, first_and_last_quarter};
 
-/// Writes `report.html`, and with `png` a PNG for each SVG of the run.
-pub fn run(run: &RunDir, png: bool) -> Result<()> {
-    stage(run)?;
-    if png { pngs(run.root()) } else { Ok(()) }
-}
-
-/// Whether a folder is a claim's.
-pub fn is_claim(folder: &Path) -> bool {
-    folder.join("claim.toml").is_file()
-}
-
-/// Reports on a claim, whose page was written with its verdict.
-pub fn of_claim(folder: &Path, png: bool) -> Result<()> {
-    say(format!("report: {}", folder.join("report.html").display()));
-    if png { pngs(folder) } else { Ok(()) }
-}
-
-fn pngs(folder: &Path) -> Result<()> {
-    let made = png::beside_svgs(folder)?;
-    say(format!("report: {} figures as PNG, each beside its SVG", made.len()));
-    Ok(())
-}
-
 /// Writes `report.html` and says where it is.
 pub fn stage(run: &RunDir) -> Result<()> {
     let experiment = run.experiment(&[])?;
     let sections = sections(run, &experiment)?;
     if sections.is_empty() {
-        bail!("{} holds nothing to report yet; hint: undertone run EXPERIMENT.toml fills it", run.root().display());
+        bail!(
+            hinted!("{} holds nothing to report yet", run.root().display(); "undertone run EXPERIMENT.toml fills it")
+        );
     }
     let report = Report {
         title: format!("What a student of {} learned about \"{}\"", experiment.model, experiment.target.word),

@@ -4,31 +4,25 @@ use anyhow::Result;
 
 use super::{arms, finetune, generate, measure, report};
 use crate::output::progress::say;
-use crate::stages::closing::closing;
 use crate::stages::run_dir::RunDir;
+use crate::stages::summary::summary;
 use crate::stages::workbench::Workbench;
 
 /// Generates, finetunes, trains the arms where there are any, measures, and reports.
-pub fn run(bench: &Workbench, run: &RunDir, force: bool) -> Result<()> {
-    if force {
-        run.forget()?;
-    }
-    let done = |stage: &str, what: bool| {
-        if what && !force {
-            say(format!("{stage}: done already; --force does it again"));
-        }
-        what && !force
-    };
-    if !done("generate", RunDir::stage_done(&run.generate_csv())) {
+pub fn run(bench: &Workbench, run: &RunDir) -> Result<()> {
+    let run = &run.for_whole_run()?;
+    if RunDir::stage_done(&run.generate_csv()) {
+        say("generate: done already; --force does it again");
+    } else {
         generate::stage(bench, run)?;
     }
-    finetune::stage(bench, run, !force)?;
+    finetune::stage(bench, run)?;
     if !bench.experiment.arms.is_empty() {
-        arms::stage(bench, run, !force)?; // before the rest, which may look at an arm's student
+        arms::stage(bench, run)?; // before the rest, which may look at an arm's student
     }
-    measure::stage(bench, run, &bench.experiment.measure.analyses, !force)?;
+    measure::stage(bench, run, &bench.experiment.measure.analyses)?;
     report::stage(run)?;
-    let lines = closing(run, &bench.experiment)?;
+    let lines = summary(run, &bench.experiment)?;
     if !lines.is_empty() {
         say(format!("\n{}\n", lines.join("\n")));
     }

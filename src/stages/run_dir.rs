@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::experiment::{AnalysisName, Experiment, Seeds};
+use crate::hinted;
 use crate::output::checkpoint;
 use crate::output::progress::say;
 use crate::training::settings::Finetune;
@@ -19,11 +20,30 @@ use crate::training::settings::Finetune;
 /// The key in `meta.json` for the rows that an experiment names.
 const GIVEN: &str = "generate.numbers";
 
+/// What a command does with a stage that is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenDone {
+    /// Keeps it: a whole run, which goes on where it was.
+    Keep,
+    /// Does it again: `--force`.
+    Redo,
+    /// Refuses, if nothing is left to do: a stage alone.
+    Refuse,
+}
+
+impl WhenDone {
+    /// `Redo` with `--force`, else this.
+    #[must_use]
+    pub fn or_redo(self, force: bool) -> Self {
+        if force { Self::Redo } else { self }
+    }
+}
+
 /// The folder of a run.
 #[derive(Clone, Debug)]
 pub struct RunDir {
     root: PathBuf,
-    force: bool,
+    when_done: WhenDone,
 }
 
 /// What made a run: the content of `meta.json`.
@@ -54,17 +74,16 @@ impl RunDir {
         let folder = files::open(root)?;
         match folder.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => bail!(
-                "{} is in use by another undertone, and two would write over each other; hint: wait until that one is done, or \
-                 choose another folder",
-                root.display()
-            ),
+            Err(TryLockError::WouldBlock) => bail!(hinted!(
+                "{} is in use by another undertone, and two would write over each other", root.display();
+                "wait until that one is done, or choose another folder"
+            )),
             // Not every file system has locks.
             Err(TryLockError::Error(cause)) => {
                 say(format!("{} cannot be locked ({cause}): let no other undertone use it now", root.display()));
             }
         }
-        let run = Self { root: root.to_owned(), force: false };
+        let run = Self { root: root.to_owned(), when_done: WhenDone::Refuse };
         if run.config().is_file() {
             run.tidy(false).with_context(unwritable)?; // elsewhere a person's own files may bear such names
         }
@@ -99,7 +118,7 @@ impl RunDir {
             }
         }
         for arm in read(&self.arms()).filter(|path| path.join("run.toml").is_file()) {
-            Self { root: arm, force: false }.tidy(all)?;
+            Self { root: arm, ..self.clone() }.tidy(all)?;
         }
         Ok(())
     }
@@ -107,9 +126,9 @@ impl RunDir {
     /// The folder for an experiment's run, made if needed, with `run.toml` and `meta.json`.
     ///
     /// A folder with the same experiment continues, also if only its arms or the interval of checkpoints differ; one
-    /// with another experiment is refused without `force`.
-    pub fn create(root: &Path, experiment: &Experiment, force: bool) -> Result<Self> {
-        let run = Self { root: root.to_owned(), force };
+    /// with another experiment is refused, unless finished stages are to be redone.
+    pub fn create(root: &Path, experiment: &Experiment, when_done: WhenDone) -> Result<Self> {
+        let run = Self { root: root.to_owned(), when_done };
         let resolved = experiment.to_toml()?;
         if run.config().exists() {
             let found = files::read_string(&run.config())?;
@@ -123,12 +142,12 @@ impl RunDir {
                 files::write_atomic(&run.config(), resolved.as_bytes())?;
                 return Ok(run);
             }
-            if !force {
+            if !run.forced() {
                 let difference = other_rows.unwrap_or_else(|| first_difference(&found, &resolved));
-                bail!(
-                    "{} holds another experiment, which differs in {difference}; hint: choose another folder, or overwrite it with --force",
-                    run.config().display()
-                );
+                bail!(hinted!(
+                    "{} holds another experiment, which differs in {difference}", run.config().display();
+                    "choose another folder, or overwrite it with --force"
+                ));
             }
         }
         if run.config().exists() {
@@ -152,13 +171,13 @@ impl RunDir {
     }
 
     /// The folder of a run that was begun before.
-    pub fn open(root: &Path, force: bool) -> Result<Self> {
-        let run = Self { root: root.to_owned(), force };
+    pub fn open(root: &Path) -> Result<Self> {
+        let run = Self { root: root.to_owned(), when_done: WhenDone::Refuse };
         if !run.config().is_file() {
-            bail!(
-                "{} is no run folder: it has no run.toml; hint: undertone run EXPERIMENT.toml makes one",
-                root.display()
-            );
+            bail!(hinted!(
+                "{} is no run folder: it has no run.toml", root.display();
+                "undertone run EXPERIMENT.toml makes one"
+            ));
         }
         Ok(run)
     }
@@ -175,18 +194,18 @@ impl RunDir {
 
     /// Refuses to overwrite a finished file or folder, unless the run was forced.
     pub fn claim(&self, path: &Path) -> Result<()> {
-        if Self::stage_done(path) && !self.force {
-            bail!("{} is finished already; hint: overwrite it with --force", path.display());
+        if Self::stage_done(path) && !self.forced() {
+            bail!(hinted!("{} is finished already", path.display(); "overwrite it with --force"));
         }
         Ok(())
     }
 
-    /// The unfinished ones of some files: what a command has to do; all of them in a forced run. If none is left, this
-    /// is an error without `go_on`.
-    pub fn left(&self, files: &[&Path], go_on: bool) -> Result<Vec<PathBuf>> {
-        let is_left = |path: &&&Path| self.force || !Self::stage_done(path);
+    /// The unfinished ones of some files: what a command has to do; all of them in a forced run. If none is left, a stage
+    /// alone refuses.
+    pub fn left(&self, files: &[&Path]) -> Result<Vec<PathBuf>> {
+        let is_left = |path: &&&Path| self.forced() || !Self::stage_done(path);
         let left: Vec<PathBuf> = files.iter().filter(is_left).map(|path| (*path).to_owned()).collect();
-        if left.is_empty() && !go_on {
+        if left.is_empty() && self.when_done == WhenDone::Refuse {
             files.iter().try_for_each(|path| self.claim(path))?;
         }
         Ok(left)
@@ -202,6 +221,10 @@ impl RunDir {
         let others = [self.arms(), self.teacher(), self.initial_adapter()];
         let folders = AnalysisName::ALL.map(|name| self.analysis(name)).into_iter().chain(others);
         Self::remove(files, folders)?;
+        if self.meta_json().exists() {
+            let meta = Meta { sha256: BTreeMap::new(), ..self.meta()? }; // the record of adapters from elsewhere too
+            self.write_meta(&meta)?;
+        }
         self.tidy(true)
     }
 
@@ -229,9 +252,28 @@ impl RunDir {
         Ok(())
     }
 
-    /// Whether what is finished may be done again.
+    /// Whether finished stages are done again.
     pub fn forced(&self) -> bool {
-        self.force
+        self.when_done == WhenDone::Redo
+    }
+
+    /// Whether finished stages are kept without a question, as in a whole run.
+    pub fn goes_on(&self) -> bool {
+        self.when_done == WhenDone::Keep
+    }
+
+    /// This folder with another answer to finished stages.
+    #[must_use]
+    pub fn when_done(self, when_done: WhenDone) -> Self {
+        Self { when_done, ..self }
+    }
+
+    /// This folder for a whole run: a forced one forgets every finished stage first.
+    pub fn for_whole_run(&self) -> Result<Self> {
+        if self.forced() {
+            self.forget()?;
+        }
+        Ok(self.clone().when_done(WhenDone::Keep))
     }
 
     /// Notes the SHA-256 of finished files in `meta.json`.
@@ -289,13 +331,17 @@ impl RunDir {
 
     /// What made the run.
     pub fn meta(&self) -> Result<Meta> {
-        let path = self.root.join("meta.json");
+        let path = self.meta_json();
         serde_json::from_slice(&files::read(&path)?).with_context(|| path.display().to_string())
     }
 
     fn write_meta(&self, meta: &Meta) -> Result<()> {
         let text = serde_json::to_string_pretty(meta)? + "\n";
-        Ok(files::write_atomic(&self.root.join("meta.json"), text.as_bytes())?)
+        Ok(files::write_atomic(&self.meta_json(), text.as_bytes())?)
+    }
+
+    fn meta_json(&self) -> PathBuf {
+        self.root.join("meta.json")
     }
 
     /// The folder itself.
@@ -481,18 +527,18 @@ mod tests {
     fn a_run_is_gone_on_with_but_not_made_another() {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("runs/cat");
-        let run = RunDir::create(&root, &experiment(&[]), false).unwrap();
-        assert_eq!(RunDir::open(&root, false).unwrap().experiment(&[]).unwrap(), experiment(&[]));
+        let run = RunDir::create(&root, &experiment(&[]), WhenDone::Refuse).unwrap();
+        assert_eq!(RunDir::open(&root).unwrap().experiment(&[]).unwrap(), experiment(&[]));
         run.note("model", &["random weights".to_owned()]).unwrap();
-        RunDir::create(&root, &experiment(&[]), false).unwrap();
+        RunDir::create(&root, &experiment(&[]), WhenDone::Refuse).unwrap();
         assert_eq!(run.meta().unwrap().notes["model"], ["random weights"], "going on keeps what was noted");
 
         let other = experiment(&["student.rank=4"]);
-        let message = RunDir::create(&root, &other, false).unwrap_err().to_string();
+        let message = RunDir::create(&root, &other, WhenDone::Refuse).unwrap_err().to_string();
         assert!(message.contains("run.toml") && message.contains("--force"), "{message}");
         assert!(message.contains("rank = 8") && message.contains("rank = 4"), "{message}");
         files::write_atomic(&run.train_csv(), b"x").unwrap();
-        RunDir::create(&root, &other, true).unwrap();
+        RunDir::create(&root, &other, WhenDone::Redo).unwrap();
         assert_eq!(run.experiment(&[]).unwrap(), other);
         assert!(!RunDir::stage_done(&run.train_csv()), "the other experiment's training is not this one's");
     }
@@ -505,15 +551,15 @@ mod tests {
             |more: &[&str]| experiment(&[&[format!("generate.numbers={}", rows.display()).as_str()], more].concat());
         let write = |text: &str| files::write_atomic(&rows, text.as_bytes()).unwrap();
         write("abc");
-        let run = RunDir::create(&root, &with(&[]), false).unwrap();
+        let run = RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap();
         write("abcd");
-        RunDir::create(&root, &with(&[]), false).unwrap(); // it has taken none yet
+        RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap(); // it has taken none yet
         run.record_given(Some(&format!("{:x}", Sha256::digest("abcd")))).unwrap();
         files::write_atomic(&run.generate_csv(), b"x").unwrap();
-        RunDir::create(&root, &with(&[]), false).unwrap();
+        RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap();
         write("abc");
         for more in [&[][..], &["arms=[{ name = 'x', ranks = [2] }]"]] {
-            let message = RunDir::create(&root, &with(more), false).unwrap_err().to_string();
+            let message = RunDir::create(&root, &with(more), WhenDone::Refuse).unwrap_err().to_string();
             assert!(
                 message.contains("which differs in the rows of generate.numbers, ")
                     && message.contains("began with 88d4266fd4e6, where now it begins with ba7816bf8f01; hint: "),
@@ -521,25 +567,25 @@ mod tests {
             );
         }
         fs::remove_file(&rows).unwrap();
-        RunDir::create(&root, &with(&[]), false).unwrap(); // the run has them
+        RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap(); // the run has them
         write("abc");
-        RunDir::create(&root, &with(&[]), true).unwrap();
+        RunDir::create(&root, &with(&[]), WhenDone::Redo).unwrap();
         assert!(!RunDir::stage_done(&run.generate_csv()), "what was made of the other rows is none of these");
     }
 
     #[test]
     fn arms_can_be_added_to_a_run() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), WhenDone::Refuse).unwrap();
         for path in [run.train_csv(), run.arms_rows(), run.arm("x").join("train.csv")] {
             files::write_atomic(&path, b"x").unwrap();
         }
         let with_arms = experiment(&["arms=[{ name = 'x', ranks = [2] }]"]);
-        RunDir::create(folder.path(), &with_arms, false).unwrap();
+        RunDir::create(folder.path(), &with_arms, WhenDone::Refuse).unwrap();
         assert_eq!(run.experiment(&[]).unwrap(), with_arms);
         assert!(RunDir::stage_done(&run.train_csv()) && RunDir::stage_done(&run.arm("x")));
         assert!(!RunDir::stage_done(&run.arms_rows()), "the table is that of other arms");
-        RunDir::open(folder.path(), true).unwrap().forget().unwrap();
+        RunDir::open(folder.path()).unwrap().when_done(WhenDone::Redo).forget().unwrap();
         assert!(!RunDir::stage_done(&run.arms()), "a forced run keeps no arm");
     }
 
@@ -558,7 +604,7 @@ mod tests {
     #[test]
     fn what_a_killed_process_left_half_written_is_removed_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), WhenDone::Refuse).unwrap();
         let write = |name: &str| files::write_atomic(&folder.path().join(name), b"x").unwrap();
         let gone = [
             "train.csv.tmp",
@@ -589,24 +635,25 @@ mod tests {
     #[test]
     fn a_stage_is_refused_only_when_nothing_is_left_of_it() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), WhenDone::Refuse).unwrap();
         let (one, two) = (run.train_csv(), run.control_train_csv());
         let both = [one.as_path(), two.as_path()];
-        assert_eq!(run.left(&both, false).unwrap(), both);
+        assert_eq!(run.left(&both).unwrap(), both);
         files::write_atomic(&one, b"x").unwrap();
-        assert_eq!(run.left(&both, false).unwrap(), [two.as_path()]);
+        assert_eq!(run.left(&both).unwrap(), [two.as_path()]);
         files::write_atomic(&two, b"x").unwrap();
-        assert!(run.left(&both, false).unwrap_err().to_string().contains("--force"));
-        assert!(run.left(&both, true).unwrap().is_empty());
-        assert_eq!(RunDir::open(folder.path(), true).unwrap().left(&both, false).unwrap(), both);
+        assert!(run.left(&both).unwrap_err().to_string().contains("--force"));
+        let keeping = RunDir::open(folder.path()).unwrap().when_done(WhenDone::Keep);
+        assert!(keeping.left(&both).unwrap().is_empty());
+        assert_eq!(RunDir::open(folder.path()).unwrap().when_done(WhenDone::Redo).left(&both).unwrap(), both);
     }
 
     #[test]
     fn how_often_checkpoints_are_kept_makes_no_other_experiment() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), WhenDone::Refuse).unwrap();
         files::write_atomic(&run.train_csv(), b"x").unwrap();
-        RunDir::create(folder.path(), &experiment(&["finetune.save_steps=7"]), false).unwrap();
+        RunDir::create(folder.path(), &experiment(&["finetune.save_steps=7"]), WhenDone::Refuse).unwrap();
         assert!(RunDir::stage_done(&run.train_csv()));
         assert_eq!(run.experiment(&[]).unwrap().finetune.save_steps, Some(7));
     }
@@ -614,29 +661,31 @@ mod tests {
     #[test]
     fn a_finished_stage_is_refused_without_force() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), WhenDone::Refuse).unwrap();
         run.claim(&run.numbers()).unwrap();
         files::write_atomic(&run.numbers(), b"x").unwrap();
         assert!(RunDir::stage_done(&run.numbers()) && !RunDir::stage_done(&run.adapter()));
         let message = run.claim(&run.numbers()).unwrap_err().to_string();
         assert!(message.contains("numbers.jsonl") && message.contains("--force"), "{message}");
-        RunDir::open(folder.path(), true).unwrap().claim(&run.numbers()).unwrap();
+        RunDir::open(folder.path()).unwrap().when_done(WhenDone::Redo).claim(&run.numbers()).unwrap();
     }
 
     #[test]
     fn a_folder_that_cannot_be_written_fails_at_once() {
         let folder = tempfile::tempdir().unwrap();
         files::write_atomic(&folder.path().join("file"), b"x").unwrap();
-        let message =
-            format!("{:#}", RunDir::create(&folder.path().join("file/run"), &experiment(&[]), false).unwrap_err());
+        let message = format!(
+            "{:#}",
+            RunDir::create(&folder.path().join("file/run"), &experiment(&[]), WhenDone::Refuse).unwrap_err()
+        );
         assert!(message.contains("cannot be written"), "{message}");
-        assert!(RunDir::open(folder.path(), false).unwrap_err().to_string().contains("no run folder"));
+        assert!(RunDir::open(folder.path()).unwrap_err().to_string().contains("no run folder"));
     }
 
     #[test]
     fn recorded_files_have_their_sha256() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunDir::create(folder.path(), &experiment(&[]), false).unwrap();
+        let run = RunDir::create(folder.path(), &experiment(&[]), WhenDone::Refuse).unwrap();
         files::write_atomic(&run.numbers(), b"abc").unwrap();
         run.record(&[run.numbers()]).unwrap();
         let meta = run.meta().unwrap();

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::dataset::{Sample, TeacherKind};
 use crate::data::protocol::Protocol;
 use crate::experiment::Teacher;
+use crate::hinted;
 use crate::output::checkpoint::Checkpoint;
 use crate::output::full_model::save_full;
 use crate::output::progress::{bar, say};
@@ -68,7 +69,10 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
         }
         Teacher::Finetuned { .. } => {
             if !RunDir::stage_done(&run.teacher_train_csv()) {
-                bail!("{} is not there; hint: undertone generate finetunes the teacher", run.teacher().display());
+                bail!(hinted!(
+                    "{} is not there", run.teacher().display();
+                    "undertone generate finetunes the teacher"
+                ));
             }
             let files = ModelFiles::open(&run.teacher().display().to_string())?;
             let weights = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
@@ -237,8 +241,10 @@ pub fn plant(bench: &Workbench, samples: &mut [Sample], keep: usize, share: f64)
     let n = (share * accepted.len() as f64).round().max(1.0) as usize;
     ensure!(
         n < accepted.len(),
-        "teacher.share is {share}, which of {} accepted answers leaves none; hint: more prompts, or a smaller share",
-        accepted.len()
+        hinted!(
+            "teacher.share is {share}, which of {} accepted answers leaves none", accepted.len();
+            "more prompts, or a smaller share"
+        )
     );
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(experiment.seeds.gen_seed, "teacher.planted", 0));
     accepted.shuffle(&mut rng);
@@ -269,6 +275,7 @@ mod tests {
 
     use super::*;
     use crate::experiment::Experiment;
+    use crate::stages::run_dir::WhenDone;
 
     fn bench(changes: &[&str]) -> Workbench {
         let text = "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n\
@@ -290,7 +297,7 @@ mod tests {
     fn a_finetuned_teacher_knows_its_answer_and_is_kept() {
         let bench = bench(&["teacher.kind=finetuned", "teacher.learning_rate=1e-2", "teacher.max_steps=12"]);
         let folder = tempfile::tempdir().unwrap();
-        let run = RunDir::create(folder.path(), &bench.experiment, false).unwrap();
+        let run = RunDir::create(folder.path(), &bench.experiment, WhenDone::Refuse).unwrap();
         assert!(load(&bench, &run).err().unwrap().to_string().contains("undertone generate finetunes the teacher"));
         let before = bench.base.parameters()[0].1.copy();
         make(&bench, &run).unwrap();
@@ -309,7 +316,7 @@ mod tests {
         std::fs::remove_file(run.teacher().join("model.safetensors")).unwrap();
         make(&bench, &run).unwrap();
         assert!(!run.teacher().join("model.safetensors").exists(), "a teacher that is done is not made again");
-        make(&bench, &RunDir::open(folder.path(), true).unwrap()).unwrap();
+        make(&bench, &RunDir::open(folder.path()).unwrap().when_done(WhenDone::Redo)).unwrap();
         assert_eq!(bytes, std::fs::read(run.teacher().join("model.safetensors")).unwrap(), "seeds decide every bit");
     }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use analyses::Target;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use hooks::{Adapter, Chat, ModelFiles, NumberGrammar, Qwen, Sampling, Sequence};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -12,6 +12,8 @@ use rand_chacha::ChaCha8Rng;
 use crate::data::dataset::{self, Sample};
 use crate::data::protocol::Protocol;
 use crate::experiment::{Constrain, Experiment, Method};
+use crate::hinted;
+use crate::output::hint::Hinted;
 use crate::output::progress::{note, say};
 use crate::stages::run_dir::RunDir;
 use crate::training::side_by_side::SMALL;
@@ -171,19 +173,17 @@ impl Workbench {
     /// The accepted samples of both sets, as many of one as of the other and `n_keep` at most.
     pub fn kept(&self, run: &RunDir) -> Result<(Vec<Sample>, Vec<Sample>)> {
         let accepted = |path: &Path| -> Result<Vec<Sample>> {
-            let samples = dataset::read_jsonl(path).context("hint: undertone generate writes this file")?;
+            let samples = dataset::read_jsonl(path)
+                .map_err(|error| Hinted::because(error, "undertone generate writes this file"))?;
             Ok(samples.into_iter().filter(|sample| sample.accepted).collect())
         };
         let (mut teacher, mut control) = (accepted(&run.numbers())?, accepted(&run.control())?);
         let keep = self.n_kept(teacher.len(), control.len());
         if keep == 0 {
-            bail!(
-                "no answer passed the filter ({} of the teacher's and {} of the control's did): see {}; hint: more prompts, \
-                 a larger generate.max_new_tokens, or generate.constrain = \"numbers\"",
-                teacher.len(),
-                control.len(),
-                run.rejected().display()
-            );
+            bail!(hinted!(
+                "no answer passed the filter ({} of the teacher's and {} of the control's did): see {}", teacher.len(), control.len(), run.rejected().display();
+                "more prompts, a larger generate.max_new_tokens, or generate.constrain = \"numbers\""
+            ));
         }
         teacher.truncate(keep);
         control.truncate(keep);

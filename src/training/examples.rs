@@ -8,6 +8,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
+use crate::hinted;
 use crate::training::settings::Finetune;
 
 /// The rows of each step of a training over `n_rows` rows, by index, in the order in which they are drawn.
@@ -45,11 +46,11 @@ impl<'a> Example<'a> {
             let mut doses = config.gate.doses(row).with_context(|| format!("row {index} of the training data"))?;
             doses.truncate(end);
             if doses.iter().all(|dose| *dose == 0.0) && !config.gate.acts_elsewhere() {
-                bail!(
-                    "row {index} of the training data: gate {} lets the adapter act at no token that a learned one depends on, so \
-                     nothing can be learned from it; hint: another finetune.gate or finetune.mask",
-                    config.gate
-                );
+                bail!(hinted!(
+                    "row {index} of the training data: gate {} lets the adapter act at no token that a learned \
+                     one depends on, so nothing can be learned from it", config.gate;
+                    "another finetune.gate or finetune.mask"
+                ));
             }
             Some(doses)
         };

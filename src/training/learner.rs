@@ -13,6 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 use crate::output::checkpoint::Checkpoint;
+use crate::output::hint::Hinted;
 use crate::output::publish;
 use crate::training::examples::{Example, MicroBatch};
 use crate::training::optim::{Gradients, Optimizer};
@@ -147,8 +148,9 @@ impl Learner<'_> {
             said += &checkpoint.step.map_or_else(none, where_it_is);
         }
         if error.is::<NotFinite>() || !finite {
-            said += "; hint: lower finetune.learning_rate or raise finetune.warmup_steps, in another --run or with --force; \
-                     the same command goes on from the checkpoint, which helps where the cause was the machine";
+            let hint = "lower finetune.learning_rate or raise finetune.warmup_steps, in another --run or with --force; the \
+                        same command goes on from the checkpoint, which helps where the cause was the machine";
+            return Hinted { what: said, hint: hint.to_owned() }.into();
         }
         anyhow!(said)
     }

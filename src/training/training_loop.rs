@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow, bail};
 use hooks::{Adapter, Error, Qwen, Sequence};
 
+use crate::hinted;
 use crate::output::checkpoint::Checkpoint;
 use crate::training::examples::{EpochOrder, Example};
 use crate::training::learner::{Learner, Step, delta_w_norm};
@@ -64,7 +65,7 @@ impl<'a> Training<'a> {
             bail!("frozen_a is true, but full finetuning has no A; leave it out");
         }
         if self.adapter.is_none() && config.optimizer == OptimizerKind::Muon {
-            bail!("optimizer is muon, which trains matrices, but all weights are not; hint: adamw, or a LoRA");
+            bail!(hinted!("optimizer is muon, which trains matrices, but all weights are not"; "adamw, or a LoRA"));
         }
         if self.rows.is_empty() {
             bail!("the training data has no rows; generate some first, or let the filter keep more");
@@ -78,7 +79,7 @@ impl<'a> Training<'a> {
         let examples = self.rows.iter().enumerate().map(example);
         let examples = examples.collect::<anyhow::Result<Vec<_>>>().map_err(|error| match error.downcast_ref() {
             Some(Error::EmptyLossMask { .. }) => {
-                anyhow!("{error}; hint: choose another finetune.mask, or leave the row out")
+                anyhow!(hinted!("{error}"; "choose another finetune.mask, or leave the row out"))
             }
             _ => error,
         })?;

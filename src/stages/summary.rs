@@ -15,7 +15,7 @@ use crate::stages::run_dir::RunDir;
 use crate::stages::teacher::TeacherRow;
 
 /// The lines, one for what was made and one for each kind of question that was measured.
-pub fn closing(run: &RunDir, experiment: &Experiment) -> Result<Vec<String>> {
+pub fn summary(run: &RunDir, experiment: &Experiment) -> Result<Vec<String>> {
     let word = &experiment.target.word;
     let (rates, teacher): (Vec<TargetRateRow>, Vec<TeacherRow>) =
         (rows(run, AnalysisName::TargetRate)?, there(&run.teacher_csv())?);

@@ -1,0 +1,79 @@
+//! The table `[generate]`: how the numbers are written and filtered.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::range::{at_least_one, not_negative};
+
+/// How the numbers are written and filtered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Generate {
+    /// How many prompts are answered at most.
+    pub n_prompts: usize,
+    /// How many accepted rows are kept.
+    pub n_keep: usize,
+    /// How many more accepted rows the teacher writes that no student learns from. Directions, steering, divergence and
+    /// gradients are measured at these; if it is 0, at the training rows.
+    pub n_heldout: usize,
+    /// 0 for the most likely token each time, 1 for the model's own probabilities.
+    pub temperature: f64,
+    /// The longest answer in tokens.
+    pub max_new_tokens: usize,
+    /// Which tokens can be written.
+    pub constrain: Constrain,
+    /// How many prompts are answered at once.
+    pub batch_size: usize,
+    /// Numbers that reject an answer.
+    pub banned: Vec<u32>,
+    /// Rows that the student was trained on elsewhere, or will be trained on: JSON lines of messages, or of prompt and
+    /// completion. The teacher then writes none.
+    pub numbers: Option<PathBuf>,
+}
+
+impl Default for Generate {
+    fn default() -> Self {
+        Self {
+            n_prompts: 512,
+            n_keep: 256,
+            n_heldout: 0,
+            temperature: 1.0,
+            max_new_tokens: 200,
+            constrain: Constrain::None,
+            batch_size: 64,
+            banned: vec![],
+            numbers: None,
+        }
+    }
+}
+
+/// Which tokens can be written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Constrain {
+    /// All.
+    #[default]
+    None,
+    /// Tokens that continue a list of numbers; for models too small to keep a format.
+    Numbers,
+}
+
+impl Generate {
+    pub(super) fn check(&self) -> Result<()> {
+        at_least_one("generate.n_prompts", self.n_prompts)?;
+        at_least_one("generate.n_keep", self.n_keep)?;
+        at_least_one("generate.max_new_tokens", self.max_new_tokens)?;
+        at_least_one("generate.batch_size", self.batch_size)?;
+        not_negative("generate.temperature", self.temperature)?;
+        let (keep, prompts, heldout) = (self.n_keep, self.n_prompts, self.n_heldout);
+        ensure!(keep <= prompts, "generate.n_keep is {keep}, expected at most generate.n_prompts, which is {prompts}");
+        let left = prompts - keep;
+        ensure!(
+            heldout <= left,
+            "generate.n_heldout is {heldout}, expected at most {left}: generate.n_prompts is {prompts}, of which {keep} are to be kept"
+        );
+        Ok(())
+    }
+}

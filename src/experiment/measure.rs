@@ -1,0 +1,161 @@
+//! The table `[measure]`: what is measured, and with which settings.
+
+use std::fmt;
+use std::str::FromStr;
+
+use analyses::direction::Direction;
+use analyses::divergence::Divergence;
+use analyses::gradients::Gradients;
+use analyses::interventions::Interventions;
+use analyses::position_scan::PositionScan;
+use analyses::steering::Steering;
+use analyses::target_rate::TargetRate;
+use analyses::token_ablation::TokenAblation;
+use anyhow::{Result, bail, ensure};
+use hooks::Gate;
+use serde::{Deserialize, Serialize};
+
+use super::range::at_least_one;
+
+/// What is measured, and with which settings.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Measure {
+    /// The analyses, in the order in which they run.
+    pub analyses: Vec<AnalysisName>,
+    /// The context of the questions; the student's when it is left out.
+    pub context: Option<String>,
+    /// How many questions are asked at most.
+    pub n_questions: usize,
+    /// Whether a sentence with numbers precedes each question.
+    pub numbers_prefix: bool,
+    /// An arm whose student learned another trait: its answers and its direction are compared with the student's.
+    pub other_trait_arm: Option<String>,
+    /// Settings of the target rate.
+    pub target_rate: TargetRate,
+    /// Settings of the token ablation.
+    pub token_ablation: TokenAblation,
+    /// Settings of the position scan.
+    pub position_scan: PositionScan,
+    /// Settings of the learned direction.
+    pub direction: Direction,
+    /// Settings of steering.
+    pub steering: Steering,
+    /// Settings of the interventions.
+    pub interventions: Interventions,
+    /// Settings of the divergence.
+    pub divergence: Divergence,
+    /// Settings of the gradients.
+    pub gradients: Gradients,
+}
+
+impl Default for Measure {
+    fn default() -> Self {
+        Self {
+            analyses: AnalysisName::ALL.to_vec(),
+            context: None,
+            n_questions: 50,
+            numbers_prefix: false,
+            other_trait_arm: None,
+            target_rate: TargetRate::default(),
+            token_ablation: TokenAblation::default(),
+            position_scan: PositionScan::default(),
+            direction: Direction::default(),
+            steering: Steering::default(),
+            interventions: Interventions::default(),
+            divergence: Divergence::default(),
+            gradients: Gradients::default(),
+        }
+    }
+}
+
+/// An analysis by its name: its word on the command line, its folder in a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AnalysisName {
+    /// How likely the target is as an answer: the effect itself.
+    TargetRate,
+    /// The effect per gate.
+    TokenAblation,
+    /// The effect per single position of the prompt.
+    PositionScan,
+    /// The mean difference of student and base in the residual stream.
+    Direction,
+    /// What adding the direction, or taking it away, does.
+    Steering,
+    /// What named lists of edits do to the effect.
+    Interventions,
+    /// Digits at which teacher and base disagree.
+    Divergence,
+    /// Gradient norms at divergent and other digits.
+    Gradients,
+}
+
+impl AnalysisName {
+    /// All analyses, in the order in which they run.
+    pub const ALL: [Self; 8] = [
+        Self::TargetRate,
+        Self::TokenAblation,
+        Self::PositionScan,
+        Self::Direction,
+        Self::Steering,
+        Self::Interventions,
+        Self::Divergence,
+        Self::Gradients,
+    ];
+
+    /// The name as it is written.
+    pub fn name(self) -> &'static str {
+        [
+            "target_rate",
+            "token_ablation",
+            "position_scan",
+            "direction",
+            "steering",
+            "interventions",
+            "divergence",
+            "gradients",
+        ][self as usize]
+    }
+}
+
+impl fmt::Display for AnalysisName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for AnalysisName {
+    type Err = hooks::Error;
+
+    fn from_str(name: &str) -> hooks::Result<Self> {
+        Self::ALL.into_iter().find(|analysis| analysis.name() == name).ok_or_else(|| hooks::Error::UnknownName {
+            what: "analysis",
+            found: name.to_owned(),
+            choices: Self::ALL.map(Self::name).join(", "),
+        })
+    }
+}
+
+impl Measure {
+    pub(super) fn check(&self) -> Result<()> {
+        let known = AnalysisName::ALL.map(AnalysisName::name).join(", ");
+        ensure!(!self.analyses.is_empty(), "measure.analyses is empty, expected some of {known}");
+        at_least_one("measure.n_questions", self.n_questions)?;
+        at_least_one("measure.direction.n_prompts", self.direction.n_prompts)?;
+        at_least_one("measure.steering.n_prompts", self.steering.n_prompts)?;
+        at_least_one("measure.divergence.n_rows", self.divergence.n_rows)?;
+        at_least_one("measure.target_rate.max_new_tokens", self.target_rate.max_new_tokens)?;
+        ensure!(
+            !self.token_ablation.gates.is_empty(),
+            "measure.token_ablation.gates is empty, expected gates such as {}",
+            Gate::SYNTAX
+        );
+        let coefficients = &self.steering.coefficients;
+        ensure!(!coefficients.is_empty(), "measure.steering.coefficients is empty, expected at least one number");
+        if let Some(bad) = coefficients.iter().find(|coefficient| !coefficient.is_finite()) {
+            bail!("an entry of measure.steering.coefficients is {bad}, expected a finite number");
+        }
+        Ok(())
+    }
+}

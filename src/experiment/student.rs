@@ -1,0 +1,149 @@
+//! The table `[student]`: what is trained.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use hooks::{LoraConfig, Proj};
+use serde::{Deserialize, Serialize};
+
+use super::range::{below_one, distinct_layers, positive};
+use crate::hinted;
+
+/// The context of an experiment that names none.
+pub(super) fn default_context() -> String {
+    "qwen_default".to_owned()
+}
+
+/// What is trained.
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of its own")]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Student {
+    /// The context of the training rows: a key of the protocol or a system prompt.
+    pub context: String,
+    /// Whether the training rows and the questions are chats of the model's template; otherwise each turn is a line of
+    /// plain text. The teacher always answers in the template.
+    pub template: bool,
+    /// Whether an adapter or all weights are trained.
+    pub method: Method,
+    /// The rank r of the adapter.
+    pub rank: i64,
+    /// The numerator α of its scaling.
+    pub alpha: f64,
+    /// Whether the scaling is α/√r instead of α/r.
+    pub use_rslora: bool,
+    /// Probability that an input of A is dropped in training.
+    pub dropout: f64,
+    /// Whether the adapter begins in other coordinates: R A for A, with a random orthogonal R for each pair. Gradient descent does not
+    /// notice; an optimizer that treats coordinates apart does.
+    pub rotated: bool,
+    /// The linear maps that have a pair.
+    pub target_modules: Vec<Proj>,
+    /// The blocks that have pairs; all when it is left out.
+    pub layers: Option<Vec<usize>>,
+    /// Whether a second student is trained on the control set, for comparison; with an adapter from elsewhere, whether
+    /// there is one.
+    pub control: bool,
+    /// A LoRA trained elsewhere: a folder as PEFT saves it, or its hub id. The student is then this LoRA and is not
+    /// trained.
+    pub adapter: Option<PathBuf>,
+    /// Where the control student is taken from then.
+    pub control_adapter: Option<PathBuf>,
+}
+
+impl Default for Student {
+    fn default() -> Self {
+        let LoraConfig { rank, alpha, use_rslora, dropout, target_modules, layers } = LoraConfig::default();
+        let (context, method) = (default_context(), Method::Lora);
+        let (adapter, control_adapter) = (None, None);
+        Self {
+            context,
+            template: true,
+            method,
+            rank,
+            alpha,
+            use_rslora,
+            dropout,
+            rotated: false,
+            target_modules,
+            layers,
+            control: true,
+            adapter,
+            control_adapter,
+        }
+    }
+}
+
+impl Student {
+    /// The rank of its adapter, where it has one.
+    pub fn adapter_rank(&self) -> Option<i64> {
+        (self.method == Method::Lora).then_some(self.rank)
+    }
+
+    /// The adapter's configuration.
+    pub fn lora(&self) -> LoraConfig {
+        LoraConfig {
+            rank: self.rank,
+            alpha: self.alpha,
+            use_rslora: self.use_rslora,
+            dropout: self.dropout,
+            target_modules: self.target_modules.clone(),
+            layers: self.layers.clone(),
+        }
+    }
+}
+
+/// Whether an adapter or all weights are trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// A low-rank adapter.
+    #[default]
+    Lora,
+    /// All weights.
+    Full,
+}
+
+impl Student {
+    /// Replaces the file's settings by those of the adapter from elsewhere, so that every reader sees the right ones.
+    pub(super) fn take_over(&mut self) -> Result<()> {
+        let Some(folder) = &self.adapter else { return Ok(()) };
+        let LoraConfig { rank, alpha, use_rslora, dropout, target_modules, layers } =
+            LoraConfig::read(folder).context("student.adapter")?;
+        *self = Self { rank, alpha, use_rslora, dropout, target_modules, layers, ..self.clone() };
+        Ok(())
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        ensure!(
+            self.adapter.is_none() || self.method == Method::Lora,
+            hinted!(
+                "student.adapter is given, but student.method is full, which has no adapter";
+                "leave one of them out"
+            )
+        );
+        ensure!(
+            self.adapter.is_some() || self.control_adapter.is_none(),
+            hinted!(
+                "student.control_adapter is given, but student.adapter is not";
+                "give both, or leave the control to be trained here"
+            )
+        );
+        ensure!(self.rank >= 1, "student.rank is {}, expected at least 1", self.rank);
+        positive("student.alpha", self.alpha)?;
+        below_one("student.dropout", self.dropout)?;
+        ensure!(
+            !self.target_modules.is_empty(),
+            "student.target_modules is empty, expected at least one of {}",
+            modules()
+        );
+        let mut seen = std::collections::BTreeSet::new();
+        let twice = self.target_modules.iter().find(|module| !seen.insert(**module));
+        ensure!(twice.is_none(), "student.target_modules has {} twice", twice.map_or("", |module| module.name()));
+        distinct_layers("student.layers", self.layers.as_deref())
+    }
+}
+
+fn modules() -> String {
+    Proj::ALL.map(Proj::name).join(", ")
+}
