@@ -33,13 +33,24 @@ impl Hinted {
 pub fn explained(error: &Error) -> (String, Option<String>) {
     let mut hint = None;
     let mut said = |cause: &(dyn std::error::Error + 'static)| {
-        if let Some(hinted) = cause.downcast_ref::<Hinted>() {
-            hint.get_or_insert_with(|| hinted.hint.clone());
-            return hinted.what.clone();
-        }
-        cause.to_string()
+        let text = cause.to_string();
+        let Some(own) = hint_of(cause) else { return text };
+        hint.get_or_insert_with(|| own.to_owned());
+        text.strip_suffix(&format!("; hint: {own}")).unwrap_or(&text).to_owned()
     };
     (error.chain().map(&mut said).collect::<Vec<_>>().join(": "), hint)
+}
+
+fn hint_of<'e>(cause: &'e (dyn std::error::Error + 'static)) -> Option<&'e str> {
+    let of_library = |error: &'e hooks::Error| error.hint();
+    cause
+        .downcast_ref::<Hinted>()
+        .map(|hinted| hinted.hint.as_str())
+        .or_else(|| cause.downcast_ref().and_then(of_library))
+        .or_else(|| match cause.downcast_ref()? {
+            analyses::Error::Hooks(error) => of_library(error),
+            _ => None,
+        })
 }
 
 /// An error with a hint, each a format string with its arguments: `hinted!("{} is there already", path; "use --force")`.
