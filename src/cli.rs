@@ -154,7 +154,7 @@ fn obey(cli: &Cli) -> Result<()> {
         Command::Run(run) if Study::is_claim(&run.stage.experiment)? => {
             let stage = &run.stage;
             let changes = overrides(cli, &stage.overrides);
-            claim::run(&claim::Asked {
+            claim::run(&claim::ClaimOptions {
                 path: &stage.experiment,
                 size: run.size.unwrap_or(Size::Pocket),
                 folder: stage.run.as_deref(),

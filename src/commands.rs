@@ -11,9 +11,11 @@ pub mod profile;
 pub mod tokens;
 
 use anyhow::{Context, Result, ensure};
+use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 use hooks::{Edit, EditText, Gate, ModelFiles, Provenance};
 
+use crate::claim::Size;
 use crate::experiment::Dtype;
 
 /// Which model, and in which precision.
@@ -32,11 +34,26 @@ impl ValueEnum for Dtype {
         &[Self::F32, Self::Bf16]
     }
 
-    fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
-        Some(clap::builder::PossibleValue::new(match self {
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
         }))
+    }
+}
+
+impl ValueEnum for Size {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Pocket, Self::Small, Self::Paper]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let help = match self {
+            Self::Pocket => "The embedded pocket model: minutes on two CPU cores",
+            Self::Small => "A Qwen of half a billion parameters",
+            Self::Paper => "A Qwen of 7 or 14 billion parameters, on CUDA",
+        };
+        Some(PossibleValue::new(self.name()).help(help))
     }
 }
 

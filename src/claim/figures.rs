@@ -6,54 +6,12 @@ use analyses::Svg;
 use analyses::plot::{Bar, BarChart, HeatMap, Line, Panel, PanelChart, Point, Reference, Scale, bars, heatmap, panels};
 use analyses::stats::{mean, t_interval};
 use anyhow::{Context, Result, ensure};
-use serde::{Deserialize, Serialize};
 
+use super::estimate::LEVEL;
+use super::file::{Claim, EVERYWHERE, Figure, FigureKind};
+use super::outcome::{OutcomeRow, Quantity};
 use super::tables::SpectrumRow;
-use super::verdict::LEVEL;
-use super::{Claim, EVERYWHERE, OutcomeRow, Quantity};
 use crate::experiment::STUDENT;
-
-/// How outcomes are drawn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FigureKind {
-    /// A bar for each student in each condition, with its data sets as points.
-    Bars,
-    /// Quantities over the rank, a panel each, a line for each student.
-    Ranks,
-    /// Ranks, with a line for each trait.
-    RanksByTrait,
-    /// Students by conditions.
-    Heatmap,
-    /// Trained by evaluated traits.
-    Matrix,
-}
-
-/// A figure of a claim.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Figure {
-    /// How it is drawn.
-    pub kind: FigureKind,
-    /// Its title.
-    pub title: String,
-    /// The quantities drawn; over ranks one panel each, else only the first is drawn.
-    #[serde(default = "margin")]
-    pub quantities: Vec<Quantity>,
-    /// The students that are drawn, in this order; all that have the numbers when it is left out.
-    #[serde(default)]
-    pub students: Vec<String>,
-    /// The conditions that are drawn, in this order; all when it is left out.
-    #[serde(default)]
-    pub cells: Vec<String>,
-    /// Whether traits have bars of their own.
-    #[serde(default)]
-    pub by_trait: bool,
-}
-
-fn margin() -> Vec<Quantity> {
-    vec![Quantity::DeltaMargin]
-}
 
 impl Figure {
     /// The drawing; an error if none of its numbers was measured.
@@ -307,7 +265,7 @@ impl Figure {
 /// The adapters' spectra and a sentence on them: each singular value over the first of its map, the mean over maps and
 /// runs. A student with several ranks has a line for each, any other one line; `None` if no adapter has two singular
 /// values.
-pub fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
+pub(super) fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
     let mut ranks: Vec<(&str, BTreeSet<Option<i64>>)> = vec![];
     for row in rows {
         match ranks.iter_mut().find(|(student, _)| *student == row.student) {
