@@ -51,11 +51,7 @@ impl Figure {
     /// Each bar's label, its trait where these have bars of their own, and the data sets' values.
     fn labelled(&self, claim: &Claim, rows: &[OutcomeRow]) -> Vec<(String, Option<String>, Vec<f64>)> {
         let (students, cells) = self.order(rows);
-        let words: Vec<Option<&str>> = if self.by_trait {
-            claim.targets.iter().map(|target| Some(target.word.as_str())).collect()
-        } else {
-            vec![None]
-        };
+        let words = words(claim, self.by_trait);
         let several = |names: &[String]| names.len() > 1;
         let mut found = vec![];
         for (student, cell) in students.iter().flat_map(|student| cells.iter().map(move |cell| (student, cell))) {
@@ -118,8 +114,7 @@ impl Figure {
             FigureKind::Heatmap => {
                 let (students, cells) = self.order(rows);
                 let of = |student: &String, cell: &String| {
-                    let values = over_ranks(rows, self.quantities[0], (student, cell), None).into_iter();
-                    (format!("{student} in {cell}"), None, values.flat_map(|(_, values)| values).collect())
+                    (format!("{student} in {cell}"), None, at_all_ranks(rows, self.quantities[0], (student, cell)))
                 };
                 students.iter().flat_map(|student| cells.iter().map(move |cell| of(student, cell))).collect()
             }
@@ -137,9 +132,7 @@ impl Figure {
     /// Where each line of the first panel is highest.
     fn peaks(&self, claim: &Claim, rows: &[OutcomeRow]) -> String {
         let cell = self.cells.first().map_or(EVERYWHERE, String::as_str);
-        let by_trait = self.kind == FigureKind::RanksByTrait;
-        let words: Vec<Option<&str>> =
-            if by_trait { claim.targets.iter().map(|target| Some(target.word.as_str())).collect() } else { vec![None] };
+        let words = words(claim, self.kind == FigureKind::RanksByTrait);
         let mut said = vec![];
         for (student, word) in
             self.order(rows).0.iter().flat_map(|student| words.iter().map(move |word| (student, word)))
@@ -193,10 +186,7 @@ impl Figure {
             }
             lines.retain(|line| !line.points.is_empty());
             let reference = |student: &&String| {
-                let values: Vec<f64> = over_ranks(rows, *quantity, (student, cell), None)
-                    .into_iter()
-                    .flat_map(|(_, values)| values)
-                    .collect();
+                let values = at_all_ranks(rows, *quantity, (student, cell));
                 Some(Reference::new(student.as_str(), mean(&values).ok()?))
             };
             Ok(Panel { y_label: label(*quantity), lines, references: single.iter().filter_map(reference).collect() })
@@ -215,11 +205,8 @@ impl Figure {
     fn heatmap(&self, rows: &[OutcomeRow]) -> Result<Svg> {
         let (students, cells) = self.order(rows);
         let value = |student: &String, cell: &String| {
-            let values: Vec<f64> = over_ranks(rows, self.quantities[0], (student, cell), None)
-                .into_iter()
-                .flat_map(|(_, values)| values)
-                .collect();
-            mean(&values).with_context(|| format!("{student:?} was not measured in {cell:?}"))
+            mean(&at_all_ranks(rows, self.quantities[0], (student, cell)))
+                .with_context(|| format!("{student:?} was not measured in {cell:?}"))
         };
         let values =
             students.iter().map(|student| cells.iter().map(|cell| value(student, cell)).collect::<Result<Vec<_>>>());
@@ -306,6 +293,16 @@ pub(super) fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
         panels: vec![panel],
     };
     Ok(Some((panels(&chart)?, reading)))
+}
+
+/// The traits that are drawn apart; `None` is the mean over all.
+fn words(claim: &Claim, by_trait: bool) -> Vec<Option<&str>> {
+    if by_trait { claim.targets.iter().map(|target| Some(target.word.as_str())).collect() } else { vec![None] }
+}
+
+/// The data sets' means at every rank.
+fn at_all_ranks(rows: &[OutcomeRow], quantity: Quantity, at: (&str, &str)) -> Vec<f64> {
+    over_ranks(rows, quantity, at, None).into_iter().flat_map(|(_, values)| values).collect()
 }
 
 /// By rank, each data set's mean of a quantity over traits and seeds, or of one trait.

@@ -94,15 +94,10 @@ impl Claim {
         }
         let mut students: BTreeSet<&str> = [STUDENT, CONTROL_STUDENT].into_iter().chain(REFERENCES).collect();
         students.extend(self.students.iter().map(|arm| arm.name.as_str()));
-        let of_cells = self.cells.iter().flat_map(|cell| cell.students.iter().flatten());
-        if let Some(name) = of_cells.into_iter().find(|name| !students.contains(name.as_str())) {
-            bail!("a cell names the student {name:?}, expected one of {students:?}");
-        }
+        has_students("a cell", self.cells.iter().flat_map(|cell| cell.students.iter().flatten()), &students)?;
         for (what, names) in &self.measured_on {
             ensure!(self.measures.contains(what), "measured_on has {what:?}, which measures does not name");
-            if let Some(name) = names.iter().find(|name| !students.contains(name.as_str())) {
-                bail!("measured_on names the student {name:?}, expected one of {students:?}");
-            }
+            has_students("measured_on", names, &students)?;
         }
         // A chosen student is asked wherever its candidates are, so no condition names it.
         for chosen in &self.chosen {
@@ -122,20 +117,16 @@ impl Claim {
             ensure!(names.insert(&test.name), "the test {:?} is there twice", test.name);
             self.check_test(test, &students, &cells).with_context(|| format!("test {:?}", test.name))?;
         }
-        let names = |figure: &Figure| figure.students.clone();
-        if let Some(name) = self.figures.iter().flat_map(names).find(|name| !students.contains(name.as_str())) {
-            bail!("a figure names the student {name:?}, expected one of {students:?}");
-        }
+        has_students("a figure", self.figures.iter().flat_map(|figure| &figure.students), &students)?;
         for figure in &self.figures {
             let drawn: Vec<&str> = if figure.students.is_empty() {
                 students.iter().copied().collect()
             } else {
                 figure.students.iter().map(String::as_str).collect()
             };
-            let candidates = |name: &str| self.chosen.iter().find(|chosen| chosen.name == name);
-            let is_known = |quantity: &Quantity| {
-                drawn.iter().any(|name| candidates(name).is_some() || self.knows(*quantity, name))
-            };
+            let is_chosen = |name: &str| self.chosen.iter().any(|chosen| chosen.name == name);
+            let is_known =
+                |quantity: &Quantity| drawn.iter().any(|name| is_chosen(name) || self.knows(*quantity, name));
             if let Some(quantity) = figure.quantities.iter().find(|quantity| !is_known(quantity)) {
                 bail!(
                     "figure {:?}: {quantity} is measured on none of its students; hint: measures and measured_on",
@@ -220,6 +211,14 @@ impl Claim {
             (targets, datasets, set, measures, measured_on, students, cells)
         };
         of(self) == of(other)
+    }
+}
+
+/// Refuses a student that the claim does not have.
+fn has_students<'a>(what: &str, names: impl IntoIterator<Item = &'a String>, students: &BTreeSet<&str>) -> Result<()> {
+    match names.into_iter().find(|name| !students.contains(name.as_str())) {
+        Some(name) => bail!("{what} names the student {name:?}, expected one of {students:?}"),
+        None => Ok(()),
     }
 }
 
