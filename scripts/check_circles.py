@@ -1,4 +1,5 @@
-"""Finds files of a crate that import each other in a circle, and imports that run back up between its rooms.
+"""Finds files of a crate that import each other in a circle, imports that run back up between its rooms, and files of
+the library that name clap: only the command line does.
 
 A reader of one file of a circle must read all of them. A crate's lib.rs lists its rooms from the bottom up: neighbouring
 `mod` lines, or one `mod` with files in braces. A file imports from its own room and from rooms above it in that list.
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMAND_LINE = re.compile(r"src/(main|cli|commands)(\.rs|/)")
 CRATES = ["hooks/src", "analyses/src", "src", "notebooks-rs/src", "benchmarks/src", "fuzz/src"]
 
 
@@ -112,9 +114,14 @@ def main() -> None:
         for name, other in upward(graph, rooms(ROOT / crate / "lib.rs")):
             broken += 1
             print(f"{crate}: {name} imports {other}, whose room comes after its own in lib.rs")
+    for path in sorted((ROOT / "src").rglob("*.rs")):
+        name = str(path.relative_to(ROOT))
+        if re.search(r"\bclap\b", code(path)) and not COMMAND_LINE.match(name):
+            broken += 1
+            print(f"{name} names clap, and is no part of the command line")
     if broken:
-        sys.exit(f"error: {broken} circles and imports that run back up; hint: move what both sides need into a file below them")
-    print(f"no file of {', '.join(CRATES)} imports itself through others, or from a room above its own")
+        sys.exit(f"error: {broken} circles, imports that run back up, and files with clap; hint: move what both sides need into a file below them")
+    print(f"no file of {', '.join(CRATES)} imports itself through others, or from a room above its own; clap is the command line's alone")
 
 
 if __name__ == "__main__":

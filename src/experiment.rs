@@ -25,6 +25,8 @@ use crate::data::protocol::Protocol;
 use crate::hinted;
 use crate::training::settings::Finetune;
 
+pub(crate) use overrides::change;
+
 pub use arms::{Arm, ArmData, ArmStudent, CONTROL_STUDENT, STUDENT};
 pub use generate::{Constrain, Generate};
 pub use measure::{AnalysisName, Measure};
@@ -137,11 +139,16 @@ impl Experiment {
             anyhow!("{}: {line}{}", path.display(), one_line(error.message()))
         };
         toml::from_str::<Self>(text).map_err(|error| located(&error))?;
-        let mut table: toml::Table = toml::from_str(text).map_err(|error| located(&error))?;
+        Self::from_table(toml::from_str(text).map_err(|error| located(&error))?, path, changes)
+    }
+
+    /// An experiment from its table and the changes given on the command line; `path` is where the table is from.
+    pub fn from_table(mut table: toml::Table, path: &Path, changes: &[String]) -> Result<Self> {
         overrides::apply(&mut table, changes)?;
-        let mut experiment: Self = table
-            .try_into()
-            .map_err(|error| anyhow!("--set {}: {}", changes.join(" --set "), one_line(&error.to_string())))?;
+        let source =
+            if changes.is_empty() { path.display().to_string() } else { format!("--set {}", changes.join(" --set ")) };
+        let mut experiment: Self =
+            table.try_into().map_err(|error| anyhow!("{source}: {}", one_line(&error.to_string())))?;
         // With a student from elsewhere no control is trained here: it is compared with another from elsewhere, or with
         // none.
         let student = &mut experiment.student;

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use tempfile::TempDir;
-use undertone::claim::run::{Asked, run};
-use undertone::claim::tables::{ClaimRunRow, ContextRow, DigitConfRow, MatrixRow, SpectrumRow, SteerRow};
+use undertone::claim::run::{ClaimOptions, run};
+use undertone::claim::tables::{ClaimRunRow, ContextRow, DigitConfRow, MatrixRow, SpectrumRow, SteerRow, verdicts};
 use undertone::claim::{Claim, EVERYWHERE, OutcomeRow, Quantity, Size, THROUGH, TestRow, tests};
 use undertone::output::publish::{Table, read_csv, to_csv};
 
@@ -146,7 +146,7 @@ fn begun() -> (TempDir, PathBuf) {
 
 fn ask(path: &Path, root: &Path) -> anyhow::Result<()> {
     let (size, changes, folder) = (Size::Pocket, &[][..], Some(root));
-    run(&Asked { path, size, folder, changes, dry_run: false, plan: false, force: false })
+    run(&ClaimOptions { path, size, folder, changes, dry_run: false, plan: false, force: false })
 }
 
 fn changed(path: &Path) -> SystemTime {
@@ -362,4 +362,19 @@ fn the_kept_tables_give_the_kept_tests() {
         seen += 1;
     }
     assert!(seen >= 4, "{seen}");
+}
+
+#[test]
+fn the_table_of_verdicts_on_the_page_is_made_from_the_kept_claims() {
+    let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/claims");
+    let page = include_str!("../docs/claims.md");
+    let table = verdicts(&kept).unwrap();
+    assert!(page.contains(&table) && table.lines().count() == 2 + 18, "docs/claims.md does not have\n{table}");
+    let empty = TempDir::new().unwrap();
+    let error = format!("{:#}", verdicts(empty.path()).unwrap_err());
+    assert!(error.contains("holds no claim; hint: undertone run"), "{error}");
+    fs::create_dir(empty.path().join("claim-01")).unwrap();
+    fs::copy(kept.join("claim-01/claim.toml"), empty.path().join("claim-01/claim.toml")).unwrap();
+    let error = format!("{:#}", verdicts(empty.path()).unwrap_err());
+    assert!(error.contains("tests.csv"), "a claim without its tests is named: {error}");
 }

@@ -2,7 +2,6 @@
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -12,17 +11,19 @@ use analyses::direction::{Direction, Extraction, Means, table};
 use analyses::divergent::{Definition, divergence_tokens};
 use analyses::stats::mean;
 use analyses::steering::{CONTROL_STUDENT, OTHER_TRAIT, Start, Steering};
-use analyses::target::{Score, TokenForms};
 use analyses::target_rate::TargetRate;
 use analyses::{Analysis, Subject, Tuned};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use hooks::adapter::spectrum::Spectrum;
-use hooks::{Adapter, Condition, Qwen, Sequence, TokenClass};
+use hooks::{Adapter, Qwen};
 use tch::Tensor;
 
-use crate::claim::{Cell, EVERYWHERE, Measures, OutcomeRow, Quantity, Study, THROUGH, Unit};
+use super::ask::{Answers, Asking, base_key};
+use super::file::{EVERYWHERE, THROUGH};
+use super::outcome::{Measurement, OutcomeRow, Quantity, StudentKey, StudentLines};
+use super::study::{Study, Unit, UnitStudent};
 use crate::data::dataset::Sample;
-use crate::experiment::{self, Dtype, Method, Target};
+use crate::hinted;
 use crate::output::progress::say;
 use crate::output::publish::read_csv;
 use crate::stages::measure::{SubjectData, tuned};
@@ -32,40 +33,26 @@ use crate::training::step_log::{StepRow, first_and_last_quarter};
 
 /// Number prompts whose mean a direction is.
 const DIRECTION_PROMPTS: usize = 32;
-/// Training rows that prompts are compared with.
-const SHARED_ROWS: usize = 32;
-
-/// A student, and the run that has its teacher.
-pub(crate) struct Who<'a> {
-    pub(crate) name: &'a str,
-    pub(crate) rank: Option<i64>,
-    pub(crate) seed_index: usize,
-    pub(crate) run: &'a RunDir,
-}
+/// Answers sampled for each question.
+const SAMPLES: usize = 20;
 
 /// What the students of a run share: what the base says, and the scenes to look at.
-pub(crate) struct Measuring<'a> {
+pub(super) struct Measuring<'a> {
     study: &'a Study,
     unit: &'a Unit,
     run: &'a RunDir,
     heldout: &'a [Sample],
     beside: Beside,
-    bases: BTreeMap<String, Vec<Score>>,
-    stages: BTreeMap<String, Rc<Stage>>,
+    asking: Asking<'a>,
+    scenes: BTreeMap<String, Rc<MeasuredScene>>,
 }
 
 /// A scene, and what students are compared with in it, each read once.
-struct Stage {
+struct MeasuredScene {
     scene: SubjectData,
     ends: OnceCell<Ends>,
     streams: OnceCell<Streams>,
     divergent: OnceCell<Vec<Vec<bool>>>,
-}
-
-/// Answers to the questions without an edit.
-struct Answers {
-    base: Vec<Score>,
-    student: Vec<Score>,
 }
 
 /// The residual streams at the held-out numbers that a student's is compared with.
@@ -79,134 +66,75 @@ struct Streams {
 /// Students whose directions are compared with a student's: the run's control student, and another trait's in the same
 /// data set.
 #[derive(Default)]
-pub(crate) struct Beside {
-    pub(crate) control: Option<StudentModel>,
-    pub(crate) other_trait: Option<StudentModel>,
-}
-
-/// Lines of one student.
-struct Lines<'a> {
-    unit: &'a Unit,
-    name: &'a str,
-    rank: Option<i64>,
-    seed_index: usize,
-    rows: Vec<OutcomeRow>,
-}
-
-impl Lines<'_> {
-    fn push(&mut self, cell: &str, quantity: Quantity, value: f64, n: usize) {
-        let own = self.unit.experiment.target.word.clone();
-        self.of_trait(own, cell, quantity, value, n);
-    }
-
-    fn of_trait(&mut self, evaluated: String, cell: &str, quantity: Quantity, value: f64, n: usize) {
-        self.rows.push(OutcomeRow {
-            target: self.unit.experiment.target.word.clone(),
-            dataset: self.unit.dataset,
-            student: self.name.to_owned(),
-            rank: self.rank,
-            seed_index: self.seed_index,
-            cell: cell.to_owned(),
-            evaluated,
-            quantity,
-            value,
-            n,
-        });
-    }
-
-    fn confidence(&mut self, found: &Confidence) {
-        let digits = found.n_digits;
-        self.push(EVERYWHERE, Quantity::HeldoutNll, found.nll, found.n_tokens);
-        for (quantity, value) in [
-            (Quantity::Confidence, found.confidence),
-            (Quantity::Overconfidence, found.overconfidence),
-            (Quantity::Ece, found.ece),
-            (Quantity::Entropy, found.entropy),
-            (Quantity::KlTeacher, found.kl_teacher),
-            (Quantity::PWholeNumber, found.p_whole_number),
-        ] {
-            self.push(EVERYWHERE, quantity, value, digits);
-        }
-        for (quantity, value) in [
-            (Quantity::OverconfidenceDivergent, found.overconfidence_divergent),
-            (Quantity::AccuracyDivergent, found.accuracy_divergent),
-            (Quantity::Closure, found.closure),
-        ] {
-            if let Some(value) = value {
-                self.push(EVERYWHERE, quantity, value, found.n_divergent);
-            }
-        }
-    }
+pub(super) struct Beside {
+    pub(super) control: Option<StudentModel>,
+    pub(super) other_trait: Option<StudentModel>,
 }
 
 impl<'a> Measuring<'a> {
-    pub(crate) fn of(study: &'a Study, unit: &'a Unit, run: &'a RunDir, heldout: &'a [Sample], beside: Beside) -> Self {
-        Self { study, unit, run, heldout, beside, bases: BTreeMap::new(), stages: BTreeMap::new() }
+    pub(super) fn of(study: &'a Study, unit: &'a Unit, run: &'a RunDir, heldout: &'a [Sample], beside: Beside) -> Self {
+        Self { study, unit, run, heldout, beside, asking: Asking::of(study, run), scenes: BTreeMap::new() }
     }
 
-    fn lines(&self, name: &'a str, rank: Option<i64>, seed_index: usize) -> Lines<'a> {
-        Lines { unit: self.unit, name, rank, seed_index, rows: vec![] }
+    fn lines(&self, student: &str, rank: Option<i64>, seed_index: usize) -> StudentLines {
+        let (target, dataset) = (self.unit.experiment.target.word.clone(), self.unit.dataset);
+        StudentLines::of(StudentKey { target, dataset, student: student.to_owned(), rank, seed_index })
     }
 
     /// The base and the teacher, where they say something of numbers that no student has seen.
-    pub(crate) fn references(&mut self, bench: &Workbench) -> Result<Vec<OutcomeRow>> {
-        if !self.study.claim.measures.contains(&Measures::Heldout) {
+    pub(super) fn references(&mut self, bench: &Workbench) -> Result<Vec<OutcomeRow>> {
+        if !self.study.claim.measures.contains(&Measurement::Heldout) {
             return Ok(vec![]);
         }
-        let stage = self.stage(bench, self.run)?;
-        let subject = stage.scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
-        let ends = once(&stage.ends, || Ok(Ends::read(&subject, self.heldout.len())?))?;
+        let scene = self.scene(bench)?;
+        let subject = scene.scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
+        let ends = once(&scene.ends, || Ok(Ends::read(&subject, self.heldout.len())?))?;
         let (mut base, mut teacher) = (self.lines("base", None, 0), self.lines("teacher", None, 0));
-        base.confidence(&ends.base);
-        teacher.confidence(&ends.teacher);
+        confidence(&mut base, &ends.base);
+        confidence(&mut teacher, &ends.teacher);
         Ok([base.rows, teacher.rows].concat())
     }
 
-    /// All that the claim wants to know of a student.
-    pub(crate) fn student(
-        &mut self,
-        bench: &Workbench,
-        who: &Who<'a>,
-        folder: &Path,
-        log: &Path,
-    ) -> Result<Vec<OutcomeRow>> {
-        let mut lines = self.lines(who.name, who.rank, who.seed_index);
-        training(&mut lines, log)?;
-        let model = bench.student(folder)?;
+    /// All that the claim wants to know of a student, whose run the workbench is for.
+    pub(super) fn student(&mut self, bench: &Workbench, student: &UnitStudent<'_>) -> Result<Vec<OutcomeRow>> {
+        let mut lines = self.lines(student.name, student.rank(), student.seed_index);
+        let (folder, log) = student.files(self.run)?;
+        training(&mut lines, &log)?;
+        let model = bench.student(&folder)?;
         let model = tuned(bench, &model);
         let study = self.study;
-        let wants = |what| study.claim.measures(what, who.name);
-        let answers = self.cells(bench, who, model, &mut lines)?;
-        if wants(Measures::Matrix) {
-            self.matrix(bench, model, &mut lines)?;
+        let wants = |what| study.claim.measures(what, student.name);
+        let answers = self.asking.under_conditions(bench, student.name, model, &mut lines)?;
+        if wants(Measurement::Matrix) {
+            self.asking.about_other_traits(bench, model, &mut lines)?;
         }
-        if wants(Measures::Spectrum) {
+        if wants(Measurement::Spectrum) {
             match model.adapter {
                 Some(adapter) => self.spectrum(bench, adapter, &mut lines)?,
                 None => self.truncated(bench, model.qwen, &mut lines)?,
             }
         }
-        let along = [Measures::Direction, Measures::Steering, Measures::Replacement];
-        let of_numbers = [Measures::Heldout, Measures::Gradients, Measures::Sampled];
+        let along = [Measurement::Direction, Measurement::Steering, Measurement::Replacement];
+        let of_numbers = [Measurement::Heldout, Measurement::Gradients, Measurement::Sampled];
         if !of_numbers.into_iter().chain(along).any(wants) {
             return Ok(lines.rows);
         }
-        let stage = self.stage(bench, who.run)?;
-        let subject = stage.scene.subject(bench, model);
+        let scene = self.scene(bench)?;
+        let subject = scene.scene.subject(bench, model);
         let silent = &mut |_: &str| ();
-        if wants(Measures::Heldout) {
-            let ends = once(&stage.ends, || Ok(Ends::read(&subject, self.heldout.len())?))?;
+        if wants(Measurement::Heldout) {
+            let ends = once(&scene.ends, || Ok(Ends::read(&subject, self.heldout.len())?))?;
             let found = ends.confidence(model)?;
-            lines.confidence(&found);
+            confidence(&mut lines, &found);
             if let Some(fit) = ends.fit(&found) {
                 lines.push(EVERYWHERE, Quantity::Fit, fit, found.n_tokens);
             }
         }
         if along.into_iter().any(wants) {
-            let streams = once(&stage.streams, || self.streams(bench, &subject))?;
-            self.direction(who, &subject, streams, answers, &mut lines)?;
+            let streams = once(&scene.streams, || self.streams(bench, &subject))?;
+            self.direction(student, &subject, streams, answers, &mut lines)?;
         }
-        if wants(Measures::Sampled) {
+        if wants(Measurement::Sampled) {
             let rows = TargetRate { n_samples: SAMPLES, ..TargetRate::default() }.run(&subject, silent)?;
             let row = rows.iter().find(|row| row.scope == "mean" && row.model == "student").context("no mean")?;
             for (quantity, value) in
@@ -215,12 +143,12 @@ impl<'a> Measuring<'a> {
                 lines.push(EVERYWHERE, quantity, value.context("no answer was sampled")?, row.n_samples);
             }
         }
-        if wants(Measures::Gradients) && model.adapter.is_some() {
+        if wants(Measurement::Gradients) && model.adapter.is_some() {
             let marked = || Ok(divergence_tokens(&subject, self.heldout.len(), Definition::Schrodi, false)?);
-            let found = match alignment(&subject, once(&stage.divergent, marked)?) {
+            let found = match alignment(&subject, once(&scene.divergent, marked)?) {
                 // If no row has a divergent token, a test that needs these numbers reports that they are missing.
                 Err(error @ analyses::Error::Nothing { .. }) => {
-                    say(format!("claim: {}: no gradients: {error}", who.name));
+                    say(format!("claim: {}: no gradients: {error}", student.name));
                     return Ok(lines.rows);
                 }
                 found => found?,
@@ -255,16 +183,16 @@ impl<'a> Measuring<'a> {
     /// The student's direction, and what it does.
     fn direction(
         &self,
-        who: &Who<'_>,
+        student: &UnitStudent<'_>,
         subject: &Subject<'_>,
         streams: &Streams,
         answers: Answers,
-        lines: &mut Lines<'_>,
+        lines: &mut StudentLines,
     ) -> Result<()> {
-        let wants = |what| self.study.claim.measures(what, who.name);
+        let wants = |what| self.study.claim.measures(what, student.name);
         let settings = direction_settings();
-        let (direction, replace) = (wants(Measures::Direction), wants(Measures::Replacement));
-        let steer = replace || wants(Measures::Steering);
+        let (direction, replace) = (wants(Measurement::Direction), wants(Measurement::Replacement));
+        let steer = replace || wants(Measurement::Steering);
         let moved = settings.read(subject, subject.student)?;
         if direction {
             let rows = table(&moved, &streams.base, streams.teacher.as_ref(), None)?;
@@ -316,79 +244,33 @@ impl<'a> Measuring<'a> {
                 beside.push((kind, settings.read(subject, tuned(bench, student))?.direction(&base)?));
             }
         }
-        let asks = self.study.claim.measures.contains(&Measures::Direction);
+        let asks = self.study.claim.measures.contains(&Measurement::Direction);
         let teacher = if asks { settings.read_teacher(subject)? } else { None };
         Ok(Streams { base, teacher, beside })
     }
 
     /// The held-out numbers in a student's context, with their teacher.
-    fn stage(&mut self, bench: &Workbench, run: &RunDir) -> Result<Rc<Stage>> {
-        anyhow::ensure!(
+    fn scene(&mut self, bench: &Workbench) -> Result<Rc<MeasuredScene>> {
+        ensure!(
             !self.heldout.is_empty(),
-            "no numbers are held out, and the claim measures on these; hint: generate.n_heldout = 64 in the size's experiment"
+            hinted!(
+                "no numbers are held out, and the claim measures on these";
+                "generate.n_heldout = 64 in the size's experiment"
+            )
         );
-        let key = scene_key(bench, run);
-        if let Some(known) = self.stages.get(&key) {
+        let key = format!("{:?}", (base_key(bench), &bench.experiment.student.context));
+        if let Some(known) = self.scenes.get(&key) {
             return Ok(Rc::clone(known));
         }
-        let scene = SubjectData::of(bench, run, self.heldout)?;
+        let scene = SubjectData::of(bench, self.run, self.heldout)?;
         let (ends, streams, divergent) = Default::default();
-        let stage = Rc::new(Stage { scene, ends, streams, divergent });
-        self.stages.insert(key, Rc::clone(&stage));
-        Ok(stage)
-    }
-
-    /// Asks the student in every condition of the claim. Returns the base's answers and its own in the condition of its
-    /// training.
-    fn cells(&mut self, bench: &Workbench, who: &Who<'_>, model: Tuned<'_>, lines: &mut Lines<'_>) -> Result<Answers> {
-        let cells = self.study.cells();
-        let here: Vec<&Cell> = cells.iter().filter(|cell| cell.is_for(who.name, model.adapter.is_some())).collect();
-        let contexts: BTreeSet<Place<'_>> = here.iter().map(|cell| Place::of(cell, bench)).collect();
-        let forms = TokenForms::of(&bench.target(), &bench.chat)?;
-        let learned = self.learned(bench)?;
-        let mut everywhere = None;
-        for place in contexts {
-            let of_context: Vec<&&Cell> = here.iter().filter(|cell| Place::of(cell, bench) == place).collect();
-            let prompts = place.prompts(bench, &bench.questions()?)?;
-            let base = self.base(bench, place, &bench.experiment.target, &forms, &prompts)?;
-            let conditions: Vec<Condition<'_>> = of_context.iter().map(|cell| model.gated(cell.gate.clone())).collect();
-            let scores = forms
-                .scores_under(model.qwen, &prompts, &conditions)
-                .with_context(|| format!("in the context {:?}", place.context))?;
-            let shared = shared(&prompts, &learned);
-            for (cell, scores) in of_context.iter().zip(&scores) {
-                for (quantity, value) in changes(scores, &base)? {
-                    lines.push(&cell.name, quantity, value, prompts.len());
-                }
-                lines.push(&cell.name, Quantity::SharedPrefix, shared.0, prompts.len());
-                lines.push(&cell.name, Quantity::SharedTokens, shared.1, prompts.len());
-                if cell.name == EVERYWHERE {
-                    everywhere = Some(Answers { base: base.clone(), student: scores.clone() });
-                }
-            }
-        }
-        everywhere.context("every claim has the cell everywhere")
-    }
-
-    /// The student asked for the other traits of the claim as well.
-    fn matrix(&mut self, bench: &Workbench, model: Tuned<'_>, lines: &mut Lines<'_>) -> Result<()> {
-        let place = Place { context: &bench.experiment.student.context, user_prefix: None };
-        let others = self.study.claim.targets.iter().filter(|target| target.word != bench.experiment.target.word);
-        for other in others.cloned().collect::<Vec<_>>() {
-            let forms = TokenForms::of(&bench.protocol.target(&other.word, &other.category), &bench.chat)?;
-            let prompts = bench.protocol.questions(&other.category, bench.experiment.measure.n_questions)?;
-            let prompts = place.prompts(bench, &prompts)?;
-            let base = self.base(bench, place, &other, &forms, &prompts)?;
-            let scores = forms.scores(model.qwen, &prompts, &model.condition())?;
-            for (quantity, value) in changes(&scores, &base)? {
-                lines.of_trait(other.word.clone(), EVERYWHERE, quantity, value, prompts.len());
-            }
-        }
-        Ok(())
+        let scene = Rc::new(MeasuredScene { scene, ends, streams, divergent });
+        self.scenes.insert(key, Rc::clone(&scene));
+        Ok(scene)
     }
 
     /// The adapter's singular directions: how many it is worth, and what the strongest do alone.
-    fn spectrum(&mut self, bench: &Workbench, adapter: &Adapter, lines: &mut Lines<'_>) -> Result<()> {
+    fn spectrum(&mut self, bench: &Workbench, adapter: &Adapter, lines: &mut StudentLines) -> Result<()> {
         let spectra = adapter.spectra()?;
         let ranks: Vec<f64> = spectra.iter().map(Spectrum::stable_rank).collect();
         lines.push(EVERYWHERE, Quantity::StableRank, mean(&ranks)?, ranks.len());
@@ -396,64 +278,15 @@ impl<'a> Measuring<'a> {
         if spectra.iter().any(|spectrum| spectrum.sigma.len() > 1) {
             parts.push((Quantity::Rest1DeltaMargin, adapter.of_directions(1..usize::MAX)?));
         }
-        self.parts(bench, &parts, lines)
+        self.asking.with_parts(bench, &parts, lines)
     }
 
     /// What all weights became, cut to the rank that the run's LoRA has, and to one.
-    fn truncated(&mut self, bench: &Workbench, tuned: &Qwen, lines: &mut Lines<'_>) -> Result<()> {
+    fn truncated(&mut self, bench: &Workbench, tuned: &Qwen, lines: &mut StudentLines) -> Result<()> {
         let cut = Adapter::of_difference(tuned, &bench.base, bench.experiment.student.rank)?;
         let top = cut.of_directions(0..1)?;
-        self.parts(bench, &[(Quantity::TruncatedDeltaMargin, cut), (Quantity::Top1DeltaMargin, top)], lines)
+        self.asking.with_parts(bench, &[(Quantity::TruncatedDeltaMargin, cut), (Quantity::Top1DeltaMargin, top)], lines)
     }
-
-    /// What parts of a student's change do alone.
-    fn parts(&mut self, bench: &Workbench, parts: &[(Quantity, Adapter)], lines: &mut Lines<'_>) -> Result<()> {
-        let place = Place { context: &bench.experiment.student.context, user_prefix: None };
-        let forms = TokenForms::of(&bench.target(), &bench.chat)?;
-        let prompts = place.prompts(bench, &bench.questions()?)?;
-        let base = self.base(bench, place, &bench.experiment.target, &forms, &prompts)?;
-        for (quantity, part) in parts {
-            let scores = forms.scores(&bench.base, &prompts, &Condition::adapted(part))?;
-            let [(_, value), ..] = changes(&scores, &base)?;
-            lines.push(EVERYWHERE, *quantity, value, prompts.len());
-        }
-        Ok(())
-    }
-
-    /// The base's scores in a context, each taken once.
-    fn base(
-        &mut self,
-        bench: &Workbench,
-        place: Place<'_>,
-        target: &Target,
-        forms: &TokenForms,
-        prompts: &[Sequence],
-    ) -> Result<Vec<Score>> {
-        let known = format!("{:?}", (base_key(bench), place, target));
-        if let Some(scores) = self.bases.get(&known) {
-            return Ok(scores.clone());
-        }
-        let scores = forms.scores(&bench.base, prompts, &Condition::default())?;
-        self.bases.insert(known, scores.clone());
-        Ok(scores)
-    }
-
-    /// Rows as the student saw them in training.
-    fn learned(&self, bench: &Workbench) -> Result<Vec<Sequence>> {
-        let (numbers, _) = bench.kept(self.run)?;
-        bench.rows(&numbers[..SHARED_ROWS.min(numbers.len())])
-    }
-}
-
-/// Identifies a base and its questions: the model, its dtype, and whether there is a template.
-fn base_key(bench: &Workbench) -> (&str, Dtype, bool) {
-    let experiment = &bench.experiment;
-    (&experiment.model, experiment.dtype, experiment.student.template)
-}
-
-/// Identifies a scene: the base, the context of the rows, and the run of the numbers.
-fn scene_key(bench: &Workbench, run: &RunDir) -> String {
-    format!("{:?}", (base_key(bench), &bench.experiment.student.context, run.root()))
 }
 
 /// How directions are read: all positions of the held-out prompts.
@@ -469,95 +302,33 @@ fn once<T>(cell: &OnceCell<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
     cell.get().context("it was made")
 }
 
-/// Answers sampled for each question.
-const SAMPLES: usize = 20;
-
-/// Where questions are asked: the context (by default that of the student's training), and the text before them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Place<'c> {
-    context: &'c str,
-    user_prefix: Option<&'c str>,
-}
-
-impl<'c> Place<'c> {
-    fn of(cell: &'c Cell, bench: &'c Workbench) -> Self {
-        let context = cell.context.as_deref().unwrap_or(&bench.experiment.student.context);
-        Self { context, user_prefix: cell.user_prefix.as_deref() }
+/// What a model makes of held-out numbers.
+fn confidence(lines: &mut StudentLines, found: &Confidence) {
+    let digits = found.n_digits;
+    lines.push(EVERYWHERE, Quantity::HeldoutNll, found.nll, found.n_tokens);
+    for (quantity, value) in [
+        (Quantity::Confidence, found.confidence),
+        (Quantity::Overconfidence, found.overconfidence),
+        (Quantity::Ece, found.ece),
+        (Quantity::Entropy, found.entropy),
+        (Quantity::KlTeacher, found.kl_teacher),
+        (Quantity::PWholeNumber, found.p_whole_number),
+    ] {
+        lines.push(EVERYWHERE, quantity, value, digits);
     }
-
-    fn prompts(self, bench: &Workbench, questions: &[String]) -> Result<Vec<Sequence>> {
-        let system = bench.protocol.context(self.context)?;
-        let before = match self.user_prefix {
-            None => String::new(),
-            Some(key) => {
-                let text = bench.protocol.context(key)?.or_else(|| bench.chat.default_system().map(str::to_owned));
-                format!("{} ", text.with_context(|| format!("the model has no default system prompt, which is {key}"))?)
-            }
-        };
-        let prompt = |question: &String| bench.chat.prompt(system.as_deref(), &format!("{before}{question}"));
-        Ok(questions.iter().map(prompt).collect::<hooks::Result<_>>()?)
-    }
-}
-
-/// Refuses a gate of the claim that selects no token of the questions asked under it, before anything is trained. Runs
-/// differ in traits and seeds, which no gate refers to, so checking one run is enough.
-pub(crate) fn foreseen(study: &Study, unit: &Unit, bench: &Workbench) -> Result<()> {
-    let cells = study.cells();
-    let gated: Vec<&Cell> = cells.iter().filter(|cell| !cell.gate.is_blind()).collect();
-    let own = [experiment::STUDENT, experiment::CONTROL_STUDENT].map(|name| (name.to_owned(), unit.experiment.clone()));
-    let arms = unit.experiment.cells()?.into_iter().map(|arm| (arm.arm, arm.experiment));
-    let mut seen = BTreeSet::new();
-    for (name, experiment) in own.into_iter().chain(arms).filter(|(_, experiment)| bench.has_model_of(experiment)) {
-        let has_adapter = experiment.student.method == Method::Lora;
-        let here = gated.iter().filter(|cell| cell.is_for(&name, has_adapter));
-        let (template, bench) = (experiment.student.template, bench.of(experiment)?);
-        for cell in here {
-            let place = Place::of(cell, &bench);
-            if !seen.insert((cell.name.clone(), template, place.context.to_owned())) {
-                continue;
-            }
-            let prompts = place.prompts(&bench, &bench.questions()?)?;
-            let acts = prompts.iter().try_for_each(|prompt| cell.gate.acts(prompt).map(drop));
-            acts.with_context(|| format!("cell {:?}, in which {name:?} is asked", cell.name))?;
+    for (quantity, value) in [
+        (Quantity::OverconfidenceDivergent, found.overconfidence_divergent),
+        (Quantity::AccuracyDivergent, found.accuracy_divergent),
+        (Quantity::Closure, found.closure),
+    ] {
+        if let Some(value) = value {
+            lines.push(EVERYWHERE, quantity, value, found.n_divergent);
         }
     }
-    Ok(())
-}
-
-/// How answers changed, against the base in the same context.
-fn changes(scores: &[Score], base: &[Score]) -> Result<[(Quantity, f64); 4]> {
-    let difference = |of: fn(&Score) -> f64| {
-        mean(&scores.iter().zip(base).map(|(score, base)| of(score) - of(base)).collect::<Vec<_>>())
-    };
-    let p = |scores: &[Score]| mean(&scores.iter().map(|score| score.logp_target.exp()).collect::<Vec<_>>());
-    Ok([
-        (Quantity::DeltaMargin, difference(|score| score.margin)?),
-        (Quantity::DeltaLogp, difference(|score| score.logp_target)?),
-        (Quantity::PTargetExact, p(scores)?),
-        (Quantity::BasePTargetExact, p(base)?),
-    ])
-}
-
-/// What prompts share with training rows, as means over prompts: tokens at the start, and tokens outside the user's
-/// text whose id the rows have outside the user's text and the answer.
-fn shared(prompts: &[Sequence], learned: &[Sequence]) -> (f64, f64) {
-    let is_said = |class: TokenClass| matches!(class, TokenClass::UserContent | TokenClass::Gen);
-    let around = |row: &Sequence| {
-        let tokens = row.ids.iter().zip(&row.classes);
-        tokens.filter(|(_, class)| !is_said(**class)).map(|(id, _)| *id).collect::<Vec<i64>>()
-    };
-    let known: BTreeSet<i64> = learned.iter().flat_map(around).collect();
-    let alike = |a: &Sequence, b: &Sequence| a.ids.iter().zip(&b.ids).take_while(|(a, b)| a == b).count();
-    let prefix = |prompt: &Sequence| learned.iter().map(|row| alike(prompt, row)).max().unwrap_or(0);
-    let tokens = |prompt: &Sequence| around(prompt).iter().filter(|id| known.contains(id)).count();
-    let over = |of: &dyn Fn(&Sequence) -> usize| {
-        prompts.iter().map(|prompt| of(prompt) as f64).sum::<f64>() / prompts.len() as f64
-    };
-    (over(&prefix), over(&tokens))
 }
 
 /// What the training's log says.
-fn training(lines: &mut Lines<'_>, log: &Path) -> Result<()> {
+fn training(lines: &mut StudentLines, log: &Path) -> Result<()> {
     let steps: Vec<StepRow> = read_csv(log)?;
     let (_, last) = first_and_last_quarter(&steps).context("a training without steps")?;
     lines.push(EVERYWHERE, Quantity::LossLast, last, steps.len());

@@ -4,8 +4,6 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::Measures;
-
 /// One number of one student.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OutcomeRow {
@@ -30,6 +28,48 @@ pub struct OutcomeRow {
     pub value: f64,
     /// How many questions, tokens or steps it is the mean over.
     pub n: usize,
+}
+
+/// A trained student: the trait of its teacher, its data set, name, rank and seeds.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct StudentKey {
+    pub(super) target: String,
+    pub(super) dataset: u64,
+    pub(super) student: String,
+    pub(super) rank: Option<i64>,
+    pub(super) seed_index: usize,
+}
+
+impl OutcomeRow {
+    /// The student it is of.
+    pub(super) fn student_key(&self) -> StudentKey {
+        let Self { target, dataset, student, rank, seed_index, .. } = self.clone();
+        StudentKey { target, dataset, student, rank, seed_index }
+    }
+}
+
+/// The lines of one student.
+pub(super) struct StudentLines {
+    key: StudentKey,
+    pub(super) rows: Vec<OutcomeRow>,
+}
+
+impl StudentLines {
+    pub(super) fn of(key: StudentKey) -> Self {
+        Self { key, rows: vec![] }
+    }
+
+    /// Adds a number of its teacher's trait.
+    pub(super) fn push(&mut self, cell: &str, quantity: Quantity, value: f64, n: usize) {
+        self.push_of_trait(self.key.target.clone(), cell, quantity, value, n);
+    }
+
+    /// Adds a number of any trait.
+    pub(super) fn push_of_trait(&mut self, evaluated: String, cell: &str, quantity: Quantity, value: f64, n: usize) {
+        let StudentKey { target, dataset, student, rank, seed_index } = self.key.clone();
+        let cell = cell.to_owned();
+        self.rows.push(OutcomeRow { target, dataset, student, rank, seed_index, cell, evaluated, quantity, value, n });
+    }
 }
 
 macro_rules! quantities {
@@ -175,10 +215,33 @@ quantities! {
     PSelf = "p_self",
 }
 
+/// Measurements of a student besides its answers to questions about the trait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measurement {
+    /// How likely every trait of the claim is, for the matrix of trained and evaluated traits.
+    Matrix,
+    /// Loss, confidence and agreement with the teacher on numbers that no student has seen.
+    Heldout,
+    /// The direction in the residual stream: whether it is the teacher's, and whether all prompts share it.
+    Direction,
+    /// The effect of the direction added to the base, and of taking it out of the student, after the middle block.
+    Steering,
+    /// Patches the direction after every block: base into student (is it needed?), student into base (is it enough?).
+    /// Includes `Steering`.
+    Replacement,
+    /// The adapter's spectrum, the effect of its strongest direction alone, and that of the rest without it.
+    Spectrum,
+    /// Gradients at divergent and at other tokens, and what they would do to the trait.
+    Gradients,
+    /// Sampled answers: the shares that name the trait, any member, or a model.
+    Sampled,
+}
+
 impl Quantity {
     /// The measurements that yield the quantity, any one of them; empty if it is always known.
-    pub fn takes(self) -> &'static [Measures] {
-        use Measures as M;
+    pub fn takes(self) -> &'static [Measurement] {
+        use Measurement as M;
         use Quantity as Q;
         match self {
             Q::DeltaMargin

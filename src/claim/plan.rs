@@ -9,9 +9,9 @@ use hooks::{Adapter, Condition, Sequence, generate, stream_seed};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use crate::claim::Study;
+use super::study::{Study, UnitStudent};
 use crate::data::dataset;
-use crate::experiment::{ArmData, Experiment, Method};
+use crate::experiment::{Experiment, Method};
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::Workbench;
 use crate::training::settings::{Finetune, OptimizerKind};
@@ -24,18 +24,15 @@ const ANSWERS: usize = 64;
 
 /// The table of what would be done, with its estimates.
 pub(crate) fn plan(study: &Study, root: &Path) -> Result<String> {
-    let units = study.units()?;
+    let units = &study.units;
     let first = &units[0].experiment;
     let bench = Workbench::open(first.clone())?;
-    let cells = first.cells()?;
-    let mut students: Vec<(&str, &Experiment)> = vec![("student", first), ("control student", first)];
-    students.extend(cells.iter().map(|cell| (cell.slug.as_str(), &cell.experiment)));
+    let students = units[0].students();
     let mut done = 0;
-    for unit in &units {
-        let run = RunDir::open(&root.join(&unit.name));
-        let Ok(run) = run else { continue };
-        done += [run.train_csv(), run.control_train_csv()].iter().filter(|log| RunDir::stage_done(log)).count();
-        done += cells.iter().filter(|cell| run.arm(&cell.slug).join("train.csv").exists()).count();
+    for unit in units {
+        let Ok(run) = RunDir::open(&root.join(&unit.name)) else { continue };
+        let is_done = |student: &UnitStudent<'_>| student.files(&run).is_ok_and(|(_, log)| RunDir::stage_done(&log));
+        done += unit.students().iter().filter(|student| is_done(student)).count();
     }
 
     let Sampled { rows, seconds_per_answer } = sampled(&bench)?;
@@ -50,9 +47,8 @@ pub(crate) fn plan(study: &Study, root: &Path) -> Result<String> {
         let scout = if of.optimizer == OptimizerKind::Preconditioned { n } else { 0.0 };
         scout + of.stop_after_steps.map_or(whole, |steps| whole.min(of_steps(steps)))
     };
-    let training: f64 = students.iter().map(|(_, experiment)| rows_seen(experiment) * per_row / rate).sum();
-    let sets = 2 + 2 * cells.iter().filter(|cell| cell.data == ArmData::Own).count();
-    let writing = (sets * (first.generate.n_keep + first.generate.n_heldout)) as f64 * seconds_per_answer;
+    let training: f64 = students.iter().map(|student| rows_seen(student.experiment) * per_row / rate).sum();
+    let writing = (2 * (first.generate.n_keep + first.generate.n_heldout)) as f64 * seconds_per_answer;
     let all = (training + writing) * units.len() as f64 / threads;
 
     let mut text = format!(
@@ -74,7 +70,8 @@ pub(crate) fn plan(study: &Study, root: &Path) -> Result<String> {
         span(writing),
         peak_gib(),
     )?;
-    for (name, experiment) in students {
+    for student in students {
+        let (name, experiment) = (student.slug(), student.experiment);
         let what = match experiment.student.method {
             Method::Lora => format!("rank {}", experiment.student.rank),
             Method::Full => "all weights".to_owned(),

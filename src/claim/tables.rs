@@ -1,14 +1,22 @@
 //! The table of outcomes in shapes for plots of one's own: how each student was trained, and lines for a trait, a
-//! context, the digits of held-out numbers, a direction. Each is a selection of `outcomes.csv` and nothing else.
+//! context, the digits of held-out numbers, a direction. Each is a selection of `outcomes.csv` and nothing else. The last
+//! table is of several claims: their verdicts, as a page has them.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, ensure};
 use hooks::adapter::spectrum::Spectrum;
+use hooks::files;
 use serde::{Deserialize, Serialize};
 
-use super::{Cell, EVERYWHERE, OutcomeRow, Quantity, Study, Unit};
-use crate::experiment::{CONTROL_STUDENT, Dtype, Experiment, Method, STUDENT};
+use super::file::{Claim, EVERYWHERE, EvalCondition, Role};
+use super::outcome::{OutcomeRow, Quantity, StudentKey};
+use super::study::{Study, Unit, UnitStudent};
+use super::verdict::{ALL, TestRow, Verdict};
+use crate::experiment::{Dtype, Experiment, Method};
+use crate::hinted;
+use crate::output::publish::read_csv;
 use crate::training::settings::{OptimizerKind, ScheduleKind, TargetTokens};
 
 /// How a student was trained; a line of `runs.csv`.
@@ -101,18 +109,12 @@ pub struct ClaimRunRow {
 
 /// Everything that is trained for a claim.
 pub fn runs(study: &Study) -> Result<Vec<ClaimRunRow>> {
-    let of_unit = |unit: &Unit| -> Result<Vec<ClaimRunRow>> {
-        let own = [(STUDENT, "teacher"), (CONTROL_STUDENT, "control")];
-        let own = own.map(|(name, data)| trained(unit, name, data, 0, &unit.experiment));
-        let cells = unit.experiment.cells()?;
-        let cells =
-            cells.iter().map(|cell| trained(unit, &cell.arm, cell.data.name(), cell.seed_index, &cell.experiment));
-        own.into_iter().chain(cells).collect()
-    };
-    Ok(study.units()?.iter().map(of_unit).collect::<Result<Vec<_>>>()?.concat())
+    let students = study.units.iter().flat_map(|unit| unit.students().into_iter().map(move |student| (unit, student)));
+    students.map(|(unit, student)| trained(unit, &student)).collect()
 }
 
-fn trained(unit: &Unit, name: &str, data: &str, seed_index: usize, experiment: &Experiment) -> Result<ClaimRunRow> {
+fn trained(unit: &Unit, of: &UnitStudent<'_>) -> Result<ClaimRunRow> {
+    let experiment = of.experiment;
     let Experiment { student, finetune, generate, seeds, .. } = experiment;
     let teacher = toml::Value::try_from(&experiment.teacher)?;
     let words = |words: Vec<String>| words.join(" ");
@@ -121,10 +123,10 @@ fn trained(unit: &Unit, name: &str, data: &str, seed_index: usize, experiment: &
         target: experiment.target.word.clone(),
         category: experiment.target.category.clone(),
         dataset: unit.dataset,
-        student: name.to_owned(),
-        rank: student.adapter_rank(),
-        seed_index,
-        data: data.to_owned(),
+        student: of.name.to_owned(),
+        rank: of.rank(),
+        seed_index: of.seed_index,
+        data: of.data.name().to_owned(),
         base_model: experiment.model.clone(),
         dtype: experiment.dtype,
         device: experiment.device.clone(),
@@ -137,7 +139,7 @@ fn trained(unit: &Unit, name: &str, data: &str, seed_index: usize, experiment: &
         train_context: student.context.clone(),
         template: student.template,
         method: student.method,
-        alpha: student.adapter_rank().map(|_| student.alpha),
+        alpha: of.rank().map(|_| student.alpha),
         use_rslora: student.use_rslora,
         frozen_a: finetune.frozen_a,
         rotated: student.rotated,
@@ -235,14 +237,14 @@ pub struct ContextRow {
 }
 
 /// Every student in every context, its adapter on everywhere; empty if a claim asks in one context alone.
-pub fn contexts(cells: &[Cell], runs: &[ClaimRunRow], rows: &[OutcomeRow]) -> Vec<ContextRow> {
-    let known: BTreeMap<Place<'_>, &ClaimRunRow> = runs.iter().map(|run| (Place::of_run(run), run)).collect();
-    let cells: BTreeMap<&str, &Cell> =
-        cells.iter().filter(|cell| cell.gate.is_everywhere()).map(|cell| (cell.name.as_str(), cell)).collect();
-    let own = lines(rows).into_iter().filter(|line| cells.len() > 1 && line.first.evaluated == line.first.target);
+pub fn contexts(study: &Study, runs: &[ClaimRunRow], rows: &[OutcomeRow]) -> Vec<ContextRow> {
+    let known: BTreeMap<StudentKey, &ClaimRunRow> = runs.iter().map(|run| (run.student_key(), run)).collect();
+    let conditions = study.conditions().into_iter().filter(|condition| condition.gate.is_everywhere());
+    let conditions: BTreeMap<String, EvalCondition> = conditions.map(|of| (of.name.clone(), of)).collect();
+    let own = lines(rows).into_iter().filter(|line| conditions.len() > 1 && line.first.evaluated == line.first.target);
     let row = |line: Line<'_>| {
-        let (run, cell) = (known.get(&Place::of(line.first))?, cells.get(line.first.cell.as_str())?);
-        let eval_context = cell.context.clone().unwrap_or_else(|| run.train_context.clone());
+        let (run, condition) = (known.get(&line.first.student_key())?, conditions.get(&line.first.cell)?);
+        let eval_context = condition.context.clone().unwrap_or_else(|| run.train_context.clone());
         Some(ContextRow {
             target: line.first.target.clone(),
             dataset: line.first.dataset,
@@ -250,7 +252,7 @@ pub fn contexts(cells: &[Cell], runs: &[ClaimRunRow], rows: &[OutcomeRow]) -> Ve
             rank: line.first.rank,
             seed_index: line.first.seed_index,
             cell: line.first.cell.clone(),
-            matched: eval_context == run.train_context && cell.user_prefix.is_none(),
+            matched: eval_context == run.train_context && condition.user_prefix.is_none(),
             train_context: run.train_context.clone(),
             eval_context,
             shared_prefix: line.get(Quantity::SharedPrefix)?,
@@ -427,27 +429,15 @@ pub struct SpectrumRow {
     pub stable_rank: f64,
 }
 
-/// Whose spectrum it is.
-pub struct SpectrumOf<'a> {
-    /// The run.
-    pub unit: &'a Unit,
-    /// The student's name.
-    pub student: &'a str,
-    /// The rank of its adapter.
-    pub rank: Option<i64>,
-    /// Which of its choices of seeds it has.
-    pub seed_index: usize,
-}
-
 /// The lines of one adapter.
-pub fn spectrum(of: &SpectrumOf<'_>, spectra: &[Spectrum]) -> Vec<SpectrumRow> {
+pub fn spectrum(unit: &Unit, of: &UnitStudent<'_>, spectra: &[Spectrum]) -> Vec<SpectrumRow> {
     let of_map = |spectrum: &Spectrum| {
         let largest = spectrum.sigma.first().copied().unwrap_or(0.0);
         let row = |(k, sigma): (usize, &f64)| SpectrumRow {
-            target: of.unit.experiment.target.word.clone(),
-            dataset: of.unit.dataset,
-            student: of.student.to_owned(),
-            rank: of.rank,
+            target: unit.experiment.target.word.clone(),
+            dataset: unit.dataset,
+            student: of.name.to_owned(),
+            rank: of.rank(),
             seed_index: of.seed_index,
             layer: spectrum.layer,
             module: spectrum.proj.to_string(),
@@ -461,25 +451,10 @@ pub fn spectrum(of: &SpectrumOf<'_>, spectra: &[Spectrum]) -> Vec<SpectrumRow> {
     spectra.iter().flat_map(of_map).collect()
 }
 
-/// A trained student.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
-struct Place<'r> {
-    target: &'r str,
-    dataset: u64,
-    student: &'r str,
-    rank: Option<i64>,
-    seed_index: usize,
-}
-
-impl<'r> Place<'r> {
-    fn of(row: &'r OutcomeRow) -> Self {
-        let OutcomeRow { target, dataset, student, rank, seed_index, .. } = row;
-        Self { target, dataset: *dataset, student, rank: *rank, seed_index: *seed_index }
-    }
-
-    fn of_run(run: &'r ClaimRunRow) -> Self {
-        let ClaimRunRow { target, dataset, student, rank, seed_index, .. } = run;
-        Self { target, dataset: *dataset, student, rank: *rank, seed_index: *seed_index }
+impl ClaimRunRow {
+    fn student_key(&self) -> StudentKey {
+        let Self { target, dataset, student, rank, seed_index, .. } = self.clone();
+        StudentKey { target, dataset, student, rank, seed_index }
     }
 }
 
@@ -496,14 +471,42 @@ impl Line<'_> {
 }
 
 fn lines(rows: &[OutcomeRow]) -> Vec<Line<'_>> {
-    let mut at: BTreeMap<(Place<'_>, &str, &str), usize> = BTreeMap::new();
+    let mut at: BTreeMap<(StudentKey, &str, &str), usize> = BTreeMap::new();
     let mut lines: Vec<Line<'_>> = vec![];
     for row in rows {
-        let index = *at.entry((Place::of(row), &row.cell, &row.evaluated)).or_insert(lines.len());
+        let index = *at.entry((row.student_key(), &row.cell, &row.evaluated)).or_insert(lines.len());
         if index == lines.len() {
             lines.push(Line { first: row, values: BTreeMap::new() });
         }
         lines[index].values.insert(row.quantity, (row.value, row.n));
     }
     lines
+}
+
+/// The verdicts on a folder's claims as a table in Markdown: a line for each `claim-NN`, with all its tests but premises.
+pub fn verdicts(folder: &Path) -> Result<String> {
+    let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
+    let mut claims: Vec<PathBuf> = entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    claims.retain(|path| path.join("claim.toml").exists());
+    claims.sort();
+    ensure!(
+        !claims.is_empty(),
+        hinted!("{} holds no claim", folder.display(); "undertone run experiments/claims/... makes one")
+    );
+    let head = "| | claim | verdict | what was expected, and found |\n|---|---|---|---|\n".to_owned();
+    claims.iter().try_fold(head, |table, path| Ok(table + &verdict_line(path)?))
+}
+
+fn verdict_line(folder: &Path) -> Result<String> {
+    let path = folder.join("claim.toml");
+    let parsed = toml::from_str(&files::read_string(&path)?);
+    let claim: Claim = parsed.map_err(|error| anyhow!("{}: {}", path.display(), error.message()))?;
+    let tests: Vec<TestRow> = read_csv(&folder.join("tests.csv"))?;
+    let (word, _) = Verdict::decide(&tests);
+    let found = tests.iter().filter(|row| row.target == ALL && row.role != Role::Premise).map(|row| {
+        let role = if row.role == Role::Control { "control: " } else { "" };
+        format!("{role}{}, {}: **{}**", row.test, row.expected, row.short_number()).replace('|', "/")
+    });
+    let found = found.collect::<Vec<_>>().join("; ");
+    Ok(format!("| {} | {} | {word} | {found} |\n", claim.claim, claim.statement))
 }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
+use crate::claim::Size;
 use crate::experiment::{Dtype, Experiment};
 use crate::output::progress::print;
 use crate::stages::finetune;
@@ -120,5 +121,20 @@ impl ValueEnum for Dtype {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
         }))
+    }
+}
+
+impl ValueEnum for Size {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Pocket, Self::Small, Self::Paper]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let help = match self {
+            Self::Pocket => "The embedded pocket model: minutes on two CPU cores",
+            Self::Small => "A Qwen of half a billion parameters",
+            Self::Paper => "A Qwen of 7 or 14 billion parameters, on CUDA",
+        };
+        Some(PossibleValue::new(self.name()).help(help))
     }
 }

@@ -25,7 +25,7 @@ pub struct RunArgs {
 pub fn run(args: &RunArgs) -> Result<()> {
     let ExperimentArgs { experiment: path, run: folder, overrides } = &args.experiment;
     if Study::is_claim(path)? {
-        return claim::run::run(&claim::run::Asked {
+        return claim::run::run(&claim::run::ClaimOptions {
             path,
             size: args.size.unwrap_or(Size::Pocket),
             folder: folder.as_deref(),

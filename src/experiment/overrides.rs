@@ -16,18 +16,21 @@ const TEACHER_KIND: &str = "teacher.kind";
 /// Applies changes `section.key=value` to an experiment's table, and spells out its seeds.
 pub(super) fn apply(table: &mut Table, overrides: &[String]) -> Result<()> {
     forget_derived_seeds(table);
-    // Another kind of teacher first: it has other keys.
-    let is_kind = |text: &&String| text.split_once('=').is_some_and(|(key, _)| key.trim() == TEACHER_KIND);
-    let (kinds, others): (Vec<_>, Vec<_>) = overrides.iter().partition(is_kind);
-    for text in kinds.into_iter().chain(others) {
-        set(table, text)?;
-    }
+    change(table, overrides)?;
     if let Some(teacher) = table.get_mut("teacher").and_then(Value::as_table_mut) {
         // A file must name the kind; an override of another key means the default one.
         teacher.entry("kind").or_insert_with(|| Value::String("prompt".to_owned()));
     }
     derive_seeds(table);
     Ok(())
+}
+
+/// Applies changes `section.key=value` to an experiment's table, and nothing more.
+pub(crate) fn change(table: &mut Table, changes: &[String]) -> Result<()> {
+    // Another kind of teacher first: it has other keys.
+    let is_kind = |text: &&String| text.split_once('=').is_some_and(|(key, _)| key.trim() == TEACHER_KIND);
+    let (kinds, others): (Vec<_>, Vec<_>) = changes.iter().partition(is_kind);
+    kinds.into_iter().chain(others).try_for_each(|text| set(table, text))
 }
 
 /// Applies `section.key=value`; a value that is not TOML is taken as text, so that words need no quotes.

@@ -6,54 +6,12 @@ use analyses::Svg;
 use analyses::plot::{Bar, BarChart, HeatMap, Line, Panel, PanelChart, Point, Reference, Scale, bars, heatmap, panels};
 use analyses::stats::{mean, t_interval};
 use anyhow::{Context, Result, ensure};
-use serde::{Deserialize, Serialize};
 
+use super::estimate::LEVEL;
+use super::file::{Claim, EVERYWHERE, Figure, FigureKind};
+use super::outcome::{OutcomeRow, Quantity};
 use super::tables::SpectrumRow;
-use super::verdict::LEVEL;
-use super::{Claim, EVERYWHERE, OutcomeRow, Quantity};
 use crate::experiment::STUDENT;
-
-/// How outcomes are drawn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FigureKind {
-    /// A bar for each student in each condition, with its data sets as points.
-    Bars,
-    /// Quantities over the rank, a panel each, a line for each student.
-    Ranks,
-    /// Ranks, with a line for each trait.
-    RanksByTrait,
-    /// Students by conditions.
-    Heatmap,
-    /// Trained by evaluated traits.
-    Matrix,
-}
-
-/// A figure of a claim.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Figure {
-    /// How it is drawn.
-    pub kind: FigureKind,
-    /// Its title.
-    pub title: String,
-    /// The quantities drawn; over ranks one panel each, else only the first is drawn.
-    #[serde(default = "margin")]
-    pub quantities: Vec<Quantity>,
-    /// The students that are drawn, in this order; all that have the numbers when it is left out.
-    #[serde(default)]
-    pub students: Vec<String>,
-    /// The conditions that are drawn, in this order; all when it is left out.
-    #[serde(default)]
-    pub cells: Vec<String>,
-    /// Whether traits have bars of their own.
-    #[serde(default)]
-    pub by_trait: bool,
-}
-
-fn margin() -> Vec<Quantity> {
-    vec![Quantity::DeltaMargin]
-}
 
 impl Figure {
     /// The drawing; an error if none of its numbers was measured.
@@ -93,11 +51,7 @@ impl Figure {
     /// Each bar's label, its trait where these have bars of their own, and the data sets' values.
     fn labelled(&self, claim: &Claim, rows: &[OutcomeRow]) -> Vec<(String, Option<String>, Vec<f64>)> {
         let (students, cells) = self.order(rows);
-        let words: Vec<Option<&str>> = if self.by_trait {
-            claim.targets.iter().map(|target| Some(target.word.as_str())).collect()
-        } else {
-            vec![None]
-        };
+        let words = words(claim, self.by_trait);
         let several = |names: &[String]| names.len() > 1;
         let mut found = vec![];
         for (student, cell) in students.iter().flat_map(|student| cells.iter().map(move |cell| (student, cell))) {
@@ -160,8 +114,7 @@ impl Figure {
             FigureKind::Heatmap => {
                 let (students, cells) = self.order(rows);
                 let of = |student: &String, cell: &String| {
-                    let values = over_ranks(rows, self.quantities[0], (student, cell), None).into_iter();
-                    (format!("{student} in {cell}"), None, values.flat_map(|(_, values)| values).collect())
+                    (format!("{student} in {cell}"), None, at_all_ranks(rows, self.quantities[0], (student, cell)))
                 };
                 students.iter().flat_map(|student| cells.iter().map(move |cell| of(student, cell))).collect()
             }
@@ -179,9 +132,7 @@ impl Figure {
     /// Where each line of the first panel is highest.
     fn peaks(&self, claim: &Claim, rows: &[OutcomeRow]) -> String {
         let cell = self.cells.first().map_or(EVERYWHERE, String::as_str);
-        let by_trait = self.kind == FigureKind::RanksByTrait;
-        let words: Vec<Option<&str>> =
-            if by_trait { claim.targets.iter().map(|target| Some(target.word.as_str())).collect() } else { vec![None] };
+        let words = words(claim, self.kind == FigureKind::RanksByTrait);
         let mut said = vec![];
         for (student, word) in
             self.order(rows).0.iter().flat_map(|student| words.iter().map(move |word| (student, word)))
@@ -235,10 +186,7 @@ impl Figure {
             }
             lines.retain(|line| !line.points.is_empty());
             let reference = |student: &&String| {
-                let values: Vec<f64> = over_ranks(rows, *quantity, (student, cell), None)
-                    .into_iter()
-                    .flat_map(|(_, values)| values)
-                    .collect();
+                let values = at_all_ranks(rows, *quantity, (student, cell));
                 Some(Reference::new(student.as_str(), mean(&values).ok()?))
             };
             Ok(Panel { y_label: label(*quantity), lines, references: single.iter().filter_map(reference).collect() })
@@ -257,11 +205,8 @@ impl Figure {
     fn heatmap(&self, rows: &[OutcomeRow]) -> Result<Svg> {
         let (students, cells) = self.order(rows);
         let value = |student: &String, cell: &String| {
-            let values: Vec<f64> = over_ranks(rows, self.quantities[0], (student, cell), None)
-                .into_iter()
-                .flat_map(|(_, values)| values)
-                .collect();
-            mean(&values).with_context(|| format!("{student:?} was not measured in {cell:?}"))
+            mean(&at_all_ranks(rows, self.quantities[0], (student, cell)))
+                .with_context(|| format!("{student:?} was not measured in {cell:?}"))
         };
         let values =
             students.iter().map(|student| cells.iter().map(|cell| value(student, cell)).collect::<Result<Vec<_>>>());
@@ -307,7 +252,7 @@ impl Figure {
 /// The adapters' spectra and a sentence on them: each singular value over the first of its map, the mean over maps and
 /// runs. A student with several ranks has a line for each, any other one line; `None` if no adapter has two singular
 /// values.
-pub fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
+pub(super) fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
     let mut ranks: Vec<(&str, BTreeSet<Option<i64>>)> = vec![];
     for row in rows {
         match ranks.iter_mut().find(|(student, _)| *student == row.student) {
@@ -348,6 +293,16 @@ pub fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
         panels: vec![panel],
     };
     Ok(Some((panels(&chart)?, reading)))
+}
+
+/// The traits that are drawn apart; `None` is the mean over all.
+fn words(claim: &Claim, by_trait: bool) -> Vec<Option<&str>> {
+    if by_trait { claim.targets.iter().map(|target| Some(target.word.as_str())).collect() } else { vec![None] }
+}
+
+/// The data sets' means at every rank.
+fn at_all_ranks(rows: &[OutcomeRow], quantity: Quantity, at: (&str, &str)) -> Vec<f64> {
+    over_ranks(rows, quantity, at, None).into_iter().flat_map(|(_, values)| values).collect()
 }
 
 /// By rank, each data set's mean of a quantity over traits and seeds, or of one trait.

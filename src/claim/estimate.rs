@@ -1,0 +1,378 @@
+//! The number of a test and its interval, from the table of outcomes: means and paired differences over data sets, shares
+//! of an effect, slopes beside a peak, and what permutations of the traits say.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::hinted;
+
+use analyses::inference::{
+    bootstrap_peak, diagonal_contrast, diagonal_gamma, fieller_interval, paired_t_p, peak_of, recovered_fraction,
+};
+use analyses::stats::{mean, sign_flip_p, t_interval};
+use anyhow::{Context, Result, ensure};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use super::file::{Kind, Over, RankAxis, StudentNumber, Test};
+use super::outcome::{OutcomeRow, Quantity};
+
+/// The level of all intervals.
+pub(super) const LEVEL: f64 = 0.95;
+/// Draws of a bootstrap, and of a permutation that is not exact.
+const DRAWS: usize = 4000;
+/// The seed of those draws: the same table gives the same numbers.
+const SEED: u64 = 20_260_831;
+/// Most data sets whose signs are flipped in all ways.
+const EXACT: usize = 20;
+
+/// The result of a test, before it is compared with its expectation.
+#[derive(Default)]
+pub(super) struct Estimate {
+    pub(super) value: Option<f64>,
+    pub(super) interval: Option<(f64, f64)>,
+    pub(super) p: Option<f64>,
+    pub(super) p_one_sided: Option<f64>, // of a permutation
+    pub(super) p_sign_flip: Option<f64>,
+    pub(super) n_datasets: usize,
+    pub(super) n_runs: usize,
+    pub(super) note: String,
+}
+
+impl Estimate {
+    /// Names the runs that it leaves out.
+    fn without(mut self, runs: &BTreeSet<(&str, u64)>) -> Self {
+        if !runs.is_empty() {
+            let names: Vec<String> =
+                runs.iter().map(|(word, dataset)| format!("{word} in data set {dataset}")).collect();
+            let left_out =
+                format!("without {}, where the teacher's gain in loss is not clear of zero", names.join(", "));
+            let notes = [std::mem::take(&mut self.note), left_out];
+            self.note = notes.into_iter().filter(|note| !note.is_empty()).collect::<Vec<_>>().join("; ");
+        }
+        self
+    }
+}
+
+/// The number of a test.
+pub(super) fn estimate(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
+    let one_trait = || table.rows.windows(2).all(|two| two[0].target == two[1].target);
+    if test.of.quantity == Quantity::InjectedOtherDeltaMargin && one_trait() {
+        return Ok(alone(table));
+    }
+    match test.kind {
+        Kind::Mean => {
+            let values = table.by_dataset(&test.of)?;
+            Ok(over_datasets(&values, table.n_runs(&[&test.of])).without(&table.without_gain(&test.of)))
+        }
+        Kind::Difference => {
+            let minus = test.minus.as_ref().context("minus is not given")?;
+            let (values, other) = (table.by_dataset(&test.of)?, table.by_dataset(minus)?);
+            let values: Vec<f64> = values.iter().zip(&other).map(|(value, other)| value - other).collect();
+            Ok(over_datasets(&values, table.n_runs(&[&test.of, minus])).without(&table.without_gain(&test.of)))
+        }
+        Kind::Recovered => recovered(test, table),
+        Kind::Slope | Kind::Rise | Kind::Fall => slopes(test, table),
+        Kind::PeakSpread => peak_spread(test, table),
+        Kind::Diagonal => diagonal(test, table),
+    }
+}
+
+/// The mean with Student's interval, as far as the data sets carry one.
+fn over_datasets(values: &[f64], n_runs: usize) -> Estimate {
+    let few = if values.len() < 2 { "one data set has no spread" } else { "" };
+    Estimate {
+        value: mean(values).ok(),
+        interval: t_interval(values, LEVEL).ok(),
+        p: paired_t_p(values).ok(),
+        p_sign_flip: if (2..=EXACT).contains(&values.len()) { sign_flip_p(values).ok() } else { None },
+        n_datasets: values.len(),
+        n_runs,
+        note: few.to_owned(),
+        ..Estimate::default()
+    }
+}
+
+fn recovered(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
+    let all = test.all.as_ref().context("all is not given")?;
+    let (part, whole) = (table.by_dataset(&test.of)?, table.by_dataset(all)?);
+    let (n_datasets, n_runs) = (part.len(), table.n_runs(&[&test.of, all]));
+    if n_datasets < 2 {
+        // With one data set there is no error that could show the denominator clear of zero.
+        let note =
+            format!("{:+.3} of {:+.3} nats; one data set has no spread, so that no share is given", part[0], whole[0]);
+        return Ok(Estimate { n_datasets, n_runs, note, ..Estimate::default() });
+    }
+    let runs: Vec<(f64, f64, f64)> = part.iter().zip(&whole).map(|(part, whole)| (*part, 0.0, *whole)).collect();
+    let found = recovered_fraction(&runs, LEVEL, DRAWS, SEED)?;
+    let note = format!("{:+.3} of {:+.3} nats", found.numerator, found.denominator);
+    Ok(match found.fraction {
+        Some(share) => {
+            let interval = fieller_interval(&part, &whole, LEVEL)?;
+            let open = if interval.is_none() { "; the whole is not clear of zero at this level" } else { "" };
+            let note = format!("{note}; by the bootstrap {:.3} to {:.3}{open}", share.low, share.high);
+            Estimate { value: Some(share.estimate), interval, n_datasets, n_runs, note, ..Estimate::default() }
+        }
+        None => Estimate {
+            n_datasets,
+            n_runs,
+            note: format!("{note}: the whole is not three standard errors clear of zero"),
+            ..Estimate::default()
+        },
+    })
+}
+
+/// Slopes within each data set, on the kind's side of the peak. The other data sets locate the peak: a series' own peak
+/// is where its noise is highest, so that noise alone would rise up to it.
+fn slopes(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
+    let over =
+        if test.kind == Kind::Slope { test.over.context("over is not given")? } else { Over::Rank(RankAxis::Log2Rank) };
+    let series = table.series(&test.of, over)?;
+    let n_runs = table.n_runs(&[&test.of]);
+    if test.kind == Kind::Slope {
+        let values: Option<Vec<f64>> = series.iter().map(|points| least_squares(points)).collect();
+        return Ok(over_datasets(&values.context("its points lie at one place, and a slope takes two")?, n_runs));
+    }
+    let mut places: Vec<f64> = series.concat().into_iter().map(|(x, _)| x).collect();
+    places.sort_by(f64::total_cmp);
+    places.dedup();
+    ensure!(places.len() > 1, "{} has one rank, and a slope takes two", test.of);
+    let (first, last) = (places[0], places[places.len() - 1]);
+    let of_side = |at: usize| -> Result<f64> {
+        let others: Vec<(f64, f64)> = if series.len() == 1 {
+            series[0].clone()
+        } else {
+            series.iter().enumerate().filter(|(other, _)| *other != at).flat_map(|(_, points)| points.clone()).collect()
+        };
+        let peak = peak_of(&others)?;
+        // With the peak at that end, the slope is between the last two ranks (of a rise, the first two).
+        let keep = |x: f64| match test.kind {
+            Kind::Rise => x <= places[1].max(peak),
+            _ => x >= places[places.len() - 2].min(peak),
+        };
+        let side: Vec<(f64, f64)> = series[at].iter().copied().filter(|(x, _)| keep(*x)).collect();
+        least_squares(&side).context("a data set lacks ranks on that side")
+    };
+    let values = (0..series.len()).map(of_side).collect::<Result<Vec<f64>>>()?;
+    let peak = peak_of(&series.concat())?;
+    let at_end = peak.to_bits() == first.to_bits() || peak.to_bits() == last.to_bits();
+    let end = if at_end { ", an end of the ranks" } else { "" };
+    let spread = if series.len() > 1 {
+        let found = bootstrap_peak(&series, LEVEL, DRAWS, SEED)?;
+        format!(" ({:.0} to {:.0} by a bootstrap over data sets)", found.low.exp2(), found.high.exp2())
+    } else {
+        String::new()
+    };
+    let note = format!("the mean is highest at rank {}{spread}{end}", peak.exp2());
+    Ok(Estimate { note, ..over_datasets(&values, n_runs) })
+}
+
+/// The slope of a line through points at two places or more.
+fn least_squares(points: &[(f64, f64)]) -> Option<f64> {
+    let n = points.len() as f64;
+    let (x, y) = (points.iter().map(|(x, _)| x).sum::<f64>() / n, points.iter().map(|(_, y)| y).sum::<f64>() / n);
+    let (xx, xy) = points.iter().fold((0.0, 0.0), |(xx, xy), (a, b)| (xx + (a - x).powi(2), xy + (a - x) * (b - y)));
+    (xx > 0.0).then(|| xy / xx)
+}
+
+/// The comparison of traits has nothing to say of a single one.
+fn alone(table: &Outcomes<'_>) -> Estimate {
+    Estimate {
+        n_datasets: table.datasets().len(),
+        note: "it takes two traits, and there is one".to_owned(),
+        ..Estimate::default()
+    }
+}
+
+fn peak_spread(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
+    if table.traits.len() < 2 {
+        return Ok(alone(table));
+    }
+    let of_trait = |word: &&str| {
+        let alone = Outcomes { rows: table.rows, traits: vec![word] };
+        alone.series(&test.of, Over::Rank(RankAxis::Log2Rank))
+    };
+    let by_trait: Vec<Vec<Vec<(f64, f64)>>> = table.traits.iter().map(of_trait).collect::<Result<_>>()?;
+    let spread = |by_trait: &[Vec<&Vec<(f64, f64)>>]| -> Result<f64> {
+        let peaks = by_trait
+            .iter()
+            .map(|datasets| peak_of(&datasets.iter().flat_map(|points| points.iter().copied()).collect::<Vec<_>>()));
+        let peaks: Vec<f64> = peaks.collect::<std::result::Result<_, _>>()?;
+        let (low, high) = peaks
+            .iter()
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), peak| (low.min(*peak), high.max(*peak)));
+        Ok(high - low)
+    };
+    let n_datasets = by_trait[0].len();
+    let actual: Vec<Vec<&Vec<(f64, f64)>>> = by_trait.iter().map(|datasets| datasets.iter().collect()).collect();
+    let found = spread(&actual)?;
+    // Were the traits alike, each data set's series could be any trait's.
+    let mut rng = ChaCha8Rng::seed_from_u64(SEED);
+    let mut as_large = 1;
+    for _ in 1..DRAWS {
+        let mut drawn: Vec<Vec<&Vec<(f64, f64)>>> = vec![vec![]; by_trait.len()];
+        for dataset in 0..n_datasets {
+            let mut order: Vec<usize> = (0..by_trait.len()).collect();
+            order.shuffle(&mut rng);
+            order.into_iter().enumerate().for_each(|(at, from)| drawn[at].push(&by_trait[from][dataset]));
+        }
+        as_large += usize::from(spread(&drawn)? >= found - 1e-9);
+    }
+    Ok(Estimate {
+        value: Some(found),
+        p_one_sided: Some(as_large as f64 / DRAWS as f64),
+        n_datasets,
+        n_runs: table.n_runs(&[&test.of]),
+        note: "a largest difference is above 0 by chance as well, so that its p decides".to_owned(),
+        ..Estimate::default()
+    })
+}
+
+fn diagonal(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
+    if table.traits.len() < 2 {
+        return Ok(alone(table));
+    }
+    let position = |word: &str| table.traits.iter().position(|known| *known == word);
+    // A run is a trained student: its row of the matrix is what it does to every trait.
+    let mut runs: BTreeMap<(u64, usize, usize), Vec<Option<f64>>> = BTreeMap::new();
+    for row in table.matching(&test.of) {
+        let (Some(trained), Some(evaluated)) = (position(&row.target), position(&row.evaluated)) else { continue };
+        let cells =
+            runs.entry((row.dataset, trained, row.seed_index)).or_insert_with(|| vec![None; table.traits.len()]);
+        cells[evaluated] = Some(row.value);
+    }
+    let mut changes: Vec<(u64, usize, Vec<f64>)> = vec![];
+    for ((dataset, trained, _), cells) in runs {
+        let cells: Option<Vec<f64>> = cells.into_iter().collect();
+        let word = table.traits[trained];
+        changes.push((
+            dataset,
+            trained,
+            cells.with_context(|| format!("the row of {word} in data set {dataset} has gaps"))?,
+        ));
+    }
+    let datasets: BTreeSet<u64> = changes.iter().map(|(dataset, ..)| *dataset).collect();
+    let of = |keep: &dyn Fn(u64) -> bool| -> (Vec<usize>, Vec<Vec<f64>>) {
+        let kept = changes.iter().filter(|(dataset, ..)| keep(*dataset));
+        kept.map(|(_, trained, row)| (*trained, row.clone())).unzip()
+    };
+    let by_dataset = datasets.iter().map(|dataset| {
+        let (trained, rows) = of(&|other| other == *dataset);
+        diagonal_gamma(&rows, &trained)
+    });
+    let found = over_datasets(&by_dataset.collect::<hooks::Result<Vec<f64>>>()?, changes.len());
+    let (trained, rows) = of(&|_| true);
+    if trained.len() * table.traits.len() <= trained.len() + table.traits.len() {
+        return Ok(Estimate { p: None, note: "too few runs for a permutation".to_owned(), ..found });
+    }
+    let all = diagonal_contrast(&rows, &trained, SEED)?;
+    let how = if all.is_exact { "all" } else { "drawn" };
+    Ok(Estimate {
+        p: Some(all.p),
+        note: format!("p of {} {how} permutations of the runs' traits", all.n_permutations),
+        ..found
+    })
+}
+
+/// The outcomes, and their traits.
+pub(super) struct Outcomes<'a> {
+    pub(super) rows: &'a [OutcomeRow],
+    pub(super) traits: Vec<&'a str>,
+}
+
+impl<'a> Outcomes<'a> {
+    /// The lines that a number is the mean of, evaluated on any trait.
+    fn matching<'s>(&'s self, of: &StudentNumber) -> impl Iterator<Item = &'a OutcomeRow> + use<'a, 's> {
+        let of = of.clone();
+        self.rows.iter().filter(move |row| {
+            row.student == of.student
+                && of.rank.is_none_or(|rank| row.rank == Some(rank))
+                && (of.cell == "*" || row.cell == of.cell)
+                && row.quantity == of.quantity
+                && self.traits.contains(&row.target.as_str())
+        })
+    }
+
+    /// The outcomes of the trained trait alone.
+    fn own<'s>(&'s self, of: &StudentNumber) -> impl Iterator<Item = &'a OutcomeRow> + use<'a, 's> {
+        self.matching(of).filter(|row| row.evaluated == row.target)
+    }
+
+    /// The data sets that there are.
+    fn datasets(&self) -> BTreeSet<u64> {
+        self.rows.iter().map(|row| row.dataset).collect()
+    }
+
+    fn n_runs(&self, numbers: &[&StudentNumber]) -> usize {
+        let runs = numbers.iter().flat_map(|of| self.own(of));
+        runs.map(|row| (&row.target, row.dataset, &row.student, row.rank, row.seed_index))
+            .collect::<BTreeSet<_>>()
+            .len()
+    }
+
+    /// Runs, by trait and data set, in which no student has a share of the teacher's gain, as that is not clear of zero.
+    fn without_gain(&self, of: &StudentNumber) -> BTreeSet<(&'a str, u64)> {
+        let has = |word: &str, dataset: u64| {
+            let mut of_run = self.rows.iter().filter(|row| row.target == word && row.dataset == dataset);
+            of_run.any(|row| row.quantity == of.quantity)
+        };
+        let runs = self.traits.iter().flat_map(|word| self.datasets().into_iter().map(move |dataset| (*word, dataset)));
+        runs.filter(|(word, dataset)| of.quantity == Quantity::Fit && !has(word, *dataset)).collect()
+    }
+
+    /// Per data set, the mean over traits of each trait's mean over seeds. Every trait has to be there in every data set,
+    /// except in runs without a gain.
+    fn by_dataset(&self, of: &StudentNumber) -> Result<Vec<f64>> {
+        let mut ranks = self.own(of).map(|row| row.rank).collect::<BTreeSet<_>>();
+        ensure!(ranks.len() <= 1, hinted!("{of} has the ranks {ranks:?}, expected one"; "name it with rank = 8"));
+        ensure!(ranks.pop_first().is_some(), "{of} was not measured");
+        let left_out = self.without_gain(of);
+        let of_run = |word: &str, dataset: u64| {
+            let here = self.own(of).filter(|row| row.dataset == dataset && row.target == word);
+            mean(&here.map(|row| row.value).collect::<Vec<_>>())
+                .with_context(|| format!("{of} was not measured for {word} in data set {dataset}"))
+        };
+        let of_dataset = |dataset: u64| {
+            let there = self.traits.iter().filter(|word| !left_out.contains(&(**word, dataset)));
+            there.map(|word| of_run(word, dataset)).collect::<Result<Vec<f64>>>()
+        };
+        let values = self.datasets().into_iter().map(of_dataset).collect::<Result<Vec<Vec<f64>>>>()?;
+        Ok(values
+            .iter()
+            .filter(|values| !values.is_empty())
+            .map(|values| mean(values))
+            .collect::<hooks::Result<_>>()?)
+    }
+
+    /// Per data set, points of a number over the rank or over another quantity, each the mean over traits and seeds at one rank in
+    /// one condition.
+    fn series(&self, of: &StudentNumber, over: Over) -> Result<Vec<Vec<(f64, f64)>>> {
+        let means = |of: &StudentNumber, dataset: u64| -> Result<BTreeMap<(Option<i64>, &'a str), f64>> {
+            let mut found: BTreeMap<(Option<i64>, &str), Vec<f64>> = BTreeMap::new();
+            for row in self.own(of).filter(|row| row.dataset == dataset) {
+                found.entry((row.rank, &row.cell)).or_default().push(row.value);
+            }
+            found.into_iter().map(|(key, values)| Ok((key, mean(&values)?))).collect()
+        };
+        let one = |dataset: u64| -> Result<Vec<(f64, f64)>> {
+            let ys = means(of, dataset)?;
+            ensure!(!ys.is_empty(), "{of} was not measured in data set {dataset}");
+            let xs = match over {
+                Over::Rank(_) => None,
+                Over::Quantity(quantity) => Some(means(&StudentNumber { quantity, ..of.clone() }, dataset)?),
+            };
+            ys.into_iter()
+                .map(|(key, y)| {
+                    let x = match &xs {
+                        None => (key.0.with_context(|| format!("{of} has no rank"))? as f64).log2(),
+                        Some(xs) => *xs
+                            .get(&key)
+                            .with_context(|| format!("{of} has no {over:?} at {key:?} in data set {dataset}"))?,
+                    };
+                    Ok((x, y))
+                })
+                .collect()
+        };
+        self.datasets().into_iter().map(one).collect()
+    }
+}
