@@ -16,8 +16,7 @@ use analyses::target::{Score, TokenForms};
 use analyses::target_rate::TargetRate;
 use analyses::{Analysis, Subject, Tuned};
 use anyhow::{Context, Result};
-use hooks::adapter::spectrum::Spectrum;
-use hooks::{Adapter, Condition, Qwen, Sequence, TokenClass};
+use hooks::{Adapter, Condition, Qwen, Sequence, Spectrum, TokenClass};
 use tch::Tensor;
 
 use crate::claim::{Cell, EVERYWHERE, Measures, OutcomeRow, Quantity, Study, THROUGH, Unit};

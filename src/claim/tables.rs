@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use hooks::adapter::spectrum::Spectrum;
+use hooks::Spectrum;
 use serde::{Deserialize, Serialize};
 
 use super::{Cell, EVERYWHERE, OutcomeRow, Quantity, Study, Unit};

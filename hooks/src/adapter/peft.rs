@@ -21,7 +21,7 @@ use crate::load::tensor_file;
 use crate::load::weights::Weights;
 use crate::proj::Proj;
 use keys::PeftConfig;
-use names::{Factor, Place};
+use names::{Factor, FactorAt};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
@@ -39,7 +39,7 @@ impl LoraConfig {
         let places: BTreeSet<(usize, Proj)> = tensors
             .names()
             .iter()
-            .filter_map(|name| names::place(name))
+            .filter_map(|name| names::factor_at(name))
             .map(|(layer, proj, _)| (layer, proj))
             .collect();
         Ok(config.lora(&places.into_iter().collect::<Vec<_>>(), None))
@@ -220,10 +220,10 @@ impl AdapterFile {
     /// Finds each tensor's place. Refuses a file in which a tensor is missing, double or unused.
     fn sorted(&self, peft: &PeftConfig, model: &Config) -> Result<Sorted> {
         let names = self.weights.names();
-        let mut by_place: BTreeMap<Place, String> = BTreeMap::new();
+        let mut by_place: BTreeMap<FactorAt, String> = BTreeMap::new();
         let (mut rest, mut unused) = (vec![], vec![]);
         for name in names.iter().cloned() {
-            match names::place(&name) {
+            match names::factor_at(&name) {
                 Some(place) => {
                     if let Some(other) = by_place.insert(place, name.clone()) {
                         return Err(
