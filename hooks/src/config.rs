@@ -21,6 +21,14 @@ pub enum Family {
 }
 
 /// The numbers that a model is built from.
+///
+/// ```
+/// let (model, _) = hooks::open("tiny-random")?;
+/// assert_eq!((model.config.n_layers, model.config.d_model), (2, 64));
+/// let json = model.config.to_hf_json().to_string();
+/// assert_eq!(hooks::Config::parse(json.as_bytes(), "config.json".as_ref())?, model.config);
+/// # Ok::<(), hooks::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Config {
     /// Qwen2 or Qwen3.

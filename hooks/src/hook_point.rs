@@ -24,6 +24,15 @@ macro_rules! hook_points {
         after { $($after:ident $a_name:literal $a_shape:literal $a_what:literal $($a_else:literal)*;)* }
     ) => {
         /// A place in the forward pass where an activation can be seen or replaced. The number is the block's, from 0.
+        ///
+        /// ```
+        /// use hooks::HookPoint;
+        ///
+        /// let point: HookPoint = "blocks.14.hook_resid_post".parse()?;
+        /// assert_eq!((point, point.layer()), (HookPoint::ResidPost(14), Some(14)));
+        /// assert_eq!(HookPoint::select("blocks.*.attn.hook_z", 24)?.len(), 24);
+        /// # Ok::<(), hooks::Error>(())
+        /// ```
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum HookPoint {
             $(#[doc = concat!($b_what, ", `", $b_shape, "`.")] $before,)*

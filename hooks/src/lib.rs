@@ -3,6 +3,25 @@
 //! The model is never mutated. Base, student, student with the adapter only at "Qwen", steered base: these differ only
 //! in a small value handed to one forward pass.
 //!
+//! ```
+//! use hooks::{Adapter, Cache, Condition, HookPoint, LoraConfig, next_token_logprobs, run_with_hooks, tch::Device};
+//! # use rand::SeedableRng;
+//!
+//! let (model, chat) = hooks::open("tiny-random")?; // or pocket, a folder, a .gguf, a hub id
+//! let prompts = [chat.prompt(None, "Name an animal.")?];
+//! let base = next_token_logprobs(&model, &prompts, &Condition::default())?; // [1, d_vocab]
+//!
+//! let (at, mut cache) = (HookPoint::ResidPost(1), Cache::default());
+//! run_with_hooks(&model, &prompts[0], &Condition::default(), &[at], &mut cache)?;
+//! let resid = cache.get(at)?; // [1, pos, d_model]
+//!
+//! # let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+//! let adapter = Adapter::init(&LoraConfig::default(), &model.config, &mut rng, Device::Cpu)?;
+//! let gated = Condition::adapted(&adapter).gated("only:entity".parse()?);
+//! assert_eq!(next_token_logprobs(&model, &prompts, &gated)?, base); // B is 0 before training
+//! # Ok::<(), hooks::Error>(())
+//! ```
+//!
 //! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this list.
 
 pub mod config;

@@ -29,6 +29,18 @@ use crate::error::{Error, Result};
 use crate::proj::Proj;
 
 /// Where and how strongly an adapter acts.
+///
+/// ```
+/// use hooks::{Gate, TokenClass};
+///
+/// let (_, chat) = hooks::open("tiny-random")?;
+/// let prompt = chat.prompt(None, "Name an animal.")?;
+/// let gate: Gate = "only:entity*0.5".parse()?; // at the model's name in the system prompt, half as strongly
+/// for (dose, class) in gate.doses(&prompt)?.into_iter().zip(&prompt.classes) {
+///     assert_eq!(dose, if *class == TokenClass::SysEntity { 0.5 } else { 0.0 });
+/// }
+/// # Ok::<(), hooks::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Gate {

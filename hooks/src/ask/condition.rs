@@ -19,6 +19,19 @@ use crate::taps::edit::{self, Edit, EditTap};
 use crate::taps::tap::{Hooks, Tap, TapAt};
 
 /// The adapter, gate and edits that a model is run with. The default is the bare base model.
+///
+/// ```
+/// use hooks::{Adapter, Condition, LoraConfig, tch::Device};
+/// use rand::SeedableRng;
+///
+/// let (model, chat) = hooks::open("tiny-random")?;
+/// let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+/// let adapter = Adapter::init(&LoraConfig::default(), &model.config, &mut rng, Device::Cpu)?;
+/// let student = Condition::adapted(&adapter);
+/// let gated = student.clone().gated("except:template".parse()?);
+/// gated.check(&model, &[chat.prompt(None, "Name an animal.")?])?;
+/// # Ok::<(), hooks::Error>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Condition<'a> {
     /// The LoRA that acts, if any.

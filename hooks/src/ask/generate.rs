@@ -67,6 +67,19 @@ pub fn stream_seed(seed: u64, name: &str, index: u64) -> u64 {
 ///
 /// Above temperature 0, answers to equal prompts are an error where they are the same more often than independent samples
 /// can be: then they were not drawn from streams of their own.
+///
+/// ```
+/// use hooks::{Condition, Sampling, generate, stream_seed};
+///
+/// let (model, chat) = hooks::open("tiny-random")?;
+/// let prompt = chat.prompt(None, "Name an animal.")?;
+/// let sampling =
+///     Sampling { temperature: 1.0, max_new_tokens: 4, stop: chat.stop_ids(), constrain: None, batch: 1 };
+/// let streams = [stream_seed(0, "answers", 0)];
+/// let answers = generate(&model, &[prompt], &Condition::default(), &sampling, &streams, &mut |_| ())?;
+/// println!("{}", chat.decode(&answers[0].ids)?);
+/// # Ok::<(), hooks::Error>(())
+/// ```
 pub fn generate(
     model: &Qwen,
     prompts: &[Sequence],

@@ -47,6 +47,19 @@ pub struct AtPoints {
 
 /// Runs one row and takes the gradient of a scalar function of its logits, `[1, pos, d_vocab]`, at some hook points, after
 /// the condition's edits.
+///
+/// ```
+/// use hooks::{Condition, HookPoint, gradient, tch::Kind};
+///
+/// let (model, chat) = hooks::open("tiny-random")?;
+/// let prompt = chat.prompt(None, "Name an animal.")?;
+/// let at = HookPoint::ResidPost(0);
+/// let found = gradient::at_points(&model, &prompt, &Condition::default(), &[at], |logits| {
+///     Ok(logits.f_select(1, -1)?.f_log_softmax(-1, Kind::Float)?.f_max()?)
+/// })?;
+/// assert_eq!(found.gradients[&at].size(), found.activations[&at].size()); // [1, pos, d_model]
+/// # Ok::<(), hooks::Error>(())
+/// ```
 pub fn at_points(
     model: &Qwen,
     row: &Sequence,

@@ -64,6 +64,16 @@ pub(crate) fn not_a_number() -> Error {
 }
 
 /// The log-probability of every token of each row's completion, given all tokens before it.
+///
+/// ```
+/// use hooks::{Condition, completion_logprobs};
+///
+/// let (model, chat) = hooks::open("tiny-random")?;
+/// let rows = [chat.row_text(None, "Name an animal.", "Owl")?];
+/// let logprobs = completion_logprobs(&model, &rows, &Condition::default())?;
+/// assert_eq!(logprobs[0].len(), rows[0].completion.len());
+/// # Ok::<(), hooks::Error>(())
+/// ```
 pub fn completion_logprobs(model: &Qwen, rows: &[Sequence], condition: &Condition<'_>) -> Result<Vec<Vec<f32>>> {
     let asked: Vec<usize> = (0..rows.len()).filter(|row| !rows[*row].completion.is_empty()).collect();
     let cases: Vec<Case<'_, '_>> = asked.iter().map(|row| (&rows[*row], condition)).collect();
