@@ -108,9 +108,8 @@ impl Chat {
         self.template.thinking = true;
         let think = before_the_answer(&self.template)?;
         if think == self.shape.think {
-            return Err(Error::ChatTemplate {
-                problem: "thinking is asked for, but it renders the same without; hint: Qwen3's can think".to_owned(),
-            });
+            let problem = "thinking is asked for, but it renders the same without".to_owned();
+            return Err(Error::ChatTemplate { problem }.with_hint("Qwen3's can think"));
         }
         self.shape.think = think;
         self.prove_on_probes()?;
