@@ -5,10 +5,9 @@
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use hooks::ask::score::listen;
 use hooks::{
     Adapter, Cache, Chat, Condition, Config, HookPoint, LoraConfig, ModelFiles, Qwen, Sampling, generate,
-    next_token_logprobs,
+    next_token_logprobs, run_with_hooks,
 };
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -49,7 +48,7 @@ fn main() -> Result<()> {
     let cached_forward = |n: u64| {
         let seen = |_| -> Result<()> {
             let mut cache = Cache::default();
-            let logits = tch::no_grad(|| listen(&model, &row, &base, &points, &mut cache))?;
+            let logits = tch::no_grad(|| run_with_hooks(&model, &row, &base, &points, &mut cache))?;
             anyhow::ensure!(cache.iter().count() == points.len() && logits.numel() > 0, "the cache is not full");
             Ok(())
         };

@@ -19,9 +19,9 @@ CRATES = ["hooks/src", "analyses/src", "src", "notebooks-rs/src", "benchmarks/sr
 
 
 def modules(folder: Path) -> dict[str, Path]:
-    """Each file by its module path, such as `commands::arms`; the crate's roots import everything and are left out."""
+    """Each file by its module path, such as `commands::arms`, without tests and the crate's roots: these import everything."""
     paths = {"::".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.rs")}
-    return {name: path for name, path in paths.items() if name not in {"lib", "main"}}
+    return {name: path for name, path in paths.items() if name not in {"lib", "main"} and path.stem != "tests"}
 
 
 def code(path: Path) -> str:

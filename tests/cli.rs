@@ -209,7 +209,7 @@ fn what_is_not_expected_of_a_model_is_remarked_once() {
     weights.insert("score.weight".to_owned(), Tensor::from_slice(&[1_f32]));
     let weights: Vec<(String, Tensor)> = weights.into_iter().collect();
     let metadata = std::collections::BTreeMap::new();
-    hooks::load::tensor_file::write(&here.join("model.safetensors"), &weights, &metadata).unwrap();
+    hooks::tensor_file::write(&here.join("model.safetensors"), &weights, &metadata).unwrap();
     let (page, said) = ask();
     let remarks: Vec<&str> = said.lines().filter(|line| line.starts_with("note: ")).collect();
     assert_eq!(remarks.len(), 2, "{said}");

@@ -305,7 +305,7 @@ fn scene(folder: &Path) {
     edit("models/no-head/config.json", "tie_word_embeddings", Some(false.into()));
     edit("models/mlx/config.json", "quantization", Some(serde_json::json!({"group_size": 64, "bits": 4})));
     let packed = [("model.embed_tokens.weight".to_owned(), tch::Tensor::from_slice(&[1_i64]))];
-    hooks::load::tensor_file::write(&at("models/mlx/model.safetensors"), &packed, &std::collections::BTreeMap::new())
+    hooks::tensor_file::write(&at("models/mlx/model.safetensors"), &packed, &std::collections::BTreeMap::new())
         .unwrap();
     write("models/added/added_tokens.json", "{\"<|owl|>\": 551}");
     let end = weights.len() - 4; // the last value of the final norm

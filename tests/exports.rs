@@ -208,7 +208,7 @@ fn vectors_from_elsewhere_are_read_where_their_place_is_known() {
     let control = |hint: &str, layer: usize, width: i64| {
         let path = into.path().join("repeng.gguf");
         let vectors = BTreeMap::from([(layer, vector.narrow(0, 0, width))]);
-        hooks::load::control_vector::write(&path, hint, &vectors, &BTreeMap::new()).unwrap();
+        hooks::control_vector::write(&path, hint, &vectors, &BTreeMap::new()).unwrap();
         of(Vectors::read(&path))
     };
     assert_eq!(control("qwen2", 1, 64), Ok("blocks.1.hook_resid_post".to_owned()));

@@ -12,9 +12,11 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
-use hooks::ask::gradient::at_points;
-use hooks::model::loss::{Targets, cross_entropy_sum};
-use hooks::{Adapter, Batch, Cache, Condition, Doses, HookPoint, Hooks, ModelFiles, Pass, Qwen, Sequence};
+use hooks::gradient::at_points;
+use hooks::{
+    Adapter, Batch, Cache, Condition, Doses, HookPoint, Hooks, ModelFiles, Pass, Qwen, Sequence, Targets,
+    cross_entropy_sum,
+};
 
 use crate::compare::{
     BACKWARD, EXACT, F32_LEAVES, FORWARD, Tolerance, Truth, assert_all_close, assert_close, difference, folder, tensors,

@@ -7,9 +7,7 @@
 
 use std::ops::Range;
 
-use hooks::model::loss::Targets;
-use hooks::rows::packing::Row;
-use hooks::{Adapter, Batch, Condition, Qwen, Sequence, TokenClass, completion_logprobs};
+use hooks::{Adapter, Batch, Condition, PackedRow, Qwen, Sequence, Targets, TokenClass, completion_logprobs};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -269,7 +267,7 @@ fn sum_by_part(
         .collect();
     let (mut sums, mut n): (Vec<Tensor>, usize) = (vec![], 0);
     for some in chosen.chunks(ROWS) {
-        let packed: Vec<Row<'_>> = some.iter().map(|(row, _, end)| Row::of(&row.ids[..*end])).collect();
+        let packed: Vec<PackedRow<'_>> = some.iter().map(|(row, _, end)| PackedRow::of(&row.ids[..*end])).collect();
         let batch = Batch::packed(&[&packed], true, model.device())?;
         let ids: Vec<&[i64]> = some.iter().map(|(row, ..)| row.ids.as_slice()).collect();
         let masks: Vec<&[bool]> = some.iter().map(|(_, mask, _)| mask.as_slice()).collect();
@@ -483,7 +481,7 @@ mod tests {
         let world = World::new();
         let rows: Vec<Sequence> = world.numbers.clone();
         let end = |row: &Sequence| row.ids.len() - 1;
-        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row::of(&row.ids[..end(row)])).collect();
+        let packed: Vec<PackedRow<'_>> = rows.iter().map(|row| PackedRow::of(&row.ids[..end(row)])).collect();
         let batch = Batch::packed(&[&packed], true, world.qwen.device()).unwrap();
         let masks: Vec<Vec<bool>> = rows.iter().map(|row| vec![true; row.ids.len()]).collect();
         let some: Vec<(&Sequence, &Vec<bool>, usize)> =

@@ -2,9 +2,9 @@
 //! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it.
 //! Also the joint effect of both groups on the trait, by part of the chat (`alignment.rs`).
 //!
-//! The gradients are exact, each token's apart from the others' (`hooks::ask::gradient::of_losses`).
+//! The gradients are exact, each token's apart from the others' (`hooks::gradient::of_losses`).
 
-use hooks::ask::gradient::{OfLosses, Squares, of_losses};
+use hooks::gradient::{OfLosses, Squares, of_losses};
 use hooks::{Adapter, Condition, Sequence, stream_seed};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;

@@ -6,8 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use hooks::ask::score::Case;
-use hooks::{Chat, Condition, Qwen, Sequence, each_next_token};
+use hooks::{Case, Chat, Condition, Qwen, Sequence, each_next_token};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};

@@ -5,11 +5,10 @@ use std::thread;
 
 use analyses::plot::{Line, LineChart, Point, Reference, lines};
 use anyhow::{Context, Result, anyhow, ensure};
-use hooks::ask::gradient::of_losses;
-use hooks::ask::score::Case;
+use hooks::gradient::of_losses;
 use hooks::{
-    Adapter, Batch, Cache, Chat, Condition, HookPoint, Hooks, ModelFiles, Pass, Qwen, Sampling, Sequence, Tap, device,
-    each_next_token, files, generate,
+    Adapter, Batch, Cache, Case, Chat, Condition, HookPoint, Hooks, ModelFiles, Pass, Qwen, Sampling, Sequence, Tap,
+    device, each_next_token, files, generate,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};

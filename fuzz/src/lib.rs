@@ -4,8 +4,9 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
+use hooks::TINY_RANDOM;
 use hooks::load::gguf::Gguf;
-use hooks::load::model_files::{TINY_RANDOM, parse_tokenizer_config};
+use hooks::load::model_files::parse_tokenizer_config;
 use hooks::load::tokenizer_file;
 use hooks::load::weights::parse_index;
 use hooks::{Chat, Config, LoraConfig, ModelFiles, Weights};

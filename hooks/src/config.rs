@@ -21,6 +21,14 @@ pub enum Family {
 }
 
 /// The numbers that a model is built from.
+///
+/// ```
+/// let (model, _) = hooks::open("tiny-random")?;
+/// assert_eq!((model.config.n_layers, model.config.d_model), (2, 64));
+/// let json = model.config.to_hf_json().to_string();
+/// assert_eq!(hooks::Config::parse(json.as_bytes(), "config.json".as_ref())?, model.config);
+/// # Ok::<(), hooks::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Config {
     /// Qwen2 or Qwen3.
@@ -335,21 +343,21 @@ impl HfConfig {
     }
 }
 
-/// How `config.json` says that its weights are quantised, such as `quantization_config (awq)`, with a hint for the case
-/// that they are; `None` if it does not. Only the weights can tell. `path` is for messages.
+/// How `config.json` says that its weights are quantised, such as `quantization_config (awq)`, with what to use instead
+/// if they are; `None` if it does not. Only the weights can tell. `path` is for messages.
 pub(crate) fn quantization(bytes: &[u8], path: &Path) -> Result<Option<(String, &'static str)>> {
     let hf = HfConfig::read(bytes, path)?;
     if let Some(mlx) = &hf.quantization {
         let number = |key: &str| mlx.get(key).and_then(Value::as_i64);
         let bits = number("bits").map_or_else(String::new, |bits| format!(", {bits} bits"));
         let group = number("group_size").map_or_else(String::new, |size| format!(" in groups of {size}"));
-        let hint = "use the unquantized checkpoint, or what mlx_lm.convert --dequantize makes of this one";
-        return Ok(Some((format!("quantization (MLX{bits}{group})"), hint)));
+        let instead = "use the unquantized checkpoint, or what mlx_lm.convert --dequantize makes of this one";
+        return Ok(Some((format!("quantization (MLX{bits}{group})"), instead)));
     }
     let Some(config) = hf.quantization_config else { return Ok(None) };
     let method = config.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-    let hint = "use the unquantized checkpoint, or a .gguf file, which is dequantised on loading";
-    Ok(Some((format!("quantization_config ({method})"), hint)))
+    let instead = "use the unquantized checkpoint, or a .gguf file, which is dequantised on loading";
+    Ok(Some((format!("quantization_config ({method})"), instead)))
 }
 
 /// Names the first key of a `config.json` whose value has the wrong type, and the expected type.
@@ -378,8 +386,8 @@ fn malformed(path: &Path, problem: String) -> Error {
     Error::Malformed { path: path.to_owned(), problem }
 }
 
-fn unsupported(path: &Path, feature: String, hint: &str) -> Error {
-    Error::Unsupported { path: path.to_owned(), feature, hint: hint.to_owned() }
+fn unsupported(path: &Path, feature: String, instead: &str) -> Error {
+    Error::Unsupported { path: path.to_owned(), feature, instead: instead.to_owned() }
 }
 
 #[cfg(test)]

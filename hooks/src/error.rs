@@ -27,14 +27,14 @@ pub enum Error {
         problem: String,
     },
     /// The model uses something that is not supported.
-    #[error("{}: {feature} is not supported; {hint}", path.display())]
+    #[error("{}: {feature} is not supported; {instead}", path.display())]
     Unsupported {
         /// The file that says so.
         path: PathBuf,
         /// The key and its value.
         feature: String,
         /// What is supported instead.
-        hint: String,
+        instead: String,
     },
     /// `--model` names nothing that can be found.
     #[error("no model {name}: {reason}")]
@@ -151,9 +151,7 @@ pub enum Error {
         problem: String,
     },
     /// CUDA was asked for and is not there.
-    #[error(
-        "CUDA is not available: {reason}; hint: run with --device cpu, or point LD_LIBRARY_PATH at the lib folder of a CUDA build of PyTorch 2.11"
-    )]
+    #[error("CUDA is not available: {reason}; hint: {CUDA_HINT}")]
     CudaUnavailable {
         /// What was looked for and what was found.
         reason: String,
@@ -161,6 +159,72 @@ pub enum Error {
     /// libtorch refused an operation.
     #[error("libtorch: {0}")]
     Torch(String),
+    /// Any of these, with a hint.
+    #[error("{error}; hint: {hint}")]
+    Hinted {
+        /// The error.
+        error: Box<Error>,
+        /// What to try.
+        hint: String,
+    },
+}
+
+const CUDA_HINT: &str =
+    "run with --device cpu, or point LD_LIBRARY_PATH at the lib folder of a CUDA build of PyTorch 2.11";
+
+impl Error {
+    /// This error with a hint at what to try.
+    #[must_use]
+    pub fn with_hint(self, hint: impl Into<String>) -> Self {
+        Self::Hinted { error: Box::new(self), hint: hint.into() }
+    }
+
+    /// What to try, if there is a hint: the text ends with `; hint: ` and it.
+    pub fn hint(&self) -> Option<&str> {
+        match self {
+            Self::Hinted { hint, .. } => Some(hint),
+            Self::CudaUnavailable { .. } => Some(CUDA_HINT),
+            _ => None,
+        }
+    }
+}
+
+/// What is wrong with some bytes, and what to try; the caller knows their file.
+#[derive(Debug)]
+pub(crate) struct Problem {
+    text: String,
+    hint: Option<String>,
+}
+
+impl Problem {
+    /// A problem with a hint.
+    pub(crate) fn hinted(text: String, hint: impl Into<String>) -> Self {
+        Self { text, hint: Some(hint.into()) }
+    }
+
+    /// The problem as an error, which `error` makes of its text.
+    pub(crate) fn into_error(self, error: impl FnOnce(String) -> Error) -> Error {
+        let error = error(self.text);
+        match self.hint {
+            Some(hint) => error.with_hint(hint),
+            None => error,
+        }
+    }
+}
+
+impl From<Problem> for String {
+    fn from(Problem { text, hint }: Problem) -> Self {
+        match hint {
+            Some(hint) => format!("{text}; hint: {hint}"),
+            None => text,
+        }
+    }
+}
+
+impl From<String> for Problem {
+    fn from(text: String) -> Self {
+        Self { text, hint: None }
+    }
 }
 
 impl From<tch::TchError> for Error {
@@ -187,5 +251,23 @@ pub(crate) fn short(value: &serde_json::Value) -> String {
     match text.char_indices().nth(80) {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_ends_the_text() {
+        let plain = || Error::Tokenizer { problem: "it has none".to_owned() };
+        assert_eq!(plain().hint(), None);
+        let cuda = Error::CudaUnavailable { reason: "no driver".to_owned() };
+        let problem = Problem::hinted("it has none".to_owned(), "give another");
+        for error in [plain().with_hint("give another"), problem.into_error(|_| plain()), cuda] {
+            let (text, hint) = (error.to_string(), error.hint().map(str::to_owned));
+            assert_eq!(text.split_once("; hint: ").map(|(_, hint)| hint.to_owned()), hint, "{text}");
+        }
+        assert_eq!(plain().with_hint("give another").to_string(), "tokenizer: it has none; hint: give another");
     }
 }

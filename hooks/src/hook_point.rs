@@ -8,8 +8,8 @@ use std::str::FromStr;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
-/// A row of the table: a point's name (after `blocks.{layer}.` if it is in a block), and its names elsewhere.
-struct Row {
+/// An entry of the table: a point's name (after `blocks.{layer}.` if it is in a block), and its names elsewhere.
+struct Entry {
     name: &'static str,
     shape: &'static str,
     #[cfg_attr(not(test), expect(dead_code, reason = "for the page alone"))]
@@ -24,6 +24,15 @@ macro_rules! hook_points {
         after { $($after:ident $a_name:literal $a_shape:literal $a_what:literal $($a_else:literal)*;)* }
     ) => {
         /// A place in the forward pass where an activation can be seen or replaced. The number is the block's, from 0.
+        ///
+        /// ```
+        /// use hooks::HookPoint;
+        ///
+        /// let point: HookPoint = "blocks.14.hook_resid_post".parse()?;
+        /// assert_eq!((point, point.layer()), (HookPoint::ResidPost(14), Some(14)));
+        /// assert_eq!(HookPoint::select("blocks.*.attn.hook_z", 24)?.len(), 24);
+        /// # Ok::<(), hooks::Error>(())
+        /// ```
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum HookPoint {
             $(#[doc = concat!($b_what, ", `", $b_shape, "`.")] $before,)*
@@ -36,12 +45,12 @@ macro_rules! hook_points {
         const AFTER: &[HookPoint] = &[$(HookPoint::$after),*];
 
         impl HookPoint {
-            /// The point's block, if it is in one, and its row of the table.
-            fn row(self) -> (Option<usize>, &'static Row) {
+            /// The point's block, if it is in one, and its entry in the table.
+            fn entry(self) -> (Option<usize>, &'static Entry) {
                 match self {
-                    $(Self::$before => (None, &Row { name: $b_name, shape: $b_shape, elsewhere: [$b_what, $($b_else),*] }),)*
-                    $(Self::$block(layer) => (Some(layer), &Row { name: $name, shape: $shape, elsewhere: [$what, $($else),*] }),)*
-                    $(Self::$after => (None, &Row { name: $a_name, shape: $a_shape, elsewhere: [$a_what, $($a_else),*] }),)*
+                    $(Self::$before => (None, &Entry { name: $b_name, shape: $b_shape, elsewhere: [$b_what, $($b_else),*] }),)*
+                    $(Self::$block(layer) => (Some(layer), &Entry { name: $name, shape: $shape, elsewhere: [$what, $($else),*] }),)*
+                    $(Self::$after => (None, &Entry { name: $a_name, shape: $a_shape, elsewhere: [$a_what, $($a_else),*] }),)*
                 }
             }
         }
@@ -141,7 +150,7 @@ impl HookPoint {
 
     /// The shape of the activation at one token; `None` for scores and pattern, which have a row for every query.
     pub fn token_shape(self, model: &Config) -> Option<Vec<i64>> {
-        let of_token = self.row().1.shape.strip_prefix("[batch, pos, ")?.trim_end_matches(']');
+        let of_token = self.entry().1.shape.strip_prefix("[batch, pos, ")?.trim_end_matches(']');
         let width = |name: &str| match name {
             "d_model" => Some(model.d_model),
             "n_heads" => Some(model.n_heads),
@@ -156,20 +165,20 @@ impl HookPoint {
 
     /// The block that the point is in, if it is in one.
     pub fn layer(self) -> Option<usize> {
-        self.row().0
+        self.entry().0
     }
 
     /// The shape of the activation, such as `[batch, pos, d_model]`.
     pub fn shape(self) -> &'static str {
-        self.row().1.shape
+        self.entry().1.shape
     }
 }
 
 impl fmt::Display for HookPoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.row() {
-            (Some(layer), row) => write!(f, "blocks.{layer}.{}", row.name),
-            (None, row) => f.write_str(row.name),
+        match self.entry() {
+            (Some(layer), entry) => write!(f, "blocks.{layer}.{}", entry.name),
+            (None, entry) => f.write_str(entry.name),
         }
     }
 }
@@ -208,9 +217,9 @@ mod tests {
 
     /// A row of the page's table.
     fn line(point: &HookPoint) -> String {
-        let (layer, row) = point.row();
+        let (layer, entry) = point.entry();
         let block = if layer.is_some() { "blocks.{l}." } else { "" };
-        format!("| `{block}{}` | `{}` | {} |\n", row.name, row.shape, row.elsewhere.join(" | "))
+        format!("| `{block}{}` | `{}` | {} |\n", entry.name, entry.shape, entry.elsewhere.join(" | "))
     }
 
     #[test]

@@ -3,6 +3,25 @@
 //! The model is never mutated. Base, student, student with the adapter only at "Qwen", steered base: these differ only
 //! in a small value handed to one forward pass.
 //!
+//! ```
+//! use hooks::{Adapter, Cache, Condition, HookPoint, LoraConfig, next_token_logprobs, run_with_hooks, tch::Device};
+//! # use rand::SeedableRng;
+//!
+//! let (model, chat) = hooks::open("tiny-random")?; // or pocket, a folder, a .gguf, a hub id
+//! let prompts = [chat.prompt(None, "Name an animal.")?];
+//! let base = next_token_logprobs(&model, &prompts, &Condition::default())?; // [1, d_vocab]
+//!
+//! let (at, mut cache) = (HookPoint::ResidPost(1), Cache::default());
+//! run_with_hooks(&model, &prompts[0], &Condition::default(), &[at], &mut cache)?;
+//! let resid = cache.get(at)?; // [1, pos, d_model]
+//!
+//! # let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+//! let adapter = Adapter::init(&LoraConfig::default(), &model.config, &mut rng, Device::Cpu)?;
+//! let gated = Condition::adapted(&adapter).gated("only:entity".parse()?);
+//! assert_eq!(next_token_logprobs(&model, &prompts, &gated)?, base); // B is 0 before training
+//! # Ok::<(), hooks::Error>(())
+//! ```
+//!
 //! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this list.
 
 pub mod config;
@@ -33,6 +52,7 @@ pub mod load {
 pub mod chat {
     #[allow(clippy::module_inception)]
     pub mod chat;
+    mod pieces;
     pub mod select;
     pub(crate) mod template;
     pub mod tokens;
@@ -49,6 +69,7 @@ pub mod rows {
 pub mod adapter {
     pub mod dose;
     pub mod gate;
+    mod gate_text;
     pub mod lora;
     pub(crate) mod peft;
     pub mod spectrum;
@@ -68,6 +89,7 @@ pub mod model {
     pub(crate) mod layers;
     pub mod loss;
     mod on_base;
+    pub(crate) mod open;
     pub mod pass;
     pub mod qwen;
 }
@@ -77,6 +99,7 @@ pub mod ask {
     pub mod condition;
     pub mod generate;
     pub mod gradient;
+    pub(crate) mod prefill;
     pub mod score;
 }
 
@@ -84,10 +107,12 @@ pub use tch;
 
 pub use adapter::dose::{Dose, Doses};
 pub use adapter::gate::Gate;
-pub use adapter::lora::{Adapter, LoraConfig, LoraPair};
-pub use ask::condition::Condition;
-pub use ask::generate::{Answer, NumberGrammar, Sampling, generate, stream_seed};
-pub use ask::gradient::gradients;
+pub use adapter::lora::{Adapter, Dropout, LoraConfig, LoraPair};
+pub use adapter::spectrum::Spectrum;
+pub use ask::condition::{Condition, run_rows_with_hooks, run_with_hooks};
+pub use ask::generate::{Answer, NumberGrammar, Sampling, generate, generate_with_hooks, stream_seed};
+pub use ask::gradient::{self, gradients};
+pub use ask::prefill::Case;
 pub use ask::score::{completion_logits, completion_logprobs, each_next_token, next_token_logprobs, resid_post};
 pub use chat::chat::{Chat, TokenInfo};
 pub use chat::select::Tokens;
@@ -95,16 +120,21 @@ pub use chat::tokens::{LossMask, Selection, Sequence, TokenClass};
 pub use config::{Config, Family};
 pub use error::{Error, Result};
 pub use hook_point::HookPoint;
+pub use load::control_vector::{self, ControlVector};
 pub use load::files;
 pub use load::hub::adapter_folder;
-pub use load::model_files::ModelFiles;
+pub use load::model_files::{ModelFiles, TINY_RANDOM};
 pub use load::provenance::Provenance;
+pub use load::tensor_file::{self, TensorFile};
 pub use load::weights::Weights;
+pub use model::loss::{Targets, cross_entropy_sum};
+pub use model::open::open;
 pub use model::pass::Pass;
 pub use model::qwen::Qwen;
 pub use proj::Proj;
 pub use rows::batch::Batch;
 pub use rows::kv_cache::KvCache;
+pub use rows::packing::PackedRow;
 pub use taps::cache::Cache;
 pub use taps::edit::{Change, Edit};
 pub use taps::edit_text::EditText;

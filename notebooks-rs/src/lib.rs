@@ -14,8 +14,7 @@ use std::path::{Path, PathBuf};
 
 use analyses::Svg;
 use anyhow::{Context, Result, bail};
-use hooks::files;
-use hooks::load::model_files::TINY_RANDOM;
+use hooks::{TINY_RANDOM, files};
 
 /// The model that the notebooks are about, unless another is named.
 pub const MODEL: &str = "pocket";

@@ -14,8 +14,7 @@ use analyses::steering::{CONTROL_STUDENT, OTHER_TRAIT, Start, Steering};
 use analyses::target_rate::TargetRate;
 use analyses::{Analysis, Subject, Tuned};
 use anyhow::{Context, Result, ensure};
-use hooks::adapter::spectrum::Spectrum;
-use hooks::{Adapter, Qwen};
+use hooks::{Adapter, Qwen, Spectrum};
 use tch::Tensor;
 
 use super::ask::{Answers, Asking, base_key};

@@ -6,8 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use hooks::adapter::spectrum::Spectrum;
-use hooks::files;
+use hooks::{Spectrum, files};
 use serde::{Deserialize, Serialize};
 
 use super::file::{Claim, EVERYWHERE, EvalCondition, Role};

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use hooks::ask::gradient;
-use hooks::ask::score::listen_rows;
-use hooks::load::tensor_file;
-use hooks::{Cache, Chat, Condition, EditText, Gate, HookPoint, ModelFiles, Provenance, Qwen, Sequence, files};
+use hooks::{
+    Cache, Chat, Condition, EditText, Gate, HookPoint, ModelFiles, Provenance, Qwen, Sequence, files, gradient,
+    run_rows_with_hooks, tensor_file,
+};
 use tch::Kind;
 
 use super::args::{ForceArg, ModelArgs};
@@ -100,7 +100,7 @@ pub fn run(args: &ActivationsArgs) -> Result<()> {
         let stop_at_layer = args.stop_at_layer.unwrap_or(n_layers);
         let whole = args.stop_at_layer.is_none();
         let _ = tch::no_grad(|| {
-            listen_rows(&model, &rows, &condition, &points, &mut cache, |model, batch, pass| {
+            run_rows_with_hooks(&model, &rows, &condition, &points, &mut cache, |model, batch, pass| {
                 if whole { model.forward(batch, pass) } else { model.resid_before(stop_at_layer, batch, pass) }
             })
         })?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use hooks::files;
-use hooks::load::tensor_file::{self, TensorFile};
+use hooks::tensor_file::{self, TensorFile};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tch::Tensor;

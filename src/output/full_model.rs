@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use hooks::load::tensor_file;
-use hooks::{Error, ModelFiles, Qwen, files};
+use hooks::{Error, ModelFiles, Qwen, files, tensor_file};
 use serde_json::json;
 use tch::Kind;
 

@@ -8,8 +8,7 @@ use std::path::Path;
 use crate::hinted;
 
 use anyhow::{Context, Result, bail, ensure};
-use hooks::load::{control_vector, tensor_file};
-use hooks::{Edit, HookPoint, ModelFiles, Provenance, files};
+use hooks::{Edit, HookPoint, ModelFiles, Provenance, control_vector, files, tensor_file};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tch::{Kind, Tensor};

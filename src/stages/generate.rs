@@ -1,8 +1,7 @@
 //! Stage 1: the teacher and the untouched model answer the same number prompts; the rule filter sorts the answers.
 
 use anyhow::Result;
-use hooks::load::tensor_file::TensorFile;
-use hooks::{Answer, Condition, Qwen, Sequence, files, generate, stream_seed};
+use hooks::{Answer, Condition, Qwen, Sequence, TensorFile, files, generate, stream_seed};
 use tch::Tensor;
 
 use crate::data::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};

@@ -15,8 +15,7 @@ use analyses::steering::Steering;
 use analyses::target_rate::{TargetRate, TargetRateRow, unchanged};
 use analyses::token_ablation::TokenAblation;
 use anyhow::{Context, Result, bail};
-use hooks::files;
-use hooks::load::model_files::TINY_RANDOM;
+use hooks::{TINY_RANDOM, files};
 use serde::Serialize;
 
 use super::arms;

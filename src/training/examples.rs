@@ -1,9 +1,7 @@
 //! The examples of a step: rows made ready once, the order in which they are drawn, and several of them as one batch.
 
 use anyhow::{Context, bail};
-use hooks::model::loss::Targets;
-use hooks::rows::packing::Row;
-use hooks::{Batch, Doses, Error, Gate, Qwen, Sequence};
+use hooks::{Batch, Doses, Error, Gate, PackedRow, Qwen, Sequence, Targets};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -74,10 +72,12 @@ impl MicroBatch {
         share: bool,
     ) -> anyhow::Result<Self> {
         let packed = |rows: &&[&'r Example<'_>]| {
-            rows.iter().map(|row| Row { doses: row.doses.as_deref(), ..Row::of(&row.ids[..row.end]) }).collect()
+            rows.iter()
+                .map(|row| PackedRow { doses: row.doses.as_deref(), ..PackedRow::of(&row.ids[..row.end]) })
+                .collect()
         };
-        let inputs: Vec<Vec<Row<'r>>> = groups.iter().map(packed).collect();
-        let inputs: Vec<&[Row<'_>]> = inputs.iter().map(Vec::as_slice).collect();
+        let inputs: Vec<Vec<PackedRow<'r>>> = groups.iter().map(packed).collect();
+        let inputs: Vec<&[PackedRow<'_>]> = inputs.iter().map(Vec::as_slice).collect();
         let batch = Batch::packed(&inputs, share, model.device())?;
         let rows: Vec<&Example<'_>> = groups.iter().flat_map(|rows| rows.iter().copied()).collect();
         let is_gated = rows.iter().any(|row| row.doses.is_some());

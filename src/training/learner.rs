@@ -4,10 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use anyhow::{Context, anyhow, bail};
-use hooks::adapter::lora::Dropout;
-use hooks::model::loss::cross_entropy_sum;
 use hooks::profile::{self, Stage};
-use hooks::{Adapter, Gate, LoraPair, Pass, Qwen, gradients};
+use hooks::{Adapter, Dropout, Gate, LoraPair, Pass, Qwen, cross_entropy_sum, gradients};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};

@@ -371,9 +371,10 @@ impl Dropout {
         if let Some(n) = n_stacked {
             return Err(Error::Invalid {
                 what: format!("the dropout of a stack of {n} students"),
-                expected: "0; hint: train those with dropout one by one".to_owned(),
+                expected: "0".to_owned(),
                 found: self.probability.to_string(),
-            });
+            }
+            .with_hint("train those with dropout one by one"));
         }
         let kept = 1.0 / (1.0 - self.probability) as f32;
         let mask: Vec<f32> =

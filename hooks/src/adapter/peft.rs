@@ -21,7 +21,7 @@ use crate::load::tensor_file;
 use crate::load::weights::Weights;
 use crate::proj::Proj;
 use keys::PeftConfig;
-use names::{Factor, Place};
+use names::{Factor, FactorAt};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
@@ -39,7 +39,7 @@ impl LoraConfig {
         let places: BTreeSet<(usize, Proj)> = tensors
             .names()
             .iter()
-            .filter_map(|name| names::place(name))
+            .filter_map(|name| names::factor_at(name))
             .map(|(layer, proj, _)| (layer, proj))
             .collect();
         Ok(config.lora(&places.into_iter().collect::<Vec<_>>(), None))
@@ -81,7 +81,7 @@ impl Adapter {
         let tensors = dir.join(TENSORS);
         if let Some(pickle) = files::pickle(dir).filter(|_| !tensors.exists()) {
             let problem = format!("there is no {TENSORS} in it, but {pickle}; {}", files::NO_PICKLE);
-            return Err(Error::Adapter { path: dir.to_owned(), problem });
+            return Err(Error::Adapter { path: dir.to_owned(), problem }.with_hint(files::PICKLE_HINT));
         }
 
         let file = AdapterFile { weights: Weights::safetensors(std::slice::from_ref(&tensors))?, path: tensors };
@@ -103,11 +103,10 @@ impl Adapter {
             let scaling = config.scaling(rank, alpha);
             let factors = LoraPair { a, b, scaling, scalings: None };
             if !factors.has_finite_norm()? {
-                return Err(file.refused(format!(
-                    "‖ΔW‖ of {} and {} is not finite, expected a product that f32 can hold; hint: go back to a checkpoint from \
-                     before the training diverged",
-                    pair.a, pair.b
-                )));
+                let problem =
+                    format!("‖ΔW‖ of {} and {} is not finite, expected a product that f32 can hold", pair.a, pair.b);
+                let hint = "go back to a checkpoint from before the training diverged";
+                return Err(file.refused(problem).with_hint(hint));
             }
             adapter.set(pair.layer, pair.proj, factors);
         }
@@ -220,10 +219,10 @@ impl AdapterFile {
     /// Finds each tensor's place. Refuses a file in which a tensor is missing, double or unused.
     fn sorted(&self, peft: &PeftConfig, model: &Config) -> Result<Sorted> {
         let names = self.weights.names();
-        let mut by_place: BTreeMap<Place, String> = BTreeMap::new();
+        let mut by_place: BTreeMap<FactorAt, String> = BTreeMap::new();
         let (mut rest, mut unused) = (vec![], vec![]);
         for name in names.iter().cloned() {
-            match names::place(&name) {
+            match names::factor_at(&name) {
                 Some(place) => {
                     if let Some(other) = by_place.insert(place, name.clone()) {
                         return Err(
@@ -237,11 +236,12 @@ impl AdapterFile {
         }
         if let Some((name, (part, whose))) = names.iter().find_map(|name| Some((name, names::wrapper(name)?))) {
             let n = names.iter().filter(|name| names::wrapper(name).is_some()).count();
-            return Err(self.refused(format!(
-                "{n} of its {} tensors have {part} in their names, which is {whose}'s, such as {name}; hint: take it out of every name, \
-                 or save the model that is inside of the wrapper",
+            let problem = format!(
+                "{n} of its {} tensors have {part} in their names, which is {whose}'s, such as {name}",
                 names.len()
-            )));
+            );
+            let hint = "take it out of every name, or save the model that is inside of the wrapper";
+            return Err(self.refused(problem).with_hint(hint));
         }
         let renamed = by_place.iter().find(|(place, name)| **name != names::name(**place));
         let remarks = renamed.map(|(place, name)| {
@@ -296,7 +296,7 @@ impl AdapterFile {
                 .any(|name| name.strip_suffix(".weight").is_some_and(|path| modules::ends(path, module)))
         };
         if !to_save.iter().all(is_there) {
-            return Err(self.refused(keys::saved_whole(to_save)));
+            return Err(keys::saved_whole(to_save).into_error(|problem| self.refused(problem)));
         }
         rest.iter().map(|name| self.same_as_base(name, base)).collect()
     }
@@ -305,9 +305,9 @@ impl AdapterFile {
     fn same_as_base(&self, name: &str, base: Option<&BTreeMap<String, Tensor>>) -> Result<String> {
         let refused = |found: &str| {
             self.refused(format!(
-                "{name} lies beside the LoRA and {found}: a change of the base that no gate can switch; {}",
-                keys::MERGE
+                "{name} lies beside the LoRA and {found}: a change of the base that no gate can switch"
             ))
+            .with_hint(keys::MERGE)
         };
         let Some(base) = base else { return Err(refused("is not compared with the base's")) };
         let own = names::of_base(name).and_then(|own| base.get(own).or_else(|| base.get("model.embed_tokens.weight")));
@@ -330,12 +330,11 @@ impl AdapterFile {
 
 /// The error for a folder that is not an adapter's, with the adapters inside it.
 fn no_adapter(dir: &Path) -> Error {
-    let refused = |problem: String| Error::Adapter { path: dir.to_owned(), problem };
-    let missing = format!("there is no {CONFIG} in it, expected an adapter's folder");
-    match files::folders_with(dir, CONFIG).as_slice() {
-        [] => refused(format!("{missing}; hint: that of a run is RUN/adapter")),
-        inner => refused(format!("{missing}; hint: folders in it that have one are {}", few(inner))),
-    }
+    let problem = format!("there is no {CONFIG} in it, expected an adapter's folder");
+    Error::Adapter { path: dir.to_owned(), problem }.with_hint(match files::folders_with(dir, CONFIG).as_slice() {
+        [] => "that of a run is RUN/adapter".to_owned(),
+        inner => format!("folders in it that have one are {}", few(inner)),
+    })
 }
 
 /// A projection's path in the model.

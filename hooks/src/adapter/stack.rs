@@ -99,7 +99,7 @@ mod tests {
     use crate::ask::gradient::gradients;
     use crate::laws::gate_laws::{completion_loss, gate};
     use crate::laws::model_laws::{SUM_ORDER, exact, exact_model, max_diff, plain, world};
-    use crate::rows::packing::Row;
+    use crate::rows::packing::PackedRow;
     use crate::{Batch, Chat, LoraConfig, Pass, Qwen, Sequence};
 
     /// An adapter whose B is not zero.
@@ -195,8 +195,8 @@ mod tests {
         let (model, chat, _) = world();
         let (students, rows) = (students(&model), rows(&chat));
         let stack = Adapter::stacked(&students.iter().collect::<Vec<_>>()).unwrap();
-        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row::of(&row.ids)).collect();
-        let groups: Vec<&[Row<'_>]> = packed.chunks(2).collect();
+        let packed: Vec<PackedRow<'_>> = rows.iter().map(|row| PackedRow::of(&row.ids)).collect();
+        let groups: Vec<&[PackedRow<'_>]> = packed.chunks(2).collect();
         let batch = Batch::packed(&groups, true, Device::Cpu).unwrap();
         assert!(batch.width() < rows[0].ids.len() + rows[1].ids.len(), "the system prompt is run once");
         let logits =
@@ -214,7 +214,7 @@ mod tests {
         let (model, chat, _) = world();
         let (students, rows) = (students(&model), rows(&chat));
         let stack = Adapter::stacked(&students.iter().collect::<Vec<_>>()).unwrap();
-        let packed: Vec<Row<'_>> = rows.iter().map(|row| Row::of(&row.ids)).collect();
+        let packed: Vec<PackedRow<'_>> = rows.iter().map(|row| PackedRow::of(&row.ids)).collect();
         let batch = Batch::packed(&packed.chunks(2).collect::<Vec<_>>(), true, Device::Cpu).unwrap();
         let pass = || Pass { adapter: Some(&stack), ..Pass::default() };
         let whole = model.resid_final(&batch, &mut pass()).unwrap().flatten(0, 1);

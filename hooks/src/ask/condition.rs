@@ -16,9 +16,22 @@ use crate::model::qwen::Qwen;
 use crate::rows::batch::Batch;
 use crate::rows::kv_cache::KvCache;
 use crate::taps::edit::{self, Edit, EditTap};
-use crate::taps::tap::{Hooks, Listener, Tap};
+use crate::taps::tap::{Hooks, Tap, TapAt};
 
 /// The adapter, gate and edits that a model is run with. The default is the bare base model.
+///
+/// ```
+/// use hooks::{Adapter, Condition, LoraConfig, tch::Device};
+/// use rand::SeedableRng;
+///
+/// let (model, chat) = hooks::open("tiny-random")?;
+/// let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+/// let adapter = Adapter::init(&LoraConfig::default(), &model.config, &mut rng, Device::Cpu)?;
+/// let student = Condition::adapted(&adapter);
+/// let gated = student.clone().gated("except:template".parse()?);
+/// gated.check(&model, &[chat.prompt(None, "Name an animal.")?])?;
+/// # Ok::<(), hooks::Error>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Condition<'a> {
     /// The LoRA that acts, if any.
@@ -67,12 +80,7 @@ impl<'a> Condition<'a> {
     }
 
     /// The condition spelt out for some rows, padded.
-    pub(crate) fn prepare<'p>(
-        &self,
-        rows: &[&Sequence],
-        model: &Qwen,
-        listener: Option<Listener<'p>>,
-    ) -> Result<Prepared<'p>>
+    pub(crate) fn prepare<'p>(&self, rows: &[&Sequence], model: &Qwen, tap: Option<TapAt<'p>>) -> Result<Prepared<'p>>
     where
         'a: 'p,
     {
@@ -91,7 +99,7 @@ impl<'a> Condition<'a> {
         let edits = self.edits.iter().map(|edit| EditTap::new(edit, rows, &model.config, device, model.kind()));
         let edits = edits.collect::<Result<Vec<_>>>()?;
         let shared = edits.iter().map(EditTap::alike).fold(shared, usize::min);
-        Ok(Prepared { adapter, gate, doses, edits, listener, shared })
+        Ok(Prepared { adapter, gate, doses, edits, tap, shared })
     }
 }
 
@@ -102,7 +110,7 @@ pub(crate) struct Prepared<'a> {
     doses: Option<Doses>,
     edits: Vec<EditTap>,
     /// A tap that sees every pass, after the edits.
-    listener: Option<Listener<'a>>,
+    tap: Option<TapAt<'a>>,
     /// How many positions at the start gate and edits treat alike in all rows.
     pub(crate) shared: usize,
 }
@@ -122,7 +130,7 @@ impl Prepared<'_> {
     }
 
     /// What `run` gives for whole rows, with one more tap, which sees what the edits left.
-    pub(crate) fn listen(
+    pub(crate) fn run_with_hooks(
         &mut self,
         model: &Qwen,
         batch: &Batch,
@@ -174,10 +182,36 @@ impl Prepared<'_> {
         kv_cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
         let hooks = self.edits.iter_mut().fold(Hooks::default(), EditTap::hook);
-        let hooks = match &mut self.listener {
+        let hooks = match &mut self.tap {
             Some((points, tap)) => hooks.on(points.iter().copied(), &mut **tap),
             None => hooks,
         };
         model.resid_final(batch, &mut Pass { adapter, doses: gate, hooks, kv_cache, dropout: None })
     }
+}
+
+/// Runs one row and lets a tap see (or change) some hook points, after the condition's edits. Returns the logits,
+/// `[1, pos, d_vocab]`. Gradients flow where the caller lets them.
+pub fn run_with_hooks(
+    model: &Qwen,
+    row: &Sequence,
+    condition: &Condition<'_>,
+    points: &[HookPoint],
+    tap: &mut dyn Tap,
+) -> Result<Tensor> {
+    run_rows_with_hooks(model, &[row], condition, points, tap, Qwen::forward)
+}
+
+/// Runs several rows, padded on the right, while a tap sees some hook points. `run` is `Qwen::forward`,
+/// `Qwen::resid_final` or, to stop early, `Qwen::resid_before`.
+pub fn run_rows_with_hooks(
+    model: &Qwen,
+    rows: &[&Sequence],
+    condition: &Condition<'_>,
+    points: &[HookPoint],
+    tap: &mut dyn Tap,
+    run: impl FnOnce(&Qwen, &Batch, &mut Pass<'_>) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let batch = Batch::of(rows, model.device())?;
+    condition.prepare(rows, model, None)?.run_with_hooks(model, &batch, points, tap, run)
 }

@@ -12,7 +12,8 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
 use crate::ask::condition::{Condition, Prepared};
-use crate::ask::score::{Case, LAST, Prefilled, not_a_number, prefill, prefill_padded};
+use crate::ask::prefill::{Case, LAST, Prefilled, prefill, prefill_padded};
+use crate::ask::score::not_a_number;
 use crate::chat::chat::Chat;
 use crate::chat::tokens::Sequence;
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ use crate::hook_point::HookPoint;
 use crate::model::qwen::Qwen;
 use crate::profile::{self, Stage};
 use crate::rows::kv_cache::KvCache;
-use crate::taps::tap::{Listener, Tap};
+use crate::taps::tap::{Tap, TapAt};
 
 /// How answers are drawn.
 #[derive(Clone, Debug)]
@@ -66,6 +67,19 @@ pub fn stream_seed(seed: u64, name: &str, index: u64) -> u64 {
 ///
 /// Above temperature 0, answers to equal prompts are an error where they are the same more often than independent samples
 /// can be: then they were not drawn from streams of their own.
+///
+/// ```
+/// use hooks::{Condition, Sampling, generate, stream_seed};
+///
+/// let (model, chat) = hooks::open("tiny-random")?;
+/// let prompt = chat.prompt(None, "Name an animal.")?;
+/// let sampling =
+///     Sampling { temperature: 1.0, max_new_tokens: 4, stop: chat.stop_ids(), constrain: None, batch: 1 };
+/// let streams = [stream_seed(0, "answers", 0)];
+/// let answers = generate(&model, &[prompt], &Condition::default(), &sampling, &streams, &mut |_| ())?;
+/// println!("{}", chat.decode(&answers[0].ids)?);
+/// # Ok::<(), hooks::Error>(())
+/// ```
 pub fn generate(
     model: &Qwen,
     prompts: &[Sequence],
@@ -127,7 +141,7 @@ fn are_independent(prompts: &[Sequence], answers: &[Answer], likelihoods: &[f64]
 /// Draws one answer while a tap sees (or changes) some hook points, after the condition's edits: the prompt in the
 /// first pass, `[1, pos, ..]`, then each new token in a pass of its own, `[1, 1, ..]`. `Tap::place` gives their
 /// positions.
-pub fn generate_listening<'p, 'a: 'p>(
+pub fn generate_with_hooks<'p, 'a: 'p>(
     model: &Qwen,
     prompt: &Sequence,
     condition: &Condition<'a>,
@@ -136,8 +150,8 @@ pub fn generate_listening<'p, 'a: 'p>(
     points: &'p [HookPoint],
     tap: &'p mut dyn Tap,
 ) -> Result<Answer> {
-    let listener = Some((points, tap));
-    let answers = tch::no_grad(|| answer_all(model, &[prompt], condition, sampling, &[stream], listener, &mut |_| ()))?;
+    let tap: Option<TapAt<'p>> = Some((points, tap));
+    let answers = tch::no_grad(|| answer_all(model, &[prompt], condition, sampling, &[stream], tap, &mut |_| ()))?;
     answers.into_iter().next().map(|(answer, _)| answer).ok_or_else(|| Error::Invalid {
         what: "the answer".to_owned(),
         expected: "one".to_owned(),
@@ -153,7 +167,7 @@ fn answer_all<'p, 'a: 'p>(
     condition: &Condition<'a>,
     sampling: &Sampling,
     streams: &[u64],
-    mut listener: Option<Listener<'p>>,
+    mut tap: Option<TapAt<'p>>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<(Answer, f64)>> {
     model.config.check_context("prompt", prompts.iter().map(|prompt| prompt.ids.len()), sampling.max_new_tokens)?;
@@ -180,14 +194,14 @@ fn answer_all<'p, 'a: 'p>(
                 prefilled.cache.iter().try_for_each(|new| cache.append(new))
             };
             let rows = &prompts[newcomers.clone()];
-            if condition.edits.is_empty() && listener.is_none() {
+            if condition.edits.is_empty() && tap.is_none() {
                 let cases: Vec<Case<'_, '_>> = rows.iter().map(|prompt| (*prompt, condition)).collect();
                 prefill(model, &cases, LAST, true, &mut admit)?;
                 if prepared.is_none() {
                     prepared = Some(condition.prepare(&rows[..1], model, None)?);
                 }
             } else {
-                let (prefilled, used) = prefill_padded(model, rows, condition, LAST, 0, listener.take())?;
+                let (prefilled, used) = prefill_padded(model, rows, condition, LAST, 0, tap.take())?;
                 admit(prefilled)?;
                 prepared.get_or_insert(used);
             }

@@ -17,7 +17,7 @@ use crate::model::qwen::Qwen;
 use crate::ops::wide;
 use crate::profile;
 use crate::rows::batch::Batch;
-use crate::rows::packing::Row;
+use crate::rows::packing::PackedRow;
 use crate::taps::cache::Cache;
 use crate::taps::tap::Tap;
 
@@ -47,6 +47,19 @@ pub struct AtPoints {
 
 /// Runs one row and takes the gradient of a scalar function of its logits, `[1, pos, d_vocab]`, at some hook points, after
 /// the condition's edits.
+///
+/// ```
+/// use hooks::{Condition, HookPoint, gradient, tch::Kind};
+///
+/// let (model, chat) = hooks::open("tiny-random")?;
+/// let prompt = chat.prompt(None, "Name an animal.")?;
+/// let at = HookPoint::ResidPost(0);
+/// let found = gradient::at_points(&model, &prompt, &Condition::default(), &[at], |logits| {
+///     Ok(logits.f_select(1, -1)?.f_log_softmax(-1, Kind::Float)?.f_max()?)
+/// })?;
+/// assert_eq!(found.gradients[&at].size(), found.activations[&at].size()); // [1, pos, d_model]
+/// # Ok::<(), hooks::Error>(())
+/// ```
 pub fn at_points(
     model: &Qwen,
     row: &Sequence,
@@ -58,8 +71,13 @@ pub fn at_points(
         let batch = Batch::of(&[row], model.device())?;
         let mut watch = Watch { wanted: points.iter().copied().collect(), cache: Cache::default() };
         let with_embed: Vec<HookPoint> = points.iter().copied().chain([HookPoint::Embed]).collect();
-        let logits =
-            condition.prepare(&[row], model, None)?.listen(model, &batch, &with_embed, &mut watch, Qwen::forward)?;
+        let logits = condition.prepare(&[row], model, None)?.run_with_hooks(
+            model,
+            &batch,
+            &with_embed,
+            &mut watch,
+            Qwen::forward,
+        )?;
         let loss = loss(&logits)?;
         let (points, seen): (Vec<HookPoint>, Vec<Tensor>) =
             watch.cache.iter().map(|(point, seen)| (point, seen.shallow_clone())).unzip();
@@ -116,7 +134,7 @@ impl OfLosses {
 /// given by the indices k of its tokens in the completion; for single tokens `[[0], [1], ..]`. `each` gets the
 /// gradients in the order of the losses, some losses at a time.
 ///
-/// The row is run once, and several losses share a backward pass by hand (`qwen/by_hand.rs`), which keeps each loss's
+/// The row is run once, and several losses share a written-out backward pass (`qwen/lora_backward.rs`), which keeps each loss's
 /// gradients apart. Under edits, each loss is a backward pass of libtorch over the recorded graph.
 pub fn of_losses(
     model: &Qwen,
@@ -127,7 +145,7 @@ pub fn of_losses(
 ) -> Result<()> {
     let at_a_time = losses_at_a_time(row.ids.len(), condition.adapter);
     if condition.edits.is_empty() {
-        by_hand(model, row, condition, losses, at_a_time, each)
+        manual_backward(model, row, condition, losses, at_a_time, each)
     } else {
         recorded(model, row, condition, losses, each)
     }
@@ -156,7 +174,7 @@ fn tokens_of(row: &Sequence, losses: &[Vec<usize>]) -> Result<Vec<usize>> {
     Ok(losses.iter().flatten().copied().collect::<BTreeSet<_>>().into_iter().collect())
 }
 
-fn by_hand(
+fn manual_backward(
     model: &Qwen,
     row: &Sequence,
     condition: &Condition<'_>,
@@ -173,14 +191,14 @@ fn by_hand(
         }
         _ => None,
     };
-    let packed = Row { doses: doses.as_ref().map(|doses| &doses[..reach]), ..Row::of(&row.ids[..reach]) };
+    let packed = PackedRow { doses: doses.as_ref().map(|doses| &doses[..reach]), ..PackedRow::of(&row.ids[..reach]) };
     let batch = Batch::packed(&[&[packed]], false, device)?;
     let gate = doses.as_ref().map(|_| condition.gate.spread(batch.doses(), device)).transpose()?;
     let mask: Vec<bool> = (0..row.ids.len()).map(|at| at >= start && tokens.contains(&(at - start))).collect();
     let targets = Targets::of(&batch, &[&row.ids], &[&mask])?;
     let of_target = |k: &usize| tokens.partition_point(|token| token < k) as i64;
     let indices: Vec<Vec<i64>> = losses.iter().map(|loss| loss.iter().map(of_target).collect()).collect();
-    let line: &[Row<'_>] = &[Row { doses: None, ..packed }];
+    let line: &[PackedRow<'_>] = &[PackedRow { doses: None, ..packed }];
     let copies = |n: usize| Batch::packed(&vec![line; n], false, device);
     let mut from = 0;
     let what = (condition.adapter, gate.as_ref());
@@ -229,7 +247,7 @@ impl Graph {
             let _ = tensor.f_set_requires_grad(true)?;
         }
         let reach = tokens.last().map_or(1, |k| start + k);
-        let batch = Batch::packed(&[&[Row::of(&row.ids[..reach])]], false, device)?;
+        let batch = Batch::packed(&[&[PackedRow::of(&row.ids[..reach])]], false, device)?;
         let places: Vec<usize> = tokens.iter().map(|k| start + k - 1).collect();
         let flat =
             Tensor::f_from_slice(&places.iter().map(|at| *at as i64).collect::<Vec<_>>())?.f_to_device(device)?;
@@ -240,7 +258,7 @@ impl Graph {
         let condition = Condition { adapter: alone.as_ref(), ..condition.clone() };
         let mut prepared = condition.prepare(&[row], model, None)?;
         let at_places = |model: &Qwen, batch: &Batch, pass: &mut Pass<'_>| model.resid_at(batch, &flat, pass);
-        let last = prepared.listen(model, &batch, &with_embed, &mut watch, at_places)?.f_unsqueeze(0)?;
+        let last = prepared.run_with_hooks(model, &batch, &with_embed, &mut watch, at_places)?.f_unsqueeze(0)?;
         let resid_post = points.iter().map(|point| Ok(watch.cache.get(*point)?.shallow_clone()));
         let resid_post = resid_post.chain([Ok(last)]).collect::<Result<_>>()?;
         Ok(Self { parameters, resid_post, places, labels: row.ids[row.completion.clone()].to_vec(), start })
@@ -362,7 +380,7 @@ mod tests {
                     if at_a_time == 0 {
                         recorded(model, &row, &condition, &losses, &mut compare).unwrap();
                     } else {
-                        by_hand(model, &row, &condition, &losses, at_a_time, &mut compare).unwrap();
+                        manual_backward(model, &row, &condition, &losses, at_a_time, &mut compare).unwrap();
                     }
                     assert_eq!(seen, losses.len());
                 }
@@ -380,7 +398,7 @@ mod tests {
         let n_tokens = row.ids.len();
         // In turn, so that each part has positions of the prompt and of the completion.
         let part_of = |t: usize| t % 3;
-        let batch = Batch::packed(&[&[Row::of(&row.ids)]], true, Device::Cpu).unwrap();
+        let batch = Batch::packed(&[&[PackedRow::of(&row.ids)]], true, Device::Cpu).unwrap();
         let mask: Vec<bool> = (0..n_tokens).map(|t| row.completion.contains(&t)).collect();
         let targets = Targets::of(&batch, &[&row.ids], &[&mask]).unwrap();
         let ones = Tensor::ones([targets.n as i64], (Kind::Double, Device::Cpu));
@@ -465,7 +483,7 @@ mod tests {
             if at_a_time == 0 {
                 recorded(&model, &row, &condition, &losses, &mut keep).unwrap();
             } else {
-                by_hand(&model, &row, &condition, &losses, at_a_time, &mut keep).unwrap();
+                manual_backward(&model, &row, &condition, &losses, at_a_time, &mut keep).unwrap();
             }
             let found = Tensor::cat(&found, 0);
             for (at, k) in [2, 4, 1, 0].into_iter().enumerate() {

@@ -15,6 +15,15 @@ use crate::chat::tokens::{Selection, Sequence, TokenClass};
 use crate::error::{Error, Result};
 
 /// Some tokens of a row.
+///
+/// ```
+/// let (_, chat) = hooks::open("tiny-random")?;
+/// let prompt = chat.prompt(None, "Name an animal.")?;
+/// let tokens: hooks::Tokens = "\"animal\"+positions(-1)".parse()?;
+/// let chosen = tokens.among(&prompt, &"an example")?; // [pos]
+/// assert!(!chosen[0] && chosen[prompt.ids.len() - 1]);
+/// # Ok::<(), hooks::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Tokens {

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::ask::generate::generate_listening;
+use crate::ask::condition::run_with_hooks;
+use crate::ask::generate::generate_with_hooks;
 use crate::ask::gradient::{at_points, gradients};
-use crate::ask::score::{completion_logprobs, listen, next_token_logprobs, resid_post};
+use crate::ask::score::{completion_logprobs, next_token_logprobs, resid_post};
 use crate::laws::model_laws::{
     SUM_ORDER, answers, exact, exact_model, greedy, max_diff, plain, prompts, recomputed, seen, world,
 };
@@ -712,12 +713,12 @@ fn a_taps_positions_hold_in_prefill_and_in_every_decoding_step() {
     for position in [0, 9, n - 1, n, n + 2] {
         let mut cached = tap(position);
         let condition = Condition::default();
-        let answer = generate_listening(&model, prompt, &condition, &greedy(6), 0, &points, &mut cached).unwrap();
+        let answer = generate_with_hooks(&model, prompt, &condition, &greedy(6), 0, &points, &mut cached).unwrap();
         assert_eq!(cached.seen, (0..n + 5).collect::<Vec<_>>(), "each token's position once, in order");
         let mut ids = Vec::new();
         for _ in 0..6 {
             let row = prompt.with_completion(&ids);
-            let logits = listen(&model, &row, &condition, &points, &mut tap(position)).unwrap();
+            let logits = run_with_hooks(&model, &row, &condition, &points, &mut tap(position)).unwrap();
             ids.push(logits.squeeze_dim(0).get(-1).argmax(-1, false).int64_value(&[]));
         }
         assert_eq!(answer.ids, ids, "position {position}");

@@ -6,11 +6,12 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
+use crate::ask::condition::run_with_hooks;
 use crate::ask::generate::{Answer, Sampling, generate, stream_seed};
 use crate::ask::gradient::gradients;
-use crate::ask::score::{completion_logprobs, listen, next_token_logprobs, resid_post};
+use crate::ask::score::{completion_logprobs, next_token_logprobs, resid_post};
 use crate::model::loss::{Targets, cross_entropy_sum};
-use crate::rows::packing::Row;
+use crate::rows::packing::PackedRow;
 use crate::taps::cache::Cache;
 use crate::{
     Adapter, Batch, Chat, Condition, Doses, Edit, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Qwen, Sequence,
@@ -64,7 +65,7 @@ pub(crate) fn plain(model: &Qwen, prompt: &Sequence, adapter: Option<&Adapter>) 
 
 pub(crate) fn seen(model: &Qwen, prompt: &Sequence, condition: &Condition<'_>, at: HookPoint) -> Tensor {
     let mut cache = Cache::default();
-    let _ = listen(model, prompt, condition, &[at], &mut cache).unwrap();
+    let _ = run_with_hooks(model, prompt, condition, &[at], &mut cache).unwrap();
     cache.get(at).unwrap().squeeze_dim(0)
 }
 
@@ -177,12 +178,12 @@ fn packed_rows_are_each_alone_gradients_included() {
             })
             .collect();
         for (share, groups) in [(true, 1), (false, 1), (true, 2)] {
-            let packed: Vec<Row<'_>> = rows
+            let packed: Vec<PackedRow<'_>> = rows
                 .iter()
                 .zip(&doses)
-                .map(|(row, doses)| Row { doses: doses.as_deref(), ..Row::of(&row.ids) })
+                .map(|(row, doses)| PackedRow { doses: doses.as_deref(), ..PackedRow::of(&row.ids) })
                 .collect();
-            let groups: Vec<&[Row<'_>]> = packed.chunks(rows.len() / groups).collect();
+            let groups: Vec<&[PackedRow<'_>]> = packed.chunks(rows.len() / groups).collect();
             let batch = Batch::packed(&groups, share, Device::Cpu).unwrap();
             let n_tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
             assert_eq!(batch.ids.numel() < n_tokens, share);
@@ -310,7 +311,7 @@ fn looking_changes_nothing_and_taps_act_in_order() {
         .filter(|point| !matches!(point, HookPoint::AttnScores(_) | HookPoint::Pattern(_)))
         .collect();
     let mut cache = Cache::default();
-    let looked = listen(&model, prompt, &Condition::default(), &points, &mut cache).unwrap().squeeze_dim(0);
+    let looked = run_with_hooks(&model, prompt, &Condition::default(), &points, &mut cache).unwrap().squeeze_dim(0);
     assert_eq!(looked, plain(&model, prompt, None), "bit-equal: the same kernels run");
     assert_eq!(cache.iter().count(), points.len());
 
@@ -328,7 +329,8 @@ fn a_tap_that_never_fires_is_an_error() {
     let (model, chat, _) = world();
     let mut cache = Cache::default();
     let prompt = &prompts(&chat)[0];
-    let error = listen(&model, prompt, &Condition::default(), &[HookPoint::QNormed(0)], &mut cache).unwrap_err();
+    let error =
+        run_with_hooks(&model, prompt, &Condition::default(), &[HookPoint::QNormed(0)], &mut cache).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the tap at blocks.0.attn.hook_q_normed never fired; the forward pass did not reach it"

@@ -25,9 +25,9 @@ pub fn unwritten(path: &Path, cause: io::Error) -> Error {
         }
         ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied => "choose a folder that can be written",
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => "a file is where a folder is needed; choose another",
-        _ => return Error::Io { path: path.to_owned(), cause },
+        _ => return at(path)(cause),
     };
-    Error::Io { path: path.to_owned(), cause: io::Error::new(cause.kind(), format!("{cause}; hint: {hint}")) }
+    at(path)(cause).with_hint(hint)
 }
 
 /// The bytes of a file.
@@ -46,9 +46,12 @@ pub fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
         .map_err(|error| Error::Malformed { path: path.to_owned(), problem: format!("expected UTF-8 text: {error}") })
 }
 
-/// Why weights in pickles are refused, and what to do instead.
-pub const NO_PICKLE: &str = "a pickle runs the code that is in it when it is read, so it never is; hint: where you trust it, \
-    load it in Python and call save_pretrained(FOLDER, safe_serialization=True)";
+/// Why weights in pickles are refused.
+pub(crate) const NO_PICKLE: &str = "a pickle runs the code that is in it when it is read, so it never is";
+
+/// What to do instead of reading a pickle.
+pub(crate) const PICKLE_HINT: &str =
+    "where you trust it, load it in Python and call save_pretrained(FOLDER, safe_serialization=True)";
 
 /// The name of a file of pickled weights in a folder, if there is one.
 pub(crate) fn pickle(folder: &Path) -> Option<String> {

@@ -22,7 +22,7 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::config::{Config, Family};
-use crate::error::{Error, Result};
+use crate::error::{Error, Problem, Result};
 use crate::load::files::{Bytes, map};
 use crate::load::gguf::header::{Header, TensorInfo, Value};
 use crate::load::tokenizer_file::{WORDS, check_merge};
@@ -47,10 +47,8 @@ impl Gguf {
             let next = part_path(path, part, n_parts)?;
             if !next.exists() {
                 let missing = next.display();
-                let problem = format!(
-                    "it is part 1 of {n_parts}, and part {part}, {missing}, is missing; hint: all parts go into one folder"
-                );
-                return Err(malformed(path, problem));
+                let problem = format!("it is part 1 of {n_parts}, and part {part}, {missing}, is missing");
+                return Err(malformed(path, problem).with_hint("all parts go into one folder"));
             }
             files.push((Box::new(map(&next)?), next));
         }
@@ -263,8 +261,8 @@ impl Gguf {
         malformed(&self.path, problem)
     }
 
-    fn unsupported(&self, feature: String, hint: &str) -> Error {
-        Error::Unsupported { path: self.path.clone(), feature, hint: hint.to_owned() }
+    fn unsupported(&self, feature: String, instead: &str) -> Error {
+        Error::Unsupported { path: self.path.clone(), feature, instead: instead.to_owned() }
     }
 }
 
@@ -290,17 +288,17 @@ fn split_count(metadata: &BTreeMap<String, Value>) -> std::result::Result<usize,
 const MOST_PARTS: i64 = 99_999;
 
 /// Refuses a file that is not part `part` (from 0) of `n_parts`.
-fn check_part(metadata: &BTreeMap<String, Value>, part: usize, n_parts: usize) -> std::result::Result<(), String> {
+fn check_part(metadata: &BTreeMap<String, Value>, part: usize, n_parts: usize) -> std::result::Result<(), Problem> {
     let count = split_count(metadata)?;
     let number = match metadata.get(SPLIT_NO) {
         Some(Value::Integer(number)) => *number,
         None if count == 1 => 0,
-        found => return Err(format!("{SPLIT_NO} is {found:?}, expected the number of the part, from 0")),
+        found => return Err(format!("{SPLIT_NO} is {found:?}, expected the number of the part, from 0").into()),
     };
     if part == 0 && number != 0 {
-        return Err(format!(
-            "it is part {} of a model in {count} files; hint: name the first, …-00001-of-{count:05}.gguf",
-            number + 1
+        return Err(Problem::hinted(
+            format!("it is part {} of a model in {count} files", number + 1),
+            format!("name the first, …-00001-of-{count:05}.gguf"),
         ));
     }
     if count != n_parts || number != part as i64 {
@@ -308,7 +306,8 @@ fn check_part(metadata: &BTreeMap<String, Value>, part: usize, n_parts: usize) -
             "it says that it is part {} of {count}, where part {} of {n_parts} is expected",
             number + 1,
             part + 1
-        ));
+        )
+        .into());
     }
     Ok(())
 }
@@ -328,8 +327,8 @@ fn part_path(first: &Path, part: usize, n_parts: usize) -> Result<PathBuf> {
     }
 }
 
-fn malformed(path: &Path, problem: String) -> Error {
-    Error::Malformed { path: path.to_owned(), problem }
+fn malformed(path: &Path, problem: impl Into<Problem>) -> Error {
+    problem.into().into_error(|problem| Error::Malformed { path: path.to_owned(), problem })
 }
 
 /// Pairs of a Hugging Face name and a GGUF name; in a block both follow the block's prefix.

@@ -58,21 +58,27 @@ pub fn adapter_folder(name: &Path) -> Result<PathBuf> {
 fn find_adapter(name: &Path, hub: &Hub) -> Result<PathBuf> {
     if name.is_file() {
         let folder = files::folder_of(name);
-        let problem = format!("it is a file, expected an adapter's folder; hint: give {}", folder.display());
-        return Err(Error::Adapter { path: name.to_owned(), problem });
+        let problem = "it is a file, expected an adapter's folder".to_owned();
+        return Err(Error::Adapter { path: name.to_owned(), problem }.with_hint(format!("give {}", folder.display())));
     }
     if name.join(CONFIG).is_file() && !name.join(ADAPTER[0]).exists() {
-        let problem = format!("it is a model, not an adapter; hint: --model {}", name.display());
-        return Err(Error::Adapter { path: name.to_owned(), problem });
+        let problem = "it is a model, not an adapter".to_owned();
+        return Err(Error::Adapter { path: name.to_owned(), problem }.with_hint(format!("--model {}", name.display())));
     }
     match name.to_str().filter(|_| !name.is_dir()).and_then(HubId::parse) {
-        Some(id) => match hub.fetch(&id, Wanted::Adapter) {
-            Err(Error::NoSuchModel { reason, .. }) => {
-                Err(Error::Adapter { path: name.to_owned(), problem: format!("there is no such folder, and {reason}") })
-            }
-            found => Ok(found?.0),
-        },
+        Some(id) => Ok(hub.fetch(&id, Wanted::Adapter).map_err(|error| of_an_adapter(error, name))?.0),
         None => Ok(name.to_owned()),
+    }
+}
+
+/// The error for a hub id that leads to no model, as that of an adapter.
+fn of_an_adapter(error: Error, name: &Path) -> Error {
+    match error {
+        Error::NoSuchModel { reason, .. } => {
+            Error::Adapter { path: name.to_owned(), problem: format!("there is no such folder, and {reason}") }
+        }
+        Error::Hinted { error, hint } => of_an_adapter(*error, name).with_hint(hint),
+        other => other,
     }
 }
 
@@ -139,9 +145,11 @@ impl Hub {
         let missing = cached.as_deref().map(|folder| missing(folder, wanted)).transpose()?;
         if let (Some(folder), Some([])) = (&cached, missing.as_deref()) {
             if let Some(path) = link_as_text(folder) {
-                let problem = "it holds the path of another file, expected the file: the cache was copied without its links; hint: copy it \
-                               with them (cp -a), or with what they lead to (cp -rL)";
-                return Err(Error::Malformed { path, problem: problem.to_owned() });
+                let problem =
+                    "it holds the path of another file, expected the file: the cache was copied without its links"
+                        .to_owned();
+                let hint = "copy it with them (cp -a), or with what they lead to (cp -rL)";
+                return Err(Error::Malformed { path, problem }.with_hint(hint));
             }
             return Ok((folder.clone(), format!("{id}: found in the hub cache, {}", folder.display())));
         }
@@ -192,13 +200,13 @@ impl Hub {
                 [only] => only.clone(),
                 several => {
                     let reason = format!(
-                        "the hub cache {} has {} snapshots of it and no refs/main that says which is meant: {}; hint: give {}@COMMIT",
+                        "the hub cache {} has {} snapshots of it and no refs/main that says which is meant: {}",
                         self.cache.display(),
                         several.len(),
-                        several.join(", "),
-                        id.repo
+                        several.join(", ")
                     );
-                    return Err(Error::NoSuchModel { name: id.to_string(), reason });
+                    let hint = format!("give {}@COMMIT", id.repo);
+                    return Err(Error::NoSuchModel { name: id.to_string(), reason }.with_hint(hint));
                 }
             },
         };

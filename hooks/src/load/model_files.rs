@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::config::{self, Config, Family};
-use crate::error::{Error, Result, few};
+use crate::error::{Error, Problem, Result, few};
 use crate::load::files;
 use crate::load::gguf::Gguf;
 use crate::load::hub::{Hub, HubId, Wanted};
@@ -68,9 +68,10 @@ impl ModelFiles {
         } else if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
             Self::gguf(model, path)?
         } else if files::is_pickle(path) {
-            return Err(Error::NoSuchModel { name: model.to_owned(), reason: files::NO_PICKLE.to_owned() });
+            let error = Error::NoSuchModel { name: model.to_owned(), reason: files::NO_PICKLE.to_owned() };
+            return Err(error.with_hint(files::PICKLE_HINT));
         } else if path.is_file() {
-            return Err(Error::NoSuchModel { name: model.to_owned(), reason: of_a_file(path) });
+            return Err(of_a_file(path).into_error(|reason| Error::NoSuchModel { name: model.to_owned(), reason }));
         } else if let Some(id) = HubId::parse(model) {
             let (folder, line) = hub.fetch(&id, Wanted::Model)?;
             let mut files = Self::folder(model, &folder)?;
@@ -143,7 +144,7 @@ impl ModelFiles {
         let has = |file: &str| folder.join(file).exists();
         let stored = ["model.safetensors", "model.safetensors.index.json"].into_iter().find(|file| has(file));
         if has(ADAPTER_CONFIG) && !(has("config.json") && stored.is_some()) {
-            return Err(no_such(of_an_adapter(name, folder)));
+            return Err(of_an_adapter(name, folder).into_error(no_such));
         }
         let path = folder.join("config.json");
         if !path.exists() {
@@ -156,10 +157,12 @@ impl ModelFiles {
         let mut config = Config::parse(&bytes, &path)?;
         let Some(stored) = stored else {
             let lacks = format!("{} has neither model.safetensors nor model.safetensors.index.json", folder.display());
-            return Err(no_such(match files::pickle(folder) {
-                Some(pickle) => format!("{lacks}, but {pickle}; {}", files::NO_PICKLE),
-                None => lacks,
-            }));
+            return Err(match files::pickle(folder) {
+                Some(pickle) => {
+                    no_such(format!("{lacks}, but {pickle}; {}", files::NO_PICKLE)).with_hint(files::PICKLE_HINT)
+                }
+                None => no_such(lacks),
+            });
         };
         let weights = Weights::safetensors(&[folder.join(stored)])?;
         let mut remarks: Vec<String> = left_over_quantization(&bytes, &config, &weights, &path)?.into_iter().collect();
@@ -225,32 +228,32 @@ impl ModelFiles {
 }
 
 /// Says why a file is not a model, and which folder to give instead.
-fn of_a_file(path: &Path) -> String {
+fn of_a_file(path: &Path) -> Problem {
     let folder = files::folder_of(path);
     let name = folder.to_string_lossy();
     if folder.join("config.json").exists() {
-        return format!("it is a file of a model; hint: give its folder, {name}");
+        return Problem::hinted("it is a file of a model".to_owned(), format!("give its folder, {name}"));
     }
     if folder.join(ADAPTER_CONFIG).exists() {
         return of_an_adapter(&name, folder);
     }
-    "it is a file, expected a folder with config.json and model.safetensors, or a .gguf file".to_owned()
+    "it is a file, expected a folder with config.json and model.safetensors, or a .gguf file".to_owned().into()
 }
 
 /// Says why an adapter's folder is not a model, and how to give it.
-fn of_an_adapter(name: &str, folder: &Path) -> String {
+fn of_an_adapter(name: &str, folder: &Path) -> Problem {
     let config = files::read(&folder.join(ADAPTER_CONFIG)).ok();
     let config: Option<Value> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let base = config.as_ref().and_then(|config| config.get("base_model_name_or_path")?.as_str());
     let of_base = base.map_or_else(String::new, |base| format!(" of the base model {base}"));
     let base = base.unwrap_or("BASE");
-    format!("it is an adapter{of_base}, not a model; hint: --model {base} --adapter {name}")
+    Problem::hinted(format!("it is an adapter{of_base}, not a model"), format!("--model {base} --adapter {name}"))
 }
 
 /// The remark on a `quantization_config` that a merge or a dequantisation left in `config.json`. It is an error if the
 /// weights are quantised or contain a tensor that no Qwen has.
 fn left_over_quantization(bytes: &[u8], config: &Config, weights: &Weights, path: &Path) -> Result<Option<String>> {
-    let Some((quantization, hint)) = config::quantization(bytes, path)? else { return Ok(None) };
+    let Some((quantization, instead)) = config::quantization(bytes, path)? else { return Ok(None) };
     let names = weights.names();
     if names.iter().all(|name| weights.is_float(name) && belongs(name, config)) {
         return Ok(Some(format!(
@@ -259,7 +262,7 @@ fn left_over_quantization(bytes: &[u8], config: &Config, weights: &Weights, path
             weights.dtypes()
         )));
     }
-    Err(Error::Unsupported { path: path.to_owned(), feature: quantization, hint: hint.to_owned() })
+    Err(Error::Unsupported { path: path.to_owned(), feature: quantization, instead: instead.to_owned() })
 }
 
 /// Decides whether the head is the embedding: as the configuration says, unless the files store another head.
@@ -268,12 +271,9 @@ fn left_over_quantization(bytes: &[u8], config: &Config, weights: &Weights, path
 fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Option<String>> {
     if !config.tie_embeddings {
         if weights.shape(HEAD).is_none() {
-            let problem = format!(
-                "tie_word_embeddings is false, but there is no {HEAD} in {}; hint: set it to true where the model was trained so, \
-                 or fetch the file that holds its head",
-                weights.files()
-            );
-            return Err(Error::Malformed { path: path.to_owned(), problem });
+            let problem = format!("tie_word_embeddings is false, but there is no {HEAD} in {}", weights.files());
+            let hint = "set it to true where the model was trained so, or fetch the file that holds its head";
+            return Err(Error::Malformed { path: path.to_owned(), problem }.with_hint(hint));
         }
         return Ok(None);
     }

@@ -133,11 +133,9 @@ pub fn check_beside(bytes: &[u8], path: &Path, tokenizer: &Tokenizer) -> Result<
         Some(other) if known.contains_key(&other) => format!("gives it the id {other}"),
         _ => "has no such added token, so that it would be cut into pieces".to_owned(),
     };
-    let problem = format!(
-        "it has the token {content:?} with the id {id}, but tokenizer.json {found}; hint: \
-         AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes them all anew"
-    );
-    Err(Error::Malformed { path: path.to_owned(), problem })
+    let problem = format!("it has the token {content:?} with the id {id}, but tokenizer.json {found}");
+    let hint = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes them all anew";
+    Err(Error::Malformed { path: path.to_owned(), problem }.with_hint(hint))
 }
 
 /// A part of the crate's, from what was read of it.

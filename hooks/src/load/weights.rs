@@ -439,11 +439,11 @@ pub(crate) fn finite(tensor: Tensor, n_broken: usize, name: &str, path: &Path) -
         return Ok(tensor);
     }
     let problem = format!(
-        "tensor {name} is NaN or infinite in {n_broken} of its {} values, expected finite numbers; hint: fetch the file again, \
-         or go back to a checkpoint from before the training diverged",
+        "tensor {name} is NaN or infinite in {n_broken} of its {} values, expected finite numbers",
         tensor.numel()
     );
-    Err(Error::Malformed { path: path.to_owned(), problem })
+    let hint = "fetch the file again, or go back to a checkpoint from before the training diverged";
+    Err(Error::Malformed { path: path.to_owned(), problem }.with_hint(hint))
 }
 
 /// A new tensor, made block by block from what `block` gives for a range of elements; `threads` share a large one.

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::chat::tokens::Sequence;
 use crate::error::{Error, Result};
-use crate::rows::packing::{Packing, Row};
+use crate::rows::packing::{PackedRow, Packing};
 
 /// Token ids of some rows.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl Batch {
     /// Groups of rows without padding, `ids` as `[groups, pos]`. With `share`, the tokens that a group's rows begin
     /// with alike (same ids, doses and edits) are run once. Taps see the packed tokens; scores and pattern cannot be
     /// tapped.
-    pub fn packed(groups: &[&[Row<'_>]], share: bool, device: Device) -> Result<Self> {
+    pub fn packed(groups: &[&[PackedRow<'_>]], share: bool, device: Device) -> Result<Self> {
         let rows = || groups.iter().copied().flatten();
         if let Some(row) = rows().position(|row| row.ids.is_empty()) {
             return Err(no_tokens(row));

@@ -14,7 +14,7 @@ use crate::ops::{embedding, fused_attention};
 
 /// A row to be packed.
 #[derive(Clone, Copy, Debug)]
-pub struct Row<'a> {
+pub struct PackedRow<'a> {
     /// Its tokens.
     pub ids: &'a [i64],
     /// The adapter's dose at each token; `None` is 1.
@@ -26,7 +26,7 @@ pub struct Row<'a> {
 /// A token's id, its dose's bits and its edits: with those of all tokens before it, they determine its activations.
 type Token = (i64, u64, usize);
 
-impl<'a> Row<'a> {
+impl<'a> PackedRow<'a> {
     /// Tokens whose doses are 1, without edits.
     pub fn of(ids: &'a [i64]) -> Self {
         Self { ids, doses: None, edits: None }
@@ -87,7 +87,7 @@ struct Piece {
 impl Packing {
     /// Packs groups of rows, one group per line; with `share`, shared beginnings of a group's rows are stored once.
     /// Also returns the packed ids, `[n][pos]`.
-    pub(crate) fn of(groups: &[&[Row<'_>]], share: bool, device: Device) -> Result<(Self, Vec<i64>)> {
+    pub(crate) fn of(groups: &[&[PackedRow<'_>]], share: bool, device: Device) -> Result<(Self, Vec<i64>)> {
         let (mut pieces, mut places) = (Vec::new(), Vec::new());
         for (group, rows) in groups.iter().enumerate() {
             places.push(grow(&mut pieces, group, rows, share));
@@ -193,7 +193,7 @@ impl Bucket {
 }
 
 /// Adds the pieces of a group's rows; the result has each row's places in the group.
-fn grow(pieces: &mut Vec<Piece>, group: usize, rows: &[Row<'_>], share: bool) -> Vec<Vec<usize>> {
+fn grow(pieces: &mut Vec<Piece>, group: usize, rows: &[PackedRow<'_>], share: bool) -> Vec<Vec<usize>> {
     let mut places: Vec<Vec<usize>> = vec![Vec::new(); rows.len()];
     let mut size = 0;
     let mut open: Vec<Vec<usize>> =
@@ -241,7 +241,7 @@ mod tests {
 
     #[test]
     fn what_rows_begin_with_alike_stands_there_once() {
-        let rows = [&[1, 2, 3, 4][..], &[1, 2, 5], &[1, 2, 3, 6], &[1, 2], &[9]].map(Row::of);
+        let rows = [&[1, 2, 3, 4][..], &[1, 2, 5], &[1, 2, 3, 6], &[1, 2], &[9]].map(PackedRow::of);
         let (packing, ids) = Packing::of(&[&rows], true, Device::Cpu).unwrap();
         let mut sorted = ids.clone();
         sorted.sort_unstable();
@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn another_dose_is_another_token() {
         let (on, off) = ([1.0, 1.0, 0.0], [1.0, 0.0, 0.0]);
-        let rows = [&on, &off].map(|doses| Row { doses: Some(doses), ..Row::of(&[1, 2, 3]) });
+        let rows = [&on, &off].map(|doses| PackedRow { doses: Some(doses), ..PackedRow::of(&[1, 2, 3]) });
         let (packing, ids) = Packing::of(&[&rows], true, Device::Cpu).unwrap();
         assert_eq!(ids.len(), 5, "the last token has the same dose in both, but not the same past");
         let doses =
@@ -271,14 +271,14 @@ mod tests {
     #[test]
     fn a_token_under_other_edits_is_another_token() {
         let (one, other) = ([0, 0, 1], [0, 2, 1]);
-        let rows = [&one, &other].map(|edits| Row { edits: Some(edits), ..Row::of(&[1, 2, 3]) });
+        let rows = [&one, &other].map(|edits| PackedRow { edits: Some(edits), ..PackedRow::of(&[1, 2, 3]) });
         let (packing, ids) = Packing::of(&[&rows], true, Device::Cpu).unwrap();
         assert_eq!((ids.len(), places(&packing)[0][0]), (5, places(&packing)[1][0]));
     }
 
     #[test]
     fn groups_share_nothing_and_have_a_line_each() {
-        let (a, b) = ([&[1, 2, 3][..], &[1, 4]].map(Row::of), [Row::of(&[1, 2])]);
+        let (a, b) = ([&[1, 2, 3][..], &[1, 4]].map(PackedRow::of), [PackedRow::of(&[1, 2])]);
         let (packing, ids) = Packing::of(&[&a, &b], true, Device::Cpu).unwrap();
         assert_eq!((packing.positions.size(), ids.len()), (vec![2, 4], 8));
         assert_eq!(places(&packing)[2], [4, 5]);

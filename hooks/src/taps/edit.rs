@@ -16,6 +16,18 @@ use crate::rows::batch::Batch;
 use crate::taps::tap::{Hooks, Tap};
 
 /// A change of an activation, ready to be made.
+///
+/// ```
+/// use hooks::{Change, Condition, Edit, HookPoint, next_token_logprobs};
+///
+/// let (model, chat) = hooks::open("tiny-random")?;
+/// let prompts = [chat.prompt(None, "Name an animal.")?];
+/// let edit = Edit { at: HookPoint::MlpOut(0), tokens: Some("user".parse()?), change: Change::Zero };
+/// let ablated = Condition { edits: vec![edit], ..Condition::default() };
+/// let base = next_token_logprobs(&model, &prompts, &Condition::default())?;
+/// assert_ne!(next_token_logprobs(&model, &prompts, &ablated)?, base);
+/// # Ok::<(), hooks::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Edit {
     /// Where.

@@ -21,7 +21,7 @@ pub trait Tap {
 }
 
 /// A tap and the hook points that it is set at, for passes that are run one after another.
-pub(crate) type Listener<'a> = (&'a [HookPoint], &'a mut dyn Tap);
+pub(crate) type TapAt<'a> = (&'a [HookPoint], &'a mut dyn Tap);
 
 impl<F: FnMut(HookPoint, Tensor) -> Result<Tensor>> Tap for F {
     fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor> {

@@ -11,12 +11,12 @@ use super::module;
 use super::modules::{Modules, Patterns, Targets, layer_of};
 use crate::adapter::lora::LoraConfig;
 use crate::config::Config;
-use crate::error::{Error, Result, short};
+use crate::error::{Error, Problem, Result, short};
 use crate::proj::Proj;
 
 /// How an unsupported kind of adapter can still be used.
 pub(super) const MERGE: &str =
-    "hint: where PEFT can merge it into the weights (merge_and_unload), the merged folder can be asked as a model";
+    "where PEFT can merge it into the weights (merge_and_unload), the merged folder can be asked as a model";
 
 /// More blocks than any Qwen has. A configuration that is read without its model is tried with this many.
 const MOST_BLOCKS: usize = 128;
@@ -42,7 +42,7 @@ impl PeftConfig {
     pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
         let refused = |problem: String| Error::Adapter { path: path.to_owned(), problem };
         let keys: Map<String, Value> = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
-        let config = Keys(&keys).read().map_err(refused)?;
+        let config = Keys(&keys).read().map_err(|problem| problem.into_error(refused))?;
         // Checks the numbers, before the adapter's places are known.
         let numbers = config.lora(&[(0, Proj::Q)], None);
         numbers.check_numbers().map_err(|error| refused(error.to_string()))?;
@@ -99,7 +99,7 @@ impl PeftConfig {
 struct Keys<'a>(&'a Map<String, Value>);
 
 /// A refusal: the key, what was found and what was expected.
-type Refused<T> = std::result::Result<T, String>;
+type Refused<T> = std::result::Result<T, Problem>;
 
 impl Keys<'_> {
     fn read(&self) -> Refused<PeftConfig> {
@@ -121,36 +121,36 @@ impl Keys<'_> {
     fn refuse(&self) -> Refused<()> {
         match self.0.get("peft_type") {
             Some(Value::String(lora)) if lora == "LORA" => {}
-            Some(Value::String(other)) => return Err(format!("peft_type is {other}, expected LORA; {MERGE}")),
-            Some(other) => return Err(format!("peft_type is {}, expected \"LORA\"", short(other))),
-            None if MLX.iter().any(|key| self.0.contains_key(*key)) => return Err(OF_MLX.to_owned()),
-            None => return Err("peft_type is missing, expected \"LORA\", as PEFT writes it".to_owned()),
+            Some(Value::String(other)) => return Err(merge(format!("peft_type is {other}, expected LORA"))),
+            Some(other) => return Err(format!("peft_type is {}, expected \"LORA\"", short(other)).into()),
+            None if MLX.iter().any(|key| self.0.contains_key(*key)) => return Err(of_mlx()),
+            None => return Err("peft_type is missing, expected \"LORA\", as PEFT writes it".to_owned().into()),
         }
         for (key, why) in NOT_PLAIN {
             if let Some(value) = self.0.get(key).filter(|value| !is_nothing(value)) {
-                return Err(format!("{key} is {}, which is not supported: {why}; {MERGE}", short(value)));
+                return Err(merge(format!("{key} is {}, which is not supported: {why}", short(value))));
             }
         }
         if let Some(init) = self.0.get("init_lora_weights").and_then(Value::as_str) {
             let init = init.to_lowercase();
             if CHANGE_THE_BASE.iter().any(|kind| init.starts_with(kind)) {
-                return Err(format!(
-                    "init_lora_weights is {init:?}, which changes the base's weights too and is not supported; hint: PEFT's \
-                     save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
+                return Err(Problem::hinted(
+                    format!("init_lora_weights is {init:?}, which changes the base's weights too and is not supported"),
+                    "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA",
                 ));
             }
             if init.starts_with("loftq") {
-                return Err(format!(
+                return Err(merge(format!(
                     "init_lora_weights is {init:?}, which is made for a quantised base and is not supported: on the plain \
-                     base it acts otherwise; {MERGE}"
-                ));
+                     base it acts otherwise"
+                )));
             }
         }
         match self.0.get("bias") {
-            Some(bias) if bias != "none" && !is_nothing(bias) => Err(format!(
-                "bias is {}, expected \"none\": the base's own biases were trained beside the LoRA; {MERGE}",
+            Some(bias) if bias != "none" && !is_nothing(bias) => Err(merge(format!(
+                "bias is {}, expected \"none\": the base's own biases were trained beside the LoRA",
                 short(bias)
-            )),
+            ))),
             _ => Ok(()),
         }
     }
@@ -159,7 +159,7 @@ impl Keys<'_> {
     fn targets(&self) -> Refused<(Targets, Vec<String>)> {
         let mut remarks = Vec::new();
         let modules = match self.modules("target_modules")? {
-            None => return Err("target_modules is missing, expected a list of projections".to_owned()),
+            None => return Err("target_modules is missing, expected a list of projections".to_owned().into()),
             Some(Modules::Expression(all, _)) if all.eq_ignore_ascii_case("all-linear") => {
                 Modules::Names(Proj::ALL.map(|proj| proj.name().to_owned()).to_vec())
             }
@@ -168,14 +168,14 @@ impl Keys<'_> {
             Some(Modules::Names(names)) => {
                 let of_qwen = |name: &&String| is_projection(name);
                 if let Some(name) = names.iter().find(|name| ["lm_head", "embed_tokens"].contains(&last(name))) {
-                    return Err(format!(
+                    return Err(merge(format!(
                         "target_modules names {name:?}, expected projections of the blocks alone ({}): a LoRA on embeddings \
-                         or head is not supported; {MERGE}",
+                         or head is not supported",
                         Proj::ALL.map(Proj::name).join(", ")
-                    ));
+                    )));
                 }
                 if !names.iter().any(|name| is_projection(name)) {
-                    return Err(unknown_module(names.first().map_or("", String::as_str)));
+                    return Err(unknown_module(names.first().map_or("", String::as_str)).into());
                 }
                 let elsewhere: Vec<&String> = names.iter().filter(|name| !of_qwen(name)).collect();
                 if !elsewhere.is_empty() {
@@ -196,7 +196,8 @@ impl Keys<'_> {
             return Err(format!(
                 "layers_pattern is {:?}, expected \"layers\", as a Qwen's blocks are called",
                 patterns.join(", ")
-            ));
+            )
+            .into());
         }
         let excluded = self.modules("exclude_modules")?;
         for (key, modules) in [("target_modules", Some(&modules)), ("exclude_modules", excluded.as_ref())] {
@@ -243,7 +244,7 @@ impl Keys<'_> {
     fn value<T: DeserializeOwned>(&self, key: &str, expected: &str) -> Refused<Option<T>> {
         let value = self.0.get(key).filter(|value| !value.is_null());
         let read = |value: &Value| {
-            T::deserialize(value).map_err(|_| format!("{key} is {}, expected {expected}", short(value)))
+            T::deserialize(value).map_err(|_| format!("{key} is {}, expected {expected}", short(value)).into())
         };
         value.map(read).transpose()
     }
@@ -274,7 +275,8 @@ impl Keys<'_> {
             Ok(number) => Ok((pattern, number)),
             Err(_) => Err(format!("{key} has {} for {pattern}, expected a number", short(&value))),
         };
-        Patterns::new(key, by_name.unwrap_or_default().into_iter().map(read).collect::<Refused<_>>()?)
+        let entries = by_name.unwrap_or_default().into_iter().map(read).collect::<std::result::Result<_, _>>()?;
+        Ok(Patterns::new(key, entries)?)
     }
 }
 
@@ -302,9 +304,13 @@ const CHANGE_THE_BASE: [&str; 4] = ["pissa", "olora", "corda", "lora_ga"];
 const MLX: [&str; 4] = ["fine_tune_type", "lora_parameters", "lora_layers", "adapter_path"];
 
 /// The error for MLX's files, which have another layout.
-pub(super) const OF_MLX: &str = "it is an adapter of MLX, expected one of PEFT; hint: convert it, with lora_A.weight the \
-    transposed lora_a and lora_B.weight the transposed lora_b, each under base_model.model. and its module, r the rank, and \
-    lora_alpha the scale times r";
+fn of_mlx() -> Problem {
+    Problem::hinted(
+        "it is an adapter of MLX, expected one of PEFT".to_owned(),
+        "convert it, with lora_A.weight the transposed lora_a and lora_B.weight the transposed lora_b, each under \
+         base_model.model. and its module, r the rank, and lora_alpha the scale times r",
+    )
+}
 
 /// Keys of PEFT up to 0.21 that change nothing by themselves or are read here.
 const KNOWN: [&str; 33] = [
@@ -343,18 +349,23 @@ const KNOWN: [&str; 33] = [
     "transformers_version",
 ];
 
+/// A refusal of an adapter that may still be merged.
+fn merge(problem: String) -> Problem {
+    Problem::hinted(problem, MERGE)
+}
+
 fn is_known(key: &str) -> bool {
     KNOWN.contains(&key) || NOT_PLAIN.iter().any(|(other, _)| *other == key)
 }
 
 /// The error for modules that were trained whole.
-pub(super) fn saved_whole(names: &[String]) -> String {
+pub(super) fn saved_whole(names: &[String]) -> Problem {
     let quoted: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
-    format!(
+    merge(format!(
         "modules_to_save is [{}], which is not supported: these modules were trained whole beside the LoRA, a change of the base \
-         that no gate can switch; {MERGE}",
+         that no gate can switch",
         quoted.join(", ")
-    )
+    ))
 }
 
 /// Whether a value leaves its setting off.

@@ -11,7 +11,7 @@ pub(super) enum Factor {
 }
 
 /// The block, the projection and the factor of a tensor.
-pub(super) type Place = (usize, Proj, Factor);
+pub(super) type FactorAt = (usize, Proj, Factor);
 
 /// Parts that a wrapper inserts into every name below it, and the wrapper.
 const WRAPPERS: [(&str, &str); 4] = [
@@ -27,14 +27,14 @@ pub(super) fn wrapper(name: &str) -> Option<(&'static str, &'static str)> {
 }
 
 /// PEFT's name for a tensor.
-pub(super) fn name((layer, proj, factor): Place) -> String {
+pub(super) fn name((layer, proj, factor): FactorAt) -> String {
     format!("base_model.model.{}.lora_{factor:?}.weight", super::module(layer, proj))
 }
 
-/// The place that a tensor's name means; `None` if it is not a factor of a Qwen's LoRA. Besides PEFT's own names this
+/// The factor that a tensor's name means; `None` if it is not a factor of a Qwen's LoRA. Besides PEFT's own names this
 /// reads names with a wrapper's parts (the caller refuses these), with the adapter's name after the factor
 /// (`lora_A.default.weight`), and with `base_model` or `model` missing or repeated at the start.
-pub(super) fn place(name: &str) -> Option<Place> {
+pub(super) fn factor_at(name: &str) -> Option<FactorAt> {
     let mut parts = bare(name);
     if parts.pop() != Some("weight") {
         return None;
@@ -120,9 +120,9 @@ mod tests {
 
     #[test]
     fn a_place_is_read_whatever_is_wrapped_around_it() {
-        let place_of = (3, Proj::Down, Factor::B);
+        let down_b = (3, Proj::Down, Factor::B);
         let plain = "base_model.model.model.layers.3.mlp.down_proj.lora_B.weight";
-        assert_eq!((name(place_of).as_str(), place(plain)), (plain, Some(place_of)));
+        assert_eq!((name(down_b).as_str(), factor_at(plain)), (plain, Some(down_b)));
         for wrapped in [
             "_orig_mod.base_model.model.model.layers.3.mlp.down_proj.lora_B.weight",
             "module._orig_mod.base_model.model.model.layers.3.mlp.down_proj.lora_B.weight",
@@ -134,7 +134,7 @@ mod tests {
             "layers.3.mlp.down_proj.lora_B.weight",
             "base_model.model.model.model.layers.3.mlp.down_proj.lora_B.weight",
         ] {
-            assert_eq!(place(wrapped), Some(place_of), "{wrapped}");
+            assert_eq!(factor_at(wrapped), Some(down_b), "{wrapped}");
         }
         for other in [
             "base_model.model.base_model.model.model.layers.3.mlp.down_proj.lora_B.weight",
@@ -148,7 +148,7 @@ mod tests {
             "lora_A.weight",
             "",
         ] {
-            assert_eq!(place(other), None, "{other}");
+            assert_eq!(factor_at(other), None, "{other}");
         }
     }
 

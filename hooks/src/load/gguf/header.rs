@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::stored::Stored;
+use crate::error::Problem;
 
 /// The header of one file.
 pub(crate) struct Header {
@@ -35,14 +36,14 @@ pub(crate) struct TensorInfo {
 
 impl Header {
     /// A pure function of the file's bytes: for any bytes it returns a header or says what is wrong.
-    pub(crate) fn read(bytes: &[u8]) -> Result<Self, String> {
+    pub(crate) fn read(bytes: &[u8]) -> Result<Self, Problem> {
         let mut cursor = Cursor { bytes, at: 0 };
         if cursor.take(4, "the magic")? != b"GGUF" {
-            return Err("expected a GGUF file: it does not begin with GGUF".to_owned());
+            return Err("expected a GGUF file: it does not begin with GGUF".to_owned().into());
         }
         let version = cursor.u32("the version")?;
         if ![2, 3].contains(&version) {
-            return Err(format!("GGUF version is {version}, expected 2 or 3, little-endian"));
+            return Err(format!("GGUF version is {version}, expected 2 or 3, little-endian").into());
         }
         let n_tensors = cursor.count(24, "the number of tensors")?; // name's length, dimensions, dtype, offset
         let n_keys = cursor.count(13, "the number of metadata keys")?; // name's length, type, one byte
@@ -52,14 +53,14 @@ impl Header {
             let kind = cursor.u32(&key)?;
             let value = cursor.value(kind, &key)?;
             if metadata.insert(key.clone(), value).is_some() {
-                return Err(format!("metadata key {key} is there twice"));
+                return Err(format!("metadata key {key} is there twice").into());
             }
         }
         let alignment = match metadata.get("general.alignment") {
             None => 32,
             Some(Value::Integer(alignment)) if *alignment >= 8 && alignment.count_ones() == 1 => *alignment as usize,
             Some(found) => {
-                return Err(format!("general.alignment is {found:?}, expected a power of two of at least 8"));
+                return Err(format!("general.alignment is {found:?}, expected a power of two of at least 8").into());
             }
         };
         let mut tensors = BTreeMap::new();
@@ -67,10 +68,11 @@ impl Header {
             let name = cursor.name("a tensor's name")?;
             let info = cursor.tensor(&name, alignment)?;
             if tensors.insert(name.clone(), info).is_some() {
-                return Err(format!("tensor {name} is there twice"));
+                return Err(format!("tensor {name} is there twice").into());
             }
         }
-        let data = cursor.at.checked_next_multiple_of(alignment).ok_or("general.alignment is too large")?;
+        let data =
+            cursor.at.checked_next_multiple_of(alignment).ok_or_else(|| "general.alignment is too large".to_owned())?;
         for (name, info) in &mut tensors {
             let range = info.bytes.start.checked_add(data).zip(info.bytes.end.checked_add(data));
             let range = range.filter(|(_, end)| *end <= bytes.len());
@@ -83,7 +85,7 @@ impl Header {
         places.sort_by_key(|(place, _)| place.start);
         if let Some(pair) = places.windows(2).find(|pair| pair[0].0.end > pair[1].0.start) {
             let (first, second) = (pair[0].1, pair[1].1);
-            return Err(format!("the tensors {first} and {second} share bytes, expected each to have its own"));
+            return Err(format!("the tensors {first} and {second} share bytes, expected each to have its own").into());
         }
         Ok(Self { metadata, tensors })
     }
@@ -191,10 +193,10 @@ impl<'a> Cursor<'a> {
     }
 
     /// A tensor's description. Its byte range still counts from the start of the tensors' data.
-    fn tensor(&mut self, name: &str, alignment: usize) -> Result<TensorInfo, String> {
+    fn tensor(&mut self, name: &str, alignment: usize) -> Result<TensorInfo, Problem> {
         let n_dims = self.u32(name)?;
         if !(1..=4).contains(&n_dims) {
-            return Err(format!("tensor {name} has {n_dims} dimensions, expected 1 to 4"));
+            return Err(format!("tensor {name} has {n_dims} dimensions, expected 1 to 4").into());
         }
         let mut shape = Vec::new();
         for _ in 0..n_dims {
@@ -208,10 +210,20 @@ impl<'a> Cursor<'a> {
         }
         let row = shape[0] as usize;
         shape.reverse();
-        let dtype = Stored::of(self.u32(name)?).map_err(|problem| format!("tensor {name} is stored as {problem}"))?;
+        let dtype = Stored::of(self.u32(name)?).map_err(|unread| {
+            Problem::hinted(
+                format!(
+                    "tensor {name} is stored as {unread}, which is not read; F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL \
+                     and IQ4_XS are"
+                ),
+                "take the model's file of one of these, or make one with llama-quantize from its F16",
+            )
+        })?;
         let per_block = dtype.block_size();
         if !row.is_multiple_of(per_block) {
-            return Err(format!("tensor {name} has rows of {row}, expected a multiple of {per_block} for {dtype:?}"));
+            return Err(
+                format!("tensor {name} has rows of {row}, expected a multiple of {per_block} for {dtype:?}").into()
+            );
         }
         let elements = shape.iter().try_fold(1_usize, |product, dim| product.checked_mul(*dim as usize));
         let size = elements.and_then(|n| (n / per_block).checked_mul(dtype.block_bytes()));
@@ -219,7 +231,8 @@ impl<'a> Cursor<'a> {
         let (Some(size), Some(offset)) = (size, offset.filter(|offset| offset.is_multiple_of(alignment))) else {
             return Err(format!(
                 "tensor {name} lies at no multiple of {alignment}, or its size {shape:?} is beyond all bounds"
-            ));
+            )
+            .into());
         };
         let end = offset.checked_add(size).ok_or_else(|| format!("tensor {name} ends beyond all bounds"))?;
         Ok(TensorInfo { dtype, shape, bytes: offset..end, part: 0 })

@@ -58,11 +58,7 @@ impl Stored {
             23 => return Ok(Self::Iq4Xs),
             other => {
                 let name = UNREAD.iter().find(|(id, _)| *id == other).map(|(_, name)| (*name).to_owned());
-                return Err(format!(
-                    "{}, which is not read; F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS are; hint: take the model's file \
-                     of one of these, or make one with llama-quantize from its F16",
-                    name.unwrap_or_else(|| format!("type {other}"))
-                ));
+                return Err(name.unwrap_or_else(|| format!("type {other}")));
             }
         }))
     }

@@ -703,7 +703,7 @@ mod tests {
     use crate::load::tiny_random;
     use crate::load::weights::Weights;
     use crate::model::loss::cross_entropy;
-    use crate::rows::packing::Row;
+    use crate::rows::packing::PackedRow;
 
     /// Both architectures, with three blocks, tied and not.
     fn model(family: Family, kind: Kind) -> Qwen {
@@ -752,10 +752,10 @@ mod tests {
             ROWS.iter().map(|ids| (0..ids.len()).map(|t| [1.0, 0.0, -0.5, 1.0, 2.0][t % 5]).collect()).collect();
         let rows = ROWS.iter().zip(&doses).map(|(ids, doses)| {
             let n = ids.len() - 1; // the last token predicts nothing
-            Row { doses: gate.is_some().then(|| &doses[..n]), ..Row::of(&ids[..n]) }
+            PackedRow { doses: gate.is_some().then(|| &doses[..n]), ..PackedRow::of(&ids[..n]) }
         });
-        let rows: Vec<Row<'_>> = rows.collect();
-        let lines: Vec<&[Row<'_>]> = rows.chunks(ROWS.len() / groups).collect();
+        let rows: Vec<PackedRow<'_>> = rows.collect();
+        let lines: Vec<&[PackedRow<'_>]> = rows.chunks(ROWS.len() / groups).collect();
         let batch = Batch::packed(&lines, true, Device::Cpu).unwrap();
         let masks = losses_of(ROWS.len());
         let targets = Targets::of(&batch, &ROWS, &masks.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
@@ -824,7 +824,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_by_hand_are_the_recorded_ones() {
+    fn manual_gradients_are_the_recorded_ones() {
         let some = |modules: &[Proj], layers: Option<Vec<usize>>| LoraConfig {
             rank: 3,
             alpha: 5.0,
@@ -857,7 +857,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stacks_gradients_by_hand_are_the_recorded_ones() {
+    fn a_stacks_manual_gradients_are_the_recorded_ones() {
         for (kind, tolerance) in [(Kind::Double, 1e-11), (Kind::Float, 1e-4)] {
             let model = model(Family::Qwen2, kind);
             for alphas in [[8.0, 8.0], [2.0, 8.0]] {
@@ -878,12 +878,12 @@ mod tests {
     fn in_bf16_both_are_as_far_from_f32() {
         let (rounded, wide) = (model(Family::Qwen2, Kind::BFloat16), model(Family::Qwen2, Kind::Float));
         let adapter = adapter(&wide, &LoraConfig::default(), 3);
-        let by_hand = |model: &Qwen| {
+        let manual = |model: &Qwen| {
             let Case { batch, targets, weights, .. } = case(model, 1, None);
             model.lora_gradients(&batch, &targets, &weights, &adapter, None).unwrap().1
         };
         let (truth, found, twin) =
-            (by_hand(&wide), by_hand(&rounded), recorded(&rounded, case(&rounded, 1, None), &adapter).1);
+            (manual(&wide), manual(&rounded), recorded(&rounded, case(&rounded, 1, None), &adapter).1);
         let apart = |some: &[Tensor]| {
             let squares =
                 some.iter().zip(&truth).map(|(a, b)| f64::try_from((a - b).square().sum(Kind::Double)).unwrap());
@@ -906,12 +906,12 @@ mod tests {
                 run();
                 profile::finish().by_op().iter().map(|(_, cost)| cost.flops).sum::<f64>()
             };
-            let by_hand = flops(&|| {
+            let manual = flops(&|| {
                 let Case { batch, targets, weights, .. } = case(&model, 1, None);
                 let _ = model.lora_gradients(&batch, &targets, &weights, &adapter, None).unwrap();
             });
             let twin = flops(&|| drop(recorded(&model, case(&model, 1, None), &adapter)));
-            assert!(twin > 0.0 && (by_hand / twin - 1.0).abs() < 1e-12, "{by_hand} and {twin}");
+            assert!(twin > 0.0 && (manual / twin - 1.0).abs() < 1e-12, "{manual} and {twin}");
         }
     }
 
