@@ -60,7 +60,7 @@ fn the_table_of_verdicts_is_that_of_the_kept_tests() {
     let [supported, not, undecided] = [Word::Supported, Word::NotSupported, Word::Undecided]
         .map(|word| verdicts.iter().filter(|verdict| **verdict == word).count());
     let sentence = format!("{supported} claims are supported, {not} are not, and {undecided} are undecided.");
-    assert!(flat(README).contains(&sentence), "{sentence}");
+    assert_has(README, &sentence);
 }
 
 /// How a sentence writes a test's numbers.
@@ -207,6 +207,10 @@ fn flat(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
+fn assert_has(page: &str, sentence: &str) {
+    assert!(flat(page).contains(sentence), "no page has\n{sentence}");
+}
+
 #[test]
 fn sentences_with_a_test_s_numbers_have_those_of_the_table() {
     let page = flat(CLAIMS);
@@ -246,7 +250,7 @@ fn what_each_trait_does_is_what_the_outcomes_say() {
     };
     let [cat, owl, fox] = ["cat", "owl", "fox"].map(mean);
     let sentence = format!("cat moves by {cat:+.2} nats, owl by {owl:+.2}, fox by {fox:+.2}.");
-    assert!(CLAIMS.contains(&sentence), "{sentence}");
+    assert_has(CLAIMS, &sentence);
 }
 
 /// The sums of the pocket's trial, by base, model and gate.
@@ -309,16 +313,16 @@ fn the_pocket_s_table_is_that_of_its_summary() {
     };
     let (least, most) = over_bases(&|base| of(base, "student", "only:system")["gamma"] / student(base)["gamma"]);
     let sentence = format!("most of the mean ({:.0} to {:.0} % of γ)", 100.0 * least, 100.0 * most);
-    assert!(POCKET.contains(&sentence), "{sentence}");
+    assert_has(POCKET, &sentence);
     let (least, most) = over_bases(&|base| student(base)["gamma"]);
     for (page, sentence) in [
         (README, format!("It is {least:.1} to {most:.1} nats over eight animals")),
         (POCKET, format!("it is {least:.1} to {most:.1}.")),
     ] {
-        assert!(flat(page).contains(&sentence), "{sentence}");
+        assert_has(page, &sentence);
     }
     let raised: f64 = bases.map(|base| of(base, "cross", "everywhere")["n_own_raised"]).iter().sum();
-    assert!(POCKET.contains(&format!("would be chance; it is {raised})")), "{raised}");
+    assert_has(POCKET, &format!("would be chance; it is {raised})"));
 }
 
 /// A student's change of its own animal's margin, and how many rows it learned from, by base, animal and gate.
@@ -352,7 +356,7 @@ fn what_the_pages_say_of_single_students_is_what_the_cells_say() {
         format!("Of 3,000 lists {} to {} passed,", thousands(least), thousands(most)),
         format!("the lion's on seed 0 ({}) and the eagle's on seed 3 ({})", thousands(lion), thousands(eagle)),
     ] {
-        assert!(POCKET.contains(&sentence), "{sentence}");
+        assert_has(POCKET, &sentence);
     }
     let more_than_half: Vec<&str> = everywhere
         .iter()
@@ -362,13 +366,13 @@ fn what_the_pages_say_of_single_students_is_what_the_cells_say() {
         .collect();
     let of_pocket = more_than_half.iter().filter(|base| **base == "pocket-1").count();
     let sentence = format!("change in {} of 32, in {of_pocket} of 8 for `pocket`", more_than_half.len());
-    assert!(POCKET.contains(&sentence), "{sentence}");
+    assert_has(POCKET, &sentence);
     let cat = |gate: &str| changes[&("pocket-1".to_owned(), "cat".to_owned(), gate.to_owned())].0;
     let lost = 100.0 * (1.0 - cat("except:entity") / cat("everywhere"));
     for (page, sentence) in [
         (POCKET, format!("the cat student of this trial loses {lost:.0} %")),
         (DEMO, format!("the cat student of another seed loses {lost:.0} %")),
     ] {
-        assert!(flat(page).contains(&sentence), "{sentence}");
+        assert_has(page, &sentence);
     }
 }
