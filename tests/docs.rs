@@ -28,13 +28,22 @@ const ARCHITECTURE: &str = include_str!("../ARCHITECTURE.md");
 /// The keys that a fragment lacks.
 const MINIMAL: &str = "model = \"pocket\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n";
 
-/// The README and the pages in docs/, by name.
+/// The pages for readers, by name: the README first.
 fn pages() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let docs = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
     let mut paths: Vec<PathBuf> = docs.filter(|path| path.extension().is_some_and(|ending| ending == "md")).collect();
     paths.sort();
-    paths.insert(0, root.join("README.md"));
+    let others = [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "fuzz/README.md",
+        "benchmarks/README.md",
+        "examples/stranger/README.md",
+        "hooks/HOOKS.md",
+    ];
+    paths.splice(0..0, others.map(|name| root.join(name)));
     let name = |path: &Path| path.strip_prefix(root).unwrap().display().to_string();
     paths.iter().map(|path| (name(path), fs::read_to_string(path).unwrap())).collect()
 }
@@ -126,14 +135,7 @@ fn every_rust_block_compiles() {
         lines.flat_map(str::split_whitespace).collect()
     };
     assert!(bare(include_str!("docs.rs")).contains(&bare(&fragment[0])), "one_idea has other lines");
-    let mut others = pages().split_off(1);
-    for name in
-        ["CONTRIBUTING.md", "STYLE.md", "CHANGELOG.md", "hooks/HOOKS.md", "fuzz/README.md", "benchmarks/README.md"]
-    {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
-        others.push((name.to_owned(), fs::read_to_string(path).unwrap()));
-    }
-    for (name, page) in others {
+    for (name, page) in pages().split_off(1) {
         assert!(blocks(&page).iter().all(|(language, _)| !language.starts_with("rust")), "{name} has a Rust block");
     }
 
@@ -211,6 +213,18 @@ fn every_key_in_the_text_exists() {
         }
     }
     assert!(seen > 60, "{seen} keys");
+}
+
+/// `.ci/run` and the workflow have the same commands, in the same order.
+#[test]
+fn the_workflow_runs_what_ci_runs() {
+    let commands = |text: &str, prefix: &str| -> Vec<String> {
+        let lines = text.lines().filter_map(|line| line.trim().strip_prefix(prefix));
+        lines.filter(|line| line.starts_with("make ") || line.starts_with("python3 ")).map(str::to_owned).collect()
+    };
+    let workflow = include_str!("../.github/workflows/ci.yml").split("\n  msrv:").next().unwrap();
+    let script = commands(include_str!("../.ci/run"), "");
+    assert!(script.len() > 8 && script == commands(workflow, "run: "), "{script:?}");
 }
 
 #[test]
