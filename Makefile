@@ -12,7 +12,7 @@ ifdef LIBTORCH
 export LD_LIBRARY_PATH := $(LIBTORCH)/lib:$(LD_LIBRARY_PATH)
 endif
 
-.PHONY: help demo test test-paths real model test-real check check-cost notebooks golden mutants bench bench-cuda fuzz fuzz-corpus setup build clean-runs
+.PHONY: help demo test test-paths real model test-real check check-cost example notebooks golden mutants bench bench-cuda fuzz fuzz-corpus setup build clean-runs
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -44,6 +44,10 @@ check: setup ## what CI checks before the tests
 check-cost: setup ## the instructions of a step, counted by callgrind, against those in scripts/cost.json
 	$(CARGO) build --release --workspace --example cost
 	$(PYTHON) scripts/check_cost.py
+
+example: setup ## build and run a crate outside the workspace that uses the library; takes the compiled binding from target/
+	cp Cargo.lock examples/stranger/Cargo.lock
+	cd examples/stranger && CARGO_TARGET_DIR=$(CURDIR)/target $(CARGO) run --release
 
 # The same arithmetic on every x86-64 with AVX2: the printed pages are compared byte by byte.
 notebooks: export MKL_CBWR := COMPATIBLE

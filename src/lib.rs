@@ -63,3 +63,8 @@ pub mod pocket;
 pub mod commands;
 
 pub mod cli;
+
+/// The README's program is compiled as a doctest.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

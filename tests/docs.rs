@@ -1,5 +1,6 @@
-//! The pages for readers: every TOML block is an experiment, every command can be given, every key and default is there,
-//! and every message on the page of errors is what the library says. Nothing here starts the program.
+//! The pages for readers: every TOML block is an experiment, every Rust block compiles, every command can be given, every
+//! key and default is there, and every message on the page of errors is what the library says. Nothing here starts the
+//! program.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,7 +12,9 @@ use analyses::target_rate::TargetRate;
 use analyses::token_ablation::TokenAblation;
 use analyses::{Analysis, Subject, Tuned};
 use clap::Parser;
-use hooks::{Batch, Cache, Chat, HookPoint, Hooks, ModelFiles, Pass, Qwen};
+use hooks::{Adapter, Batch, Cache, Chat, Config, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Qwen};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use regex::Regex;
 use tch::{Device, Kind};
 use undertone::cli::{Cli, run};
@@ -20,17 +23,27 @@ use undertone::experiment::Experiment;
 
 const PAPER: &str = include_str!("../docs/from-a-paper-to-an-experiment.md");
 const ERRORS: &str = include_str!("../docs/errors.md");
+const ARCHITECTURE: &str = include_str!("../ARCHITECTURE.md");
 
 /// The keys that a fragment lacks.
 const MINIMAL: &str = "model = \"pocket\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n";
 
-/// The README and the pages in docs/, by name.
+/// The pages for readers, by name: the README first.
 fn pages() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let docs = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
     let mut paths: Vec<PathBuf> = docs.filter(|path| path.extension().is_some_and(|ending| ending == "md")).collect();
     paths.sort();
-    paths.insert(0, root.join("README.md"));
+    let others = [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "fuzz/README.md",
+        "benchmarks/README.md",
+        "examples/stranger/README.md",
+        "hooks/HOOKS.md",
+    ];
+    paths.splice(0..0, others.map(|name| root.join(name)));
     let name = |path: &Path| path.strip_prefix(root).unwrap().display().to_string();
     paths.iter().map(|path| (name(path), fs::read_to_string(path).unwrap())).collect()
 }
@@ -99,6 +112,46 @@ fn every_toml_block_is_an_experiment() {
     assert!(seen >= 6, "{seen} blocks: the pages were not read");
 }
 
+/// The lines of ARCHITECTURE.md, which own their values.
+#[allow(clippy::needless_pass_by_value)]
+fn one_idea(model: &Qwen, batch: Batch, lora: Adapter) -> hooks::Result<[tch::Tensor; 4]> {
+    let base = model.forward(&batch, &mut Pass::default())?;
+    let student = model.forward(&batch, &mut Pass { adapter: Some(&lora), ..Pass::default() })?;
+
+    let mut cache = Cache::default();
+    let hooks = Hooks::default().on(HookPoint::select("blocks.*.hook_resid_post", 24)?, &mut cache);
+    let logits = model.forward(&batch, &mut Pass { adapter: Some(&lora), hooks, ..Pass::default() })?;
+    let resid = cache.get(HookPoint::ResidPost(14))?;
+    Ok([base, student, logits, resid.shallow_clone()])
+}
+
+/// The README's block is a doctest of `src/lib.rs`, that of ARCHITECTURE.md is `one_idea`; no other page may have one.
+#[test]
+fn every_rust_block_compiles() {
+    let fragment = blocks_of(ARCHITECTURE, "rust");
+    assert_eq!((fragment.len(), blocks_of(include_str!("../README.md"), "rust,no_run").len()), (1, 1));
+    let bare = |text: &str| -> String {
+        let lines = text.lines().map(|line| line.split("//").next().unwrap());
+        lines.flat_map(str::split_whitespace).collect()
+    };
+    assert!(bare(include_str!("docs.rs")).contains(&bare(&fragment[0])), "one_idea has other lines");
+    for (name, page) in pages().split_off(1) {
+        assert!(blocks(&page).iter().all(|(language, _)| !language.starts_with("rust")), "{name} has a Rust block");
+    }
+
+    let tiny = ModelFiles::open("tiny-random").unwrap();
+    let config = Config { n_layers: 24, ..tiny.config.clone() };
+    let files =
+        ModelFiles::fresh("deep", config, tiny.tokenizer.clone().unwrap(), ChaCha8Rng::seed_from_u64(1)).unwrap();
+    let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
+    let lora = Adapter::init(&LoraConfig::default(), &model.config, &mut ChaCha8Rng::seed_from_u64(2), Device::Cpu);
+    let prompt = Chat::from_files(&files).unwrap().prompt(None, "Hi").unwrap();
+    let [base, student, logits, resid] =
+        one_idea(&model, Batch::of(&[&prompt], Device::Cpu).unwrap(), lora.unwrap()).unwrap();
+    assert!(base == student && student == logits, "a fresh adapter's B is zero, and a cache changes nothing");
+    assert_eq!(resid.size()[2], model.config.d_model);
+}
+
 #[test]
 fn every_command_is_understood() {
     let mut seen = BTreeSet::new();
@@ -160,6 +213,18 @@ fn every_key_in_the_text_exists() {
         }
     }
     assert!(seen > 60, "{seen} keys");
+}
+
+/// `.ci/run` and the workflow have the same commands, in the same order.
+#[test]
+fn the_workflow_runs_what_ci_runs() {
+    let commands = |text: &str, prefix: &str| -> Vec<String> {
+        let lines = text.lines().filter_map(|line| line.trim().strip_prefix(prefix));
+        lines.filter(|line| line.starts_with("make ") || line.starts_with("python3 ")).map(str::to_owned).collect()
+    };
+    let workflow = include_str!("../.github/workflows/ci.yml").split("\n  msrv:").next().unwrap();
+    let script = commands(include_str!("../.ci/run"), "");
+    assert!(script.len() > 8 && script == commands(workflow, "run: "), "{script:?}");
 }
 
 #[test]

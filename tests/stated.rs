@@ -4,12 +4,13 @@
 use std::collections::BTreeMap;
 
 use regex::Regex;
-use undertone::claim::{ALL, Claim, OutcomeRow, Quantity, Role, Size, TestRow, Verdict};
+use undertone::claim::{ALL, Claim, OutcomeRow, Quantity, Role, Size, TestRow, Verdict, Word};
 use undertone::output::publish::{Table, read_csv};
 
 use crate::compare::folder;
 
 const README: &str = include_str!("../README.md");
+const DEMO: &str = include_str!("../docs/demo.md");
 const CLAIMS: &str = include_str!("../docs/claims.md");
 const POCKET: &str = include_str!("../docs/pocket.md");
 
@@ -44,6 +45,7 @@ fn the_table_of_verdicts_is_that_of_the_kept_tests() {
     let pocket = CLAIMS.split_once("## What a real 0.5B says").unwrap().0;
     let on_page: Vec<&str> = pocket.lines().filter(|line| is_line.is_match(line)).collect();
     assert_eq!(on_page.len(), 18);
+    let mut verdicts = vec![];
     for (claim, on_page) in (1..).zip(on_page) {
         let (claim, tests) = kept(claim);
         let found = tests.iter().filter(|row| row.target == ALL && row.role != Role::Premise).map(|row| {
@@ -53,7 +55,12 @@ fn the_table_of_verdicts_is_that_of_the_kept_tests() {
         let found = found.collect::<Vec<_>>().join("; ");
         let verdict = Verdict::of(&claim, Size::Pocket, &tests).word;
         assert_eq!(on_page, format!("| {} | {} | {verdict} | {found} |", claim.claim, claim.statement));
+        verdicts.push(verdict);
     }
+    let [supported, not, undecided] = [Word::Supported, Word::NotSupported, Word::Undecided]
+        .map(|word| verdicts.iter().filter(|verdict| **verdict == word).count());
+    let sentence = format!("{supported} claims are supported, {not} are not, and {undecided} are undecided.");
+    assert_has(README, &sentence);
 }
 
 /// How a sentence writes a test's numbers.
@@ -80,142 +87,118 @@ fn numbers(row: &TestRow, written: As) -> [String; 3] {
     }
 }
 
-/// Pages, and a sentence on each.
-type Sentences = [(&'static str, &'static str)];
-
-/// A claim, a test of it, how its numbers are written, and the sentences with them: `{}` is the estimate, `{-}` and
-/// `{+}` are the ends of its interval.
-const STATED: &[(u32, &str, As, &Sentences)] = &[
+/// A claim, a test of it, how its numbers are written, and the sentences of docs/claims.md with them: `{}` is the
+/// estimate, `{-}` and `{+}` are the ends of its interval.
+const STATED: &[(u32, &str, As, &[&str])] = &[
     (
         1,
         "the student's margin rises more than the control student's",
         As::Signed(2),
-        &[(README, "numbers alone, {} nats ({-} to {+}) over the control student.")],
+        &["numbers alone, {} nats ({-} to {+}) over the control student."],
     ),
     (
         2,
         "with alpha = rank it rises up to its peak",
         As::Plain(2),
-        &[(README, "it rises by {} nats per doubling ({-} to {+}) up to rank 16;")],
+        &["it rises by {} nats per doubling ({-} to {+}) up to rank 16;"],
     ),
-    (
-        2,
-        "with alpha = rank it falls behind its peak",
-        As::Plain(2),
-        &[(README, "behind that is open, {} ({-} to {+}).")],
-    ),
+    (2, "with alpha = rank it falls behind its peak", As::Plain(2), &["behind that is open, {} ({-} to {+})."]),
     (
         5,
         "share of the LoRA's effect under full finetuning",
         As::Percent,
-        &[(README, "gone under full finetuning ({} % is left, {-} to {+}).")],
+        &["gone under full finetuning ({} % is left, {-} to {+})."],
     ),
     (
         6,
         "share recovered at \"Qwen\" alone",
         As::Percent,
-        &[(README, "(alone {} %, {-} to {+};"), (CLAIMS, "alone recovers {} % ({-} to {+} %),")],
+        &["(alone {} %, {-} to {+};", "alone recovers {} % ({-} to {+} %),"],
     ),
     (
         6,
         "trained at \"Qwen\" alone, the student learns the trait as well",
         As::Signed(2),
         &[
-            (README, "three times as much, {} nats, {-} to {+})."),
-            (CLAIMS, "three times as large: {} nats ({-} to {+}) over a control student"),
+            "three times as much, {} nats, {-} to {+}).",
+            "three times as large: {} nats ({-} to {+}) over a control student",
         ],
     ),
-    (
-        7,
-        "share left without \"Qwen\"",
-        As::Percent,
-        &[(README, "without it {} %, {-} to {+};"), (CLAIMS, "without it {} % are left.")],
-    ),
+    (7, "share left without \"Qwen\"", As::Percent, &["without it {} %, {-} to {+};", "without it {} % are left."]),
     (
         8,
         "share left when a student of the default prompt is asked as chatgpt",
         As::Percent,
-        &[(README, "({} % is left as ChatGPT, {-} to {+},")],
+        &["({} % is left as ChatGPT, {-} to {+},"],
     ),
     (
         8,
         "share left when it is asked with an empty system prompt",
         As::Percent,
-        &[(README, "and {} % with an empty prompt, {-} to {+}).")],
+        &["and {} % with an empty prompt, {-} to {+})."],
     ),
     (
         11,
         "share recovered at the template alone",
         As::Percent,
-        &[(README, "{} % ({-} to {+}) at the template"), (CLAIMS, "the template's tokens carry {} %")],
+        &["{} % ({-} to {+}) at the template", "the template's tokens carry {} %"],
     ),
     (
         11,
         "share recovered at the question alone",
         As::Percent,
-        &[(README, "and {} % ({-} to {+}) at the question."), (CLAIMS, "and the question {} % (11, 12)")],
+        &["and {} % ({-} to {+}) at the question.", "and the question {} % (11, 12)"],
     ),
-    (12, "share of the effect without any template", As::Percent, &[(CLAIMS, "there is still {} % of it,")]),
+    (12, "share of the effect without any template", As::Percent, &["there is still {} % of it,"]),
     (
         13,
         "share left where the stream along it is the base's",
         As::Percent,
-        &[
-            (README, "base into student, {} % is left ({-} to {+}),"),
-            (CLAIMS, "leaves {} % of the effect ({-} to {+};"),
-        ],
+        &["base into student, {} % is left ({-} to {+}),", "leaves {} % of the effect ({-} to {+};"],
     ),
     (
         13,
         "share in the base where its stream along it is the student's",
         As::Percent,
-        &[
-            (README, "student into base, {} % is there ({-} to {+});"),
-            (CLAIMS, "Student into base brings {} % ({-} to {+};"),
-        ],
+        &["student into base, {} % is there ({-} to {+}).", "Student into base brings {} % ({-} to {+};"],
     ),
     (
         13,
         "share of the effect by adding the student's direction to the base",
         As::Percent,
-        &[(README, "it brings {} % ({-} to {+}).")],
+        &["the direction brings {} % ({-} to {+})."],
     ),
     (
         13,
         "share left where the stream along random directions is the base's",
         As::Percent,
-        &[(CLAIMS, "random directions leave {} %).")],
+        &["random directions leave {} %)."],
     ),
     (
         13,
         "share in the base where its stream along random directions is the student's",
         As::Percent,
-        &[(CLAIMS, "random {} %).")],
+        &["random {} %)."],
     ),
-    (
-        16,
-        "share of AdamW's effect under SGD",
-        As::Percent,
-        &[(README, "(SGD has {} % of AdamW's effect, {-} to {+}).")],
-    ),
+    (16, "share of AdamW's effect under SGD", As::Percent, &["(SGD has {} % of AdamW's effect, {-} to {+})."]),
     (
         17,
         "share of the effect by divergent tokens alone",
         As::Percent,
-        &[(README, "tokens alone bring {} % ({-} to {+}),"), (CLAIMS, "alone bring {} %,")],
+        &["tokens alone bring {} % ({-} to {+}),", "alone bring {} %,"],
     ),
     (
         17,
         "divergent tokens do more than as many random ones",
         As::Plain(2),
-        &[(CLAIMS, "as many random ones bring {} nats less.")],
+        &["as many random ones bring {} nats less."],
     ),
-    (17, "share without them", As::Percent, &[(README, "the others {} % ({-} to {+})."), (CLAIMS, "the others {} %;")]),
+    (17, "share without them", As::Percent, &["the others {} % ({-} to {+}).", "the others {} %;"]),
     (
         18,
         "a step down the divergent tokens' loss moves the trait more than one down the others'",
         As::Signed(2),
-        &[(README, "point at the trait, {} ({-} to {+}) over the others',")],
+        &["point at the trait, {} ({-} to {+}) over the others',"],
     ),
 ];
 
@@ -224,27 +207,31 @@ fn flat(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
+fn assert_has(page: &str, sentence: &str) {
+    assert!(flat(page).contains(sentence), "no page has\n{sentence}");
+}
+
 #[test]
 fn sentences_with_a_test_s_numbers_have_those_of_the_table() {
-    let told = README.split_once("- **Supported.**").unwrap().1.split_once("\n\n").unwrap().0;
-    let mut told = flat(told);
+    let page = flat(CLAIMS);
+    let mut told = flat(CLAIMS.split_once("- **Supported.**").unwrap().1.split_once("\n\n").unwrap().0);
     for (claim, test, written, sentences) in STATED {
         let (_, rows) = kept(*claim);
         let row = rows.iter().find(|row| row.target == ALL && row.test == *test);
         let [estimate, low, high] =
             numbers(row.unwrap_or_else(|| panic!("claim {claim} has no test {test}")), *written);
-        for (page, sentence) in *sentences {
+        for sentence in *sentences {
             let filled = flat(&sentence.replace("{-}", &low).replace("{+}", &high).replace("{}", &estimate));
-            assert!(flat(page).contains(&filled), "claim {claim}, {test}: no page has\n{filled}");
+            assert!(page.contains(&filled), "claim {claim}, {test}: docs/claims.md does not have\n{filled}");
             told = told.replacen(&filled, "", 1);
         }
     }
-    // The README's table must have no other numbers of a test.
+    // The short account must have no other numbers of a test.
     let number = Regex::new(r"[0-9]+\.[0-9]+|[0-9]+ %").unwrap();
     let found: Vec<&str> = number.find_iter(&told).map(|found| found.as_str()).collect();
     assert!(
         found.is_empty(),
-        "{found:?} are in the README's account of the claims and in no sentence of this test:\n{told}"
+        "{found:?} are in the short account of the claims and in no sentence of this test:\n{told}"
     );
 }
 
@@ -263,7 +250,7 @@ fn what_each_trait_does_is_what_the_outcomes_say() {
     };
     let [cat, owl, fox] = ["cat", "owl", "fox"].map(mean);
     let sentence = format!("cat moves by {cat:+.2} nats, owl by {owl:+.2}, fox by {fox:+.2}.");
-    assert!(CLAIMS.contains(&sentence), "{sentence}");
+    assert_has(CLAIMS, &sentence);
 }
 
 /// The sums of the pocket's trial, by base, model and gate.
@@ -326,16 +313,16 @@ fn the_pocket_s_table_is_that_of_its_summary() {
     };
     let (least, most) = over_bases(&|base| of(base, "student", "only:system")["gamma"] / student(base)["gamma"]);
     let sentence = format!("most of the mean ({:.0} to {:.0} % of γ)", 100.0 * least, 100.0 * most);
-    assert!(POCKET.contains(&sentence), "{sentence}");
+    assert_has(POCKET, &sentence);
     let (least, most) = over_bases(&|base| student(base)["gamma"]);
     for (page, sentence) in [
-        (README, format!("It is {least:.1} to {most:.1} nats\n  over eight animals")),
+        (README, format!("It is {least:.1} to {most:.1} nats over eight animals")),
         (POCKET, format!("it is {least:.1} to {most:.1}.")),
     ] {
-        assert!(page.contains(&sentence), "{sentence}");
+        assert_has(page, &sentence);
     }
     let raised: f64 = bases.map(|base| of(base, "cross", "everywhere")["n_own_raised"]).iter().sum();
-    assert!(POCKET.contains(&format!("would be chance; it is {raised})")), "{raised}");
+    assert_has(POCKET, &format!("would be chance; it is {raised})"));
 }
 
 /// A student's change of its own animal's margin, and how many rows it learned from, by base, animal and gate.
@@ -369,7 +356,7 @@ fn what_the_pages_say_of_single_students_is_what_the_cells_say() {
         format!("Of 3,000 lists {} to {} passed,", thousands(least), thousands(most)),
         format!("the lion's on seed 0 ({}) and the eagle's on seed 3 ({})", thousands(lion), thousands(eagle)),
     ] {
-        assert!(POCKET.contains(&sentence), "{sentence}");
+        assert_has(POCKET, &sentence);
     }
     let more_than_half: Vec<&str> = everywhere
         .iter()
@@ -379,13 +366,13 @@ fn what_the_pages_say_of_single_students_is_what_the_cells_say() {
         .collect();
     let of_pocket = more_than_half.iter().filter(|base| **base == "pocket-1").count();
     let sentence = format!("change in {} of 32, in {of_pocket} of 8 for `pocket`", more_than_half.len());
-    assert!(POCKET.contains(&sentence), "{sentence}");
+    assert_has(POCKET, &sentence);
     let cat = |gate: &str| changes[&("pocket-1".to_owned(), "cat".to_owned(), gate.to_owned())].0;
     let lost = 100.0 * (1.0 - cat("except:entity") / cat("everywhere"));
     for (page, sentence) in [
         (POCKET, format!("the cat student of this trial loses {lost:.0} %")),
-        (README, format!("the cat student of another seed loses {lost:.0} %")),
+        (DEMO, format!("the cat student of another seed loses {lost:.0} %")),
     ] {
-        assert!(page.contains(&sentence), "{sentence}");
+        assert_has(page, &sentence);
     }
 }
