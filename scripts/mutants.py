@@ -41,7 +41,7 @@ FILES = [
     *(f"hooks/src/rows/{name}.rs" for name in ["packing", "kv_cache"]),
     *(f"hooks/src/model/{name}.rs" for name in ["loss", "qwen/lora_backward"]),
     *(f"hooks/src/ask/{name}.rs" for name in ["score", "gradient"]),
-    *(f"analyses/src/{name}.rs" for name in ["direction", "gradients", "divergence", "inference"]),
+    *(f"analyses/src/{name}.rs" for name in ["direction", "direction/geometry", "gradients", "gradients/report", "divergence", "inference"]),
     "src/claim/verdict.rs",
 ]
 # The tests that are asked, in this order but for a crate's own, which come first: all of a binary's, or those whose names have such a word.
