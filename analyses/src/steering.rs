@@ -175,29 +175,43 @@ impl Steering {
             }
         }
         if self.replace {
-            progress(&format!("steering: replacing after every block, {} questions", prompts.len()));
-            let by_block = |(layer, learned): (usize, &Tensor)| self.random_vectors(subject, layer, length(learned)?);
-            let by_block = learned.iter().enumerate().map(by_block).collect::<Result<Vec<_>>>()?;
-            let random = (0..self.n_random).map(|at| by_block.iter().map(|block| &block[at]).collect::<Vec<_>>());
-            let all: Vec<Vec<&Tensor>> = [learned.iter().collect()].into_iter().chain(random).collect();
-            let norm = length(&learned[0])?;
-            let (student, base) = (subject.student, subject.base());
-            for (kind, kind_random, model, other) in
-                [("replace", "replace_random", student, base), ("transplant", "transplant_random", base, student)]
-            {
-                let mut scores: Vec<Vec<Score>> = vec![vec![]; all.len()];
-                for prompt in prompts.chunks(1) {
-                    let theirs = stream(other, prompt)?;
-                    let conditions = all.iter().map(|directions| along(model, &theirs, directions));
-                    let found = forms.scores_under(model.qwen, prompt, &conditions.collect::<Result<Vec<_>>>()?)?;
-                    for (scores, found) in scores.iter_mut().zip(found) {
-                        scores.extend(found);
-                    }
+            progress(&format!("steering: replacing after every block, {n} questions"));
+            rows.extend(self.replaced(&around, subject, &forms, &prompts, learned)?);
+        }
+        Ok(rows)
+    }
+
+    /// Patches the residual stream along every block's direction: the base's into the student, and the other way round.
+    fn replaced(
+        &self,
+        around: &Around<'_>,
+        subject: &Subject<'_>,
+        forms: &TokenForms,
+        prompts: &[Sequence],
+        learned: &[Tensor],
+    ) -> Result<Vec<SteeringRow>> {
+        let mut rows = Vec::new();
+        let by_block = |(layer, learned): (usize, &Tensor)| self.random_vectors(subject, layer, length(learned)?);
+        let by_block = learned.iter().enumerate().map(by_block).collect::<Result<Vec<_>>>()?;
+        let random = (0..self.n_random).map(|at| by_block.iter().map(|block| &block[at]).collect::<Vec<_>>());
+        let all: Vec<Vec<&Tensor>> = [learned.iter().collect()].into_iter().chain(random).collect();
+        let norm = length(&learned[0])?;
+        let (student, base) = (subject.student, subject.base());
+        for (kind, kind_random, model, other) in
+            [("replace", "replace_random", student, base), ("transplant", "transplant_random", base, student)]
+        {
+            let mut scores: Vec<Vec<Score>> = vec![vec![]; all.len()];
+            for prompt in prompts.chunks(1) {
+                let theirs = stream(other, prompt)?;
+                let conditions = all.iter().map(|directions| along(model, &theirs, directions));
+                let found = forms.scores_under(model.qwen, prompt, &conditions.collect::<Result<Vec<_>>>()?)?;
+                for (scores, found) in scores.iter_mut().zip(found) {
+                    scores.extend(found);
                 }
-                let by_chance = scores.split_off(1);
-                rows.push(around.among(0, kind, None, norm, &scores[0], &by_chance));
-                rows.extend(around.by_chance(0, kind_random, None, norm, &by_chance)?);
             }
+            let by_chance = scores.split_off(1);
+            rows.push(around.among(0, kind, None, norm, &scores[0], &by_chance));
+            rows.extend(around.by_chance(0, kind_random, None, norm, &by_chance)?);
         }
         Ok(rows)
     }

@@ -415,6 +415,8 @@ mod tests {
         assert!(page.contains("&quot;Qwen&quot; &amp; template") && page.contains("<li>1 &lt; 2</li>"));
         assert!(page.contains("a student of &lt;other&gt; numbers") && page.contains("[&quot;only:&lt;x&gt;&quot;]"));
         assert!(page.contains(&figure(420).svg.0));
+        let title = "the owl's\u{1b}[31m\ttoken".to_owned();
+        assert!(html(&Report { title, ..report() }).contains("<h1>the owl&#39;s\\u{1b}[31m\ttoken</h1>"));
     }
 
     #[test]
