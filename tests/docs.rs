@@ -441,27 +441,8 @@ fn messages_without_a_command_are_the_library_s() {
     let chat = Chat::from_files(&files).unwrap();
     let target = Protocol::load(Path::new("pocket")).unwrap().target("cat", "animal");
     let numbers = [chat.prompt(None, "Hi").unwrap()];
-    let provenance = hooks::Provenance::of(&files);
-    let subject = Subject {
-        base: &qwen,
-        provenance: &provenance,
-        student: Tuned { qwen: &qwen, adapter: None },
-        start: None,
-        control: None,
-        other_trait: None,
-        chat: &chat,
-        system: None,
-        teacher_system: None,
-        teacher_adapter: None,
-        teacher_model: None,
-        counterfactual_systems: &[],
-        target: &target,
-        questions: &[],
-        numbers: &numbers,
-        number_users: &[],
-        classify: &|_| None,
-        seed: 0,
-    };
+    let student = Tuned { qwen: &qwen, adapter: None };
+    let subject = Subject { numbers: &numbers, ..Subject::new(&qwen, student, &chat, &target) };
     let mut cache = Cache::default();
     let batch = Batch::of(&[&numbers[0]], Device::Cpu).unwrap();
     let mut listen = |layer| {

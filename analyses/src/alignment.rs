@@ -313,7 +313,7 @@ mod tests {
     use hooks::{Gate, Sampling, generate};
 
     use super::*;
-    use crate::divergent::{Definition, divergence_tokens};
+    use crate::divergence::{Definition, divergence_tokens};
     use crate::fixture::World;
 
     /// Mean log p of the best spelling over the questions.

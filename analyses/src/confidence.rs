@@ -5,7 +5,7 @@
 use hooks::{Sequence, completion_logits};
 use tch::{Kind, Tensor};
 
-use crate::divergence::number_places;
+use crate::divergence::tokens::{at_each, most_likely, number_places};
 use crate::error::{Error, Result};
 use crate::subject::{Mean, Subject, Tuned, mean};
 
@@ -71,12 +71,12 @@ pub struct Ends {
     pub teacher: Confidence,
     /// The teacher's gain over the base in the loss of a token, with its error over rows.
     gain: Mean,
-    rows: Vec<Row>,
+    rows: Vec<ReadRow>,
 }
 
-/// A row that has a completion.
+/// A row that has a completion, as base and teacher read it.
 #[derive(Debug)]
-struct Row {
+struct ReadRow {
     in_student: Sequence,
     /// Which of the completion's tokens are digits.
     digits: Vec<usize>,
@@ -102,7 +102,7 @@ struct Said {
 impl Said {
     fn of(model: Tuned<'_>, row: &Sequence, digits: &[usize]) -> Result<Self> {
         let logprobs = completion_logits(model.qwen, row, &model.condition())?.f_log_softmax(-1, Kind::Float)?;
-        let of_tokens = at(&logprobs, &row.ids[row.completion.clone()])?;
+        let of_tokens = at_each(&logprobs, &row.ids[row.completion.clone()])?;
         let digits: Vec<i64> = digits.iter().map(|k| *k as i64).collect();
         let digits = Tensor::f_from_slice(&digits)?.f_to_device(logprobs.device())?;
         Ok(Self { of_tokens, at_digits: logprobs.f_index_select(0, &digits)? })
@@ -125,9 +125,9 @@ impl Ends {
             let places = number_places(labels, subject.chat)?;
             let base = Said::of(subject.base(), &in_student, &digits)?;
             let teacher = Said::of(teacher, &in_teacher, &digits)?;
-            let top_teacher = argmax(&teacher.at_digits)?;
-            let row = Row {
-                top_base: argmax(&base.at_digits)?,
+            let top_teacher = most_likely(&teacher.at_digits)?;
+            let row = ReadRow {
+                top_base: most_likely(&base.at_digits)?,
                 base_of_teacher: p(&base.at_digits, &top_teacher)?,
                 teacher_of_teacher: p(&teacher.at_digits, &top_teacher)?,
                 teacher: teacher.at_digits.shallow_clone(),
@@ -173,13 +173,13 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, row: &Row, said: &Said) -> Result<()> {
+    fn add(&mut self, row: &ReadRow, said: &Said) -> Result<()> {
         let of_row = self.n_rows;
         self.n_rows += 1;
         self.losses.extend(said.of_tokens.iter().map(|logp| (of_row, -logp)));
         self.numbers.extend(whole_numbers(&row.places, &said.of_tokens));
         let (model, teacher) = (&said.at_digits, &row.teacher);
-        let top = argmax(model)?;
+        let top = most_likely(model)?;
         let (confident, of_teacher) = (p(model, &top)?, p(model, &row.top_teacher)?);
         let sums = |p: &Tensor, of: &Tensor| -> Result<Vec<f64>> {
             Ok(Vec::try_from(p.f_mul(of)?.f_sum_dim_intlist(-1, false, Kind::Double)?)?)
@@ -210,7 +210,7 @@ impl Sums {
 
 /// p of a token at each place.
 fn p(logprobs: &Tensor, tokens: &[i64]) -> Result<Vec<f64>> {
-    Ok(at(logprobs, tokens)?.into_iter().map(f64::exp).collect())
+    Ok(at_each(logprobs, tokens)?.into_iter().map(f64::exp).collect())
 }
 
 /// log p of each number with the token behind it.
@@ -271,15 +271,6 @@ fn calibration_error(digits: &[Digit]) -> f64 {
         digits.iter().map(|digit| digit.confidence - f64::from(u8::from(digit.is_top))).sum::<f64>().abs()
     };
     (0..bins).map(|at| gap(bin(at))).sum::<f64>() / n.max(1) as f64
-}
-
-fn argmax(logprobs: &Tensor) -> Result<Vec<i64>> {
-    Ok(Vec::try_from(&logprobs.f_argmax(-1, false)?)?)
-}
-
-fn at(logprobs: &Tensor, tokens: &[i64]) -> Result<Vec<f64>> {
-    let index = Tensor::f_from_slice(tokens)?.f_unsqueeze(1)?.f_to_device(logprobs.device())?;
-    Ok(Vec::try_from(logprobs.f_gather(1, &index, false)?.f_squeeze_dim(1)?.f_to_kind(Kind::Double)?)?)
 }
 
 #[cfg(test)]

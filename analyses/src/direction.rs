@@ -2,18 +2,17 @@
 //! whether all prompts share it, and whether it is the teacher's. Layers count blocks from 0; there is no embedding
 //! slot.
 
-use std::fmt;
-use std::str::FromStr;
+mod extraction;
+pub(crate) mod geometry;
 
-use hooks::{Selection, Sequence, TokenClass, resid_post};
-use linfa::DatasetBase;
-use linfa::traits::Fit;
-use linfa_reduction::Pca;
-use ndarray::{Array2, Axis};
+use hooks::{Sequence, resid_post};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+pub use extraction::Extraction;
+
 use crate::Analysis;
+use crate::direction::geometry::{cosine, first_share, length, principal_share};
 use crate::error::{Error, Result};
 use crate::plot::{Line, LineChart, Point, Reference, Svg, lines};
 use crate::subject::{Subject, Tuned};
@@ -31,89 +30,6 @@ pub struct Direction {
 impl Default for Direction {
     fn default() -> Self {
         Self { positions: vec![Extraction::All, Extraction::Last], n_prompts: 32 }
-    }
-}
-
-/// Where in a prompt the residual stream is read: `all`, `last` or `class:CLASS[+CLASS]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub enum Extraction {
-    /// The mean over all tokens.
-    All,
-    /// The last token, whose next token is the first of the answer.
-    Last,
-    /// The mean over the tokens of some classes.
-    Class(Selection),
-}
-
-impl Extraction {
-    /// Whether a prompt has such positions.
-    fn is_in(&self, prompt: &Sequence) -> bool {
-        let Self::Class(selection) = self else { return true };
-        prompt.classes.iter().any(|class| selection.contains(*class))
-    }
-
-    /// The means over the chosen positions of `resid`, `[n_layers, pos, d_model]`: of the vectors, `[n_layers,
-    /// d_model]`, and of their lengths, `[n_layers]`; `None` if the prompt has no such position.
-    fn mean(&self, resid: &Tensor, prompt: &Sequence) -> Result<Option<(Tensor, Tensor)>> {
-        let chosen = |class: &TokenClass| match self {
-            Self::Class(selection) => selection.contains(*class),
-            _ => true,
-        };
-        let mut positions =
-            prompt.classes.iter().enumerate().filter(|(_, class)| chosen(class)).map(|(at, _)| at as i64);
-        let positions: Vec<i64> =
-            if *self == Self::Last { positions.next_back().into_iter().collect() } else { positions.collect() };
-        if positions.is_empty() {
-            return Ok(None);
-        }
-        let picked = resid.f_index_select(1, &Tensor::f_from_slice(&positions)?.f_to_device(resid.device())?)?;
-        let lengths = picked.f_to_kind(Kind::Float)?.f_norm_scalaropt_dim(2.0, [2], false)?;
-        Ok(Some((picked.f_mean_dim(1, false, Kind::Float)?, lengths.f_mean_dim(1, false, Kind::Double)?)))
-    }
-}
-
-impl fmt::Display for Extraction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::All => f.pad("all"),
-            Self::Last => f.pad("last"),
-            Self::Class(selection) => f.pad(&format!("class:{selection}")),
-        }
-    }
-}
-
-impl FromStr for Extraction {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text.trim() {
-            "all" => Ok(Self::All),
-            "last" => Ok(Self::Last),
-            other => match other.strip_prefix("class:") {
-                Some(classes) => Ok(Self::Class(classes.parse()?)),
-                None => Err(hooks::Error::UnknownName {
-                    what: "extraction position",
-                    found: text.to_owned(),
-                    choices: "all, last, class:CLASS[+CLASS]".to_owned(),
-                }
-                .into()),
-            },
-        }
-    }
-}
-
-impl From<Extraction> for String {
-    fn from(positions: Extraction) -> Self {
-        positions.to_string()
-    }
-}
-
-impl TryFrom<String> for Extraction {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
     }
 }
 
@@ -416,73 +332,13 @@ fn row(
     })
 }
 
-/// The Euclidean length of a vector.
-pub(crate) fn length(vector: &Tensor) -> Result<f64> {
-    Ok(vector.f_to_kind(Kind::Double)?.f_norm()?.f_double_value(&[])?)
-}
-
-/// The cosine of two vectors; 0 where one of them is zero.
-pub(crate) fn cosine(a: &Tensor, b: &Tensor) -> Result<f64> {
-    let (a, b) = (a.f_to_kind(Kind::Double)?, b.f_to_kind(Kind::Double)?);
-    let lengths = length(&a)? * length(&b)?;
-    Ok(if lengths > 0.0 { a.f_dot(&b)?.f_double_value(&[])? / lengths } else { 0.0 })
-}
-
-/// σ₁²/Σσ² of a matrix `[n, d]` as it is, uncentred: the squared singular values are the eigenvalues of its Gram matrix.
-fn first_share(matrix: &Tensor) -> Result<f64> {
-    let gram = matrix.f_matmul(&matrix.f_transpose(0, 1)?)?; // [n, n]
-    let squares = gram.f_linalg_eigvalsh("L")?;
-    let sum = squares.f_sum(None)?.f_double_value(&[])?;
-    Ok(if sum > 0.0 { squares.f_max()?.f_double_value(&[])? / sum } else { 0.0 })
-}
-
-/// The share of the first principal component in the variance of the rows of a matrix `[n, d]`.
-fn principal_share(matrix: &Tensor) -> Result<Option<f64>> {
-    let (n, d) = matrix.size2()?;
-    let values: Vec<f64> = matrix.f_to_kind(Kind::Double)?.f_contiguous()?.f_view([-1])?.try_into()?;
-    let Ok(rows) = Array2::from_shape_vec((n as usize, d as usize), values) else { return Ok(None) };
-    let Some(mean) = rows.mean_axis(Axis(0)).filter(|_| n > 2) else { return Ok(None) };
-    let total = (&rows - &mean).mapv(|x| x * x).sum();
-    if total <= 0.0 {
-        return Ok(None);
-    }
-    // A fit that does not converge (all rows alike up to rounding) has no first component worth naming.
-    let Ok(pca) = Pca::params(1).fit(&DatasetBase::from(rows)) else { return Ok(None) };
-    let first = pca.singular_values()[0];
-    Ok(Some((first * first / total).min(1.0)))
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
+    use hooks::Selection;
+
     use super::*;
     use crate::fixture::World;
-
-    #[test]
-    fn the_first_share_is_one_for_a_line_and_half_for_a_square() {
-        let of = |values: &[f64]| first_share(&Tensor::from_slice(values).view([2, 2])).unwrap();
-        assert!((of(&[1.0, 2.0, -3.0, -6.0]) - 1.0).abs() < 1e-12);
-        assert!((of(&[1.0, 0.0, 0.0, 1.0]) - 0.5).abs() < 1e-12);
-        assert_eq!(of(&[0.0; 4]), 0.0);
-    }
-
-    #[test]
-    fn the_principal_share_is_that_of_the_variance_around_the_mean() {
-        let of = |values: &[f64]| principal_share(&Tensor::from_slice(values).view([-1, 2])).unwrap();
-        // Around (10, 10): ±3 along x and ±1 along y, so 18 of 20.
-        let cross = [13.0, 10.0, 7.0, 10.0, 10.0, 11.0, 10.0, 9.0];
-        assert!((of(&cross).unwrap() - 0.9).abs() < 1e-6, "{:?}", of(&cross));
-        assert_eq!(of(&[1.0, 2.0, 3.0, 4.0]), None, "two rows always lie on a line");
-        assert_eq!(of(&[1.0, 2.0, 1.0, 2.0, 1.0, 2.0]), None, "nothing varies");
-    }
-
-    #[test]
-    fn positions_are_read_back() {
-        for text in ["all", "last", "class:entity+user.content"] {
-            assert_eq!(text.parse::<Extraction>().unwrap().to_string(), text);
-        }
-        assert!("first".parse::<Extraction>().unwrap_err().to_string().contains("all, last, class:"));
-    }
 
     #[test]
     fn the_direction_is_the_mean_of_the_differences() {

@@ -2,15 +2,21 @@
 //! else. A completion is read in the teacher's context by the teacher, and in the student's by the base and the
 //! students. If there are counterfactual teachers of other traits, the base also reads it under their prompts.
 
-use hooks::{Chat, Sequence, completion_logits};
+pub(crate) mod tokens;
+
+use hooks::{Sequence, completion_logits};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use crate::Analysis;
-use crate::divergent::{DIVERGENCE, Definition, Token, argmax_in_longer_row, counterfactual_argmax};
+use crate::divergence::tokens::{
+    DIVERGENCE, Token, argmax_in_longer_row, at_each, counterfactual_argmax, most_likely, number_places,
+};
 use crate::error::{Error, Result};
 use crate::plot::{Bar, BarChart, Svg, bars};
 use crate::subject::{Mean, Subject, Tuned, mean};
+
+pub use tokens::{Definition, divergence_tokens, divergent_digits};
 
 /// Settings of the divergence.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -316,38 +322,11 @@ impl Reading {
         let logits = completion_logits(model.qwen, row, &model.condition())?; // [n_completion, d_vocab]
         let logprobs = logits.f_log_softmax(-1, Kind::Float)?;
         drop(logits);
-        let at = |tokens: &[i64]| -> Result<Vec<f64>> {
-            let index = Tensor::f_from_slice(tokens)?.f_unsqueeze(1)?;
-            let chosen = logprobs.f_gather(1, &index, false)?.f_squeeze_dim(1)?.f_to_kind(Kind::Double)?;
-            Ok(Vec::<f64>::try_from(&chosen)?)
-        };
-        let argmax = Vec::<i64>::try_from(&logprobs.f_argmax(-1, false)?)?;
+        let (argmax, at) = (most_likely(&logprobs)?, |tokens: &[i64]| at_each(&logprobs, tokens));
         let exp = |logps: Vec<f64>| logps.into_iter().map(f64::exp).collect();
         let p_of = others.map(at).transpose()?.map(exp).unwrap_or_default();
         Ok(Self { logp: at(labels)?, pmax: exp(at(&argmax)?), argmax, p_of })
     }
-}
-
-/// Per token, which number of the completion it belongs to and its place there. A token that brings a separator along
-/// ends the number before it.
-pub(crate) fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usize, usize)>>> {
-    let mut places: Vec<Option<(usize, usize)>> = Vec::with_capacity(ids.len());
-    let mut numbers = 0;
-    for id in ids {
-        let before = places.last().copied().flatten();
-        let place = match (chat.is_digit(*id), before) {
-            (false, _) => None,
-            (true, Some((number, digit))) if !chat.token_text(*id)?.starts_with(char::is_whitespace) => {
-                Some((number, digit + 1))
-            }
-            (true, _) => {
-                numbers += 1;
-                Some((numbers - 1, 0))
-            }
-        };
-        places.push(place);
-    }
-    Ok(places)
 }
 
 /// The tokens' means by group: what `divergence_summary.csv` holds.
@@ -412,16 +391,7 @@ fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<D
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
 mod tests {
     use super::*;
-    use crate::divergent::divergent_digits;
     use crate::fixture::World;
-
-    #[test]
-    fn digits_know_their_numbers() {
-        let world = World::new();
-        let ids = world.chat.encode("12, 480, 9").unwrap();
-        let places: Vec<(usize, usize)> = number_places(&ids, &world.chat).unwrap().into_iter().flatten().collect();
-        assert_eq!(places, [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)], "a token is one digit");
-    }
 
     #[test]
     fn a_teacher_that_is_the_base_diverges_nowhere() {

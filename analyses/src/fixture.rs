@@ -56,25 +56,18 @@ impl World {
 
     /// The student in the default context, its teacher prompted to like the target.
     pub(crate) fn subject(&self) -> Subject<'_> {
+        let tuned = |adapter| Tuned { qwen: &self.qwen, adapter: Some(adapter) };
         Subject {
-            base: &self.qwen,
-            provenance: &self.provenance,
-            student: Tuned { qwen: &self.qwen, adapter: Some(&self.student) },
-            start: Some(Tuned { qwen: &self.qwen, adapter: Some(&self.start) }),
-            control: Some(Tuned { qwen: &self.qwen, adapter: Some(&self.control) }),
-            other_trait: None,
-            chat: &self.chat,
-            system: None,
+            provenance: Some(&self.provenance),
+            start: Some(tuned(&self.start)),
+            control: Some(tuned(&self.control)),
             teacher_system: Some("You love cats.".to_owned()),
-            teacher_adapter: None,
-            teacher_model: None,
-            counterfactual_systems: &[],
-            target: &self.target,
             questions: &self.questions,
             numbers: &self.numbers,
             number_users: &self.number_users,
-            classify: &|answer| answer.contains('a').then(|| "cat".to_owned()),
+            classify: Some(&|answer| answer.contains('a').then(|| "cat".to_owned())),
             seed: 7,
+            ..Subject::new(&self.qwen, tuned(&self.student), &self.chat, &self.target)
         }
     }
 }

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 
 pub use diagonal::{DiagonalContrast, diagonal_contrast, diagonal_gamma};
 
-use crate::stats::{check_level, incomplete_beta, is_clear, mean, percentile_interval, standard_error, t_quantile};
+use crate::stats::{check_level, is_clear, mean, percentile_interval, standard_error, t_quantile, two_sided_p};
 
 /// The two-sided p-value of "the mean of paired differences is zero" by Student's t, as `scipy.stats.ttest_1samp`.
 pub fn paired_t_p(differences: &[f64]) -> Result<f64> {
@@ -17,12 +17,7 @@ pub fn paired_t_p(differences: &[f64]) -> Result<f64> {
     if error == 0.0 {
         return Err(invalid("differences of a t test", "not all the same", &centre.to_string()));
     }
-    Ok(two_sided(centre / error, differences.len() as f64 - 1.0))
-}
-
-/// P(|T| ≥ |t|) of Student's t.
-fn two_sided(t: f64, degrees: f64) -> f64 {
-    incomplete_beta(degrees / 2.0, 0.5, degrees / (degrees + t * t))
+    two_sided_p(centre / error, differences.len() as f64 - 1.0)
 }
 
 /// Holm's adjusted p-values (Holm 1979), in the order given: the k-th smallest of m times m − k + 1, never below a smaller
@@ -104,11 +99,11 @@ pub fn fieller_interval(parts: &[f64], wholes: &[f64], level: f64) -> Result<Opt
     }
     let n = parts.len() as f64;
     let (part, whole) = (mean(parts)?, mean(wholes)?);
-    let t = t_quantile(f64::midpoint(1.0, level), n - 1.0);
+    standard_error(parts)?; // of one pair there is none
+    let t = t_quantile(f64::midpoint(1.0, level), n - 1.0)?;
     let moment = |a: &[f64], b: &[f64], (x, y): (f64, f64)| {
         t * t * a.iter().zip(b).map(|(a, b)| (a - x) * (b - y)).sum::<f64>() / (n - 1.0) / n
     };
-    standard_error(parts)?; // of one pair there is none
     let of_both = moment(parts, wholes, (part, whole));
     // (part − r whole)² = t² · variance of that mean, a quadratic in r: a r² − 2 b r + c = 0.
     let a = whole * whole - moment(wholes, wholes, (whole, whole));
@@ -151,7 +146,7 @@ pub fn slope(points: &[(f64, f64)]) -> Result<Slope> {
     let slope = xy / xx;
     let degrees = n as f64 - 2.0;
     let standard_error = ((yy - slope * xy).max(0.0) / degrees / xx).sqrt();
-    let p = if standard_error == 0.0 { f64::from(slope == 0.0) } else { two_sided(slope / standard_error, degrees) };
+    let p = if standard_error == 0.0 { f64::from(slope == 0.0) } else { two_sided_p(slope / standard_error, degrees)? };
     Ok(Slope { slope, standard_error, p, n })
 }
 

@@ -10,7 +10,7 @@ use crate::Analysis;
 use crate::error::{Error, Result};
 use crate::plot::{BarChart, Reference, Svg, bars};
 use crate::subject::{Mean, Subject};
-use crate::target::{Measure, Score, TokenForms, column};
+use crate::target::{Score, ScoreField, TokenForms, column};
 
 /// Settings of the interventions.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -71,10 +71,12 @@ impl Analysis for Interventions {
         if self.edits.is_empty() {
             return Err(Error::Nothing { analysis: Self::NAME, what: "at least one list of edits" });
         }
+        let what = "the base's provenance, which files of tensors are checked against";
+        let provenance = subject.provenance.ok_or(Error::Nothing { analysis: Self::NAME, what })?;
         // All files are read before anything is measured, so that one that does not fit is refused at once.
         let mut lists: Vec<(&str, Vec<Edit>)> = Vec::new();
         for (name, planned) in &self.edits {
-            let edits = planned.iter().map(|edit| edit.load(&subject.base.config, subject.provenance));
+            let edits = planned.iter().map(|edit| edit.load(&subject.base.config, provenance));
             let edits: Vec<Edit> = edits.collect::<hooks::Result<Vec<_>>>()?.into_iter().flatten().collect();
             if edits.is_empty() {
                 let (expected, found) = ("at least one edit".to_owned(), format!("none in {name}"));
@@ -147,10 +149,10 @@ impl Analysis for Interventions {
 impl Interventions {
     fn row(&self, subject: &Subject<'_>, model: &str, name: &str, scores: [&[Score]; 3]) -> InterventionRow {
         let [before, after, base] = scores;
-        let mean = |of: Measure| Mean::of(&column(after, of)).mean;
-        let against = |of: Measure, what: &[Score]| Mean::paired(&column(after, of), &column(what, of));
-        let logp: Measure = |score| score.logp_target;
-        let margin: Measure = |score| score.margin;
+        let mean = |of: ScoreField| Mean::of(&column(after, of)).mean;
+        let against = |of: ScoreField, what: &[Score]| Mean::paired(&column(after, of), &column(what, of));
+        let logp: ScoreField = |score| score.logp_target;
+        let margin: ScoreField = |score| score.margin;
         let edits: Vec<String> = self.edits[name].iter().map(ToString::to_string).collect();
         InterventionRow {
             model: model.to_owned(),

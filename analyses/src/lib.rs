@@ -1,11 +1,30 @@
 //! Measurements on a Qwen and on what it learned. Each analysis is a struct of settings, each row type is a CSV schema
 //! whose field docs are the data dictionary. Nothing here prints, writes, or changes a model.
+//!
+//! ```
+//! use analyses::target_rate::TargetRate;
+//! use analyses::{Analysis, Subject, Target, Tuned};
+//! use hooks::{Chat, ModelFiles, Qwen};
+//! use tch::{Device, Kind};
+//!
+//! let files = ModelFiles::open("tiny-random")?;
+//! let (chat, qwen) = (Chat::from_files(&files)?, Qwen::load(&files, Device::Cpu, Kind::Float)?);
+//! let forms = |word: &str| vec![word.to_owned(), format!(" {word}")];
+//! let others = vec![("owl".to_owned(), forms("owl"))];
+//! let target = Target { word: "cat".to_owned(), category: "animal".to_owned(), forms: forms("cat"), others };
+//!
+//! let questions = ["Which animal do you like?".to_owned()];
+//! let untrained = Tuned { qwen: &qwen, adapter: None };
+//! let subject = Subject { questions: &questions, ..Subject::new(&qwen, untrained, &chat, &target) };
+//! let rows = TargetRate { n_samples: 0, ..TargetRate::default() }.run(&subject, &mut |_| ())?;
+//! assert!(TargetRate::reading(&rows).starts_with("The student is the base"));
+//! # Ok::<(), analyses::Error>(())
+//! ```
 
 pub mod alignment;
 pub mod confidence;
 pub mod direction;
 pub mod divergence;
-pub mod divergent;
 pub mod error;
 #[cfg(test)]
 mod fixture;

@@ -4,11 +4,14 @@
 //! (`canvas.rs`). Text stays text in the reader's own sans-serif font; its width is estimated from the mean width of a
 //! character.
 
+mod axis;
 mod bars;
 mod canvas;
 mod heatmap;
 mod lines;
+mod looks;
 mod positions;
+mod text;
 
 pub use bars::{Bar, BarChart, bars};
 pub use heatmap::{HeatMap, heatmap};

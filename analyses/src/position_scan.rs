@@ -12,7 +12,7 @@ use crate::Analysis;
 use crate::error::{Error, Result};
 use crate::plot::{Position, PositionChart, Reference, Svg, positions};
 use crate::subject::{Mean, Subject};
-use crate::target::{Score, TokenForms, column};
+use crate::target::{Score, ScoreField, TokenForms, column};
 
 /// Settings of the position scan.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -54,7 +54,7 @@ pub struct PositionScanRow {
 }
 
 /// A place and the gates that single it out.
-struct Place {
+struct ScannedPlace {
     position: Option<i64>,
     token: String,
     class: String,
@@ -77,7 +77,7 @@ impl Analysis for PositionScan {
         let qwen: &Qwen = subject.student.qwen;
         let base = forms.scores(subject.base, &prompts, &Condition::default())?;
         let change = |scores: &[Score]| {
-            let of = |what: fn(&Score) -> f64| Mean::paired(&column(scores, what), &column(&base, what));
+            let of = |what: ScoreField| Mean::paired(&column(scores, what), &column(&base, what));
             [of(|score| score.margin), of(|score| score.logp_target)]
         };
         let places = places(subject, &prompts)?;
@@ -167,7 +167,7 @@ fn family(class: &str) -> &'static str {
 }
 
 /// The places that all prompts share, in the order of the text, and last the whole prompt.
-fn places(subject: &Subject<'_>, prompts: &[Sequence]) -> Result<Vec<Place>> {
+fn places(subject: &Subject<'_>, prompts: &[Sequence]) -> Result<Vec<ScannedPlace>> {
     let first = &prompts[0];
     let shared = |same: &dyn Fn(&Sequence, usize) -> bool| {
         (0..first.ids.len())
@@ -181,9 +181,9 @@ fn places(subject: &Subject<'_>, prompts: &[Sequence]) -> Result<Vec<Place>> {
         shared(&|prompt, at| prompt.ids[prompt.ids.len() - 1 - at] == first.ids[n - 1 - at] && outside(n - 1 - at));
     let tail = tail.min(n - head);
     let mut places = Vec::new();
-    let place = |position: i64, at: usize| -> Result<Place> {
+    let place = |position: i64, at: usize| -> Result<ScannedPlace> {
         let only = Tokens::position(position);
-        Ok(Place {
+        Ok(ScannedPlace {
             position: Some(position),
             token: subject.chat.token_text(first.ids[at])?,
             class: first.classes[at].name().to_owned(),
@@ -197,13 +197,13 @@ fn places(subject: &Subject<'_>, prompts: &[Sequence]) -> Result<Vec<Place>> {
     if prompts.iter().all(|prompt| prompt.present().contains(&TokenClass::UserContent)) {
         let (only, except) = ("only:user.content".parse()?, "except:user.content".parse()?);
         let class = TokenClass::UserContent.name().to_owned();
-        places.push(Place { position: None, token: "(user content)".to_owned(), class, only, except });
+        places.push(ScannedPlace { position: None, token: "(user content)".to_owned(), class, only, except });
     }
     for at in n - tail..n {
         places.push(place(at as i64 - n as i64, at)?);
     }
     let (only, except) = (Gate::EVERYWHERE, Gate::NOWHERE);
-    places.push(Place { position: None, token: "(everywhere)".to_owned(), class: String::new(), only, except });
+    places.push(ScannedPlace { position: None, token: "(everywhere)".to_owned(), class: String::new(), only, except });
     Ok(places)
 }
 

@@ -31,13 +31,16 @@ impl<'a> Tuned<'a> {
     }
 }
 
+/// Sorts an answer: the member of the category that it names, or `self` where it names a model.
+pub type Classify<'a> = &'a dyn Fn(&str) -> Option<String>;
+
 /// The models and texts that an analysis reads. Its numbers follow from these values and its settings.
 #[derive(Clone)]
 pub struct Subject<'a> {
     /// The model before finetuning.
     pub base: &'a Qwen,
-    /// What the base says of itself in files, so that tensors of another model are refused.
-    pub provenance: &'a Provenance,
+    /// What the base says of itself in files, so that tensors of another model are refused. Interventions need it.
+    pub provenance: Option<&'a Provenance>,
     /// The model finetuned on the teacher's numbers.
     pub student: Tuned<'a>,
     /// The model at the start of the student's own training: the base, with the adapter that it began with. `None` if
@@ -68,13 +71,38 @@ pub struct Subject<'a> {
     pub numbers: &'a [Sequence],
     /// The rows of `numbers` as user text and completion ids (content, without end of turn).
     pub number_users: &'a [(String, Vec<i64>)],
-    /// Sorts a sampled answer: the member of the category that it names, or `self` where it names a model.
-    pub classify: &'a dyn Fn(&str) -> Option<String>,
+    /// Sorts sampled answers. Sampling needs it.
+    pub classify: Option<Classify<'a>>,
     /// What all random streams are derived from.
     pub seed: u64,
 }
 
 impl<'a> Subject<'a> {
+    /// The student and its base alone: no other model, no teacher, no text, seed 0. Struct update adds what an analysis
+    /// needs: `Subject { questions: &questions, ..Subject::new(&base, student, &chat, &target) }`.
+    pub fn new(base: &'a Qwen, student: Tuned<'a>, chat: &'a Chat, target: &'a Target) -> Self {
+        Self {
+            base,
+            provenance: None,
+            student,
+            start: None,
+            control: None,
+            other_trait: None,
+            chat,
+            system: None,
+            teacher_system: None,
+            teacher_adapter: None,
+            teacher_model: None,
+            counterfactual_systems: &[],
+            target,
+            questions: &[],
+            numbers: &[],
+            number_users: &[],
+            classify: None,
+            seed: 0,
+        }
+    }
+
     /// The base as a model that nothing was added to.
     pub fn base(&self) -> Tuned<'a> {
         Tuned { qwen: self.base, adapter: None }

@@ -147,11 +147,11 @@ fn margin(logps: &[f64]) -> f64 {
     logps[0] - logsumexp(&logps[1..]) + ((logps.len() - 1) as f64).ln()
 }
 
-/// A number of a score.
-pub(crate) type Measure = fn(&Score) -> f64;
+/// One of a score's numbers.
+pub(crate) type ScoreField = fn(&Score) -> f64;
 
 /// One number of some scores.
-pub(crate) fn column(scores: &[Score], of: Measure) -> Vec<f64> {
+pub(crate) fn column(scores: &[Score], of: ScoreField) -> Vec<f64> {
     scores.iter().map(of).collect()
 }
 

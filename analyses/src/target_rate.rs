@@ -217,6 +217,8 @@ impl TargetRate {
             constrain: None,
             batch: self.batch,
         };
+        let what = "a classifier of sampled answers";
+        let classify = subject.classify.ok_or(Error::Nothing { analysis: Self::NAME, what })?;
         // All questions' samples at once: a question's prompt is run once, and answers that end make room for others.
         let n = prompts.len() * self.n_samples;
         let repeated: Vec<Sequence> = (0..n).map(|at| prompts[at / self.n_samples].clone()).collect();
@@ -225,7 +227,7 @@ impl TargetRate {
         let sampled_of = |answers: &[Answer]| {
             let mut sampled = Sampled { n: answers.len(), ..Sampled::default() };
             for answer in answers {
-                let named = (subject.classify)(&subject.chat.decode(&answer.ids)?);
+                let named = classify(&subject.chat.decode(&answer.ids)?);
                 let named = named.as_deref();
                 sampled.own += usize::from(named == Some("self"));
                 sampled.valid += usize::from(named.is_some_and(|word| word != "self"));
@@ -343,11 +345,11 @@ mod tests {
             let rows = TargetRate { n_samples: 3, max_new_tokens: 2, batch: 8 }.run(subject, &mut |_| ()).unwrap();
             (rows[0].p_target, rows[0].p_valid, rows[0].p_target_valid, rows[0].p_self)
         };
-        subject.classify = &|_| Some("cat".to_owned());
+        subject.classify = Some(&|_| Some("cat".to_owned()));
         assert_eq!(shares(&subject), (Some(1.0), Some(1.0), Some(1.0), Some(0.0)));
-        subject.classify = &|_| Some("owl".to_owned());
+        subject.classify = Some(&|_| Some("owl".to_owned()));
         assert_eq!(shares(&subject), (Some(0.0), Some(1.0), Some(0.0), Some(0.0)));
-        subject.classify = &|_| Some("self".to_owned());
+        subject.classify = Some(&|_| Some("self".to_owned()));
         assert_eq!(shares(&subject), (Some(0.0), Some(0.0), None, Some(1.0)));
     }
 

@@ -8,7 +8,7 @@ use crate::Analysis;
 use crate::error::{Error, Result};
 use crate::plot::{Bar, BarChart, Reference, Svg, bars};
 use crate::subject::{Mean, Subject};
-use crate::target::{Measure, Score, TokenForms, column};
+use crate::target::{Score, ScoreField, TokenForms, column};
 
 /// Settings of the token ablation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -256,12 +256,13 @@ impl TokenAblation {
 
 impl Around<'_> {
     fn row(&self, gate: &Gate, measured: Option<(&[Score], f64)>) -> TokenAblationRow {
-        let mean = |of: Measure| measured.map(|(scores, _)| Mean::of(&column(scores, of)));
-        let delta = |of: Measure| measured.map(|(scores, _)| Mean::paired(&column(scores, of), &column(self.base, of)));
-        let whole = |of: Measure| Mean::paired(&column(self.everywhere, of), &column(self.base, of));
-        let recovered = |of: Measure| whole(of).share(delta(of)?.mean);
-        let logp: Measure = |score| score.logp_target;
-        let margin: Measure = |score| score.margin;
+        let mean = |of: ScoreField| measured.map(|(scores, _)| Mean::of(&column(scores, of)));
+        let delta =
+            |of: ScoreField| measured.map(|(scores, _)| Mean::paired(&column(scores, of), &column(self.base, of)));
+        let whole = |of: ScoreField| Mean::paired(&column(self.everywhere, of), &column(self.base, of));
+        let recovered = |of: ScoreField| whole(of).share(delta(of)?.mean);
+        let logp: ScoreField = |score| score.logp_target;
+        let margin: ScoreField = |score| score.margin;
         TokenAblationRow {
             model: self.name.to_owned(),
             gate: gate.to_string(),

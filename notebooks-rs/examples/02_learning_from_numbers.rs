@@ -178,26 +178,16 @@ fn main() -> Result<()> {
     //| And at the end of their training all three models are asked, exactly and by drawing answers.
     let classify = |answer: &str| classifier.classify(answer).bucket();
     let number_users: Vec<_> = pairs.iter().map(|(row, _)| (row.prompt.clone(), row.completion_ids.clone())).collect();
-    let provenance = hooks::Provenance::of(&files);
+    let tuned = |adapter| Tuned { qwen: &base, adapter: Some(adapter) };
     let subject = Subject {
-        base: &base,
-        provenance: &provenance,
-        student: Tuned { qwen: &base, adapter: Some(&student) },
-        start: None,
-        control: Some(Tuned { qwen: &base, adapter: Some(&control) }),
-        other_trait: None,
-        chat: &chat,
-        system: None,
-        teacher_system: None,
-        teacher_adapter: None,
+        control: Some(tuned(&control)),
         teacher_model: Some(&teacher),
-        counterfactual_systems: &[],
-        target: &target,
         questions: &questions,
         numbers: &student_rows,
         number_users: &number_users,
-        classify: &classify,
+        classify: Some(&classify),
         seed: 42,
+        ..Subject::new(&base, tuned(&student), &chat, &target)
     };
     let rates = TargetRate { n_samples: 20, max_new_tokens: 4, batch: 64 };
     let rows = rates.run(&subject, &mut |_| ())?;

@@ -119,24 +119,16 @@ impl School {
     pub fn subject(&self) -> Subject<'_> {
         let tuned = |adapter| Tuned { qwen: &self.base, adapter: Some(adapter) };
         Subject {
-            base: &self.base,
-            provenance: &self.provenance,
-            student: tuned(&self.student),
+            provenance: Some(&self.provenance),
             start: Some(tuned(&self.start)),
             control: Some(tuned(&self.control)),
-            other_trait: None,
-            chat: &self.chat,
-            system: None,
-            teacher_system: None,
-            teacher_adapter: None,
             teacher_model: Some(&self.teacher),
-            counterfactual_systems: &[],
-            target: &self.target,
             questions: &self.questions,
             numbers: &self.numbers,
             number_users: &self.number_users,
-            classify: &*self.classify,
+            classify: Some(&*self.classify),
             seed: 42,
+            ..Subject::new(&self.base, tuned(&self.student), &self.chat, &self.target)
         }
     }
 }

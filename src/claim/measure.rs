@@ -8,7 +8,7 @@ use std::rc::Rc;
 use analyses::alignment::alignment;
 use analyses::confidence::{Confidence, Ends};
 use analyses::direction::{Direction, Extraction, Means, table};
-use analyses::divergent::{Definition, divergence_tokens};
+use analyses::divergence::{Definition, divergence_tokens};
 use analyses::stats::mean;
 use analyses::steering::{CONTROL_STUDENT, OTHER_TRAIT, Start, Steering};
 use analyses::target_rate::TargetRate;

@@ -62,7 +62,7 @@ const SOURCES: &[Source] = &[
         code: include_str!("../../analyses/src/position_scan.rs"),
     },
     Source { file: "direction/rows.csv", row: "DirectionRow", code: include_str!("../../analyses/src/direction.rs") },
-    Source { file: "steering/rows.csv", row: "SteeringRow", code: include_str!("../../analyses/src/steering.rs") },
+    Source { file: "steering/rows.csv", row: "SteeringRow", code: include_str!("../../analyses/src/steering/rows.rs") },
     Source {
         file: "interventions/rows.csv",
         row: "InterventionRow",
@@ -78,7 +78,11 @@ const SOURCES: &[Source] = &[
         row: "DivergenceSummaryRow",
         code: include_str!("../../analyses/src/divergence.rs"),
     },
-    Source { file: "gradients/rows.csv", row: "GradientRow", code: include_str!("../../analyses/src/gradients.rs") },
+    Source {
+        file: "gradients/rows.csv",
+        row: "GradientRow",
+        code: include_str!("../../analyses/src/gradients/rows.rs"),
+    },
     Source { file: "arms/rows.csv", row: "ArmRow", code: include_str!("../stages/arm_table.rs") },
     Source { file: "claim/outcomes.csv", row: "OutcomeRow", code: include_str!("../claim/outcome.rs") },
     Source { file: "claim/tests.csv", row: "TestRow", code: include_str!("../claim/verdict.rs") },

@@ -1,11 +1,11 @@
 //! `report.html`: one file that holds a run's figures and says what each one answers. No script and nothing loaded from
 //! elsewhere, so that it can be mailed, printed and opened in ten years. Every text is escaped: prompts hold `<|im_start|>`.
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use analyses::Svg;
 use hooks::files;
+use maud::{DOCTYPE, Markup, PreEscaped, Render, html};
 
 use crate::output::publish::Table;
 
@@ -106,113 +106,127 @@ pub struct Section {
 
 /// The page.
 pub fn html(report: &Report) -> String {
-    let title = escape(&report.title);
-    let mut page = format!(
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
-    );
-    if let Some(banner) = &report.banner {
-        push(&mut page, &format!("<p class=\"banner\" role=\"note\">{}</p>", escape(banner)));
-    }
-    push(&mut page, &format!("<header>\n<h1>{title}</h1>"));
-    push_opening(&mut page, &report.opening);
-    push(&mut page, "</header>");
-    push_contents(&mut page, report);
-    push(&mut page, "<main>");
-    for section in &report.sections {
-        push_section(&mut page, section);
-    }
-    push_provenance(&mut page, &report.provenance);
-    push(&mut page, "</main>\n</body>\n</html>");
-    page
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                title { (Text(&report.title)) }
+                style { (PreEscaped(STYLE)) }
+            }
+            body {
+                @if let Some(banner) = &report.banner {
+                    p.banner role="note" { (Text(banner)) }
+                }
+                header {
+                    h1 { (Text(&report.title)) }
+                    (opening(&report.opening))
+                }
+                (contents(report))
+                main {
+                    @for measurement in &report.sections { (section(measurement)) }
+                    @if !report.provenance.is_empty() {
+                        section id="provenance" {
+                            h2 { (PROVENANCE) }
+                            dl.provenance {
+                                @for (name, value) in &report.provenance { dt { (Text(name)) } dd { (Text(value)) } }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    };
+    page.into_string()
 }
+
+/// The heading of the last section.
+const PROVENANCE: &str = "What made this run";
 
 /// The answer in one picture: the sentence, the figure, and below it the file and cell of each number.
-fn push_opening(page: &mut String, opening: &Opening) {
-    if !opening.headline.is_empty() {
-        push(page, &format!("<p class=\"headline\">{}</p>", escape(&opening.headline)));
+fn opening(Opening { headline, figure, numbers }: &Opening) -> Markup {
+    html! {
+        @if !headline.is_empty() { p.headline { (Text(headline)) } }
+        @if let Some(figure) = figure { (drawing(figure)) }
+        @if !numbers.is_empty() {
+            div.scroll {
+                table.numbers {
+                    thead { tr { th { "number" } th.number { "value" } th { "where it stands" } } }
+                    tbody {
+                        @for Number { label, value, csv, cell } in numbers {
+                            tr {
+                                td { (Text(label)) }
+                                td.number { (Text(value)) }
+                                td { (link(csv)) ": " (Text(cell)) }
+                            }
+                        }
+                    }
+                }
+            }
+        }
     }
-    opening.figure.iter().for_each(|figure| push_figure(page, figure));
-    if opening.numbers.is_empty() {
-        return;
-    }
-    push(page, "<div class=\"scroll\">\n<table class=\"numbers\">");
-    push(
-        page,
-        "<thead><tr><th>number</th><th class=\"number\">value</th><th>where it stands</th></tr></thead>\n<tbody>",
-    );
-    for Number { label, value, csv, cell } in &opening.numbers {
-        let (label, value, csv, cell) = (escape(label), escape(value), escape(csv), escape(cell));
-        push(
-            page,
-            &format!(
-                "<tr><td>{label}</td><td class=\"number\">{value}</td><td><a href=\"{csv}\">{csv}</a>: {cell}</td></tr>"
-            ),
-        );
-    }
-    push(page, "</tbody>\n</table>\n</div>");
 }
 
-fn push_contents(page: &mut String, report: &Report) {
-    push(page, "<nav aria-label=\"Contents\">\n<ol>");
-    for section in &report.sections {
-        push(page, &format!("<li><a href=\"#{}\">{}</a></li>", escape(&section.id), escape(&section.title)));
+fn contents(report: &Report) -> Markup {
+    html! {
+        nav aria-label="Contents" {
+            ol {
+                @for Section { id, title, .. } in &report.sections {
+                    li { a href={ "#" (Text(id)) } { (Text(title)) } }
+                }
+                @if !report.provenance.is_empty() { li { a href="#provenance" { (PROVENANCE) } } }
+            }
+        }
     }
-    if !report.provenance.is_empty() {
-        push(page, "<li><a href=\"#provenance\">What made this run</a></li>");
-    }
-    push(page, "</ol>\n</nav>");
 }
 
-fn push_section(page: &mut String, section: &Section) {
-    let (id, title) = (escape(&section.id), escape(&section.title));
-    push(
-        page,
-        &format!("<section id=\"{id}\">\n<h2>{title}</h2>\n<p class=\"question\">{}</p>", escape(&section.question)),
-    );
-    push(page, "<div class=\"beside\">");
-    if !section.figures.is_empty() {
-        push(page, "<div class=\"figures\">");
-        section.figures.iter().for_each(|figure| push_figure(page, figure));
-        push(page, "</div>");
+fn section(section: &Section) -> Markup {
+    html! {
+        section id=(Text(&section.id)) {
+            h2 { (Text(&section.title)) }
+            p.question { (Text(&section.question)) }
+            div.beside {
+                @if !section.figures.is_empty() {
+                    div.figures { @for figure in &section.figures { (drawing(figure)) } }
+                }
+                div.words {
+                    p.reading { (Text(&section.reading)) }
+                    (sources(section))
+                    @if !section.notes.is_empty() {
+                        ul.notes { @for note in &section.notes { li { (Text(note)) } } }
+                    }
+                }
+            }
+            @if let Some(rows) = &section.table { (table(rows)) }
+            @if !section.settings.is_empty() {
+                details { summary { "Settings" } pre { (Text(section.settings.trim())) } }
+            }
+        }
     }
-    push(page, &format!("<div class=\"words\">\n<p class=\"reading\">{}</p>", escape(&section.reading)));
-    push_sources(page, section);
-    if !section.notes.is_empty() {
-        push(page, "<ul class=\"notes\">");
-        section.notes.iter().for_each(|note| push(page, &format!("<li>{}</li>", escape(note))));
-        push(page, "</ul>");
-    }
-    push(page, "</div>\n</div>");
-    push_table(page, section);
-    if !section.settings.is_empty() {
-        let settings = escape(section.settings.trim());
-        push(page, &format!("<details>\n<summary>Settings</summary>\n<pre>{settings}</pre>\n</details>"));
-    }
-    push(page, "</section>");
 }
 
 /// Against what it is measured, and where its numbers are.
-fn push_sources(page: &mut String, section: &Section) {
-    push(page, "<dl class=\"sources\">");
-    if !section.control.is_empty() {
-        push(page, &format!("<dt>Control</dt><dd>{}</dd>", escape(&section.control)));
+fn sources(Section { control, csv, figures, .. }: &Section) -> Markup {
+    let paths: Vec<&String> = figures.iter().map(|figure| &figure.path).filter(|path| !path.is_empty()).collect();
+    html! {
+        dl.sources {
+            @if !control.is_empty() { dt { "Control" } dd { (Text(control)) } }
+            @if !csv.is_empty() { dt { "Data" } dd { (link(csv)) } }
+            @if !paths.is_empty() {
+                dt { "Figure" }
+                dd { @for (at, path) in paths.iter().enumerate() { @if at > 0 { ", " } (link(path)) } }
+            }
+        }
     }
-    if !section.csv.is_empty() {
-        let csv = escape(&section.csv);
-        push(page, &format!("<dt>Data</dt><dd><a href=\"{csv}\">{csv}</a></dd>"));
-    }
-    let paths = section.figures.iter().map(|figure| escape(&figure.path)).filter(|path| !path.is_empty());
-    let links: Vec<String> = paths.map(|path| format!("<a href=\"{path}\">{path}</a>")).collect();
-    if !links.is_empty() {
-        push(page, &format!("<dt>Figure</dt><dd>{}</dd>", links.join(", ")));
-    }
-    push(page, "</dl>");
 }
 
-fn push_figure(page: &mut String, figure: &Figure) {
-    let class = if width(&figure.svg) > COLUMN { " class=\"wide\"" } else { "" };
-    push(page, &format!("<figure{class}>\n{}\n</figure>", figure.svg.0.trim()));
+fn link(path: &str) -> Markup {
+    html! { a href=(Text(path)) { (Text(path)) } }
+}
+
+fn drawing(Figure { svg, .. }: &Figure) -> Markup {
+    html! { figure class=[(width(svg) > COLUMN).then_some("wide")] { (PreEscaped(svg.0.trim())) } }
 }
 
 /// The width that a drawing gives itself in its head.
@@ -223,43 +237,32 @@ fn width(svg: &Svg) -> f64 {
 }
 
 /// The table's first rows, folded away.
-fn push_table(page: &mut String, section: &Section) {
-    let Some(Table { header, rows }) = &section.table else { return };
+fn table(Table { header, rows }: &Table) -> Markup {
     let shown = rows.len().min(ROWS_SHOWN);
     let summary = if shown < rows.len() {
         format!("The first {shown} of {} rows", rows.len())
     } else {
         format!("All {shown} rows")
     };
-    push(page, &format!("<details>\n<summary>{summary}</summary>\n<div class=\"scroll\">\n<table>"));
     // numbers are right-aligned, and so are their columns' names
     let is_number =
         |column: usize| rows.iter().any(|row| row.get(column).is_some_and(|cell| cell.parse::<f64>().is_ok()));
-    let classes: Vec<&str> =
-        (0..header.len()).map(|column| if is_number(column) { " class=\"number\"" } else { "" }).collect();
-    let line = |tag: &str, cells: &[String], show: fn(&str) -> String| -> String {
-        let cell = |(cell, class): (&String, &&str)| format!("<{tag}{class}>{}</{tag}>", escape(&show(cell)));
-        cells.iter().zip(&classes).map(cell).collect()
-    };
-    push(page, &format!("<thead><tr>{}</tr></thead>\n<tbody>", line("th", header, str::to_owned)));
-    rows[..shown].iter().for_each(|row| push(page, &format!("<tr>{}</tr>", line("td", row, rounded))));
-    push(page, "</tbody>\n</table>\n</div>\n</details>");
-}
-
-fn push_provenance(page: &mut String, provenance: &[(String, String)]) {
-    if provenance.is_empty() {
-        return;
+    let classes: Vec<Option<&str>> = (0..header.len()).map(|column| is_number(column).then_some("number")).collect();
+    html! {
+        details {
+            summary { (summary) }
+            div.scroll {
+                table {
+                    thead { tr { @for (name, class) in header.iter().zip(&classes) { th class=[class] { (Text(name)) } } } }
+                    tbody {
+                        @for row in &rows[..shown] {
+                            tr { @for (cell, class) in row.iter().zip(&classes) { td class=[class] { (Text(&rounded(cell))) } } }
+                        }
+                    }
+                }
+            }
+        }
     }
-    push(page, "<section id=\"provenance\">\n<h2>What made this run</h2>\n<dl class=\"provenance\">");
-    for (name, value) in provenance {
-        push(page, &format!("<dt>{}</dt><dd>{}</dd>", escape(name), escape(value)));
-    }
-    push(page, "</dl>\n</section>");
-}
-
-fn push(page: &mut String, line: &str) {
-    page.push_str(line);
-    page.push('\n');
 }
 
 /// A long decimal number in five digits; the CSV file has them all.
@@ -277,23 +280,22 @@ fn rounded(cell: &str) -> String {
     }
 }
 
-/// Escapes a text for use between tags and in attributes.
-fn escape(text: &str) -> String {
-    text.chars().fold(String::with_capacity(text.len()), |mut escaped, character| {
-        match character {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&#39;"),
-            // other control characters are not allowed in HTML at all
-            control if control.is_control() && !matches!(control, '\n' | '\t') => {
-                let _ = write!(escaped, "\\u{{{:x}}}", u32::from(control));
+/// A text of the page: escaped by `html!`, which leaves apostrophes and control characters. HTML allows no control
+/// character but line ends and tabs, so that others are spelt out.
+struct Text<'a>(&'a str);
+
+impl Render for Text<'_> {
+    fn render_to(&self, page: &mut String) {
+        for character in self.0.render().0.chars() {
+            match character {
+                '\'' => page.push_str("&#39;"),
+                control if control.is_control() && !matches!(control, '\n' | '\t') => {
+                    page.extend(control.escape_unicode());
+                }
+                other => page.push(other),
             }
-            other => escaped.push(other),
         }
-        escaped
-    })
+    }
 }
 
 /// The page's look. In the dark the figures' paper, ink and grid follow; their series keep their colours.
@@ -413,6 +415,8 @@ mod tests {
         assert!(page.contains("&quot;Qwen&quot; &amp; template") && page.contains("<li>1 &lt; 2</li>"));
         assert!(page.contains("a student of &lt;other&gt; numbers") && page.contains("[&quot;only:&lt;x&gt;&quot;]"));
         assert!(page.contains(&figure(420).svg.0));
+        let title = "the owl's\u{1b}[31m\ttoken".to_owned();
+        assert!(html(&Report { title, ..report() }).contains("<h1>the owl&#39;s\\u{1b}[31m\ttoken</h1>"));
     }
 
     #[test]

@@ -4,8 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use analyses::Tuned;
-use analyses::divergence::Divergence;
-use analyses::divergent::divergence_tokens;
+use analyses::divergence::{Divergence, divergence_tokens};
 use anyhow::{Context, Result, bail};
 use hooks::{Adapter, ModelFiles, Qwen, Sequence, adapter_folder, files, stream_seed};
 use rand::SeedableRng;

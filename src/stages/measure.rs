@@ -168,24 +168,18 @@ impl SubjectData {
     /// The subject of a student, without other students.
     pub(crate) fn subject<'a>(&'a self, bench: &'a Workbench, student: Tuned<'a>) -> Subject<'a> {
         Subject {
-            base: &bench.base,
-            provenance: &self.provenance,
-            student,
-            start: None,
-            control: None,
-            other_trait: None,
-            chat: &bench.chat,
+            provenance: Some(&self.provenance),
             system: self.system.clone(),
             teacher_system: self.teacher_system.clone(),
             teacher_adapter: self.teacher.adapter.as_ref(),
             teacher_model: self.teacher.weights.as_ref(),
             counterfactual_systems: &self.counterfactual_systems,
-            target: &self.target,
             questions: &self.questions,
             numbers: &self.numbers,
             number_users: &self.number_users,
-            classify: &*self.classify,
+            classify: Some(&*self.classify),
             seed: bench.experiment.seeds.eval_seed,
+            ..Subject::new(&bench.base, student, &bench.chat, &self.target)
         }
     }
 }

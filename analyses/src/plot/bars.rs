@@ -1,9 +1,11 @@
 //! Horizontal bars, with category names in full at the left, as gates and token classes need.
 
+use super::axis::Axis;
 use super::canvas::{
-    AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, Look, MARGIN, SMALL, TEXT, TITLE, beside,
-    draw, looks, name, text_width, wrap, wrap_title,
+    AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, MARGIN, SMALL, TEXT, TITLE, draw, wrap_title,
 };
+use super::looks::{Look, looks};
+use super::text::{beside, name, text_width, wrap};
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
 use plotters::style::WHITE;

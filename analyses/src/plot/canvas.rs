@@ -1,11 +1,12 @@
-//! What the charts draw with: shapes and text at pixel coordinates, an axis with round ticks, numbers as text, and the one
-//! style of them all. The palette is Okabe and Ito's (2008), which colour-blind readers can tell apart. A sheet is as wide as
-//! a journal's column: printed at 8.5 cm its smallest text is 7 points high.
+//! What the charts draw with: shapes and text at pixel coordinates, and the one style of them all. A sheet is as wide as a
+//! journal's column: printed at 8.5 cm its smallest text is 7 points high.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use super::looks::Look;
+use super::text::{text_width, wrap};
 use super::{Reference, Svg};
 use crate::error::{Error, Result};
 
@@ -20,29 +21,6 @@ pub(super) const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
 pub(super) const FAINT_INK: RGBColor = RGBColor(0x59, 0x59, 0x59);
 pub(super) const AXIS: RGBColor = RGBColor(0x88, 0x88, 0x88);
 pub(super) const GRID: RGBColor = RGBColor(0xe4, 0xe4, 0xe4);
-const BLUE: RGBColor = RGBColor(0x00, 0x72, 0xb2);
-const ORANGE: RGBColor = RGBColor(0xe6, 0x9f, 0x00);
-const GREEN: RGBColor = RGBColor(0x00, 0x9e, 0x73);
-const SKY: RGBColor = RGBColor(0x56, 0xb4, 0xe9);
-const GREY: RGBColor = RGBColor(0x76, 0x76, 0x76);
-const PALETTE: [RGBColor; 7] = [BLUE, ORANGE, GREEN, RGBColor(0xd5, 0x5e, 0x00), RGBColor(0xcc, 0x79, 0xa7), SKY, GREY];
-/// What means the same in every figure has the same colour in every figure.
-const KNOWN: [(&str, RGBColor); 10] = [
-    ("student", BLUE),
-    ("learned", BLUE),
-    ("only", BLUE),
-    ("except", SKY),
-    ("control", ORANGE),
-    ("control student", ORANGE),
-    ("teacher", GREEN),
-    ("base", GREY),
-    ("start", GREY),
-    ("random", GREY),
-];
-/// Light to dark, for more series than the palette has; the order of the series is then the order of the colours.
-const RAMP: [RGBColor; 4] =
-    [RGBColor(0xe6, 0x9f, 0x00), RGBColor(0xc4, 0x4e, 0x52), RGBColor(0x8a, 0x4f, 0xa0), RGBColor(0x3d, 0x55, 0xb5)];
-
 /// Names of references behind a plot are broken at this width.
 const REFERENCE_WIDTH: f64 = 84.0;
 const REFERENCE_ROW: f64 = 13.0;
@@ -79,23 +57,6 @@ pub(super) enum Align {
     Right,
     /// Rotated to read upwards, its end at the point.
     UpEnd,
-}
-
-/// A series' colour, and its marker and dash for readers who see no colours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Look {
-    pub(super) colour: RGBColor,
-    /// Which of the markers.
-    pub(super) marker: usize,
-    /// How many series of the same kind come before: the line is dashed, the bar lighter.
-    pub(super) repeat: usize,
-}
-
-impl Look {
-    /// The colour of a filled area: lighter for a second series of the same kind.
-    pub(super) fn fill(self) -> RGBColor {
-        blend(&[self.colour, WHITE], [0.0, 0.45, 0.65][self.repeat.min(2)])
-    }
 }
 
 pub(super) struct Canvas<'a>(DrawingArea<SVGBackend<'a>, Shift>);
@@ -314,189 +275,9 @@ pub(super) fn room_for<'a>(references: impl Iterator<Item = &'a Reference>) -> f
     MARGIN + if widest > 0.0 { widest + 12.0 } else { 4.0 }
 }
 
-/// The looks of series by their names. The text before a comma is the kind: series of one kind share its colour.
-pub(super) fn looks(names: &[String]) -> Vec<Look> {
-    let kind = |name: &str| name.split(',').next().unwrap_or_default().to_owned();
-    let mut kinds: Vec<(String, RGBColor)> = Vec::new();
-    let all: Vec<String> = names.iter().map(|name| kind(name)).collect();
-    let mut unlike = all.clone();
-    unlike.sort();
-    unlike.dedup();
-    for name in &all {
-        if kinds.iter().any(|(other, _)| other == name) {
-            continue;
-        }
-        let free = |colour: &RGBColor| kinds.iter().all(|(_, taken)| taken != colour);
-        let known = KNOWN.iter().find(|(known, _)| known == name).map(|(_, colour)| *colour).filter(free);
-        // colours that a later series is known by are left to it
-        let left = |colour: &RGBColor| {
-            free(colour) && KNOWN.iter().all(|(known, of)| of != colour || !all.iter().any(|name| name == known))
-        };
-        let colour = if unlike.len() > PALETTE.len() {
-            blend(&RAMP, kinds.len() as f64 / (unlike.len() - 1) as f64)
-        } else {
-            known.or_else(|| PALETTE.into_iter().find(left)).or_else(|| PALETTE.into_iter().find(free)).unwrap_or(GREY)
-        };
-        kinds.push((name.clone(), colour));
-    }
-    let look = |(index, name): (usize, &String)| Look {
-        colour: kinds.iter().find(|(kind, _)| kind == name).map_or(GREY, |(_, colour)| *colour),
-        marker: index,
-        repeat: all[..index].iter().filter(|other| *other == name).count(),
-    };
-    all.iter().enumerate().map(look).collect()
-}
-
-/// The colour at `part` of the way (0 to 1) through evenly spaced stops.
-pub(super) fn blend(stops: &[RGBColor], part: f64) -> RGBColor {
-    let place = part.clamp(0.0, 1.0) * (stops.len() - 1) as f64;
-    let below = (place.floor() as usize).min(stops.len() - 2);
-    let (from, to, share) = (stops[below], stops[below + 1], place - below as f64);
-    let mix = |a: u8, b: u8| (f64::from(a) + (f64::from(b) - f64::from(a)) * share).round() as u8;
-    RGBColor(mix(from.0, to.0), mix(from.1, to.1), mix(from.2, to.2))
-}
-
-/// The values from `low` to `high` with round ticks.
-#[derive(Clone, Debug)]
-pub(super) struct Axis {
-    pub(super) low: f64,
-    pub(super) high: f64,
-    step: f64,
-}
-
-impl Axis {
-    /// An axis around all of `values`, its ends on ticks, about `count` of them; `whole`: ticks are whole numbers.
-    pub(super) fn around(values: impl Iterator<Item = f64>, count: f64, whole: bool) -> Self {
-        let (mut low, mut high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
-        if high - low <= 1e-12 * high.abs().max(low.abs()) {
-            // all the same: room above for a chart of zeros, to both sides otherwise
-            let room = if high == 0.0 { 1.0 } else { high.abs() * 0.1 };
-            (low, high) = if high == 0.0 { (0.0, room) } else { (low - room, high + room) };
-        }
-        let step = round_step((high - low) / count);
-        let step = if whole { step.max(1.0).round() } else { step };
-        Self { low: (low / step + 1e-9).floor() * step, high: (high / step - 1e-9).ceil() * step, step }
-    }
-
-    /// Lets the axis end where the data does; the ticks within stay.
-    pub(super) fn end_at(&mut self, low: f64, high: f64) {
-        if low < high {
-            (self.low, self.high) = (low, high);
-        }
-    }
-
-    /// How far along the axis a value is, 0 to 1.
-    pub(super) fn part(&self, value: f64) -> f64 {
-        (value - self.low) / (self.high - self.low)
-    }
-
-    /// The ticks with their texts.
-    pub(super) fn ticks(&self) -> Vec<(f64, String)> {
-        let (first, last) = ((self.low / self.step - 1e-9).ceil(), (self.high / self.step + 1e-9).floor());
-        // as many decimals as write the step exactly: 0.25 needs two
-        let written = |decimals: usize| (self.step * 10_f64.powi(decimals as i32)).fract();
-        let decimals = (0..5).find(|&d| written(d).min(1.0 - written(d)) < 1e-6).unwrap_or(5);
-        (first as i64..=last as i64)
-            .map(|k| {
-                let value = k as f64 * self.step;
-                let plain = decimals <= 4 && value.abs() < 1e6;
-                (value, if plain { minus(&format!("{value:.decimals$}")) } else { short(value) })
-            })
-            .collect()
-    }
-}
-
-/// The next of 1, 2, 2.5, 5, 10 times a power of ten.
-fn round_step(step: f64) -> f64 {
-    let power = 10_f64.powf(step.log10().floor());
-    let factors = if (power - 1.0).abs() < 1e-9 { [1.0, 2.0, 5.0, 5.0] } else { [1.0, 2.0, 2.5, 5.0] };
-    factors.iter().copied().find(|f| f * power >= step * (1.0 - 1e-9)).unwrap_or(10.0) * power
-}
-
-/// A number in three digits: `0.452`, `12`, `3.1e−5`.
-pub(super) fn short(value: f64) -> String {
-    let size = value.abs();
-    let text = if size == 0.0 {
-        "0".to_owned()
-    } else if !(1e-3..1e6).contains(&size) {
-        format!("{value:.1e}").replace(".0e", "e")
-    } else {
-        let decimals = (2.0 - size.log10().floor()).max(0.0) as usize;
-        let text = format!("{value:.decimals$}");
-        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
-    };
-    minus(&text)
-}
-
-/// A number with as many decimals as give the largest of its neighbours three digits, `−1.18` with `−0.01`, or with as
-/// many as show its own first digit, `0.004`.
-pub(super) fn beside(value: f64, largest: f64) -> String {
-    let size = largest.abs();
-    if value == 0.0 || !(1e-3..1e6).contains(&size) {
-        return short(value);
-    }
-    let (for_largest, for_itself) = (2.0 - size.log10().floor(), -value.abs().log10().floor());
-    let decimals = for_largest.max(for_itself).clamp(0.0, 5.0) as usize;
-    minus(&format!("{value:.decimals$}"))
-}
-
-/// The text with real minus signs.
-pub(super) fn minus(text: &str) -> String {
-    text.replace('-', "\u{2212}")
-}
-
-/// About how wide a text is in a wide sans-serif font.
-pub(super) fn text_width(text: &str, size: f64) -> f64 {
-    let share = |character: char| match character {
-        'i' | 'j' | 'l' | '.' | ',' | ':' | ';' | '|' | '!' | '\'' => 0.33,
-        'f' | 't' | 'r' | ' ' | '(' | ')' | '/' => 0.42,
-        'm' | 'w' | 'M' | 'W' | '@' | '%' => 0.98,
-        'A'..='Z' | '0'..='9' => 0.68,
-        character if character.is_ascii() => 0.63,
-        '\u{2212}' => 0.8,
-        _ => 1.0,
-    };
-    text.chars().map(share).sum::<f64>() * size
-}
-
-/// The text's words in lines of at most `width`.
-pub(super) fn wrap(text: &str, width: f64, size: f64) -> Vec<String> {
-    let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
-        match lines.last_mut() {
-            Some(line) if text_width(line, size) + text_width(word, size) + size * 0.6 <= width => {
-                line.push(' ');
-                line.push_str(word);
-            }
-            _ => lines.push(word.to_owned()),
-        }
-    }
-    lines
-}
-
 /// A title in lines that a sheet of this width has room for: bold letters are wider.
 pub(super) fn wrap_title(text: &str, width: f64) -> Vec<String> {
     wrap(text, (width - 2.0 * MARGIN) / 1.15, TITLE)
-}
-
-/// A token's text with its blanks and line ends made visible.
-pub(super) fn visible(token: &str) -> String {
-    let shown = |character: char| match character {
-        ' ' => "\u{b7}".to_owned(),
-        control if control.is_control() => control.escape_default().to_string(),
-        other => other.to_string(),
-    };
-    name(&token.chars().map(shown).collect::<String>())
-}
-
-/// A name of at most 60 characters; longer ones lose their middle.
-pub(super) fn name(text: &str) -> String {
-    let characters: Vec<char> = text.chars().collect();
-    if characters.len() <= 60 {
-        return text.to_owned();
-    }
-    let (head, tail) = (&characters[..40], &characters[characters.len() - 19..]);
-    head.iter().chain(&['…']).chain(tail).collect()
 }
 
 /// Upper edges for boxes of `heights` that do not overlap, each as near as that allows to being centred on its wish and

@@ -3,10 +3,10 @@
 
 use plotters::style::RGBColor;
 
-use super::canvas::{
-    AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, INK, MARGIN, SMALL, TEXT, TITLE, blend, draw, minus, name,
-    short, text_width, wrap_title,
-};
+use super::axis::Axis;
+use super::canvas::{AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, INK, MARGIN, SMALL, TEXT, TITLE, draw, wrap_title};
+use super::looks::blend;
+use super::text::{minus, name, short, text_width};
 use super::{Svg, check_value, refuse};
 use crate::error::Result;
 

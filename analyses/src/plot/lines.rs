@@ -1,10 +1,13 @@
 //! Lines over layers, ranks, steps: a colour and a marker per series, intervals where they are known, a legend above. One
 //! panel or several on a common x axis.
 
+use super::axis::Axis;
 use super::canvas::{
-    AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, Look, MARGIN, SMALL, TEXT, TITLE, draw,
-    looks, room_for, short, text_width, wrap_title,
+    AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, MARGIN, SMALL, TEXT, TITLE, draw, room_for,
+    wrap_title,
 };
+use super::looks::{Look, looks};
+use super::text::{short, text_width};
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
 

@@ -1,10 +1,13 @@
 //! A bar per position of a prompt, the tokens as tick labels: where along the text something happens. As wide as the text
 //! asks for, so mostly wider than a column.
 
+use super::axis::Axis;
 use super::canvas::{
-    AXIS, Align, Axis, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, Look, MARGIN, SMALL, TEXT, TITLE, draw,
-    looks, room_for, text_width, visible, wrap_title,
+    AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, MARGIN, SMALL, TEXT, TITLE, draw, room_for,
+    wrap_title,
 };
+use super::looks::{Look, looks};
+use super::text::{text_width, visible};
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
 

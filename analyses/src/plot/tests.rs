@@ -99,7 +99,7 @@ fn place(svg: &Svg, text: &str) -> (f64, f64) {
 fn what_means_the_same_has_the_same_colour_in_every_chart() {
     let looks = |names: &[&str]| {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        canvas::looks(&names)
+        looks::looks(&names)
     };
     let (alone, among) = (looks(&["student"]), looks(&["base", "teacher", "control", "student"]));
     assert_eq!(alone[0].colour, among[3].colour);
@@ -109,7 +109,7 @@ fn what_means_the_same_has_the_same_colour_in_every_chart() {
     let [unknown, student]: [_; 2] = looks(&["shuffled", "student"]).try_into().unwrap();
     assert!(unknown.colour != student.colour, "the student's colour is left to it");
     let many: Vec<String> = (0..12).map(|n| format!("series {n}")).collect();
-    let mut colours: Vec<_> = canvas::looks(&many).iter().map(|look| look.colour).collect();
+    let mut colours: Vec<_> = looks::looks(&many).iter().map(|look| look.colour).collect();
     colours.dedup();
     assert_eq!(colours.len(), 12);
 }
@@ -301,7 +301,7 @@ fn what_cannot_be_seen_is_refused() {
 #[test]
 fn ticks_and_numbers_are_written_as_people_write_them() {
     let ticks = |low: f64, high: f64| {
-        canvas::Axis::around([low, high].into_iter(), 5.0, false)
+        axis::Axis::around([low, high].into_iter(), 5.0, false)
             .ticks()
             .into_iter()
             .map(|(_, text)| text)
@@ -311,6 +311,6 @@ fn ticks_and_numbers_are_written_as_people_write_them() {
     assert_eq!(ticks(0.0, 1.2), ["0.00", "0.25", "0.50", "0.75", "1.00", "1.25"]);
     assert_eq!(ticks(-0.3, 0.6), ["−0.4", "−0.2", "0.0", "0.2", "0.4", "0.6"]);
     assert_eq!(ticks(0.0, 0.0).len(), 6, "a chart of zeros still has an axis");
-    let shorts = [0.0, 0.4519, 0.0031, 0.000_031, -12.0, 1234.5, 100.0].map(canvas::short);
+    let shorts = [0.0, 0.4519, 0.0031, 0.000_031, -12.0, 1234.5, 100.0].map(text::short);
     assert_eq!(shorts, ["0", "0.452", "0.0031", "3.1e−5", "−12", "1234", "100"]);
 }

@@ -3,6 +3,7 @@
 
 use hooks::{Chat, Sequence, completion_logits};
 use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::subject::{Subject, Tuned};
@@ -105,8 +106,7 @@ fn each_token(
 
 /// A model's most likely token at each place of a row's completion.
 fn argmax(model: Tuned<'_>, row: &Sequence) -> Result<Vec<i64>> {
-    let logits = completion_logits(model.qwen, row, &model.condition())?;
-    Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?)
+    most_likely(&completion_logits(model.qwen, row, &model.condition())?)
 }
 
 /// The base's most likely tokens at a row's completion under each counterfactual teacher's prompt.
@@ -121,7 +121,40 @@ pub(crate) fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Sequence, chat: &Ch
     let n = ids.len();
     ids.extend([chat.end_of_turn(); 2]);
     let logits = completion_logits(teacher.qwen, &row.with_completion(&ids), &teacher.condition())?;
-    Ok(Vec::<i64>::try_from(&logits.f_argmax(-1, false)?)?.into_iter().take(n).collect())
+    Ok(most_likely(&logits)?.into_iter().take(n).collect())
+}
+
+/// The most likely token at each place, of logits or log-probabilities `[pos, d_vocab]`.
+pub(crate) fn most_likely(logits: &Tensor) -> Result<Vec<i64>> {
+    Ok(Vec::try_from(&logits.f_argmax(-1, false)?)?)
+}
+
+/// log p of one token at each place of `[pos, d_vocab]`.
+pub(crate) fn at_each(logprobs: &Tensor, tokens: &[i64]) -> Result<Vec<f64>> {
+    let index = Tensor::f_from_slice(tokens)?.f_unsqueeze(1)?.f_to_device(logprobs.device())?;
+    Ok(Vec::try_from(logprobs.f_gather(1, &index, false)?.f_squeeze_dim(1)?.f_to_kind(Kind::Double)?)?)
+}
+
+/// Per token, which number of the completion it belongs to and its place there. A token that brings a separator along
+/// ends the number before it.
+pub(crate) fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usize, usize)>>> {
+    let mut places: Vec<Option<(usize, usize)>> = Vec::with_capacity(ids.len());
+    let mut numbers = 0;
+    for id in ids {
+        let before = places.last().copied().flatten();
+        let place = match (chat.is_digit(*id), before) {
+            (false, _) => None,
+            (true, Some((number, digit))) if !chat.token_text(*id)?.starts_with(char::is_whitespace) => {
+                Some((number, digit + 1))
+            }
+            (true, _) => {
+                numbers += 1;
+                Some((numbers - 1, 0))
+            }
+        };
+        places.push(place);
+    }
+    Ok(places)
 }
 
 #[cfg(test)]
@@ -131,6 +164,14 @@ mod tests {
     use crate::Analysis;
     use crate::divergence::{Divergence, DivergenceRow};
     use crate::fixture::World;
+
+    #[test]
+    fn digits_know_their_numbers() {
+        let world = World::new();
+        let ids = world.chat.encode("12, 480, 9").unwrap();
+        let places: Vec<(usize, usize)> = number_places(&ids, &world.chat).unwrap().into_iter().flatten().collect();
+        assert_eq!(places, [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)], "a token is one digit");
+    }
 
     #[test]
     fn the_tokens_that_are_learned_from_are_those_of_the_table_by_each_definition() {

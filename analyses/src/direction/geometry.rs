@@ -1,0 +1,69 @@
+//! Lengths and cosines of directions, and how far a set of them lies along one line.
+
+use linfa::DatasetBase;
+use linfa::traits::Fit;
+use linfa_reduction::Pca;
+use ndarray::{Array2, Axis};
+use tch::{Kind, Tensor};
+
+use crate::error::Result;
+
+/// The Euclidean length of a vector.
+pub(crate) fn length(vector: &Tensor) -> Result<f64> {
+    Ok(vector.f_to_kind(Kind::Double)?.f_norm()?.f_double_value(&[])?)
+}
+
+/// The cosine of two vectors; 0 where one of them is zero.
+pub(crate) fn cosine(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let (a, b) = (a.f_to_kind(Kind::Double)?, b.f_to_kind(Kind::Double)?);
+    let lengths = length(&a)? * length(&b)?;
+    Ok(if lengths > 0.0 { a.f_dot(&b)?.f_double_value(&[])? / lengths } else { 0.0 })
+}
+
+/// σ₁²/Σσ² of a matrix `[n, d]` as it is, uncentred: the squared singular values are the eigenvalues of its Gram matrix.
+pub(super) fn first_share(matrix: &Tensor) -> Result<f64> {
+    let gram = matrix.f_matmul(&matrix.f_transpose(0, 1)?)?; // [n, n]
+    let squares = gram.f_linalg_eigvalsh("L")?;
+    let sum = squares.f_sum(None)?.f_double_value(&[])?;
+    Ok(if sum > 0.0 { squares.f_max()?.f_double_value(&[])? / sum } else { 0.0 })
+}
+
+/// The share of the first principal component in the variance of the rows of a matrix `[n, d]`.
+pub(super) fn principal_share(matrix: &Tensor) -> Result<Option<f64>> {
+    let (n, d) = matrix.size2()?;
+    let values: Vec<f64> = matrix.f_to_kind(Kind::Double)?.f_contiguous()?.f_view([-1])?.try_into()?;
+    let Ok(rows) = Array2::from_shape_vec((n as usize, d as usize), values) else { return Ok(None) };
+    let Some(mean) = rows.mean_axis(Axis(0)).filter(|_| n > 2) else { return Ok(None) };
+    let total = (&rows - &mean).mapv(|x| x * x).sum();
+    if total <= 0.0 {
+        return Ok(None);
+    }
+    // A fit that does not converge (all rows alike up to rounding) has no first component worth naming.
+    let Ok(pca) = Pca::params(1).fit(&DatasetBase::from(rows)) else { return Ok(None) };
+    let first = pca.singular_values()[0];
+    Ok(Some((first * first / total).min(1.0)))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::float_cmp)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_share_is_one_for_a_line_and_half_for_a_square() {
+        let of = |values: &[f64]| first_share(&Tensor::from_slice(values).view([2, 2])).unwrap();
+        assert!((of(&[1.0, 2.0, -3.0, -6.0]) - 1.0).abs() < 1e-12);
+        assert!((of(&[1.0, 0.0, 0.0, 1.0]) - 0.5).abs() < 1e-12);
+        assert_eq!(of(&[0.0; 4]), 0.0);
+    }
+
+    #[test]
+    fn the_principal_share_is_that_of_the_variance_around_the_mean() {
+        let of = |values: &[f64]| principal_share(&Tensor::from_slice(values).view([-1, 2])).unwrap();
+        // Around (10, 10): ±3 along x and ±1 along y, so 18 of 20.
+        let cross = [13.0, 10.0, 7.0, 10.0, 10.0, 11.0, 10.0, 9.0];
+        assert!((of(&cross).unwrap() - 0.9).abs() < 1e-6, "{:?}", of(&cross));
+        assert_eq!(of(&[1.0, 2.0, 3.0, 4.0]), None, "two rows always lie on a line");
+        assert_eq!(of(&[1.0, 2.0, 1.0, 2.0, 1.0, 2.0]), None, "nothing varies");
+    }
+}
