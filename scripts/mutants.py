@@ -40,7 +40,7 @@ FILES = [
     *(f"hooks/src/adapter/{name}.rs" for name in ["gate", "lora", "stack"]),
     *(f"hooks/src/rows/{name}.rs" for name in ["packing", "kv_cache"]),
     *(f"hooks/src/model/{name}.rs" for name in ["loss", "qwen/lora_backward"]),
-    *(f"hooks/src/ask/{name}.rs" for name in ["score", "gradient"]),
+    *(f"hooks/src/ask/{name}.rs" for name in ["prefill", "score", "gradient"]),
     *(f"analyses/src/{name}.rs" for name in ["direction", "gradients", "divergence", "inference"]),
     "src/claim/verdict.rs",
 ]
