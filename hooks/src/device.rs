@@ -1,4 +1,5 @@
-//! Which device to run on. One binary serves both worlds: CUDA's half of libtorch is loaded at run time, if it is there.
+//! Which device to run on. One binary serves both worlds: CUDA's half of libtorch is loaded at run time, if it is
+//! there.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::OnceLock;

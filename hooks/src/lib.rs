@@ -22,7 +22,8 @@
 //! # Ok::<(), hooks::Error>(())
 //! ```
 //!
-//! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this list.
+//! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this
+//! list.
 
 pub mod config;
 pub mod device;

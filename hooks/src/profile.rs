@@ -63,7 +63,8 @@ pub struct Cost {
     pub seconds: f64,
     /// How often.
     pub calls: u64,
-    /// The FLOPs that the mathematics needs, two for a multiplication and its addition; only products of matrices count.
+    /// The FLOPs that the mathematics needs, two for a multiplication and its addition; only products of matrices
+    /// count.
     pub flops: f64,
 }
 
@@ -141,7 +142,8 @@ pub fn model(device: Device, kind: Kind) {
     record(|recording| recording.profile.model = Some((device, kind)));
 }
 
-/// Adds what was recorded on another thread, and leaves out the time since the innermost span began: this thread waited.
+/// Adds what was recorded on another thread, and leaves out the time since the innermost span began: this thread
+/// waited.
 pub fn join(others: impl IntoIterator<Item = Profile>) {
     record(|recording| {
         recording.last = Instant::now();
@@ -251,7 +253,8 @@ impl Profile {
     }
 }
 
-/// FLOPs of `x Wᵀ` and, where the result has a gradient, those of the gradients of `x` and `W`. `weight`: `[d_out, d_in]`.
+/// FLOPs of `x Wᵀ` and, where the result has a gradient, those of the gradients of `x` and `W`. `weight`: `[d_out,
+/// d_in]`.
 pub(crate) fn product(x: &Tensor, weight: &Tensor, graph: bool) -> Result<(f64, f64)> {
     let once = 2.0 * x.numel() as f64 * weight.size2()?.0 as f64;
     let wanted = [x, weight].iter().filter(|factor| graph && factor.requires_grad()).count();
@@ -267,8 +270,8 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, causal: bool, graph: bool) -> Re
     Ok((once, if graph { 2.0 * once } else { 0.0 }))
 }
 
-/// How fast this machine multiplies large matrices, in FLOPs per second: the best of half a second, in this thread's number of
-/// threads.
+/// How fast this machine multiplies large matrices, in FLOPs per second: the best of half a second, in this thread's
+/// number of threads.
 pub fn product_rate(device: Device, kind: Kind) -> Result<f64> {
     let n = if device == Device::Cpu { 1024 } else { 8192 };
     let (a, b) = (Tensor::f_ones([n, n], (kind, device))?, Tensor::f_ones([n, n], (kind, device))?);

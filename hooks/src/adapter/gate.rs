@@ -114,8 +114,8 @@ impl Gate {
         place(self) == place(other)
     }
 
-    /// Per token of the row `[pos]`: true where the adapter acts in any block and projection. Tokens that the row does not
-    /// have are an error, for they would measure nothing.
+    /// Per token of the row `[pos]`: true where the adapter acts in any block and projection. Tokens that the row does
+    /// not have are an error, for they would measure nothing.
     pub fn acts(&self, row: &Sequence) -> Result<Vec<bool>> {
         Ok(self.doses(row)?.into_iter().map(|dose| dose != 0.0 || self.acts_elsewhere()).collect())
     }
@@ -205,7 +205,8 @@ impl Gate {
         })
     }
 
-    /// The doses of some rows, as a pass takes them; rows may be cut to their first tokens. `rows[row][pos]`, from `doses`.
+    /// The doses of some rows, as a pass takes them; rows may be cut to their first tokens. `rows[row][pos]`, from
+    /// `doses`.
     pub fn spread(&self, rows: &[Vec<f64>], device: Device) -> Result<Doses> {
         let width = rows.iter().map(Vec::len).max().unwrap_or(0);
         let mut values = vec![0_f64; rows.len() * width];

@@ -108,9 +108,9 @@ impl LoraPair {
         (self.a.dim() == 3).then(|| self.a.size()[0])
     }
 
-    /// y + s · B (g ⊙ A x), the second part in f32, or in f64 where `x` is; g is the dose. `x`: `[tokens, d_in]`; `y` and the
-    /// result: `[tokens, d_out]`. Where the kinds allow, y is added to in place: another tensor of its size costs as much time
-    /// as the products. The tokens belong to the students of a stack in order, equally many to each.
+    /// y + s · B (g ⊙ A x), the second part in f32, or in f64 where `x` is; g is the dose. `x`: `[tokens, d_in]`; `y`
+    /// and the result: `[tokens, d_out]`. Where the kinds allow, y is added to in place: another tensor of its size
+    /// costs as much time as the products. The tokens belong to the students of a stack in order, equally many to each.
     pub(crate) fn add_to(
         &self,
         mut y: Tensor,
@@ -230,7 +230,8 @@ pub struct Adapter {
 }
 
 impl Adapter {
-    /// A fresh adapter: A uniform in `±1/√d_in` (Kaiming uniform with a = √5, as PEFT), B zero, so that it changes nothing.
+    /// A fresh adapter: A uniform in `±1/√d_in` (Kaiming uniform with a = √5, as PEFT), B zero, so that it changes
+    /// nothing.
     pub fn init(config: &LoraConfig, model: &Config, rng: &mut ChaCha8Rng, device: Device) -> Result<Self> {
         config.check(model)?;
         let scaling = config.scaling(config.rank, config.alpha);

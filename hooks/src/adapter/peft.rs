@@ -63,8 +63,8 @@ impl Adapter {
         Self::read(dir, model, device, None)
     }
 
-    /// Reads an adapter. With the base's weights by their names, embeddings or a head saved with the LoRA are accepted if they
-    /// equal the base's.
+    /// Reads an adapter. With the base's weights by their names, embeddings or a head saved with the LoRA are accepted
+    /// if they equal the base's.
     pub(crate) fn read(
         dir: &Path,
         model: &Config,
@@ -122,7 +122,8 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Writes the adapter as PEFT does. `base_model` is the name that PEFT will load the base by. A stack has no such file.
+    /// Writes the adapter as PEFT does. `base_model` is the name that PEFT will load the base by. A stack has no such
+    /// file.
     pub fn save(&self, dir: &Path, base_model: &str) -> Result<()> {
         if let Some(n) = self.n_stacked() {
             return Err(no_stack(&format!("{}", dir.join(TENSORS).display()), n));

@@ -39,8 +39,8 @@ impl Adapter {
         self.pairs().map(of).collect()
     }
 
-    /// An adapter of the singular directions `keep` alone, in each pair, counted from 0 by falling σ: `0..1` is the strongest,
-    /// `1..` all but that.
+    /// An adapter of the singular directions `keep` alone, in each pair, counted from 0 by falling σ: `0..1` is the
+    /// strongest, `1..` all but that.
     pub fn of_directions(&self, keep: Range<usize>) -> Result<Self> {
         let mut part = Self::empty(self.config.clone(), self.n_layers());
         let mut most = 1;

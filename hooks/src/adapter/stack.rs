@@ -1,7 +1,7 @@
 //! Students side by side: several adapters act in one pass, each on its own rows.
 //!
-//! What they share, the base model's products, is run once over all rows; each pair's own two products are one batched product
-//! over the students. So N small students cost the calls of one.
+//! What they share, the base model's products, is run once over all rows; each pair's own two products are one batched
+//! product over the students. So N small students cost the calls of one.
 
 use std::collections::BTreeSet;
 
@@ -12,11 +12,12 @@ use crate::error::{Error, Result};
 use crate::proj::Proj;
 
 impl Adapter {
-    /// A stack of adapters: in a pass with it the rows of a batch belong to the students in order, equally many to each.
+    /// A stack of adapters: in a pass with it the rows of a batch belong to the students in order, equally many to
+    /// each.
     ///
-    /// A pair holds A as `[n, rank, d_in]` and B as `[n, d_out, rank]`, the ranks below the largest filled up with zeros, which
-    /// change nothing and have no gradient: A's stay out of every product through B's, and B's through A's. Where
-    /// gradients are recorded, they flow back to the students' tensors.
+    /// A pair holds A as `[n, rank, d_in]` and B as `[n, d_out, rank]`, the ranks below the largest filled up with
+    /// zeros, which change nothing and have no gradient: A's stay out of every product through B's, and B's through
+    /// A's. Where gradients are recorded, they flow back to the students' tensors.
     ///
     /// Refuses students whose pairs are at other places than the first one's, and stacks.
     pub fn stacked(students: &[&Self]) -> Result<Self> {

@@ -116,7 +116,8 @@ pub(crate) struct Prepared<'a> {
 }
 
 impl Prepared<'_> {
-    /// The residual stream after the last block, `[rows, at.len(), d_model]`, for positions `at` of the first `rows` rows.
+    /// The residual stream after the last block, `[rows, at.len(), d_model]`, for positions `at` of the first `rows`
+    /// rows.
     pub(crate) fn prompt(
         &mut self,
         model: &Qwen,

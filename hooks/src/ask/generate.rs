@@ -43,7 +43,8 @@ pub struct Sampling {
 pub struct Answer {
     /// Its tokens, without the one that ended it.
     pub ids: Vec<i64>,
-    /// log p of each token under the model's own distribution (temperature 1, unconstrained), and of the ending token last.
+    /// log p of each token under the model's own distribution (temperature 1, unconstrained), and of the ending token
+    /// last.
     pub logprobs: Vec<f32>,
     /// Whether it ended by itself rather than at `max_new_tokens`.
     pub stopped: bool,
@@ -65,8 +66,8 @@ pub fn stream_seed(seed: u64, name: &str, index: u64) -> u64 {
 
 /// Draws one answer per prompt; `streams` holds one seed per answer. `progress` hears how many answers are done.
 ///
-/// Above temperature 0, answers to equal prompts are an error where they are the same more often than independent samples
-/// can be: then they were not drawn from streams of their own.
+/// Above temperature 0, answers to equal prompts are an error where they are the same more often than independent
+/// samples can be: then they were not drawn from streams of their own.
 ///
 /// ```
 /// use hooks::{Condition, Sampling, generate, stream_seed};
@@ -243,8 +244,8 @@ fn answer_all<'p, 'a: 'p>(
     Ok(answers)
 }
 
-/// One token per row, its log-probability under the unchanged distribution, and its probability under the one that it was
-/// drawn from.
+/// One token per row, its log-probability under the unchanged distribution, and its probability under the one that it
+/// was drawn from.
 struct Drawn {
     tokens: Vec<i64>,
     logprobs: Vec<f32>,

@@ -45,8 +45,8 @@ pub struct AtPoints {
     pub gradients: BTreeMap<HookPoint, Tensor>,
 }
 
-/// Runs one row and takes the gradient of a scalar function of its logits, `[1, pos, d_vocab]`, at some hook points, after
-/// the condition's edits.
+/// Runs one row and takes the gradient of a scalar function of its logits, `[1, pos, d_vocab]`, at some hook points,
+/// after the condition's edits.
 ///
 /// ```
 /// use hooks::{Condition, HookPoint, gradient, tch::Kind};
@@ -99,7 +99,8 @@ pub struct OfLosses {
     /// The log-probabilities of the vocabulary at the positions that predict the losses' tokens, loss by loss,
     /// `[tokens, d_vocab]`.
     pub logprobs: Tensor,
-    /// ∂ℓ/∂θ of the adapter's tensors in the order of `Adapter::parameters`, each `[losses, ..]`; none without an adapter.
+    /// ∂ℓ/∂θ of the adapter's tensors in the order of `Adapter::parameters`, each `[losses, ..]`; none without an
+    /// adapter.
     pub adapter: Vec<Tensor>,
     /// `∂ℓ/∂resid_post` block by block, each `[losses, pos, d_model]`; positions after the losses' last token are not
     /// run. For the last block `[losses, places, d_model]`, only at the predicting positions: it is zero at the others.
@@ -134,8 +135,8 @@ impl OfLosses {
 /// given by the indices k of its tokens in the completion; for single tokens `[[0], [1], ..]`. `each` gets the
 /// gradients in the order of the losses, some losses at a time.
 ///
-/// The row is run once, and several losses share a written-out backward pass (`qwen/lora_backward.rs`), which keeps each loss's
-/// gradients apart. Under edits, each loss is a backward pass of libtorch over the recorded graph.
+/// The row is run once, and several losses share a written-out backward pass (`qwen/lora_backward.rs`), which keeps
+/// each loss's gradients apart. Under edits, each loss is a backward pass of libtorch over the recorded graph.
 pub fn of_losses(
     model: &Qwen,
     row: &Sequence,
@@ -264,7 +265,8 @@ impl Graph {
         Ok(Self { parameters, resid_post, places, labels: row.ids[row.completion.clone()].to_vec(), start })
     }
 
-    /// The log-probabilities where a loss' tokens are predicted, and its gradients at the adapter and the residual stream.
+    /// The log-probabilities where a loss' tokens are predicted, and its gradients at the adapter and the residual
+    /// stream.
     fn gradients(&self, model: &Qwen, loss: &[usize], keep_graph: bool) -> Result<(Tensor, Vec<Tensor>, Vec<Tensor>)> {
         let place = |k: &usize| self.places.partition_point(|place| *place < self.start + k - 1) as i64;
         let index = |values: Vec<i64>| Tensor::f_from_slice(&values)?.f_to_device(model.device());

@@ -1,5 +1,5 @@
-//! Cases in batches, each of which is run once: packed into trees where their edits allow it, else padded. A batch has
-//! a budget of tokens; the tokens that its rows begin with alike count and run once.
+//! Rows in batches, each with a budget of tokens: packed into trees where their edits allow it, else padded. The tokens
+//! that rows of a batch begin with alike (the system prompt, a question under several gates or one edit) are run once.
 
 use std::ops::Range;
 

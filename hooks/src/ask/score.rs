@@ -1,6 +1,5 @@
-//! Scores that a model gives to tokens, without sampling. Rows are batched by a budget of tokens. The tokens that rows
-//! of a batch begin with alike (the system prompt, a question under several gates or one edit) are run once. Everything
-//! here runs without gradients; results are f32 on the CPU.
+//! Scores that a model gives to tokens, without sampling. `prefill.rs` runs the rows in batches. Everything here runs
+//! without gradients; results are f32 on the CPU.
 
 use tch::{Device, Kind, Tensor};
 
@@ -19,8 +18,8 @@ use crate::taps::tap::Hooks;
 /// Rows of logits computed at once.
 const LOGIT_ROWS: i64 = 256;
 
-/// Hands on the log-probabilities of the token after each case's prompt, `[d_vocab]`, with the case's index; the cases come
-/// in any order.
+/// Hands on the log-probabilities of the token after each case's prompt, `[d_vocab]`, with the case's index; the cases
+/// come in any order.
 pub fn each_next_token(
     model: &Qwen,
     cases: &[Case<'_, '_>],

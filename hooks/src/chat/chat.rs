@@ -1,7 +1,7 @@
 //! A chat as tokens, each with its class: rendered in pieces, tokenised once, and proven against the model's template.
 //!
-//! A Jinja engine returns the text without saying which part wrote it. So the pieces are written in `pieces.rs`, and
-//! every text they make is compared with the model's own template on the same chat. If the two differ, the template is refused
+//! A Jinja engine returns the text without saying which part wrote it. So `pieces.rs` writes the pieces, and every text
+//! they make is compared with the model's own template on the same chat. If the two differ, the template is refused
 //! with the first difference shown: no class can be silently wrong.
 
 use serde::Serialize;
@@ -134,8 +134,8 @@ impl Chat {
         self.tokenise(&self.proven(&turns, true)?)
     }
 
-    /// A whole row: the prompt, the answer's tokens as they were sampled (never re-tokenised), and, where there is a template,
-    /// `<|im_end|>` and a line break.
+    /// A whole row: the prompt, the answer's tokens as they were sampled (never re-tokenised), and, where there is a
+    /// template, `<|im_end|>` and a line break.
     pub fn row(&self, system: Option<&str>, user: &str, completion_ids: &[i64]) -> Result<Sequence> {
         let stops = self.stop_ids();
         if let Some(index) = completion_ids.iter().position(|id| stops.contains(id)) {

@@ -95,7 +95,8 @@ impl Template {
     }
 }
 
-/// The template with training's `{% generation %}` blocks, which render as what they enclose, made blocks of Jinja's own.
+/// The template with training's `{% generation %}` blocks, which render as what they enclose, made blocks of Jinja's
+/// own.
 fn generation_as_if(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

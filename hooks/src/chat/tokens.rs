@@ -152,8 +152,8 @@ const UNIONS: [&str; 11] = [
 ];
 
 /// Classes as a person chose them: `CLASS[+CLASS]`, each a class or a union: `entity`, `template`, the turns `system`,
-/// `user` and `assistant`, their parts `sys.content` and `sys.header`, `user.header`, `asst.header` (`<|im_start|>`, the
-/// role and its line break), and `im_start` and `im_end` of all turns of the prompt.
+/// `user` and `assistant`, their parts `sys.content` and `sys.header`, `user.header`, `asst.header` (`<|im_start|>`,
+/// the role and its line break), and `im_start` and `im_end` of all turns of the prompt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Selection {

@@ -366,8 +366,8 @@ fn the_gradients_of_a_gated_lora_are_finite_differences() {
     }
 }
 
-/// The gate is a factor in the graph, which gives the derivative of the loss by the dose. In f64: a difference of losses in
-/// f32 is rounding on some processors.
+/// The gate is a factor in the graph, which gives the derivative of the loss by the dose. In f64: a difference of
+/// losses in f32 is rounding on some processors.
 #[test]
 fn the_dose_has_a_gradient() {
     let (_, chat, adapter) = world();

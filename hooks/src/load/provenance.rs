@@ -143,7 +143,8 @@ impl VectorFile {
         }
     }
 
-    /// The mean over all rows and tokens of what was captured at a hook point, `[row, pos, ..]`; padding does not count.
+    /// The mean over all rows and tokens of what was captured at a hook point, `[row, pos, ..]`; padding does not
+    /// count.
     pub fn mean(&self, name: &str) -> Result<Tensor> {
         let captured = self.get(name)?;
         let malformed = |problem: String| Error::Malformed { path: self.path.clone(), problem };

@@ -1,4 +1,5 @@
-//! The model that is always there: a Qwen2 of two layers whose weights are drawn from a seed, for tests and first steps.
+//! The model that is always there: a Qwen2 of two layers whose weights are drawn from a seed, for tests and first
+//! steps.
 //!
 //! It knows nothing. Its tokenizer and chat template are real enough for every command to run on it in seconds.
 

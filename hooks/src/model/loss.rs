@@ -30,8 +30,8 @@ pub struct Targets {
 }
 
 impl Targets {
-    /// The targets of a batch's rows. `masks[row][t]` says whether token t is predicted (by t − 1); the first token, which
-    /// nothing predicts, cannot be. A row's last token need not be in the batch, since it predicts nothing.
+    /// The targets of a batch's rows. `masks[row][t]` says whether token t is predicted (by t − 1); the first token,
+    /// which nothing predicts, cannot be. A row's last token need not be in the batch, since it predicts nothing.
     pub fn of(batch: &Batch, rows: &[&[i64]], masks: &[&[bool]]) -> Result<Self> {
         let (mut indices, mut labels) = (Vec::new(), Vec::new());
         for (row, (ids, mask)) in rows.iter().zip(masks).enumerate() {
@@ -64,15 +64,16 @@ fn distinct(batch: &Batch, indices: &[i64]) -> Vec<i64> {
     groups.flat_map(|(group, places)| places.into_iter().map(move |place| (group * pos + place) as i64)).collect()
 }
 
-/// Σ −log p(label) over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid`: the final
-/// residual stream at `targets.places`, `[places, d_model]`, as `Qwen::resid_at` gives it. The sum and not the mean, so that a
-/// step of several batches can be divided by all its targets.
+/// Σ −log p(label) over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid`:
+/// the final residual stream at `targets.places`, `[places, d_model]`, as `Qwen::resid_at` gives it. The sum and not
+/// the mean, so that a step of several batches can be divided by all its targets.
 pub fn cross_entropy_sum(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
     let _stage = profile::stage(Stage::Loss);
     Ok(cross_entropy(model, resid, targets)?.f_sum(wide(resid.kind()))?)
 }
 
-/// −log p(label) of each target, `[n]`, in f32 (f64 in an f64 model). Gradients flow through any weighted sum of them, once.
+/// −log p(label) of each target, `[n]`, in f32 (f64 in an f64 model). Gradients flow through any weighted sum of them,
+/// once.
 pub fn cross_entropy(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
     let normed = model.final_norm(&embedding(resid, &targets.rows)?)?; // [n, d_model]
     let unembedding_learns = model.parameters().iter().any(|(_, weight)| weight.requires_grad());

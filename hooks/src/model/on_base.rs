@@ -83,7 +83,8 @@ mod tests {
     use crate::adapter::spectrum::tests::{adapter, apart};
     use crate::load::model_files::ModelFiles;
 
-    /// A model whose weights are the base's and an adapter's, cut to the adapter's rank, is the adapter; cut to less, its strongest part.
+    /// A model whose weights are the base's and an adapter's, cut to the adapter's rank, is the adapter; cut to less,
+    /// its strongest part.
     #[test]
     fn a_merged_adapter_is_found_again() {
         let files = ModelFiles::open("tiny-random").unwrap();

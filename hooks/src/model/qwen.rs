@@ -123,8 +123,8 @@ impl Attention {
         Ok(linear.forward(x, pass)?.f_view([batch, pos, n, self.d_head])?)
     }
 
-    /// Attention over all slots. `q`: `[batch, pos, n_heads, d_head]`, as the result, `k` and `v`: `[batch, slots, n_kv_heads,
-    /// d_head]`.
+    /// Attention over all slots. `q`: `[batch, pos, n_heads, d_head]`, as the result, `k` and `v`: `[batch, slots,
+    /// n_kv_heads, d_head]`.
     fn attend(
         &self,
         q: &Tensor,

@@ -101,8 +101,8 @@ impl KvCache {
         Ok(Incoming::Scattered { tokens: tensor(&tokens)?, slots: tensor(&slots)? })
     }
 
-    /// Stores a block's keys and values of the pass's new tokens, `[batch, pos, n_kv_heads, d_head]`, and returns those of all
-    /// slots so far, `[batch, slots, ..]`; of a packed batch, the new ones alone as they came.
+    /// Stores a block's keys and values of the pass's new tokens, `[batch, pos, n_kv_heads, d_head]`, and returns those
+    /// of all slots so far, `[batch, slots, ..]`; of a packed batch, the new ones alone as they came.
     pub(crate) fn extend(&mut self, layer: usize, k: &Tensor, v: &Tensor, packed: bool) -> Result<(Tensor, Tensor)> {
         let (keys, values) = &self.blocks[layer];
         for (stored, new) in [(keys, k), (values, v)] {

@@ -139,8 +139,8 @@ impl Packing {
         Ok((Self { positions, doses, places, buckets, back: line(&back)? }, ids))
     }
 
-    /// Causal attention within each row. `q`: `[n, pos, n_heads, d_head]`, `k` and `v`: `[n, pos, n_kv_heads, d_head]`; the
-    /// result is shaped as `q`.
+    /// Causal attention within each row. `q`: `[n, pos, n_heads, d_head]`, `k` and `v`: `[n, pos, n_kv_heads, d_head]`;
+    /// the result is shaped as `q`.
     pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (_, _, n_heads, d_head) = q.size4()?;
         let mut found = Vec::new();

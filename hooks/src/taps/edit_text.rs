@@ -78,8 +78,8 @@ impl EditText {
         P::select(&self.points, model.n_layers)?.into_iter().try_for_each(check)
     }
 
-    /// The edits, one per hook point, with the tensors that the files hold under its name. A file of another model, width
-    /// or chat template is refused.
+    /// The edits, one per hook point, with the tensors that the files hold under its name. A file of another model,
+    /// width or chat template is refused.
     pub fn load(&self, model: &Config, here: &Provenance) -> Result<Vec<Edit>> {
         let file = self.file().map(|file| VectorFile::read(file, here)).transpose()?;
         let points = P::select(&self.points, model.n_layers)?;

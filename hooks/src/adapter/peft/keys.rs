@@ -75,8 +75,8 @@ impl PeftConfig {
         Some(self.lora(&places, Some(layers.len())))
     }
 
-    /// Refuses settings that no adapter of this model can have, such as blocks that are all beyond it. Returns a remark if only
-    /// some are.
+    /// Refuses settings that no adapter of this model can have, such as blocks that are all beyond it. Returns a remark
+    /// if only some are.
     pub(super) fn check(&self, model: &Config) -> Result<Option<String>> {
         let layers = self.targets.layers.clone().unwrap_or_default();
         let (beyond, there): (Vec<usize>, Vec<usize>) = layers.into_iter().partition(|layer| *layer >= model.n_layers);

@@ -1,11 +1,13 @@
 //! The gradients of a LoRA by a backward pass that is written out, block by block, instead of recorded by libtorch.
 //!
-//! Training asks for one thing: losses, and their gradient at the adapter's tensors. Written out, a block keeps less, its gradients
-//! are added where they arise, and there are about half as many calls. Only attention between projections and output, a hundredth
-//! of the arithmetic, is left to libtorch's own gradients. Taps, edits and dropout take the recorded way.
+//! Training asks for one thing: losses, and their gradient at the adapter's tensors. Written out, a block keeps less,
+//! its gradients are added where they arise, and there are about half as many calls. Only attention between projections
+//! and output, a hundredth of the arithmetic, is left to libtorch's own gradients. Taps, edits and dropout take the
+//! recorded way.
 //!
-//! One forward pass can carry many backward passes at once. Gradients have the shape `[tokens, width]`, those of several losses
-//! `[losses · tokens, width]`, loss by loss; what is kept of the forward pass is always `[tokens, width]`.
+//! One forward pass can carry many backward passes at once. Gradients have the shape `[tokens, width]`, those of
+//! several losses `[losses · tokens, width]`, loss by loss; what is kept of the forward pass is always `[tokens,
+//! width]`.
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
@@ -349,7 +351,8 @@ fn by_student(pair: &LoraPair, x: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// `[tokens, width]` as it is; of several losses, `[losses · tokens, width]`, as `[losses, tokens, width]`. A stack's stays.
+/// `[tokens, width]` as it is; of several losses, `[losses · tokens, width]`, as `[losses, tokens, width]`. A stack's
+/// stays.
 fn by_loss(at: &Tensor, tokens: i64) -> Result<Tensor> {
     if at.dim() > 2 || at.size()[0] == tokens {
         return Ok(at.shallow_clone());
