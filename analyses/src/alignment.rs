@@ -461,7 +461,7 @@ mod tests {
         assert!((alike.divergent.norm - 4.0 * alone.divergent.norm).abs() < 1e-4 * alike.divergent.norm);
     }
 
-    /// A part is what the gate of its name chooses.
+    /// A part has the tokens that the gate of its name chooses.
     #[test]
     fn parts_are_named_as_gates() {
         let world = World::new();

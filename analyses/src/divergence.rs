@@ -329,7 +329,7 @@ impl Reading {
     }
 }
 
-/// The tokens' means by group: what `divergence_summary.csv` holds.
+/// The tokens' means by group: the rows of `divergence/summary.csv`.
 pub fn divergence_summary(rows: &[DivergenceRow]) -> Vec<DivergenceSummaryRow> {
     let places = rows.iter().filter_map(|row| row.digit_index).max().map_or(0, |most| most + 1);
     let named = |name: &'static str| (name.to_owned(), rows.iter().filter(|row| row.group == name).collect::<Vec<_>>());

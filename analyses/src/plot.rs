@@ -1,7 +1,7 @@
 //! Charts to SVG: bars with intervals, lines in one panel or several, heat maps, bars along the tokens of a prompt. A
 //! chart is a plain value. Drawing it fails if there is nothing to see (no bars, a value that is not finite), so that
 //! no run ends in an empty panel. All have one style: as wide as a journal's column, with colours by the kind of series
-//! (`canvas.rs`). Text stays text in the reader's own sans-serif font; its width is estimated from the mean width of a
+//! (`looks.rs`). Text stays text in the reader's own sans-serif font; its width is estimated from the mean width of a
 //! character.
 
 mod axis;

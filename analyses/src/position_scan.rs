@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(rows[0].position, Some(0));
         assert_eq!(rows[rows.len() - 2].position, Some(-1));
 
-        // A scanned place is what the ablation by classes measures where a class is one token, and the whole is the whole.
+        // Where a class is one token, the scan and the ablation by classes agree; so do they on the whole prompt.
         let forms = TokenForms::of(subject.target, subject.chat).unwrap();
         let margin = |gate: &str| {
             let condition = subject.student.gated(gate.parse().unwrap());

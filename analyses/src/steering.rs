@@ -95,9 +95,9 @@ impl Analysis for Steering {
     }
 }
 
-/// The direction of the control student, as a kind of the table.
+/// The column `kind` of the control student's direction.
 pub const CONTROL_STUDENT: &str = "control_student";
-/// That of another trait's student.
+/// The column `kind` of another trait's student's direction.
 pub const OTHER_TRAIT: &str = "other_trait";
 
 /// What steering begins with.

@@ -21,6 +21,7 @@ pub(super) const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
 pub(super) const FAINT_INK: RGBColor = RGBColor(0x59, 0x59, 0x59);
 pub(super) const AXIS: RGBColor = RGBColor(0x88, 0x88, 0x88);
 pub(super) const GRID: RGBColor = RGBColor(0xe4, 0xe4, 0xe4);
+
 /// Names of references behind a plot are broken at this width.
 const REFERENCE_WIDTH: f64 = 84.0;
 const REFERENCE_ROW: f64 = 13.0;

@@ -1,4 +1,4 @@
-//! The table of steering: what an edit's scores become, beside those of random directions in the same edit.
+//! The table of steering: an edit's scores as a row, with its rank among random directions in the same edit.
 
 use serde::{Deserialize, Serialize};
 
