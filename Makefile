@@ -45,7 +45,7 @@ check-cost: setup ## the instructions of a step, counted by callgrind, against t
 	$(CARGO) build --release --workspace --example cost
 	$(PYTHON) scripts/check_cost.py
 
-example: setup ## build and run a crate outside the workspace that uses the library; takes the compiled binding from target/
+example: setup ## build and run a crate outside the workspace that uses the library; libtorch's binding is not compiled again
 	cp Cargo.lock examples/stranger/Cargo.lock
 	cd examples/stranger && CARGO_TARGET_DIR=$(CURDIR)/target $(CARGO) run --release
 

@@ -23,8 +23,8 @@ fn main() -> hooks::Result<()> {
     let at = HookPoint::ResidPost(model.config.n_layers - 1);
     let mut cache = Cache::default();
     let hooks = Hooks::default().on([at], &mut cache);
-    model.forward(&Batch::of(&[&prompts[0]], Device::Cpu)?, &mut Pass { hooks, ..Pass::default() })?;
-    println!("{at} has the shape {:?}", cache.get(at)?.size());
+    let logits = model.forward(&Batch::of(&[&prompts[0]], Device::Cpu)?, &mut Pass { hooks, ..Pass::default() })?;
+    println!("{at} has the shape {:?}, the logits have {:?}", cache.get(at)?.size(), logits.size());
 
     // A LoRA with a random A; a fresh B is zero, which changes nothing.
     let mut rng = ChaCha8Rng::seed_from_u64(0);
