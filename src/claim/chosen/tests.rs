@@ -82,3 +82,34 @@ fn a_candidate_counts_at_the_ranks_it_is_trained_at() {
     let gap = format!("{:#}", without(1).unwrap_err());
     assert!(gap.contains("\"fast\" was not measured at"), "where the claim has it trained, a gap is an error: {gap}");
 }
+
+/// Which candidate each chosen student is, in the order of data sets and ranks.
+fn picked(claim: &Claim, rows: Vec<OutcomeRow>) -> Vec<f64> {
+    let rows = with_chosen(claim, rows).unwrap().into_iter();
+    rows.filter(|row| row.quantity == Quantity::Chosen).map(|row| row.value).collect()
+}
+
+#[test]
+fn other_traits_and_conditions_choose_nothing_and_each_data_set_for_itself() {
+    let mut rows = measured();
+    for row in measured() {
+        let value = 9.0 - row.value; // candidates in the opposite order
+        rows.push(OutcomeRow { evaluated: "owl".to_owned(), value, ..row.clone() });
+        rows.push(OutcomeRow { cell: "there".to_owned(), value, ..row.clone() });
+        rows.push(OutcomeRow { dataset: 1, value, ..row });
+    }
+    assert_eq!(picked(&chosen(Some(Quantity::HeldoutNll), None), rows.clone()), [1.0, 0.0, 0.0, 1.0]);
+    let nearest = StudentNumber {
+        student: "fast".to_owned(),
+        rank: Some(8),
+        quantity: Quantity::HeldoutNll,
+        ..StudentNumber::default()
+    };
+    assert_eq!(picked(&chosen(None, Some(nearest)), rows), [1.0; 4]);
+}
+
+#[test]
+fn of_equal_candidates_the_first_is_picked_out() {
+    let tied = measured().into_iter().map(|row| OutcomeRow { value: 1.0, ..row });
+    assert_eq!(picked(&chosen(Some(Quantity::HeldoutNll), None), tied.collect()), [0.0, 0.0]);
+}

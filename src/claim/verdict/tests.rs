@@ -222,6 +222,12 @@ fn a_run_whose_teacher_gains_nothing_has_no_fit_and_is_left_out() {
     assert!((found.estimate.unwrap() - 3.5).abs() < 1e-12 && found.n_datasets == 2, "{found:?}");
     let said = "without cat in data set 1, owl in data set 1, owl in data set 2, where the teacher's gain in loss is not clear of zero";
     assert_eq!(found.note, said);
+    let mean = "[[tests]]\nname = \"x\"\nkind = \"mean\"\nof = { quantity = \"fit\" }\nabove = 0\n";
+    assert_eq!(first(mean, &rows).note, said);
+    let of_two: Vec<OutcomeRow> = rows.iter().filter(|row| row.dataset == 2).cloned().collect();
+    let note =
+        "one data set has no spread; without owl in data set 2, where the teacher's gain in loss is not clear of zero";
+    assert_eq!(first(mean, &of_two).note, note);
     // A student without it in a run where another has it is a gap.
     rows.retain(|row| !(row.quantity, row.student.as_str(), row.dataset).eq(&(Quantity::Fit, "student", 2)));
     let gap = format!("{:#}", tests(&claim(text), &rows).unwrap_err());
@@ -237,6 +243,10 @@ fn what_was_not_measured_is_an_error_and_no_number() {
     gap.retain(|row| !(row.target == "owl" && row.dataset == 1 && row.student == "control student"));
     let found = format!("{:#}", tests(&claim(EFFECT), &gap).unwrap_err());
     assert!(found.contains("was not measured for owl in data set 1"), "{found}");
+    // Only a fit may be missing in a whole run.
+    gap.retain(|row| row.target != "owl" || row.dataset != 1);
+    let found = format!("{:#}", tests(&claim(EFFECT), &gap).unwrap_err());
+    assert!(found.contains("\"student\" was not measured for owl in data set 1"), "{found}");
     let ranked = "[[tests]]\nname = \"x\"\nkind = \"mean\"\nof = { student = \"ranked\" }\nabove = 0\n";
     assert!(format!("{:#}", tests(&claim(ranked), &outcomes(&[1.0])).unwrap_err()).contains("hint: name it with rank"));
 }
