@@ -51,10 +51,11 @@ enum Command {
     #[command(after_help = "Example:\n  undertone arms experiments/demo.toml --run runs/demo --force")]
     Arms(ExperimentArgs),
     Export(export::ExportArgs),
-    /// Writes report.html from a run's CSV files, and with --png a PNG for each SVG.
-    #[command(
-        after_help = "Examples:\n  undertone report runs/demo\n  undertone report runs/claims-pocket/claim-06 --png"
-    )]
+    /// Writes report.html from a run's CSV files, and with --png a PNG for each SVG. Of a folder of claims: their verdicts.
+    #[command(after_help = "Examples:
+  undertone report runs/demo
+  undertone report runs/claims-pocket/claim-06 --png
+  undertone report runs/claims-pocket")]
     Report(report::ReportArgs),
     Tokens(tokens::TokensArgs),
     Ask(ask::AskArgs),

@@ -13,6 +13,8 @@ use undertone::claim::tables::{ClaimRunRow, ContextRow, DigitConfRow, MatrixRow,
 use undertone::claim::{Claim, EVERYWHERE, OutcomeRow, Quantity, Size, THROUGH, TestRow, tests};
 use undertone::output::publish::{Table, read_csv, to_csv};
 
+use crate::pipeline::undertone;
+
 const SIZE: &str = r#"
 [values]
 ranks = [1, 4]
@@ -370,6 +372,8 @@ fn the_table_of_verdicts_on_the_page_is_made_from_the_kept_claims() {
     let page = include_str!("../docs/claims.md");
     let table = verdicts(&kept).unwrap();
     assert!(page.contains(&table) && table.lines().count() == 2 + 18, "docs/claims.md does not have\n{table}");
+    let printed = undertone(Path::new("."), &["report", &kept.display().to_string()]);
+    assert_eq!(String::from_utf8(printed.stdout).unwrap(), table);
     let empty = TempDir::new().unwrap();
     let error = format!("{:#}", verdicts(empty.path()).unwrap_err());
     assert!(error.contains("holds no claim; hint: undertone run"), "{error}");

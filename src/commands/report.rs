@@ -5,23 +5,28 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 
+use crate::claim::tables::verdicts;
 use crate::output::png;
-use crate::output::progress::say;
+use crate::output::progress::{print, say};
 use crate::stages::report;
 use crate::stages::run_dir::RunDir;
 
 /// A run.
 #[derive(Args, Debug)]
 pub struct ReportArgs {
-    /// The folder of a run, or of a claim, whose page is written already.
+    /// The folder of a run; of a claim, whose page is written already; or of several claims, for the table of their verdicts.
     run: PathBuf,
     /// Also writes each SVG of the folder as PNG, at twice its size, in a font of this machine.
     #[arg(long)]
     png: bool,
 }
 
-/// Writes `report.html`, unless the folder is a claim's, which has its page; with `--png` a PNG for each SVG of the folder.
+/// Writes a run's `report.html`, says where a claim's is, or prints the verdicts of several claims; with `--png` makes a
+/// PNG of each SVG in the folder.
 pub fn run(args: &ReportArgs) -> Result<()> {
+    if holds_claims(&args.run) {
+        return print(&verdicts(&args.run)?);
+    }
     if is_claim(&args.run) {
         say(format!("report: {}", args.run.join("report.html").display()));
         return if args.png { pngs(&args.run) } else { Ok(()) };
@@ -34,6 +39,11 @@ pub fn run(args: &ReportArgs) -> Result<()> {
 
 fn is_claim(folder: &Path) -> bool {
     folder.join("claim.toml").is_file()
+}
+
+fn holds_claims(folder: &Path) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    !folder.join("run.toml").exists() && entries.into_iter().any(|entry| is_claim(&entry.path()))
 }
 
 fn pngs(folder: &Path) -> Result<()> {
