@@ -62,16 +62,20 @@ pub(super) fn estimate(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     }
     match test.kind {
         Kind::Mean => {
-            let values = table.by_dataset(&test.of)?;
-            Ok(over_datasets(&values, table.n_runs(&[&test.of])).without(&table.without_gain(&test.of)))
+            let Measured { values: [values], n_runs, left_out } = table.measured([&test.of])?;
+            Ok(over_datasets(&values, n_runs).without(&left_out))
         }
         Kind::Difference => {
             let minus = test.minus.as_ref().context("minus is not given")?;
-            let (values, other) = (table.by_dataset(&test.of)?, table.by_dataset(minus)?);
+            let Measured { values: [values, other], n_runs, left_out } = table.measured([&test.of, minus])?;
             let values: Vec<f64> = values.iter().zip(&other).map(|(value, other)| value - other).collect();
-            Ok(over_datasets(&values, table.n_runs(&[&test.of, minus])).without(&table.without_gain(&test.of)))
+            Ok(over_datasets(&values, n_runs).without(&left_out))
         }
-        Kind::Recovered => recovered(test, table),
+        Kind::Recovered => {
+            let all = test.all.as_ref().context("all is not given")?;
+            let Measured { values: [part, whole], n_runs, left_out } = table.measured([&test.of, all])?;
+            Ok(recovered(&part, &whole, n_runs)?.without(&left_out))
+        }
         Kind::Slope | Kind::Rise | Kind::Fall => slopes(test, table),
         Kind::PeakSpread => peak_spread(test, table),
         Kind::Diagonal => diagonal(test, table),
@@ -80,7 +84,7 @@ pub(super) fn estimate(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
 
 /// The mean with Student's interval, as far as the data sets carry one.
 fn over_datasets(values: &[f64], n_runs: usize) -> Estimate {
-    let few = if values.len() < 2 { "one data set has no spread" } else { "" };
+    let few = if values.len() == 1 { "one data set has no spread" } else { "" };
     Estimate {
         value: mean(values).ok(),
         interval: t_interval(values, LEVEL).ok(),
@@ -93,22 +97,22 @@ fn over_datasets(values: &[f64], n_runs: usize) -> Estimate {
     }
 }
 
-fn recovered(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
-    let all = test.all.as_ref().context("all is not given")?;
-    let (part, whole) = (table.by_dataset(&test.of)?, table.by_dataset(all)?);
-    let (n_datasets, n_runs) = (part.len(), table.n_runs(&[&test.of, all]));
+fn recovered(part: &[f64], whole: &[f64], n_runs: usize) -> Result<Estimate> {
+    let n_datasets = part.len();
     if n_datasets < 2 {
         // With one data set there is no error that could show the denominator clear of zero.
-        let note =
-            format!("{:+.3} of {:+.3} nats; one data set has no spread, so that no share is given", part[0], whole[0]);
+        let found = part.iter().zip(whole).map(|(part, whole)| {
+            format!("{part:+.3} of {whole:+.3} nats; one data set has no spread, so that no share is given")
+        });
+        let note = found.collect::<String>();
         return Ok(Estimate { n_datasets, n_runs, note, ..Estimate::default() });
     }
-    let runs: Vec<(f64, f64, f64)> = part.iter().zip(&whole).map(|(part, whole)| (*part, 0.0, *whole)).collect();
+    let runs: Vec<(f64, f64, f64)> = part.iter().zip(whole).map(|(part, whole)| (*part, 0.0, *whole)).collect();
     let found = recovered_fraction(&runs, LEVEL, DRAWS, SEED)?;
     let note = format!("{:+.3} of {:+.3} nats", found.numerator, found.denominator);
     Ok(match found.fraction {
         Some(share) => {
-            let interval = fieller_interval(&part, &whole, LEVEL)?;
+            let interval = fieller_interval(part, whole, LEVEL)?;
             let open = if interval.is_none() { "; the whole is not clear of zero at this level" } else { "" };
             let note = format!("{note}; by the bootstrap {:.3} to {:.3}{open}", share.low, share.high);
             Estimate { value: Some(share.estimate), interval, n_datasets, n_runs, note, ..Estimate::default() }
@@ -128,7 +132,7 @@ fn slopes(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     let over =
         if test.kind == Kind::Slope { test.over.context("over is not given")? } else { Over::Rank(RankAxis::Log2Rank) };
     let series = table.series(&test.of, over)?;
-    let n_runs = table.n_runs(&[&test.of]);
+    let n_runs = table.n_runs(&[&test.of], &BTreeSet::new());
     if test.kind == Kind::Slope {
         let values: Option<Vec<f64>> = series.iter().map(|points| least_squares(points)).collect();
         return Ok(over_datasets(&values.context("its points lie at one place, and a slope takes two")?, n_runs));
@@ -222,7 +226,7 @@ fn peak_spread(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
         value: Some(found),
         p_one_sided: Some(as_large as f64 / DRAWS as f64),
         n_datasets,
-        n_runs: table.n_runs(&[&test.of]),
+        n_runs: table.n_runs(&[&test.of], &BTreeSet::new()),
         note: "a largest difference is above 0 by chance as well, so that its p decides".to_owned(),
         ..Estimate::default()
     })
@@ -274,6 +278,15 @@ fn diagonal(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     })
 }
 
+/// Some numbers of the same runs.
+struct Measured<'a, const N: usize> {
+    /// Of each number a value per data set, in the same order.
+    values: [Vec<f64>; N],
+    n_runs: usize,
+    /// The runs that are left out, by trait and data set.
+    left_out: BTreeSet<(&'a str, u64)>,
+}
+
 /// The outcomes, and their traits.
 pub(super) struct Outcomes<'a> {
     pub(super) rows: &'a [OutcomeRow],
@@ -303,9 +316,10 @@ impl<'a> Outcomes<'a> {
         self.rows.iter().map(|row| row.dataset).collect()
     }
 
-    fn n_runs(&self, numbers: &[&StudentNumber]) -> usize {
+    fn n_runs(&self, numbers: &[&StudentNumber], left_out: &BTreeSet<(&str, u64)>) -> usize {
         let runs = numbers.iter().flat_map(|of| self.own(of));
-        runs.map(|row| (&row.target, row.dataset, &row.student, row.rank, row.seed_index))
+        runs.filter(|row| !left_out.contains(&(row.target.as_str(), row.dataset)))
+            .map(|row| (&row.target, row.dataset, &row.student, row.rank, row.seed_index))
             .collect::<BTreeSet<_>>()
             .len()
     }
@@ -320,13 +334,25 @@ impl<'a> Outcomes<'a> {
         runs.filter(|(word, dataset)| of.quantity == Quantity::Fit && !has(word, *dataset)).collect()
     }
 
+    /// Some numbers of the same runs, data set by data set: those without a gain for one of them are left out of all.
+    fn measured<const N: usize>(&self, numbers: [&StudentNumber; N]) -> Result<Measured<'a, N>> {
+        let left_out: BTreeSet<_> = numbers.iter().flat_map(|of| self.without_gain(of)).collect();
+        let mut values = [(); N].map(|()| vec![]);
+        for (values, of) in values.iter_mut().zip(numbers) {
+            *values = self.by_dataset(of, &left_out)?;
+        }
+        Ok(Measured { values, n_runs: self.n_runs(&numbers, &left_out), left_out })
+    }
+
     /// Per data set, the mean over traits of each trait's mean over seeds. Every trait has to be there in every data set,
-    /// except in runs without a gain.
-    fn by_dataset(&self, of: &StudentNumber) -> Result<Vec<f64>> {
+    /// except in runs that are left out. A data set without any run has no mean.
+    fn by_dataset(&self, of: &StudentNumber, left_out: &BTreeSet<(&str, u64)>) -> Result<Vec<f64>> {
+        if left_out.len() == self.traits.len() * self.datasets().len() {
+            return Ok(vec![]);
+        }
         let mut ranks = self.own(of).map(|row| row.rank).collect::<BTreeSet<_>>();
         ensure!(ranks.len() <= 1, hinted!("{of} has the ranks {ranks:?}, expected one"; "name it with rank = 8"));
         ensure!(ranks.pop_first().is_some(), "{of} was not measured");
-        let left_out = self.without_gain(of);
         let of_run = |word: &str, dataset: u64| {
             let here = self.own(of).filter(|row| row.dataset == dataset && row.target == word);
             mean(&here.map(|row| row.value).collect::<Vec<_>>())

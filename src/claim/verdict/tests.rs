@@ -228,6 +228,15 @@ fn a_run_whose_teacher_gains_nothing_has_no_fit_and_is_left_out() {
     let note =
         "one data set has no spread; without owl in data set 2, where the teacher's gain in loss is not clear of zero";
     assert_eq!(first(mean, &of_two).note, note);
+    let lines = tests(&claim(mean), &of_two).unwrap();
+    let owl = lines.iter().find(|row| row.target == "owl").unwrap();
+    assert_eq!((owl.estimate, owl.outcome, owl.n_datasets), (None, Undecided, 0));
+    assert_eq!(owl.note, "without owl in data set 2, where the teacher's gain in loss is not clear of zero");
+    // Beside a number that has no such gaps, both are of the runs that have a fit: 3.5 again, of the fits and of the margins.
+    let mixed = "[[tests]]\nname = \"x\"\nkind = \"difference\"\nof = { quantity = \"fit\" }\n\
+                 minus = { quantity = \"delta_margin\" }\nabove = 0\n";
+    let found = first(mixed, &rows);
+    assert!(found.estimate.unwrap().abs() < 1e-12 && found.n_datasets == 2 && found.note == said, "{found:?}");
     // A student without it in a run where another has it is a gap.
     rows.retain(|row| !(row.quantity, row.student.as_str(), row.dataset).eq(&(Quantity::Fit, "student", 2)));
     let gap = format!("{:#}", tests(&claim(text), &rows).unwrap_err());
