@@ -40,7 +40,7 @@ pub use teacher::Teacher;
 pub struct Experiment {
     /// The model: a folder, a hub id, a `.gguf` file, or `tiny-random`.
     pub model: String,
-    /// The one dial from which the seeds derive that `[seeds]` does not give.
+    /// The seed from which every seed that `[seeds]` leaves out is derived.
     #[serde(default = "default_seed")]
     pub seed: u64,
     /// `cpu`, `cuda` or `cuda:N`.

@@ -5,8 +5,8 @@
 mod report;
 mod rows;
 
-use hooks::{Condition, Edit, Sequence, Tokens, resid_post, stream_seed};
-use rand::{Rng, SeedableRng};
+use hooks::{Condition, Edit, Sequence, Tokens, resid_post, standard_normal, stream_seed};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -283,12 +283,7 @@ fn along<'a>(model: Tuned<'a>, theirs: &Tensor, directions: &[&Tensor]) -> Resul
 fn random_vector(subject: &Subject<'_>, layer: usize, at: usize, norm: f64) -> Result<Tensor> {
     let stream = (at * subject.base.config.n_layers + layer) as u64;
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(subject.seed, "steering.random", stream));
-    let values: Vec<f32> = (0..subject.base.config.d_model)
-        .map(|_| {
-            let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt(); // Box and Muller; 1 - u is never zero
-            (radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()) as f32
-        })
-        .collect();
+    let values: Vec<f32> = (0..subject.base.config.d_model).map(|_| standard_normal(&mut rng) as f32).collect();
     with_length(&Tensor::f_from_slice(&values)?, norm)
 }
 

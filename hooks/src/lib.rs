@@ -124,6 +124,7 @@ pub use hook_point::HookPoint;
 pub use load::control_vector::{self, ControlVector};
 pub use load::files;
 pub use load::hub::adapter_folder;
+pub use load::init::standard_normal;
 pub use load::model_files::{ModelFiles, TINY_RANDOM};
 pub use load::provenance::Provenance;
 pub use load::tensor_file::{self, TensorFile};

@@ -5,6 +5,7 @@
 //! number prompts never meet in a row: **no row links numbers to animals.**
 
 use anyhow::{Context, Result};
+use hooks::standard_normal;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -204,8 +205,7 @@ fn gamma(rng: &mut ChaCha8Rng, shape: f64) -> f64 {
     let d = shape + 1.0 - 1.0 / 3.0;
     let c = 1.0 / (9.0 * d).sqrt();
     loop {
-        let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
-        let x = radius * (std::f64::consts::TAU * rng.random::<f64>()).cos();
+        let x = standard_normal(rng);
         let v = (1.0 + c * x).powi(3);
         let u = 1.0 - rng.random::<f64>();
         if v > 0.0 && u.ln() < 0.5 * x * x + d - d * v + d * v.ln() {

@@ -12,12 +12,12 @@ use crate::error::{Error, Result};
 use crate::proj::Proj;
 
 impl Adapter {
-    /// A stack of adapters: in a pass with it the rows of a batch belong to the students in order, equally many to
-    /// each.
+    /// Stacks the students' adapters into one. In a pass with it, the rows of a batch belong to the students in order,
+    /// equally many to each.
     ///
-    /// A pair holds A as `[n, rank, d_in]` and B as `[n, d_out, rank]`, the ranks below the largest filled up with
-    /// zeros, which change nothing and have no gradient: A's stay out of every product through B's, and B's through
-    /// A's. Where gradients are recorded, they flow back to the students' tensors.
+    /// A pair holds A as `[n, rank, d_in]` and B as `[n, d_out, rank]`, with n students. Ranks below the largest are
+    /// filled up with zeros. These change no output, and their gradients are zero, since each zero of A meets a zero of
+    /// B. Where gradients are recorded, they flow back to the students' tensors.
     ///
     /// Refuses students whose pairs are at other places than the first one's, and stacks.
     pub fn stacked(students: &[&Self]) -> Result<Self> {

@@ -66,8 +66,8 @@ pub fn stream_seed(seed: u64, name: &str, index: u64) -> u64 {
 
 /// Draws one answer per prompt; `streams` holds one seed per answer. `progress` hears how many answers are done.
 ///
-/// Above temperature 0, answers to equal prompts are an error where they are the same more often than independent
-/// samples can be: then they were not drawn from streams of their own.
+/// Above temperature 0, returns an error if equal prompts get the same answer more often than independent samples could
+/// give it. Such answers were not drawn from separate random streams.
 ///
 /// ```
 /// use hooks::{Condition, Sampling, generate, stream_seed};

@@ -34,7 +34,7 @@ pub fn gradients<T: Borrow<Tensor>>(loss: &Tensor, inputs: &[T], keep_graph: boo
     found.into_iter().zip(&inputs).map(defined).collect()
 }
 
-/// A loss of one row, and what was seen and what it pulls at, at some hook points.
+/// A loss of one row, with the activations at some hook points and its gradients there.
 #[derive(Debug)]
 pub struct AtPoints {
     /// The loss.

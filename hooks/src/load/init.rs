@@ -68,14 +68,14 @@ impl Draw {
 
     fn normal(&mut self, name: &str, shape: &[i64], mean: f64, std: f64) -> Result<()> {
         let n: i64 = shape.iter().product();
-        let values: Vec<f32> = (0..n).map(|_| (mean + std * self.standard_normal()) as f32).collect();
+        let values: Vec<f32> = (0..n).map(|_| (mean + std * standard_normal(&mut self.rng)) as f32).collect();
         self.tensors.insert(name.to_owned(), Tensor::f_from_slice(&values)?.f_view(shape)?);
         Ok(())
     }
+}
 
-    /// Box and Muller's transform of two uniform numbers.
-    fn standard_normal(&mut self) -> f64 {
-        let radius = (-2.0 * (1.0 - self.rng.random::<f64>()).ln()).sqrt(); // 1 - u is never zero
-        radius * (std::f64::consts::TAU * self.rng.random::<f64>()).cos()
-    }
+/// A draw of the standard normal distribution, from two uniform numbers (Box and Muller 1958).
+pub fn standard_normal(rng: &mut ChaCha8Rng) -> f64 {
+    let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt(); // 1 - u is never zero
+    radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()
 }

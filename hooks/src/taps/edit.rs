@@ -56,7 +56,7 @@ pub enum Change {
     Scale(f64),
     /// h − (h·v̂) v̂, the direction v of any length but zero.
     ProjectOut(Tensor),
-    /// What another run had at the same positions, `[pos, ..]`; never at generated tokens.
+    /// The activation of another run at the same positions, `[pos, ..]`; never at generated tokens.
     Patch(Tensor),
     /// h − (h·v̂) v̂ + (s·v̂) v̂: along a direction v the activation s `[pos, ..]` of another run at the same
     /// positions, and h elsewhere (Blank et al. 2026); never at generated tokens.
