@@ -32,7 +32,7 @@ CARGO = os.environ.get("CARGO", "cargo")
 BINARIES = {
     "hooks": [],
     "analyses": [],
-    "undertone": ["finetune", "optim", "teacher"],
+    "undertone": ["training::", "teacher::"],
     "main": ["parity::", "training::", "adapters::", "pocket::", "pipeline::", "exports::", "recompute::"],
 }
 
@@ -73,11 +73,26 @@ def binaries(root: Path = ROOT) -> dict[str, tuple[Path, Path]]:
     return {name: found[name] for name in BINARIES}
 
 
+def libraries() -> str:
+    """LD_LIBRARY_PATH with libtorch's folder."""
+    libtorch = Path(os.environ.get("LIBTORCH", ROOT / ".libtorch"))
+    return os.pathsep.join(filter(None, [str(libtorch / "lib"), os.environ.get("LD_LIBRARY_PATH")]))
+
+
+def check_words(words: dict[str, list[str]], tests: dict[str, tuple[Path, Path]]) -> None:
+    """Each word selects a test: one that none has would leave tests out in silence."""
+    for name, chosen in words.items():
+        binary, folder = tests[name]
+        environment = {**os.environ, "LD_LIBRARY_PATH": libraries(), "CARGO_MANIFEST_DIR": str(folder)}
+        for word in chosen:
+            listed = subprocess.run([binary, word, "--list"], cwd=folder, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+            if not re.search(r": test$", listed.stdout, re.M):
+                sys.exit(f"error: no test of {name} has {word!r} in its name; hint: give the names of today")
+
+
 def run(path: str, forced: dict[str, str], tests: dict[str, tuple[Path, Path]]) -> tuple[int, list[str]]:
     """How many tests passed on the path, and the names of those that failed."""
-    libtorch = Path(os.environ.get("LIBTORCH", ROOT / ".libtorch"))
-    libraries = os.pathsep.join(filter(None, [str(libtorch / "lib"), os.environ.get("LD_LIBRARY_PATH")]))
-    environment = {**os.environ, "LD_LIBRARY_PATH": libraries, **forced}
+    environment = {**os.environ, "LD_LIBRARY_PATH": libraries(), **forced}
     passed, failed = 0, []
     for name, (binary, folder) in tests.items():
         done = subprocess.run(
@@ -109,6 +124,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"error: no kernel path {unknown[0]}; there are {', '.join(paths())}")
     tests = binaries()
+    check_words(BINARIES, tests)
     every = {path: forced for path, forced in paths().items() if not wanted or path in wanted}
     broken = 0
     print(f"{'path':<14}{'passed':>8}{'failed':>8}{'seconds':>9}", flush=True)

@@ -27,7 +27,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from kernel_paths import binaries  # noqa: E402
+from kernel_paths import binaries, check_words  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ROOT.parent / f"{ROOT.name}-mutants"  # not below it: cargo would read both configurations
@@ -49,7 +49,7 @@ FILES = [
 TESTS = {
     "hooks": [],
     "analyses": [],
-    "undertone": ["finetune", "claim"],
+    "undertone": ["training::", "claim"],
     "main": ["parity::", "training::", "adapters::", "pipeline::", "recompute::", "claims::"],
 }
 OWN = {"hooks": "hooks", "analyses": "analyses", "src": "undertone"}
@@ -238,6 +238,7 @@ def main() -> None:
         while out := wrong(with_all(together)):
             single |= {number: together.pop(number) for number in out}
         tests = binaries(TREE)
+        check_words(TESTS, tests)
         limits = {}
         for name, (binary, folder) in tests.items():
             since = time.monotonic()
