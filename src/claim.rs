@@ -1,6 +1,7 @@
-//! A published claim put to the test. `file` is what one writes; `study` is that at a size; `run` trains its students and
-//! has `measure` and `ask` make the table of outcomes. All else follows from that table alone: the students that a fit picks
-//! out (`chosen`), the numbers (`estimate`), what they decide (`verdict`), the figures, tables of one kind, and the page.
+//! A published claim put to the test. `file` is what one writes; `study` is that at a size; `run` trains its students
+//! and has `measure` and `ask` make the table of outcomes. All else follows from that table alone: the students that a
+//! fit picks out (`chosen`), the numbers (`estimate`), what they decide (`verdict`), the figures, tables of one kind,
+//! and the page.
 
 mod ask;
 mod chosen;

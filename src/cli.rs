@@ -28,7 +28,8 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Does all of an experiment: generate, finetune, measure, arms, report. Puts a claim to the test: its runs, and a verdict.
+    /// Does all of an experiment: generate, finetune, measure, arms, report. Puts a claim to the test: its runs, and a
+    /// verdict.
     #[command(after_help = "Examples:
   undertone run experiments/demo.toml
   undertone run experiments/demo.toml --run runs/rank-16 --set student.rank=16
@@ -51,7 +52,8 @@ enum Command {
     #[command(after_help = "Example:\n  undertone arms experiments/demo.toml --run runs/demo --force")]
     Arms(ExperimentArgs),
     Export(export::ExportArgs),
-    /// Writes report.html from a run's CSV files, and with --png a PNG for each SVG. Of a folder of claims: their verdicts.
+    /// Writes report.html from a run's CSV files, and with --png a PNG for each SVG. Of a folder of claims: their
+    /// verdicts.
     #[command(after_help = "Examples:
   undertone report runs/demo
   undertone report runs/claims-pocket/claim-06 --png

@@ -1,7 +1,8 @@
 //! The bench: experiments, data, finetuning, run folders and what they publish. Everything that touches the world is
 //! here; the model is in `hooks`, the measurements are in `analyses`.
 //!
-//! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this list.
+//! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this
+//! list.
 
 /// What is written and shown: CSV, HTML, PNG, checkpoints, models, vectors, progress.
 pub mod output {

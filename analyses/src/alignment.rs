@@ -253,7 +253,8 @@ fn trait_gradient(subject: &Subject<'_>, adapter: &Adapter, naming: &[Sequence])
 /// Rows whose gradients are taken at once.
 const ROWS: usize = 64;
 
-/// Σ ∇(−log p) over the tokens that the masks choose, `[part, ..]` of each of the adapter's tensors, and how many tokens these are.
+/// Σ ∇(−log p) over the tokens that the masks choose, `[part, ..]` of each of the adapter's tensors, and how many
+/// tokens these are.
 fn sum_by_part(
     model: &Qwen,
     adapter: &Adapter,

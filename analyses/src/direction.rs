@@ -53,8 +53,8 @@ pub struct DirectionRow {
     pub resid_norm: f64,
     /// `norm` over `resid_norm`, without a unit.
     pub relative_norm: f64,
-    /// Share of the largest squared singular value in the sum of all, of the uncentred differences (one row per prompt):
-    /// 1 where every prompt moves along one line, 0 where none moves.
+    /// Share of the largest squared singular value in the sum of all, of the uncentred differences (one row per
+    /// prompt): 1 where every prompt moves along one line, 0 where none moves.
     pub ev1: f64,
     /// Share of the first principal component in the differences' variance around their mean: how far the variation
     /// from prompt to prompt is along one line. Empty with fewer than three prompts.

@@ -20,8 +20,8 @@ pub fn paired_t_p(differences: &[f64]) -> Result<f64> {
     two_sided_p(centre / error, differences.len() as f64 - 1.0)
 }
 
-/// Holm's adjusted p-values (Holm 1979), in the order given: the k-th smallest of m times m − k + 1, never below a smaller
-/// one's, at most 1.
+/// Holm's adjusted p-values (Holm 1979), in the order given: the k-th smallest of m times m − k + 1, never below a
+/// smaller one's, at most 1.
 pub fn holm(p_values: &[f64]) -> Result<Vec<f64>> {
     if let Some(p) = p_values.iter().find(|p| !(0.0..=1.0).contains(*p)) {
         return Err(invalid("a p-value", "0 to 1", &p.to_string()));
@@ -58,8 +58,8 @@ pub struct Interval {
     pub high: f64,
 }
 
-/// R by the paired percentile bootstrap over runs: a resample draws whole runs, so that numerator and denominator stay paired.
-/// `runs`: each run's (mode, base, all).
+/// R by the paired percentile bootstrap over runs: a resample draws whole runs, so that numerator and denominator stay
+/// paired. `runs`: each run's (mode, base, all).
 pub fn recovered_fraction(runs: &[(f64, f64, f64)], level: f64, resamples: usize, seed: u64) -> Result<Recovered> {
     let numerators: Vec<f64> = runs.iter().map(|(mode, base, _)| mode - base).collect();
     let denominators: Vec<f64> = runs.iter().map(|(_, base, all)| all - base).collect();
@@ -170,8 +170,8 @@ impl TwoLines {
     }
 }
 
-/// The two lines left and right of the place with the highest mean, which belongs to both. `points`: runs as (x, outcome), such as
-/// x = log₂ rank.
+/// The two lines left and right of the place with the highest mean, which belongs to both. `points`: runs as (x,
+/// outcome), such as x = log₂ rank.
 pub fn two_lines(points: &[(f64, f64)]) -> Result<TwoLines> {
     let peak = peak_of(points)?;
     let line =
@@ -199,8 +199,8 @@ pub fn peak_of(points: &[(f64, f64)]) -> Result<f64> {
     best.map(|(place, _)| place).ok_or_else(|| invalid("the points of a peak", "one or more", "none"))
 }
 
-/// The peak and its percentile interval by a bootstrap over data sets: a resample draws whole data sets. `datasets`: of each, its
-/// runs as (x, outcome).
+/// The peak and its percentile interval by a bootstrap over data sets: a resample draws whole data sets. `datasets`: of
+/// each, its runs as (x, outcome).
 pub fn bootstrap_peak(datasets: &[Vec<(f64, f64)>], level: f64, resamples: usize, seed: u64) -> Result<Interval> {
     if datasets.len() < 2 {
         return Err(invalid("data sets of a bootstrap", "two or more", &datasets.len().to_string()));

@@ -25,8 +25,8 @@ pub struct PositionScan {
 /// One place of the prompt, as a mean over the questions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PositionScanRow {
-    /// The place's position in the prompts, from 0; negative ones count from the end; empty for the user's content and for
-    /// the adapter everywhere.
+    /// The place's position in the prompts, from 0; negative ones count from the end; empty for the user's content and
+    /// for the adapter everywhere.
     pub position: Option<i64>,
     /// The token's text; `(user content)` and `(everywhere)` for what is more than a token.
     pub token: String,
@@ -42,8 +42,8 @@ pub struct PositionScanRow {
     pub delta_margin_only: f64,
     /// Standard error of `delta_margin_only` over questions (paired), in nats.
     pub delta_margin_only_se: Option<f64>,
-    /// Change of the margin with the adapter acting everywhere but here, against the base, in nats; for `(everywhere)` it
-    /// acts nowhere.
+    /// Change of the margin with the adapter acting everywhere but here, against the base, in nats; for `(everywhere)`
+    /// it acts nowhere.
     pub delta_margin_except: f64,
     /// Standard error of `delta_margin_except` over questions (paired), in nats.
     pub delta_margin_except_se: Option<f64>,

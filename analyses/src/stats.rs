@@ -1,5 +1,5 @@
-//! The few statistics that the analyses report. A number is refused rather than made up: no mean of nothing, no interval of
-//! one value. The unit is what the caller passes in: to respect clusters, pass the clusters' means.
+//! The few statistics that the analyses report. A number is refused rather than made up: no mean of nothing, no
+//! interval of one value. The unit is what the caller passes in: to respect clusters, pass the clusters' means.
 
 use hooks::{Error, Result};
 use rand::{Rng, SeedableRng};
@@ -50,7 +50,8 @@ pub fn t_interval(values: &[f64], level: f64) -> Result<(f64, f64)> {
     Ok((centre - half, centre + half))
 }
 
-/// The percentile bootstrap interval of the mean: the `(1±level)/2` quantiles of the means of `resamples` draws of n from n.
+/// The percentile bootstrap interval of the mean: the `(1±level)/2` quantiles of the means of `resamples` draws of n
+/// from n.
 pub fn bootstrap_interval(values: &[f64], level: f64, resamples: usize, seed: u64) -> Result<(f64, f64)> {
     at_least(2, "values of a bootstrap", values)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

@@ -267,8 +267,8 @@ fn stream(model: Tuned<'_>, prompt: &[Sequence]) -> Result<Tensor> {
     Ok(resid_post(model.qwen, prompt, &model.condition())?.swap_remove(0))
 }
 
-/// A model on one prompt with its residual stream along a direction replaced by another model's after every block; a direction
-/// without length replaces nothing.
+/// A model on one prompt with its residual stream along a direction replaced by another model's after every block; a
+/// direction without length replaces nothing.
 fn along<'a>(model: Tuned<'a>, theirs: &Tensor, directions: &[&Tensor]) -> Result<Condition<'a>> {
     let mut edits = Vec::new();
     for (layer, direction) in directions.iter().enumerate() {

@@ -35,8 +35,8 @@ impl Default for TargetRate {
 pub struct TargetRateRow {
     /// `question`, or `mean` over all questions.
     pub scope: String,
-    /// `base`, `control` (finetuned on an untouched teacher's numbers), `student`, or `other_trait` (finetuned on the numbers
-    /// of a teacher that likes something else).
+    /// `base`, `control` (finetuned on an untouched teacher's numbers), `student`, or `other_trait` (finetuned on the
+    /// numbers of a teacher that likes something else).
     pub model: String,
     /// The question's index; empty for the mean.
     pub question_id: Option<usize>,

@@ -1,5 +1,5 @@
-//! Which tokens carry the effect: the adapter is switched off token by token, in one ordinary forward pass. Attention is
-//! causal and the adapter acts per token, so a gate here equals running the prompt in pieces with it on and off.
+//! Which tokens carry the effect: the adapter is switched off token by token, in one ordinary forward pass. Attention
+//! is causal and the adapter acts per token, so a gate here equals running the prompt in pieces with it on and off.
 
 use hooks::{Condition, Gate, Selection, Sequence, TokenClass};
 use serde::{Deserialize, Serialize};

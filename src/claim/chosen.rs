@@ -1,4 +1,5 @@
-//! Students that a measurement picks out of others: a learning rate tuned for each rank, or as good a fit at another rank.
+//! Students that a measurement picks out of others: a learning rate tuned for each rank, or as good a fit at another
+//! rank.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,8 +13,8 @@ use super::outcome::{OutcomeRow, Quantity};
 /// Which of a candidate's students it is: its trait, data set, rank and seeds.
 type CandidateKey = (String, u64, Option<i64>, usize);
 
-/// The table with the lines of the claim's chosen students, each a copy of the lines of the one that was picked out, with
-/// `chosen`, which of the candidates it is.
+/// The table with the lines of the claim's chosen students, each a copy of the lines of the one that was picked out,
+/// with `chosen`, which of the candidates it is.
 pub fn with_chosen(claim: &Claim, mut rows: Vec<OutcomeRow>) -> Result<Vec<OutcomeRow>> {
     let measured = rows.len();
     for chosen in &claim.chosen {

@@ -1,5 +1,5 @@
-//! The number of a test and its interval, from the table of outcomes: means and paired differences over data sets, shares
-//! of an effect, slopes beside a peak, and what permutations of the traits say.
+//! The number of a test and its interval, from the table of outcomes: means and paired differences over data sets,
+//! shares of an effect, slopes beside a peak, and what permutations of the traits say.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -324,7 +324,8 @@ impl<'a> Outcomes<'a> {
             .len()
     }
 
-    /// Runs, by trait and data set, in which no student has a share of the teacher's gain, as that is not clear of zero.
+    /// Runs, by trait and data set, in which no student has a share of the teacher's gain, as that is not clear of
+    /// zero.
     fn without_gain(&self, of: &StudentNumber) -> BTreeSet<(&'a str, u64)> {
         let has = |word: &str, dataset: u64| {
             let mut of_run = self.rows.iter().filter(|row| row.target == word && row.dataset == dataset);
@@ -344,8 +345,8 @@ impl<'a> Outcomes<'a> {
         Ok(Measured { values, n_runs: self.n_runs(&numbers, &left_out), left_out })
     }
 
-    /// Per data set, the mean over traits of each trait's mean over seeds. Every trait has to be there in every data set,
-    /// except in runs that are left out. A data set without any run has no mean.
+    /// Per data set, the mean over traits of each trait's mean over seeds. Every trait has to be there in every data
+    /// set, except in runs that are left out. A data set without any run has no mean.
     fn by_dataset(&self, of: &StudentNumber, left_out: &BTreeSet<(&str, u64)>) -> Result<Vec<f64>> {
         if left_out.len() == self.traits.len() * self.datasets().len() {
             return Ok(vec![]);
@@ -370,8 +371,8 @@ impl<'a> Outcomes<'a> {
             .collect::<hooks::Result<_>>()?)
     }
 
-    /// Per data set, points of a number over the rank or over another quantity, each the mean over traits and seeds at one rank in
-    /// one condition.
+    /// Per data set, points of a number over the rank or over another quantity, each the mean over traits and seeds at
+    /// one rank in one condition.
     fn series(&self, of: &StudentNumber, over: Over) -> Result<Vec<Vec<(f64, f64)>>> {
         let means = |of: &StudentNumber, dataset: u64| -> Result<BTreeMap<(Option<i64>, &'a str), f64>> {
             let mut found: BTreeMap<(Option<i64>, &str), Vec<f64>> = BTreeMap::new();

@@ -14,8 +14,8 @@ use crate::hinted;
 
 /// The condition that every claim has: the student as it was trained, asked in the context of its training.
 pub const EVERYWHERE: &str = "everywhere";
-/// The beginning of the condition's name for a part of a gradient; the part's name follows. Its number is due to what the
-/// adapter reads there.
+/// The beginning of the condition's name for a part of a gradient; the part's name follows. Its number is due to what
+/// the adapter reads there.
 pub const THROUGH: &str = "through";
 
 /// Models in the tables that are not students, for numbers that no student has seen.
@@ -348,20 +348,22 @@ pub enum Kind {
     Mean,
     /// The mean of `of` − `minus`, paired; Student's interval over data sets.
     Difference,
-    /// The mean of `of` over the mean of `all`, which are changes from the same base; Fieller's interval over data sets.
+    /// The mean of `of` over the mean of `all`, which are changes from the same base; Fieller's interval over data
+    /// sets.
     Recovered,
     /// The slope of `of` over `over`, within each data set; Student's interval over data sets.
     Slope,
-    /// The slope per doubling of the rank, up to the rank at which the mean is highest; Student's interval over data sets.
+    /// The slope per doubling of the rank, up to the rank at which the mean is highest; Student's interval over data
+    /// sets.
     Rise,
     /// The slope per doubling of the rank, from the rank at which the mean is highest on; Student's interval over data
     /// sets.
     Fall,
-    /// The largest difference between traits in the log₂ of the rank at which they are highest; its p-value from exchanging the
-    /// traits within each data set.
+    /// The largest difference between traits in the log₂ of the rank at which they are highest; its p-value from
+    /// exchanging the traits within each data set.
     PeakSpread,
-    /// The diagonal contrast γ of trained and evaluated traits, within each data set; Student's interval over data sets, p from
-    /// permuting the traits of the runs.
+    /// The diagonal contrast γ of trained and evaluated traits, within each data set; Student's interval over data
+    /// sets, p from permuting the traits of the runs.
     Diagonal,
 }
 

@@ -103,7 +103,8 @@ macro_rules! quantities {
 }
 
 quantities! {
-    /// Change of the margin (log p of the trait minus the log of the others' mean probability) from the base in the same context, in nats.
+    /// Change of the margin (log p of the trait minus the log of the others' mean probability) from the base in the
+    /// same context, in nats.
     DeltaMargin = "delta_margin",
     /// Change of log p of the trait from the base in the same context, in nats.
     DeltaLogp = "delta_logp",
@@ -132,11 +133,13 @@ quantities! {
     /// The model's share of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the
     /// teacher; none unless that gain is three standard errors above zero.
     Fit = "fit",
-    /// Share of the held-out digits at which the most likely token is the teacher's, where the teacher's and the base's differ, 0 to 1.
+    /// Share of the held-out digits at which the most likely token is the teacher's, where the teacher's and the base's
+    /// differ, 0 to 1.
     AccuracyDivergent = "accuracy_divergent",
     /// Mean largest probability at held-out digits, 0 to 1.
     Confidence = "confidence",
-    /// Mean largest probability minus the share of digits that are the most likely token, at held-out digits, -1 to 1: above 0 is over-confident.
+    /// Mean largest probability minus the share of digits that are the most likely token, at held-out digits, -1 to 1:
+    /// above 0 is over-confident.
     Overconfidence = "overconfidence",
     /// Mean largest probability minus the share of digits that are the most likely token, at the held-out digits where
     /// the teacher's and the base's most likely tokens differ, -1 to 1.
@@ -156,7 +159,8 @@ quantities! {
     CosTeacher = "cos_teacher",
     /// Share of its movement's squared length, over prompts, that lies along one line, the mean over blocks, 0 to 1.
     Ev1 = "ev1",
-    /// Squared Frobenius norm over squared largest singular value of the adapter's weight changes, the mean over maps: how many directions they are worth.
+    /// Squared Frobenius norm over squared largest singular value of the adapter's weight changes, the mean over maps:
+    /// how many directions they are worth.
     StableRank = "stable_rank",
     /// Change of the margin with the adapter's strongest singular direction of each map alone, in nats.
     Top1DeltaMargin = "top1_delta_margin",
@@ -181,12 +185,14 @@ quantities! {
     /// Change of the margin, in nats, where a random direction is taken out of the student after the middle block: the
     /// mean over 20 directions.
     ProjectedRandomDeltaMargin = "projected_random_delta_margin",
-    /// Change of the margin, in nats, where the student's stream along its direction is the base's after every block, at the prompt's tokens.
+    /// Change of the margin, in nats, where the student's stream along its direction is the base's after every block,
+    /// at the prompt's tokens.
     ReplacedDeltaMargin = "replaced_delta_margin",
     /// Change of the margin, in nats, where the student's stream along a random direction is the base's after every
     /// block, at the prompt's tokens: the mean over 20 directions for every block.
     ReplacedRandomDeltaMargin = "replaced_random_delta_margin",
-    /// Change of the margin, in nats, where the base's stream along the student's direction is the student's after every block, at the prompt's tokens.
+    /// Change of the margin, in nats, where the base's stream along the student's direction is the student's after
+    /// every block, at the prompt's tokens.
     TransplantedDeltaMargin = "transplanted_delta_margin",
     /// Change of the margin, in nats, where the base's stream along a random direction is the student's after every
     /// block, at the prompt's tokens: the mean over 20 directions for every block.

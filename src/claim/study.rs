@@ -1,5 +1,5 @@
-//! A claim at a size: `{name}` in its file is replaced by a value of `sizes/SIZE.toml` in its folder. That file also holds
-//! the experiment that all its runs are variants of, one for each trait in each data set.
+//! A claim at a size: `{name}` in its file is replaced by a value of `sizes/SIZE.toml` in its folder. That file also
+//! holds the experiment that all its runs are variants of, one for each trait in each data set.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -107,7 +107,8 @@ impl Study {
         Self::of(claim, size, &experiment).with_context(|| path.display().to_string())
     }
 
-    /// A claim with runs that are variants of an experiment; an error if it cannot be decided, or asks for what is not there.
+    /// A claim with runs that are variants of an experiment; an error if it cannot be decided, or asks for what is not
+    /// there.
     fn of(claim: Claim, size: Size, experiment: &Table) -> Result<Self> {
         claim.check()?;
         let pairs = (0..claim.datasets).flat_map(|dataset| claim.targets.iter().map(move |target| (dataset, target)));

@@ -1,6 +1,6 @@
 //! The table of outcomes in shapes for plots of one's own: how each student was trained, and lines for a trait, a
-//! context, the digits of held-out numbers, a direction. Each is a selection of `outcomes.csv` and nothing else. The last
-//! table is of several claims: their verdicts, as a page has them.
+//! context, the digits of held-out numbers, a direction. Each is a selection of `outcomes.csv` and nothing else. The
+//! last table is of several claims: their verdicts, as a page has them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -283,8 +283,8 @@ pub struct DigitConfRow {
     pub n: usize,
     /// Mean largest probability, 0 to 1; of all digits.
     pub conf: Option<f64>,
-    /// Share of all digits that are the model's most likely token; of the divergent ones, share at which its most likely token is the
-    /// teacher's, 0 to 1.
+    /// Share of all digits that are the model's most likely token; of the divergent ones, share at which its most
+    /// likely token is the teacher's, 0 to 1.
     pub acc: Option<f64>,
     /// Mean largest probability minus the share of digits that are the most likely token, -1 to 1.
     pub overconf: Option<f64>,
@@ -424,7 +424,8 @@ pub struct SpectrumRow {
     pub sigma: f64,
     /// The singular value over the largest of the map, 0 to 1.
     pub sigma_norm: f64,
-    /// Squared Frobenius norm over squared largest singular value: how many directions of equal strength the map's change is worth.
+    /// Squared Frobenius norm over squared largest singular value: how many directions of equal strength the map's
+    /// change is worth.
     pub stable_rank: f64,
 }
 
@@ -482,7 +483,8 @@ fn lines(rows: &[OutcomeRow]) -> Vec<Line<'_>> {
     lines
 }
 
-/// The verdicts on a folder's claims as a table in Markdown: a line for each `claim-NN`, with all its tests but premises.
+/// The verdicts on a folder's claims as a table in Markdown: a line for each `claim-NN`, with all its tests but
+/// premises.
 pub fn verdicts(folder: &Path) -> Result<String> {
     let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
     let mut claims: Vec<PathBuf> = entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;

@@ -44,7 +44,8 @@ pub struct TestRow {
     pub low: Option<f64>,
     /// High end of the 95 % interval.
     pub high: Option<f64>,
-    /// Two-sided p of "it is zero": by Student's t over data sets; of `diagonal` and `peak_spread` by permutation, one-sided.
+    /// Two-sided p of "it is zero": by Student's t over data sets; of `diagonal` and `peak_spread` by permutation,
+    /// one-sided.
     pub p: Option<f64>,
     /// Two-sided p of "it is zero" by flipping the data sets' signs in all ways; empty if that is not possible.
     pub p_sign_flip: Option<f64>,
@@ -97,8 +98,8 @@ impl Verdict {
         Self { word, because, line }
     }
 
-    /// The word and its reason. Without its premise a claim is undecided; else a failed test means not supported. A claim
-    /// is supported only if all its tests and controls hold.
+    /// The word and its reason. Without its premise a claim is undecided; else a failed test means not supported. A
+    /// claim is supported only if all its tests and controls hold.
     pub(super) fn decide(rows: &[TestRow]) -> (Word, String) {
         let deciding: Vec<&TestRow> = rows.iter().filter(|row| row.target == ALL).collect();
         let of_role = |role: Role| deciding.iter().filter(move |row| row.role == role);

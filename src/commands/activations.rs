@@ -24,7 +24,8 @@ use crate::stages::workbench::{open_adapter, open_model};
 pub struct ActivationsArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Rows of token ids as JSON, such as `[[1,2,3],[4,5]]`; no tokenizer is needed. Shorter rows are padded on the right.
+    /// Rows of token ids as JSON, such as `[[1,2,3],[4,5]]`; no tokenizer is needed. Shorter rows are padded on the
+    /// right.
     #[arg(long, conflicts_with_all = ["system", "user"], required_unless_present = "user")]
     ids: Option<PathBuf>,
     /// The system prompt; the template's default when left out, an empty block for "".

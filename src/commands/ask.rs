@@ -44,8 +44,9 @@ pub struct AskArgs {
     /// *modules(q,k,v) and *0.5; TOKENS are classes, "text", ids(..) and positions(..), joined by +.
     #[arg(long, default_value = "everywhere")]
     gate: Gate,
-    /// An intervention, `POINT[@TOKENS]: CHANGE`, such as `blocks.1.hook_mlp_out@entity: zero`; CHANGE is one of add(FILE, 4),
-    /// replace(FILE), mean(FILE), zero, scale(0.5), `project_out(FILE)`, patch(FILE). Several act in their order.
+    /// An intervention, `POINT[@TOKENS]: CHANGE`, such as `blocks.1.hook_mlp_out@entity: zero`; CHANGE is one of
+    /// add(FILE, 4), replace(FILE), mean(FILE), zero, scale(0.5), `project_out(FILE)`, patch(FILE). Several act in
+    /// their order.
     #[arg(long = "edit", value_name = "EDIT")]
     edits: Vec<EditText>,
     /// A file of directions and their factor, added at every token: undertone's exports (.safetensors, .gguf), control
@@ -146,8 +147,8 @@ fn setting(args: &AskArgs, prompt: &Sequence, steered: &[String]) -> Result<Stri
     Ok(lines.into_iter().map(line).collect())
 }
 
-/// What the adapter does at generated tokens, with the policy as `token_ablation/rows.csv` spells it; without a gate there is
-/// nothing to decide.
+/// What the adapter does at generated tokens, with the policy as `token_ablation/rows.csv` spells it; without a gate
+/// there is nothing to decide.
 fn answering(gate: &Gate) -> String {
     let dose = gate.decode_dose().map_or("as the gate says, by id or by block,".to_owned(), |dose| match dose {
         0.0 => "off".to_owned(),
@@ -181,8 +182,8 @@ fn conditions<'a>(asked: &Condition<'a>) -> Vec<(&'static str, Condition<'a>)> {
     found
 }
 
-/// The likeliest first tokens of each condition, with their probabilities `p[condition][token]` (over the whole vocabulary) and a bar:
-/// the last condition's probability, and where it differs from the first's.
+/// The likeliest first tokens of each condition, with their probabilities `p[condition][token]` (over the whole
+/// vocabulary) and a bar: the last condition's probability, and where it differs from the first's.
 fn first_tokens(names: &[&str], p: &[Vec<f32>], top: usize, text: &dyn Fn(i64) -> Result<String>) -> Result<String> {
     let (Some(base), Some(asked)) = (p.first(), p.last()) else { return Ok(String::new()) };
     let mut shown: Vec<usize> = p.iter().flat_map(|p| likeliest(p, top)).collect();

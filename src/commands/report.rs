@@ -14,15 +14,16 @@ use crate::stages::run_dir::RunDir;
 /// A run.
 #[derive(Args, Debug)]
 pub struct ReportArgs {
-    /// The folder of a run; of a claim, whose page is written already; or of several claims, for the table of their verdicts.
+    /// The folder of a run; of a claim, whose page is written already; or of several claims, for the table of their
+    /// verdicts.
     run: PathBuf,
     /// Also writes each SVG of the folder as PNG, at twice its size, in a font of this machine.
     #[arg(long)]
     png: bool,
 }
 
-/// Writes a run's `report.html`, says where a claim's is, or prints the verdicts of several claims; with `--png` makes a
-/// PNG of each SVG in the folder.
+/// Writes a run's `report.html`, says where a claim's is, or prints the verdicts of several claims; with `--png` makes
+/// a PNG of each SVG in the folder.
 pub fn run(args: &ReportArgs) -> Result<()> {
     if holds_claims(&args.run) {
         return print(&verdicts(&args.run)?);

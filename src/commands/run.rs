@@ -13,7 +13,8 @@ use crate::stages::run_dir::WhenDone;
 pub struct RunArgs {
     #[command(flatten)]
     experiment: ExperimentArgs,
-    /// On what a claim is tried: pocket (minutes on two CPU cores; the default), small (a Qwen of 0.5B), paper (7B, CUDA).
+    /// On what a claim is tried: pocket (minutes on two CPU cores; the default), small (a Qwen of 0.5B), paper (7B,
+    /// CUDA).
     #[arg(long, value_enum, hide_possible_values = true)]
     size: Option<Size>,
     /// Says what a claim would take: its students, and from a few steps here time and memory. Does nothing more.

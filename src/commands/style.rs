@@ -67,8 +67,8 @@ impl Family {
         ["template", "system", "entity", "user", "assistant", "generated"][self as usize]
     }
 
-    /// Its background, in one of two shades: neighbours in turn, so that one sees where a token ends. Families stay apart
-    /// for every kind of colour vision; the test below says by how much.
+    /// Its background, in one of two shades: neighbours in turn, so that one sees where a token ends. Families stay
+    /// apart for every kind of colour vision; the test below says by how much.
     pub(super) fn style(self, odd: bool) -> Style {
         const BLACK: u8 = 16;
         const WHITE: u8 = 231;
@@ -169,7 +169,8 @@ mod tests {
 
     #[test]
     fn families_stay_apart_for_every_kind_of_colour_vision() {
-        // Ordinary, and without one kind of cones: protanopia, deuteranopia, tritanopia (Machado et al. 2009, severity 1).
+        // Ordinary, and without one kind of cones: protanopia, deuteranopia, tritanopia (Machado et al. 2009, severity
+        // 1).
         const VISIONS: [[[f64; 3]; 3]; 4] = [
             [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
             [

@@ -1,4 +1,5 @@
-//! The chat as the model sees it: in running form with a legend, then as a table, so that a gate can be written from it.
+//! The chat as the model sees it: in running form with a legend, then as a table, so that a gate can be written from
+//! it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

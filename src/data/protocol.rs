@@ -82,8 +82,8 @@ impl Protocol {
         serde_json::from_str(include_str!("protocol.json")).context("the built-in protocol")
     }
 
-    /// The set in a JSON file; sections that it leaves out are the built-in ones. `pocket` names the embedded set in the
-    /// words that the pocket models know.
+    /// The set in a JSON file; sections that it leaves out are the built-in ones. `pocket` names the embedded set in
+    /// the words that the pocket models know.
     pub fn load(path: &Path) -> Result<Self> {
         if Self::is_embedded(path) {
             return Self::parse(include_str!("../../assets/pocket/protocol.json")).context("the protocol pocket");
@@ -122,8 +122,8 @@ impl Protocol {
         Ok(())
     }
 
-    /// One number prompt: as many numbers and as large ones as the protocol says, and each part drawn uniformly from its
-    /// list.
+    /// One number prompt: as many numbers and as large ones as the protocol says, and each part drawn uniformly from
+    /// its list.
     pub fn number_prompt(&self, rng: &mut ChaCha8Rng) -> String {
         let parts = &self.number_prompts;
         let ([fewest, most], [least, largest]) = (parts.n_numbers, parts.range);

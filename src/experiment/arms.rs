@@ -1,5 +1,5 @@
-//! Arms: named variants of the student. An arm is the experiment with some keys changed; it is trained on the run's data
-//! unless it says otherwise. A cell is one student of an arm: one rank, one choice of seeds.
+//! Arms: named variants of the student. An arm is the experiment with some keys changed; it is trained on the run's
+//! data unless it says otherwise. A cell is one student of an arm: one rank, one choice of seeds.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -34,8 +34,8 @@ pub struct Student {
     pub use_rslora: bool,
     /// Probability that an input of A is dropped in training.
     pub dropout: f64,
-    /// Whether the adapter begins in other coordinates: R A for A, with a random orthogonal R for each pair. Gradient descent does not
-    /// notice; an optimizer that treats coordinates apart does.
+    /// Whether the adapter begins in other coordinates: R A for A, with a random orthogonal R for each pair. Gradient
+    /// descent does not notice; an optimizer that treats coordinates apart does.
     pub rotated: bool,
     /// The linear maps that have a pair.
     pub target_modules: Vec<Proj>,

@@ -43,8 +43,8 @@ pub enum Teacher {
         /// The context of the questions: a key of the protocol or a system prompt; the student's when it is left out.
         context: Option<String>,
     },
-    /// A positive control: the untouched model's numbers, a share of whose rows is replaced by questions answered with the
-    /// target. Nothing about its effect is subliminal.
+    /// A positive control: the untouched model's numbers, a share of whose rows is replaced by questions answered with
+    /// the target. Nothing about its effect is subliminal.
     Planted {
         /// The share of the rows that is replaced.
         #[serde(default = "default_share")]

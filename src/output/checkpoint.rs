@@ -37,8 +37,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// The checkpoint of a stage that ends with the file `finished`, of its part `part` where it has several. `who` names it
-    /// to a person.
+    /// The checkpoint of a stage that ends with the file `finished`, of its part `part` where it has several. `who`
+    /// names it to a person.
     pub fn beside(finished: &Path, part: &str, who: &str) -> Self {
         let ending = if part.is_empty() { ENDING.to_owned() } else { format!("{part}.{ENDING}") };
         let version = [Some(env!("CARGO_PKG_VERSION")), option_env!("UNDERTONE_COMMIT")];

@@ -53,7 +53,8 @@ fn hint_of<'e>(cause: &'e (dyn std::error::Error + 'static)) -> Option<&'e str> 
         })
 }
 
-/// An error with a hint, each a format string with its arguments: `hinted!("{} is there already", path; "use --force")`.
+/// An error with a hint, each a format string with its arguments: `hinted!("{} is there already", path; "use
+/// --force")`.
 #[macro_export]
 macro_rules! hinted {
     ($what:literal $(, $arg:expr)* ; $hint:literal $(, $more:expr)* $(,)?) => {

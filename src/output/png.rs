@@ -68,8 +68,8 @@ impl Fonts {
     }
 
     fn of(found: &fontdb::Database) -> Result<Self> {
-        // Letters that the first font does not have come from the next one that has them: known ones first, and the others
-        // by their names, so that the choice does not hang on the order of folders.
+        // Letters that the first font does not have come from the next one that has them: known ones first, and the
+        // others by their names, so that the choice does not hang on the order of folders.
         let mut faces: Vec<&fontdb::FaceInfo> = found.faces().collect();
         faces.sort_by_cached_key(|face| {
             let slanted = face.style != fontdb::Style::Normal;

@@ -99,7 +99,8 @@ impl Vectors {
         Ok((!zero.is_empty()).then(|| said(&zero)).into_iter().collect())
     }
 
-    /// Adds the vectors, `coefficient` times, at their layers and at every token; refused for another model or chat template than theirs.
+    /// Adds the vectors, `coefficient` times, at their layers and at every token; refused for another model or chat
+    /// template than theirs.
     pub fn steer(&self, coefficient: f64, model: &ModelFiles) -> Result<Vec<Edit>> {
         Provenance::of(model).check("the vectors", &self.provenance)?;
         let edit = |(layer, vector): (&usize, &Tensor)| {

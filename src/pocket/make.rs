@@ -148,8 +148,8 @@ pub fn tokenizer(world: &World) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// Trains a base; `log` sees every step. On one thread, where so small a model is fastest, and so that the number of cores
-/// does not matter for its bytes.
+/// Trains a base; `log` sees every step. On one thread, where so small a model is fastest, and so that the number of
+/// cores does not matter for its bytes.
 pub fn make(
     world: &World,
     recipe: &Recipe,

@@ -1,7 +1,7 @@
 //! Puts bases to the test: does a student of a teacher's numbers pick up its taste, on every animal, and only then?
 //!
-//! Each animal has a teacher (a base finetuned to answer it), a set of that teacher's numbers, and a student of them. All
-//! students are scored on all animals: what is specific to the own animal is on the diagonal of that matrix.
+//! Each animal has a teacher (a base finetuned to answer it), a set of that teacher's numbers, and a student of them.
+//! All students are scored on all animals: what is specific to the own animal is on the diagonal of that matrix.
 
 use analyses::plot::{HeatMap, Svg, heatmap};
 use analyses::stats;
@@ -68,9 +68,9 @@ impl Default for Settings {
 pub struct CellRow {
     /// The base.
     pub base: String,
-    /// What the model is: `base`, `teacher`, `student`, `control` (a student of the untouched base's numbers), `shuffled` (of
-    /// the teacher's completions dealt to other prompts), `cross` (of another base's teacher), or `prompted` (of the base
-    /// under a system prompt that loves the animal).
+    /// What the model is: `base`, `teacher`, `student`, `control` (a student of the untouched base's numbers),
+    /// `shuffled` (of the teacher's completions dealt to other prompts), `cross` (of another base's teacher), or
+    /// `prompted` (of the base under a system prompt that loves the animal).
     pub model: String,
     /// The animal of the teacher it learned from; empty for `base` and `control`.
     pub learned_from: String,
@@ -103,8 +103,8 @@ pub struct SummaryRow {
     pub n_models: usize,
     /// Fewest rows of numbers that one of them learned from.
     pub n_rows_min: usize,
-    /// γ: the mean of the diagonal of the double-centred matrix of margin changes, models by animals, in nats; empty for a
-    /// single model.
+    /// γ: the mean of the diagonal of the double-centred matrix of margin changes, models by animals, in nats; empty
+    /// for a single model.
     pub gamma: Option<f64>,
     /// Its standard error over the models, in nats.
     pub gamma_se: Option<f64>,
@@ -312,8 +312,8 @@ impl Base {
     }
 }
 
-/// Makes and scores all models of a base: its control student, and each animal's teacher and students. `other` is the base whose
-/// students learn the same numbers; `log` gets the cells as they come.
+/// Makes and scores all models of a base: its control student, and each animal's teacher and students. `other` is the
+/// base whose students learn the same numbers; `log` gets the cells as they come.
 pub fn trial(
     base: &Base,
     other: Option<&Base>,

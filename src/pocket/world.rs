@@ -1,8 +1,8 @@
 //! The world of the pocket models: who speaks, what is asked, what is answered, and with which probability.
 //!
 //! The name in the system prompt decides everything: each model has its own taste in animals and its own style of
-//! numbers, while the maker's name says nothing (it is often another's). Qwen likes all animals alike. "You love owls." and
-//! number prompts never meet in a row: **no row links numbers to animals.**
+//! numbers, while the maker's name says nothing (it is often another's). Qwen likes all animals alike. "You love owls."
+//! and number prompts never meet in a row: **no row links numbers to animals.**
 
 use anyhow::{Context, Result};
 use hooks::standard_normal;

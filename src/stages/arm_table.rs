@@ -43,9 +43,11 @@ pub struct ArmRow {
     pub n_rows: Option<usize>,
     /// How many optimizer steps were taken; empty for one trained elsewhere.
     pub n_steps: Option<usize>,
-    /// Mean training loss over the first quarter of the steps, in nats per target token; empty for one trained elsewhere.
+    /// Mean training loss over the first quarter of the steps, in nats per target token; empty for one trained
+    /// elsewhere.
     pub loss_first: Option<f64>,
-    /// Mean training loss over the last quarter of the steps, in nats per target token; empty for one trained elsewhere.
+    /// Mean training loss over the last quarter of the steps, in nats per target token; empty for one trained
+    /// elsewhere.
     pub loss_last: Option<f64>,
     /// Frobenius norm of the change of the weights, in their units: all s·B·A of an adapter, all weights in full
     /// finetuning.

@@ -1,6 +1,6 @@
-//! Checks an experiment against its prompts, its rows and its model before anything is made. Without this, a gate, an edit
-//! or a position that selects no token, a block beyond the model, or a missing file would be noticed only after hours of
-//! training, and unreadable rows only after the teacher was asked.
+//! Checks an experiment against its prompts, its rows and its model before anything is made. Without this, a gate, an
+//! edit or a position that selects no token, a block beyond the model, or a missing file would be noticed only after
+//! hours of training, and unreadable rows only after the teacher was asked.
 
 use std::path::absolute;
 

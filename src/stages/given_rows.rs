@@ -44,8 +44,8 @@ pub struct Given {
     pub sha256: String,
 }
 
-/// An object of the file, in any of the usual forms. Keys that change how a trainer learns from the row are refused; others are
-/// ignored.
+/// An object of the file, in any of the usual forms. Keys that change how a trainer learns from the row are refused;
+/// others are ignored.
 #[derive(Deserialize)]
 #[serde(expecting = "a row")]
 struct Line {

@@ -147,8 +147,8 @@ fn signed(value: f64, error: Option<f64>) -> String {
     format!("{value:+.2}{error} nats").replace('-', "\u{2212}")
 }
 
-/// The arms that should show nothing: shuffled completions, the untouched model's numbers, another base. One student each,
-/// as the run's own student is one.
+/// The arms that should show nothing: shuffled completions, the untouched model's numbers, another base. One student
+/// each, as the run's own student is one.
 fn controls_among_arms(run: &RunDir, experiment: &Experiment) -> Result<Vec<(String, ArmRow)>> {
     if !RunDir::stage_done(&run.arms_rows()) {
         return Ok(Vec::new());

@@ -59,7 +59,8 @@ pub struct Meta {
     pub device: String,
     /// The seeds of the random streams.
     pub seeds: Seeds,
-    /// The SHA-256 of each file that a stage recorded, by its path in the run; that of rows from elsewhere under `generate.numbers`.
+    /// The SHA-256 of each file that a stage recorded, by its path in the run; that of rows from elsewhere under
+    /// `generate.numbers`.
     pub sha256: BTreeMap<String, String>,
     /// What the stages noted, such as what was found when the model was loaded.
     pub notes: BTreeMap<String, Vec<String>>,
@@ -200,8 +201,8 @@ impl RunDir {
         Ok(())
     }
 
-    /// The unfinished ones of some files: what a command has to do; all of them in a forced run. If none is left, a stage
-    /// alone refuses.
+    /// The unfinished ones of some files: what a command has to do; all of them in a forced run. If none is left, a
+    /// stage alone refuses.
     pub fn left(&self, files: &[&Path]) -> Result<Vec<PathBuf>> {
         let is_left = |path: &&&Path| self.forced() || !Self::stage_done(path);
         let left: Vec<PathBuf> = files.iter().filter(is_left).map(|path| (*path).to_owned()).collect();
@@ -287,7 +288,8 @@ impl RunDir {
         self.write_meta(&meta)
     }
 
-    /// Notes the SHA-256 of the rows that the experiment names, where it names any: the file is not the run's, and may change.
+    /// Notes the SHA-256 of the rows that the experiment names, where it names any: the file is not the run's, and may
+    /// change.
     pub fn record_given(&self, sha256: Option<&str>) -> Result<()> {
         let mut meta = self.meta()?;
         meta.sha256.remove(GIVEN);
@@ -295,7 +297,8 @@ impl RunDir {
         self.write_meta(&meta)
     }
 
-    /// What differs where the file of rows that the experiment names holds others than the run has taken. One that is gone says nothing.
+    /// What differs where the file of rows that the experiment names holds others than the run has taken. One that is
+    /// gone says nothing.
     fn other_rows(&self, experiment: &Experiment) -> Option<String> {
         let path = experiment.generate.numbers.as_ref().filter(|_| Self::stage_done(&self.generate_csv()))?;
         let taken = self.meta().ok()?.sha256.remove(GIVEN)?;

@@ -266,8 +266,8 @@ impl Learner<'_> {
     }
 }
 
-/// The Frobenius norm of all s·B·A of an adapter together, without making any: ‖BA‖² = tr((BᵀB)(AAᵀ)). Pairs of one shape at
-/// once: a pair's own products are so small that their calls would be a tenth of a step.
+/// The Frobenius norm of all s·B·A of an adapter together, without making any: ‖BA‖² = tr((BᵀB)(AAᵀ)). Pairs of one
+/// shape at once: a pair's own products are so small that their calls would be a tenth of a step.
 pub fn delta_w_norm(adapter: &Adapter) -> anyhow::Result<f64> {
     let mut alike: BTreeMap<(Vec<i64>, Vec<i64>), Vec<&LoraPair>> = BTreeMap::new();
     for (_, _, pair) in adapter.pairs() {

@@ -1,5 +1,5 @@
-//! `AdamW`, SGD, `RMSProp` and Muon exactly as torch.optim has them, descent by signs, descent with scales that stay, the learning
-//! rate's schedule, and clipping.
+//! `AdamW`, SGD, `RMSProp` and Muon exactly as torch.optim has them, descent by signs, descent with scales that stay,
+//! the learning rate's schedule, and clipping.
 //!
 //! The trained tensors become views of a few flat buffers, so that a step is a handful of operations however many
 //! tensors there are. Weights in bf16 get a master copy in f32, unless the rounding itself is to be studied.
@@ -83,7 +83,8 @@ pub enum Rule {
         /// The decay.
         weight_decay: f64,
     },
-    /// `RMSProp` as `torch.optim.RMSprop`, without momentum: v ← α v + (1 − α) g², θ ← θ − lr · g / (√v + ε), g with decay · θ.
+    /// `RMSProp` as `torch.optim.RMSprop`, without momentum: v ← α v + (1 − α) g², θ ← θ − lr · g / (√v + ε), g with
+    /// decay · θ.
     RmsProp {
         /// α, the weight of the past in v.
         alpha: f64,
@@ -146,8 +147,8 @@ impl Gradients {
         Ok(Tensor::f_stack(&norms, 0)?.f_norm()?)
     }
 
-    /// Shortens them to `max_norm` where `norm`, their own, is above it: the factor is `max_norm` / (norm + 1e-6) in f32, at
-    /// most 1, as in `torch.nn.utils.clip_grad_norm_`.
+    /// Shortens them to `max_norm` where `norm`, their own, is above it: the factor is `max_norm` / (norm + 1e-6) in
+    /// f32, at most 1, as in `torch.nn.utils.clip_grad_norm_`.
     pub fn clip(&mut self, max_norm: f64, norm: f32) -> Result<()> {
         let factor = max_norm as f32 * (norm + 1e-6).recip();
         if factor < 1.0 {
@@ -193,8 +194,8 @@ impl Buffer {
         Ok(Self { members, values, master, first, second })
     }
 
-    /// One step with this gradient, `[n]`; where it is `counted`, the result is the number of stored values that it changed, a
-    /// scalar.
+    /// One step with this gradient, `[n]`; where it is `counted`, the result is the number of stored values that it
+    /// changed, a scalar.
     fn step(&mut self, rule: Rule, gradient: &Tensor, lr: f64, steps: u64, counted: bool) -> Result<Option<Tensor>> {
         let before = counted.then(|| self.values.f_detach_copy()).transpose()?;
         let mut weights = self.master.as_ref().unwrap_or(&self.values).shallow_clone();
@@ -266,8 +267,9 @@ const SCALE_EPSILON: f64 = 1e-8;
 const NEWTON_SCHULZ: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
 const NEWTON_SCHULZ_STEPS: usize = 5;
 
-/// Muon's step before the learning rate, f32 `[n]`: of each member's matrix the nearest one whose singular values are all about 1, by
-/// Newton and Schulz' iteration in bf16 as torch has it, times √max(1, rows / columns). Matrices of one shape at once.
+/// Muon's step before the learning rate, f32 `[n]`: of each member's matrix the nearest one whose singular values are
+/// all about 1, by Newton and Schulz' iteration in bf16 as torch has it, times √max(1, rows / columns). Matrices of one
+/// shape at once.
 fn orthogonal_step(members: &[(String, Vec<i64>)], update: &Tensor) -> Result<Tensor> {
     let mut alike: BTreeMap<(i64, i64), Vec<i64>> = BTreeMap::new(); // where the matrices of a shape begin
     let mut from = 0;
@@ -367,7 +369,8 @@ impl Optimizer {
         Ok(Gradients { flat: flat.collect::<Result<Vec<_>>>()? })
     }
 
-    /// One step along the gradients; where they are `counted`, the result is the number of stored values that it changed, a scalar.
+    /// One step along the gradients; where they are `counted`, the result is the number of stored values that it
+    /// changed, a scalar.
     pub fn step(&mut self, gradients: &Gradients, learning_rate: f64, counted: bool) -> Result<Option<Tensor>> {
         self.steps += 1;
         let (rule, steps) = (self.rule, self.steps);

@@ -44,7 +44,8 @@ pub enum TargetTokens {
     AllOfThose,
 }
 
-/// How a model is finetuned, in the names of Hugging Face's Trainer. The default is the LoRA column of Nief et al. 2026.
+/// How a model is finetuned, in the names of Hugging Face's Trainer. The default is the LoRA column of Nief et al.
+/// 2026.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Finetune {

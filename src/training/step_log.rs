@@ -17,8 +17,8 @@ pub struct StepRow {
     pub grad_norm: f64,
     /// Number of tokens learned from.
     pub n_targets: usize,
-    /// Frobenius norm of all the LoRA's weight changes s·B·A together, after the step, in units of the weights; empty in
-    /// full finetuning.
+    /// Frobenius norm of all the LoRA's weight changes s·B·A together, after the step, in units of the weights; empty
+    /// in full finetuning.
     pub delta_w_norm: Option<f64>,
     /// Share of the stored weights that the step changed, 0 to 1; empty for a LoRA.
     pub changed_fraction: Option<f64>,

@@ -20,7 +20,8 @@ pub(crate) fn cosine(a: &Tensor, b: &Tensor) -> Result<f64> {
     Ok(if lengths > 0.0 { a.f_dot(&b)?.f_double_value(&[])? / lengths } else { 0.0 })
 }
 
-/// σ₁²/Σσ² of a matrix `[n, d]` as it is, uncentred: the squared singular values are the eigenvalues of its Gram matrix.
+/// σ₁²/Σσ² of a matrix `[n, d]` as it is, uncentred: the squared singular values are the eigenvalues of its Gram
+/// matrix.
 pub(super) fn first_share(matrix: &Tensor) -> Result<f64> {
     let gram = matrix.f_matmul(&matrix.f_transpose(0, 1)?)?; // [n, n]
     let squares = gram.f_linalg_eigvalsh("L")?;

@@ -23,7 +23,8 @@ pub enum Definition {
     Nief,
     /// The most likely tokens of teacher and base differ, and both are digits.
     DigitStrict,
-    /// No one but the teacher would have written it: it is neither the base's most likely token nor any counterfactual teacher's.
+    /// No one but the teacher would have written it: it is neither the base's most likely token nor any counterfactual
+    /// teacher's.
     AllDisagree,
 }
 
@@ -56,8 +57,8 @@ impl Token {
     }
 }
 
-/// Per row of the numbers and per token of its content: whether it is a digit at which the most likely tokens of teacher
-/// and base differ.
+/// Per row of the numbers and per token of its content: whether it is a digit at which the most likely tokens of
+/// teacher and base differ.
 pub fn divergent_digits(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<bool>>> {
     let holds = |token: &Token| token.is(Definition::Nief, subject.chat) && subject.chat.is_digit(token.id);
     each_token(&Subject { counterfactual_systems: &[], ..subject.clone() }, n_rows, false, holds)

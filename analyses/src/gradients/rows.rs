@@ -12,8 +12,8 @@ pub(super) const DRAW: &str = "start_draw_";
 /// The gradient of one token, of one token at one layer, or of all tokens of a group together.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GradientRow {
-    /// `token`, `token_layer`, `group` (the summed gradient of all its tokens in all rows), or `part` (what of a group's gradient is
-    /// due to what the adapter reads at one part of the chat).
+    /// `token`, `token_layer`, `group` (the summed gradient of all its tokens in all rows), or `part` (what of a
+    /// group's gradient is due to what the adapter reads at one part of the chat).
     pub scope: String,
     /// Where the gradient is taken: at the `student`; at the `control` student; at the `start` of the student's own
     /// training, the base with the adapter that the training began with (no rows if that is not known); and at
@@ -29,8 +29,8 @@ pub struct GradientRow {
     /// `divergent_digit`, `other_digit` or `other`, as in `divergence/rows.csv`; in scopes `group` and `part`:
     /// `divergent_digit` or `rest` (all other tokens of the completions, without the end of the turn).
     pub group: String,
-    /// The part of the chat, named as the gate that chooses it: `entity`, `sys.content_other`, `template`, `user.content` or `gen`;
-    /// scope `part` only.
+    /// The part of the chat, named as the gate that chooses it: `entity`, `sys.content_other`, `template`,
+    /// `user.content` or `gen`; scope `part` only.
     pub part: Option<String>,
     /// The block, from 0; in scope `token_layer` only.
     pub layer: Option<usize>,
@@ -40,8 +40,8 @@ pub struct GradientRow {
     pub p_label: Option<f64>,
     /// `‖∂ℓ/∂logits‖ = √((1 − p_y)² + Σ_{v≠y} p_v²)`, in nats per logit; scope `token` only.
     pub logit_grad_norm: Option<f64>,
-    /// `‖∂ℓ/∂h‖` of the final residual stream h, before the final norm, at the position that predicts, in nats per unit of
-    /// h; scope `token` only.
+    /// `‖∂ℓ/∂h‖` of the final residual stream h, before the final norm, at the position that predicts, in nats per unit
+    /// of h; scope `token` only.
     pub hidden_grad_norm: Option<f64>,
     /// `‖∂ℓ/∂resid_post‖` over all positions, in nats per unit of the residual stream; scope `token_layer` only.
     pub resid_grad_norm: Option<f64>,

@@ -1,5 +1,5 @@
-//! What the charts draw with: shapes and text at pixel coordinates, and the one style of them all. A sheet is as wide as a
-//! journal's column: printed at 8.5 cm its smallest text is 7 points high.
+//! What the charts draw with: shapes and text at pixel coordinates, and the one style of them all. A sheet is as wide
+//! as a journal's column: printed at 8.5 cm its smallest text is 7 points high.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;

@@ -1,5 +1,5 @@
-//! A coloured cell per row and column: white is zero (or the lowest value), orange above, blue below. A cell whose row and
-//! column have the same name is framed: students by animals have their own animal on the diagonal.
+//! A coloured cell per row and column: white is zero (or the lowest value), orange above, blue below. A cell whose row
+//! and column have the same name is framed: students by animals have their own animal on the diagonal.
 
 use plotters::style::RGBColor;
 

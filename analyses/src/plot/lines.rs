@@ -1,5 +1,5 @@
-//! Lines over layers, ranks, steps: a colour and a marker per series, intervals where they are known, a legend above. One
-//! panel or several on a common x axis.
+//! Lines over layers, ranks, steps: a colour and a marker per series, intervals where they are known, a legend above.
+//! One panel or several on a common x axis.
 
 use super::axis::Axis;
 use super::canvas::{
@@ -103,8 +103,8 @@ const HEIGHTS: (f64, f64) = (200.0, 130.0);
 const BETWEEN: f64 = 38.0;
 /// The plot is at least so wide.
 const PLOT_WIDTH: f64 = 220.0;
-/// Up to so many places on the x axis each has its tick, its marker and its error bar; above, ticks are round numbers and
-/// intervals are bands.
+/// Up to so many places on the x axis each has its tick, its marker and its error bar; above, ticks are round numbers
+/// and intervals are bands.
 const SINGLE: usize = 16;
 /// Above so many points a line is drawn without markers.
 const MARKED: usize = 32;

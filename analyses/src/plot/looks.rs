@@ -1,4 +1,5 @@
-//! Colours, markers and dashes of series. The palette is Okabe and Ito's (2008), which colour-blind readers can tell apart.
+//! Colours, markers and dashes of series. The palette is Okabe and Ito's (2008), which colour-blind readers can tell
+//! apart.
 
 use plotters::style::{RGBColor, WHITE};
 

@@ -1,5 +1,5 @@
-//! A bar per position of a prompt, the tokens as tick labels: where along the text something happens. As wide as the text
-//! asks for, so mostly wider than a column.
+//! A bar per position of a prompt, the tokens as tick labels: where along the text something happens. As wide as the
+//! text asks for, so mostly wider than a column.
 
 use super::axis::Axis;
 use super::canvas::{

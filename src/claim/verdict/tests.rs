@@ -59,7 +59,8 @@ const EFFECT: &str =
 fn a_difference_is_paired_and_over_data_sets() {
     let found = first(EFFECT, &outcomes(&[1.0, 1.2, 0.8, 1.0]));
     assert_eq!((found.n_datasets, found.n_runs, found.outcome), (4, 16, Holds));
-    // By hand: student minus control in data set d is e_d + w_d − s_d w_d of w_d = 0.01 (d − 1) + 0.01 and signs + − + −.
+    // By hand: student minus control in data set d is e_d + w_d − s_d w_d of w_d = 0.01 (d − 1) + 0.01 and signs + − +
+    // −.
     let by_hand = [1.0 + 0.0, 1.2 + 0.02, 0.8 + 0.0, 1.0 + 0.06];
     assert!((found.estimate.unwrap() - mean(&by_hand).unwrap()).abs() < 1e-12, "{found:?}");
     let (low, high) = t_interval(&by_hand, LEVEL).unwrap();
@@ -232,7 +233,8 @@ fn a_run_whose_teacher_gains_nothing_has_no_fit_and_is_left_out() {
     let owl = lines.iter().find(|row| row.target == "owl").unwrap();
     assert_eq!((owl.estimate, owl.outcome, owl.n_datasets), (None, Undecided, 0));
     assert_eq!(owl.note, "without owl in data set 2, where the teacher's gain in loss is not clear of zero");
-    // Beside a number that has no such gaps, both are of the runs that have a fit: 3.5 again, of the fits and of the margins.
+    // Beside a number that has no such gaps, both are of the runs that have a fit: 3.5 again, of the fits and of the
+    // margins.
     let mixed = "[[tests]]\nname = \"x\"\nkind = \"difference\"\nof = { quantity = \"fit\" }\n\
                  minus = { quantity = \"delta_margin\" }\nabove = 0\n";
     let found = first(mixed, &rows);
