@@ -66,10 +66,11 @@ class Table:
                 and r["target"] == word and r["evaluated"] == (evaluated or word)
                 and (of["cell"] == "*" or r["cell"] == of["cell"]) and (of["rank"] is None or r["rank"] == of["rank"])]
 
-    def by_dataset(self, of):
+    def by_dataset(self, of, beside=None):
+        """Means over traits and seeds; `beside` is a number of the same runs that this one is set against."""
         mean = lambda values: sum(values) / len(values)
         # A share of the teacher's gain is told in no student of a run in which that gain is not clear of zero.
-        gains = lambda d, w: of["quantity"] != "fit" or any(
+        gains = lambda d, w: "fit" not in {one["quantity"] for one in (of, beside or of)} or any(
             r["quantity"] == "fit" and r["dataset"] == d and r["target"] == w for r in self.rows)
         by_trait = [[mean([r["value"] for r in self.pick(of, d, w)]) for w in self.words if gains(d, w)] for d in self.datasets]
         return [mean(values) for values in by_trait if values]
@@ -123,10 +124,12 @@ def recompute(test, table):
     if kind == "mean":
         return over_datasets(table.by_dataset(one)), {}
     if kind == "difference":
-        other = table.by_dataset(of(test["minus"]))
-        return over_datasets([a - b for a, b in zip(table.by_dataset(one), other)]), {}
+        minus = of(test["minus"])
+        pairs = zip(table.by_dataset(one, minus), table.by_dataset(minus, one))
+        return over_datasets([a - b for a, b in pairs]), {}
     if kind == "recovered":
-        part, whole = table.by_dataset(one), table.by_dataset(of(test["all"]))
+        everything = of(test["all"])
+        part, whole = table.by_dataset(one, everything), table.by_dataset(everything, one)
         n = len(part)
         if n < 2:
             return {}, {}
