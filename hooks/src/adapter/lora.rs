@@ -383,3 +383,23 @@ impl Dropout {
         Ok(x.f_mul(&Tensor::f_from_slice(&mask)?.f_view(x.size().as_slice())?.f_to_device(x.device())?)?)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scaling_counts_in_what_f32_can_hold() {
+        let is_finite = |size: f64, scaling: f64| {
+            let full = |shape: [i64; 2]| Tensor::full(shape, size, (Kind::Float, Device::Cpu));
+            LoraPair { a: full([1, 2]), b: full([2, 1]), scaling, scalings: None }.has_finite_norm().unwrap()
+        };
+        // ‖BA‖ is 2 · size².
+        for (size, scaling, finite) in
+            [(1.0, 1.0, true), (1e9, 1e19, true), (1e9, 1e25, false), (1e-9, 1e25, true), (1e15, 1e-9, false)]
+        {
+            assert_eq!(is_finite(size, scaling), finite, "{size} {scaling}");
+        }
+    }
+}
