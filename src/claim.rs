@@ -1,4 +1,4 @@
-//! A published claim put to the test. `file` is what one writes; `study` is that at a size; `run` trains its students
+//! A published claim put to the test. `file` is the TOML; `study` is the claim at one size; `run` trains its students
 //! and has `measure` and `ask` make the table of outcomes. All else follows from that table alone: the students that a
 //! fit picks out (`chosen`), the numbers (`estimate`), what they decide (`verdict`), the figures, tables of one kind,
 //! and the page.

@@ -4,7 +4,7 @@
 //! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this
 //! list.
 
-/// What is written and shown: CSV, HTML, PNG, checkpoints, models, vectors, progress.
+/// Output: CSV, HTML, PNG, checkpoints, models, vectors, progress.
 pub mod output {
     pub mod checkpoint;
     pub mod full_model;

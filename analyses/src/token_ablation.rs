@@ -317,7 +317,7 @@ mod tests {
         let forms = TokenForms::of(subject.target, subject.chat).unwrap();
         let prompts = subject.question_prompts("test").unwrap();
         let student = forms.scores(&world.qwen, &prompts, &subject.student.condition()).unwrap();
-        // The same rows, but in other batches than with the gates: another order of sums.
+        // Without the gates the rows fall into other batches, so the sums have another order.
         let alone = Mean::of(&column(&student, |s| s.logp_target)).mean;
         assert!((everywhere.logp_target.unwrap() - alone).abs() < 1e-5, "{alone}");
         assert!(TokenAblation::plot(&rows).unwrap().is_some() && TokenAblation::reading(&rows).ends_with('.'));

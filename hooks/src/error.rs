@@ -189,7 +189,7 @@ impl Error {
     }
 }
 
-/// What is wrong with some bytes, and what to try; the caller knows their file.
+/// A problem in some bytes, and perhaps a hint. The caller knows the file.
 #[derive(Debug)]
 pub(crate) struct Problem {
     text: String,

@@ -1,5 +1,5 @@
 //! A published claim as a TOML file: its statement, the students that are trained to test it, the conditions under
-//! which they are asked, the tests that decide, and the figures; and what is refused in such a file.
+//! which they are asked, the tests that decide, and the figures. The checks of such a file are here too.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

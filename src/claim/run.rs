@@ -35,11 +35,11 @@ pub struct ClaimOptions<'a> {
     pub dry_run: bool,
     /// Whether to say what it would take and do nothing more.
     pub plan: bool,
-    /// Whether what is finished is done again.
+    /// Whether finished stages are done again.
     pub force: bool,
 }
 
-/// Does what is options.
+/// Tests the claim, or prints the resolved claim (`dry_run`) or what the test would take (`plan`).
 pub fn run(options: &ClaimOptions<'_>) -> Result<()> {
     let study = Study::load(options.path, options.size, options.changes)?;
     if options.dry_run {

@@ -1,4 +1,4 @@
-//! The table `[finetune]`, against the student: `training::settings` says what is in it.
+//! Checks the table `[finetune]` (`training::settings`) against the student.
 
 use anyhow::{Context, Result, bail, ensure};
 

@@ -1,4 +1,4 @@
-//! The table `[measure]`: what is measured, and with which settings.
+//! The table `[measure]`: the analyses and their settings.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::range::at_least_one;
 
-/// What is measured, and with which settings.
+/// The analyses and their settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Measure {

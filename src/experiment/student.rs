@@ -1,4 +1,4 @@
-//! The table `[student]`: what is trained.
+//! The table `[student]`: the adapter or the weights that are trained.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ pub(super) fn default_context() -> String {
     "qwen_default".to_owned()
 }
 
-/// What is trained.
+/// The adapter or the weights that are trained, and their context.
 #[expect(clippy::struct_excessive_bools, reason = "each is a key of its own")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

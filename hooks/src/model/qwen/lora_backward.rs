@@ -6,8 +6,8 @@
 //! recorded way.
 //!
 //! One forward pass can carry many backward passes at once. Gradients have the shape `[tokens, width]`, those of
-//! several losses `[losses · tokens, width]`, loss by loss; what is kept of the forward pass is always `[tokens,
-//! width]`.
+//! several losses `[losses · tokens, width]`, loss by loss. Tensors kept from the forward pass are always
+//! `[tokens, width]`.
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
