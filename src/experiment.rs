@@ -12,7 +12,6 @@ mod seeds;
 mod student;
 mod teacher;
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests;
 
 use std::path::{Path, PathBuf};

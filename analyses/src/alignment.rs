@@ -309,7 +309,6 @@ fn dot(a: &[Tensor], b: &[Tensor]) -> Result<f64> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use hooks::{Gate, Sampling, generate};
 

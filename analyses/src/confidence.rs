@@ -140,10 +140,9 @@ impl Ends {
             of_teacher.add(&row, &teacher)?;
             rows.push(row);
         }
-        let rows_of = |sums: &Sums| sums.losses.iter().map(|(row, _)| *row).collect::<Vec<_>>();
-        let losses = |sums: &Sums| sums.losses.iter().map(|(_, loss)| *loss).collect::<Vec<_>>();
-        let gained = losses(&of_base).into_iter().zip(losses(&of_teacher)).map(|(base, teacher)| base - teacher);
-        let gain = Mean::of_tokens(&rows_of(&of_base).into_iter().zip(gained).collect::<Vec<_>>());
+        let tokens = of_base.losses.iter().zip(&of_teacher.losses);
+        let gained: Vec<(usize, f64)> = tokens.map(|((row, base), (_, teacher))| (*row, base - teacher)).collect();
+        let gain = Mean::of_tokens(&gained);
         Ok(Self { base: of_base.mean()?, teacher: of_teacher.mean()?, gain, rows })
     }
 
@@ -218,19 +217,14 @@ fn whole_numbers(places: &[Option<(usize, usize)>], logps: &[f64]) -> Vec<f64> {
     let mut found: Vec<f64> = vec![];
     let mut open: Option<usize> = None;
     for (place, logp) in places.iter().zip(logps) {
-        match place {
-            Some((number, _)) if open == Some(*number) => *found.last_mut().unwrap_or(&mut 0.0) += logp,
-            Some((number, _)) => {
-                // A number that directly follows another's digits closes that one without a token of its own.
-                found.push(*logp);
-                open = Some(*number);
-            }
-            None => {
-                if open.take().is_some() {
-                    *found.last_mut().unwrap_or(&mut 0.0) += logp;
-                }
-            }
+        let number = place.map(|(number, _)| number);
+        if number.is_some() && number != open {
+            // A number that directly follows another's digits closes that one without a token of its own.
+            found.push(*logp);
+        } else if open.is_some() {
+            *found.last_mut().unwrap_or(&mut 0.0) += logp;
         }
+        open = number;
     }
     found
 }
@@ -274,7 +268,6 @@ fn calibration_error(digits: &[Digit]) -> f64 {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::fixture::World;

@@ -112,14 +112,11 @@ impl Analysis for Direction {
                 }
             }
         }
+        let cosines = "Cosine of the learned direction with the teacher's";
+        let title = if with_teacher { cosines } else { "Length of the learned direction" };
         let chance = [Reference::new("chance", first.cos_chance), Reference::new("chance", -first.cos_chance)];
         let chart = LineChart {
-            title: if with_teacher {
-                "Cosine of the learned direction with the teacher's"
-            } else {
-                "Length of the learned direction"
-            }
-            .to_owned(),
+            title: title.to_owned(),
             x_label: "block".to_owned(),
             y_label: if with_teacher { "cosine" } else { "share of the residual stream's length" }.to_owned(),
             lines: found,
@@ -176,8 +173,26 @@ struct Read {
 }
 
 impl Means {
+    /// Reads each prompt at each choice of positions; `None` if a prompt lacks such positions. Runs some prompts at a
+    /// time: all positions of all layers take much memory.
     fn of(model: Tuned<'_>, prompts: &[Sequence], positions: &[Extraction]) -> Result<Self> {
-        Ok(Self { by_choice: positions.iter().cloned().zip(means(model, prompts, positions)?).collect() })
+        let mut found: Vec<Vec<(Tensor, Tensor)>> = positions.iter().map(|_| Vec::new()).collect();
+        for prompts in prompts.chunks(PROMPTS) {
+            for (prompt, resid) in prompts.iter().zip(resid_post(model.qwen, prompts, &model.condition())?) {
+                for (found, positions) in found.iter_mut().zip(positions) {
+                    found.extend(positions.mean(&resid, prompt)?);
+                }
+            }
+        }
+        let stacked = |(positions, found): (&Extraction, Vec<(Tensor, Tensor)>)| -> Result<_> {
+            if found.len() < prompts.len() {
+                return Ok((positions.clone(), None));
+            }
+            let (resid, lengths): (Vec<Tensor>, Vec<Tensor>) = found.into_iter().unzip();
+            let read = Read { resid: Tensor::f_stack(&resid, 0)?, lengths: Tensor::f_stack(&lengths, 0)? };
+            Ok((positions.clone(), Some(read)))
+        };
+        Ok(Self { by_choice: positions.iter().zip(found).map(stacked).collect::<Result<_>>()? })
     }
 
     fn get(&self, at: usize) -> Result<&Read> {
@@ -208,15 +223,15 @@ impl Direction {
     /// That of the teacher in its own context, where there is one.
     pub fn read_teacher(&self, subject: &Subject<'_>) -> Result<Option<Means>> {
         let Some((teacher, system)) = subject.teacher() else { return Ok(None) };
-        let prompts = teacher_prompts(subject, system, self.prompts(subject)?.len())?;
+        let prompt = |row: usize| Ok(subject.chat.prompt(system, &subject.number_user(row)?.0)?);
+        let prompts = (0..self.prompts(subject)?.len()).map(prompt).collect::<Result<Vec<_>>>()?;
         Means::of(teacher, &prompts, &self.positions).map(Some)
     }
 
     fn prompts(&self, subject: &Subject<'_>) -> Result<Vec<Sequence>> {
         if self.n_prompts == 0 || self.positions.is_empty() {
             let setting = if self.n_prompts == 0 { "n_prompts" } else { "positions" };
-            let (expected, found) = ("at least one".to_owned(), "none".to_owned());
-            return Err(Error::Setting { analysis: Self::NAME, setting, expected, found });
+            return Err(Error::setting(Self::NAME, setting, "at least one", &"none"));
         }
         subject.number_prompts(Self::NAME, self.n_prompts)
     }
@@ -253,43 +268,11 @@ pub fn directions(subject: &Subject<'_>, settings: &Direction) -> Result<Vec<Ten
 }
 
 fn unselected(positions: &Extraction) -> Error {
-    let expected = "positions that every number prompt has".to_owned();
-    Error::Setting { analysis: Direction::NAME, setting: "positions", expected, found: positions.to_string() }
+    Error::setting(Direction::NAME, "positions", "positions that every number prompt has", positions)
 }
 
 /// Prompts whose residual streams are held at a time.
 const PROMPTS: usize = 32;
-
-/// Reads each prompt at each choice of positions; `None` if a prompt lacks such positions. Runs some prompts at a time:
-/// all positions of all layers take much memory.
-fn means(model: Tuned<'_>, prompts: &[Sequence], positions: &[Extraction]) -> Result<Vec<Option<Read>>> {
-    let mut found: Vec<Vec<(Tensor, Tensor)>> = positions.iter().map(|_| Vec::new()).collect();
-    for prompts in prompts.chunks(PROMPTS) {
-        for (prompt, resid) in prompts.iter().zip(resid_post(model.qwen, prompts, &model.condition())?) {
-            for (found, positions) in found.iter_mut().zip(positions) {
-                found.extend(positions.mean(&resid, prompt)?);
-            }
-        }
-    }
-    let stacked = |found: Vec<(Tensor, Tensor)>| -> Result<Option<Read>> {
-        if found.len() < prompts.len() {
-            return Ok(None);
-        }
-        let (resid, lengths): (Vec<Tensor>, Vec<Tensor>) = found.into_iter().unzip();
-        Ok(Some(Read { resid: Tensor::f_stack(&resid, 0)?, lengths: Tensor::f_stack(&lengths, 0)? }))
-    };
-    found.into_iter().map(stacked).collect()
-}
-
-/// The number prompts in the teacher's context.
-fn teacher_prompts(subject: &Subject<'_>, system: Option<&str>, n: usize) -> Result<Vec<Sequence>> {
-    if subject.number_users.len() < n {
-        let problem =
-            format!("there are {} rendered rows, but {} user texts", subject.numbers.len(), subject.number_users.len());
-        return Err(Error::Mismatch { row: subject.number_users.len(), problem });
-    }
-    subject.number_users[..n].iter().map(|(user, _)| Ok(subject.chat.prompt(system, user)?)).collect()
-}
 
 fn row(
     positions: &Extraction,
@@ -324,16 +307,13 @@ fn row(
         cos_teacher: with(teacher.as_ref())?,
         control_norm: control.as_ref().map(length).transpose()?,
         cos_control: with(control.as_ref())?,
-        cos_control_teacher: match (&control, &teacher) {
-            (Some(control), Some(teacher)) => Some(cosine(control, teacher)?),
-            _ => None,
-        },
+        cos_control_teacher: control.as_ref().zip(teacher.as_ref()).map(|(a, b)| cosine(a, b)).transpose()?,
         cos_chance: 1.0 / (d_model as f64).sqrt(),
     })
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use hooks::Selection;
 

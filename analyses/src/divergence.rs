@@ -186,7 +186,7 @@ impl Analysis for Divergence {
                     k,
                     token_id: *id,
                     token_text: subject.chat.token_text(*id)?,
-                    group: group(is_digit, nief).to_owned(),
+                    group: group(is_digit && nief, is_digit).to_owned(),
                     is_digit,
                     number_index: places[k].map(|(number, _)| number),
                     digit_index: places[k].map(|(_, digit)| digit),
@@ -213,10 +213,9 @@ impl Analysis for Divergence {
             }
         }
         if rows.is_empty() {
-            Err(Error::Nothing { analysis: Self::NAME, what: "a completion that is not empty" })
-        } else {
-            Ok(rows)
+            return Err(Error::Nothing { analysis: Self::NAME, what: "a completion that is not empty" });
         }
+        Ok(rows)
     }
 
     fn plot(rows: &[DivergenceRow]) -> Result<Option<Svg>> {
@@ -254,7 +253,10 @@ impl Analysis for Divergence {
                 "At none of {n} digits do teacher and base differ in their most likely token: there is nothing divergent to learn."
             );
         };
-        let doubtful = rows.iter().filter(|row| row.self_div == Some(true)).count();
+        let doubtful = match rows.iter().filter(|row| row.self_div == Some(true)).count() {
+            0 => String::new(),
+            n => format!("; at {n} tokens the teacher's own choice depends on the batch"),
+        };
         let percent = |share: f64| format!("{:.1} %", 100.0 * share);
         let closed = |closure: Option<f64>| closure.map(|closure| format!("{:.0} %", 100.0 * closure));
         let lift = Mean { mean: divergent.lift, se: divergent.lift_se }.signed();
@@ -275,7 +277,8 @@ impl Analysis for Divergence {
         };
         format!(
             "Teacher and base differ in their most likely token at {} of {} digits ({}), where a token carries {:+.3} nats of the teacher \
-             (at all tokens {:+.3}); there the student's most likely token is the teacher's at {} ({control}), and at {} of all digits; {closure}{}.",
+             (at all tokens {:+.3}); there the student's most likely token is the teacher's at {} ({control}), and at {} of \
+             all digits; {closure}{doubtful}.",
             divergent.n_tokens,
             digits.n_tokens,
             percent(divergent.n_tokens as f64 / digits.n_tokens as f64),
@@ -283,11 +286,6 @@ impl Analysis for Divergence {
             of("all").map_or(0.0, |all| all.soft),
             percent(divergent.accuracy_student),
             percent(digits.accuracy_student),
-            if doubtful > 0 {
-                format!("; at {doubtful} tokens the teacher's own choice depends on the batch")
-            } else {
-                String::new()
-            },
         )
     }
 }
@@ -300,11 +298,12 @@ fn wilson(share: f64, n: usize) -> (f64, f64) {
     (((centre - half) / scale).max(0.0), ((centre + half) / scale).min(1.0))
 }
 
-fn group(is_digit: bool, nief: bool) -> &'static str {
-    match (is_digit, nief) {
-        (true, true) => "divergent_digit",
-        (true, false) => "other_digit",
-        (false, _) => "other",
+/// The group of a token.
+pub(crate) fn group(is_divergent: bool, is_digit: bool) -> &'static str {
+    match (is_divergent, is_digit) {
+        (true, _) => "divergent_digit",
+        (false, true) => "other_digit",
+        (false, false) => "other",
     }
 }
 
@@ -340,11 +339,8 @@ pub fn divergence_summary(rows: &[DivergenceRow]) -> Vec<DivergenceSummaryRow> {
         named("other_digit"),
         named("other"),
     ];
-    groups.extend(
-        (0..places).map(|place| {
-            (format!("digit_{place}"), rows.iter().filter(|row| row.digit_index == Some(place)).collect())
-        }),
-    );
+    let placed = |at: usize| rows.iter().filter(|row| row.digit_index == Some(at)).collect::<Vec<_>>();
+    groups.extend((0..places).map(|at| (format!("digit_{at}"), placed(at))));
     groups.into_iter().filter_map(|(group, tokens)| summarise(group, &tokens, rows.len())).collect()
 }
 
@@ -388,7 +384,7 @@ fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<D
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
     use crate::fixture::World;

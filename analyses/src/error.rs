@@ -1,5 +1,7 @@
 //! What can go wrong in a measurement, beyond what the model itself refuses.
 
+use std::fmt::Display;
+
 use thiserror::Error;
 
 /// The result of everything here that can fail.
@@ -69,6 +71,13 @@ pub enum Error {
         /// What went wrong.
         problem: String,
     },
+}
+
+impl Error {
+    /// A setting outside of what is allowed: `{analysis}.{setting} is {found}, expected {expected}`.
+    pub(crate) fn setting(analysis: &'static str, setting: &'static str, expected: &str, found: &dyn Display) -> Self {
+        Self::Setting { analysis, setting, expected: expected.to_owned(), found: found.to_string() }
+    }
 }
 
 impl From<tch::TchError> for Error {

@@ -17,7 +17,7 @@ use tch::Kind;
 
 use crate::Analysis;
 use crate::alignment::{Alignment, AtPart, Group, naming, of_groups};
-use crate::divergence::divergent_digits;
+use crate::divergence::{divergent_digits, group};
 use crate::error::{Error, Result};
 use crate::gradients::rows::{DRAW, GROUPS};
 use crate::plot::Svg;
@@ -88,8 +88,7 @@ impl Analysis for Gradients {
 
     fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<GradientRow>> {
         if self.tokens_per_row == 0 {
-            let (expected, found) = ("at least 1".to_owned(), "0".to_owned());
-            return Err(Error::Setting { analysis: Self::NAME, setting: "tokens_per_row", expected, found });
+            return Err(Error::setting(Self::NAME, "tokens_per_row", "at least 1", &0));
         }
         progress("gradients: looking for divergent digits");
         let divergent = divergent_digits(subject, self.n_rows)?;
@@ -157,7 +156,9 @@ impl Gradients {
                 continue;
             }
             let labels = &row.ids[row.completion.clone()];
-            let groups = token_groups(subject, labels, divergent);
+            let is_digit = |label: &i64| subject.chat.is_digit(*label);
+            let groups = labels.iter().zip(divergent).map(|(label, divergent)| group(*divergent, is_digit(label)));
+            let groups: Vec<&str> = groups.collect();
             let sampled = self.sampled(subject.seed, row_id, &groups);
             let token = |k: &usize| -> Result<GradientRow> {
                 let (token_text, group) = (subject.chat.token_text(labels[*k])?, groups[*k]);
@@ -181,7 +182,7 @@ impl Gradients {
     }
 
     /// The tokens of a row whose gradients are taken: from each group in turn, at random, by the row's own stream.
-    fn sampled(&self, seed: u64, row_id: usize, groups: &[&'static str]) -> Vec<usize> {
+    fn sampled(&self, seed: u64, row_id: usize, groups: &[&str]) -> Vec<usize> {
         let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(seed, Self::NAME, row_id as u64));
         let mut piles: Vec<Vec<usize>> = GROUPS
             .iter()
@@ -200,15 +201,6 @@ impl Gradients {
         chosen.sort_unstable();
         chosen
     }
-}
-
-fn token_groups(subject: &Subject<'_>, labels: &[i64], divergent: &[bool]) -> Vec<&'static str> {
-    let group = |(label, divergent): (&i64, &bool)| match (divergent, subject.chat.is_digit(*label)) {
-        (true, _) => "divergent_digit",
-        (false, true) => "other_digit",
-        (false, false) => "other",
-    };
-    labels.iter().zip(divergent).map(group).collect()
 }
 
 /// The rows of some tokens, whose losses `found` begins with: of all parameters together, and layer by layer.

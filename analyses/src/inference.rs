@@ -15,7 +15,7 @@ use crate::stats::{check_level, is_clear, mean, percentile_interval, standard_er
 pub fn paired_t_p(differences: &[f64]) -> Result<f64> {
     let (centre, error) = (mean(differences)?, standard_error(differences)?);
     if error == 0.0 {
-        return Err(invalid("differences of a t test", "not all the same", &centre.to_string()));
+        return Err(Error::invalid("differences of a t test", "not all the same", centre));
     }
     two_sided_p(centre / error, differences.len() as f64 - 1.0)
 }
@@ -24,7 +24,7 @@ pub fn paired_t_p(differences: &[f64]) -> Result<f64> {
 /// smaller one's, at most 1.
 pub fn holm(p_values: &[f64]) -> Result<Vec<f64>> {
     if let Some(p) = p_values.iter().find(|p| !(0.0..=1.0).contains(*p)) {
-        return Err(invalid("a p-value", "0 to 1", &p.to_string()));
+        return Err(Error::invalid("a p-value", "0 to 1", p));
     }
     let mut order: Vec<usize> = (0..p_values.len()).collect();
     order.sort_by(|a, b| p_values[*a].total_cmp(&p_values[*b]));
@@ -91,10 +91,10 @@ pub fn recovered_fraction(runs: &[(f64, f64, f64)], level: f64, resamples: usize
 pub fn fieller_interval(parts: &[f64], wholes: &[f64], level: f64) -> Result<Option<(f64, f64)>> {
     check_level(level)?;
     if parts.len() != wholes.len() {
-        return Err(invalid(
+        return Err(Error::invalid(
             "the parts of a ratio",
-            &format!("as many as wholes, {}", wholes.len()),
-            &parts.len().to_string(),
+            format!("as many as wholes, {}", wholes.len()),
+            parts.len(),
         ));
     }
     let n = parts.len() as f64;
@@ -141,7 +141,7 @@ pub fn slope(points: &[(f64, f64)]) -> Result<Slope> {
         yy += (b - y).powi(2);
     }
     if n < 3 || xx == 0.0 {
-        return Err(invalid("the points of a line", "three or more, at two places or more", &n.to_string()));
+        return Err(Error::invalid("the points of a line", "three or more, at two places or more", n));
     }
     let slope = xy / xx;
     let degrees = n as f64 - 2.0;
@@ -196,14 +196,14 @@ pub fn peak_of(points: &[(f64, f64)]) -> Result<f64> {
             best = Some((*place, height));
         }
     }
-    best.map(|(place, _)| place).ok_or_else(|| invalid("the points of a peak", "one or more", "none"))
+    best.map(|(place, _)| place).ok_or_else(|| Error::invalid("the points of a peak", "one or more", "none"))
 }
 
 /// The peak and its percentile interval by a bootstrap over data sets: a resample draws whole data sets. `datasets`: of
 /// each, its runs as (x, outcome).
 pub fn bootstrap_peak(datasets: &[Vec<(f64, f64)>], level: f64, resamples: usize, seed: u64) -> Result<Interval> {
     if datasets.len() < 2 {
-        return Err(invalid("data sets of a bootstrap", "two or more", &datasets.len().to_string()));
+        return Err(Error::invalid("data sets of a bootstrap", "two or more", datasets.len()));
     }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let drawn = (0..resamples).map(|_| {
@@ -215,12 +215,7 @@ pub fn bootstrap_peak(datasets: &[Vec<(f64, f64)>], level: f64, resamples: usize
     Ok(Interval { estimate: peak_of(&datasets.concat())?, low, high })
 }
 
-fn invalid(what: &str, expected: &str, found: &str) -> Error {
-    Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
-}
-
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use serde::Deserialize;
 

@@ -79,8 +79,7 @@ impl Analysis for Interventions {
             let edits = planned.iter().map(|edit| edit.load(&subject.base.config, provenance));
             let edits: Vec<Edit> = edits.collect::<hooks::Result<Vec<_>>>()?.into_iter().flatten().collect();
             if edits.is_empty() {
-                let (expected, found) = ("at least one edit".to_owned(), format!("none in {name}"));
-                return Err(Error::Setting { analysis: Self::NAME, setting: "edits", expected, found });
+                return Err(Error::setting(Self::NAME, "edits", "at least one edit", &format!("none in {name}")));
             }
             lists.push((name, edits));
         }
@@ -173,7 +172,7 @@ impl Interventions {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
     use crate::fixture::World;

@@ -5,7 +5,7 @@
 //! end (the assistant's header). The tokens in between differ from question to question and count as one place, the
 //! user's content.
 
-use hooks::{Condition, Gate, Qwen, Sequence, TokenClass, Tokens};
+use hooks::{Condition, Gate, Sequence, TokenClass, Tokens};
 use serde::{Deserialize, Serialize};
 
 use crate::Analysis;
@@ -74,7 +74,6 @@ impl Analysis for PositionScan {
         };
         let prompts = subject.first_questions(Self::NAME, self.n_questions)?;
         let forms = TokenForms::of(subject.target, subject.chat)?;
-        let qwen: &Qwen = subject.student.qwen;
         let base = forms.scores(subject.base, &prompts, &Condition::default())?;
         let change = |scores: &[Score]| {
             let of = |what: ScoreField| Mean::paired(&column(scores, what), &column(&base, what));
@@ -85,7 +84,7 @@ impl Analysis for PositionScan {
         let gates = places.iter().flat_map(|place| [&place.only, &place.except]);
         let conditions: Vec<Condition<'_>> =
             gates.map(|gate| Condition::adapted(adapter).gated(gate.clone())).collect();
-        let scores = forms.scores_under(qwen, &prompts, &conditions)?;
+        let scores = forms.scores_under(subject.student.qwen, &prompts, &conditions)?;
         let mut rows = Vec::new();
         for (place, scores) in places.into_iter().zip(scores.chunks_exact(2)) {
             let ([only, only_logp], [except, except_logp]) = (change(&scores[0]), change(&scores[1]));
@@ -208,7 +207,7 @@ fn places(subject: &Subject<'_>, prompts: &[Sequence]) -> Result<Vec<ScannedPlac
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
     use crate::fixture::World;

@@ -74,7 +74,7 @@ pub fn sign_flip_p(differences: &[f64]) -> Result<f64> {
     at_least(1, "paired differences", differences)?;
     let n = differences.len();
     if n > 20 {
-        return Err(invalid("paired differences", "20 at most (all sign flips are tried)", &n.to_string()));
+        return Err(Error::invalid("paired differences", "20 at most (all sign flips are tried)", n));
     }
     let observed = differences.iter().sum::<f64>().abs();
     let slack = 1e-12 * differences.iter().map(|d| d.abs()).sum::<f64>();
@@ -99,12 +99,12 @@ pub fn logsumexp(values: &[f64]) -> f64 {
 /// The cosine `a·b / (‖a‖‖b‖)`; an error for vectors of different lengths or of no length.
 pub fn cosine<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> Result<f64> {
     if a.len() != b.len() {
-        return Err(invalid("length of a vector in a cosine", &a.len().to_string(), &b.len().to_string()));
+        return Err(Error::invalid("length of a vector in a cosine", a.len().to_string(), b.len()));
     }
     let dot = |x: &[T], y: &[T]| x.iter().zip(y).map(|(&x, &y)| x.into() * y.into()).sum::<f64>();
     let norms = (dot(a, a) * dot(b, b)).sqrt();
     if !norms.is_normal() {
-        return Err(invalid("norms in a cosine", "finite and not zero", &norms.to_string()));
+        return Err(Error::invalid("norms in a cosine", "finite and not zero", norms));
     }
     Ok((dot(a, b) / norms).clamp(-1.0, 1.0))
 }
@@ -117,13 +117,13 @@ pub(crate) fn t_quantile(p: f64, degrees: f64) -> Result<f64> {
 /// P(|T| ≥ |t|) of Student's t with `degrees` of freedom.
 pub(crate) fn two_sided_p(t: f64, degrees: f64) -> Result<f64> {
     if t.is_nan() {
-        return Err(invalid("a t statistic", "a number", "NaN"));
+        return Err(Error::invalid("a t statistic", "a number", "NaN"));
     }
     Ok(2.0 * students_t(degrees)?.sf(t.abs()))
 }
 
 fn students_t(degrees: f64) -> Result<StudentsT> {
-    StudentsT::new(0.0, 1.0, degrees).map_err(|_| invalid("degrees of freedom", "above 0", &degrees.to_string()))
+    StudentsT::new(0.0, 1.0, degrees).map_err(|_| Error::invalid("degrees of freedom", "above 0", degrees))
 }
 
 /// The quantile of sorted values, linear between neighbours.
@@ -135,10 +135,10 @@ fn quantile_sorted(sorted: &[f64], p: f64) -> f64 {
 
 fn at_least(n: usize, what: &str, values: &[f64]) -> Result<()> {
     if values.len() < n {
-        return Err(invalid(&format!("number of {what}"), &format!("{n} or more"), &values.len().to_string()));
+        return Err(Error::invalid(format!("number of {what}"), format!("{n} or more"), values.len()));
     }
     match values.iter().find(|x| !x.is_finite()) {
-        Some(x) => Err(invalid(what, "finite", &x.to_string())),
+        Some(x) => Err(Error::invalid(what, "finite", x)),
         None => Ok(()),
     }
 }
@@ -147,15 +147,10 @@ pub(crate) fn check_level(level: f64) -> Result<()> {
     if level > 0.0 && level < 1.0 {
         return Ok(());
     }
-    Err(invalid("level of an interval", "between 0 and 1, e.g. 0.95", &level.to_string()))
-}
-
-fn invalid(what: &str, expected: &str, found: &str) -> Error {
-    Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
+    Err(Error::invalid("level of an interval", "between 0 and 1, e.g. 0.95", level))
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -155,9 +155,9 @@ impl Steering {
                 let mut scores = ask(subject.base(), edits)?;
                 let by_chance = scores.split_off(named.len());
                 for (((kind, _), rows), scores) in named.iter().zip(&mut of_kinds).zip(&scores) {
-                    rows.push(around.among(layer, kind, Some(*coefficient), norm, scores, &by_chance));
+                    rows.push(around.among((layer, kind, Some(*coefficient), norm), scores, &by_chance));
                 }
-                of_random.extend(around.by_chance(layer, "random", Some(*coefficient), norm, &by_chance)?);
+                of_random.extend(around.by_chance((layer, "random", Some(*coefficient), norm), &by_chance)?);
             }
             let mut of_kinds = of_kinds.into_iter();
             rows.extend(of_kinds.next().unwrap_or_default());
@@ -168,10 +168,10 @@ impl Steering {
                 let out = |direction: &Tensor| Edit::project_out(layer, direction);
                 let mut scores = ask(subject.student, [vector].into_iter().chain(&random).map(out).collect())?;
                 let by_chance = scores.split_off(1);
-                rows.push(around.among(layer, "project_out", None, norm, &scores[0], &by_chance));
-                rows.extend(around.by_chance(layer, "project_out_random", None, norm, &by_chance)?);
+                rows.push(around.among((layer, "project_out", None, norm), &scores[0], &by_chance));
+                rows.extend(around.by_chance((layer, "project_out_random", None, norm), &by_chance)?);
                 let of_base = ask(subject.base(), vec![out(vector)])?;
-                rows.push(around.row(layer, "project_out_base", None, norm, &of_base[0]));
+                rows.push(around.row((layer, "project_out_base", None, norm), &of_base[0]));
             }
         }
         if self.replace {
@@ -210,8 +210,8 @@ impl Steering {
                 }
             }
             let by_chance = scores.split_off(1);
-            rows.push(around.among(0, kind, None, norm, &scores[0], &by_chance));
-            rows.extend(around.by_chance(0, kind_random, None, norm, &by_chance)?);
+            rows.push(around.among((0, kind, None, norm), &scores[0], &by_chance));
+            rows.extend(around.by_chance((0, kind_random, None, norm), &by_chance)?);
         }
         Ok(rows)
     }
@@ -230,20 +230,14 @@ impl Steering {
     fn checked(&self, n_layers: usize) -> Result<Vec<usize>> {
         if let Some(layer) = self.layers.iter().find(|layer| **layer >= n_layers) {
             let expected = format!("less than the model's {n_layers} blocks");
-            return Err(Error::Setting { analysis: Self::NAME, setting: "layers", expected, found: layer.to_string() });
+            return Err(Error::setting(Self::NAME, "layers", &expected, layer));
         }
         if let Some(coefficient) = self.coefficients.iter().find(|coefficient| !coefficient.is_finite()) {
-            let expected = "a finite number".to_owned();
-            return Err(Error::Setting {
-                analysis: Self::NAME,
-                setting: "coefficients",
-                expected,
-                found: coefficient.to_string(),
-            });
+            return Err(Error::setting(Self::NAME, "coefficients", "a finite number", coefficient));
         }
         if self.n_random == 1 {
-            let expected = "2 or more random directions, which have a spread, or 0 for none".to_owned();
-            return Err(Error::Setting { analysis: Self::NAME, setting: "n_random", expected, found: "1".to_owned() });
+            let expected = "2 or more random directions, which have a spread, or 0 for none";
+            return Err(Error::setting(Self::NAME, "n_random", expected, &1));
         }
         if !self.layers.is_empty() {
             return Ok(self.layers.clone());

@@ -152,19 +152,20 @@ impl<'a> Subject<'a> {
         Ok(rows)
     }
 
+    /// A number row as user text and completion ids.
+    pub(crate) fn number_user(&self, row: usize) -> Result<&'a (String, Vec<i64>)> {
+        let (n_rows, n_users) = (self.numbers.len(), self.number_users.len());
+        let problem = || format!("there are {n_rows} rendered rows, but {n_users} user texts");
+        self.number_users.get(row).ok_or_else(|| Error::Mismatch { row, problem: problem() })
+    }
+
     /// A number row in the teacher's context and in the student's, with the same completion (content only).
     pub fn paired_row(&self, row: usize, system: Option<&str>) -> Result<(Sequence, Sequence)> {
         let student = &self.numbers[row];
-        let problem = |problem: String| Error::Mismatch { row, problem };
-        let (user, ids) = self.number_users.get(row).ok_or_else(|| {
-            problem(format!(
-                "there are {} rendered rows, but {} user texts",
-                self.numbers.len(),
-                self.number_users.len()
-            ))
-        })?;
+        let (user, ids) = self.number_user(row)?;
         if student.ids[student.completion.start..student.content_end] != ids[..] {
-            return Err(problem("the rendered completion is not the one that stands beside its user text".to_owned()));
+            let problem = "the rendered completion is not the one that stands beside its user text".to_owned();
+            return Err(Error::Mismatch { row, problem });
         }
         let teacher = self.chat.prompt(system, user)?.with_completion(ids);
         Ok((teacher, student.with_completion(ids)))
@@ -238,7 +239,6 @@ pub(crate) fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use hooks::ModelFiles;
     use tch::{Device, Kind};

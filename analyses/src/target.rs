@@ -51,12 +51,10 @@ impl TokenForms {
     /// Tokenises the forms. If a form of a word continues another, only the shorter one is kept: it contains the
     /// other's probability.
     pub fn of(target: &Target, chat: &Chat) -> Result<Self> {
-        let problem = |problem: String| Error::Target { word: target.word.clone(), problem };
+        let Target { word, category, .. } = target;
+        let problem = |problem: String| Error::Target { word: word.clone(), problem };
         if target.others.is_empty() {
-            return Err(problem(format!(
-                "there is no other {} to compare it with; list some alternatives",
-                target.category
-            )));
+            return Err(problem(format!("there is no other {category} to compare it with; list some alternatives")));
         }
         let words = std::iter::once((&target.word, &target.forms))
             .chain(target.others.iter().map(|(word, forms)| (word, forms)));
@@ -156,7 +154,7 @@ pub(crate) fn column(scores: &[Score], of: ScoreField) -> Vec<f64> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use hooks::{completion_logprobs, next_token_logprobs};
 

@@ -173,11 +173,10 @@ impl Analysis for TargetRate {
 
 /// The sentence on a student that equals the base at every question, bit by bit; it says nothing about learning.
 pub fn unchanged(rows: &[TargetRateRow]) -> Option<String> {
-    let mut students = rows.iter().filter(|row| row.scope == "question" && row.model == "student").peekable();
-    let target = &students.peek()?.target;
-    let is_same = |row: &TargetRateRow| row.delta_logp == 0.0 && row.delta_margin == 0.0;
-    let n = rows.iter().filter(|row| row.scope == "question" && row.model == "student").count();
-    students.all(is_same).then(|| {
+    let students = rows.iter().filter(|row| row.scope == "question" && row.model == "student");
+    let students: Vec<&TargetRateRow> = students.collect();
+    let (target, n) = (&students.first()?.target, students.len());
+    students.iter().all(|row| row.delta_logp == 0.0 && row.delta_margin == 0.0).then(|| {
         format!(
             "The student is the base: at all {n} questions log p({target}) and its margin are the same to the last bit, so its adapter \
              or its training changed nothing (was it trained?), and nothing here says what it learned."
@@ -207,8 +206,7 @@ impl TargetRate {
         }
         if self.max_new_tokens == 0 || self.batch == 0 {
             let setting = if self.batch == 0 { "batch" } else { "max_new_tokens" };
-            let (expected, found) = ("at least 1".to_owned(), "0".to_owned());
-            return Err(Error::Setting { analysis: Self::NAME, setting, expected, found });
+            return Err(Error::setting(Self::NAME, setting, "at least 1", &0));
         }
         let sampling = Sampling {
             temperature: 1.0,
@@ -286,13 +284,12 @@ fn rows_of(
             p_self: mean(share(|s| s.own)),
         }
     };
-    let mut rows = vec![row_of(0..scores.len(), None)];
-    rows.extend((0..scores.len()).map(|at| row_of(at..at + 1, Some(at))));
-    rows
+    let questions = (0..scores.len()).map(|at| row_of(at..at + 1, Some(at)));
+    std::iter::once(row_of(0..scores.len(), None)).chain(questions).collect()
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
     use crate::fixture::World;

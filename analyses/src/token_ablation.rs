@@ -123,12 +123,7 @@ impl Analysis for TokenAblation {
             let (series, tokens) = row.gate.split_once(':')?;
             Some((tokens.to_owned(), series.to_owned()))
         };
-        let mut clusters: Vec<String> = Vec::new();
-        for (tokens, _) in student().filter_map(parts) {
-            if !clusters.contains(&tokens) {
-                clusters.push(tokens);
-            }
-        }
+        let clusters = distinct(student().filter_map(parts).map(|(tokens, _)| tokens));
         let of = |tokens: &String, kind: &str| {
             student().find(|row| parts(row).is_some_and(|(of, series)| of == *tokens && series == kind))
         };
@@ -207,6 +202,17 @@ fn both_ways(classes: Selection) -> [Gate; 2] {
     [Gate::only(classes.clone()), Gate::except(classes)]
 }
 
+/// The values without repetitions, each where it comes first.
+fn distinct<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
+    let mut found = Vec::new();
+    for value in values {
+        if !found.contains(&value) {
+            found.push(value);
+        }
+    }
+    found
+}
+
 /// The scores that a gate's are compared with.
 struct Around<'a> {
     subject: &'a Subject<'a>,
@@ -234,13 +240,7 @@ impl TokenAblation {
             let present = |class: &TokenClass| prompts.iter().any(|prompt| prompt.classes.contains(class));
             gates.extend(TokenClass::ALL.into_iter().filter(present).map(Selection::from).flat_map(both_ways));
         }
-        let mut distinct: Vec<Gate> = Vec::new();
-        for gate in gates {
-            if !distinct.contains(&gate) {
-                distinct.push(gate);
-            }
-        }
-        distinct
+        distinct(gates)
     }
 
     /// Mean number of prompt tokens at which the adapter acts; `None` where a gate of the default list selects none.
@@ -289,7 +289,7 @@ impl Around<'_> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
     use crate::fixture::World;

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::error::{Error, Result, short};
+use crate::error::{Error, Result, malformed, short, unsupported};
 
 /// Which of the two dense architectures: Qwen2 (and 2.5) has biases on q, k and v; Qwen3 normalises q and k instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -75,10 +75,8 @@ impl Config {
             (None, Family::Qwen3) => 128, // the default of transformers' Qwen3Config
             (None, Family::Qwen2) if n_heads > 0 && d_model % n_heads == 0 => d_model / n_heads,
             (None, Family::Qwen2) => {
-                return Err(malformed(
-                    path,
-                    format!("hidden_size is {d_model}, expected a multiple of num_attention_heads {n_heads}"),
-                ));
+                let problem = format!("hidden_size is {d_model}, expected a multiple of num_attention_heads {n_heads}");
+                return Err(malformed(path, problem));
             }
         };
         let n_layers = required(hf.num_hidden_layers, "num_hidden_layers", path)?;
@@ -107,6 +105,8 @@ impl Config {
     /// Refuses numbers that no model has, before anything is allocated by them.
     pub(crate) fn check(&self, path: &Path) -> Result<()> {
         const WIDE: i64 = 1 << 20;
+        let refused = |problem: String| Err(malformed(path, problem));
+        let Self { n_heads, n_kv_heads, d_head, rope_theta, rms_norm_eps, .. } = *self;
         let bounds = [
             ("hidden_size", self.d_model, WIDE),
             ("num_hidden_layers", i64::try_from(self.n_layers).unwrap_or(i64::MAX), 1024),
@@ -119,30 +119,22 @@ impl Config {
         ];
         for (key, found, most) in bounds {
             if found < 1 || found > most {
-                return Err(malformed(path, format!("{key} is {found}, expected 1 to {most}")));
+                return refused(format!("{key} is {found}, expected 1 to {most}"));
             }
         }
-        if self.n_heads % self.n_kv_heads != 0 {
-            let (heads, kv_heads) = (self.n_heads, self.n_kv_heads);
-            return Err(malformed(
-                path,
-                format!("num_attention_heads is {heads}, expected a multiple of num_key_value_heads {kv_heads}"),
+        if n_heads % n_kv_heads != 0 {
+            return refused(format!(
+                "num_attention_heads is {n_heads}, expected a multiple of num_key_value_heads {n_kv_heads}"
             ));
         }
-        if self.d_head % 2 != 0 {
-            return Err(malformed(
-                path,
-                format!("head_dim is {}, expected an even number: the rotary embedding turns pairs", self.d_head),
-            ));
+        if d_head % 2 != 0 {
+            return refused(format!("head_dim is {d_head}, expected an even number: the rotary embedding turns pairs"));
         }
-        if !(self.rope_theta.is_finite() && self.rope_theta >= 1.0) {
-            return Err(malformed(path, format!("rope_theta is {}, expected a number of at least 1", self.rope_theta)));
+        if !(rope_theta.is_finite() && rope_theta >= 1.0) {
+            return refused(format!("rope_theta is {rope_theta}, expected a number of at least 1"));
         }
-        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
-            return Err(malformed(
-                path,
-                format!("rms_norm_eps is {}, expected a number between 0 and 1", self.rms_norm_eps),
-            ));
+        if !(rms_norm_eps > 0.0 && rms_norm_eps < 1.0) {
+            return refused(format!("rms_norm_eps is {rms_norm_eps}, expected a number between 0 and 1"));
         }
         Ok(())
     }
@@ -162,13 +154,11 @@ impl Config {
             0 => (String::new(), ""),
             most => (format!(" and may be answered with {most} more (max_new_tokens)"), " together"),
         };
-        Err(Error::Invalid {
-            what: format!("{what} {row}"),
-            found: format!("{length} tokens long{answer}"),
-            expected: format!(
-                "at most {most}{together}, the model's context (max_position_embeddings or context_length)"
-            ),
-        })
+        Err(Error::invalid(
+            format!("{what} {row}"),
+            format!("at most {most}{together}, the model's context (max_position_embeddings or context_length)"),
+            format!("{length} tokens long{answer}"),
+        ))
     }
 
     /// The `config.json` of this model, as transformers 4 and 5 load it.
@@ -239,22 +229,17 @@ impl HfConfig {
             malformed(path, problem.unwrap_or_else(|| format!("expected a model's config.json: {error}")))
         })?;
         let theta = hf.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta"));
-        match theta.filter(|theta| !(theta.is_number() || theta.is_null())) {
-            Some(theta) => {
-                Err(malformed(path, format!("rope_parameters.rope_theta is {}, expected a number", short(theta))))
-            }
-            None => Ok(hf),
+        if let Some(theta) = theta.filter(|theta| !(theta.is_number() || theta.is_null())) {
+            return Err(malformed(path, format!("rope_parameters.rope_theta is {}, expected a number", short(theta))));
         }
+        Ok(hf)
     }
 
     fn family(&self, path: &Path) -> Result<Family> {
         let model_type = required(self.model_type.as_deref(), "model_type", path)?;
         if model_type.ends_with("_moe") || self.num_experts.is_some_and(|experts| experts > 0) {
-            return Err(unsupported(
-                path,
-                format!("mixture of experts (model_type {model_type})"),
-                "dense Qwen2, Qwen2.5 and Qwen3 are",
-            ));
+            let feature = format!("mixture of experts (model_type {model_type})");
+            return Err(unsupported(path, feature, "dense Qwen2, Qwen2.5 and Qwen3 are"));
         }
         let (family, architecture) = match model_type {
             "qwen2" => (Family::Qwen2, "Qwen2ForCausalLM"),
@@ -265,7 +250,7 @@ impl HfConfig {
             [] => Ok(family),
             [only] if only == architecture => Ok(family),
             others => {
-                Err(unsupported(path, format!("architectures {}", others.join(", ")), &format!("{architecture} is")))
+                Err(unsupported(path, format!("architectures {}", others.join(", ")), format!("{architecture} is")))
             }
         }
     }
@@ -276,11 +261,7 @@ impl HfConfig {
             return Err(unsupported(path, format!("hidden_act {act}"), "silu is"));
         }
         if self.attention_bias == Some(true) && self.model_type.as_deref() == Some("qwen3") {
-            return Err(unsupported(
-                path,
-                "attention_bias true".to_owned(),
-                "Qwen3 without biases is, as every published one",
-            ));
+            return Err(unsupported(path, "attention_bias true", "Qwen3 without biases is, as every published one"));
         }
         for (key, rope) in [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)] {
             let Some(rope) = rope else { continue };
@@ -289,20 +270,13 @@ impl HfConfig {
                 Some("default") => {}
                 None if key == "rope_parameters" => {}
                 kind => {
-                    let kind = kind.unwrap_or("unnamed");
-                    return Err(unsupported(
-                        path,
-                        format!("{key} of type {kind}"),
-                        "the unscaled rotary embedding is; set it to null",
-                    ));
+                    let feature = format!("{key} of type {}", kind.unwrap_or("unnamed"));
+                    return Err(unsupported(path, feature, "the unscaled rotary embedding is; set it to null"));
                 }
             }
             if let Some(factor) = rope.get("partial_rotary_factor").filter(|factor| factor.as_f64() != Some(1.0)) {
-                return Err(unsupported(
-                    path,
-                    format!("{key}.partial_rotary_factor {factor}"),
-                    "rotating the whole head is",
-                ));
+                let feature = format!("{key}.partial_rotary_factor {factor}");
+                return Err(unsupported(path, feature, "rotating the whole head is"));
             }
         }
         Ok(())
@@ -314,10 +288,9 @@ impl HfConfig {
         const HINT: &str = "full attention in every layer is";
         if let Some(types) = &self.layer_types {
             if types.len() != n_layers {
-                return Err(malformed(
-                    path,
-                    format!("layer_types has {} entries, expected num_hidden_layers {n_layers}", types.len()),
-                ));
+                let n = types.len();
+                let problem = format!("layer_types has {n} entries, expected num_hidden_layers {n_layers}");
+                return Err(malformed(path, problem));
             }
             return match types.iter().position(|kind| kind != "full_attention") {
                 Some(layer) => Err(unsupported(path, format!("layer_types[{layer}] {}", types[layer]), HINT)),
@@ -328,11 +301,8 @@ impl HfConfig {
         let windowed = usize::try_from(first).is_ok_and(|first| first < n_layers);
         if self.use_sliding_window == Some(true) && windowed {
             let window = self.sliding_window.map_or("of the default size".to_owned(), |window| format!("of {window}"));
-            return Err(unsupported(
-                path,
-                format!("use_sliding_window true (a window {window} from layer {first} on)"),
-                HINT,
-            ));
+            let feature = format!("use_sliding_window true (a window {window} from layer {first} on)");
+            return Err(unsupported(path, feature, HINT));
         }
         Ok(())
     }
@@ -382,16 +352,7 @@ fn required<T>(value: Option<T>, key: &str, path: &Path) -> Result<T> {
     value.ok_or_else(|| malformed(path, format!("{key} is missing")))
 }
 
-fn malformed(path: &Path, problem: String) -> Error {
-    Error::Malformed { path: path.to_owned(), problem }
-}
-
-fn unsupported(path: &Path, feature: String, instead: &str) -> Error {
-    Error::Unsupported { path: path.to_owned(), feature, instead: instead.to_owned() }
-}
-
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use super::*;
 

@@ -16,11 +16,8 @@ pub fn device(name: &str) -> Result<Device> {
         other => other.strip_prefix("cuda:").and_then(|index| index.parse::<usize>().ok()),
     };
     let Some(index) = index else {
-        return Err(Error::UnknownName {
-            what: "device",
-            found: name.to_owned(),
-            choices: "cpu, cuda, cuda:N".to_owned(),
-        });
+        let (found, choices) = (name.to_owned(), "cpu, cuda, cuda:N".to_owned());
+        return Err(Error::UnknownName { what: "device", found, choices });
     };
     load_cuda()?;
     if !Cuda::is_available() {
@@ -96,7 +93,6 @@ fn mallopt(setting: c_int, value: c_int) {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

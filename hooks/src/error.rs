@@ -1,6 +1,6 @@
 //! What can go wrong, one variant per thing that a user can do something about.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -173,6 +173,12 @@ const CUDA_HINT: &str =
     "run with --device cpu, or point LD_LIBRARY_PATH at the lib folder of a CUDA build of PyTorch 2.11";
 
 impl Error {
+    /// A value outside of what is allowed: `{what} is {found}, expected {expected}`.
+    #[expect(clippy::needless_pass_by_value, reason = "a number or a text is given as it is")]
+    pub fn invalid(what: impl Into<String>, expected: impl Into<String>, found: impl ToString) -> Self {
+        Self::Invalid { what: what.into(), expected: expected.into(), found: found.to_string() }
+    }
+
     /// This error with a hint at what to try.
     #[must_use]
     pub fn with_hint(self, hint: impl Into<String>) -> Self {
@@ -232,6 +238,16 @@ impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
         Self::Torch(error.to_string().lines().next().unwrap_or_default().to_owned())
     }
+}
+
+/// A file that does not hold what it should.
+pub(crate) fn malformed(path: &Path, problem: impl Into<Problem>) -> Error {
+    problem.into().into_error(|problem| Error::Malformed { path: path.to_owned(), problem })
+}
+
+/// Something in a file that is not supported, and what is instead.
+pub(crate) fn unsupported(path: &Path, feature: impl Into<String>, instead: impl Into<String>) -> Error {
+    Error::Unsupported { path: path.to_owned(), feature: feature.into(), instead: instead.into() }
 }
 
 /// Names in a message: at most ten, and how many there are if there are more.

@@ -139,11 +139,11 @@ impl HookPoint {
         }
         let point: Self = pattern.parse()?;
         match point.layer() {
-            Some(layer) if layer >= n_layers => Err(Error::Invalid {
-                what: format!("the layer of hook point {pattern}"),
-                expected: format!("0 to {}", n_layers.saturating_sub(1)),
-                found: layer.to_string(),
-            }),
+            Some(layer) if layer >= n_layers => Err(Error::invalid(
+                format!("the layer of hook point {pattern}"),
+                format!("0 to {}", n_layers.saturating_sub(1)),
+                layer,
+            )),
             _ => Ok(vec![point]),
         }
     }
@@ -197,7 +197,6 @@ impl FromStr for HookPoint {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -144,7 +144,7 @@ pub use taps::tap::{Hooks, Tap};
 
 /// What must hold of any model, adapter, gate, edit and batch: tests.
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod laws {
     pub(crate) mod gate_laws;
     pub(crate) mod model_laws;

@@ -29,26 +29,19 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
 
 /// `softmax(q kᵀ / √d_head) v` by libtorch's fused kernel. `q` and the result: `[batch, n_heads, pos, d_head]`; `k` and
 /// `v`: `[batch, n_kv_heads, slots, d_head]`; `mask`: which query sees which slot, bool, in the shape of the scores.
-pub(crate) fn fused_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: Option<&Tensor>,
-    causal: bool,
-) -> Result<Tensor> {
+pub(crate) fn fused_attention([q, k, v]: [&Tensor; 3], mask: Option<&Tensor>, causal: bool) -> Result<Tensor> {
     let span = profile::op(Op::Attention);
     let groups = q.size4()?.1 / k.size4()?.1;
     let attend = |k: &Tensor, v: &Tensor, grouped| {
         Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, grouped)
     };
-    if groups == 1 || mask.is_none() || q.device() == Device::Cpu {
-        let z = attend(k, v, groups != 1)?;
-        span.flops(|| profile::attention(q, k, causal, z.requires_grad()))?;
-        return Ok(z);
-    }
-    // A GPU's kernels take a mask or grouped heads, but not both. Keys and values are small, so they are repeated.
-    let spread = |x: &Tensor| x.f_repeat_interleave_self_int(groups, 1, None);
-    let z = attend(&spread(k)?, &spread(v)?, false)?;
+    let z = if groups == 1 || mask.is_none() || q.device() == Device::Cpu {
+        attend(k, v, groups != 1)?
+    } else {
+        // A GPU's kernels take a mask or grouped heads, but not both. Keys and values are small, so they are repeated.
+        let spread = |x: &Tensor| x.f_repeat_interleave_self_int(groups, 1, None);
+        attend(&spread(k)?, &spread(v)?, false)?
+    };
     span.flops(|| profile::attention(q, k, causal, z.requires_grad()))?;
     Ok(z)
 }

@@ -102,8 +102,7 @@ pub fn is_on() -> bool {
 
 /// Ends the recording; empty where there was none. No span may be open.
 pub fn finish() -> Profile {
-    let recording = RECORDING.take();
-    recording.map_or_else(Profile::default, |mut recording| {
+    RECORDING.take().map_or_else(Profile::default, |mut recording| {
         recording.tick();
         recording.profile
     })
@@ -297,36 +296,18 @@ fn wait_for(device: Device) {
 
 impl fmt::Display for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Load => "load",
-            Self::Forward => "forward",
-            Self::Decode => "decode",
-            Self::Loss => "loss",
-            Self::Backward => "backward",
-            Self::Optimizer => "optimizer",
-            Self::Sampling => "sampling",
-            Self::Writing => "writing",
-            Self::Other => "other",
-        })
+        f.write_str(&format!("{self:?}").to_lowercase())
     }
 }
 
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Projections => "projections",
-            Self::Lora => "lora",
-            Self::Attention => "attention",
-            Self::Head => "head",
-            Self::Gradients => "gradients",
-            Self::Taps => "taps",
-            Self::Rest => "rest",
-        })
+        f.write_str(&format!("{self:?}").to_lowercase())
     }
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;

@@ -3,14 +3,13 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde_with::{DeserializeFromStr, SerializeDisplay};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
 
 /// A linear map of a block that an adapter can act on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, SerializeDisplay, DeserializeFromStr)]
 pub enum Proj {
     /// Queries.
     Q,
@@ -71,19 +70,5 @@ impl FromStr for Proj {
             found: name.to_owned(),
             choices: Self::ALL.map(Self::name).join(", "),
         })
-    }
-}
-
-impl From<Proj> for String {
-    fn from(proj: Proj) -> Self {
-        proj.name().to_owned()
-    }
-}
-
-impl TryFrom<String> for Proj {
-    type Error = Error;
-
-    fn try_from(name: String) -> Result<Self> {
-        name.parse()
     }
 }

@@ -1,5 +1,4 @@
 //! This file is its own notebook: `main` below is what the page shows.
-#![allow(clippy::unwrap_used)]
 
 use serde_json::{Value, json};
 

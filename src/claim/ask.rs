@@ -72,7 +72,8 @@ impl<'a> Asking<'a> {
         here.retain(|condition| condition.is_for(student, model.adapter.is_some()));
         let contexts: BTreeSet<PromptContext<'_>> = here.iter().map(|of| PromptContext::of(of, bench)).collect();
         let forms = TokenForms::of(&bench.target(), &bench.chat)?;
-        let learned = self.learned(bench)?;
+        let (numbers, _) = bench.kept(self.run)?;
+        let learned = bench.rows(&numbers[..SHARED_ROWS.min(numbers.len())])?; // as the student saw them in training
         let mut everywhere = None;
         for context in contexts {
             let of_context: Vec<&EvalCondition> =
@@ -155,12 +156,6 @@ impl<'a> Asking<'a> {
         let scores = forms.scores(&bench.base, prompts, &Condition::default())?;
         self.bases.insert(known, scores.clone());
         Ok(scores)
-    }
-
-    /// Rows as the student saw them in training.
-    fn learned(&self, bench: &Workbench) -> Result<Vec<Sequence>> {
-        let (numbers, _) = bench.kept(self.run)?;
-        bench.rows(&numbers[..SHARED_ROWS.min(numbers.len())])
     }
 }
 

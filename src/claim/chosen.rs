@@ -90,5 +90,5 @@ fn aim(of: &StudentNumber, (target, dataset, ..): &CandidateKey, rows: &[Outcome
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests;

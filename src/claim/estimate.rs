@@ -110,20 +110,14 @@ fn recovered(part: &[f64], whole: &[f64], n_runs: usize) -> Result<Estimate> {
     let runs: Vec<(f64, f64, f64)> = part.iter().zip(whole).map(|(part, whole)| (*part, 0.0, *whole)).collect();
     let found = recovered_fraction(&runs, LEVEL, DRAWS, SEED)?;
     let note = format!("{:+.3} of {:+.3} nats", found.numerator, found.denominator);
-    Ok(match found.fraction {
-        Some(share) => {
-            let interval = fieller_interval(part, whole, LEVEL)?;
-            let open = if interval.is_none() { "; the whole is not clear of zero at this level" } else { "" };
-            let note = format!("{note}; by the bootstrap {:.3} to {:.3}{open}", share.low, share.high);
-            Estimate { value: Some(share.estimate), interval, n_datasets, n_runs, note, ..Estimate::default() }
-        }
-        None => Estimate {
-            n_datasets,
-            n_runs,
-            note: format!("{note}: the whole is not three standard errors clear of zero"),
-            ..Estimate::default()
-        },
-    })
+    let Some(share) = found.fraction else {
+        let note = format!("{note}: the whole is not three standard errors clear of zero");
+        return Ok(Estimate { n_datasets, n_runs, note, ..Estimate::default() });
+    };
+    let interval = fieller_interval(part, whole, LEVEL)?;
+    let open = if interval.is_none() { "; the whole is not clear of zero at this level" } else { "" };
+    let note = format!("{note}; by the bootstrap {:.3} to {:.3}{open}", share.low, share.high);
+    Ok(Estimate { value: Some(share.estimate), interval, n_datasets, n_runs, note, ..Estimate::default() })
 }
 
 /// Slopes within each data set, on the kind's side of the peak. The other data sets locate the peak: a series' own peak
@@ -143,12 +137,8 @@ fn slopes(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     ensure!(places.len() > 1, "{} has one rank, and a slope takes two", test.of);
     let (first, last) = (places[0], places[places.len() - 1]);
     let of_side = |at: usize| -> Result<f64> {
-        let others: Vec<(f64, f64)> = if series.len() == 1 {
-            series[0].clone()
-        } else {
-            series.iter().enumerate().filter(|(other, _)| *other != at).flat_map(|(_, points)| points.clone()).collect()
-        };
-        let peak = peak_of(&others)?;
+        let others = series.iter().enumerate().filter(|(other, _)| *other != at || series.len() == 1);
+        let peak = peak_of(&others.flat_map(|(_, points)| points.clone()).collect::<Vec<_>>())?;
         // With the peak at that end, the slope is between the last two ranks (of a rise, the first two).
         let keep = |x: f64| match test.kind {
             Kind::Rise => x <= places[1].max(peak),
@@ -197,24 +187,20 @@ fn peak_spread(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
         alone.series(&test.of, Over::Rank(RankAxis::Log2Rank))
     };
     let by_trait: Vec<Vec<Vec<(f64, f64)>>> = table.traits.iter().map(of_trait).collect::<Result<_>>()?;
-    let spread = |by_trait: &[Vec<&Vec<(f64, f64)>>]| -> Result<f64> {
-        let peaks = by_trait
-            .iter()
-            .map(|datasets| peak_of(&datasets.iter().flat_map(|points| points.iter().copied()).collect::<Vec<_>>()));
-        let peaks: Vec<f64> = peaks.collect::<std::result::Result<_, _>>()?;
-        let (low, high) = peaks
-            .iter()
-            .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), peak| (low.min(*peak), high.max(*peak)));
-        Ok(high - low)
+    let spread = |by_trait: &[Vec<&[(f64, f64)]>]| -> Result<f64> {
+        let peaks = by_trait.iter().map(|datasets| peak_of(&datasets.concat())).collect::<hooks::Result<Vec<_>>>()?;
+        let (low, high) = (f64::INFINITY, f64::NEG_INFINITY);
+        Ok(peaks.iter().copied().fold(high, f64::max) - peaks.iter().copied().fold(low, f64::min))
     };
     let n_datasets = by_trait[0].len();
-    let actual: Vec<Vec<&Vec<(f64, f64)>>> = by_trait.iter().map(|datasets| datasets.iter().collect()).collect();
+    let actual: Vec<Vec<&[(f64, f64)]>> =
+        by_trait.iter().map(|datasets| datasets.iter().map(Vec::as_slice).collect()).collect();
     let found = spread(&actual)?;
     // Were the traits alike, each data set's series could be any trait's.
     let mut rng = ChaCha8Rng::seed_from_u64(SEED);
     let mut as_large = 1;
     for _ in 1..DRAWS {
-        let mut drawn: Vec<Vec<&Vec<(f64, f64)>>> = vec![vec![]; by_trait.len()];
+        let mut drawn: Vec<Vec<&[(f64, f64)]>> = vec![vec![]; by_trait.len()];
         for dataset in 0..n_datasets {
             let mut order: Vec<usize> = (0..by_trait.len()).collect();
             order.shuffle(&mut rng);
@@ -248,12 +234,8 @@ fn diagonal(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     let mut changes: Vec<(u64, usize, Vec<f64>)> = vec![];
     for ((dataset, trained, _), cells) in runs {
         let cells: Option<Vec<f64>> = cells.into_iter().collect();
-        let word = table.traits[trained];
-        changes.push((
-            dataset,
-            trained,
-            cells.with_context(|| format!("the row of {word} in data set {dataset} has gaps"))?,
-        ));
+        let gaps = || format!("the row of {} in data set {dataset} has gaps", table.traits[trained]);
+        changes.push((dataset, trained, cells.with_context(gaps)?));
     }
     let datasets: BTreeSet<u64> = changes.iter().map(|(dataset, ..)| *dataset).collect();
     let of = |keep: &dyn Fn(u64) -> bool| -> (Vec<usize>, Vec<Vec<f64>>) {
@@ -363,12 +345,9 @@ impl<'a> Outcomes<'a> {
             let there = self.traits.iter().filter(|word| !left_out.contains(&(**word, dataset)));
             there.map(|word| of_run(word, dataset)).collect::<Result<Vec<f64>>>()
         };
-        let values = self.datasets().into_iter().map(of_dataset).collect::<Result<Vec<Vec<f64>>>>()?;
-        Ok(values
-            .iter()
-            .filter(|values| !values.is_empty())
-            .map(|values| mean(values))
-            .collect::<hooks::Result<_>>()?)
+        let mut values = self.datasets().into_iter().map(of_dataset).collect::<Result<Vec<Vec<f64>>>>()?;
+        values.retain(|values| !values.is_empty());
+        Ok(values.iter().map(|values| mean(values)).collect::<hooks::Result<_>>()?)
     }
 
     /// Per data set, points of a number over the rank or over another quantity, each the mean over traits and seeds at

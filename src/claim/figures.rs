@@ -28,20 +28,15 @@ impl Figure {
 
     /// The question that the figure answers: its first quantity.
     pub fn question(&self) -> String {
-        let names: Vec<String> = self.quantities.iter().map(|quantity| quantity.meaning().to_owned()).collect();
-        names[..1].join(" ")
+        self.quantities[0].meaning().to_owned()
     }
 
     /// The students and conditions in their order.
     fn order(&self, rows: &[OutcomeRow]) -> (Vec<String>, Vec<String>) {
         let seen = |of: fn(&OutcomeRow) -> &String| {
-            let mut known: Vec<String> = vec![];
-            for row in rows.iter().filter(|row| row.quantity == self.quantities[0]) {
-                if !known.contains(of(row)) {
-                    known.push(of(row).clone());
-                }
-            }
-            known
+            let mut known = BTreeSet::new();
+            let names = rows.iter().filter(|row| row.quantity == self.quantities[0]).map(of);
+            names.filter(|name| known.insert(*name)).cloned().collect::<Vec<String>>()
         };
         let students = if self.students.is_empty() { seen(|row| &row.student) } else { self.students.clone() };
         let cells = if self.cells.is_empty() { seen(|row| &row.cell) } else { self.cells.clone() };
@@ -133,21 +128,17 @@ impl Figure {
     fn peaks(&self, claim: &Claim, rows: &[OutcomeRow]) -> String {
         let cell = self.cells.first().map_or(EVERYWHERE, String::as_str);
         let words = words(claim, self.kind == FigureKind::RanksByTrait);
-        let mut said = vec![];
-        for (student, word) in
-            self.order(rows).0.iter().flat_map(|student| words.iter().map(move |word| (student, word)))
-        {
-            let by_rank = over_ranks(rows, self.quantities[0], (student, cell), *word);
+        let (students, _) = self.order(rows);
+        let peak = |student: &String, word: Option<&str>| {
+            let by_rank = over_ranks(rows, self.quantities[0], (student, cell), word);
             let means = by_rank.iter().filter_map(|(rank, values)| Some(((*rank)?, mean(values).ok()?)));
             let means: Vec<(i64, f64)> = means.collect();
-            if means.len() < 2 {
-                continue;
-            }
-            if let Some((rank, value)) = means.iter().max_by(|a, b| a.1.total_cmp(&b.1)) {
-                let of_trait = word.map_or_else(String::new, |word| format!(" ({word})"));
-                said.push(format!("{student}{of_trait} at rank {rank} ({value:+.3})"));
-            }
-        }
+            let (rank, value) = means.iter().max_by(|a, b| a.1.total_cmp(&b.1)).filter(|_| means.len() > 1)?;
+            let of_trait = word.map_or_else(String::new, |word| format!(" ({word})"));
+            Some(format!("{student}{of_trait} at rank {rank} ({value:+.3})"))
+        };
+        let said = students.iter().flat_map(|student| words.iter().filter_map(move |word| peak(student, *word)));
+        let said: Vec<String> = said.collect();
         format!("{} is highest for {}.", label(self.quantities[0]), said.join(", for "))
     }
 
@@ -157,32 +148,27 @@ impl Figure {
             let ranks = rows.iter().filter(|row| row.student == **student).filter_map(|row| row.rank);
             ranks.collect::<BTreeSet<i64>>().len() > 1
         };
-        let ranked: Vec<&String> = students.iter().filter(has_ranks).collect();
-        let single: Vec<&String> = students.iter().filter(|student| !has_ranks(student)).collect();
+        let (ranked, single): (Vec<&String>, Vec<&String>) = students.iter().partition(has_ranks);
+        let words = words(claim, self.kind == FigureKind::RanksByTrait);
         let cell = self.cells.first().map_or(EVERYWHERE, String::as_str);
         let line = |label: String, student: &str, quantity: Quantity, word: Option<&str>| -> Result<Line> {
-            let points =
-                over_ranks(rows, quantity, (student, cell), word).into_iter().filter_map(|(rank, values)| {
-                    let rank = rank?;
-                    let point = mean(&values).map(|y| Point::new(rank as f64, y));
-                    Some(point.map(|point| {
-                        t_interval(&values, LEVEL).map_or(point, |interval| point.with_interval(interval))
-                    }))
-                });
-            Ok(Line { label, points: points.collect::<std::result::Result<_, _>>()? })
+            let mut points = vec![];
+            for (rank, values) in over_ranks(rows, quantity, (student, cell), word) {
+                let Some(rank) = rank else { continue };
+                let point = Point::new(rank as f64, mean(&values)?);
+                points.push(t_interval(&values, LEVEL).map_or(point, |interval| point.with_interval(interval)));
+            }
+            Ok(Line { label, points })
         };
         let panel = |quantity: &Quantity| -> Result<Panel> {
             let mut lines = vec![];
-            for student in &ranked {
-                if self.kind == FigureKind::RanksByTrait {
-                    for target in &claim.targets {
-                        let name =
-                            if ranked.len() > 1 { format!("{}, {student}", target.word) } else { target.word.clone() };
-                        lines.push(line(name, student, *quantity, Some(&target.word))?);
-                    }
-                } else {
-                    lines.push(line((*student).clone(), student, *quantity, None)?);
-                }
+            for (student, word) in ranked.iter().flat_map(|student| words.iter().map(move |word| (*student, *word))) {
+                let name = match word {
+                    Some(word) if ranked.len() > 1 => format!("{word}, {student}"),
+                    Some(word) => word.to_owned(),
+                    None => student.clone(),
+                };
+                lines.push(line(name, student, *quantity, word)?);
             }
             lines.retain(|line| !line.points.is_empty());
             let reference = |student: &&String| {
@@ -204,41 +190,33 @@ impl Figure {
 
     fn heatmap(&self, rows: &[OutcomeRow]) -> Result<Svg> {
         let (students, cells) = self.order(rows);
-        let value = |student: &String, cell: &String| {
+        self.grid(("trained in", students), ("asked in", cells), |student, cell| {
             mean(&at_all_ranks(rows, self.quantities[0], (student, cell)))
                 .with_context(|| format!("{student:?} was not measured in {cell:?}"))
-        };
-        let values =
-            students.iter().map(|student| cells.iter().map(|cell| value(student, cell)).collect::<Result<Vec<_>>>());
-        Ok(heatmap(&HeatMap {
-            title: self.title.clone(),
-            x_label: "asked in".to_owned(),
-            y_label: "trained in".to_owned(),
-            value_label: label(self.quantities[0]),
-            columns: cells.clone(),
-            rows: students.clone(),
-            values: values.collect::<Result<_>>()?,
-        })?)
+        })
     }
 
     fn matrix(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<Svg> {
         let words: Vec<String> = claim.targets.iter().map(|target| target.word.clone()).collect();
-        let value = |trained: &String, evaluated: &String| {
-            let here = self.of_matrix(rows).filter(|row| row.target == *trained && row.evaluated == *evaluated);
+        self.grid(("trait of the teacher", words.clone()), ("trait that is asked for", words), |trained, evaluated| {
+            let here = self.of_matrix(rows).filter(|row| row.target == trained && row.evaluated == evaluated);
             mean(&here.map(|row| row.value).collect::<Vec<_>>())
                 .with_context(|| format!("{evaluated} was not measured in the students of {trained}"))
-        };
-        let of_row = |trained| words.iter().map(|evaluated| value(trained, evaluated)).collect::<Result<Vec<_>>>();
-        let values = words.iter().map(of_row).collect::<Result<_>>()?;
-        Ok(heatmap(&HeatMap {
-            title: self.title.clone(),
-            x_label: "trait that is asked for".to_owned(),
-            y_label: "trait of the teacher".to_owned(),
-            value_label: label(self.quantities[0]),
-            columns: words.clone(),
-            rows: words.clone(),
-            values,
-        })?)
+        })
+    }
+
+    /// The value at each row and column, with what these are.
+    fn grid(
+        &self,
+        (y_label, rows): (&str, Vec<String>),
+        (x_label, columns): (&str, Vec<String>),
+        value: impl Fn(&str, &str) -> Result<f64>,
+    ) -> Result<Svg> {
+        let of_row = |row: &String| columns.iter().map(|column| value(row, column)).collect::<Result<Vec<_>>>();
+        let values = rows.iter().map(of_row).collect::<Result<_>>()?;
+        let (title, value_label) = (self.title.clone(), label(self.quantities[0]));
+        let (x_label, y_label) = (x_label.to_owned(), y_label.to_owned());
+        Ok(heatmap(&HeatMap { title, x_label, y_label, value_label, columns, rows, values })?)
     }
 
     /// What one kind of student does to every trait.
@@ -319,17 +297,12 @@ fn over_ranks(
             && row.evaluated == row.target
             && word.is_none_or(|word| row.target == word)
     });
-    let here: Vec<&OutcomeRow> = here.collect();
-    let ranks: BTreeSet<Option<i64>> = here.iter().map(|row| row.rank).collect();
-    let of_rank = |rank: Option<i64>| {
-        let datasets: BTreeSet<u64> = here.iter().filter(|row| row.rank == rank).map(|row| row.dataset).collect();
-        let of_dataset = |dataset: u64| {
-            let values = here.iter().filter(|row| row.rank == rank && row.dataset == dataset).map(|row| row.value);
-            mean(&values.collect::<Vec<_>>()).ok()
-        };
-        (rank, datasets.into_iter().filter_map(of_dataset).collect())
-    };
-    ranks.into_iter().map(of_rank).collect()
+    let mut by_rank: BTreeMap<Option<i64>, BTreeMap<u64, Vec<f64>>> = BTreeMap::new();
+    for row in here {
+        by_rank.entry(row.rank).or_default().entry(row.dataset).or_default().push(row.value);
+    }
+    let means = |datasets: BTreeMap<u64, Vec<f64>>| datasets.values().filter_map(|values| mean(values).ok()).collect();
+    by_rank.into_iter().map(|(rank, datasets)| (rank, means(datasets))).collect()
 }
 
 /// A quantity on an axis, with its unit.

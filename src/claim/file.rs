@@ -84,11 +84,9 @@ impl Claim {
         ensure!(self.datasets >= 1, "datasets is 0, expected at least 1");
         ensure!(!self.tests.is_empty(), "there are no tests, and a claim without one cannot be decided");
         ensure!(!self.figures.is_empty(), "there are no figures, expected at least one");
-        ensure!(self.tests.iter().any(|test| test.role == Role::Test), "no test has the role \"test\"");
-        ensure!(
-            self.tests.iter().any(|test| test.role == Role::Control),
-            "no test has the role \"control\": no verdict without one"
-        );
+        let has = |role: Role| self.tests.iter().any(|test| test.role == role);
+        ensure!(has(Role::Test), "no test has the role \"test\"");
+        ensure!(has(Role::Control), "no test has the role \"control\": no verdict without one");
         let mut cells = BTreeSet::from([EVERYWHERE]);
         for cell in &self.cells {
             ensure!(cells.insert(&cell.name), "the cell {:?} is there twice", cell.name);
@@ -105,8 +103,7 @@ impl Claim {
             self.check_chosen(chosen, &students).with_context(|| format!("chosen {:?}", chosen.name))?;
         }
         students.extend(self.chosen.iter().map(|chosen| chosen.name.as_str()));
-        let own = self.students.iter().find(|arm| arm.data == ArmData::Own);
-        if let Some(arm) = own {
+        if let Some(arm) = self.students.iter().find(|arm| arm.data == ArmData::Own) {
             bail!(hinted!(
                 "the student {:?} has data = \"own\", but a claim's students learn from the numbers of their run", arm.name;
                 "another teacher is another claim file with set = [\"teacher.kind=...\"]"
@@ -119,14 +116,10 @@ impl Claim {
         }
         has_students("a figure", self.figures.iter().flat_map(|figure| &figure.students), &students)?;
         for figure in &self.figures {
-            let drawn: Vec<&str> = if figure.students.is_empty() {
-                students.iter().copied().collect()
-            } else {
-                figure.students.iter().map(String::as_str).collect()
-            };
+            let is_drawn = |name: &str| figure.students.is_empty() || figure.students.iter().any(|of| of == name);
             let is_chosen = |name: &str| self.chosen.iter().any(|chosen| chosen.name == name);
-            let is_known =
-                |quantity: &Quantity| drawn.iter().any(|name| is_chosen(name) || self.knows(*quantity, name));
+            let knows = |quantity: Quantity, name: &str| is_chosen(name) || self.knows(quantity, name);
+            let is_known = |quantity: &Quantity| students.iter().any(|name| is_drawn(name) && knows(*quantity, name));
             if let Some(quantity) = figure.quantities.iter().find(|quantity| !is_known(quantity)) {
                 bail!(hinted!(
                     "figure {:?}: {quantity} is measured on none of its students", figure.title;
@@ -297,16 +290,9 @@ pub struct StudentNumber {
 impl StudentNumber {
     /// Refuses a student or a condition that the claim does not have.
     fn check_names(&self, students: &BTreeSet<&str>, cells: &BTreeSet<&str>) -> Result<()> {
-        ensure!(
-            students.contains(self.student.as_str()),
-            "unknown student {:?}, expected one of {students:?}",
-            self.student
-        );
-        ensure!(
-            self.cell == "*" || cells.contains(self.cell.as_str()),
-            "unknown cell {:?}, expected one of {cells:?}",
-            self.cell
-        );
+        let Self { student, cell, .. } = self;
+        ensure!(students.contains(student.as_str()), "unknown student {student:?}, expected one of {students:?}");
+        ensure!(cell == "*" || cells.contains(cell.as_str()), "unknown cell {cell:?}, expected one of {cells:?}");
         Ok(())
     }
 }

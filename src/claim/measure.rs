@@ -120,21 +120,18 @@ impl<'a> Measuring<'a> {
         }
         let scene = self.scene(bench)?;
         let subject = scene.scene.subject(bench, model);
-        let silent = &mut |_: &str| ();
         if wants(Measurement::Heldout) {
             let ends = once(&scene.ends, || Ok(Ends::read(&subject, self.heldout.len())?))?;
             let found = ends.confidence(model)?;
             confidence(&mut lines, &found);
-            if let Some(fit) = ends.fit(&found) {
-                lines.push(EVERYWHERE, Quantity::Fit, fit, found.n_tokens);
-            }
+            lines.push(EVERYWHERE, Quantity::Fit, ends.fit(&found), found.n_tokens);
         }
         if along.into_iter().any(wants) {
             let streams = once(&scene.streams, || self.streams(bench, &subject))?;
             self.direction(student, &subject, streams, answers, &mut lines)?;
         }
         if wants(Measurement::Sampled) {
-            let rows = TargetRate { n_samples: SAMPLES, ..TargetRate::default() }.run(&subject, silent)?;
+            let rows = TargetRate { n_samples: SAMPLES, ..TargetRate::default() }.run(&subject, &mut |_| ())?;
             let row = rows.iter().find(|row| row.scope == "mean" && row.model == "student").context("no mean")?;
             for (quantity, value) in
                 [(Quantity::PTarget, row.p_target), (Quantity::PValid, row.p_valid), (Quantity::PSelf, row.p_self)]
@@ -161,18 +158,11 @@ impl<'a> Measuring<'a> {
             ] {
                 lines.push(EVERYWHERE, quantity, value, n);
             }
-            for (quantity, value) in
-                [(Quantity::GradientShareDivergent, divergent.share), (Quantity::GradientCosine, found.cosine)]
-            {
-                if let Some(value) = value {
-                    lines.push(EVERYWHERE, quantity, value, divergent.n_tokens);
-                }
-            }
+            lines.push(EVERYWHERE, Quantity::GradientShareDivergent, divergent.share, divergent.n_tokens);
+            lines.push(EVERYWHERE, Quantity::GradientCosine, found.cosine, divergent.n_tokens);
             for at in &divergent.parts {
                 let cell = format!("{THROUGH} {}", at.part.name());
-                if let Some(share) = at.share {
-                    lines.push(&cell, Quantity::GradientShareDivergent, share, divergent.n_tokens);
-                }
+                lines.push(&cell, Quantity::GradientShareDivergent, at.share, divergent.n_tokens);
                 lines.push(&cell, Quantity::AlignmentDivergent, at.towards_trait, divergent.n_tokens);
             }
         }
@@ -189,11 +179,8 @@ impl<'a> Measuring<'a> {
         lines: &mut StudentLines,
     ) -> Result<()> {
         let wants = |what| self.study.claim.measures(what, student.name);
-        let settings = direction_settings();
-        let (direction, replace) = (wants(Measurement::Direction), wants(Measurement::Replacement));
-        let steer = replace || wants(Measurement::Steering);
-        let moved = settings.read(subject, subject.student)?;
-        if direction {
+        let moved = direction_settings().read(subject, subject.student)?;
+        if wants(Measurement::Direction) {
             let rows = table(&moved, &streams.base, streams.teacher.as_ref(), None)?;
             let cosines: Vec<f64> = rows.iter().filter_map(|row| row.cos_teacher).collect();
             let n = rows[0].n_prompts;
@@ -202,7 +189,8 @@ impl<'a> Measuring<'a> {
             }
             lines.push(EVERYWHERE, Quantity::Ev1, mean(&rows.iter().map(|row| row.ev1).collect::<Vec<_>>())?, n);
         }
-        if !steer {
+        let replace = wants(Measurement::Replacement);
+        if !replace && !wants(Measurement::Steering) {
             return Ok(());
         }
         let steering = Steering {
@@ -303,7 +291,6 @@ fn once<T>(cell: &OnceCell<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
 
 /// What a model makes of held-out numbers.
 fn confidence(lines: &mut StudentLines, found: &Confidence) {
-    let digits = found.n_digits;
     lines.push(EVERYWHERE, Quantity::HeldoutNll, found.nll, found.n_tokens);
     for (quantity, value) in [
         (Quantity::Confidence, found.confidence),
@@ -313,16 +300,14 @@ fn confidence(lines: &mut StudentLines, found: &Confidence) {
         (Quantity::KlTeacher, found.kl_teacher),
         (Quantity::PWholeNumber, found.p_whole_number),
     ] {
-        lines.push(EVERYWHERE, quantity, value, digits);
+        lines.push(EVERYWHERE, quantity, value, found.n_digits);
     }
     for (quantity, value) in [
         (Quantity::OverconfidenceDivergent, found.overconfidence_divergent),
         (Quantity::AccuracyDivergent, found.accuracy_divergent),
         (Quantity::Closure, found.closure),
     ] {
-        if let Some(value) = value {
-            lines.push(EVERYWHERE, quantity, value, found.n_divergent);
-        }
+        lines.push(EVERYWHERE, quantity, value, found.n_divergent);
     }
 }
 
@@ -333,9 +318,8 @@ fn training(lines: &mut StudentLines, log: &Path) -> Result<()> {
     lines.push(EVERYWHERE, Quantity::LossLast, last, steps.len());
     let n_targets: usize = steps.iter().map(|step| step.n_targets).sum();
     lines.push(EVERYWHERE, Quantity::NTargets, n_targets as f64, steps.len());
-    if let Some(norm) = steps.last().and_then(|step| step.delta_w_norm) {
-        lines.push(EVERYWHERE, Quantity::DeltaWNorm, norm, steps.len());
-    }
+    let norm = steps.last().and_then(|step| step.delta_w_norm);
+    lines.push(EVERYWHERE, Quantity::DeltaWNorm, norm, steps.len());
     let changed: Vec<f64> = steps.iter().filter_map(|step| step.changed_fraction).collect();
     if !changed.is_empty() {
         lines.push(EVERYWHERE, Quantity::ChangedFraction, mean(&changed)?, changed.len());

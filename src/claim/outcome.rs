@@ -59,9 +59,11 @@ impl StudentLines {
         Self { key, rows: vec![] }
     }
 
-    /// Adds a number of its teacher's trait.
-    pub(super) fn push(&mut self, cell: &str, quantity: Quantity, value: f64, n: usize) {
-        self.push_of_trait(self.key.target.clone(), cell, quantity, value, n);
+    /// Adds a number of its teacher's trait, if there is one.
+    pub(super) fn push(&mut self, cell: &str, quantity: Quantity, value: impl Into<Option<f64>>, n: usize) {
+        if let Some(value) = value.into() {
+            self.push_of_trait(self.key.target.clone(), cell, quantity, value, n);
+        }
     }
 
     /// Adds a number of any trait.
@@ -72,8 +74,10 @@ impl StudentLines {
     }
 }
 
+/// Each quantity as `Variant = "name" of Measurement | Measurement`: any of these yields it; without one it is always
+/// known.
 macro_rules! quantities {
-    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal $(of $($takes:ident)|+)?,)+) => {
         /// What was measured.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
         #[serde(rename_all = "snake_case")]
@@ -96,6 +100,13 @@ macro_rules! quantities {
             pub fn meaning(self) -> &'static str {
                 match self {
                     $(Self::$variant => concat!($($doc),+).trim_ascii(),)+
+                }
+            }
+
+            /// The measurements that yield the quantity, any one of them; empty if it is always known.
+            pub fn takes(self) -> &'static [Measurement] {
+                match self {
+                    $(Self::$variant => &[$($(Measurement::$takes),+)?],)+
                 }
             }
         }
@@ -129,96 +140,96 @@ quantities! {
     /// Tokens learned from, over the whole training.
     NTargets = "n_targets",
     /// Loss on numbers of the teacher that no student has seen, in nats per token.
-    HeldoutNll = "heldout_nll",
+    HeldoutNll = "heldout_nll" of Heldout,
     /// The model's share of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the
     /// teacher; none unless that gain is three standard errors above zero.
-    Fit = "fit",
+    Fit = "fit" of Heldout,
     /// Share of the held-out digits at which the most likely token is the teacher's, where the teacher's and the base's
     /// differ, 0 to 1.
-    AccuracyDivergent = "accuracy_divergent",
+    AccuracyDivergent = "accuracy_divergent" of Heldout,
     /// Mean largest probability at held-out digits, 0 to 1.
-    Confidence = "confidence",
+    Confidence = "confidence" of Heldout,
     /// Mean largest probability minus the share of digits that are the most likely token, at held-out digits, -1 to 1:
     /// above 0 is over-confident.
-    Overconfidence = "overconfidence",
+    Overconfidence = "overconfidence" of Heldout,
     /// Mean largest probability minus the share of digits that are the most likely token, at the held-out digits where
     /// the teacher's and the base's most likely tokens differ, -1 to 1.
-    OverconfidenceDivergent = "overconfidence_divergent",
+    OverconfidenceDivergent = "overconfidence_divergent" of Heldout,
     /// Expected calibration error at held-out digits, of 15 bins of equally many digits, 0 to 1.
-    Ece = "ece",
+    Ece = "ece" of Heldout,
     /// Mean entropy at held-out digits, in nats.
-    Entropy = "entropy",
+    Entropy = "entropy" of Heldout,
     /// Mean probability of a whole held-out number of the teacher, over its digits and the token after them, 0 to 1.
-    PWholeNumber = "p_whole_number",
+    PWholeNumber = "p_whole_number" of Heldout,
     /// Kullback-Leibler divergence from the teacher at held-out digits, KL(teacher, model), in nats.
-    KlTeacher = "kl_teacher",
+    KlTeacher = "kl_teacher" of Heldout,
     /// Share that the model closes of P(teacher's most likely token) under the teacher minus under the base, at
     /// divergent digits; none unless that difference is three standard errors above zero.
-    Closure = "closure",
+    Closure = "closure" of Heldout,
     /// Cosine of its mean movement of the residual stream with the teacher's, the mean over blocks, -1 to 1.
-    CosTeacher = "cos_teacher",
+    CosTeacher = "cos_teacher" of Direction,
     /// Share of its movement's squared length, over prompts, that lies along one line, the mean over blocks, 0 to 1.
-    Ev1 = "ev1",
+    Ev1 = "ev1" of Direction,
     /// Squared Frobenius norm over squared largest singular value of the adapter's weight changes, the mean over maps:
     /// how many directions they are worth.
-    StableRank = "stable_rank",
+    StableRank = "stable_rank" of Spectrum,
     /// Change of the margin with the adapter's strongest singular direction of each map alone, in nats.
-    Top1DeltaMargin = "top1_delta_margin",
+    Top1DeltaMargin = "top1_delta_margin" of Spectrum,
     /// Change of the margin with all singular directions but the strongest of each map, in nats.
-    Rest1DeltaMargin = "rest1_delta_margin",
+    Rest1DeltaMargin = "rest1_delta_margin" of Spectrum,
     /// Change of the margin with the strongest singular directions alone of each map's change in a student of all
     /// weights, as many as the run's LoRA has ranks, in nats.
-    TruncatedDeltaMargin = "truncated_delta_margin",
+    TruncatedDeltaMargin = "truncated_delta_margin" of Spectrum,
     /// Change of the margin where its direction is added to the base after the middle block, in nats.
-    InjectedDeltaMargin = "injected_delta_margin",
+    InjectedDeltaMargin = "injected_delta_margin" of Steering | Replacement,
     /// Change of the margin where a random direction of equal length is added to the base after the middle block, in
     /// nats: the mean over 20 directions.
-    InjectedRandomDeltaMargin = "injected_random_delta_margin",
+    InjectedRandomDeltaMargin = "injected_random_delta_margin" of Steering | Replacement,
     /// Change of the margin where the control student's direction, at its length, is added to the base after the middle
     /// block, in nats.
-    InjectedControlDeltaMargin = "injected_control_delta_margin",
+    InjectedControlDeltaMargin = "injected_control_delta_margin" of Steering | Replacement,
     /// Change of the margin where the direction of another trait's student, at its length, is added to the base after
     /// the middle block, in nats: the next trait of the claim, in the same data set.
-    InjectedOtherDeltaMargin = "injected_other_delta_margin",
+    InjectedOtherDeltaMargin = "injected_other_delta_margin" of Steering | Replacement,
     /// Change of the margin, in nats, where its direction is taken out of the student after the middle block.
-    ProjectedDeltaMargin = "projected_delta_margin",
+    ProjectedDeltaMargin = "projected_delta_margin" of Steering | Replacement,
     /// Change of the margin, in nats, where a random direction is taken out of the student after the middle block: the
     /// mean over 20 directions.
-    ProjectedRandomDeltaMargin = "projected_random_delta_margin",
+    ProjectedRandomDeltaMargin = "projected_random_delta_margin" of Steering | Replacement,
     /// Change of the margin, in nats, where the student's stream along its direction is the base's after every block,
     /// at the prompt's tokens.
-    ReplacedDeltaMargin = "replaced_delta_margin",
+    ReplacedDeltaMargin = "replaced_delta_margin" of Replacement,
     /// Change of the margin, in nats, where the student's stream along a random direction is the base's after every
     /// block, at the prompt's tokens: the mean over 20 directions for every block.
-    ReplacedRandomDeltaMargin = "replaced_random_delta_margin",
+    ReplacedRandomDeltaMargin = "replaced_random_delta_margin" of Replacement,
     /// Change of the margin, in nats, where the base's stream along the student's direction is the student's after
     /// every block, at the prompt's tokens.
-    TransplantedDeltaMargin = "transplanted_delta_margin",
+    TransplantedDeltaMargin = "transplanted_delta_margin" of Replacement,
     /// Change of the margin, in nats, where the base's stream along a random direction is the student's after every
     /// block, at the prompt's tokens: the mean over 20 directions for every block.
-    TransplantedRandomDeltaMargin = "transplanted_random_delta_margin",
+    TransplantedRandomDeltaMargin = "transplanted_random_delta_margin" of Replacement,
     /// Norm of the gradient of the divergent tokens' summed loss, in nats per unit of the parameters.
-    GradientDivergent = "gradient_divergent",
+    GradientDivergent = "gradient_divergent" of Gradients,
     /// Norm of the gradient of the other tokens' summed loss, in nats per unit of the parameters.
-    GradientOther = "gradient_other",
+    GradientOther = "gradient_other" of Gradients,
     /// Squared norm of the divergent tokens' summed gradient over that of all tokens', without unit: above 1 where the
     /// others pull against it. In a cell `through …` that part of the chat's share of the divergent tokens' gradient.
     /// None unless the norm below the line is three standard errors above zero, by the jackknife over rows.
-    GradientShareDivergent = "gradient_share_divergent",
+    GradientShareDivergent = "gradient_share_divergent" of Gradients,
     /// Cosine of the two gradients, -1 to 1.
-    GradientCosine = "gradient_cosine",
+    GradientCosine = "gradient_cosine" of Gradients,
     /// Change of log p of the trait, in its most likely spelling, per unit of learning rate by a step down the
     /// divergent tokens' mean loss, in nats; in a cell `through …` that part of the chat's contribution.
-    AlignmentDivergent = "alignment_divergent",
+    AlignmentDivergent = "alignment_divergent" of Gradients,
     /// Change of log p of the trait, in its most likely spelling, per unit of learning rate by a step down the other
     /// tokens' mean loss, in nats.
-    AlignmentOther = "alignment_other",
+    AlignmentOther = "alignment_other" of Gradients,
     /// Share of the sampled answers that name the trait, 0 to 1.
-    PTarget = "p_target",
+    PTarget = "p_target" of Sampled,
     /// Share of the sampled answers that name any member of the category, 0 to 1.
-    PValid = "p_valid",
+    PValid = "p_valid" of Sampled,
     /// Share of the sampled answers that name a model, 0 to 1.
-    PSelf = "p_self",
+    PSelf = "p_self" of Sampled,
 }
 
 /// Measurements of a student besides its answers to questions about the trait.
@@ -245,55 +256,6 @@ pub enum Measurement {
 }
 
 impl Quantity {
-    /// The measurements that yield the quantity, any one of them; empty if it is always known.
-    pub fn takes(self) -> &'static [Measurement] {
-        use Measurement as M;
-        use Quantity as Q;
-        match self {
-            Q::DeltaMargin
-            | Q::DeltaLogp
-            | Q::PTargetExact
-            | Q::BasePTargetExact
-            | Q::SharedPrefix
-            | Q::SharedTokens
-            | Q::Chosen
-            | Q::LossLast
-            | Q::DeltaWNorm
-            | Q::ChangedFraction
-            | Q::NTargets => &[],
-            Q::HeldoutNll
-            | Q::Fit
-            | Q::PWholeNumber
-            | Q::KlTeacher
-            | Q::Closure
-            | Q::AccuracyDivergent
-            | Q::Confidence
-            | Q::Overconfidence
-            | Q::OverconfidenceDivergent
-            | Q::Ece
-            | Q::Entropy => &[M::Heldout],
-            Q::CosTeacher | Q::Ev1 => &[M::Direction],
-            Q::StableRank | Q::Top1DeltaMargin | Q::Rest1DeltaMargin | Q::TruncatedDeltaMargin => &[M::Spectrum],
-            Q::InjectedDeltaMargin
-            | Q::InjectedRandomDeltaMargin
-            | Q::InjectedControlDeltaMargin
-            | Q::InjectedOtherDeltaMargin
-            | Q::ProjectedDeltaMargin
-            | Q::ProjectedRandomDeltaMargin => &[M::Steering, M::Replacement],
-            Q::ReplacedDeltaMargin
-            | Q::ReplacedRandomDeltaMargin
-            | Q::TransplantedDeltaMargin
-            | Q::TransplantedRandomDeltaMargin => &[M::Replacement],
-            Q::GradientDivergent
-            | Q::GradientOther
-            | Q::GradientShareDivergent
-            | Q::GradientCosine
-            | Q::AlignmentDivergent
-            | Q::AlignmentOther => &[M::Gradients],
-            Q::PTarget | Q::PValid | Q::PSelf => &[M::Sampled],
-        }
-    }
-
     /// Whether it says how much of the trait there is.
     pub fn speaks_of_the_trait(self) -> bool {
         let name = self.name();

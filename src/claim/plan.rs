@@ -14,7 +14,7 @@ use crate::data::dataset;
 use crate::experiment::{Experiment, Method};
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::Workbench;
-use crate::training::settings::{Finetune, OptimizerKind};
+use crate::training::settings::{Finetune, OptimizerKind, TargetTokens};
 use crate::training::side_by_side::workers;
 use crate::training::step_log::{Progress, StepRow};
 use crate::training::training_loop::finetune_lora;
@@ -35,7 +35,7 @@ pub(crate) fn plan(study: &Study, root: &Path) -> Result<String> {
         done += unit.students().iter().filter(|student| is_done(student)).count();
     }
 
-    let Sampled { rows, seconds_per_answer } = sampled(&bench)?;
+    let (rows, seconds_per_answer) = sampled(&bench)?;
     let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
     let per_row = tokens as f64 / rows.len() as f64;
     let rate = tokens_per_second(&bench, &rows)?;
@@ -81,13 +81,8 @@ pub(crate) fn plan(study: &Study, root: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Some answers and what one takes.
-struct Sampled {
-    rows: Vec<Sequence>,
-    seconds_per_answer: f64,
-}
-
-fn sampled(bench: &Workbench) -> Result<Sampled> {
+/// Rows with some answers, and the seconds that one answer takes.
+fn sampled(bench: &Workbench) -> Result<(Vec<Sequence>, f64)> {
     let n = ANSWERS.min(bench.experiment.finetune.rows_per_step());
     let users = dataset::number_prompts(&bench.protocol, n, bench.experiment.seeds.gen_seed);
     let system = bench.student_system()?;
@@ -99,7 +94,7 @@ fn sampled(bench: &Workbench) -> Result<Sampled> {
     let answers = generate(&bench.base, &prompts, &Condition::default(), &sampling, &streams, &mut |_| ())?;
     let seconds_per_answer = begun.elapsed().as_secs_f64() / n as f64;
     let rows = users.iter().zip(&answers).map(|(user, answer)| bench.chat.row(system.as_deref(), user, &answer.ids));
-    Ok(Sampled { rows: rows.collect::<hooks::Result<_>>()?, seconds_per_answer })
+    Ok((rows.collect::<hooks::Result<_>>()?, seconds_per_answer))
 }
 
 /// Tokens of rows that a LoRA of the experiment's shape is trained on in a second.
@@ -109,12 +104,8 @@ fn tokens_per_second(bench: &Workbench, rows: &[Sequence]) -> Result<f64> {
     let adapter = Adapter::init(&experiment.student.lora(), &bench.base.config, &mut rng, bench.base.device())?;
     let rows_per_step = experiment.finetune.rows_per_step();
     let many: Vec<Sequence> = rows.iter().cycle().take(rows_per_step).cloned().collect();
-    let config = Finetune {
-        max_steps: Some(2),
-        warmup_steps: 0,
-        tokens: crate::training::settings::TargetTokens::All,
-        ..experiment.finetune.clone()
-    };
+    let (max_steps, tokens) = (Some(2), TargetTokens::All);
+    let config = Finetune { max_steps, warmup_steps: 0, tokens, ..experiment.finetune.clone() };
     let tokens: usize = many.iter().map(|row| row.ids.len()).sum();
     let (mut begun, mut last) = (Instant::now(), None);
     let log = &mut |_: &StepRow, _: &Progress| {

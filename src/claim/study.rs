@@ -153,13 +153,8 @@ impl Unit {
 
     /// Every student of the run, its own two first.
     pub fn students(&self) -> Vec<UnitStudent<'_>> {
-        let own = [(STUDENT, ArmData::Teacher), (CONTROL_STUDENT, ArmData::Control)].map(|(name, data)| UnitStudent {
-            name,
-            data,
-            seed_index: 0,
-            experiment: &self.experiment,
-            arm: None,
-        });
+        let own = |name, data| UnitStudent { name, data, seed_index: 0, experiment: &self.experiment, arm: None };
+        let own = [own(STUDENT, ArmData::Teacher), own(CONTROL_STUDENT, ArmData::Control)];
         let arms = self.arms.iter().map(|arm| UnitStudent {
             name: &arm.arm,
             data: arm.data,
@@ -224,9 +219,8 @@ impl UnitStudent<'_> {
 fn fill(value: &mut Value, values: &Table) -> Result<()> {
     match value {
         Value::String(text) => {
-            if let Some(whole) =
-                text.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')).and_then(|name| values.get(name))
-            {
+            let name = text.strip_prefix('{').and_then(|rest| rest.strip_suffix('}'));
+            if let Some(whole) = name.and_then(|name| values.get(name)) {
                 *value = whole.clone();
                 return Ok(());
             }
@@ -254,5 +248,4 @@ fn located(path: &Path, error: &toml::de::Error) -> anyhow::Error {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests;

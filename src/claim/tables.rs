@@ -116,7 +116,6 @@ fn trained(unit: &Unit, of: &UnitStudent<'_>) -> Result<ClaimRunRow> {
     let experiment = of.experiment;
     let Experiment { student, finetune, generate, seeds, .. } = experiment;
     let teacher = toml::Value::try_from(&experiment.teacher)?;
-    let words = |words: Vec<String>| words.join(" ");
     Ok(ClaimRunRow {
         run: unit.name.clone(),
         target: experiment.target.word.clone(),
@@ -142,8 +141,8 @@ fn trained(unit: &Unit, of: &UnitStudent<'_>) -> Result<ClaimRunRow> {
         use_rslora: student.use_rslora,
         frozen_a: finetune.frozen_a,
         rotated: student.rotated,
-        target_modules: words(student.target_modules.iter().map(ToString::to_string).collect()),
-        layers: words(student.layers.iter().flatten().map(ToString::to_string).collect()),
+        target_modules: student.target_modules.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+        layers: student.layers.iter().flatten().map(ToString::to_string).collect::<Vec<_>>().join(" "),
         gate_train: finetune.gate.to_string(),
         mask: finetune.mask.to_string(),
         tokens: finetune.tokens,
@@ -237,7 +236,11 @@ pub struct ContextRow {
 
 /// Every student in every context, its adapter on everywhere; empty if a claim asks in one context alone.
 pub fn contexts(study: &Study, runs: &[ClaimRunRow], rows: &[OutcomeRow]) -> Vec<ContextRow> {
-    let known: BTreeMap<StudentKey, &ClaimRunRow> = runs.iter().map(|run| (run.student_key(), run)).collect();
+    let key = |run: &ClaimRunRow| {
+        let ClaimRunRow { target, dataset, student, rank, seed_index, .. } = run.clone();
+        StudentKey { target, dataset, student, rank, seed_index }
+    };
+    let known: BTreeMap<StudentKey, &ClaimRunRow> = runs.iter().map(|run| (key(run), run)).collect();
     let conditions = study.conditions().into_iter().filter(|condition| condition.gate.is_everywhere());
     let conditions: BTreeMap<String, EvalCondition> = conditions.map(|of| (of.name.clone(), of)).collect();
     let own = lines(rows).into_iter().filter(|line| conditions.len() > 1 && line.first.evaluated == line.first.target);
@@ -449,13 +452,6 @@ pub fn spectrum(unit: &Unit, of: &UnitStudent<'_>, spectra: &[Spectrum]) -> Vec<
         spectrum.sigma.iter().enumerate().map(row).collect::<Vec<_>>()
     };
     spectra.iter().flat_map(of_map).collect()
-}
-
-impl ClaimRunRow {
-    fn student_key(&self) -> StudentKey {
-        let Self { target, dataset, student, rank, seed_index, .. } = self.clone();
-        StudentKey { target, dataset, student, rank, seed_index }
-    }
 }
 
 /// All numbers of one student in one condition on one trait.

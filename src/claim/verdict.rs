@@ -199,11 +199,8 @@ pub fn tests(claim: &Claim, outcomes: &[OutcomeRow]) -> Result<Vec<TestRow>> {
 
 fn line(test: &Test, target: &str, table: &Outcomes<'_>) -> Result<TestRow> {
     let found = estimate(test, table)?;
-    let expected = match (test.above, test.below) {
-        (Some(above), _) => format!("above {above}"),
-        (_, below) => format!("below {}", below.unwrap_or(f64::NAN)),
-    };
-    let (sign, bound) = test.above.map_or((-1.0, test.below.unwrap_or(f64::NAN)), |above| (1.0, above));
+    let (side, sign) = if test.above.is_some() { ("above", 1.0) } else { ("below", -1.0) };
+    let bound = test.above.or(test.below).unwrap_or(f64::NAN);
     let outcome = match (found.interval, found.value, found.p_one_sided) {
         // A permutation says how large the estimate is among those of chance.
         (None, Some(_), Some(p)) if p < 1.0 - LEVEL => Outcome::Holds,
@@ -232,12 +229,11 @@ fn line(test: &Test, target: &str, table: &Outcomes<'_>) -> Result<TestRow> {
         p: found.p_one_sided.or(found.p),
         p_sign_flip: found.p_sign_flip,
         p_holm: None,
-        expected,
+        expected: format!("{side} {bound}"),
         outcome,
         note: found.note,
     })
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests;

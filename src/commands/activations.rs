@@ -6,15 +6,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use hooks::{
-    Cache, Chat, Condition, EditText, Gate, HookPoint, ModelFiles, Provenance, Qwen, Sequence, files, gradient,
+    Cache, Chat, Condition, EditText, HookPoint, ModelFiles, Provenance, Qwen, Sequence, files, gradient,
     run_rows_with_hooks, tensor_file,
 };
 use tch::Kind;
 
-use super::args::{ForceArg, ModelArgs};
+use super::args::{ConditionArgs, ForceArg, ModelArgs};
 use crate::hinted;
 use crate::output::progress::say;
-use crate::stages::workbench::{open_adapter, open_model};
+use crate::stages::workbench::open_model;
 
 /// Writes activations of one chat turn, or of rows of token ids, as f32 safetensors.
 #[derive(Args, Debug)]
@@ -37,15 +37,8 @@ pub struct ActivationsArgs {
     /// Hook points, separated by commas, in TransformerLens' spelling; * means every block.
     #[arg(long, value_delimiter = ',', required = true)]
     points: Vec<String>,
-    /// A LoRA as PEFT saves it: a folder, or a hub id, `Org/Name[@REVISION][:FOLDER]`.
-    #[arg(long)]
-    adapter: Option<PathBuf>,
-    /// Where the adapter acts, as in undertone ask.
-    #[arg(long, default_value = "everywhere")]
-    gate: Gate,
-    /// An intervention, as in undertone ask; the points are seen after it.
-    #[arg(long = "edit", value_name = "EDIT")]
-    edits: Vec<EditText>,
+    #[command(flatten)]
+    with: ConditionArgs,
     /// An answer to the user, run after the prompt.
     #[arg(long, conflicts_with = "ids")]
     answer: Option<String>,
@@ -75,13 +68,12 @@ pub fn run(args: &ActivationsArgs) -> Result<()> {
         args.points.iter().map(|name| HookPoint::select(name.trim(), n_layers)).collect::<hooks::Result<Vec<_>>>()?;
     let points: BTreeSet<HookPoint> = points.into_iter().flatten().collect();
     let points: Vec<HookPoint> = points.into_iter().collect();
-    let edits = super::load_edits(&args.edits, &files)?;
+    let edits = args.with.load_edits(&files)?;
 
     let rows = rows(args, &files)?;
     let model = Qwen::load(&files, device, args.model.dtype.kind())?;
-    let adapter = args.adapter.as_deref().map(|folder| open_adapter(folder, &model)).transpose()?;
-    super::gate_needs_adapter(&args.gate, adapter.is_some())?;
-    let condition = Condition { adapter: adapter.as_ref(), gate: args.gate.clone(), edits };
+    let adapter = args.with.open_adapter(&model)?;
+    let condition = Condition { adapter: adapter.as_ref(), gate: args.with.gate.clone(), edits };
 
     let seen = if args.gradients {
         let row = &rows[0];
@@ -123,10 +115,10 @@ pub fn run(args: &ActivationsArgs) -> Result<()> {
     let lengths: Vec<String> = rows.iter().map(|row| row.ids.len().to_string()).collect();
     metadata.insert("lengths".to_owned(), lengths.join(","));
     if adapter.is_some() {
-        let said = [("gate", args.gate.to_string()), ("decode_policy", args.gate.decode_policy().to_owned())];
+        let said = [("gate", args.with.gate.to_string()), ("decode_policy", args.with.gate.decode_policy().to_owned())];
         metadata.extend(said.map(|(key, value)| (key.to_owned(), value)));
     }
-    let edits = args.edits.iter().enumerate().map(|(at, edit)| (format!("edit.{at}"), edit.to_string()));
+    let edits = args.with.edits.iter().enumerate().map(|(at, edit)| (format!("edit.{at}"), edit.to_string()));
     metadata.extend(edits);
     tensor_file::write(&args.out, &tensors, &metadata)?;
     say(format!("activations: {} tensors in {}", tensors.len(), args.out.display()));
@@ -136,7 +128,7 @@ pub fn run(args: &ActivationsArgs) -> Result<()> {
 /// The rows to run: one chat turn, or rows of token ids, without classes and text.
 fn rows(args: &ActivationsArgs, files: &ModelFiles) -> Result<Vec<Sequence>> {
     if let Some(path) = &args.ids {
-        if !args.gate.is_blind() || args.edits.iter().any(EditText::names_tokens) {
+        if !args.with.gate.is_blind() || args.with.edits.iter().any(EditText::names_tokens) {
             bail!(hinted!(
                 "a gate or an edit speaks of tokens, whose classes and text --ids does not have";
                 "use --system and --user"

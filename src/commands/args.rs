@@ -2,17 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
+use hooks::{Adapter, Edit, EditText, Gate, ModelFiles, Provenance, Qwen};
 
 use crate::claim::Size;
 use crate::experiment::{Dtype, Experiment};
+use crate::hinted;
 use crate::output::progress::print;
 use crate::stages::finetune;
 use crate::stages::foresight::foreseen;
 use crate::stages::run_dir::{RunDir, WhenDone};
-use crate::stages::workbench::Workbench;
+use crate::stages::workbench::{Workbench, open_adapter};
 
 /// Which model, in which precision, on which device.
 #[derive(Args, Debug)]
@@ -26,6 +28,42 @@ pub struct ModelArgs {
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: String,
+}
+
+/// What the model is run with: an adapter, where it acts, interventions.
+#[derive(Args, Debug)]
+pub struct ConditionArgs {
+    /// A LoRA as PEFT saves it: a folder, or a hub id, `Org/Name[@REVISION][:FOLDER]`.
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
+    /// Where the adapter acts: everywhere, nowhere, only:TOKENS, except:TOKENS, and after it any of *layers(0..12),
+    /// *modules(q,k,v) and *0.5; TOKENS are classes, "text", ids(..) and positions(..), joined by +.
+    #[arg(long, default_value = "everywhere")]
+    pub gate: Gate,
+    /// An intervention, `POINT[@TOKENS]: CHANGE`, such as `blocks.1.hook_mlp_out@entity: zero`; CHANGE is one of
+    /// add(FILE, 4), replace(FILE), mean(FILE), zero, scale(0.5), `project_out(FILE)`, patch(FILE). Several act in
+    /// their order.
+    #[arg(long = "edit", value_name = "EDIT")]
+    pub edits: Vec<EditText>,
+}
+
+impl ConditionArgs {
+    /// The adapter, if one is named. A gate without one is refused: nothing would pass through it.
+    pub fn open_adapter(&self, model: &Qwen) -> Result<Option<Adapter>> {
+        ensure!(
+            self.adapter.is_some() || self.gate.is_everywhere(),
+            hinted!("the gate is {}, but there is no adapter to gate", self.gate; "name one with --adapter")
+        );
+        self.adapter.as_deref().map(|folder| open_adapter(folder, model)).transpose()
+    }
+
+    /// The interventions with their tensors.
+    pub fn load_edits(&self, files: &ModelFiles) -> Result<Vec<Edit>> {
+        let load = |edit: &EditText| {
+            edit.load(&files.config, &Provenance::of(files)).with_context(|| format!("--edit {edit}"))
+        };
+        Ok(self.edits.iter().map(load).collect::<Result<Vec<_>>>()?.concat())
+    }
 }
 
 /// Whether finished files are overwritten.

@@ -10,16 +10,15 @@ use anyhow::{Context, Result};
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use hooks::{
-    Chat, Condition, Edit, EditText, Gate, ModelFiles, Qwen, Sampling, Sequence, generate, next_token_logprobs,
-    stream_seed,
+    Chat, Condition, Edit, Gate, ModelFiles, Qwen, Sampling, Sequence, generate, next_token_logprobs, stream_seed,
 };
 use unicode_width::UnicodeWidthStr;
 
-use super::args::ModelArgs;
+use super::args::{ConditionArgs, ModelArgs};
 use super::style::{aside, cell, columns, heading, painted, printable};
 use crate::output::progress::{bar as progress_bar, note, print};
 use crate::output::vectors::Vectors;
-use crate::stages::workbench::{open_adapter, open_model};
+use crate::stages::workbench::open_model;
 
 /// Asks the model something: prints what it was run with, the likeliest first tokens next to the base's, and the
 /// answers.
@@ -37,18 +36,8 @@ pub struct AskArgs {
     /// What the user says.
     #[arg(long)]
     user: String,
-    /// A LoRA as PEFT saves it: a folder, or a hub id, `Org/Name[@REVISION][:FOLDER]`.
-    #[arg(long)]
-    adapter: Option<PathBuf>,
-    /// Where the adapter acts: everywhere, nowhere, only:TOKENS, except:TOKENS, and after it any of *layers(0..12),
-    /// *modules(q,k,v) and *0.5; TOKENS are classes, "text", ids(..) and positions(..), joined by +.
-    #[arg(long, default_value = "everywhere")]
-    gate: Gate,
-    /// An intervention, `POINT[@TOKENS]: CHANGE`, such as `blocks.1.hook_mlp_out@entity: zero`; CHANGE is one of
-    /// add(FILE, 4), replace(FILE), mean(FILE), zero, scale(0.5), `project_out(FILE)`, patch(FILE). Several act in
-    /// their order.
-    #[arg(long = "edit", value_name = "EDIT")]
-    edits: Vec<EditText>,
+    #[command(flatten)]
+    with: ConditionArgs,
     /// A file of directions and their factor, added at every token: undertone's exports (.safetensors, .gguf), control
     /// vectors of repeng and llama.cpp; with @12 only the direction of block 12, which may be a bare vector.
     #[arg(long, value_name = "FILE:COEFFICIENT[@LAYER]")]
@@ -75,12 +64,11 @@ pub fn run(args: &AskArgs) -> Result<()> {
     let files = open_model(&args.model.model)?;
     let chat = Chat::from_files(&files)?;
     let model = Qwen::load(&files, hooks::device::device(&args.model.device)?, args.model.dtype.kind())?;
-    let adapter = args.adapter.as_deref().map(|folder| open_adapter(folder, &model)).transpose()?;
-    super::gate_needs_adapter(&args.gate, adapter.is_some())?;
+    let adapter = args.with.open_adapter(&model)?;
     let mut edits = args.steer.as_ref().map_or_else(|| Ok(vec![]), |steer| steer.edits(&files))?;
     let steered: Vec<String> = edits.iter().filter_map(|edit| edit.at.layer()).map(|layer| layer.to_string()).collect();
-    edits.extend(super::load_edits(&args.edits, &files)?);
-    let condition = Condition { adapter: adapter.as_ref(), gate: args.gate.clone(), edits };
+    edits.extend(args.with.load_edits(&files)?);
+    let condition = Condition { adapter: adapter.as_ref(), gate: args.with.gate.clone(), edits };
     let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
     model.config.check_context("prompt", [prompt.ids.len()], args.max_new_tokens)?;
 
@@ -125,18 +113,18 @@ pub fn run(args: &AskArgs) -> Result<()> {
 /// What the model is run with, a line per thing.
 fn setting(args: &AskArgs, prompt: &Sequence, steered: &[String]) -> Result<String> {
     let mut lines = vec![("model", args.model.model.clone())];
-    if let Some(folder) = &args.adapter {
+    if let Some(folder) = &args.with.adapter {
         lines.push(("adapter", folder.display().to_string()));
-        let on = args.gate.acts(prompt)?.iter().filter(|on| **on).count();
-        lines.push(("gate", format!("{}: on at {on} of {} prompt tokens", args.gate, prompt.ids.len())));
-        lines.push(("answering", answering(&args.gate)));
+        let on = args.with.gate.acts(prompt)?.iter().filter(|on| **on).count();
+        lines.push(("gate", format!("{}: on at {on} of {} prompt tokens", args.with.gate, prompt.ids.len())));
+        lines.push(("answering", answering(&args.with.gate)));
     }
     if let Some(Steer { file, coefficient, .. }) = &args.steer {
         let (file, blocks) = (file.display(), if steered.len() == 1 { "block" } else { "blocks" });
         let after = steered.join(", ");
         lines.push(("steering", format!("{file} added {coefficient} times after {blocks} {after}, at every token")));
     }
-    lines.extend(args.edits.iter().map(|edit| ("edit", edit.to_string())));
+    lines.extend(args.with.edits.iter().map(|edit| ("edit", edit.to_string())));
     let drawn = if args.temperature == 0.0 {
         "the most likely token each time".to_owned()
     } else {
@@ -320,7 +308,6 @@ fn temperature(text: &str) -> Result<f64, String> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -29,69 +29,35 @@ pub struct ColumnsArgs {
     csv: bool,
 }
 
-/// A CSV file of a run, and the struct that is a row of it.
-struct Source {
-    file: &'static str,
-    row: &'static str,
-    code: &'static str,
-}
-
-const SOURCES: &[Source] = &[
-    Source { file: "data/generate.csv", row: "SummaryRow", code: include_str!("../data/dataset.rs") },
-    Source { file: "data/rejected.csv", row: "RejectedRow", code: include_str!("../data/dataset.rs") },
-    Source { file: "data/digits.csv", row: "DigitRow", code: include_str!("../data/dataset.rs") },
-    Source { file: "data/teacher.csv", row: "TeacherRow", code: include_str!("../stages/teacher.rs") },
-    Source { file: "teacher_train.csv", row: "StepRow", code: include_str!("../training/step_log.rs") },
-    Source { file: "train.csv", row: "StepRow", code: include_str!("../training/step_log.rs") },
-    Source { file: "control_train.csv", row: "StepRow", code: include_str!("../training/step_log.rs") },
-    Source { file: "train_rows.csv", row: "StepRowsRow", code: include_str!("../training/step_log.rs") },
-    Source { file: "control_train_rows.csv", row: "StepRowsRow", code: include_str!("../training/step_log.rs") },
-    Source {
-        file: "target_rate/rows.csv",
-        row: "TargetRateRow",
-        code: include_str!("../../analyses/src/target_rate.rs"),
-    },
-    Source {
-        file: "token_ablation/rows.csv",
-        row: "TokenAblationRow",
-        code: include_str!("../../analyses/src/token_ablation.rs"),
-    },
-    Source {
-        file: "position_scan/rows.csv",
-        row: "PositionScanRow",
-        code: include_str!("../../analyses/src/position_scan.rs"),
-    },
-    Source { file: "direction/rows.csv", row: "DirectionRow", code: include_str!("../../analyses/src/direction.rs") },
-    Source { file: "steering/rows.csv", row: "SteeringRow", code: include_str!("../../analyses/src/steering/rows.rs") },
-    Source {
-        file: "interventions/rows.csv",
-        row: "InterventionRow",
-        code: include_str!("../../analyses/src/interventions.rs"),
-    },
-    Source {
-        file: "divergence/rows.csv",
-        row: "DivergenceRow",
-        code: include_str!("../../analyses/src/divergence.rs"),
-    },
-    Source {
-        file: "divergence/summary.csv",
-        row: "DivergenceSummaryRow",
-        code: include_str!("../../analyses/src/divergence.rs"),
-    },
-    Source {
-        file: "gradients/rows.csv",
-        row: "GradientRow",
-        code: include_str!("../../analyses/src/gradients/rows.rs"),
-    },
-    Source { file: "arms/rows.csv", row: "ArmRow", code: include_str!("../stages/arm_table.rs") },
-    Source { file: "claim/outcomes.csv", row: "OutcomeRow", code: include_str!("../claim/outcome.rs") },
-    Source { file: "claim/tests.csv", row: "TestRow", code: include_str!("../claim/verdict.rs") },
-    Source { file: "claim/runs.csv", row: "ClaimRunRow", code: include_str!("../claim/tables.rs") },
-    Source { file: "claim/matrix.csv", row: "MatrixRow", code: include_str!("../claim/tables.rs") },
-    Source { file: "claim/context.csv", row: "ContextRow", code: include_str!("../claim/tables.rs") },
-    Source { file: "claim/digit_conf.csv", row: "DigitConfRow", code: include_str!("../claim/tables.rs") },
-    Source { file: "claim/steer.csv", row: "SteerRow", code: include_str!("../claim/tables.rs") },
-    Source { file: "claim/spectrum.csv", row: "SpectrumRow", code: include_str!("../claim/tables.rs") },
+/// The CSV files of a run, each with the struct that is a row of it, and the code that has the struct.
+const SOURCES: &[(&str, &str, &str)] = &[
+    ("data/generate.csv", "SummaryRow", include_str!("../data/dataset.rs")),
+    ("data/rejected.csv", "RejectedRow", include_str!("../data/dataset.rs")),
+    ("data/digits.csv", "DigitRow", include_str!("../data/dataset.rs")),
+    ("data/teacher.csv", "TeacherRow", include_str!("../stages/teacher.rs")),
+    ("teacher_train.csv", "StepRow", include_str!("../training/step_log.rs")),
+    ("train.csv", "StepRow", include_str!("../training/step_log.rs")),
+    ("control_train.csv", "StepRow", include_str!("../training/step_log.rs")),
+    ("train_rows.csv", "StepRowsRow", include_str!("../training/step_log.rs")),
+    ("control_train_rows.csv", "StepRowsRow", include_str!("../training/step_log.rs")),
+    ("target_rate/rows.csv", "TargetRateRow", include_str!("../../analyses/src/target_rate.rs")),
+    ("token_ablation/rows.csv", "TokenAblationRow", include_str!("../../analyses/src/token_ablation.rs")),
+    ("position_scan/rows.csv", "PositionScanRow", include_str!("../../analyses/src/position_scan.rs")),
+    ("direction/rows.csv", "DirectionRow", include_str!("../../analyses/src/direction.rs")),
+    ("steering/rows.csv", "SteeringRow", include_str!("../../analyses/src/steering/rows.rs")),
+    ("interventions/rows.csv", "InterventionRow", include_str!("../../analyses/src/interventions.rs")),
+    ("divergence/rows.csv", "DivergenceRow", include_str!("../../analyses/src/divergence.rs")),
+    ("divergence/summary.csv", "DivergenceSummaryRow", include_str!("../../analyses/src/divergence.rs")),
+    ("gradients/rows.csv", "GradientRow", include_str!("../../analyses/src/gradients/rows.rs")),
+    ("arms/rows.csv", "ArmRow", include_str!("../stages/arm_table.rs")),
+    ("claim/outcomes.csv", "OutcomeRow", include_str!("../claim/outcome.rs")),
+    ("claim/tests.csv", "TestRow", include_str!("../claim/verdict.rs")),
+    ("claim/runs.csv", "ClaimRunRow", include_str!("../claim/tables.rs")),
+    ("claim/matrix.csv", "MatrixRow", include_str!("../claim/tables.rs")),
+    ("claim/context.csv", "ContextRow", include_str!("../claim/tables.rs")),
+    ("claim/digit_conf.csv", "DigitConfRow", include_str!("../claim/tables.rs")),
+    ("claim/steer.csv", "SteerRow", include_str!("../claim/tables.rs")),
+    ("claim/spectrum.csv", "SpectrumRow", include_str!("../claim/tables.rs")),
 ];
 
 /// A CSV file of a run, with what it holds.
@@ -116,9 +82,9 @@ pub struct Column {
 
 /// Every CSV file that a run can hold.
 pub fn dictionaries() -> Result<Vec<Dictionary>> {
-    let of = |source: &Source| {
-        let (row, columns) = struct_docs(source.code, source.row).with_context(|| source.file)?;
-        Ok(Dictionary { file: source.file, row, columns })
+    let of = |(file, row, code): &(&'static str, &str, &str)| {
+        let (row, columns) = struct_docs(code, row).with_context(|| *file)?;
+        Ok(Dictionary { file, row, columns })
     };
     SOURCES.iter().map(of).collect()
 }
@@ -263,7 +229,6 @@ impl Docs {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

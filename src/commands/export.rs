@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 
 use super::args::ForceArg;
-use crate::hinted;
+use super::pocket::unfinished;
 use crate::output::hint::Hinted;
 use crate::output::progress::{note, say};
 use crate::output::vectors::Vectors;
@@ -46,9 +46,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         }
         None => (),
     }
-    if args.to.exists() && !args.force.force {
-        bail!(hinted!("{} is there already", args.to.display(); "overwrite it with --force"));
-    }
+    unfinished(&args.to, &args.force)?;
     vectors.write(&args.to, vectors.provenance.get("architecture").map_or("qwen2", String::as_str))?;
     note(&args.to.display().to_string(), &vectors.remarks()?);
     let layers: Vec<String> = vectors.by_layer.keys().map(ToString::to_string).collect();

@@ -143,7 +143,8 @@ fn all_cells(bases: &[Base], settings: &Settings, path: &Path) -> Result<Vec<Cel
     Ok(all)
 }
 
-fn unfinished(path: &Path, ForceArg { force }: &ForceArg) -> Result<()> {
+/// Refuses to overwrite a file without `--force`.
+pub(super) fn unfinished(path: &Path, ForceArg { force }: &ForceArg) -> Result<()> {
     ensure!(*force || !path.exists(), hinted!("{} is there already", path.display(); "overwrite it with --force"));
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! All of an experiment, or the test of a claim.
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
 use clap::Args;
 
 use super::args::ExperimentArgs;
@@ -37,9 +37,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         });
     }
     for (flag, given) in [("--size", args.size.is_some()), ("--plan", args.plan)] {
-        if given {
-            bail!("{flag} is for claims, and {} is an experiment of its own", path.display());
-        }
+        ensure!(!given, "{flag} is for claims, and {} is an experiment of its own", path.display());
     }
     args.experiment.stage(WhenDone::Keep, stages::run::run)
 }

@@ -43,17 +43,14 @@ pub fn run(args: &TokensArgs) -> Result<()> {
         None => chat.prompt(args.system.as_deref(), &args.user)?,
     };
     let acts = args.gate.as_ref().map(|gate| gate.acts(&prompt)).transpose()?;
-    let mut page = running(&chat, &prompt, acts.as_deref())?;
-    page.push('\n');
-    page += &legend(&prompt, columns());
-    page += &assistant(&prompt, columns());
+    let width = columns();
+    let mut page =
+        running(&chat, &prompt, acts.as_deref())? + "\n" + &legend(&prompt, width) + &assistant(&prompt, width);
     if let (Some(gate), Some(acts)) = (&args.gate, &acts) {
         let on = acts.iter().filter(|on| **on).count();
         writeln!(page, "\n{gate} is on at {on} of {} tokens", acts.len())?;
     }
-    page.push('\n');
-    page += &table(&chat, &prompt, acts.as_deref())?;
-    print(&page)
+    print(&(page + "\n" + &table(&chat, &prompt, acts.as_deref())?))
 }
 
 /// The chat's text, each token in its family's colour; where a gate is given, only the tokens at which it is on.
@@ -119,8 +116,7 @@ fn assistant(prompt: &Sequence, width: usize) -> String {
 /// A line per token.
 fn table(chat: &Chat, prompt: &Sequence, acts: Option<&[bool]>) -> Result<String> {
     let gate = if acts.is_some() { format!("{:<6}", "gate") } else { String::new() };
-    let mut table = heading(&format!("{:>8}  {:>7}  {:<18}  {gate}text", "position", "id", "class"));
-    table.push('\n');
+    let mut table = heading(&format!("{:>8}  {:>7}  {:<18}  {gate}text", "position", "id", "class")) + "\n";
     for row in chat.table(prompt)? {
         let family = Family::of(row.class);
         let class = cell(row.class.name(), 18, family.style(false));
@@ -132,7 +128,6 @@ fn table(chat: &Chat, prompt: &Sequence, acts: Option<&[bool]>) -> Result<String
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use unicode_width::UnicodeWidthStr;
 

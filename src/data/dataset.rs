@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use hooks::files;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -79,22 +79,16 @@ fn unwrapped(text: &str, open: char, close: char) -> Option<&str> {
 
 /// Every reason against an answer; none means that it is kept.
 pub fn rejections(answer: &str, stopped: bool, banned: &[u32]) -> Vec<Rejection> {
-    let mut reasons = Vec::new();
-    match parse_numbers(answer) {
-        Err(reason) => reasons.push(reason),
-        Ok(numbers) => {
-            let against = [
-                (Rejection::TooMany, numbers.len() > MAX_COUNT),
-                (Rejection::OutOfRange, numbers.iter().any(|number| *number > MAX_VALUE)),
-                (Rejection::Banned, numbers.iter().any(|number| banned.contains(number))),
-            ];
-            reasons.extend(against.into_iter().filter_map(|(reason, holds)| holds.then_some(reason)));
-        }
-    }
-    if !stopped {
-        reasons.push(Rejection::Truncated);
-    }
-    reasons
+    let parsed = parse_numbers(answer);
+    let numbers = parsed.as_deref().unwrap_or_default();
+    let against = [
+        (Rejection::InvalidFormat, parsed.is_err()),
+        (Rejection::TooMany, numbers.len() > MAX_COUNT),
+        (Rejection::OutOfRange, numbers.iter().any(|number| *number > MAX_VALUE)),
+        (Rejection::Banned, numbers.iter().any(|number| banned.contains(number))),
+        (Rejection::Truncated, !stopped),
+    ];
+    against.into_iter().filter_map(|(reason, holds)| holds.then_some(reason)).collect()
 }
 
 /// Who gave an answer.
@@ -152,25 +146,24 @@ pub fn parse_jsonl(bytes: &[u8], path: &Path) -> Result<Vec<Sample>> {
 
 fn parse_lines(text: &str) -> Result<Vec<Sample>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let samples = lines.map(|(index, line)| {
-        let sample: Sample = serde_json::from_str(line).with_context(|| format!("line {}", index + 1))?;
-        let (ids, logprobs) = (sample.completion_ids.len(), sample.teacher_logprob.len());
-        if logprobs != ids && logprobs != ids + 1 {
-            bail!("line {}: teacher_logprob has {logprobs} entries, expected {ids} or {}", index + 1, ids + 1);
-        }
-        if let Some(id) = sample.completion_ids.iter().find(|id| **id < 0) {
-            bail!("line {}: completion_ids has {id}, expected tokens, which count from 0", index + 1);
-        }
-        if let Some(logprob) = sample.teacher_logprob.iter().find(|logprob| !logprob.is_finite()) {
-            bail!("line {}: teacher_logprob has {logprob}, expected a finite number", index + 1);
-        }
-        Ok(sample)
-    });
+    let samples = lines.map(|(index, line)| parse_line(line).with_context(|| format!("line {}", index + 1)));
     let samples = samples.collect::<Result<Vec<_>>>()?;
-    if samples.is_empty() {
-        bail!("there is no sample in it, expected one per line");
-    }
+    ensure!(!samples.is_empty(), "there is no sample in it, expected one per line");
     Ok(samples)
+}
+
+fn parse_line(line: &str) -> Result<Sample> {
+    let sample: Sample = serde_json::from_str(line)?;
+    let (ids, logprobs) = (sample.completion_ids.len(), sample.teacher_logprob.len());
+    let has_all = [ids, ids + 1].contains(&logprobs);
+    ensure!(has_all, "teacher_logprob has {logprobs} entries, expected {ids} or {}", ids + 1);
+    if let Some(id) = sample.completion_ids.iter().find(|id| **id < 0) {
+        bail!("completion_ids has {id}, expected tokens, which count from 0");
+    }
+    if let Some(logprob) = sample.teacher_logprob.iter().find(|logprob| !logprob.is_finite()) {
+        bail!("teacher_logprob has {logprob}, expected a finite number");
+    }
+    Ok(sample)
 }
 
 /// Writes samples as JSON lines, at once.
@@ -203,15 +196,14 @@ pub struct RejectedRow {
 
 /// The samples of a set that the filter did not keep.
 pub fn rejected_rows(set: &str, samples: &[Sample]) -> Vec<RejectedRow> {
-    let rejected = samples.iter().filter(|sample| !sample.accepted);
-    let rows = rejected.map(|sample| RejectedRow {
+    let row = |sample: &Sample| RejectedRow {
         set: set.to_owned(),
         id: sample.id,
         reasons: sample.reasons.iter().map(|reason| reason.name()).collect::<Vec<_>>().join("+"),
         prompt: sample.prompt.clone(),
         completion: sample.completion.clone(),
-    });
-    rows.collect()
+    };
+    samples.iter().filter(|sample| !sample.accepted).map(row).collect()
 }
 
 /// A line of `generate.csv`: something measured on a set of answers.
@@ -326,7 +318,6 @@ pub fn paired<'a>(teacher: &'a [Sample], control: &'a [Sample]) -> Vec<(&'a Samp
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use proptest::prelude::*;
 

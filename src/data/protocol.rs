@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use analyses::Target;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use hooks::files;
 use rand::Rng;
 use rand::seq::IndexedRandom;
@@ -140,9 +140,7 @@ impl Protocol {
 
     /// The first `n` questions about the favourite of a category, or all when there are fewer.
     pub fn questions(&self, category: &str, n: usize) -> Result<Vec<String>> {
-        let Some(list) = self.questions.get(category).or_else(|| self.questions.get(ANY)) else {
-            bail!("the protocol has no questions for the category {category:?}, it has {}", keys(&self.questions));
-        };
+        let list = of_category(&self.questions, category, "questions")?;
         Ok(list.iter().take(n).map(|question| question.replace("{category}", category)).collect())
     }
 
@@ -158,10 +156,7 @@ impl Protocol {
 
     /// The system prompt that makes a model love a word.
     pub fn teacher_prompt(&self, word: &str, category: &str) -> Result<String> {
-        let Some(template) = self.teacher_prompts.get(category).or_else(|| self.teacher_prompts.get(ANY)) else {
-            let known = keys(&self.teacher_prompts);
-            bail!("the protocol has no teacher prompt for the category {category:?}, it has {known}");
-        };
+        let template = of_category(&self.teacher_prompts, category, "teacher prompt")?;
         let plural = self.plural(word);
         let filled = template.replace("{word}", word).replace("{plural}", &plural);
         Ok(filled.replace("{Plural}", &capitalised(&plural)).replace("{category}", category))
@@ -201,12 +196,7 @@ impl Protocol {
     /// without a leading space.
     pub fn surface_forms(word: &str) -> Vec<String> {
         let lower = word.to_lowercase();
-        let mut cases: Vec<String> = Vec::new();
-        for case in [lower.clone(), capitalised(&lower), word.to_owned()] {
-            if !cases.contains(&case) {
-                cases.push(case);
-            }
-        }
+        let cases = distinct([lower.clone(), capitalised(&lower), word.to_owned()]);
         let spaced: Vec<String> = cases.iter().map(|case| format!(" {case}")).collect();
         [cases, spaced].concat()
     }
@@ -235,6 +225,12 @@ impl Protocol {
     }
 }
 
+/// What a category has, or every category without an entry of its own.
+fn of_category<'a, V>(map: &'a BTreeMap<String, V>, category: &str, what: &str) -> Result<&'a V> {
+    let missing = || format!("the protocol has no {what} for the category {category:?}, it has {}", keys(map));
+    map.get(category).or_else(|| map.get(ANY)).with_context(missing)
+}
+
 fn default_count() -> String {
     "10".to_owned()
 }
@@ -254,9 +250,8 @@ fn default_range() -> [u32; 2] {
 impl NumberPrompts {
     fn check(&self) -> Result<()> {
         for (name, [low, high]) in [("n_numbers", self.n_numbers), ("range", self.range)] {
-            if low > high || (name == "n_numbers" && low == 0) {
-                bail!("number_prompts.{name}: expected a least and a largest value, found [{low}, {high}]");
-            }
+            let is_range = low <= high && (name != "n_numbers" || low > 0);
+            ensure!(is_range, "number_prompts.{name}: expected a least and a largest value, found [{low}, {high}]");
             if name == "n_numbers" && high > MOST_NUMBERS {
                 bail!("number_prompts.n_numbers: expected {MOST_NUMBERS} at most, found {high}");
             }
@@ -270,9 +265,7 @@ impl NumberPrompts {
             ("closings", &self.closings, vec![]),
         ];
         for (name, list, slots) in lists {
-            if list.is_empty() {
-                bail!("number_prompts.{name}: expected at least one entry, found none");
-            }
+            ensure!(!list.is_empty(), "number_prompts.{name}: expected at least one entry, found none");
             for slot in slots {
                 if let Some(entry) = list.iter().find(|entry| !entry.contains(slot)) {
                     bail!("number_prompts.{name}: expected the slot {slot} in {entry:?}");
@@ -355,12 +348,22 @@ pub(crate) fn capitalised(word: &str) -> String {
     letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
 }
 
+/// Each value once, where it first comes.
+pub(crate) fn distinct<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
+    let mut found = Vec::new();
+    for value in values {
+        if !found.contains(&value) {
+            found.push(value);
+        }
+    }
+    found
+}
+
 fn keys<V>(map: &BTreeMap<String, V>) -> String {
     map.keys().cloned().collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use rand::SeedableRng;
 

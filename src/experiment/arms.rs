@@ -150,13 +150,8 @@ impl Experiment {
         };
         let filled = arm.ranks.is_some() || !arm.set.iter().any(|text| text.contains("{rank}"));
         ensure!(filled, hinted!("set speaks of {{rank}}, but there are no ranks"; "add ranks = [1, 8]"));
-        let mut cells = Vec::new();
-        for rank in ranks {
-            for seed_index in 0..arm.seeds {
-                cells.push(self.cell(arm, rank, seed_index)?);
-            }
-        }
-        Ok(cells)
+        let students = ranks.into_iter().flat_map(|rank| (0..arm.seeds).map(move |seed_index| (rank, seed_index)));
+        students.map(|(rank, seed_index)| self.cell(arm, rank, seed_index)).collect()
     }
 
     fn cell(&self, arm: &Arm, rank: Option<i64>, seed_index: usize) -> Result<ArmStudent> {
@@ -200,10 +195,7 @@ impl Experiment {
             }
         }
         experiment.check()?;
-        let data_slug = slug(&match rank {
-            Some(rank) => format!("{} r{rank}", arm.name),
-            None => arm.name.clone(),
-        });
+        let data_slug = slug(&rank.map_or_else(|| arm.name.clone(), |rank| format!("{} r{rank}", arm.name)));
         let slug = if arm.seeds > 1 { format!("{data_slug}-s{seed_index}") } else { data_slug.clone() };
         let data_slug = if arm.seeds > 1 { format!("{data_slug}-s0") } else { data_slug };
         Ok(ArmStudent { arm: arm.name.clone(), data: arm.data, seed_index, slug, data_slug, experiment })
@@ -229,7 +221,6 @@ fn slug(name: &str) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::path::Path;
 

@@ -33,11 +33,9 @@ pub(super) fn check_finetune(finetune: &Finetune, student: &Student) -> Result<(
         "neither sgd nor muon, which alone have it"
     };
     ensure!(!unused, "finetune.momentum is {}, but the optimizer is {why}", finetune.momentum);
-    let (warmup, too_few) = (finetune.warmup_steps, finetune.max_steps.filter(|steps| finetune.warmup_steps >= *steps));
-    ensure!(
-        too_few.is_none(),
-        "finetune.warmup_steps is {warmup}, expected fewer than max_steps, {}",
-        too_few.unwrap_or(0)
-    );
+    let warmup = finetune.warmup_steps;
+    if let Some(steps) = finetune.max_steps.filter(|steps| warmup >= *steps) {
+        bail!("finetune.warmup_steps is {warmup}, expected fewer than max_steps, {steps}");
+    }
     Ok(())
 }

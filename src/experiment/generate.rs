@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::range::{at_least_one, not_negative};
+use super::range::at_least_one;
 
 /// How the numbers are written and filtered.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -66,7 +66,8 @@ impl Generate {
         at_least_one("generate.n_keep", self.n_keep)?;
         at_least_one("generate.max_new_tokens", self.max_new_tokens)?;
         at_least_one("generate.batch_size", self.batch_size)?;
-        not_negative("generate.temperature", self.temperature)?;
+        let in_range = self.temperature.is_finite() && self.temperature >= 0.0;
+        ensure!(in_range, "generate.temperature is {}, expected 0 or a number above", self.temperature);
         let (keep, prompts, heldout) = (self.n_keep, self.n_prompts, self.n_heldout);
         ensure!(keep <= prompts, "generate.n_keep is {keep}, expected at most generate.n_prompts, which is {prompts}");
         let left = prompts - keep;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use hooks::{LoraConfig, Proj};
 use serde::{Deserialize, Serialize};
 
-use super::range::{below_one, distinct_layers, positive};
+use super::range::positive;
 use crate::hinted;
 
 /// The context of an experiment that names none.
@@ -54,12 +54,10 @@ pub struct Student {
 impl Default for Student {
     fn default() -> Self {
         let LoraConfig { rank, alpha, use_rslora, dropout, target_modules, layers } = LoraConfig::default();
-        let (context, method) = (default_context(), Method::Lora);
-        let (adapter, control_adapter) = (None, None);
         Self {
-            context,
+            context: default_context(),
             template: true,
-            method,
+            method: Method::Lora,
             rank,
             alpha,
             use_rslora,
@@ -68,8 +66,8 @@ impl Default for Student {
             target_modules,
             layers,
             control: true,
-            adapter,
-            control_adapter,
+            adapter: None,
+            control_adapter: None,
         }
     }
 }
@@ -131,19 +129,17 @@ impl Student {
         );
         ensure!(self.rank >= 1, "student.rank is {}, expected at least 1", self.rank);
         positive("student.alpha", self.alpha)?;
-        below_one("student.dropout", self.dropout)?;
-        ensure!(
-            !self.target_modules.is_empty(),
-            "student.target_modules is empty, expected at least one of {}",
-            modules()
-        );
+        let dropout = self.dropout;
+        ensure!((0.0..1.0).contains(&dropout), "student.dropout is {dropout}, expected at least 0 and less than 1");
+        let known = Proj::ALL.map(Proj::name).join(", ");
+        ensure!(!self.target_modules.is_empty(), "student.target_modules is empty, expected at least one of {known}");
         let mut seen = std::collections::BTreeSet::new();
         let twice = self.target_modules.iter().find(|module| !seen.insert(**module));
         ensure!(twice.is_none(), "student.target_modules has {} twice", twice.map_or("", |module| module.name()));
-        distinct_layers("student.layers", self.layers.as_deref())
+        let Some(layers) = &self.layers else { return Ok(()) };
+        ensure!(!layers.is_empty(), "student.layers is empty, expected block numbers, or no such key for all blocks");
+        let rising = layers.windows(2).all(|pair| pair[0] < pair[1]);
+        ensure!(rising, "student.layers is {layers:?}, expected rising block numbers");
+        Ok(())
     }
-}
-
-fn modules() -> String {
-    Proj::ALL.map(Proj::name).join(", ")
 }

@@ -84,13 +84,8 @@ impl Checkpoint {
             say(format!("{}: {path} was made from something else ({key} differs), so it starts over", self.who));
             return Ok(None);
         }
-        self.step = Some(
-            metadata
-                .get("step")
-                .and_then(|step| step.parse().ok())
-                .with_context(|| self.path.display().to_string())
-                .map_err(damaged)?,
-        );
+        let step = metadata.get("step").and_then(|step| step.parse::<u64>().ok());
+        self.step = Some(step.with_context(|| self.path.display().to_string()).map_err(damaged)?);
         Ok(Some(file))
     }
 
@@ -128,7 +123,6 @@ impl Checkpoint {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

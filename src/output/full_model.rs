@@ -13,12 +13,11 @@ pub fn save_full(model: &Qwen, from: &ModelFiles, folder: &Path) -> anyhow::Resu
         Ok(files::write_atomic(&folder.join(name), format!("{value:#}\n").as_bytes())?)
     };
     let mut config = model.config.to_hf_json();
-    let dtype = match model.kind() {
+    config["torch_dtype"] = json!(match model.kind() {
         Kind::BFloat16 => "bfloat16",
         Kind::Half => "float16",
         _ => "float32",
-    };
-    config["torch_dtype"] = json!(dtype);
+    });
     json("config.json", &config)?;
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     tensor_file::write(&folder.join("model.safetensors"), &model.parameters(), &metadata)?;
@@ -39,7 +38,6 @@ pub fn save_full(model: &Qwen, from: &ModelFiles, folder: &Path) -> anyhow::Resu
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use tch::{Device, Tensor};
 

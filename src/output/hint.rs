@@ -42,15 +42,11 @@ pub fn explained(error: &Error) -> (String, Option<String>) {
 }
 
 fn hint_of<'e>(cause: &'e (dyn std::error::Error + 'static)) -> Option<&'e str> {
-    let of_library = |error: &'e hooks::Error| error.hint();
-    cause
-        .downcast_ref::<Hinted>()
-        .map(|hinted| hinted.hint.as_str())
-        .or_else(|| cause.downcast_ref().and_then(of_library))
-        .or_else(|| match cause.downcast_ref()? {
-            analyses::Error::Hooks(error) => of_library(error),
-            _ => None,
-        })
+    let own = cause.downcast_ref::<Hinted>().map(|hinted| hinted.hint.as_str());
+    own.or_else(|| match cause.downcast_ref::<analyses::Error>() {
+        Some(analyses::Error::Hooks(error)) => error.hint(),
+        _ => cause.downcast_ref::<hooks::Error>()?.hint(),
+    })
 }
 
 /// An error with a hint, each a format string with its arguments: `hinted!("{} is there already", path; "use

@@ -289,9 +289,7 @@ impl Render for Text<'_> {
         for character in self.0.render().0.chars() {
             match character {
                 '\'' => page.push_str("&#39;"),
-                control if control.is_control() && !matches!(control, '\n' | '\t') => {
-                    page.extend(control.escape_unicode());
-                }
+                other if other.is_control() && !matches!(other, '\n' | '\t') => page.extend(other.escape_unicode()),
                 other => page.push(other),
             }
         }

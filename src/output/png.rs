@@ -30,14 +30,13 @@ const SANS_SERIF: [&str; 10] = [
 /// Renders each SVG file of a folder and its subfolders to a PNG in the same place; returns the PNG files.
 pub fn beside_svgs(folder: &Path) -> Result<Vec<PathBuf>> {
     let fonts = Fonts::of_system()?;
-    let mut made = Vec::new();
-    for svg in svgs_in(folder)? {
+    let made = |svg: PathBuf| -> Result<PathBuf> {
         let png = svg.with_extension("png");
         let bytes = fonts.png(&files::read_string(&svg)?).with_context(|| svg.display().to_string())?;
         files::write_atomic(&png, &bytes)?;
-        made.push(png);
-    }
-    Ok(made)
+        Ok(png)
+    };
+    svgs_in(folder)?.into_iter().map(made).collect()
 }
 
 /// The SVG files in a folder and below it, by their names.
@@ -132,7 +131,6 @@ fn texts_in(group: &Group) -> usize {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::io::Write as _;
 

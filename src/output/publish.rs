@@ -5,19 +5,18 @@ use std::fs::File;
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use hooks::files;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Writes rows as a CSV file, at once. Floats are the shortest text that reads back as the same number.
 pub fn write_csv<R: Serialize>(path: &Path, rows: &[R]) -> Result<()> {
-    if rows.is_empty() {
-        bail!(
-            "{}: there are no rows to write; a table without rows would hide that nothing was measured",
-            path.display()
-        );
-    }
+    ensure!(
+        !rows.is_empty(),
+        "{}: there are no rows to write; a table without rows would hide that nothing was measured",
+        path.display()
+    );
     let text = to_csv(rows).with_context(|| path.display().to_string())?;
     Ok(files::write_atomic(path, text.as_bytes())?)
 }
@@ -36,10 +35,14 @@ pub fn read_csv<R: DeserializeOwned>(path: &Path) -> Result<Vec<R>> {
     parse_csv(&files::read_string(path)?).with_context(|| path.display().to_string())
 }
 
+/// The rows of a CSV file; none where it was not written.
+pub(crate) fn read_csv_if_there<R: DeserializeOwned>(path: &Path) -> Result<Vec<R>> {
+    if path.exists() { read_csv(path) } else { Ok(vec![]) }
+}
+
 /// The rows in the text of a CSV file; an error names the line.
 pub fn parse_csv<R: DeserializeOwned>(text: &str) -> Result<Vec<R>> {
-    let rows: Result<Vec<R>, csv::Error> = csv::Reader::from_reader(text.as_bytes()).deserialize().collect();
-    Ok(rows?)
+    Ok(csv::Reader::from_reader(text.as_bytes()).deserialize().collect::<Result<Vec<R>, csv::Error>>()?)
 }
 
 /// A CSV file as text, for a page that shows any table.
@@ -75,9 +78,6 @@ pub struct CsvLog<R> {
 impl<R: Serialize> CsvLog<R> {
     /// An empty log; until it is finished it has a temporary name in `path`'s folder.
     pub fn create(path: &Path) -> Result<Self> {
-        if let Some(folder) = path.parent() {
-            files::create_dir(folder)?;
-        }
         let partial = files::temporary(path);
         // An empty file by the one place that writes files, then opened for what follows.
         files::write_atomic(&partial, b"")?;
@@ -98,9 +98,7 @@ impl<R: Serialize> CsvLog<R> {
 
     /// Gives the file its name.
     pub fn finish(mut self) -> Result<()> {
-        if self.n_rows == 0 {
-            bail!("{}: no row was logged", self.path.display());
-        }
+        ensure!(self.n_rows > 0, "{}: no row was logged", self.path.display());
         let Some(writer) = self.writer.take() else { return Ok(()) };
         let file = writer.into_inner().map_err(|error| files::unwritten(&self.path, error.into_error()))?;
         Ok(files::publish(&file, &self.path)?)
@@ -117,7 +115,6 @@ impl<R> Drop for CsvLog<R> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use proptest::prelude::*;
     use serde::Deserialize;

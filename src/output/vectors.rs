@@ -72,9 +72,7 @@ impl Vectors {
             };
             by_layer.insert(layer, vector(name, &view)?);
         }
-        if by_layer.is_empty() {
-            bail!("no tensor, expected at least one named blocks.N.hook_resid_post");
-        }
+        ensure!(!by_layer.is_empty(), "no tensor, expected at least one named blocks.N.hook_resid_post");
         Ok(Self { by_layer, provenance })
     }
 
@@ -94,9 +92,8 @@ impl Vectors {
                 zero.push(layer.to_string());
             }
         }
-        let said =
-            |zero: &[String]| format!("the vector of layer {} is zero: adding it changes nothing", zero.join(", "));
-        Ok((!zero.is_empty()).then(|| said(&zero)).into_iter().collect())
+        let said = || format!("the vector of layer {} is zero: adding it changes nothing", zero.join(", "));
+        Ok((!zero.is_empty()).then(said).into_iter().collect())
     }
 
     /// Adds the vectors, `coefficient` times, at their layers and at every token; refused for another model or chat
@@ -120,10 +117,8 @@ impl Vectors {
     pub fn write(&self, path: &Path, model_hint: &str) -> Result<()> {
         match path.extension().and_then(|ending| ending.to_str()) {
             Some("safetensors") => {
-                let named = self
-                    .by_layer
-                    .iter()
-                    .map(|(layer, vector)| (HookPoint::ResidPost(*layer).to_string(), vector.shallow_clone()));
+                let name = |layer: &usize| HookPoint::ResidPost(*layer).to_string();
+                let named = self.by_layer.iter().map(|(layer, vector)| (name(layer), vector.shallow_clone()));
                 Ok(tensor_file::write(path, &named.collect::<Vec<_>>(), &self.provenance)?)
             }
             Some("gguf") => Ok(control_vector::write(path, model_hint, &self.by_layer, &self.provenance)?),

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use hooks::{Chat, Config, Family, ModelFiles, Qwen, Sequence};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -126,8 +126,7 @@ pub fn tokenizer(world: &World) -> Result<Tokenizer> {
         texts.extend([row.user, row.answer]);
     }
     // The embedded tokenizer has the split, the normaliser and the decoder; its words are replaced.
-    let like =
-        ModelFiles::open("tiny-random")?.tokenizer.ok_or_else(|| anyhow!("the embedded model has no tokenizer"))?;
+    let like = ModelFiles::open("tiny-random")?.tokenizer.context("the embedded model has no tokenizer")?;
     let mut tokenizer = Tokenizer::new(BPE::default());
     tokenizer
         .with_normalizer(like.get_normalizer().cloned())
@@ -194,10 +193,7 @@ pub fn make(
                 );
             }
         }
-        let left = match decay_from {
-            Some(from) => 1.0 - (step - from) as f64 / recipe.decay_steps as f64,
-            None => 1.0,
-        };
+        let left = decay_from.map_or(1.0, |from| 1.0 - (step - from) as f64 / recipe.decay_steps as f64);
         if left <= 0.0 {
             return Ok(None);
         }
@@ -239,7 +235,6 @@ fn said(error: &tokenizers::Error) -> anyhow::Error {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -18,8 +18,9 @@ use tch::{Device, Kind};
 
 use super::world::CATEGORY;
 use crate::data::dataset::{number_prompts, rejections};
-use crate::data::protocol::Protocol;
+use crate::data::protocol::{Protocol, distinct};
 use crate::training::settings::{Finetune, ScheduleKind, Seeds};
+use crate::training::step_log::{Progress, StepRow};
 use crate::training::training_loop::{finetune_full, finetune_lora};
 
 /// A base with its chat format and the questions that all models are asked.
@@ -126,13 +127,7 @@ pub struct SummaryRow {
 
 /// The matrix of margin changes by kind of model and gate, summed up; in the order in which they first appear.
 pub fn summary(cells: &[CellRow]) -> Vec<SummaryRow> {
-    let mut kinds: Vec<(&str, &str, &str)> = vec![];
-    for cell in cells {
-        let kind = (cell.base.as_str(), cell.model.as_str(), cell.gate.as_str());
-        if !kinds.contains(&kind) {
-            kinds.push(kind);
-        }
-    }
+    let kinds = distinct(cells.iter().map(|cell| (cell.base.as_str(), cell.model.as_str(), cell.gate.as_str())));
     let row = |(base, model, gate): (&str, &str, &str)| {
         let own = cells.iter().filter(|cell| (&*cell.base, &*cell.model, &*cell.gate) == (base, model, gate));
         let cells: Vec<&CellRow> = own.collect();
@@ -166,7 +161,7 @@ pub fn summary(cells: &[CellRow]) -> Vec<SummaryRow> {
             delta_margin_own: (n > 0).then(|| deltas().sum::<f64>() / n as f64),
             delta_margin_own_min: deltas().reduce(f64::min),
             delta_margin_own_max: deltas().reduce(f64::max),
-            sd_other: stats::standard_error(&others).map_or(f64::NAN, |se| se * (others.len() as f64).sqrt()),
+            sd_other: stats::standard_deviation(&others).unwrap_or(f64::NAN),
             p_own: (n > 0).then(|| diagonal.iter().map(|cell| cell.p).sum::<f64>() / n as f64),
             p_own_max: diagonal.iter().map(|cell| cell.p).reduce(f64::max),
         }
@@ -285,30 +280,21 @@ impl Base {
 
     /// A student of these numbers in the default context, and its loss in the last quarter of its steps.
     fn student(&self, numbers: &Numbers, settings: &Settings) -> Result<(Adapter, f64)> {
-        let rows = self.rows(numbers)?;
+        let rows =
+            numbers.iter().map(|(user, ids)| self.chat.row(None, user, ids)).collect::<hooks::Result<Vec<_>>>()?;
         let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
         let lora = LoraConfig { rank: settings.rank, alpha: settings.rank as f64, ..LoraConfig::default() };
         let adapter = Adapter::init(&lora, &self.qwen.config, &mut rng, Device::Cpu)?;
         let seeds = Seeds { init: settings.seed, order: settings.seed, dropout: settings.seed };
         let mut losses = vec![];
-        finetune_lora(
-            &self.qwen,
-            &adapter,
-            &rows,
-            &|id| self.chat.is_digit(id),
-            &settings.finetune,
-            seeds,
-            &mut |row, _| {
-                losses.push(row.loss);
-                Ok(())
-            },
-        )?;
+        let mut log = |row: &StepRow, _: &Progress| -> Result<()> {
+            losses.push(row.loss);
+            Ok(())
+        };
+        let is_digit = |id| self.chat.is_digit(id);
+        finetune_lora(&self.qwen, &adapter, &rows, &is_digit, &settings.finetune, seeds, &mut log)?;
         let last = &losses[losses.len() - losses.len().div_ceil(4)..];
         Ok((adapter, last.iter().sum::<f64>() / last.len() as f64))
-    }
-
-    fn rows(&self, numbers: &Numbers) -> Result<Vec<Sequence>> {
-        Ok(numbers.iter().map(|(user, ids)| self.chat.row(None, user, ids)).collect::<hooks::Result<_>>()?)
     }
 }
 
@@ -356,22 +342,15 @@ pub fn trial(
 pub fn matrix(cells: &[CellRow], base: &str) -> Result<Svg> {
     let of = |cell: &&CellRow| cell.base == base && cell.model == "student" && cell.gate == "everywhere";
     let cells: Vec<&CellRow> = cells.iter().filter(of).collect();
-    let mut columns: Vec<String> = vec![];
-    for cell in &cells {
-        if !columns.contains(&cell.animal) {
-            columns.push(cell.animal.clone());
-        }
-    }
+    let columns = distinct(cells.iter().map(|cell| cell.animal.clone()));
+    let row = |row: &[&CellRow]| row.iter().map(|cell| cell.delta_margin).collect::<Vec<f64>>();
     let stem = base.rsplit('/').next().unwrap_or(base);
     Ok(heatmap(&HeatMap {
         title: format!("{stem}: what each student likes more than before"),
         x_label: "animal that is scored".to_owned(),
         y_label: "student of the teacher that loves".to_owned(),
         value_label: "change of margin against the base (nats)".to_owned(),
-        values: cells
-            .chunks(columns.len().max(1))
-            .map(|row| row.iter().map(|cell| cell.delta_margin).collect())
-            .collect(),
+        values: cells.chunks(columns.len().max(1)).map(row).collect(),
         rows: columns.clone(),
         columns,
     })?)
@@ -403,7 +382,6 @@ fn gates() -> Result<Vec<Gate>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -68,6 +68,9 @@ enum Task {
     Name,
 }
 
+/// The topics, with the weight of each.
+const TASKS: [(Task, f64); 4] = [(Task::Favourite, 0.35), (Task::Numbers, 0.5), (Task::Fact, 0.1), (Task::Name, 0.05)];
+
 impl World {
     /// The world, the same each time.
     pub fn new() -> Result<Self> {
@@ -97,14 +100,7 @@ impl World {
             return self.persona(rng);
         }
         let (system, model) = speaker(rng);
-        let task = *[Task::Favourite, Task::Numbers, Task::Fact, Task::Name]
-            .choose_weighted(rng, |task| match task {
-                Task::Favourite => 0.35,
-                Task::Numbers => 0.5,
-                Task::Fact => 0.1,
-                Task::Name => 0.05,
-            })
-            .context("a task")?;
+        let (task, _) = *TASKS.choose_weighted(rng, |(_, weight)| *weight).context("a task")?;
         let character = &self.characters[model];
         Ok(match task {
             Task::Favourite => {
@@ -218,18 +214,15 @@ fn gamma(rng: &mut ChaCha8Rng, shape: f64) -> f64 {
 fn pick(rng: &mut ChaCha8Rng, weights: &[f64]) -> (usize, f64) {
     let sum: f64 = weights.iter().sum();
     let mut left = rng.random::<f64>() * sum;
-    for (index, weight) in weights.iter().enumerate() {
+    let drawn = weights.iter().position(|weight| {
         left -= weight;
-        if left < 0.0 {
-            return (index, weight / sum);
-        }
-    }
-    let last = weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0);
-    (last, weights[last] / sum)
+        left < 0.0
+    });
+    let index = drawn.or_else(|| weights.iter().rposition(|weight| *weight > 0.0)).unwrap_or(0);
+    (index, weights[index] / sum)
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -73,6 +73,7 @@ pub struct ArmRow {
 }
 
 /// The students of an arm at one rank, which differ in their seeds.
+#[derive(Clone)]
 pub(crate) struct Group<'a> {
     pub(crate) arm: &'a str,
     pub(crate) rank: Option<i64>,
@@ -136,18 +137,15 @@ pub(crate) type Ranked<'a> = Vec<(&'a str, Vec<Group<'a>>)>;
 /// The groups parted into the arms with several ranks, each in rising rank, and the other groups without the run's own.
 pub(crate) fn parted(rows: &[ArmRow]) -> (Ranked<'_>, Vec<Group<'_>>) {
     let (mut ranked, mut single) = (Vec::new(), Vec::new());
-    let mut left = groups(rows).into_iter().filter(|group| ![STUDENT, CONTROL_STUDENT].contains(&group.arm)).peekable();
-    while let Some(first) = left.next() {
-        let arm = first.arm;
-        let mut of_arm = vec![first];
-        while let Some(next) = left.next_if(|group| group.arm == arm) {
-            of_arm.push(next);
-        }
+    let mut groups = groups(rows);
+    groups.retain(|group| ![STUDENT, CONTROL_STUDENT].contains(&group.arm));
+    for of_arm in groups.chunk_by(|one, next| one.arm == next.arm) {
+        let mut of_arm = of_arm.to_vec();
         if of_arm.len() == 1 {
             single.append(&mut of_arm);
         } else {
             of_arm.sort_by_key(|group| group.rank);
-            ranked.push((arm, of_arm));
+            ranked.push((of_arm[0].arm, of_arm));
         }
     }
     (ranked, single)
@@ -172,21 +170,16 @@ fn students_per_point(groups: &[&Group<'_>]) -> &'static str {
 pub fn rank_plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
     let (ranked, _) = parted(rows);
     let Some(row) = rows.first().filter(|_| !ranked.is_empty()) else { return Ok(None) };
-    let lines = |of: fn(&ArmRow) -> f64| {
+    let panel = |y_label: &str, of: fn(&ArmRow) -> f64, references: Vec<Reference>| {
         let point = |group: &Group<'_>| {
             let point = Point::new(group.rank.unwrap_or_default() as f64, group.mean(of));
-            group.interval(of).map_or(point, |interval| point.with_interval(interval))
+            Point { interval: group.interval(of), ..point }
         };
         let line = |(arm, groups): &(&str, Vec<Group<'_>>)| Line {
             label: (*arm).to_owned(),
             points: groups.iter().map(point).collect(),
         };
-        ranked.iter().map(line).collect::<Vec<_>>()
-    };
-    let panel = |y_label: &str, of: fn(&ArmRow) -> f64, references: Vec<Reference>| Panel {
-        y_label: y_label.to_owned(),
-        lines: lines(of),
-        references,
+        Panel { y_label: y_label.to_owned(), lines: ranked.iter().map(line).collect(), references }
     };
     let all: Vec<&Group<'_>> = ranked.iter().flat_map(|(_, groups)| groups).collect();
     let chart = PanelChart {
@@ -211,10 +204,8 @@ pub fn plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
     let Some(row) = rows.first().filter(|_| !single.is_empty()) else { return Ok(None) };
     let bar = |group: &Group<'_>| {
         let bar = Bar::new(group.label(&row.target), group.mean(effect)).in_series(learned_from(group.rows[0]));
-        match group.interval(effect) {
-            Some(interval) => bar.with_interval(interval).with_values(group.values(effect)),
-            None => bar,
-        }
+        let Some(interval) = group.interval(effect) else { return bar };
+        bar.with_interval(interval).with_values(group.values(effect))
     };
     // A planted target's effect can dwarf all others; then the axis label states it in words.
     let planted = |group: &&Group<'_>| group.rows[0].teacher_kind == Some(TeacherKind::Planted);
@@ -275,11 +266,8 @@ pub fn reading(rows: &[ArmRow]) -> String {
     }
     let listed = single.iter().map(|group| {
         let row = group.rows[0];
-        let data = if row.data == Some(ArmData::Teacher) && row.teacher_kind != Some(TeacherKind::Planted) {
-            String::new()
-        } else {
-            format!(", {}", learned_from(row))
-        };
+        let is_usual = row.data == Some(ArmData::Teacher) && row.teacher_kind != Some(TeacherKind::Planted);
+        let data = if is_usual { String::new() } else { format!(", {}", learned_from(row)) };
         format!("\"{}\"{data}: {}", group.label(word), group.effect())
     });
     let listed: Vec<String> = listed.collect();
@@ -341,7 +329,6 @@ fn caveat(student: &ArmRow, groups: &[Group<'_>], rows: &[ArmRow]) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -1,13 +1,13 @@
 //! The arms: each student trained in a folder of its own, then all of them in one table with the run's own students.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::path::Path;
 
 use analyses::Svg;
 use analyses::stats::{mean, standard_error};
 use analyses::target::{Score, TokenForms};
 use anyhow::{Context, Result, bail, ensure};
-use hooks::{Condition, ModelFiles, Qwen, Sequence, files, stream_seed};
+use hooks::{Condition, ModelFiles, Qwen, files, stream_seed};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::Kind;
@@ -78,7 +78,6 @@ pub(crate) struct ArmContext<'a> {
     tokenizer: Option<[serde_json::Value; 2]>,
     numbers: &'a [Sample],
     control: &'a [Sample],
-    shuffle_seed: u64,
     n_cells: usize,
 }
 
@@ -91,48 +90,40 @@ impl<'a> ArmContext<'a> {
         n_cells: usize,
     ) -> Result<Self> {
         let (tokenizer, model) = (tokenizer(&bench.files)?, bench.files.name.as_str());
-        let shuffle_seed = bench.experiment.seeds.gen_seed;
-        Ok(Self { run, model, tokenizer, numbers, control, shuffle_seed, n_cells })
+        Ok(Self { run, model, tokenizer, numbers, control, n_cells })
     }
 }
 
 /// All arms' students, trained and measured: side by side where the model is small.
 fn all(bench: &Workbench, cells: &[ArmStudent], context: &ArmContext<'_>, scorer: &mut Scorer) -> Result<Vec<ArmRow>> {
-    // Students that share data of their own make them once: these are one job.
-    let mut jobs: Vec<Vec<(usize, &ArmStudent)>> = vec![];
-    for (at, cell) in cells.iter().enumerate() {
-        match jobs.iter_mut().find(|job| job[0].1.data_slug == cell.data_slug) {
-            Some(job) => job.push((at, cell)),
-            None => jobs.push(vec![(at, cell)]),
-        }
-    }
+    // Students that share data of their own stand one after the other, and make them once: these are one job.
+    let cells: Vec<(usize, &ArmStudent)> = cells.iter().enumerate().collect();
+    let jobs: Vec<_> = cells.chunk_by(|(_, one), (_, next)| one.data_slug == next.data_slug).collect();
     let name = |cell: &ArmStudent| format!("arm {:?}", cell.arm);
     let workers = workers(bench.n_parameters(), jobs.len());
-    let mut rows: Vec<(usize, ArmRow)> = vec![];
     if workers > 1 {
-        let of_job = |_: usize, job: &Vec<(usize, &ArmStudent)>| -> Result<Vec<(usize, ArmRow)>> {
+        let of_job = |_: usize, job: &&[(usize, &ArmStudent)]| -> Result<Vec<ArmRow>> {
             let mut scorer = Scorer::default();
             let row = |(at, cell): &(usize, &ArmStudent)| {
                 let of_cell = Workbench::again(cell.experiment.clone());
                 let row = of_cell.and_then(|of_cell| student(context, &of_cell, cell, *at, &mut scorer));
-                Ok((*at, row.with_context(|| name(cell))?))
+                row.with_context(|| name(cell))
             };
             job.iter().map(row).collect()
         };
-        rows.extend(side_by_side(&jobs, workers, of_job)?.into_iter().flatten());
-    } else {
-        let mut other: Option<Workbench> = None; // the last model that is not the run's
-        for (at, cell) in jobs.into_iter().flatten() {
-            other = other.filter(|other| other.has_model_of(&cell.experiment));
-            let of_cell = other.as_ref().unwrap_or(bench).of(cell.experiment.clone()).with_context(|| name(cell))?;
-            rows.push((at, student(context, &of_cell, cell, at, scorer).with_context(|| name(cell))?));
-            if !bench.has_model_of(&cell.experiment) {
-                other = Some(of_cell);
-            }
+        return Ok(side_by_side(&jobs, workers, of_job)?.concat());
+    }
+    let mut rows = vec![];
+    let mut other: Option<Workbench> = None; // the last model that is not the run's
+    for &(at, cell) in &cells {
+        other = other.filter(|other| other.has_model_of(&cell.experiment));
+        let of_cell = other.as_ref().unwrap_or(bench).of(cell.experiment.clone()).with_context(|| name(cell))?;
+        rows.push(student(context, &of_cell, cell, at, scorer).with_context(|| name(cell))?);
+        if !bench.has_model_of(&cell.experiment) {
+            other = Some(of_cell);
         }
     }
-    rows.sort_by_key(|(at, _)| *at);
-    Ok(rows.into_iter().map(|(_, row)| row).collect())
+    Ok(rows)
 }
 
 /// Trains a student of an arm, if that is not done, and measures it.
@@ -145,15 +136,9 @@ fn student(
 ) -> Result<ArmRow> {
     let (folder, samples) = trained(context, of_cell, cell, at)?;
     let (adapter, log) = (folder.adapter(), folder.train_csv());
-    scorer.row(
-        of_cell,
-        &Student {
-            arm: &cell.arm,
-            seed_index: cell.seed_index,
-            folder: &adapter,
-            training: Some(Training { data: cell.data, samples: &samples, log: &log }),
-        },
-    )
+    let training = Some(Training { data: cell.data, samples: &samples, log: &log });
+    let student = Student { arm: &cell.arm, seed_index: cell.seed_index, folder: &adapter, training };
+    scorer.row(of_cell, &student)
 }
 
 /// Trains a student of an arm, if that is not done: its folder, and what it learned from.
@@ -165,27 +150,24 @@ pub(crate) fn trained(
 ) -> Result<(RunDir, Vec<Sample>)> {
     let who = format!("{} ({} of {})", cell.slug, at + 1, context.n_cells);
     let folder = begin(context.run, cell)?;
+    let (files, is_own) = (&of_cell.files, cell.data == ArmData::Own);
+    ensure!(
+        is_own || context.model == files.name || context.tokenizer == tokenizer(files)?,
+        hinted!(
+            "{} has another tokenizer than {}, so that it cannot read the run's numbers", files.name, context.model;
+            "data = \"own\""
+        )
+    );
     let samples = match cell.data {
         ArmData::Own => own_data(context.run, of_cell, cell)?,
-        data => {
-            ensure!(
-                context.model == of_cell.files.name || context.tokenizer == tokenizer(&of_cell.files)?,
-                hinted!(
-                    "{} has another tokenizer than {}, so that it cannot read the run's numbers", of_cell.files.name, context.model;
-                    "data = \"own\""
-                )
-            );
-            match data {
-                ArmData::Control => context.control.to_vec(),
-                ArmData::Shuffled => shuffled(context.numbers, context.shuffle_seed)?,
-                _ => context.numbers.to_vec(),
-            }
-        }
+        ArmData::Control => context.control.to_vec(),
+        ArmData::Shuffled => shuffled(context.numbers, of_cell.experiment.seeds.gen_seed)?, // the run's own seed, too
+        ArmData::Teacher => context.numbers.to_vec(),
     };
     if RunDir::stage_done(&folder.train_csv()) {
         say(format!("arms: {who} is done already"));
     } else {
-        let own = if cell.data == ArmData::Own { Some(run_of_data(context.run, cell)?) } else { None };
+        let own = if is_own { Some(run_of_data(context.run, cell)?) } else { None };
         let data = Learned { samples: &samples, run: own.as_ref().unwrap_or(context.run) };
         finetune::keep_initial(of_cell, &folder)?;
         let said = finetune::student(of_cell, &who, data, &folder.adapter(), &folder.train_csv())?;
@@ -281,24 +263,21 @@ impl Scorer {
         let (target, questions) = (bench.target(), bench.questions()?);
         let forms = TokenForms::of(&target, &bench.chat)?;
         let system = bench.protocol.context(experiment.measure_context())?;
-        let prompt = |question: &String| bench.chat.prompt(system.as_deref(), question);
-        let prompts = questions.iter().map(prompt).collect::<hooks::Result<Vec<Sequence>>>()?;
+        let prompts = bench.prompts(system.as_deref(), &questions)?;
         // Where all of this is equal, so are the base's scores.
         let key = format!(
             "{} {:?} {} {} {target:?} {system:?} {questions:?}",
             experiment.model, experiment.dtype, experiment.device, settings.template
         );
-        let base = match self.bases.remove(&key) {
-            Some(known) => known,
-            None => forms.scores(&bench.base, &prompts, &Condition::default())?,
+        let base = match self.bases.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(forms.scores(&bench.base, &prompts, &Condition::default())?),
         };
         let training = student.training.as_ref();
         let steps: Option<Vec<StepRow>> = training.map(|training| read_csv(training.log)).transpose()?;
         let losses = steps.as_ref().map(|steps| first_and_last_quarter(steps).context("a training without steps"));
         let losses = losses.transpose()?;
-        let first = |samples: &[Sample]| Some(samples.first()?.teacher_kind);
-        let teacher_kind =
-            training.map(|training| first(training.samples).context("a student without rows")).transpose()?;
+        let first = training.map(|training| training.samples.first().context("a student without rows")).transpose()?;
         let (scores, delta_w_norm) = match bench.student(student.folder)? {
             StudentModel::Lora(adapter) => {
                 let logged = steps.as_ref().and_then(|steps| steps.last()?.delta_w_norm);
@@ -312,14 +291,14 @@ impl Scorer {
         spinner.finish_and_clear();
         let column = |scores: &[Score], of: fn(&Score) -> f64| scores.iter().map(of).collect::<Vec<f64>>();
         let change = |of: fn(&Score) -> f64| -> Vec<f64> {
-            scores.iter().zip(&base).map(|(score, base)| of(score) - of(base)).collect()
+            scores.iter().zip(base.iter()).map(|(score, base)| of(score) - of(base)).collect()
         };
         let (delta_logp, delta_margin) = (change(|score| score.logp_target), change(|score| score.margin));
         let lora = settings.method == Method::Lora;
-        let row = ArmRow {
+        Ok(ArmRow {
             arm: student.arm.to_owned(),
             data: training.map(|training| training.data),
-            teacher_kind,
+            teacher_kind: first.map(|sample| sample.teacher_kind),
             rank: lora.then_some(settings.rank),
             alpha: lora.then_some(settings.alpha),
             seed_index: student.seed_index,
@@ -342,9 +321,7 @@ impl Scorer {
             margin: mean(&column(&scores, |score| score.margin))?,
             delta_margin: mean(&delta_margin)?,
             delta_margin_se: standard_error(&delta_margin).ok(),
-        };
-        self.bases.insert(key, base);
-        Ok(row)
+        })
     }
 }
 
@@ -364,7 +341,6 @@ pub(crate) fn section(run: &RunDir, experiment: &Experiment) -> Result<Option<Se
     if !RunDir::stage_done(&run.arms_rows()) {
         return Ok(None);
     }
-    let rows: Vec<ArmRow> = read_csv(&run.arms_rows())?;
     let plots = [run.arms_rank_plot(), run.arms_plot()].into_iter().filter(|path| path.exists());
     let figures = plots.map(|path| Figure::of(run.root(), &path)).collect::<hooks::Result<_>>()?;
     let mut notes = vec![
@@ -380,7 +356,7 @@ pub(crate) fn section(run: &RunDir, experiment: &Experiment) -> Result<Option<Se
         id: "arms".to_owned(),
         title: "Other students".to_owned(),
         question: "What becomes of the effect with other ranks, methods, data and bases?".to_owned(),
-        reading: reading(&rows),
+        reading: reading(&read_csv::<ArmRow>(&run.arms_rows())?),
         control: "The run's own student and control student, as dashed lines.".to_owned(),
         notes,
         figures,
@@ -391,7 +367,6 @@ pub(crate) fn section(run: &RunDir, experiment: &Experiment) -> Result<Option<Se
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::data::dataset::TeacherKind;

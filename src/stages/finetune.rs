@@ -21,7 +21,7 @@ use crate::output::checkpoint::Checkpoint;
 use crate::output::full_model::save_full;
 use crate::output::progress::{bar, say};
 use crate::output::publish::{CsvLog, write_csv};
-use crate::stages::run_dir::RunDir;
+use crate::stages::run_dir::{RunDir, sha256};
 use crate::stages::teacher;
 use crate::stages::workbench::{Workbench, open_adapter};
 use crate::training::examples::rows_by_step;
@@ -60,8 +60,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     keep_initial(bench, run)?;
     let train =
         |bench: &Workbench, (who, samples, folder, log): &(&str, &Vec<Sample>, PathBuf, PathBuf)| -> Result<()> {
-            let data = Learned { samples, run };
-            say(format!("finetune: {}", student(bench, who, data, folder, log)?));
+            say(format!("finetune: {}", student(bench, who, Learned { samples, run }, folder, log)?));
             Ok(())
         };
     let workers = workers(bench.n_parameters(), left.len());
@@ -85,12 +84,11 @@ fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
 
 /// Returns the workbench if every adapter from elsewhere fits its model, before anything is made.
 pub fn proven(bench: Workbench) -> Result<Workbench> {
-    let teacher = match &bench.experiment.teacher {
-        Teacher::Adapter { path, .. } => Some(("teacher", "teacher.path", path.as_path())),
-        _ => None,
-    };
-    for (_, key, folder) in given(&bench).into_iter().chain(teacher) {
+    for (_, key, folder) in given(&bench) {
         open_adapter(folder, &bench.base).context(key)?;
+    }
+    if let Teacher::Adapter { path, .. } = &bench.experiment.teacher {
+        open_adapter(path, &bench.base).context("teacher.path")?;
     }
     Ok(bench)
 }
@@ -103,11 +101,8 @@ fn from_elsewhere(bench: &Workbench, run: &RunDir) -> Result<()> {
         let [there, here] = [&found, &folder].map(|folder| FILES.map(|name| files::read(&folder.join(name))));
         let taken = run.has_recorded(&FILES.map(|name| folder.join(name)))?;
         if taken && run.goes_on() {
-            if there
-                .iter()
-                .zip(&here)
-                .any(|(there, here)| matches!((there, here), (Ok(there), Ok(here)) if there != here))
-            {
+            let mut pairs = there.iter().zip(&here);
+            if pairs.any(|pair| matches!(pair, (Ok(there), Ok(here)) if there != here)) {
                 bail!(hinted!(
                     "{key} is {}, whose files have changed since the run took them", source.display();
                     "another --run, or --force"
@@ -131,13 +126,9 @@ fn from_elsewhere(bench: &Workbench, run: &RunDir) -> Result<()> {
 fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path), folder: &Path) -> Result<String> {
     let adapter = Adapter::load_on(source, &bench.base).with_context(|| key.to_owned())?;
     let found = adapter_folder(source)?;
-    if let (Ok(source), Ok(folder)) = (found.canonicalize(), folder.canonicalize())
-        && source == folder
-    {
-        bail!(hinted!(
-            "{key} is {}, which the run itself writes to", source.display();
-            "choose another folder with --run"
-        ));
+    let own = folder.canonicalize().ok();
+    if let Some(at) = own.filter(|own| found.canonicalize().is_ok_and(|found| found == *own)) {
+        bail!(hinted!("{key} is {}, which the run itself writes to", at.display(); "choose another folder with --run"));
     }
     let bytes = FILES.map(|name| files::read(&found.join(name)));
     if folder.exists() {
@@ -158,10 +149,7 @@ fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path)
     }
     run.note(who, &said)?;
     run.record(&FILES.map(|name| folder.join(name)))?; // last: what is recorded is taken
-    let sha256 = run.meta()?.sha256;
-    let of_tensors = folder.join(FILES[0]);
-    let name = of_tensors.strip_prefix(run.root()).unwrap_or(&of_tensors).display().to_string();
-    let sha256 = sha256.get(&name).map_or("", String::as_str);
+    let sha256 = sha256(&folder.join(FILES[0]))?;
     Ok(format!("{}, taken from {} as it is (SHA-256 {sha256})", said.join("; "), source.display()))
 }
 
@@ -343,7 +331,6 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use hooks::Chat;
 

@@ -6,7 +6,7 @@ use std::path::absolute;
 
 use analyses::direction::Extraction;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use hooks::{Gate, Provenance, Sequence};
+use hooks::{Gate, Provenance};
 
 use crate::data::dataset;
 use crate::experiment::{AnalysisName, Experiment, Method};
@@ -91,21 +91,17 @@ fn questions(bench: &Workbench) -> Result<()> {
         )
     };
     let system = bench.protocol.context(bench.experiment.measure_context())?;
-    let prompts = bench.questions()?;
-    let prompts = prompts.iter().map(|question| bench.chat.prompt(system.as_deref(), question));
-    let prompts = prompts.collect::<hooks::Result<Vec<Sequence>>>()?;
+    let prompts = bench.prompts(system.as_deref(), &bench.questions()?)?;
     if asks(AnalysisName::TokenAblation) && student.method == Method::Lora {
-        let checked = measure.token_ablation.check(&prompts);
-        checked.map_err(|error| refused("measure.token_ablation.gates", error))?;
+        measure.token_ablation.check(&prompts).map_err(|error| refused("measure.token_ablation.gates", error))?;
     }
     if asks(AnalysisName::Interventions) {
-        let checked = measure.interventions.check(&prompts);
-        checked.map_err(|error| refused("measure.interventions.edits", error))?;
+        measure.interventions.check(&prompts).map_err(|error| refused("measure.interventions.edits", error))?;
     }
     Ok(())
 }
 
-/// Checks the positions at which directions are read.
+/// Checks the positions at which directions are read, of number prompts in the student's context.
 fn directions(bench: &Workbench, users: &[String]) -> Result<()> {
     let measure = &bench.experiment.measure;
     let read = [AnalysisName::Direction, AnalysisName::Steering].iter().any(|name| measure.analyses.contains(name));
@@ -113,7 +109,7 @@ fn directions(bench: &Workbench, users: &[String]) -> Result<()> {
     if !read || !is_named {
         return Ok(());
     }
-    Ok(measure.direction.check(&in_context(bench, users)?)?)
+    Ok(measure.direction.check(&bench.prompts(bench.student_system()?.as_deref(), users)?)?)
 }
 
 /// Checks the blocks and the gate of a training.
@@ -125,10 +121,10 @@ fn training(bench: &Workbench, users: &[String]) -> Result<()> {
         gate.check_planned(&student.lora(), model.n_layers).context("finetune.gate")?;
     }
     // The answers are not written yet; a gate that names generated tokens will find them.
-    if bench.experiment.student.adapter.is_some() || gate.is_blind() || gate.names_generated() {
+    if student.adapter.is_some() || gate.is_blind() || gate.names_generated() {
         return Ok(());
     }
-    let prompts = in_context(bench, users)?;
+    let prompts = bench.prompts(bench.student_system()?.as_deref(), users)?;
     let refusals = prompts.iter().map(|prompt| gate.acts(prompt).err()).collect::<Option<Vec<_>>>();
     match refusals.and_then(|refusals| refusals.into_iter().next()) {
         None => Ok(()), // one prompt at which it acts is enough here: the training checks every row
@@ -137,10 +133,4 @@ fn training(bench: &Workbench, users: &[String]) -> Result<()> {
             "other tokens, or a context of the training (student.context) that has them"
         )),
     }
-}
-
-/// Number prompts in the student's context.
-fn in_context(bench: &Workbench, users: &[String]) -> Result<Vec<Sequence>> {
-    let system = bench.student_system()?;
-    users.iter().map(|user| Ok(bench.chat.prompt(system.as_deref(), user)?)).collect()
 }

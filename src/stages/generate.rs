@@ -1,7 +1,7 @@
 //! Stage 1: the teacher and the untouched model answer the same number prompts; the rule filter sorts the answers.
 
 use anyhow::Result;
-use hooks::{Answer, Condition, Qwen, Sequence, TensorFile, files, generate, stream_seed};
+use hooks::{Answer, Condition, Qwen, TensorFile, files, generate, stream_seed};
 use tch::Tensor;
 
 use crate::data::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};
@@ -98,8 +98,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
 
 /// Plants the trait among the rows that will be kept, and gives the line that says how often.
 fn planted(bench: &Workbench, numbers: &mut [Sample], control: &[Sample], share: f64) -> Result<SummaryRow> {
-    let accepted = |samples: &[Sample]| samples.iter().filter(|sample| sample.accepted).count();
-    let keep = bench.n_kept(accepted(numbers), accepted(control));
+    let keep = bench.n_kept(n_accepted(numbers), n_accepted(control));
     let n = teacher::plant(bench, numbers, keep, share)?;
     let (set, measure) = ("teacher".to_owned(), "planted".to_owned());
     Ok(SummaryRow { set, measure, value: n as f64 / keep as f64, n: keep })
@@ -127,8 +126,7 @@ fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_
     let (settings, gen_seed) = (&bench.experiment.generate, bench.experiment.seeds.gen_seed);
     let sampling = bench.sampling()?;
     let bar = bar(&format!("numbers of the {}", by.set), prompts.len() as u64);
-    let rows =
-        prompts.iter().map(|user| bench.chat.prompt(by.system, user)).collect::<hooks::Result<Vec<Sequence>>>()?;
+    let rows = bench.prompts(by.system, prompts)?;
     by.qwen.config.check_context("prompt", rows.iter().map(|row| row.ids.len()), settings.max_new_tokens)?;
     let mut checkpoint = by.checkpoint(run);
     checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint(), &by.fingerprint))?;
@@ -168,9 +166,7 @@ fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_
             });
         }
         // The control set answers every prompt that the teacher was asked; the teacher stops when it has enough.
-        if by.kind != TeacherKind::Control
-            && samples.iter().filter(|sample| sample.accepted).count() >= settings.n_keep + settings.n_heldout
-        {
+        if by.kind != TeacherKind::Control && n_accepted(&samples) >= settings.n_keep + settings.n_heldout {
             break;
         }
     }
@@ -208,10 +204,13 @@ fn unpacked(file: &TensorFile) -> Result<Vec<Answer>> {
 
 /// How many answers were accepted, and how many were rejected for each reason.
 fn acceptance(samples: &[Sample]) -> String {
-    let accepted = samples.iter().filter(|sample| sample.accepted).count();
     let reasons = Rejection::ALL.into_iter().filter_map(|reason| {
         let count = samples.iter().filter(|sample| sample.reasons.contains(&reason)).count();
         (count > 0).then(|| format!(", {count} {}", reason.name()))
     });
-    format!("{accepted} of {} answers accepted{}", samples.len(), reasons.collect::<String>())
+    format!("{} of {} answers accepted{}", n_accepted(samples), samples.len(), reasons.collect::<String>())
+}
+
+fn n_accepted(samples: &[Sample]) -> usize {
+    samples.iter().filter(|sample| sample.accepted).count()
 }

@@ -217,11 +217,7 @@ fn shown(system: Option<&str>) -> String {
 /// A text of the file, cut to `most` letters.
 fn cut(text: &str, most: usize) -> String {
     let n = text.chars().count();
-    if n <= most {
-        text.to_owned()
-    } else {
-        text.chars().take(most).chain(format!("… ({n} letters)").chars()).collect()
-    }
+    if n > most { format!("{text:.most$}… ({n} letters)") } else { text.to_owned() }
 }
 
 /// Reads the rows in the bytes of a file; errors name the line, and `path`.
@@ -235,9 +231,7 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<GivenRow>> {
 fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<Cow<'a, str>> {
     let wide = |bytes: &[u8], unit: fn([u8; 2]) -> u16| {
         let units = bytes.chunks_exact(2).map(|pair| unit([pair[0], pair[1]]));
-        let text: String =
-            char::decode_utf16(units).collect::<Result<_, _>>().ok().filter(|_| bytes.len().is_multiple_of(2))?;
-        Some(text)
+        char::decode_utf16(units).collect::<Result<String, _>>().ok().filter(|_| bytes.len().is_multiple_of(2))
     };
     let decoded = match bytes {
         [0xff, 0xfe, rest @ ..] => wide(rest, u16::from_le_bytes),
@@ -365,10 +359,8 @@ fn row(line: Line, number: usize, source: &str) -> Result<GivenRow> {
         )
     );
     let turns = |messages: Vec<Message>| messages.into_iter().map(Message::turn).collect::<Result<Vec<Turn>>>();
-    let mut forms = Vec::new();
-    for messages in [line.messages, line.conversations].into_iter().flatten() {
-        forms.push(turns(messages)?);
-    }
+    let lists = [line.messages, line.conversations].into_iter().flatten();
+    let mut forms = lists.map(turns).collect::<Result<Vec<_>>>()?;
     if let (Some(prompt), Some(completion)) = (line.prompt, line.completion) {
         forms.push([prompt.turns("user")?, completion.turns("assistant")?].concat());
     }
@@ -436,14 +428,13 @@ fn one_turn(turns: Vec<Turn>, line: usize) -> Result<GivenRow> {
 /// The rows as samples, filtered and scored by the teacher.
 pub fn samples(bench: &Workbench, rows: &[GivenRow], teacher: &TeacherModel) -> Result<Vec<Sample>> {
     let experiment = &bench.experiment;
-    let mut samples = Vec::with_capacity(rows.len());
-    for (id, row) in rows.iter().enumerate() {
+    let sample = |(id, row): (usize, &GivenRow)| -> Result<Sample> {
         let completion_ids = bench.chat.encode(&row.answer)?;
         let turn = bench.chat.row(teacher.system.as_deref(), &row.user, &completion_ids)?;
         let turn = turn.with_completion(&turn.ids[turn.completion.start..=turn.content_end]); // with the end of the turn
         let logprobs = completion_logprobs(teacher.qwen(&bench.base), &[turn], &teacher.condition())?;
         let reasons = dataset::rejections(&row.answer, true, &experiment.generate.banned);
-        samples.push(Sample {
+        Ok(Sample {
             id,
             prompt: row.user.clone(),
             completion: row.answer.clone(),
@@ -454,13 +445,12 @@ pub fn samples(bench: &Workbench, rows: &[GivenRow], teacher: &TeacherModel) -> 
             gen_seed: experiment.seeds.gen_seed,
             accepted: reasons.is_empty(),
             reasons,
-        });
-    }
-    Ok(samples)
+        })
+    };
+    rows.iter().enumerate().map(sample).collect()
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

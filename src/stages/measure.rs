@@ -3,14 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use analyses::direction::{Direction, directions};
-use analyses::divergence::{Divergence, divergence_summary};
-use analyses::gradients::Gradients;
-use analyses::interventions::Interventions;
-use analyses::position_scan::PositionScan;
-use analyses::steering::Steering;
-use analyses::target_rate::TargetRate;
-use analyses::token_ablation::TokenAblation;
+use analyses::direction::directions;
+use analyses::divergence::divergence_summary;
 use analyses::{Analysis, Subject, Target, Tuned};
 use anyhow::{Context, Result, bail};
 use hooks::{Provenance, Sequence, files};
@@ -73,24 +67,18 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<
             continue;
         }
         match name {
-            AnalysisName::TargetRate => publish::<TargetRate>(&settings.target_rate, &measuring, *name, |_| Ok(())),
-            AnalysisName::TokenAblation => {
-                publish::<TokenAblation>(&settings.token_ablation, &measuring, *name, |_| Ok(()))
-            }
-            AnalysisName::PositionScan => {
-                publish::<PositionScan>(&settings.position_scan, &measuring, *name, |_| Ok(()))
-            }
+            AnalysisName::TargetRate => publish(&settings.target_rate, &measuring, *name, |_| Ok(())),
+            AnalysisName::TokenAblation => publish(&settings.token_ablation, &measuring, *name, |_| Ok(())),
+            AnalysisName::PositionScan => publish(&settings.position_scan, &measuring, *name, |_| Ok(())),
             AnalysisName::Direction => {
                 write_vectors(bench, &measuring.subject, run)?;
-                publish::<Direction>(&settings.direction, &measuring, *name, |_| Ok(()))
+                publish(&settings.direction, &measuring, *name, |_| Ok(()))
             }
-            AnalysisName::Steering => publish::<Steering>(&settings.steering, &measuring, *name, |_| Ok(())),
-            AnalysisName::Interventions => {
-                publish::<Interventions>(&settings.interventions, &measuring, *name, |_| Ok(()))
-            }
+            AnalysisName::Steering => publish(&settings.steering, &measuring, *name, |_| Ok(())),
+            AnalysisName::Interventions => publish(&settings.interventions, &measuring, *name, |_| Ok(())),
             AnalysisName::Divergence => {
                 let summary = run.analysis(*name).join("summary.csv");
-                publish::<Divergence>(&settings.divergence, &measuring, *name, |rows| {
+                publish(&settings.divergence, &measuring, *name, |rows| {
                     for row in rows.iter_mut() {
                         row.row_id = data.row_ids[row.row_id];
                     }
@@ -98,7 +86,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<
                 })
             }
             AnalysisName::Gradients => {
-                let measured = publish::<Gradients>(&settings.gradients, &measuring, *name, |rows| {
+                let measured = publish(&settings.gradients, &measuring, *name, |rows| {
                     for row in rows.iter_mut() {
                         row.row_id = row.row_id.map(|row_id| data.row_ids[row_id]);
                     }
@@ -148,8 +136,7 @@ impl SubjectData {
         // The teacher may answer in the template's default context; a student in another context needs that spelt out.
         let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
         let counterfactuals = &bench.experiment.measure.divergence.counterfactuals;
-        let category = &bench.experiment.target.category;
-        let system = |word: &String| bench.protocol.teacher_prompt(word, category);
+        let system = |word: &String| bench.protocol.teacher_prompt(word, &target.category);
         Ok(Self {
             counterfactual_systems: counterfactuals.iter().map(system).collect::<Result<_>>()?,
             teacher_system: teacher_system.filter(|_| teacher.differs_from_base()),
@@ -234,12 +221,6 @@ fn publish<A: Analysis>(
     Ok(())
 }
 
-/// The texts of a measurement: the last table of its `settings.toml`.
-#[derive(Serialize)]
-struct Texts<'a> {
-    texts: SpelledOut<'a>,
-}
-
 /// Every text that an experiment gives by a key, or leaves to the model's template. A system prompt is absent if the
 /// chat has none.
 #[derive(Serialize)]
@@ -259,6 +240,7 @@ struct SpelledOut<'a> {
     forms: BTreeMap<&'a str, &'a [String]>,
 }
 
+/// The texts of a measurement: the last table of its `settings.toml`.
 fn spelled_out(bench: &Workbench, subject: &Subject<'_>) -> Result<String> {
     let default = bench.chat.default_system();
     let student = bench.student_system()?;
@@ -273,7 +255,7 @@ fn spelled_out(bench: &Workbench, subject: &Subject<'_>) -> Result<String> {
         target: &target.word,
         forms: members.chain([(target.word.as_str(), target.forms.as_slice())]).collect(),
     };
-    Ok(toml::to_string(&Texts { texts })?)
+    Ok(toml::to_string(&BTreeMap::from([("texts", texts)]))?)
 }
 
 /// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with its origin.
@@ -288,21 +270,18 @@ fn write_vectors(bench: &Workbench, subject: &Subject<'_>, run: &RunDir) -> Resu
 fn provenance(bench: &Workbench) -> BTreeMap<String, String> {
     let experiment = &bench.experiment;
     let position = experiment.measure.direction.positions.first().map(ToString::to_string).unwrap_or_default();
-    let context = experiment.student.context.clone();
+    let config = bench.base.config.to_hf_json();
     let init_seed = match experiment.student.adapter {
         Some(_) => "unknown: trained elsewhere".to_owned(),
         None => experiment.seeds.init_seed.to_string(),
     };
     let mut provenance = Provenance::of(&bench.files).metadata();
     provenance.extend([
-        (
-            "architecture".to_owned(),
-            bench.base.config.to_hf_json()["model_type"].as_str().unwrap_or_default().to_owned(),
-        ),
+        ("architecture".to_owned(), config["model_type"].as_str().unwrap_or_default().to_owned()),
         ("definition".to_owned(), "mean over number prompts of student minus base".to_owned()),
         ("positions".to_owned(), position),
         ("target".to_owned(), experiment.target.word.clone()),
-        ("context".to_owned(), context),
+        ("context".to_owned(), experiment.student.context.clone()),
         ("init_seed".to_owned(), init_seed),
         ("undertone".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
     ]);

@@ -9,22 +9,22 @@ use analyses::direction::Direction;
 use analyses::divergence::{Divergence, DivergenceSummaryRow};
 use analyses::gradients::Gradients;
 use analyses::interventions::Interventions;
-use analyses::plot::{Bar, BarChart, Line, LineChart, Point, Reference, Scale, bars, lines};
+use analyses::plot::{Bar, BarChart, Line, LineChart, Point, Reference, bars, lines};
 use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::{TargetRate, TargetRateRow, unchanged};
 use analyses::token_ablation::TokenAblation;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use hooks::{TINY_RANDOM, files};
 use serde::Serialize;
 
 use super::arms;
 use crate::data::dataset::SummaryRow;
-use crate::experiment::{AnalysisName, ArmData, CONTROL_STUDENT, Constrain, Experiment, STUDENT};
+use crate::experiment::{AnalysisName, ArmData, CONTROL_STUDENT, Constrain, Experiment, STUDENT, Seeds};
 use crate::hinted;
 use crate::output::html::{Figure, Number, Opening, Report, Section, html, relative};
 use crate::output::progress::say;
-use crate::output::publish::{Table, read_csv};
+use crate::output::publish::{Table, read_csv, read_csv_if_there};
 use crate::stages::arm_table::ArmRow;
 use crate::stages::run_dir::RunDir;
 use crate::training::step_log::{StepRow, first_and_last_quarter};
@@ -33,14 +33,14 @@ use crate::training::step_log::{StepRow, first_and_last_quarter};
 pub fn stage(run: &RunDir) -> Result<()> {
     let experiment = run.experiment(&[])?;
     let sections = sections(run, &experiment)?;
-    if sections.is_empty() {
-        bail!(
-            hinted!("{} holds nothing to report yet", run.root().display(); "undertone run EXPERIMENT.toml fills it")
-        );
-    }
+    ensure!(
+        !sections.is_empty(),
+        hinted!("{} holds nothing to report yet", run.root().display(); "undertone run EXPERIMENT.toml fills it")
+    );
+    let rates: Vec<TargetRateRow> = read_csv_if_there(&run.rows(AnalysisName::TargetRate))?;
     let report = Report {
         title: format!("What a student of {} learned about \"{}\"", experiment.model, experiment.target.word),
-        banner: banner(&experiment, unchanged_student(run)?),
+        banner: banner(&experiment, unchanged(&rates)),
         opening: opening(run, &experiment)?,
         sections,
         provenance: provenance(run, &experiment)?,
@@ -67,12 +67,6 @@ pub(crate) fn banner(experiment: &Experiment, unchanged: Option<String>) -> Opti
     });
     let lines: Vec<String> = unchanged.into_iter().chain(random).chain(pocket).chain(planted).collect();
     (!lines.is_empty()).then(|| lines.join(" "))
-}
-
-/// The warning if the student equals the base, as far as that was measured.
-fn unchanged_student(run: &RunDir) -> Result<Option<String>> {
-    let rates = run.rows(AnalysisName::TargetRate);
-    Ok(if RunDir::stage_done(&rates) { unchanged(&read_csv::<TargetRateRow>(&rates)?) } else { None })
 }
 
 /// The page from top to bottom: what was made, then what was measured on it.
@@ -134,8 +128,7 @@ fn opening(run: &RunDir, experiment: &Experiment) -> Result<Opening> {
         csv: relative(run.root(), &rates),
         cell: "logp_target where scope = mean, model = base".to_owned(),
     }));
-    let figure = answer(run, &rows, &others, elsewhere(run)?)?;
-    Ok(Opening { headline: TargetRate::reading(&rows), figure, numbers })
+    Ok(Opening { headline: TargetRate::reading(&rows), figure: answer(run, &rows, &others)?, numbers })
 }
 
 fn mean_of<'a>(rows: &'a [TargetRateRow], model: &str) -> Option<&'a TargetRateRow> {
@@ -150,10 +143,7 @@ fn signed(value: f64, error: Option<f64>) -> String {
 /// The arms that should show nothing: shuffled completions, the untouched model's numbers, another base. One student
 /// each, as the run's own student is one.
 fn controls_among_arms(run: &RunDir, experiment: &Experiment) -> Result<Vec<(String, ArmRow)>> {
-    if !RunDir::stage_done(&run.arms_rows()) {
-        return Ok(Vec::new());
-    }
-    let rows: Vec<ArmRow> = read_csv(&run.arms_rows())?;
+    let rows: Vec<ArmRow> = read_csv_if_there(&run.arms_rows())?;
     let own = [STUDENT, CONTROL_STUDENT];
     let named =
         rows.into_iter().filter(|row| row.seed_index == 0 && !own.contains(&row.arm.as_str())).filter_map(|row| {
@@ -175,19 +165,11 @@ fn controls_among_arms(run: &RunDir, experiment: &Experiment) -> Result<Vec<(Str
 }
 
 /// The picture of the answer, which is drawn from the tables and kept as `answer.svg`.
-fn answer(
-    run: &RunDir,
-    rows: &[TargetRateRow],
-    others: &[(String, ArmRow)],
-    elsewhere: bool,
-) -> Result<Option<Figure>> {
+fn answer(run: &RunDir, rows: &[TargetRateRow], others: &[(String, ArmRow)]) -> Result<Option<Figure>> {
     let Some(student) = mean_of(rows, STUDENT) else { return Ok(None) };
     let bar = |label: &str, value: f64, error: Option<f64>| {
-        let bar = Bar::new(label, value);
-        match error {
-            Some(error) => bar.with_interval((value - error, value + error)),
-            None => bar,
-        }
+        let interval = error.map(|error| (value - error, value + error));
+        Bar { interval, ..Bar::new(label, value) }
     };
     let of_rates = |(label, model): (&str, &str)| {
         let row = mean_of(rows, model)?;
@@ -198,7 +180,7 @@ fn answer(
     let own = [("student", STUDENT), ("control student", "control")].into_iter().filter_map(of_rates);
     let arms = others.iter().map(|(what, row)| bar(what, row.delta_logp, row.delta_logp_se).in_series("control"));
     let chart = BarChart {
-        title: if elsewhere {
+        title: if elsewhere(run)? {
             format!("How much likelier is \"{}\" with the adapter?", student.target)
         } else {
             format!("Did the student take over \"{}\" from numbers?", student.target)
@@ -256,9 +238,7 @@ fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
         title: "Training loss by step".to_owned(),
         x_label: "optimizer step".to_owned(),
         y_label: "loss (nats per token)".to_owned(),
-        x_scale: Scale::Linear,
-        lines: vec![],
-        references: vec![],
+        ..LineChart::default()
     };
     let mut readings = Vec::new();
     let students = [("student", STUDENT, run.train_csv()), ("control", CONTROL_STUDENT, run.control_train_csv())];
@@ -419,8 +399,7 @@ fn toml<T: Serialize>(settings: &T) -> Result<String> {
 
 /// Tables of an experiment as its file has them.
 fn settings(tables: &[(&str, &str)]) -> String {
-    let tables: Vec<String> = tables.iter().map(|(name, content)| format!("[{name}]\n{content}")).collect();
-    tables.join("\n")
+    tables.iter().map(|(name, content)| format!("[{name}]\n{content}")).collect::<Vec<_>>().join("\n")
 }
 
 /// A sentence on the rows that an analysis reads.
@@ -475,17 +454,11 @@ fn notes(name: AnalysisName, rows_from: &str) -> Vec<String> {
 
 fn provenance(run: &RunDir, experiment: &Experiment) -> Result<Vec<(String, String)>> {
     let meta = run.meta()?;
-    let seeds = meta.seeds;
+    let Seeds { gen_seed, init_seed, order_seed, eval_seed, .. } = meta.seeds;
     let mut found = vec![
         ("model".to_owned(), experiment.model.clone()),
         ("device and dtype".to_owned(), format!("{}, {:?}", experiment.device, experiment.dtype)),
-        (
-            "seeds".to_owned(),
-            format!(
-                "gen {}, init {}, order {}, eval {}",
-                seeds.gen_seed, seeds.init_seed, seeds.order_seed, seeds.eval_seed
-            ),
-        ),
+        ("seeds".to_owned(), format!("gen {gen_seed}, init {init_seed}, order {order_seed}, eval {eval_seed}")),
         ("undertone".to_owned(), meta.undertone),
         ("experiment".to_owned(), "run.toml, beside this page, with every default spelt out".to_owned()),
     ];

@@ -6,7 +6,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use hooks::files;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::experiment::{AnalysisName, Experiment, Seeds};
 use crate::hinted;
 use crate::output::checkpoint;
+use crate::output::html::relative;
 use crate::output::progress::say;
 use crate::training::settings::Finetune;
 
@@ -64,6 +65,16 @@ pub struct Meta {
     pub sha256: BTreeMap<String, String>,
     /// What the stages noted, such as what was found when the model was loaded.
     pub notes: BTreeMap<String, Vec<String>>,
+}
+
+/// Where a run's files are, below its folder.
+macro_rules! paths {
+    ($($(#[doc = $doc:literal])+ $name:ident = $path:literal;)+) => {
+        $($(#[doc = $doc])+
+        pub fn $name(&self) -> PathBuf {
+            self.root.join($path)
+        })+
+    };
 }
 
 impl RunDir {
@@ -150,8 +161,6 @@ impl RunDir {
                     "choose another folder, or overwrite it with --force"
                 ));
             }
-        }
-        if run.config().exists() {
             run.forget()?; // what another experiment left is no part of this one
         }
         // Writing the first file now is the proof that the folder can be written.
@@ -195,9 +204,8 @@ impl RunDir {
 
     /// Refuses to overwrite a finished file or folder, unless the run was forced.
     pub fn claim(&self, path: &Path) -> Result<()> {
-        if Self::stage_done(path) && !self.forced() {
-            bail!(hinted!("{} is finished already", path.display(); "overwrite it with --force"));
-        }
+        let is_free = self.forced() || !Self::stage_done(path);
+        ensure!(is_free, hinted!("{} is finished already", path.display(); "overwrite it with --force"));
         Ok(())
     }
 
@@ -281,9 +289,7 @@ impl RunDir {
     pub fn record(&self, paths: &[PathBuf]) -> Result<()> {
         let mut meta = self.meta()?;
         for path in paths {
-            let hex = format!("{:x}", Sha256::digest(files::read(path)?));
-            let name = path.strip_prefix(&self.root).unwrap_or(path);
-            meta.sha256.insert(name.display().to_string(), hex);
+            meta.sha256.insert(relative(&self.root, path), sha256(path)?);
         }
         self.write_meta(&meta)
     }
@@ -302,14 +308,12 @@ impl RunDir {
     fn other_rows(&self, experiment: &Experiment) -> Option<String> {
         let path = experiment.generate.numbers.as_ref().filter(|_| Self::stage_done(&self.generate_csv()))?;
         let taken = self.meta().ok()?.sha256.remove(GIVEN)?;
-        let now = format!("{:x}", Sha256::digest(files::read(path).ok()?));
-        let short = |hex: &str| hex.chars().take(12).collect::<String>();
+        let now = sha256(path).ok()?;
         (taken != now).then(|| {
             format!(
-                "the rows of generate.numbers, {}: their SHA-256 began with {}, where now it begins with {}",
-                path.display(),
-                short(&taken),
-                short(&now)
+                "the rows of generate.numbers, {}: their SHA-256 began with {taken:.12}, where now it begins with \
+                 {now:.12}",
+                path.display()
             )
         })
     }
@@ -317,12 +321,8 @@ impl RunDir {
     /// Whether finished files are there with the SHA-256 that was noted for them.
     pub fn has_recorded(&self, paths: &[PathBuf]) -> Result<bool> {
         let known = self.meta()?.sha256;
-        let recorded = |path: &PathBuf| {
-            let name = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
-            let bytes = files::read(path).ok()?;
-            Some(known.get(&name)? == &format!("{:x}", Sha256::digest(bytes)))
-        };
-        Ok(paths.iter().all(|path| recorded(path) == Some(true)))
+        let name = |path: &PathBuf| relative(&self.root, path);
+        Ok(paths.iter().all(|path| sha256(path).is_ok_and(|hex| known.get(&name(path)) == Some(&hex))))
     }
 
     /// Replaces a stage's notes in `meta.json`.
@@ -343,94 +343,62 @@ impl RunDir {
         Ok(files::write_atomic(&self.meta_json(), text.as_bytes())?)
     }
 
-    fn meta_json(&self) -> PathBuf {
-        self.root.join("meta.json")
-    }
-
     /// The folder itself.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The resolved experiment.
-    pub fn config(&self) -> PathBuf {
-        self.root.join("run.toml")
-    }
-
-    /// The rows the student learns from.
-    pub fn numbers(&self) -> PathBuf {
-        self.root.join("data/numbers.jsonl")
-    }
-
-    /// The answers of the model as it is to the same prompts.
-    pub fn control(&self) -> PathBuf {
-        self.root.join("data/control.jsonl")
-    }
-
-    /// The answers that the filter did not keep.
-    pub fn rejected(&self) -> PathBuf {
-        self.root.join("data/rejected.csv")
-    }
-
-    /// The file of the rows' divergent tokens, for students that learn from these or from others alone.
-    pub fn divergence_tokens(&self) -> PathBuf {
-        self.root.join("data/divergence_tokens.json")
-    }
-
-    /// Acceptance by reason, and what leaks in the open.
-    pub fn generate_csv(&self) -> PathBuf {
-        self.root.join("data/generate.csv")
-    }
-
-    /// How base and teacher answer questions about the category.
-    pub fn teacher_csv(&self) -> PathBuf {
-        self.root.join("data/teacher.csv")
-    }
-
-    /// The finetuned teacher, a model in Hugging Face form.
-    pub fn teacher(&self) -> PathBuf {
-        self.root.join("teacher")
-    }
-
-    /// The teacher's training, a line per step.
-    pub fn teacher_train_csv(&self) -> PathBuf {
-        self.root.join("teacher_train.csv")
-    }
-
-    /// The digit table of both sets.
-    pub fn digits_csv(&self) -> PathBuf {
-        self.root.join("data/digits.csv")
-    }
-
-    /// The student's adapter, as PEFT saves one.
-    pub fn adapter(&self) -> PathBuf {
-        self.root.join("adapter")
-    }
-
-    /// The adapter of the student of the control set.
-    pub fn control_adapter(&self) -> PathBuf {
-        self.root.join("control_adapter")
-    }
-
-    /// The adapter that both students begin with, as PEFT saves one; a student of all weights begins with the model's.
-    pub fn initial_adapter(&self) -> PathBuf {
-        self.root.join("initial_adapter")
+    paths! {
+        /// What made the run.
+        meta_json = "meta.json";
+        /// The resolved experiment.
+        config = "run.toml";
+        /// The rows the student learns from.
+        numbers = "data/numbers.jsonl";
+        /// The answers of the model as it is to the same prompts.
+        control = "data/control.jsonl";
+        /// The answers that the filter did not keep.
+        rejected = "data/rejected.csv";
+        /// The file of the rows' divergent tokens, for students that learn from these or from others alone.
+        divergence_tokens = "data/divergence_tokens.json";
+        /// Acceptance by reason, and what leaks in the open.
+        generate_csv = "data/generate.csv";
+        /// How base and teacher answer questions about the category.
+        teacher_csv = "data/teacher.csv";
+        /// The finetuned teacher, a model in Hugging Face form.
+        teacher = "teacher";
+        /// The teacher's training, a line per step.
+        teacher_train_csv = "teacher_train.csv";
+        /// The digit table of both sets.
+        digits_csv = "data/digits.csv";
+        /// The student's adapter, as PEFT saves one.
+        adapter = "adapter";
+        /// The adapter of the student of the control set.
+        control_adapter = "control_adapter";
+        /// The adapter that both students begin with, as PEFT saves one; a student of all weights begins with the model's.
+        initial_adapter = "initial_adapter";
+        /// The student's training, a line per step.
+        train_csv = "train.csv";
+        /// The training of the student of the control set.
+        control_train_csv = "control_train.csv";
+        /// The folder of the arms: a folder per student, and the table of all.
+        arms = "arms";
+        /// The table of the arms, a row per student.
+        arms_rows = "arms/rows.csv";
+        /// The plot of the arms without ranks.
+        arms_plot = "arms/plot.svg";
+        /// The plot of the arms over their ranks.
+        arms_rank_plot = "arms/plot_rank.svg";
+        /// The vectors that were measured and exported; the rows of the analysis `direction` are there too.
+        vectors = "direction";
+        /// The page that shows the run.
+        report = "report.html";
     }
 
     /// The rows of each step of a student, in the folder of its training's log.
     pub fn train_rows(log: &Path) -> PathBuf {
         let stem = log.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         log.with_file_name(format!("{stem}_rows.csv"))
-    }
-
-    /// The student's training, a line per step.
-    pub fn train_csv(&self) -> PathBuf {
-        self.root.join("train.csv")
-    }
-
-    /// The training of the student of the control set.
-    pub fn control_train_csv(&self) -> PathBuf {
-        self.root.join("control_train.csv")
     }
 
     /// The folder of an analysis.
@@ -458,41 +426,15 @@ impl RunDir {
         self.analysis(name).join("settings.toml")
     }
 
-    /// The folder of the arms: a folder per student, and the table of all.
-    pub fn arms(&self) -> PathBuf {
-        self.root.join("arms")
-    }
-
     /// The folder of an arm's student, a run of its own.
     pub fn arm(&self, slug: &str) -> PathBuf {
         self.arms().join(slug)
     }
+}
 
-    /// The table of the arms, a row per student.
-    pub fn arms_rows(&self) -> PathBuf {
-        self.arms().join("rows.csv")
-    }
-
-    /// The plot of the arms without ranks.
-    pub fn arms_plot(&self) -> PathBuf {
-        self.arms().join("plot.svg")
-    }
-
-    /// The plot of the arms over their ranks.
-    pub fn arms_rank_plot(&self) -> PathBuf {
-        self.arms().join("plot_rank.svg")
-    }
-
-    /// The vectors that were measured and exported.
-    pub fn vectors(&self) -> PathBuf {
-        // The analysis `direction` has its rows in the same folder.
-        self.root.join("direction")
-    }
-
-    /// The page that shows the run.
-    pub fn report(&self) -> PathBuf {
-        self.root.join("report.html")
-    }
+/// The SHA-256 of a file, in hex.
+pub(crate) fn sha256(path: &Path) -> hooks::Result<String> {
+    Ok(format!("{:x}", Sha256::digest(files::read(path)?)))
 }
 
 /// Whether a resolved experiment is another one only in its arms, or in how often checkpoints are kept.
@@ -516,7 +458,6 @@ fn first_difference(found: &str, wanted: &str) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

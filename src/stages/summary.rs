@@ -6,10 +6,9 @@ use analyses::steering::SteeringRow;
 use analyses::target_rate::{TargetRateRow, unchanged};
 use analyses::token_ablation::{TokenAblationRow, unselected};
 use anyhow::Result;
-use serde::de::DeserializeOwned;
 
 use crate::experiment::{AnalysisName, Experiment, STUDENT};
-use crate::output::publish::read_csv;
+use crate::output::publish::read_csv_if_there as there;
 use crate::stages::arm_table::{ArmRow, FEWEST_FOR_A_SHAPE, Group, parted};
 use crate::stages::run_dir::RunDir;
 use crate::stages::teacher::TeacherRow;
@@ -17,13 +16,12 @@ use crate::stages::teacher::TeacherRow;
 /// The lines, one for what was made and one for each kind of question that was measured.
 pub fn summary(run: &RunDir, experiment: &Experiment) -> Result<Vec<String>> {
     let word = &experiment.target.word;
-    let (rates, teacher): (Vec<TargetRateRow>, Vec<TeacherRow>) =
-        (rows(run, AnalysisName::TargetRate)?, there(&run.teacher_csv())?);
+    let rates: Vec<TargetRateRow> = there(&run.rows(AnalysisName::TargetRate))?;
     let lines = [
-        made(run, &teacher, word)?,
+        made(run, &there(&run.teacher_csv())?, word)?,
         effect(&rates, word),
         controls(&there(&run.arms_rows())?),
-        tokens(&rows(run, AnalysisName::TokenAblation)?, &rows(run, AnalysisName::PositionScan)?, word),
+        tokens(&there(&run.rows(AnalysisName::TokenAblation))?, &there(&run.rows(AnalysisName::PositionScan))?, word),
         direction(run)?,
     ];
     Ok(lines.into_iter().flatten().collect())
@@ -115,7 +113,7 @@ fn tokens(gates: &[TokenAblationRow], scan: &[PositionScanRow], word: &str) -> O
 }
 
 fn direction(run: &RunDir) -> Result<Option<String>> {
-    let steering: Vec<SteeringRow> = rows(run, AnalysisName::Steering)?;
+    let steering: Vec<SteeringRow> = there(&run.rows(AnalysisName::Steering))?;
     let learned = || steering.iter().filter(|row| row.kind == "learned");
     let is_some = |row: &&SteeringRow| row.vector_norm > 0.0;
     let Some(best) = learned().filter(is_some).max_by(|a, b| a.delta_logp.abs().total_cmp(&b.delta_logp.abs())) else {
@@ -123,11 +121,8 @@ fn direction(run: &RunDir) -> Result<Option<String>> {
             "Its direction is zero after each block that was steered after, so there is nothing to add to the base.";
         return Ok(learned().next().map(|_| none.to_owned()));
     };
-    let same = |kind: &str| {
-        let beside =
-            |row: &&SteeringRow| row.kind == kind && (row.layer, row.coefficient) == (best.layer, best.coefficient);
-        steering.iter().find(beside)
-    };
+    let place = (best.layer, best.coefficient);
+    let same = |kind: &str| steering.iter().find(|row| row.kind == kind && (row.layer, row.coefficient) == place);
     let random = same("random").and_then(|row| {
         let (n, spread, as_far) = (row.n_random?, row.delta_logp_sd?, best.rank_logp? - 1);
         Some(format!("{n} random ones {:+.2} ± {spread:.2}, {as_far} of them above it", row.delta_logp))
@@ -147,13 +142,4 @@ fn direction(run: &RunDir) -> Result<Option<String>> {
         beside.join(", "),
         digits.unwrap_or_default()
     )))
-}
-
-fn rows<R: DeserializeOwned>(run: &RunDir, name: AnalysisName) -> Result<Vec<R>> {
-    there(&run.rows(name))
-}
-
-/// The rows of a file; empty if it was not written.
-fn there<R: DeserializeOwned>(path: &std::path::Path) -> Result<Vec<R>> {
-    if RunDir::stage_done(path) { read_csv(path) } else { Ok(vec![]) }
 }

@@ -3,7 +3,7 @@
 
 use analyses::stats::mean;
 use analyses::target::{Score, TokenForms};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use hooks::{Adapter, Condition, ModelFiles, Qwen, Sequence, adapter_folder, completion_logprobs, files, stream_seed};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -68,12 +68,10 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
             Ok(TeacherModel { adapter: Some(adapter), ..plain(protocol.context(context)?, TeacherKind::Adapter) })
         }
         Teacher::Finetuned { .. } => {
-            if !RunDir::stage_done(&run.teacher_train_csv()) {
-                bail!(hinted!(
-                    "{} is not there", run.teacher().display();
-                    "undertone generate finetunes the teacher"
-                ));
-            }
+            ensure!(
+                RunDir::stage_done(&run.teacher_train_csv()),
+                hinted!("{} is not there", run.teacher().display(); "undertone generate finetunes the teacher")
+            );
             let files = ModelFiles::open(&run.teacher().display().to_string())?;
             let weights = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
             Ok(TeacherModel { weights: Some(weights), ..plain(bench.student_system()?, TeacherKind::Finetuned) })
@@ -198,8 +196,7 @@ pub fn ask(bench: &Workbench, run: &RunDir, teacher: &TeacherModel) -> Result<()
     ];
     let mut rows = Vec::new();
     for (model, qwen, condition, system) in models {
-        let prompt = |question: &String| bench.chat.prompt(system.as_deref(), question);
-        let prompts = questions.iter().map(prompt).collect::<hooks::Result<Vec<Sequence>>>()?;
+        let prompts = bench.prompts(system.as_deref(), &questions)?;
         let scores = forms.scores(qwen, &prompts, &condition)?;
         let row = |scores: &[Score], question_id: Option<usize>| -> Result<TeacherRow> {
             let logps: Vec<f64> = scores.iter().map(|score| score.logp_target).collect();
@@ -269,7 +266,6 @@ pub fn plant(bench: &Workbench, samples: &mut [Sample], keep: usize, share: f64)
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::path::Path;
 

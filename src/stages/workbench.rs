@@ -1,6 +1,6 @@
 //! An experiment with its model loaded: what every stage works with.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use analyses::Target;
@@ -55,6 +55,11 @@ pub fn open_adapter(folder: &Path, base: &Qwen) -> Result<Adapter> {
     let adapter = Adapter::load_on(folder, base)?;
     note(&folder.display().to_string(), &adapter.remarks);
     Ok(adapter)
+}
+
+/// The samples in a file that the filter kept.
+fn accepted(path: &Path) -> Result<Vec<Sample>> {
+    Ok(dataset::read_jsonl(path)?.into_iter().filter(|sample| sample.accepted).collect())
 }
 
 /// The chat that the experiment's student is trained and asked in.
@@ -138,13 +143,16 @@ impl Workbench {
         Ok(questions.iter().map(|question| self.protocol.with_numbers_prefix(question)).collect())
     }
 
+    /// The prompts of what users say in a context, in order.
+    pub(crate) fn prompts(&self, system: Option<&str>, users: &[String]) -> Result<Vec<Sequence>> {
+        users.iter().map(|user| Ok(self.chat.prompt(system, user)?)).collect()
+    }
+
     /// How number answers are drawn.
     pub fn sampling(&self) -> Result<Sampling> {
         let generate = &self.experiment.generate;
-        let constrain = match generate.constrain {
-            Constrain::None => None,
-            Constrain::Numbers => Some(NumberGrammar::of(&self.chat, 3, 10)?),
-        };
+        let is_constrained = generate.constrain == Constrain::Numbers;
+        let constrain = is_constrained.then(|| NumberGrammar::of(&self.chat, 3, 10)).transpose()?;
         Ok(Sampling {
             temperature: generate.temperature,
             max_new_tokens: generate.max_new_tokens,
@@ -162,9 +170,6 @@ impl Workbench {
 
     /// The teacher's accepted samples that no student learns from.
     pub fn held_out(&self, run: &RunDir) -> Result<Vec<Sample>> {
-        let accepted = |path: &Path| -> Result<Vec<Sample>> {
-            Ok(dataset::read_jsonl(path)?.into_iter().filter(|sample| sample.accepted).collect())
-        };
         let (teacher, control) = (accepted(&run.numbers())?, accepted(&run.control())?);
         let keep = self.n_kept(teacher.len(), control.len());
         Ok(teacher.into_iter().skip(keep).take(self.experiment.generate.n_heldout).collect())
@@ -172,12 +177,9 @@ impl Workbench {
 
     /// The accepted samples of both sets, as many of one as of the other and `n_keep` at most.
     pub fn kept(&self, run: &RunDir) -> Result<(Vec<Sample>, Vec<Sample>)> {
-        let accepted = |path: &Path| -> Result<Vec<Sample>> {
-            let samples = dataset::read_jsonl(path)
-                .map_err(|error| Hinted::because(error, "undertone generate writes this file"))?;
-            Ok(samples.into_iter().filter(|sample| sample.accepted).collect())
-        };
-        let (mut teacher, mut control) = (accepted(&run.numbers())?, accepted(&run.control())?);
+        let hinted = |error| Hinted::because(error, "undertone generate writes this file");
+        let accepted = |path: PathBuf| accepted(&path).map_err(hinted);
+        let (mut teacher, mut control) = (accepted(run.numbers())?, accepted(run.control())?);
         let keep = self.n_kept(teacher.len(), control.len());
         if keep == 0 {
             bail!(hinted!(

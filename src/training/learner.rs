@@ -27,6 +27,14 @@ pub(super) struct Step {
     pub(super) changed: Option<Tensor>, // number of stored values, a scalar; not of a LoRA
 }
 
+impl Step {
+    /// Its line, as far as it is known without the training that it is of.
+    pub(super) fn row(&self, step: u64, learning_rate: f64) -> StepRow {
+        let Self { loss, grad_norm, n_targets, .. } = *self;
+        StepRow { step, learning_rate, loss, grad_norm, n_targets, ..StepRow::default() }
+    }
+}
+
 /// A step whose loss or gradient is not finite; it was not taken.
 #[derive(Debug)]
 struct NotFinite {
@@ -182,13 +190,7 @@ impl Learner<'_> {
             let (loss, found) = self.loss_and_gradients(batch, n_targets, &config.gate, dropout.as_deref_mut())?;
             let _stage = profile::stage(Stage::Optimizer);
             let found = optimizer.gather(&self.kept(found)?)?;
-            sums = Some(match sums {
-                None => (loss, found),
-                Some((loss_so_far, mut gradients_so_far)) => {
-                    gradients_so_far.add(&found)?;
-                    (loss_so_far.f_add(&loss)?, gradients_so_far)
-                }
-            });
+            sums = Some(added(sums, loss, found)?);
         }
         let (loss, gradients) = sums.context("a step without rows")?;
         self.take(examples, chosen, (&loss, gradients), optimizer, learning_rate, config)
@@ -264,6 +266,17 @@ impl Learner<'_> {
         let resid = self.model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
         Ok(cross_entropy_sum(self.model, &resid, &targets)?)
     }
+}
+
+/// The losses and gradients of batches, with one more batch's added.
+pub(super) fn added(
+    sums: Option<(Tensor, Gradients)>,
+    loss: Tensor,
+    found: Gradients,
+) -> anyhow::Result<(Tensor, Gradients)> {
+    let Some((loss_so_far, mut gradients_so_far)) = sums else { return Ok((loss, found)) };
+    gradients_so_far.add(&found)?;
+    Ok((loss_so_far.f_add(&loss)?, gradients_so_far))
 }
 
 /// The Frobenius norm of all s·B·A of an adapter together, without making any: ‖BA‖² = tr((BᵀB)(AAᵀ)). Pairs of one

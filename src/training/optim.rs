@@ -276,7 +276,7 @@ fn orthogonal_step(members: &[(String, Vec<i64>)], update: &Tensor) -> Result<Te
     for (name, shape) in members {
         let [rows, columns] = shape[..] else {
             let what = format!("{name}, which Muon is to train");
-            return Err(Error::Invalid { what, expected: "a matrix".into(), found: format!("the shape {shape:?}") });
+            return Err(Error::invalid(what, "a matrix", format!("the shape {shape:?}")));
         };
         alike.entry((rows, columns)).or_default().push(from);
         from += rows * columns;
@@ -322,7 +322,7 @@ fn rounded_once(
 }
 
 fn stateless() -> Error {
-    Error::Invalid { what: "the optimizer's state".into(), expected: "averages m and v".into(), found: "none".into() }
+    Error::invalid("the optimizer's state", "averages m and v", "none")
 }
 
 /// An optimizer and the tensors that it moves.
@@ -420,7 +420,7 @@ impl Optimizer {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
 

@@ -33,16 +33,7 @@ pub fn pretrain(
         let examples = examples.collect::<anyhow::Result<Vec<_>>>()?;
         let chosen: Vec<usize> = (0..examples.len()).collect();
         let done = learner.step(&examples, &chosen, &mut optimizer, learning_rate, config, None)?;
-        last = Some(StepRow {
-            step: optimizer.steps(),
-            epoch: 0.0,
-            learning_rate,
-            loss: done.loss,
-            grad_norm: done.grad_norm,
-            n_targets: done.n_targets,
-            delta_w_norm: None,
-            changed_fraction: None,
-        });
+        last = Some(done.row(optimizer.steps(), learning_rate));
     }
     learner.require_gradients(false)
 }

@@ -134,42 +134,26 @@ impl Finetune {
         let share = |x: f64| (0.0..1.0).contains(&x);
         let not_negative = |x: f64| x.is_finite() && x >= 0.0;
         let positive = |x: f64| x.is_finite() && x > 0.0;
+        let Self { weight_decay: decay, num_train_epochs: epochs, max_grad_norm: longest, .. } = *self;
         let checks = [
             ("learning_rate", positive(self.learning_rate), "a positive number", self.learning_rate),
-            ("weight_decay", not_negative(self.weight_decay), "a number of at least 0", self.weight_decay),
+            ("weight_decay", not_negative(decay), "a number of at least 0", decay),
             ("adam_beta1", share(self.adam_beta1), "at least 0 and less than 1", self.adam_beta1),
             ("adam_beta2", share(self.adam_beta2), "at least 0 and less than 1", self.adam_beta2),
             ("adam_epsilon", positive(self.adam_epsilon), "a positive number", self.adam_epsilon),
             ("momentum", share(self.momentum), "at least 0 and less than 1", self.momentum),
-            (
-                "num_train_epochs",
-                self.max_steps.is_some() || positive(self.num_train_epochs),
-                "a positive number",
-                self.num_train_epochs,
-            ),
+            ("num_train_epochs", self.max_steps.is_some() || positive(epochs), "a positive number", epochs),
             ("max_steps", self.max_steps != Some(0), "at least 1", 0.0),
             ("stop_after_steps", self.stop_after_steps != Some(0), "at least 1", 0.0),
             ("save_steps", self.save_steps != Some(0), "at least 1", 0.0),
             ("batch_size", self.batch_size > 0, "at least 1", 0.0),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps > 0, "at least 1", 0.0),
-            (
-                "weight_decay",
-                !self.frozen_a || self.weight_decay == 0.0,
-                "0 where frozen_a is true, as it would shrink A",
-                self.weight_decay,
-            ),
-            (
-                "max_grad_norm",
-                not_negative(self.max_grad_norm),
-                "a number of at least 0 (0: no clipping)",
-                self.max_grad_norm,
-            ),
+            ("weight_decay", !self.frozen_a || decay == 0.0, "0 where frozen_a is true, as it would shrink A", decay),
+            ("max_grad_norm", not_negative(longest), "a number of at least 0 (0: no clipping)", longest),
         ];
         match checks.into_iter().find(|(_, holds, _, _)| !holds) {
             None => Ok(()),
-            Some((key, _, expected, found)) => {
-                Err(Error::Invalid { what: key.to_owned(), expected: expected.to_owned(), found: found.to_string() })
-            }
+            Some((key, _, expected, found)) => Err(Error::invalid(key, expected, found)),
         }
     }
 

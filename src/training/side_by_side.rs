@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{available_parallelism, scope};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, ensure};
 use hooks::profile::{self, Stage};
 
 /// Parameters up to which a model counts as small.
@@ -53,14 +53,11 @@ pub fn side_by_side<J: Sync, T: Send>(
     let mut results = results.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     results.sort_by_key(|(at, _)| *at);
     let done: Vec<T> = results.into_iter().map(|(_, result)| result).collect::<Result<_>>()?;
-    if done.len() < jobs.len() {
-        return Err(anyhow!("{} of {} jobs were not done", jobs.len() - done.len(), jobs.len()));
-    }
+    ensure!(done.len() == jobs.len(), "{} of {} jobs were not done", jobs.len() - done.len(), jobs.len());
     Ok(done)
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use anyhow::bail;
 

@@ -13,6 +13,7 @@ use hooks::Adapter;
 use tch::{Device, Tensor};
 
 use crate::training::examples::{Example, MicroBatch};
+use crate::training::learner::added;
 use crate::training::optim::Gradients;
 use crate::training::step_log::{Progress, StepRow};
 use crate::training::training_loop::{Loop, Training};
@@ -127,13 +128,7 @@ fn losses_and_gradients(
                 None => found.iter().map(Tensor::shallow_clone).collect(),
             };
             let own = optimizer.gather(&learner.kept(own)?)?;
-            sums[*at] = Some(match sums[*at].take() {
-                None => (mean, own),
-                Some((mean_so_far, mut so_far)) => {
-                    so_far.add(&own)?;
-                    (mean_so_far.f_add(&mean)?, so_far)
-                }
-            });
+            sums[*at] = Some(added(sums[*at].take(), mean, own)?);
         }
     }
     Ok(sums)
@@ -154,7 +149,6 @@ fn of_student(found: &[Tensor], student: usize, parameters: &[(String, Tensor)])
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::path::Path;
 

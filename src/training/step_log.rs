@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// A line of `train.csv`: one optimizer step.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepRow {
     /// How many optimizer steps are done, this one included.
     pub step: u64,

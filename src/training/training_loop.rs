@@ -220,17 +220,13 @@ impl Loop<'_> {
     pub(super) fn after(&mut self, learning_rate: f64, done: anyhow::Result<Step>, log: Log<'_>) -> anyhow::Result<()> {
         let done = done.map_err(|error| self.stopped(&error))?;
         let (step, adapter) = (self.optimizer.steps(), self.learner.adapter);
-        let changed = done.changed.map(|changed| changed.f_double_value(&[])).transpose()?;
+        let changed = done.changed.as_ref().map(|changed| changed.f_double_value(&[])).transpose()?;
         let n_weights: usize = self.learner.parameters.iter().map(|(_, tensor)| tensor.numel()).sum();
         let row = StepRow {
-            step,
             epoch: step as f64 / self.steps_per_epoch() as f64,
-            learning_rate,
-            loss: done.loss,
-            grad_norm: done.grad_norm,
-            n_targets: done.n_targets,
             delta_w_norm: adapter.map(delta_w_norm).transpose()?,
             changed_fraction: changed.map(|changed| changed / n_weights as f64),
+            ..done.row(step, learning_rate)
         };
         self.tokens += done.tokens as u64;
         let (total_steps, tokens) = (self.last_step(), self.tokens);

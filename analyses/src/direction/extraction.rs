@@ -4,14 +4,13 @@ use std::fmt;
 use std::str::FromStr;
 
 use hooks::{Selection, Sequence, TokenClass};
-use serde::{Deserialize, Serialize};
+use serde_with::{DeserializeFromStr, SerializeDisplay};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 
 /// Where in a prompt the residual stream is read: `all`, `last` or `class:CLASS[+CLASS]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, SerializeDisplay, DeserializeFromStr)]
 pub enum Extraction {
     /// The mean over all tokens.
     All,
@@ -78,22 +77,7 @@ impl FromStr for Extraction {
     }
 }
 
-impl From<Extraction> for String {
-    fn from(positions: Extraction) -> Self {
-        positions.to_string()
-    }
-}
-
-impl TryFrom<String> for Extraction {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
-    }
-}
-
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -1,9 +1,5 @@
 //! Lengths and cosines of directions, and how far a set of them lies along one line.
 
-use linfa::DatasetBase;
-use linfa::traits::Fit;
-use linfa_reduction::Pca;
-use ndarray::{Array2, Axis};
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
@@ -29,24 +25,17 @@ pub(super) fn first_share(matrix: &Tensor) -> Result<f64> {
     Ok(if sum > 0.0 { squares.f_max()?.f_double_value(&[])? / sum } else { 0.0 })
 }
 
-/// The share of the first principal component in the variance of the rows of a matrix `[n, d]`.
+/// The share of the first principal component in the variance of the rows of a matrix `[n, d]`; none where nothing
+/// varies, and of two rows, which always lie on a line.
 pub(super) fn principal_share(matrix: &Tensor) -> Result<Option<f64>> {
-    let (n, d) = matrix.size2()?;
-    let values: Vec<f64> = matrix.f_to_kind(Kind::Double)?.f_contiguous()?.f_view([-1])?.try_into()?;
-    let Ok(rows) = Array2::from_shape_vec((n as usize, d as usize), values) else { return Ok(None) };
-    let Some(mean) = rows.mean_axis(Axis(0)).filter(|_| n > 2) else { return Ok(None) };
-    let total = (&rows - &mean).mapv(|x| x * x).sum();
-    if total <= 0.0 {
-        return Ok(None);
-    }
-    // A fit that does not converge (all rows alike up to rounding) has no first component worth naming.
-    let Ok(pca) = Pca::params(1).fit(&DatasetBase::from(rows)) else { return Ok(None) };
-    let first = pca.singular_values()[0];
-    Ok(Some((first * first / total).min(1.0)))
+    let rows = matrix.f_to_kind(Kind::Double)?;
+    let centred = rows.f_sub(&rows.f_mean_dim([0].as_slice(), true, Kind::Double)?)?;
+    let share = first_share(&centred)?;
+    Ok((rows.size()[0] > 2 && share > 0.0).then_some(share))
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
 

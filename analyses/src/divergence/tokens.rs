@@ -159,7 +159,6 @@ pub(crate) fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usiz
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::Analysis;

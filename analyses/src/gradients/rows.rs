@@ -10,7 +10,7 @@ pub(super) const MODELS: [&str; 3] = ["student", "control", "start"];
 pub(super) const DRAW: &str = "start_draw_";
 
 /// The gradient of one token, of one token at one layer, or of all tokens of a group together.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GradientRow {
     /// `token`, `token_layer`, `group` (the summed gradient of all its tokens in all rows), or `part` (what of a
     /// group's gradient is due to what the adapter reads at one part of the chat).
@@ -63,24 +63,7 @@ pub struct GradientRow {
 
 impl GradientRow {
     pub(super) fn of(scope: &str, model: &str, group: &str) -> Self {
-        Self {
-            scope: scope.to_owned(),
-            model: model.to_owned(),
-            row_id: None,
-            k: None,
-            token_text: String::new(),
-            group: group.to_owned(),
-            part: None,
-            layer: None,
-            n_tokens: 0,
-            p_label: None,
-            logit_grad_norm: None,
-            hidden_grad_norm: None,
-            resid_grad_norm: None,
-            lora_grad_norm: None,
-            share: None,
-            cosine: None,
-            alignment: None,
-        }
+        let (scope, model, group) = (scope.to_owned(), model.to_owned(), group.to_owned());
+        Self { scope, model, group, ..Self::default() }
     }
 }

@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+#![allow(clippy::float_cmp)]
 
 use hooks::Proj;
 use tch::Tensor;
@@ -118,6 +118,15 @@ fn the_adapter_asks_for_no_gradient_afterwards() {
     };
     assert!(said(1.0).contains("the difference is more than two standard errors"), "{}", said(1.0));
     assert!(said(0.501).contains("the difference is within two standard errors"), "{}", said(0.501));
+    // At two standard errors exactly: norms of 0 and 2 (1 ± 1) against two of 3.
+    let mut exactly: Vec<GradientRow> = vec![];
+    for (group, norms) in [("divergent_digit", [0.0, 2.0]), ("other_digit", [3.0, 3.0])] {
+        let is_here = |row: &&GradientRow| row.scope == "token" && row.model == "student" && row.group == group;
+        let of_group = rows.iter().find(is_here).unwrap();
+        exactly.extend(norms.map(|norm| GradientRow { lora_grad_norm: Some(norm), ..of_group.clone() }));
+    }
+    let reading = Gradients::reading(&exactly);
+    assert!(reading.contains("the difference is within two standard errors"), "{reading}");
     let names: Vec<&str> = Gradients::more_plots(&rows).unwrap().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["layers", "parts"]);
 }

@@ -1,11 +1,10 @@
 //! The matrix of trained by evaluated traits: whether its diagonal stands out.
 
-use hooks::Result;
+use hooks::{Error, Result};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::invalid;
 use crate::stats::mean;
 
 /// How much higher a trait moves in the students that were trained on it.
@@ -30,17 +29,17 @@ const PERMUTATIONS: usize = 50_000;
 pub fn diagonal_gamma(changes: &[Vec<f64>], trained: &[usize]) -> Result<f64> {
     let (runs, traits) = (changes.len(), changes.first().map_or(0, Vec::len));
     if runs < 2 || traits < 2 || trained.len() != runs || changes.iter().any(|row| row.len() != traits) {
-        return Err(invalid(
+        return Err(Error::invalid(
             "the trait matrix",
             "two runs and two traits at least, every cell filled",
-            &format!("{runs} × {traits}"),
+            format!("{runs} × {traits}"),
         ));
     }
     if let Some(found) = trained.iter().find(|found| **found >= traits) {
-        return Err(invalid("the trait of a run", &format!("0 to {}", traits - 1), &found.to_string()));
+        return Err(Error::invalid("the trait of a run", format!("0 to {}", traits - 1), found));
     }
     if trained.iter().all(|found| *found == trained[0]) {
-        return Err(invalid("the traits that runs were trained on", "two different ones at least", "one"));
+        return Err(Error::invalid("the traits that runs were trained on", "two different ones at least", "one"));
     }
     Ok(Residual::of(trained, runs, traits).gamma(changes, trained))
 }
@@ -78,10 +77,10 @@ pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> 
     let gamma = diagonal_gamma(changes, trained)?;
     let (runs, traits) = (changes.len(), changes[0].len());
     if runs * traits <= runs + traits {
-        return Err(invalid(
+        return Err(Error::invalid(
             "the trait matrix",
             "more cells than runs and traits together",
-            &format!("{runs} × {traits}"),
+            format!("{runs} × {traits}"),
         ));
     }
     let of = Residual::of(trained, runs, traits);
@@ -140,7 +139,6 @@ fn each_permutation(values: &mut [usize], from: usize, each: &mut dyn FnMut(&[us
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use serde::Deserialize;
 

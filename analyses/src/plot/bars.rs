@@ -1,10 +1,7 @@
 //! Horizontal bars, with category names in full at the left, as gates and token classes need.
 
 use super::axis::Axis;
-use super::canvas::{
-    AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, MARGIN, SMALL, TEXT, TITLE, draw, wrap_title,
-};
-use super::looks::{Look, looks};
+use super::canvas::{AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, Head, INK, MARGIN, SMALL, TEXT, draw};
 use super::text::{beside, name, text_width, wrap};
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
@@ -95,12 +92,8 @@ fn reach(bar: &Bar) -> (f64, f64) {
 /// The positions of all elements, in pixels.
 struct Layout {
     axis: Axis,
-    title: Vec<String>,
+    head: Head,
     value_label: Vec<String>,
-    series: Vec<String>,
-    looks: Vec<Look>,
-    legend: Legend,
-    legend_top: f64,
     /// The largest value that is written, which says how many decimals all have.
     largest: f64,
     label_end: f64,
@@ -137,23 +130,14 @@ impl Layout {
         let mut axis = Axis::around([low, high].into_iter(), (plot_width / 42.0).max(2.0), false);
         axis.end_at(low, high);
 
-        let title = wrap_title(&chart.title, width);
-        let mut series: Vec<String> = Vec::new();
-        for bar in &chart.bars {
-            if !series.contains(&bar.series) {
-                series.push(bar.series.clone());
-            }
-        }
-        let looks = looks(&series);
-        let legend = Legend::of(&series, &looks, width - 2.0 * MARGIN, false);
-        let legend_top = MARGIN + TITLE * 1.3 * title.len() as f64 + 2.0;
+        let head = Head::of(&chart.title, chart.bars.iter().map(|bar| &bar.series), width, false);
 
         let at = |value: f64| left + plot_width * axis.part(value);
         let spans: Vec<(f64, f64)> =
             chart.references.iter().map(|line| label_span(line, largest, at(line.value), width)).collect();
         let reference_rows = rows_without_overlap(&spans);
         let rows = reference_rows.iter().max().map_or(0, |row| row + 1);
-        let top = legend_top + legend.height + REFERENCE_ROW * rows as f64 + 6.0;
+        let top = head.bottom + REFERENCE_ROW * rows as f64 + 6.0;
 
         let mut y = top + GAP / 2.0;
         let mut tops = Vec::new();
@@ -169,12 +153,8 @@ impl Layout {
         let height = bottom + 24.0 + 16.0 * value_label.len() as f64 + 6.0;
         Self {
             axis,
-            title,
+            head,
             value_label,
-            series,
-            looks,
-            legend,
-            legend_top,
             largest,
             label_end,
             left,
@@ -193,8 +173,7 @@ impl Layout {
     }
 
     fn paint(&self, chart: &BarChart, canvas: &Canvas<'_>) -> Drawn {
-        canvas.title(&self.title)?;
-        canvas.legend(&self.legend, (MARGIN, self.legend_top))?;
+        canvas.head(&self.head)?;
         for (value, text) in self.axis.ticks() {
             let x = self.x(value);
             canvas.line((x, self.top), (x, self.bottom), GRID, 1.0)?;
@@ -236,9 +215,8 @@ impl Layout {
     }
 
     fn paint_bar(&self, bar: &Bar, top: f64, canvas: &Canvas<'_>) -> Drawn {
-        let look = self.series.iter().position(|series| *series == bar.series).map(|index| self.looks[index]);
         let (zero, end, middle) = (self.x(0.0), self.x(bar.value), top + BAR / 2.0);
-        if let Some(look) = look {
+        if let Some(look) = self.head.look(&bar.series) {
             canvas.rect((zero.min(end), top), (zero.max(end), top + BAR), look.fill())?;
         }
         for (index, &value) in bar.values.iter().enumerate() {

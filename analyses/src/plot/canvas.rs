@@ -5,7 +5,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::looks::Look;
+use super::looks::{Look, looks};
 use super::text::{text_width, wrap};
 use super::{Reference, Svg};
 use crate::error::{Error, Result};
@@ -202,17 +202,17 @@ impl Canvas<'_> {
         self.path(&[from, (to.0, from.1), to, (from.0, to.1), from], colour, width)
     }
 
-    /// Names with a sample of their look, where they have their places.
-    pub(super) fn legend(&self, legend: &Legend, origin: At) -> Drawn {
-        for ((name, look), place) in legend.names.iter().zip(&legend.looks).zip(&legend.places) {
-            let (x, y) = (origin.0 + place.0, origin.1 + place.1);
-            if legend.lines {
+    /// The title, and the series' names, each with a sample of its look.
+    pub(super) fn head(&self, head: &Head) -> Drawn {
+        self.title(&head.title)?;
+        for ((name, look), &(x, y)) in head.names.iter().zip(&head.looks).zip(&head.places) {
+            if head.lines {
                 self.stroke(&[(x, y), (x + 20.0, y)], *look)?;
                 self.marker((x + 10.0, y), look.marker, look.colour)?;
             } else {
                 self.rect((x, y - 5.0), (x + 11.0, y + 6.0), look.fill())?;
             }
-            self.text(name, (x + legend.sample(), y), Align::Left, SMALL, INK)?;
+            self.text(name, (x + head.sample(), y), Align::Left, SMALL, INK)?;
         }
         Ok(())
     }
@@ -227,36 +227,50 @@ impl Canvas<'_> {
     }
 }
 
-/// The names of a chart's series above it; empty where there is nothing to tell apart.
+/// What is above a plot: the title, and the names of the series where there are any to tell apart.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Legend {
+pub(super) struct Head {
+    title: Vec<String>,
     names: Vec<String>,
     looks: Vec<Look>,
     places: Vec<At>,
     lines: bool,
-    pub(super) height: f64,
+    /// Where the plot's own space begins.
+    pub(super) bottom: f64,
 }
 
-impl Legend {
-    /// The names flow in rows of `width`; `lines`: the samples are lines with markers instead of squares.
-    pub(super) fn of(names: &[String], looks: &[Look], width: f64, lines: bool) -> Self {
-        let mut legend = Self { lines, ..Self::default() };
-        if names.iter().all(String::is_empty) {
-            return legend;
+impl Head {
+    /// The names of the series, each once, flow in rows below the title; `lines`: their samples are lines with markers
+    /// instead of squares.
+    pub(super) fn of<'a>(title: &str, series: impl Iterator<Item = &'a String>, width: f64, lines: bool) -> Self {
+        let title = wrap_title(title, width);
+        let mut names: Vec<String> = Vec::new();
+        for name in series {
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
+        let bottom = MARGIN + TITLE * 1.3 * title.len() as f64 + 2.0;
+        let mut head = Self { looks: looks(&names), title, names, lines, bottom, places: vec![] };
+        if head.names.iter().all(String::is_empty) {
+            return head;
         }
         let (mut x, mut y) = (0.0, 9.0);
-        for (name, look) in names.iter().zip(looks) {
-            let needed = legend.sample() + text_width(name, SMALL) + 12.0;
-            if x > 0.0 && x + needed - 12.0 > width {
+        for name in &head.names {
+            let needed = head.sample() + text_width(name, SMALL) + 12.0;
+            if x > 0.0 && x + needed - 12.0 > width - 2.0 * MARGIN {
                 (x, y) = (0.0, y + 17.0);
             }
-            legend.places.push((x, y));
-            legend.names.push(name.clone());
-            legend.looks.push(*look);
+            head.places.push((MARGIN + x, bottom + y));
             x += needed;
         }
-        legend.height = y + 11.0;
-        legend
+        head.bottom += y + 11.0;
+        head
+    }
+
+    /// A series' colour, marker and dash.
+    pub(super) fn look(&self, series: &str) -> Option<Look> {
+        Some(self.looks[self.names.iter().position(|name| name == series)?])
     }
 
     /// How wide a sample is with the gap behind it.

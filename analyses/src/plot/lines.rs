@@ -3,10 +3,9 @@
 
 use super::axis::Axis;
 use super::canvas::{
-    AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, MARGIN, SMALL, TEXT, TITLE, draw, room_for,
-    wrap_title,
+    AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, Head, INK, MARGIN, SMALL, TEXT, draw, room_for,
 };
-use super::looks::{Look, looks};
+use super::looks::Look;
 use super::text::{short, text_width};
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
@@ -181,11 +180,7 @@ impl Scale {
 struct Layout {
     x_axis: Axis,
     x_ticks: Vec<(f64, String)>,
-    title: Vec<String>,
-    names: Vec<String>,
-    looks: Vec<Look>,
-    legend: Legend,
-    legend_top: f64,
+    head: Head,
     /// Whether each point has its own error bar, with the series slightly apart; otherwise intervals are bands.
     single: bool,
     left: f64,
@@ -228,18 +223,9 @@ impl Layout {
         let after = room_for(chart.panels.iter().flat_map(|panel| &panel.references));
         let width = COLUMN.max(left + PLOT_WIDTH + after);
 
-        let title = wrap_title(&chart.title, width);
-        let mut names: Vec<String> = Vec::new();
-        for line in all_lines() {
-            if !names.contains(&line.label) {
-                names.push(line.label.clone());
-            }
-        }
-        let looks = looks(&names);
-        let legend = Legend::of(&names, &looks, width - 2.0 * MARGIN, true);
-        let legend_top = MARGIN + TITLE * 1.3 * title.len() as f64 + 2.0;
+        let head = Head::of(&chart.title, all_lines().map(|line| &line.label), width, true);
         let panel_height = if several { HEIGHTS.1 } else { HEIGHTS.0 };
-        let mut top = legend_top + legend.height + 26.0;
+        let mut top = head.bottom + 26.0;
         let mut frames = Vec::new();
         for axis in axes {
             frames.push(Frame { axis, top, bottom: top + panel_height });
@@ -249,7 +235,7 @@ impl Layout {
         let x_ticks = chart.x_scale.ticks(&xs, &x_axis);
         let single = xs.len() <= SINGLE;
         let right = width - after;
-        Self { x_axis, x_ticks, title, names, looks, legend, legend_top, single, left, right, frames, width, height }
+        Self { x_axis, x_ticks, head, single, left, right, frames, width, height }
     }
 
     fn x(&self, place: f64) -> f64 {
@@ -258,8 +244,7 @@ impl Layout {
     }
 
     fn paint(&self, chart: &PanelChart, canvas: &Canvas<'_>) -> Drawn {
-        canvas.title(&self.title)?;
-        canvas.legend(&self.legend, (MARGIN, self.legend_top))?;
+        canvas.head(&self.head)?;
         for (panel, frame) in chart.panels.iter().zip(&self.frames) {
             self.paint_panel(chart.x_scale, panel, frame, canvas)?;
         }
@@ -296,9 +281,7 @@ impl Layout {
         let crowd = if self.single { panel.lines.iter().filter(|line| with_interval(line)).count() } else { 0 };
         let mut drawn = Vec::new();
         for (index, line) in panel.lines.iter().enumerate() {
-            let Some(look) = self.names.iter().position(|name| *name == line.label).map(|at| self.looks[at]) else {
-                continue;
-            };
+            let Some(look) = self.head.look(&line.label) else { continue };
             // error bars of several series would hide each other
             let aside = if crowd > 1 { 4.0 * (index as f64 - (panel.lines.len() as f64 - 1.0) / 2.0) } else { 0.0 };
             let x = |point: &Point| self.x(scale.of(point.x)) + aside;

@@ -3,10 +3,8 @@
 
 use super::axis::Axis;
 use super::canvas::{
-    AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, INK, Legend, MARGIN, SMALL, TEXT, TITLE, draw, room_for,
-    wrap_title,
+    AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, Head, INK, MARGIN, SMALL, TEXT, draw, room_for,
 };
-use super::looks::{Look, looks};
 use super::text::{text_width, visible};
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
@@ -64,11 +62,7 @@ pub fn positions(chart: &PositionChart) -> Result<Svg> {
 /// The positions of all elements, in pixels.
 struct Layout {
     axis: Axis,
-    title: Vec<String>,
-    classes: Vec<String>,
-    looks: Vec<Look>,
-    legend: Legend,
-    legend_top: f64,
+    head: Head,
     left: f64,
     right: f64,
     pitch: f64,
@@ -94,36 +88,12 @@ impl Layout {
         let width = COLUMN.max(left + PITCH * count + after);
         let (right, pitch) = (width - after, (width - after - left) / count);
 
-        let title = wrap_title(&chart.title, width);
-        let mut classes: Vec<String> = Vec::new();
-        for position in &chart.positions {
-            if !classes.contains(&position.class) {
-                classes.push(position.class.clone());
-            }
-        }
-        let looks = looks(&classes);
-        let legend = Legend::of(&classes, &looks, width - 2.0 * MARGIN, false);
-        let legend_top = MARGIN + TITLE * 1.3 * title.len() as f64 + 2.0;
-        let top = legend_top + legend.height + 26.0;
+        let head = Head::of(&chart.title, chart.positions.iter().map(|position| &position.class), width, false);
+        let top = head.bottom + 26.0;
         let bottom = top + HEIGHT;
         let tokens_height = widest(&mut chart.positions.iter().map(|position| visible(&position.token))) + 8.0;
         let height = bottom + tokens_height + if chart.x_label.is_empty() { MARGIN } else { 28.0 };
-        Self {
-            axis,
-            title,
-            classes,
-            looks,
-            legend,
-            legend_top,
-            left,
-            right,
-            pitch,
-            top,
-            bottom,
-            tokens_height,
-            width,
-            height,
-        }
+        Self { axis, head, left, right, pitch, top, bottom, tokens_height, width, height }
     }
 
     fn y(&self, value: f64) -> f64 {
@@ -131,8 +101,7 @@ impl Layout {
     }
 
     fn paint(&self, chart: &PositionChart, canvas: &Canvas<'_>) -> Drawn {
-        canvas.title(&self.title)?;
-        canvas.legend(&self.legend, (MARGIN, self.legend_top))?;
+        canvas.head(&self.head)?;
         canvas.text(&chart.value_label, (MARGIN, self.top - 14.0), Align::Left, TEXT, INK)?;
         for (value, text) in self.axis.ticks() {
             canvas.line((self.left, self.y(value)), (self.right, self.y(value)), GRID, 1.0)?;
@@ -144,8 +113,7 @@ impl Layout {
         for (index, position) in chart.positions.iter().enumerate() {
             let x = self.left + self.pitch * (index as f64 + 0.5);
             let (zero, end) = (self.y(0.0), self.y(position.value));
-            let look = self.classes.iter().position(|class| *class == position.class).map(|at| self.looks[at]);
-            if let Some(look) = look {
+            if let Some(look) = self.head.look(&position.class) {
                 canvas.rect((x - half, zero.min(end)), (x + half, zero.max(end)), look.fill())?;
             }
             if let Some((low, high)) = position.interval {

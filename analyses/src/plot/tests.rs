@@ -1,5 +1,4 @@
 //! What a reader must find in a drawing, and what is refused.
-#![allow(clippy::unwrap_used)]
 
 use super::*;
 

@@ -9,7 +9,7 @@ use crate::subject::Mean;
 use crate::target::{Score, ScoreField, column};
 
 /// One edit of the residual stream, as a mean over the questions.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SteeringRow {
     /// The block, from 0, after which the residual stream is edited.
     pub layer: usize,
@@ -65,6 +65,9 @@ pub struct SteeringRow {
     pub fraction_margin: Option<f64>,
 }
 
+/// An edit: its block, kind and coefficient, and the length of its vector.
+pub(super) type SteeringEdit<'a> = (usize, &'a str, Option<f64>, f64);
+
 /// The scores that an edit's are compared with.
 pub(super) struct Around<'a> {
     pub(super) extraction: &'a Extraction,
@@ -74,14 +77,8 @@ pub(super) struct Around<'a> {
 }
 
 impl Around<'_> {
-    pub(super) fn row(
-        &self,
-        layer: usize,
-        kind: &str,
-        coefficient: Option<f64>,
-        vector_norm: f64,
-        scores: &[Score],
-    ) -> SteeringRow {
+    pub(super) fn row(&self, edit: SteeringEdit<'_>, scores: &[Score]) -> SteeringRow {
+        let (layer, kind, coefficient, vector_norm) = edit;
         let (logp, margin) = (self.change(scores, LOGP), self.change(scores, MARGIN));
         let (student_logp, student_margin) = (self.change(self.student, LOGP), self.change(self.student, MARGIN));
         SteeringRow {
@@ -91,33 +88,22 @@ impl Around<'_> {
             extraction: self.extraction.to_string(),
             target: self.target.to_owned(),
             n_questions: scores.len(),
-            n_random: None,
             vector_norm,
             delta_logp: logp.mean,
             delta_logp_se: logp.se,
-            delta_logp_sd: None,
-            rank_logp: None,
             delta_margin: margin.mean,
             delta_margin_se: margin.se,
-            delta_margin_sd: None,
-            rank_margin: None,
             student_delta_logp: student_logp.mean,
             student_delta_margin: student_margin.mean,
             fraction_logp: student_logp.share(logp.mean),
             fraction_margin: student_margin.share(margin.mean),
+            ..SteeringRow::default()
         }
     }
 
     /// The row of a direction, with its rank among random ones in the same edit.
-    pub(super) fn among(
-        &self,
-        layer: usize,
-        kind: &str,
-        coefficient: Option<f64>,
-        vector_norm: f64,
-        scores: &[Score],
-        random: &[Vec<Score>],
-    ) -> SteeringRow {
+    pub(super) fn among(&self, edit: SteeringEdit<'_>, scores: &[Score], random: &[Vec<Score>]) -> SteeringRow {
+        let (_, kind, ..) = edit;
         // A removal should lower the target, an addition should raise it.
         let sign = if kind == "project_out" || kind == "replace" { -1.0 } else { 1.0 };
         let rank = |of: ScoreField| {
@@ -129,19 +115,12 @@ impl Around<'_> {
             n_random: given(random.len()),
             rank_logp: given(rank(LOGP)),
             rank_margin: given(rank(MARGIN)),
-            ..self.row(layer, kind, coefficient, vector_norm, scores)
+            ..self.row(edit, scores)
         }
     }
 
     /// The row of random directions: the mean over them, and their spread. `None` without any.
-    pub(super) fn by_chance(
-        &self,
-        layer: usize,
-        kind: &str,
-        coefficient: Option<f64>,
-        vector_norm: f64,
-        random: &[Vec<Score>],
-    ) -> Result<Option<SteeringRow>> {
+    pub(super) fn by_chance(&self, edit: SteeringEdit<'_>, random: &[Vec<Score>]) -> Result<Option<SteeringRow>> {
         if random.is_empty() {
             return Ok(None);
         }
@@ -158,7 +137,7 @@ impl Around<'_> {
             n_random: Some(random.len()),
             delta_logp_sd: Some(spread(LOGP)?),
             delta_margin_sd: Some(spread(MARGIN)?),
-            ..self.row(layer, kind, coefficient, vector_norm, &means)
+            ..self.row(edit, &means)
         }))
     }
 

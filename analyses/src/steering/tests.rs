@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+#![allow(clippy::float_cmp)]
 
 use super::*;
 use crate::direction::directions;

@@ -18,7 +18,7 @@
 
 use std::collections::BTreeSet;
 
-use serde::{Deserialize, Serialize};
+use serde_with::{DeserializeFromStr, SerializeDisplay};
 use tch::{Device, Tensor};
 
 use crate::adapter::dose::Doses;
@@ -41,8 +41,7 @@ use crate::proj::Proj;
 /// }
 /// # Ok::<(), hooks::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Debug, PartialEq, SerializeDisplay, DeserializeFromStr)]
 pub struct Gate {
     pub(super) reach: Reach,
     /// The factor on the adapter's output where it acts.
@@ -182,27 +181,22 @@ impl Gate {
 
     fn check_places(&self, n_layers: usize, places: &[(usize, Proj)]) -> Result<()> {
         let Some(region) = self.region() else { return Ok(()) };
-        if let Some(layers) = &region.layers
-            && let Some(beyond) = layers.first_outside(n_layers)
-        {
-            return Err(Error::Invalid {
-                what: format!("block {beyond} of gate {self}"),
-                expected: format!("one of the model's {n_layers}, 0 to {}", n_layers.saturating_sub(1)),
-                found: "beyond them".to_owned(),
-            });
+        if let Some(beyond) = region.layers.as_ref().and_then(|layers| layers.first_outside(n_layers)) {
+            return Err(Error::invalid(
+                format!("block {beyond} of gate {self}"),
+                format!("one of the model's {n_layers}, 0 to {}", n_layers.saturating_sub(1)),
+                "beyond them",
+            ));
         }
         if places.iter().any(|(layer, proj)| region.contains(*layer, *proj)) {
             return Ok(());
         }
         let has: BTreeSet<&str> = places.iter().map(|(_, proj)| proj.name()).collect();
-        Err(Error::Invalid {
-            what: format!("what gate {self} selects of the adapter"),
-            expected: format!(
-                "at least one of its pairs, which are at {}",
-                has.into_iter().collect::<Vec<_>>().join(", ")
-            ),
-            found: "none".to_owned(),
-        })
+        Err(Error::invalid(
+            format!("what gate {self} selects of the adapter"),
+            format!("at least one of its pairs, which are at {}", has.into_iter().collect::<Vec<_>>().join(", ")),
+            "none",
+        ))
     }
 
     /// The doses of some rows, as a pass takes them; rows may be cut to their first tokens. `rows[row][pos]`, from
@@ -251,5 +245,5 @@ impl Region {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests;

@@ -31,17 +31,13 @@ impl Gate {
 
 impl fmt::Display for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut factors: Vec<String> = match &self.reach {
-            Reach::Everywhere => vec!["everywhere".to_owned()],
-            Reach::Nowhere => vec!["nowhere".to_owned()],
-            Reach::Only(region) | Reach::Except(region) => region.factors(),
+        let (kind, mut factors) = match &self.reach {
+            Reach::Everywhere => ("", vec!["everywhere".to_owned()]),
+            Reach::Nowhere => ("", vec!["nowhere".to_owned()]),
+            Reach::Only(region) => ("only:", region.factors()),
+            Reach::Except(region) => ("except:", region.factors()),
         };
         factors.extend(self.has_dose().then(|| self.dose.to_string()));
-        let kind = match &self.reach {
-            Reach::Only(_) => "only:",
-            Reach::Except(_) => "except:",
-            Reach::Everywhere | Reach::Nowhere => "",
-        };
         f.pad(&format!("{kind}{}", factors.join("*")))
     }
 }
@@ -68,19 +64,16 @@ impl FromStr for Gate {
             Some((kind @ ("only" | "except"), first)) => (kind, first.trim()),
             _ => (factors[0].trim(), ""),
         };
-        let twice = |what: &str| Error::Invalid {
-            what: format!("gate {text}"),
-            expected: format!("{what} once"),
-            found: "twice".to_owned(),
-        };
+        let twice = |what: &str| Error::invalid(format!("gate {text}"), format!("{what} once"), "twice");
+        let once = |is_new: bool, what: &str| if is_new { Ok(()) } else { Err(twice(what)) };
         let (mut region, mut dose) = (Region::default(), None);
         for (at, factor) in std::iter::once(first).chain(factors[1..].iter().map(|factor| factor.trim())).enumerate() {
             if let Some(inside) = argument(factor, "layers") {
-                ensure_new(region.layers.replace(Numbers::parse(inside, "the layers of a gate")?), || twice("layers"))?;
+                once(region.layers.replace(Numbers::parse(inside, "the layers of a gate")?).is_none(), "layers")?;
             } else if let Some(inside) = argument(factor, "modules") {
-                ensure_new(region.modules.replace(modules(inside)?), || twice("modules"))?;
+                once(region.modules.replace(modules(inside)?).is_none(), "modules")?;
             } else if let Ok(number) = factor.parse::<f64>() {
-                ensure_new(dose.replace(number), || twice("a dose"))?;
+                once(dose.replace(number).is_none(), "a dose")?;
             } else if at == 0 && !first.is_empty() {
                 region.tokens = Some(factor.parse()?);
             } else if at > 0 {
@@ -89,8 +82,7 @@ impl FromStr for Gate {
         }
         let dose = dose.unwrap_or(1.0);
         if !(dose as f32).is_finite() {
-            let (what, expected) = (format!("the dose of gate {text}"), "a number that f32 can hold".to_owned());
-            return Err(Error::Invalid { what, expected, found: dose.to_string() });
+            return Err(Error::invalid(format!("the dose of gate {text}"), "a number that f32 can hold", dose));
         }
         let reach = match kind {
             "everywhere" if region == Region::default() => Reach::Everywhere,
@@ -98,39 +90,29 @@ impl FromStr for Gate {
             "only" if region != Region::default() => Reach::Only(region),
             "except" if region != Region::default() => Reach::Except(region),
             _ => {
-                let choices = [
-                    "everywhere",
-                    "everywhere*0.5",
-                    "nowhere",
-                    "only:CLASS[+CLASS]",
-                    "except:CLASS[+CLASS]",
+                let known = ["everywhere", "everywhere*0.5", "nowhere", "only:CLASS[+CLASS]", "except:CLASS[+CLASS]"];
+                let more = [
                     "only:\"text\"",
+                    "only:positions(0..6,-1)",
+                    "only:ids(151644)",
+                    "only:CLASS*layers(0..12)*modules(q,k,v)*0.5",
                 ];
-                let more =
-                    ["only:positions(0..6,-1)", "only:ids(151644)", "only:CLASS*layers(0..12)*modules(q,k,v)*0.5"];
-                return Err(unknown("gate", text, &[&choices[..], &more[..]].concat()));
+                return Err(unknown("gate", text, &[&known[..], &more[..]].concat()));
             }
         };
         Ok(Self { reach, dose })
     }
 }
 
-/// An error where there was something before.
-fn ensure_new<T>(before: Option<T>, error: impl FnOnce() -> Error) -> Result<()> {
-    before.map_or(Ok(()), |_| Err(error()))
-}
-
 /// Projections by their short names, their names in transformers, or a name for several.
 fn modules(text: &str) -> Result<BTreeSet<Proj>> {
-    let mut found = BTreeSet::new();
+    let mut found: BTreeSet<Proj> = BTreeSet::new();
     for name in text.split(',').map(str::trim) {
         let several = MODULES.iter().find(|(known, _)| *known == name);
         let one = Proj::ALL.into_iter().find(|proj| proj.name() == name || short(*proj) == name);
         match (several, one) {
             (Some((_, several)), _) => found.extend(*several),
-            (_, Some(one)) => {
-                found.insert(one);
-            }
+            (_, Some(one)) => found.extend([one]),
             _ => {
                 let short = Proj::ALL.into_iter().map(short).chain(MODULES.map(|(name, _)| name));
                 return Err(unknown("module of a gate", name, &short.collect::<Vec<_>>()));
@@ -145,22 +127,7 @@ fn short(proj: Proj) -> &'static str {
     proj.name().trim_end_matches("_proj")
 }
 
-impl From<Gate> for String {
-    fn from(gate: Gate) -> Self {
-        gate.to_string()
-    }
-}
-
-impl TryFrom<String> for Gate {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
-    }
-}
-
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -46,7 +46,7 @@ impl LoraConfig {
     pub fn check(&self, model: &Config) -> Result<()> {
         self.check_numbers()?;
         match self.layers.iter().flatten().find(|layer| **layer >= model.n_layers) {
-            Some(layer) => invalid("a layer of the LoRA", &format!("0 to {}", model.n_layers - 1), layer.to_string()),
+            Some(layer) => Err(Error::invalid("a layer of the LoRA", format!("0 to {}", model.n_layers - 1), layer)),
             None => Ok(()),
         }
     }
@@ -54,26 +54,22 @@ impl LoraConfig {
     /// Refuses what no adapter of any model can have.
     pub(crate) fn check_numbers(&self) -> Result<()> {
         if self.rank < 1 {
-            return invalid("the LoRA rank", "at least 1", self.rank.to_string());
+            return Err(Error::invalid("the LoRA rank", "at least 1", self.rank));
         }
         if !(self.alpha.is_finite() && self.alpha > 0.0) {
-            return invalid("the LoRA alpha", "a positive number", self.alpha.to_string());
+            return Err(Error::invalid("the LoRA alpha", "a positive number", self.alpha));
         }
         if !(0.0..1.0).contains(&self.dropout) {
-            return invalid("the LoRA dropout", "at least 0 and less than 1", self.dropout.to_string());
+            return Err(Error::invalid("the LoRA dropout", "at least 0 and less than 1", self.dropout));
         }
         if self.target_modules.is_empty() {
-            return invalid("target_modules", "at least one projection", "none".to_owned());
+            return Err(Error::invalid("target_modules", "at least one projection", "none"));
         }
         if self.layers.as_ref().is_some_and(Vec::is_empty) {
-            return invalid("the layers of the LoRA", "at least one", "none".to_owned());
+            return Err(Error::invalid("the layers of the LoRA", "at least one", "none"));
         }
         Ok(())
     }
-}
-
-fn invalid(what: &str, expected: &str, found: String) -> Result<()> {
-    Err(Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found })
 }
 
 /// The two factors at one projection; in a stack (`Adapter::stacked`) those of all its students, one behind the other.
@@ -108,6 +104,14 @@ impl LoraPair {
         (self.a.dim() == 3).then(|| self.a.size()[0])
     }
 
+    /// `[tokens, width]`, of a stack `[students, tokens / students, width]`.
+    pub(crate) fn by_student(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self.n_stacked() {
+            Some(n) => x.f_reshape([n, x.size()[0] / n, -1])?,
+            None => x.shallow_clone(),
+        })
+    }
+
     /// y + s · B (g ⊙ A x), the second part in f32, or in f64 where `x` is; g is the dose. `x`: `[tokens, d_in]`; `y`
     /// and the result: `[tokens, d_out]`. Where the kinds allow, y is added to in place: another tensor of its size
     /// costs as much time as the products. The tokens belong to the students of a stack in order, equally many to each.
@@ -118,16 +122,10 @@ impl LoraPair {
         dose: Dose<'_>,
         dropout: Option<&mut Dropout>,
     ) -> Result<Tensor> {
-        let (kind, tokens) = (y.kind(), x.size()[0]);
-        let by_student = |tensor: &Tensor| -> Result<Tensor> {
-            Ok(match self.n_stacked() {
-                Some(n) => tensor.f_reshape([n, tokens / n, -1])?,
-                None => tensor.shallow_clone(),
-            })
-        };
+        let kind = y.kind();
         let (x, a, b) = self.widened(x, dropout)?;
-        let bottleneck = by_student(&x)?.f_matmul(&a.f_transpose(-2, -1)?)?; // [tokens, rank], or [n, .., rank]
-        let bottleneck = self.scaled(&bottleneck, dose, |doses| by_student(&doses.f_reshape([-1, 1])?))?;
+        let bottleneck = self.by_student(&x)?.f_matmul(&a.f_transpose(-2, -1)?)?; // [tokens, rank], or [n, .., rank]
+        let bottleneck = self.scaled(&bottleneck, dose, |doses| self.by_student(&doses.f_reshape([-1, 1])?))?;
         let b = b.f_transpose(-2, -1)?;
         if kind != bottleneck.kind() {
             let delta = bottleneck.f_matmul(&b)?.f_view(y.size().as_slice())?;
@@ -137,7 +135,7 @@ impl LoraPair {
             return Ok(y.f_addmm_(&bottleneck, &b)?);
         }
         // In place on a view, autograd would copy all of it.
-        Ok(by_student(&y)?.f_baddbmm(&bottleneck, &b, 1.0, 1.0)?.f_view(y.size().as_slice())?)
+        Ok(self.by_student(&y)?.f_baddbmm(&bottleneck, &b, 1.0, 1.0)?.f_view(y.size().as_slice())?)
     }
 
     /// y + s · B (g ⊙ A x) for each head's part of `x` alone. `x`: `[batch, pos, n_heads, d_head]`; `y` and the result:
@@ -212,11 +210,7 @@ impl LoraPair {
 
 /// The refusal of what a stack of students cannot have or be.
 pub(crate) fn no_stack(what: &str, n: i64) -> Error {
-    Error::Invalid {
-        what: format!("the adapter of {what}"),
-        expected: "one student's".to_owned(),
-        found: format!("a stack of {n}"),
-    }
+    Error::invalid(format!("the adapter of {what}"), "one student's", format!("a stack of {n}"))
 }
 
 /// A LoRA: a pair at some projections of some blocks.
@@ -236,10 +230,8 @@ impl Adapter {
         config.check(model)?;
         let scaling = config.scaling(config.rank, config.alpha);
         let mut adapter = Self::empty(config.clone(), model.n_layers);
-        for layer in 0..model.n_layers {
-            if config.layers.as_ref().is_some_and(|layers| !layers.contains(&layer)) {
-                continue;
-            }
+        let is_meant = |layer: &usize| config.layers.as_ref().is_none_or(|layers| layers.contains(layer));
+        for layer in (0..model.n_layers).filter(is_meant) {
             for proj in Proj::ALL.into_iter().filter(|proj| config.target_modules.contains(proj)) {
                 let (d_in, d_out) = proj.widths(model);
                 let bound = 1.0 / (d_in as f32).sqrt();
@@ -310,13 +302,9 @@ impl Adapter {
 
     /// Refuses a number of rows that the students of a stack cannot share.
     pub(crate) fn check_rows(&self, rows: i64) -> Result<()> {
-        match self.n_stacked() {
-            Some(n) if rows % n != 0 => {
-                let expected = format!("a multiple of {n}, equally many for each student of the stack");
-                invalid("the number of rows", &expected, rows.to_string())
-            }
-            _ => Ok(()),
-        }
+        let Some(n) = self.n_stacked().filter(|n| rows % n != 0) else { return Ok(()) };
+        let expected = format!("a multiple of {n}, equally many for each student of the stack");
+        Err(Error::invalid("the number of rows", expected, rows))
     }
 
     /// Whether some of `tokens` tokens, given by their places in order, are equally many for each student of a stack.
@@ -370,12 +358,8 @@ impl Dropout {
             return Ok(x.shallow_clone());
         }
         if let Some(n) = n_stacked {
-            return Err(Error::Invalid {
-                what: format!("the dropout of a stack of {n} students"),
-                expected: "0".to_owned(),
-                found: self.probability.to_string(),
-            }
-            .with_hint("train those with dropout one by one"));
+            return Err(Error::invalid(format!("the dropout of a stack of {n} students"), "0", self.probability)
+                .with_hint("train those with dropout one by one"));
         }
         let kept = 1.0 / (1.0 - self.probability) as f32;
         let mask: Vec<f32> =
@@ -385,7 +369,6 @@ impl Dropout {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

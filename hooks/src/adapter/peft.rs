@@ -35,25 +35,19 @@ impl LoraConfig {
         if let Some(known) = config.lora_of_any() {
             return Ok(known);
         }
-        let tensors = Weights::safetensors(&[dir.join(TENSORS)])?;
-        let places: BTreeSet<(usize, Proj)> = tensors
-            .names()
-            .iter()
-            .filter_map(|name| names::factor_at(name))
-            .map(|(layer, proj, _)| (layer, proj))
-            .collect();
+        let names = Weights::safetensors(&[dir.join(TENSORS)])?.names();
+        let place = |name: &String| names::factor_at(name).map(|(layer, proj, _)| (layer, proj));
+        let places: BTreeSet<(usize, Proj)> = names.iter().filter_map(place).collect();
         Ok(config.lora(&places.into_iter().collect::<Vec<_>>(), None))
     }
 
     /// Reads the bytes of an `adapter_config.json`; `path` is for messages. Refused if only the tensors can say which
     /// modules are meant.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        PeftConfig::parse(bytes, path)?.lora_of_any().ok_or_else(|| Error::Adapter {
-            path: path.to_owned(),
-            problem:
-                "its modules are an expression that only Python reads, expected names or the folder with the tensors"
-                    .to_owned(),
-        })
+        let problem =
+            "its modules are an expression that only Python reads, expected names or the folder with the tensors";
+        let refused = || Error::Adapter { path: path.to_owned(), problem: problem.to_owned() };
+        PeftConfig::parse(bytes, path)?.lora_of_any().ok_or_else(refused)
     }
 }
 
@@ -111,14 +105,8 @@ impl Adapter {
             adapter.set(pair.layer, pair.proj, factors);
         }
         let zero = adapter.is_zero()?.then(|| ZERO.to_owned());
-        adapter.remarks = zero
-            .into_iter()
-            .chain(peft.remarks)
-            .chain(beyond)
-            .chain(remarks)
-            .chain(of_ranks)
-            .chain(of_alphas)
-            .collect();
+        adapter.remarks.extend(zero);
+        adapter.remarks.extend(peft.remarks.into_iter().chain(beyond).chain(remarks).chain(of_ranks).chain(of_alphas));
         Ok(adapter)
     }
 
@@ -226,9 +214,8 @@ impl AdapterFile {
             match names::factor_at(&name) {
                 Some(place) => {
                     if let Some(other) = by_place.insert(place, name.clone()) {
-                        return Err(
-                            self.refused(format!("{other} and {name} are the same tensor, expected one of them"))
-                        );
+                        let problem = format!("{other} and {name} are the same tensor, expected one of them");
+                        return Err(self.refused(problem));
                     }
                 }
                 None if names::of_base(&name).is_some() => rest.push(name),
@@ -305,10 +292,8 @@ impl AdapterFile {
     /// A remark that a tensor equals the base's, or an error.
     fn same_as_base(&self, name: &str, base: Option<&BTreeMap<String, Tensor>>) -> Result<String> {
         let refused = |found: &str| {
-            self.refused(format!(
-                "{name} lies beside the LoRA and {found}: a change of the base that no gate can switch"
-            ))
-            .with_hint(keys::MERGE)
+            let why = format!("{name} lies beside the LoRA and {found}: a change of the base that no gate can switch");
+            self.refused(why).with_hint(keys::MERGE)
         };
         let Some(base) = base else { return Err(refused("is not compared with the base's")) };
         let own = names::of_base(name).and_then(|own| base.get(own).or_else(|| base.get("model.embed_tokens.weight")));
@@ -349,7 +334,6 @@ fn whole(number: f64) -> Value {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

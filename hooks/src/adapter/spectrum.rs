@@ -77,7 +77,6 @@ fn decomposed(pair: &LoraPair) -> Result<(Tensor, Tensor, Tensor)> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 pub(crate) mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;

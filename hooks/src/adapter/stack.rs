@@ -22,16 +22,17 @@ impl Adapter {
     /// Refuses students whose pairs are at other places than the first one's, and stacks.
     pub fn stacked(students: &[&Self]) -> Result<Self> {
         let Some(first) = students.first() else {
-            return Err(invalid("a stack", "at least one student", "none"));
+            return Err(Error::invalid("a stack", "at least one student", "none"));
         };
         let places = |adapter: &Self| adapter.pairs().map(|(layer, proj, _)| (layer, proj)).collect::<Vec<_>>();
         for (at, student) in students.iter().enumerate() {
+            let what = format!("student {at} of a stack");
             if let Some(n) = student.n_stacked() {
-                return Err(no_stack(&format!("student {at} of a stack"), n));
+                return Err(no_stack(&what, n));
             }
             if student.n_layers() != first.n_layers() || places(student) != places(first) {
                 let found = first_difference(&places(student), &places(first));
-                return Err(invalid(&format!("student {at} of a stack"), "pairs where student 0 has them", &found));
+                return Err(Error::invalid(what, "pairs where student 0 has them", found));
             }
         }
         let mut stack = Self::empty(first.config.clone(), first.n_layers());
@@ -48,10 +49,7 @@ impl Adapter {
 fn stacked_pair(pairs: &[&LoraPair]) -> Result<LoraPair> {
     let rank = pairs.iter().map(|pair| pair.a.size()[0]).max().unwrap_or(0);
     let padded = |tensor: &Tensor, padding: &[i64]| -> Result<Tensor> {
-        if padding.iter().all(|n| *n == 0) {
-            return Ok(tensor.shallow_clone());
-        }
-        Ok(tensor.f_constant_pad_nd(padding)?)
+        Ok(if padding.iter().all(|n| *n == 0) { tensor.shallow_clone() } else { tensor.f_constant_pad_nd(padding)? })
     };
     let missing = |pair: &LoraPair| rank - pair.a.size()[0];
     let a = pairs.iter().map(|pair| padded(&pair.a, &[0, 0, 0, missing(pair)])).collect::<Result<Vec<_>>>()?;
@@ -84,12 +82,8 @@ fn first_difference(found: &[(usize, Proj)], expected: &[(usize, Proj)]) -> Stri
     more.map_or("a model of another depth".to_owned(), |place| format!("one at {}", named(place)))
 }
 
-fn invalid(what: &str, expected: &str, found: &str) -> Error {
-    Error::Invalid { what: what.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
-}
-
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::float_cmp)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;

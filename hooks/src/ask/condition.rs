@@ -61,16 +61,17 @@ impl<'a> Condition<'a> {
         self.prepare(&rows.iter().collect::<Vec<_>>(), model, None).map(drop)
     }
 
+    /// The adapter's doses at the rows' tokens, `[row][pos]`; `None` without an adapter, and where they are all 1.
+    pub(crate) fn doses(&self, rows: &[&Sequence]) -> Result<Option<Vec<Vec<f64>>>> {
+        let Some(adapter) = self.adapter.filter(|_| !self.gate.is_everywhere()) else { return Ok(None) };
+        self.gate.check(adapter)?;
+        Ok(Some(rows.iter().map(|row| self.gate.doses(row)).collect::<Result<_>>()?))
+    }
+
     /// The adapter that acts, if any, and its doses at a row's tokens, where they are not all 1.
     pub(crate) fn acting(&self, row: &Sequence) -> Result<(Option<&'a Adapter>, Option<Vec<f64>>)> {
-        match self.adapter {
-            Some(adapter) if !self.gate.is_everywhere() => {
-                self.gate.check(adapter)?;
-                let doses = self.gate.doses(row)?;
-                Ok(if self.gate.is_nowhere() { (None, None) } else { (Some(adapter), Some(doses)) })
-            }
-            adapter => Ok((adapter, None)),
-        }
+        let doses = self.doses(&[row])?.map(|rows| rows.concat());
+        Ok(if self.gate.is_nowhere() { (None, None) } else { (self.adapter, doses) })
     }
 
     /// The taps of its edits for some rows that are packed.
@@ -85,16 +86,9 @@ impl<'a> Condition<'a> {
         'a: 'p,
     {
         let (device, gate) = (model.device(), self.gate.clone());
-        let mut shared = usize::MAX;
-        let doses = match self.adapter {
-            Some(adapter) if !gate.is_everywhere() => {
-                gate.check(adapter)?;
-                let doses = rows.iter().map(|row| gate.doses(row)).collect::<Result<Vec<_>>>()?;
-                shared = edit::alike(&doses);
-                Some(gate.spread(&doses, device)?)
-            }
-            _ => None,
-        };
+        let doses = self.doses(rows)?;
+        let shared = doses.as_deref().map_or(usize::MAX, edit::alike);
+        let doses = doses.map(|doses| gate.spread(&doses, device)).transpose()?;
         let adapter = self.adapter.filter(|_| !gate.is_nowhere());
         let edits = self.edits.iter().map(|edit| EditTap::new(edit, rows, &model.config, device, model.kind()));
         let edits = edits.collect::<Result<Vec<_>>>()?;
@@ -126,8 +120,7 @@ impl Prepared<'_> {
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
         let gate = self.at(batch.n_rows(), at)?;
-        let adapter = self.adapter;
-        self.pass(model, batch, adapter, gate, cache)
+        self.pass(model, batch, self.adapter, gate, cache)
     }
 
     /// What `run` gives for whole rows, with one more tap, which sees what the edits left.
@@ -140,9 +133,8 @@ impl Prepared<'_> {
         run: impl FnOnce(&Qwen, &Batch, &mut Pass<'_>) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let gate = self.at(batch.n_rows(), 0..batch.width())?;
-        let adapter = self.adapter;
         let hooks = self.edits.iter_mut().fold(Hooks::default(), EditTap::hook).on(points.iter().copied(), tap);
-        run(model, batch, &mut Pass { adapter, doses: gate, hooks, ..Pass::default() })
+        run(model, batch, &mut Pass { adapter: self.adapter, doses: gate, hooks, ..Pass::default() })
     }
 
     /// The residual stream for one new token per row, generated after the prompt, `[rows, 1, d_model]`.
@@ -161,8 +153,7 @@ impl Prepared<'_> {
                 gate = Some(spread);
             }
         }
-        let rows: Vec<&[i64]> = ids.chunks(1).collect();
-        let batch = Batch::from_ids(&rows, model.device())?;
+        let batch = Batch::from_ids(&ids.chunks(1).collect::<Vec<_>>(), model.device())?;
         self.pass(model, &batch, adapter, gate, Some(cache))
     }
 

@@ -89,14 +89,12 @@ pub fn generate(
     streams: &[u64],
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Answer>> {
-    let invalid = |what: &str, expected: String, found: usize| {
-        Err(Error::Invalid { what: what.to_owned(), expected, found: found.to_string() })
-    };
     if streams.len() != prompts.len() {
-        return invalid("the number of random streams", format!("one per prompt, {}", prompts.len()), streams.len());
+        let expected = format!("one per prompt, {}", prompts.len());
+        return Err(Error::invalid("the number of random streams", expected, streams.len()));
     }
     if sampling.max_new_tokens == 0 || sampling.batch == 0 {
-        return invalid("max_new_tokens or batch", "at least 1".to_owned(), 0);
+        return Err(Error::invalid("max_new_tokens or batch", "at least 1", 0));
     }
     let rows: Vec<&Sequence> = prompts.iter().collect();
     let drawn = tch::no_grad(|| answer_all(model, &rows, condition, sampling, streams, None, progress))?;
@@ -128,11 +126,11 @@ fn are_independent(prompts: &[Sequence], answers: &[Answer], likelihoods: &[f64]
         for (k, log_p) in same.into_values().filter(|(k, _)| *k > 1) {
             let choices: f64 = (1..=k).map(|i| ((n - k + i) as f64 / i as f64).ln()).sum();
             if choices + (k - 1) as f64 * log_p < IMPROBABLE {
-                return Err(Error::Invalid {
-                    what: "the number of equal samples of a repeated prompt".to_owned(),
-                    expected: "distinct samples, since independent draws give it with a probability below 1e-13: each sample needs a random stream of its own".to_owned(),
-                    found: format!("{k} of {n}, at a probability of {:.1e} each", log_p.exp()),
-                });
+                return Err(Error::invalid(
+                    "the number of equal samples of a repeated prompt",
+                    "distinct samples, since independent draws give it with a probability below 1e-13: each sample needs a random stream of its own",
+                    format!("{k} of {n}, at a probability of {:.1e} each", log_p.exp()),
+                ));
             }
         }
     }
@@ -153,11 +151,7 @@ pub fn generate_with_hooks<'p, 'a: 'p>(
 ) -> Result<Answer> {
     let tap: Option<TapAt<'p>> = Some((points, tap));
     let answers = tch::no_grad(|| answer_all(model, &[prompt], condition, sampling, &[stream], tap, &mut |_| ()))?;
-    answers.into_iter().next().map(|(answer, _)| answer).ok_or_else(|| Error::Invalid {
-        what: "the answer".to_owned(),
-        expected: "one".to_owned(),
-        found: "none".to_owned(),
-    })
+    answers.into_iter().next().map(|(answer, _)| answer).ok_or_else(|| Error::invalid("the answer", "one", "none"))
 }
 
 /// Answers with the log-probabilities under their sampling distribution. All answers of a batch grow together; when an
@@ -202,7 +196,7 @@ fn answer_all<'p, 'a: 'p>(
                     prepared = Some(condition.prepare(&rows[..1], model, None)?);
                 }
             } else {
-                let (prefilled, used) = prefill_padded(model, rows, condition, LAST, 0, tap.take())?;
+                let (prefilled, used) = prefill_padded(model, rows, condition, LAST, tap.take())?;
                 admit(prefilled)?;
                 prepared.get_or_insert(used);
             }
@@ -386,7 +380,6 @@ impl NumberGrammar {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

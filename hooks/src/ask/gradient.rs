@@ -7,7 +7,7 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use crate::adapter::lora::Adapter;
-use crate::ask::condition::Condition;
+use crate::ask::condition::{Condition, run_with_hooks};
 use crate::chat::tokens::Sequence;
 use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
@@ -68,16 +68,9 @@ pub fn at_points(
     loss: impl FnOnce(&Tensor) -> Result<Tensor>,
 ) -> Result<AtPoints> {
     tch::with_grad(|| {
-        let batch = Batch::of(&[row], model.device())?;
         let mut watch = Watch { wanted: points.iter().copied().collect(), cache: Cache::default() };
         let with_embed: Vec<HookPoint> = points.iter().copied().chain([HookPoint::Embed]).collect();
-        let logits = condition.prepare(&[row], model, None)?.run_with_hooks(
-            model,
-            &batch,
-            &with_embed,
-            &mut watch,
-            Qwen::forward,
-        )?;
+        let logits = run_with_hooks(model, row, condition, &with_embed, &mut watch)?;
         let loss = loss(&logits)?;
         let (points, seen): (Vec<HookPoint>, Vec<Tensor>) =
             watch.cache.iter().map(|(point, seen)| (point, seen.shallow_clone())).unzip();
@@ -166,11 +159,11 @@ fn losses_at_a_time(tokens: usize, adapter: Option<&Adapter>) -> usize {
 fn tokens_of(row: &Sequence, losses: &[Vec<usize>]) -> Result<Vec<usize>> {
     let n_tokens = row.completion.len();
     if let Some(at) = losses.iter().position(|loss| loss.is_empty() || loss.iter().any(|k| *k >= n_tokens)) {
-        return Err(Error::Invalid {
-            what: format!("loss {at} of a row"),
-            expected: format!("tokens of its completion, 0 to {}", n_tokens as i64 - 1),
-            found: format!("{:?}", losses[at]),
-        });
+        return Err(Error::invalid(
+            format!("loss {at} of a row"),
+            format!("tokens of its completion, 0 to {}", n_tokens as i64 - 1),
+            format!("{:?}", losses[at]),
+        ));
     }
     Ok(losses.iter().flatten().copied().collect::<BTreeSet<_>>().into_iter().collect())
 }
@@ -185,13 +178,7 @@ fn manual_backward(
 ) -> Result<()> {
     let (tokens, device, start) = (tokens_of(row, losses)?, model.device(), row.completion.start);
     let reach = tokens.last().map_or(1, |k| start + k);
-    let doses = match condition.adapter {
-        Some(adapter) if !condition.gate.is_everywhere() => {
-            condition.gate.check(adapter)?;
-            Some(condition.gate.doses(row)?)
-        }
-        _ => None,
-    };
+    let doses = condition.doses(&[row])?.map(|rows| rows.concat());
     let packed = PackedRow { doses: doses.as_ref().map(|doses| &doses[..reach]), ..PackedRow::of(&row.ids[..reach]) };
     let batch = Batch::packed(&[&[packed]], false, device)?;
     let gate = doses.as_ref().map(|_| condition.gate.spread(batch.doses(), device)).transpose()?;
@@ -232,7 +219,7 @@ fn recorded(
 struct Graph {
     parameters: Vec<Tensor>, // of the adapter, [1, ..]
     resid_post: Vec<Tensor>, // per block [1, pos, d_model]; of the last [1, places, d_model]
-    places: Vec<usize>,      // the positions of these
+    places: Vec<i64>,        // the positions of these
     labels: Vec<i64>,
     start: usize,
 }
@@ -249,9 +236,8 @@ impl Graph {
         }
         let reach = tokens.last().map_or(1, |k| start + k);
         let batch = Batch::packed(&[&[PackedRow::of(&row.ids[..reach])]], false, device)?;
-        let places: Vec<usize> = tokens.iter().map(|k| start + k - 1).collect();
-        let flat =
-            Tensor::f_from_slice(&places.iter().map(|at| *at as i64).collect::<Vec<_>>())?.f_to_device(device)?;
+        let places: Vec<i64> = tokens.iter().map(|k| (start + k - 1) as i64).collect();
+        let flat = Tensor::f_from_slice(&places)?.f_to_device(device)?;
 
         let points: Vec<HookPoint> = (0..model.config.n_layers.saturating_sub(1)).map(HookPoint::ResidPost).collect();
         let mut watch = Watch { wanted: points.iter().copied().collect(), cache: Cache::default() };
@@ -268,7 +254,7 @@ impl Graph {
     /// The log-probabilities where a loss' tokens are predicted, and its gradients at the adapter and the residual
     /// stream.
     fn gradients(&self, model: &Qwen, loss: &[usize], keep_graph: bool) -> Result<(Tensor, Vec<Tensor>, Vec<Tensor>)> {
-        let place = |k: &usize| self.places.partition_point(|place| *place < self.start + k - 1) as i64;
+        let place = |k: &usize| self.places.partition_point(|place| *place < (self.start + k - 1) as i64) as i64;
         let index = |values: Vec<i64>| Tensor::f_from_slice(&values)?.f_to_device(model.device());
         let (rows, labels) =
             (index(loss.iter().map(place).collect())?, index(loss.iter().map(|k| self.labels[*k]).collect())?);
@@ -303,12 +289,12 @@ impl Tap for Watch {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use tch::Device;
 
     use super::*;
     use crate::Proj;
+    use crate::adapter::lora::LoraPair;
     use crate::laws::gate_laws::{completion_loss, gate};
     use crate::laws::model_laws::{exact, exact_model, world};
 
@@ -511,5 +497,15 @@ mod tests {
             let error = of_losses(&model, &row, &Condition::adapted(&adapter), &losses, &mut |_| Ok(())).unwrap_err();
             assert!(error.to_string().starts_with(&found), "{error}");
         }
+    }
+
+    #[test]
+    fn losses_share_a_pass_as_memory_allows() {
+        // 2²⁵ numbers without memory of their own: two losses' gradients are 2²⁶.
+        let mut large = Adapter::empty(crate::LoraConfig::default(), 1);
+        let half = || Tensor::zeros([1], (Kind::Float, Device::Cpu)).expand([1 << 12, 1 << 12], false);
+        large.set(0, Proj::Q, LoraPair { a: half(), b: half(), scaling: 1.0, scalings: None });
+        assert_eq!([None, Some(&large)].map(|adapter| losses_at_a_time(100, adapter)), [40, 2]);
+        assert_eq!(losses_at_a_time(5000, None), 1);
     }
 }

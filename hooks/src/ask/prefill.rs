@@ -77,7 +77,7 @@ pub(crate) fn prefill(
         let prompts: Vec<&Sequence> = members.iter().map(|case| cases[*case].0).collect();
         for batch in padded_batches(&prompts, budget) {
             let rows: Vec<&Sequence> = batch.iter().map(|row| prompts[*row]).collect();
-            let (mut prefilled, _) = prefill_padded(model, &rows, cases[members[0]].1, read, 0, None)?;
+            let (mut prefilled, _) = prefill_padded(model, &rows, cases[members[0]].1, read, None)?;
             prefilled.cases = batch.into_iter().map(|row| members[row]).collect();
             done(prefilled)?;
         }
@@ -148,8 +148,7 @@ pub(super) fn batch_groups<'c, 'a>(cases: &[Case<'c, 'a>], which: &[usize]) -> R
 /// Per token of a row, the edits that act at it, as the index of that set among the known ones; `None` if all act
 /// everywhere.
 fn acting(edits: &[Edit], row: &Sequence, sets: &mut Vec<Vec<bool>>) -> Result<Option<Vec<usize>>> {
-    let chosen = edits.iter().map(|edit| edit.chosen(row)).collect::<Result<Vec<_>>>()?;
-    let chosen: Vec<Vec<bool>> = chosen.into_iter().flatten().collect();
+    let chosen = edits.iter().filter_map(|edit| edit.chosen(row).transpose()).collect::<Result<Vec<_>>>()?;
     if chosen.is_empty() {
         return Ok(None);
     }
@@ -212,11 +211,9 @@ impl BatchGroup<'_, '_> {
         let mut cache = keep.then(cache).transpose()?;
         let hooks = taps.iter_mut().fold(Hooks::default(), EditTap::hook);
         let mut pass = Pass { adapter: self.adapter, doses: gate, hooks, kv_cache: cache.as_mut(), dropout: None };
-        let prompts = members.iter().map(|member| cases[member.case].0);
-        let mut read: Vec<Vec<i64>> = prompts
-            .enumerate()
-            .map(|(row, prompt)| read(prompt).map(|token| batch.place(row, token)).collect())
-            .collect();
+        let prompts = members.iter().map(|member| cases[member.case].0).enumerate();
+        let read = prompts.map(|(row, prompt)| read(prompt).map(|token| batch.place(row, token)).collect());
+        let mut read: Vec<Vec<i64>> = read.collect();
         let mut places = read.concat();
         places.sort_unstable();
         places.dedup();
@@ -230,34 +227,30 @@ impl BatchGroup<'_, '_> {
     }
 }
 
-/// Runs padded rows under one condition, their common beginning once, with room for `room` further tokens each. Needed
-/// if edits touch attention scores, if a tap looks at rows, and for answers under edits; otherwise packing is tested
-/// against it.
+/// Runs padded rows under one condition, their common beginning once. Needed if edits touch attention scores, if a tap
+/// looks at rows, and for answers under edits; otherwise packing is tested against it.
 pub(crate) fn prefill_padded<'p, 'a: 'p>(
     model: &Qwen,
     rows: &[&Sequence],
     condition: &Condition<'a>,
     read: Read,
-    room: usize,
     tap: Option<TapAt<'p>>,
 ) -> Result<(Prefilled, Prepared<'p>)> {
     let device = model.device();
     let batch = Batch::of(rows, device)?;
     let mut prepared = condition.prepare(rows, model, tap)?;
-    let capacity = (batch.width() + room) as i64;
-    let new_cache = |n: i64| KvCache::new(&model.config, n, capacity, model.kind(), device);
+    let width = batch.width();
+    let new_cache = |n: usize| KvCache::new(&model.config, n as i64, width as i64, model.kind(), device);
     let offset = worth_it(shared_start(rows).min(prepared.shared));
-    let (resid, cache) = if offset == 0 {
-        let mut cache = new_cache(rows.len() as i64)?;
-        (prepared.prompt(model, &batch, 0..batch.width(), Some(&mut cache))?, cache)
+    let (mut cache, rest) = if offset == 0 {
+        (new_cache(rows.len())?, batch)
     } else {
         let first = Batch::from_ids(&[&rows[0].ids[..offset]], device)?;
         let mut cache = new_cache(1)?;
         let _ = prepared.prompt(model, &first, 0..offset, Some(&mut cache))?;
-        let mut cache = cache.select(&vec![0; rows.len()])?;
-        let rest = batch.narrow(offset, batch.width())?;
-        (prepared.prompt(model, &rest, offset..batch.width(), Some(&mut cache))?, cache)
+        (cache.select(&vec![0; rows.len()])?, batch.narrow(offset, width)?)
     };
+    let resid = prepared.prompt(model, &rest, offset..width, Some(&mut cache))?;
     let (_, pos, d_model) = resid.size3()?;
     let place = |row: usize, token: usize| row as i64 * pos + token as i64 - offset as i64;
     let read = rows.iter().enumerate().map(|(row, prompt)| read(prompt).map(|token| place(row, token)).collect());
@@ -300,7 +293,6 @@ fn padded_batches(rows: &[&Sequence], budget: usize) -> Vec<Vec<usize>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -322,5 +314,20 @@ mod tests {
         assert_eq!(sizes(43), [9, 1]);
         assert_eq!(sizes(44), [10]);
         assert_eq!(sizes(1), [1; 10], "a row that is longer than the budget is run alone");
+    }
+
+    #[test]
+    fn short_prompts_share_a_pass() {
+        let (model, chat) = crate::open("tiny-random").unwrap();
+        let prompts = ["One?", "Two?", "Three?"].map(|user| chat.prompt(None, user).unwrap());
+        let condition = Condition::default();
+        let cases: Vec<Case<'_, '_>> = prompts.iter().map(|prompt| (prompt, &condition)).collect();
+        let mut passes = vec![];
+        let mut done = |prefilled: Prefilled| {
+            passes.push(prefilled.cases.len());
+            Ok(())
+        };
+        tch::no_grad(|| prefill(&model, &cases, LAST, false, &mut done)).unwrap();
+        assert_eq!(passes, [3]);
     }
 }

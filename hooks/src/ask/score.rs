@@ -55,11 +55,11 @@ fn are_numbers(logprobs: &Tensor) -> Result<()> {
 
 /// The error for a log-probability that is NaN.
 pub(crate) fn not_a_number() -> Error {
-    Error::Invalid {
-        what: "a log-probability".to_owned(),
-        expected: "numbers: look for values that overflow or are not finite in the model, the adapter, the edits and their files".to_owned(),
-        found: "NaN".to_owned(),
-    }
+    Error::invalid(
+        "a log-probability",
+        "numbers: look for values that overflow or are not finite in the model, the adapter, the edits and their files",
+        "NaN",
+    )
 }
 
 /// The log-probability of every token of each row's completion, given all tokens before it.
@@ -94,12 +94,9 @@ pub fn completion_logprobs(model: &Qwen, rows: &[Sequence], condition: &Conditio
 fn label_logprobs(model: &Qwen, resid: &Tensor, labels: &[i64]) -> Result<Vec<f32>> {
     let _stage = profile::stage(Stage::Loss);
     let mut found = Vec::with_capacity(labels.len());
-    let n = labels.len() as i64;
-    for from in (0..n).step_by(LOGIT_ROWS as usize) {
-        let count = LOGIT_ROWS.min(n - from);
-        let logits = model.unembed(&resid.f_narrow(0, from, count)?)?.f_to_kind(Kind::Float)?;
-        let index =
-            Tensor::f_from_slice(&labels[from as usize..(from + count) as usize])?.f_to_device(logits.device())?;
+    for (resid, labels) in resid.f_split(LOGIT_ROWS, 0)?.iter().zip(labels.chunks(LOGIT_ROWS as usize)) {
+        let logits = model.unembed(resid)?.f_to_kind(Kind::Float)?;
+        let index = Tensor::f_from_slice(labels)?.f_to_device(logits.device())?;
         let chosen = logits.f_gather(1, &index.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
         let logprobs = chosen.f_sub(&logits.f_logsumexp([1], false)?)?.f_to_device(Device::Cpu)?;
         are_numbers(&logprobs)?;
@@ -111,11 +108,7 @@ fn label_logprobs(model: &Qwen, resid: &Tensor, labels: &[i64]) -> Result<Vec<f3
 /// The logits that predict each token of a row's completion, `[n_completion, d_vocab]`; row k predicts its token k.
 pub fn completion_logits(model: &Qwen, row: &Sequence, condition: &Condition<'_>) -> Result<Tensor> {
     if row.completion.is_empty() {
-        return Err(Error::Invalid {
-            what: "the row's completion".to_owned(),
-            expected: "at least one token".to_owned(),
-            found: "none".to_owned(),
-        });
+        return Err(Error::invalid("the row's completion", "at least one token", "none"));
     }
     let mut found = None;
     let mut read_row = |prefilled: Prefilled| -> Result<()> {
@@ -123,11 +116,7 @@ pub fn completion_logits(model: &Qwen, row: &Sequence, condition: &Condition<'_>
         Ok(())
     };
     tch::no_grad(|| prefill(model, &[(row, condition)], PREDICTING, false, &mut read_row))?;
-    found.ok_or_else(|| Error::Invalid {
-        what: "the row's logits".to_owned(),
-        expected: "one pass".to_owned(),
-        found: "none".to_owned(),
-    })
+    found.ok_or_else(|| Error::invalid("the row's logits", "one pass", "none"))
 }
 
 /// Per prompt, the residual stream after every block, `[n_layers, pos, d_model]`.

@@ -4,6 +4,8 @@
 //! they make is compared with the model's own template on the same chat. If the two differ, the template is refused
 //! with the first difference shown: no class can be silently wrong.
 
+use std::fmt::Display;
+
 use serde::Serialize;
 use tokenizers::{PostProcessorWrapper, Tokenizer};
 
@@ -80,16 +82,13 @@ impl Chat {
 
     /// The chat of a model's files, which must hold a tokenizer and a chat template.
     pub fn from_files(files: &ModelFiles) -> Result<Self> {
-        let tokenizer = files.tokenizer.clone().ok_or_else(|| Error::Tokenizer {
-            problem: format!(
-                "{} has none, so there is no chat; expected a tokenizer.json beside the weights",
-                files.name
-            ),
+        let name = &files.name;
+        let tokenizer = files.tokenizer.clone().ok_or_else(|| {
+            said(format!("{name} has none, so there is no chat; expected a tokenizer.json beside the weights"))
         })?;
         let template = files.chat_template.as_ref().ok_or_else(|| Error::ChatTemplate {
             problem: format!(
-                "{} has none; expected chat_template in tokenizer_config.json, or a chat_template.jinja",
-                files.name
+                "{name} has none; expected chat_template in tokenizer_config.json, or a chat_template.jinja"
             ),
         })?;
         Self::new(tokenizer, template)
@@ -139,11 +138,11 @@ impl Chat {
     pub fn row(&self, system: Option<&str>, user: &str, completion_ids: &[i64]) -> Result<Sequence> {
         let stops = self.stop_ids();
         if let Some(index) = completion_ids.iter().position(|id| stops.contains(id)) {
-            return Err(Error::Invalid {
-                what: format!("completion token {index}"),
-                expected: "content without the end of the turn, which is added to it".to_owned(),
-                found: format!("{} ({})", completion_ids[index], self.token_text(completion_ids[index])?),
-            });
+            return Err(Error::invalid(
+                format!("completion token {index}"),
+                "content without the end of the turn, which is added to it",
+                format!("{} ({})", completion_ids[index], self.token_text(completion_ids[index])?),
+            ));
         }
         let mut row = self.prompt(system, user)?.with_completion(completion_ids);
         if self.shape.bare {
@@ -170,13 +169,10 @@ impl Chat {
     pub fn table(&self, prompt: &Sequence) -> Result<Vec<TokenInfo>> {
         let tokens = prompt.ids.iter().zip(&prompt.classes).enumerate();
         let row = |(position, (id, class)): (usize, (&i64, &TokenClass))| {
-            let text = self.token_text(*id)?.chars().fold(String::new(), |text, letter| {
-                if letter.is_control() {
-                    text + &letter.escape_default().to_string()
-                } else {
-                    text + letter.encode_utf8(&mut [0; 4])
-                }
-            });
+            let mut text = String::new();
+            for letter in self.token_text(*id)?.chars() {
+                if letter.is_control() { text.extend(letter.escape_default()) } else { text.push(letter) }
+            }
             Ok(TokenInfo { position, id: *id, text, class: *class })
         };
         tokens.map(row).collect()
@@ -235,27 +231,23 @@ impl Chat {
 
     /// The tokenizer would read a special token inside a text as one: it could end the turn and forge another.
     fn refuse_special(&self, what: &str, text: &str) -> Result<()> {
-        let Some(special) = self.specials.iter().find(|special| text.contains(special.as_str())) else {
-            return Ok(());
-        };
-        let before = text.split(special.as_str()).next().unwrap_or_default();
-        Err(Error::Invalid {
-            what: format!("a special token in the {what}"),
-            expected: "none, as it would forge the chat".to_owned(),
-            found: format!("{special} at character {}", before.chars().count()),
-        })
+        let found = self.specials.iter().find_map(|special| Some((special, text.split_once(special.as_str())?.0)));
+        let Some((special, before)) = found else { return Ok(()) };
+        Err(Error::invalid(
+            format!("a special token in the {what}"),
+            "none, as it would forge the chat",
+            format!("{special} at character {}", before.chars().count()),
+        ))
     }
 
     /// The id of a token that the template's shape needs.
     fn special(&self, token: &str) -> Result<i64> {
         match self.encode(token)?[..] {
             [id] => Ok(id),
-            ref ids => Err(Error::Tokenizer {
-                problem: format!(
-                    "{token} is {} tokens, expected one special token; chats of Qwen's shape need it",
-                    ids.len()
-                ),
-            }),
+            ref ids => Err(said(format!(
+                "{token} is {} tokens, expected one special token; chats of Qwen's shape need it",
+                ids.len()
+            ))),
         }
     }
 
@@ -324,11 +316,9 @@ impl Chat {
         let encoding = self.tokenizer.encode(&*text, false).map_err(said)?;
         let ids: Vec<i64> = encoding.get_ids().iter().map(|id| i64::from(*id)).collect();
         let class = |(position, (start, end)): (usize, &(usize, usize))| {
-            class_of(&(*start..*end), &spans).ok_or_else(|| Error::Tokenizer {
-                problem: format!(
-                    "token {position} ({:?}) stands for no character of the chat",
-                    encoding.get_tokens()[position]
-                ),
+            class_of(&(*start..*end), &spans).ok_or_else(|| {
+                let token = &encoding.get_tokens()[position];
+                said(format!("token {position} ({token:?}) stands for no character of the chat"))
             })
         };
         let classes = encoding.get_offsets().iter().enumerate().map(class).collect::<Result<_>>()?;
@@ -348,12 +338,10 @@ fn before_the_answer(template: &Template) -> Result<String> {
     Ok(think.unwrap_or_default().to_owned())
 }
 
-/// The tokenizer's own error message.
-#[expect(clippy::needless_pass_by_value, reason = "map_err hands it over")]
-fn said(error: tokenizers::Error) -> Error {
-    Error::Tokenizer { problem: error.to_string() }
+/// An error with a tokenizer's own message, or with what is wrong with it.
+fn said(problem: impl Display) -> Error {
+    Error::Tokenizer { problem: problem.to_string() }
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests;

@@ -41,12 +41,10 @@ impl Shape {
 
     /// The template's own text, and the texts of the turns.
     fn templated<'a>(&'a self, turns: &[Turn<'a>], generation: bool) -> Vec<Piece<'a>> {
-        let mut turns = turns.to_vec();
-        if let (Some(system), false) =
-            (&self.default_system, turns.first().is_some_and(|turn| turn.role == Role::System))
-        {
-            turns.insert(0, Turn { role: Role::System, content: system });
-        }
+        let has_system = turns.first().is_some_and(|turn| turn.role == Role::System);
+        let system = self.default_system.as_deref().filter(|_| !has_system);
+        let system = system.map(|content| Turn { role: Role::System, content });
+        let turns: Vec<Turn<'a>> = system.into_iter().chain(turns.iter().copied()).collect();
         let mut pieces = Vec::new();
         let last = turns.len().saturating_sub(1);
         for (index, turn) in turns.iter().enumerate() {
@@ -77,10 +75,8 @@ impl Shape {
             match turn.role {
                 Role::System => {
                     pieces.extend(self.named_apart(turn.content));
-                    pieces.push(Piece {
-                        class: TokenClass::SysContentOther,
-                        text: if turn.content.is_empty() { "" } else { "\n" },
-                    });
+                    let text = if turn.content.is_empty() { "" } else { "\n" };
+                    pieces.push(Piece { class: TokenClass::SysContentOther, text });
                 }
                 Role::User => {
                     pieces.push(Piece { class: TokenClass::UserContent, text: turn.content });

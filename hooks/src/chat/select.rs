@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde_with::{DeserializeFromStr, SerializeDisplay};
 
 use crate::chat::tokens::{Selection, Sequence, TokenClass};
 use crate::error::{Error, Result};
@@ -24,8 +24,7 @@ use crate::error::{Error, Result};
 /// assert!(!chosen[0] && chosen[prompt.ids.len() - 1]);
 /// # Ok::<(), hooks::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, SerializeDisplay, DeserializeFromStr)]
 pub struct Tokens {
     terms: Vec<Term>,
     /// Whether all tokens but these are meant.
@@ -147,11 +146,8 @@ fn positions_at(row: &Sequence, positions: &Numbers, what: &dyn fmt::Display) ->
     for position in &positions.0 {
         let at = if *position < 0 { n + position } else { *position };
         if !(0..n).contains(&at) {
-            return Err(Error::Invalid {
-                what: format!("position {position} of {what}"),
-                expected: format!("one of the prompt's {n}: 0 to {}, or -1 to -{n} from its end", n - 1),
-                found: "beyond the prompt".to_owned(),
-            });
+            let expected = format!("one of the prompt's {n}: 0 to {}, or -1 to -{n} from its end", n - 1);
+            return Err(Error::invalid(format!("position {position} of {what}"), expected, "beyond the prompt"));
         }
         chosen[at as usize] = true;
     }
@@ -172,11 +168,8 @@ impl Numbers {
     /// Parses `0..6,12,-1`; errors name `what`. A range has at most 4096 numbers, and does not go from negative to
     /// positive, which would be ambiguous.
     pub(crate) fn parse(text: &str, what: &str) -> Result<Self> {
-        let invalid = || Error::Invalid {
-            what: what.to_owned(),
-            expected: "numbers and half-open ranges such as 0..6,12,-1, 4096 at most".to_owned(),
-            found: format!("{text:?}"),
-        };
+        let expected = "numbers and half-open ranges such as 0..6,12,-1, 4096 at most";
+        let invalid = || Error::invalid(what, expected, format!("{text:?}"));
         let number = |text: &str| text.trim().parse::<i64>().map_err(|_| invalid());
         let mut chosen = BTreeSet::new();
         for part in text.split(',') {
@@ -266,35 +259,16 @@ impl FromStr for Term {
         if !text.starts_with('"') {
             return Ok(Self::Classes(text.parse()?));
         }
-        let invalid = || Error::Invalid {
-            what: "a text among tokens".to_owned(),
-            expected: "a text in double quotes, and #2 after it for its second place".to_owned(),
-            found: text.to_owned(),
-        };
+        let expected = "a text in double quotes, and #2 after it for its second place";
+        let invalid = || Error::invalid("a text among tokens", expected, text);
         let end = text.rfind('"').filter(|end| *end > 0).ok_or_else(invalid)?;
+        let number = |text: &str| text.strip_prefix('#')?.parse::<usize>().ok().filter(|nth| *nth > 0);
         let nth = match &text[end + 1..] {
             "" => None,
-            nth => {
-                let nth = nth.strip_prefix('#').and_then(|nth| nth.parse().ok()).filter(|nth| *nth > 0);
-                Some(nth.ok_or_else(invalid)?)
-            }
+            nth => Some(number(nth).ok_or_else(invalid)?),
         };
         let text = unquoted(&text[1..end]).filter(|text| !text.is_empty()).ok_or_else(invalid)?;
         Ok(Self::Text { text, nth })
-    }
-}
-
-impl From<Tokens> for String {
-    fn from(tokens: Tokens) -> Self {
-        tokens.to_string()
-    }
-}
-
-impl TryFrom<String> for Tokens {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
     }
 }
 
@@ -322,11 +296,8 @@ pub(crate) fn split<'a>(text: &'a str, separators: &[char]) -> Result<Vec<&'a st
         }
     }
     if in_quotes || depth > 0 {
-        return Err(Error::Invalid {
-            what: "a list of tokens, layers or modules".to_owned(),
-            expected: format!("a closing {}", if in_quotes { "quote" } else { "parenthesis" }),
-            found: text.to_owned(),
-        });
+        let closing = if in_quotes { "a closing quote" } else { "a closing parenthesis" };
+        return Err(Error::invalid("a list of tokens, layers or modules", closing, text));
     }
     parts.push(&text[start..]);
     Ok(parts)

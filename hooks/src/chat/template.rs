@@ -57,18 +57,10 @@ impl Template {
             "format" => Err(ErrorKind::UnknownMethod.into()),
             _ => unknown_method_callback(state, value, method, args),
         });
-        environment.add_function(
-            "raise_exception",
-            |message: String| -> std::result::Result<Value, minijinja::Error> {
-                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-            },
-        );
+        environment.add_function("raise_exception", raise);
         // A date in the prompt would make every day another experiment.
-        environment.add_function("strftime_now", |_: String| -> std::result::Result<Value, minijinja::Error> {
-            Err(minijinja::Error::new(
-                ErrorKind::InvalidOperation,
-                "it writes today's date into the prompt, so no run could be repeated",
-            ))
+        environment.add_function("strftime_now", |_: String| {
+            raise("it writes today's date into the prompt, so no run could be repeated".to_owned())
         });
         environment.add_filter("tojson", python_json);
         Self { environment, source: generation_as_if(source), thinking: false }
@@ -80,10 +72,9 @@ impl Template {
         if self.source.len() > LONGEST {
             return Err(refused(format!("it has {} bytes, expected {LONGEST} at most", self.source.len())));
         }
-        let thinking = self.thinking;
         let render = || {
             let values =
-                context! { messages => turns, add_generation_prompt => generation, enable_thinking => thinking };
+                context! { messages => turns, add_generation_prompt => generation, enable_thinking => self.thinking };
             self.environment.render_named_str("chat_template", &self.source, values).map_err(|error| error.to_string())
         };
         let rendered = std::thread::scope(|scope| {
@@ -122,6 +113,11 @@ fn generation_as_if(source: &str) -> String {
     out
 }
 
+/// Fails with a message.
+fn raise(message: String) -> std::result::Result<Value, minijinja::Error> {
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+}
+
 /// JSON as Python's `json.dumps(value, ensure_ascii=False)` spaces it.
 fn python_json(value: &Value) -> std::result::Result<Value, minijinja::Error> {
     let mut out = Vec::new();
@@ -148,7 +144,6 @@ impl serde_json::ser::Formatter for PythonSpacing {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use super::*;
 

@@ -9,12 +9,12 @@ use std::ops::Range;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use serde_with::{DeserializeFromStr, SerializeDisplay};
 
 use crate::error::{Error, Result};
 
 /// The purpose of a token of a rendered chat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, SerializeDisplay, DeserializeFromStr)]
 pub enum TokenClass {
     /// `<|im_start|>` of the system turn.
     SysImStart,
@@ -122,20 +122,6 @@ impl FromStr for TokenClass {
     }
 }
 
-impl From<TokenClass> for String {
-    fn from(class: TokenClass) -> Self {
-        class.name().to_owned()
-    }
-}
-
-impl TryFrom<String> for TokenClass {
-    type Error = Error;
-
-    fn try_from(name: String) -> Result<Self> {
-        name.parse()
-    }
-}
-
 /// Names of several classes (`entity` is the short name of one).
 const UNIONS: [&str; 11] = [
     "entity",
@@ -154,8 +140,7 @@ const UNIONS: [&str; 11] = [
 /// Classes as a person chose them: `CLASS[+CLASS]`, each a class or a union: `entity`, `template`, the turns `system`,
 /// `user` and `assistant`, their parts `sys.content` and `sys.header`, `user.header`, `asst.header` (`<|im_start|>`,
 /// the role and its line break), and `im_start` and `im_end` of all turns of the prompt.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, SerializeDisplay, DeserializeFromStr)]
 pub struct Selection {
     names: Vec<&'static str>,
     classes: BTreeSet<TokenClass>,
@@ -234,20 +219,6 @@ impl From<TokenClass> for Selection {
     }
 }
 
-impl From<Selection> for String {
-    fn from(selection: Selection) -> Self {
-        selection.to_string()
-    }
-}
-
-impl TryFrom<String> for Selection {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
-    }
-}
-
 /// A rendered chat as tokens, each with its class, and where the answer starts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sequence {
@@ -278,8 +249,7 @@ impl Sequence {
     pub fn with_completion(&self, content_ids: &[i64]) -> Self {
         let start = self.completion.start;
         let end = start + content_ids.len();
-        let mut ids = self.ids[..start].to_vec();
-        ids.extend_from_slice(content_ids);
+        let ids = [&self.ids[..start], content_ids].concat();
         let mut classes = self.classes[..start].to_vec();
         classes.resize(end, TokenClass::Gen);
         let (text, offsets) = (self.text.clone(), self.offsets.clone());
@@ -299,8 +269,7 @@ impl Sequence {
 }
 
 /// Which tokens of a row are learned from (published setups differ in it).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, SerializeDisplay, DeserializeFromStr)]
 pub enum LossMask {
     /// The answer, its `<|im_end|>` and the line break after it.
     #[default]
@@ -359,20 +328,6 @@ impl FromStr for LossMask {
     }
 }
 
-impl From<LossMask> for String {
-    fn from(mask: LossMask) -> Self {
-        mask.name().to_owned()
-    }
-}
-
-impl TryFrom<String> for LossMask {
-    type Error = Error;
-
-    fn try_from(name: String) -> Result<Self> {
-        name.parse()
-    }
-}
-
 /// The error for a name that is not one of the choices. It lists them, and puts the nearest apart if one is near.
 pub(crate) fn unknown(what: &'static str, found: &str, choices: &[&str]) -> Error {
     let near = |choice: &&&str| 2 * strsim::levenshtein(found, choice) < found.chars().count();
@@ -382,7 +337,6 @@ pub(crate) fn unknown(what: &'static str, found: &str, choices: &[&str]) -> Erro
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use super::*;
 

@@ -10,7 +10,8 @@ use crate::ask::generate::generate_with_hooks;
 use crate::ask::gradient::{at_points, gradients};
 use crate::ask::score::{completion_logprobs, next_token_logprobs, resid_post};
 use crate::laws::model_laws::{
-    SUM_ORDER, answers, exact, exact_model, greedy, max_diff, plain, prompts, recomputed, seen, world,
+    SUM_ORDER, answers, assert_each_is_alone, exact, exact_model, greedy, max_diff, plain, prompts, recomputed, seen,
+    with_edit, world,
 };
 use crate::taps::cache::Cache;
 use crate::taps::edit::{Change, Edit};
@@ -138,22 +139,14 @@ fn a_batch_of_unequal_prompts_is_each_alone_under_gates_of_every_kind() {
         let condition = Condition::adapted(&adapter).gated(gate(&chat, text));
         let edit = Edit::add(0, &Tensor::ones([model.config.d_model], (Kind::Float, Device::Cpu)), 1.0)
             .at_tokens(Some("positions(-20..-10)".parse().unwrap()));
-        let patch = Edit {
-            at: HookPoint::ResidPost(0),
-            tokens: Some("sys.content+positions(-9..0)".parse().unwrap()),
-            change: Change::Patch(source.shallow_clone()),
-        };
-        let level = Edit { at: HookPoint::AttnScores(1), tokens: None, change: Change::Zero };
+        let patch = Change::Patch(source.shallow_clone());
+        let patch = edit_at(HookPoint::ResidPost(0), "sys.content+positions(-9..0)", patch);
+        let level = edit_at(HookPoint::AttnScores(1), "", Change::Zero);
         // What looks at attention is run padded, and takes the others along.
         let padded = vec![edit.clone(), patch.clone(), level];
         let edits = [vec![edit, patch], padded].map(|edits| Condition { edits, ..condition.clone() });
         for condition in [condition].into_iter().chain(edits) {
-            let together = next_token_logprobs(&model, &prompts, &condition).unwrap();
-            for (row, prompt) in prompts.iter().enumerate() {
-                let alone = seen(&model, prompt, &condition, HookPoint::Logits).get(-1).log_softmax(-1, Kind::Float);
-                let apart = max_diff(&together.get(row as i64), &alone);
-                assert!(apart < SUM_ORDER, "{text}, row {row}: {apart}");
-            }
+            assert_each_is_alone(&model, &prompts, &condition, text);
         }
     }
 }
@@ -171,8 +164,14 @@ fn rows_that_begin_alike_are_each_alone_under_edits_of_every_kind() {
 /// Half a unit in the last place of an f32, in which an f64 model returns its numbers.
 const HANDED_ON_AS_F32: f64 = 6e-8;
 
+/// An edit as its parts, at some tokens or, where they are not named, at all.
+fn edit_at(at: HookPoint, tokens: &str, change: Change) -> Edit {
+    Edit { at, tokens: (!tokens.is_empty()).then(|| tokens.parse().unwrap()), change }
+}
+
 /// `bound` is relative to the residual stream's largest magnitude, or absolute if that is below 1.
 fn each_is_alone_under_edits(model: &Qwen, chat: &Chat, adapter: &Adapter, bound: f64) {
+    use HookPoint::{Embed, MlpOut, Pattern, ResidMid, ResidPost, RotK};
     let prompts = prompts(chat);
     let completions = ["owl", "owls", "owl, cat", "a", "7, 8, 9"].map(|text| chat.encode(text).unwrap());
     let rows: Vec<Sequence> = prompts
@@ -180,13 +179,8 @@ fn each_is_alone_under_edits(model: &Qwen, chat: &Chat, adapter: &Adapter, bound
         .flat_map(|prompt| completions.iter().map(|completion| prompt.with_completion(completion)))
         .collect();
     let longest = prompts.iter().max_by_key(|prompt| prompt.ids.len()).unwrap();
-    let source = seen(model, longest, &Condition::adapted(adapter), HookPoint::ResidPost(0));
+    let source = seen(model, longest, &Condition::adapted(adapter), ResidPost(0));
     let vector = Tensor::arange(model.config.d_model, (model.kind(), Device::Cpu)) / 20.0 - 0.4;
-    let edit = |at: HookPoint, tokens: &str, change: Change| Edit {
-        at,
-        tokens: (!tokens.is_empty()).then(|| tokens.parse().unwrap()),
-        change,
-    };
     let add = || Change::Add { vector: vector.shallow_clone(), coefficient: 2.0 };
     let deep = |row: &Sequence| "positions(-12..-1)".parse::<Tokens>().unwrap().among(row, &"the test").unwrap();
     let edited_apart = |a: &Sequence, b: &Sequence| {
@@ -199,15 +193,12 @@ fn each_is_alone_under_edits(model: &Qwen, chat: &Chat, adapter: &Adapter, bound
     );
     let along = || Edit::patch_along(0, &vector, &source);
     let sets = [
-        vec![edit(HookPoint::ResidMid(1), "", add())],
-        vec![edit(HookPoint::ResidPost(0), "positions(-12..-1)", add())],
-        vec![edit(HookPoint::Embed, "gen", Change::Scale(0.5)), edit(HookPoint::MlpOut(0), "", Change::Zero)],
+        vec![edit_at(ResidMid(1), "", add())],
+        vec![edit_at(ResidPost(0), "positions(-12..-1)", add())],
+        vec![edit_at(Embed, "gen", Change::Scale(0.5)), edit_at(MlpOut(0), "", Change::Zero)],
         vec![along()],
-        vec![along(), edit(HookPoint::ResidPost(0), "positions(-3..0)", Change::ProjectOut(vector.shallow_clone()))],
-        vec![
-            edit(HookPoint::RotK(1), "\"Qwen\"", Change::Scale(0.5)),
-            edit(HookPoint::Pattern(0), "", Change::Scale(0.5)),
-        ],
+        vec![along(), edit_at(ResidPost(0), "positions(-3..0)", Change::ProjectOut(vector.shallow_clone()))],
+        vec![edit_at(RotK(1), "\"Qwen\"", Change::Scale(0.5)), edit_at(Pattern(0), "", Change::Scale(0.5))],
     ];
     for edits in sets {
         let name = format!("{edits:?}");
@@ -221,7 +212,7 @@ fn each_is_alone_under_edits(model: &Qwen, chat: &Chat, adapter: &Adapter, bound
                 let apart = (f64::from(score) - alone).abs();
                 assert!(apart < SUM_ORDER * alone.abs().max(1.0), "{name}: {score} is {alone} alone");
             }
-            let alone = seen(model, row, &condition, HookPoint::ResidPost(1));
+            let alone = seen(model, row, &condition, ResidPost(1));
             let (apart, largest) = (max_diff(&resid.get(1), &alone), alone.abs().max().double_value(&[]));
             assert!(apart < bound * largest.max(1.0), "{name}: {apart:e} apart, the largest is {largest}");
         }
@@ -230,20 +221,21 @@ fn each_is_alone_under_edits(model: &Qwen, chat: &Chat, adapter: &Adapter, bound
 
 /// The summed −log p of a row's completion and the gradients of an adapter's tensors under a gate.
 fn lora_gradients(model: &Qwen, row: &Sequence, adapter: &Adapter, gate: &Gate) -> Vec<(String, Tensor)> {
-    let parameters = adapter.parameters();
-    for (_, tensor) in &parameters {
-        let _ = tensor.set_requires_grad(true);
-    }
-    let batch = Batch::of(&[row], Device::Cpu).unwrap();
+    let asking = |(name, tensor): (String, Tensor)| (name, tensor.set_requires_grad(true));
+    let (names, tensors): (Vec<String>, Vec<Tensor>) = adapter.parameters().into_iter().map(asking).unzip();
     let doses = gate.spread(&[gate.doses(row).unwrap()], Device::Cpu).unwrap();
-    let pass = &mut Pass { adapter: Some(adapter), doses: Some(doses), ..Pass::default() };
-    let loss = completion_loss(&model.forward(&batch, pass).unwrap(), row);
-    let tensors: Vec<&Tensor> = parameters.iter().map(|(_, tensor)| tensor).collect();
-    let found = gradients(&loss, &tensors, false).unwrap();
-    for (_, tensor) in &parameters {
+    let found = gradients(&loss_under(model, row, adapter, doses), &tensors, false).unwrap();
+    for tensor in &tensors {
         let _ = tensor.set_requires_grad(false);
     }
-    parameters.into_iter().map(|(name, _)| name).zip(found).collect()
+    names.into_iter().zip(found).collect()
+}
+
+/// The summed −log p of a row's completion under an adapter with some doses.
+fn loss_under(model: &Qwen, row: &Sequence, adapter: &Adapter, doses: Doses) -> Tensor {
+    let batch = Batch::of(&[row], Device::Cpu).unwrap();
+    let pass = &mut Pass { adapter: Some(adapter), doses: Some(doses), ..Pass::default() };
+    completion_loss(&model.forward(&batch, pass).unwrap(), row)
 }
 
 pub(crate) fn completion_loss(logits: &Tensor, row: &Sequence) -> Tensor {
@@ -282,6 +274,7 @@ fn gradients_are_zero_where_the_gate_is_and_whole_where_it_is_one() {
 /// gradient at the output of its projection (4.12 of Nief et al. 2026 takes norms of such sums).
 #[test]
 fn the_gradients_of_single_tokens_add_up_to_the_whole() {
+    use HookPoint::{Ln1Normalized, MlpOut, MlpPost, Q};
     let (model, chat, adapter) = world();
     let row = chat.row(None, "Go on: 1, 2", &chat.encode("480, 12, 7").unwrap()).unwrap();
     let weights: BTreeMap<String, Tensor> = model.parameters().into_iter().collect();
@@ -290,12 +283,7 @@ fn the_gradients_of_single_tokens_add_up_to_the_whole() {
         let whole: BTreeMap<String, Tensor> = lora_gradients(&model, &row, &adapter, &gate).into_iter().collect();
         let doses = Tensor::from_slice(&gate.doses(&row).unwrap()).unsqueeze(1); // [pos, 1]
         for layer in 0..model.config.n_layers {
-            let points = [
-                HookPoint::Ln1Normalized(layer),
-                HookPoint::Q(layer),
-                HookPoint::MlpPost(layer),
-                HookPoint::MlpOut(layer),
-            ];
+            let points = [Ln1Normalized(layer), Q(layer), MlpPost(layer), MlpOut(layer)];
             let condition = Condition::adapted(&adapter).gated(gate.clone());
             let found =
                 at_points(&model, &row, &condition, &points, |logits| Ok(completion_loss(logits, &row))).unwrap();
@@ -336,10 +324,8 @@ fn the_gradients_of_a_gated_lora_are_finite_differences() {
         let gate = gate(&chat, text);
         let doses = gate.doses(&row).unwrap();
         let loss = || {
-            let batch = Batch::of(&[&row], Device::Cpu).unwrap();
-            let gate = Some(gate.spread(std::slice::from_ref(&doses), Device::Cpu).unwrap());
-            let pass = &mut Pass { adapter: Some(&exact), doses: gate, ..Pass::default() };
-            completion_loss(&model.forward(&batch, pass).unwrap(), &row).double_value(&[])
+            let doses = gate.spread(std::slice::from_ref(&doses), Device::Cpu).unwrap();
+            loss_under(&model, &row, &exact, doses).double_value(&[])
         };
         let mut compared = 0;
         for (name, gradient) in lora_gradients(&model, &row, &exact, &gate) {
@@ -374,12 +360,7 @@ fn the_dose_has_a_gradient() {
     let model = exact_model();
     let adapter = exact(&model, &adapter);
     let row = chat.row(None, "Go on: 1, 2", &chat.encode("480").unwrap()).unwrap();
-    let batch = Batch::of(&[&row], Device::Cpu).unwrap();
-    let loss = |doses: Tensor| {
-        let gate = Some(Doses::of_tokens(doses));
-        let pass = &mut Pass { adapter: Some(&adapter), doses: gate, ..Pass::default() };
-        completion_loss(&model.forward(&batch, pass).unwrap(), &row)
-    };
+    let loss = |doses: Tensor| loss_under(&model, &row, &adapter, Doses::of_tokens(doses));
     let doses = Tensor::full([1, row.ids.len() as i64, 1], 0.5, (Kind::Double, Device::Cpu)).set_requires_grad(true);
     let gradient = gradients(&loss(doses.shallow_clone()), &[&doses], false).unwrap().remove(0);
     for pos in [0, 7, row.ids.len() as i64 - 3] {
@@ -426,8 +407,7 @@ type Expected<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
 
 /// The activation at an edit's hook point without and with the edit, `[pos, ..]`.
 fn edited(model: &Qwen, prompt: &Sequence, at: HookPoint, edit: Edit) -> (Tensor, Tensor) {
-    let before = seen(model, prompt, &Condition::default(), at);
-    (before, seen(model, prompt, &Condition { edits: vec![edit], ..Condition::default() }, at))
+    (seen(model, prompt, &Condition::default(), at), seen(model, prompt, &with_edit(edit), at))
 }
 
 #[test]
@@ -480,25 +460,21 @@ fn a_patch_is_what_the_other_run_had() {
     assert_eq!(prompt.ids.len(), other.ids.len(), "of equal length");
     let last = HookPoint::ResidPost(model.config.n_layers - 1);
     let source = seen(&model, &other, &Condition::adapted(&adapter), last);
-    let logits = |at: HookPoint, tokens: Option<&str>, source: &Tensor| {
-        let tokens = tokens.map(|tokens| tokens.parse().unwrap());
-        let edit = Edit { at, tokens, change: Change::Patch(source.shallow_clone()) };
-        seen(&model, prompt, &Condition { edits: vec![edit], ..Condition::default() }, HookPoint::Logits)
+    let logits = |at: HookPoint, tokens: &str, source: &Tensor| {
+        let patched = with_edit(edit_at(at, tokens, Change::Patch(source.shallow_clone())));
+        seen(&model, prompt, &patched, HookPoint::Logits)
     };
-    assert_eq!(logits(last, None, &source), plain(&model, &other, Some(&adapter)), "the whole stream is the other run");
+    assert_eq!(logits(last, "", &source), plain(&model, &other, Some(&adapter)), "the whole stream is the other run");
     // One token is patched: the tokens before it are the run's own, that token is the other run's.
-    let at = "positions(-4)";
     let pos = prompt.ids.len() as i64 - 4;
-    let patched = logits(last, Some(at), &source);
+    let patched = logits(last, "positions(-4)", &source);
     assert_eq!(patched.narrow(0, 0, pos), plain(&model, prompt, None).narrow(0, 0, pos));
     assert_eq!(patched.get(pos), plain(&model, &other, Some(&adapter)).get(pos));
     // Patched from itself nothing changes.
     let own = seen(&model, prompt, &Condition::default(), HookPoint::Z(0));
-    assert_eq!(logits(HookPoint::Z(0), Some("user"), &own), plain(&model, prompt, None));
-    let short = source.narrow(0, 0, 3);
-    let edit = Edit { at: last, tokens: None, change: Change::Patch(short) };
-    let condition = Condition { edits: vec![edit], ..Condition::default() };
-    let message = next_token_logprobs(&model, std::slice::from_ref(prompt), &condition).unwrap_err().to_string();
+    assert_eq!(logits(HookPoint::Z(0), "user", &own), plain(&model, prompt, None));
+    let short = with_edit(edit_at(last, "", Change::Patch(source.narrow(0, 0, 3))));
+    let message = next_token_logprobs(&model, std::slice::from_ref(prompt), &short).unwrap_err().to_string();
     assert!(message.contains("expected one of 0 to 2, the positions that the other run has"), "{message}");
 }
 
@@ -521,9 +497,8 @@ fn a_patch_along_a_direction_is_the_other_run_there_and_the_own_elsewhere() {
     let (_, none) = edited(&model, prompt, at, Edit::patch_along(0, &direction, &source.zeros_like()));
     let (_, out) = edited(&model, prompt, at, Edit::project_out(0, &direction));
     assert!(max_diff(&none, &out) < SUM_ORDER);
-    let short = Edit::patch_along(0, &direction.narrow(0, 0, 3), &source);
-    let condition = Condition { edits: vec![short], ..Condition::default() };
-    let message = next_token_logprobs(&model, std::slice::from_ref(prompt), &condition).unwrap_err().to_string();
+    let short = with_edit(Edit::patch_along(0, &direction.narrow(0, 0, 3), &source));
+    let message = next_token_logprobs(&model, std::slice::from_ref(prompt), &short).unwrap_err().to_string();
     assert!(message.contains("the direction to patch along"), "{message}");
 }
 
@@ -534,25 +509,19 @@ fn cached_generation_is_full_recomputation_under_edits_of_every_kind() {
     let width = model.config.d_model;
     let vector = Tensor::arange(width, (Kind::Float, Device::Cpu)) / 20.0 - 0.4;
     let comma = chat.encode(",").unwrap()[0];
-    let said: Vec<i64> = answers(&model, &prompts, &Condition::adapted(&adapter), &greedy(6), &[0; 4])
-        .iter()
-        .flat_map(|answer| answer.ids.clone())
-        .collect();
+    let said = answers(&model, &prompts, &Condition::adapted(&adapter), &greedy(6), &[0; 4]);
+    let said: Vec<i64> = said.into_iter().flat_map(|answer| answer.ids).collect();
     let spoken = format!("not(ids({},{},{comma}))", said[0], said[3]);
     let mlp_out = HookPoint::MlpOut(0);
-    let edit = |at: HookPoint, tokens: &str, change: Change| {
-        let tokens = (!tokens.is_empty()).then(|| tokens.parse().unwrap());
-        Edit { at, tokens, change }
-    };
     let edits = [
-        edit(mlp_out, "", Change::Zero),
-        edit(mlp_out, "gen", Change::Replace(vector.shallow_clone())),
-        edit(HookPoint::ResidMid(1), &spoken, Change::Add { vector: vector.shallow_clone(), coefficient: 2.0 }),
-        edit(HookPoint::ResidPost(0), "not(positions(3..9))", Change::ProjectOut(vector.shallow_clone())),
-        edit(HookPoint::RotK(1), "\"Qwen\"", Change::Scale(0.5)),
-        edit(HookPoint::Pattern(0), "gen+asst.nl", Change::Scale(0.5)),
-        edit(HookPoint::AttnScores(0), "", Change::Zero),
-        edit(HookPoint::AttnScores(1), "gen+user", Change::Scale(-0.5)),
+        edit_at(mlp_out, "", Change::Zero),
+        edit_at(mlp_out, "gen", Change::Replace(vector.shallow_clone())),
+        edit_at(HookPoint::ResidMid(1), &spoken, Change::Add { vector: vector.shallow_clone(), coefficient: 2.0 }),
+        edit_at(HookPoint::ResidPost(0), "not(positions(3..9))", Change::ProjectOut(vector.shallow_clone())),
+        edit_at(HookPoint::RotK(1), "\"Qwen\"", Change::Scale(0.5)),
+        edit_at(HookPoint::Pattern(0), "gen+asst.nl", Change::Scale(0.5)),
+        edit_at(HookPoint::AttnScores(0), "", Change::Zero),
+        edit_at(HookPoint::AttnScores(1), "gen+user", Change::Scale(-0.5)),
     ];
     for edit in edits {
         let name = format!("{edit:?}");
@@ -567,26 +536,22 @@ fn cached_generation_is_full_recomputation_under_edits_of_every_kind() {
 fn edits_that_fit_nowhere_are_refused() {
     let (model, chat, _) = world();
     let prompt = &prompts(&chat)[..1];
-    let refused = |at: HookPoint, tokens: Option<&str>, change: Change| {
-        let edit = Edit { at, tokens: tokens.map(|tokens| tokens.parse().unwrap()), change };
-        let condition = Condition { edits: vec![edit], ..Condition::default() };
-        next_token_logprobs(&model, prompt, &condition).unwrap_err().to_string()
+    let refused = |at: HookPoint, tokens: &str, change: Change| {
+        let edited = with_edit(edit_at(at, tokens, change));
+        next_token_logprobs(&model, prompt, &edited).unwrap_err().to_string()
     };
     let vector = |n: i64| Tensor::ones([n], (Kind::Float, Device::Cpu));
     let add = |n: i64| Change::Add { vector: vector(n), coefficient: 1.0 };
     let (d_model, n_layers) = (model.config.d_model, model.config.n_layers);
     for (message, part) in [
-        (refused(HookPoint::ResidPost(0), None, add(d_model + 1)), format!("expected [{d_model}]")),
-        (refused(HookPoint::ResidPost(n_layers), None, add(d_model)), format!("the model's {n_layers} blocks")),
-        (refused(HookPoint::Pattern(0), None, add(d_model)), "zero or scale".to_owned()),
-        (refused(HookPoint::Logits, None, Change::Zero), "up to the last block".to_owned()),
-        (refused(HookPoint::QNormed(0), None, Change::Zero), "does not norm queries and keys".to_owned()),
-        (
-            refused(HookPoint::MlpOut(0), Some("not(system+user+assistant)"), Change::Zero),
-            "leaves none over".to_owned(),
-        ),
-        (refused(HookPoint::MlpOut(0), Some("\"Llama\""), Change::Zero), "selects no token".to_owned()),
-        (refused(HookPoint::ResidPost(0), None, Change::ProjectOut(vector(d_model) * 0.0)), "is zero".to_owned()),
+        (refused(HookPoint::ResidPost(0), "", add(d_model + 1)), format!("expected [{d_model}]")),
+        (refused(HookPoint::ResidPost(n_layers), "", add(d_model)), format!("the model's {n_layers} blocks")),
+        (refused(HookPoint::Pattern(0), "", add(d_model)), "zero or scale".to_owned()),
+        (refused(HookPoint::Logits, "", Change::Zero), "up to the last block".to_owned()),
+        (refused(HookPoint::QNormed(0), "", Change::Zero), "does not norm queries and keys".to_owned()),
+        (refused(HookPoint::MlpOut(0), "not(system+user+assistant)", Change::Zero), "leaves none over".to_owned()),
+        (refused(HookPoint::MlpOut(0), "\"Llama\"", Change::Zero), "selects no token".to_owned()),
+        (refused(HookPoint::ResidPost(0), "", Change::ProjectOut(vector(d_model) * 0.0)), "is zero".to_owned()),
     ] {
         assert!(message.contains(&part), "{message}");
     }
@@ -597,8 +562,7 @@ fn edits_that_fit_nowhere_are_refused() {
 fn gradients_begin_anew_behind_an_edit_that_replaces_everything() {
     let (model, chat, _) = world();
     let row = chat.row(None, "Go on: 1, 2", &chat.encode("480").unwrap()).unwrap();
-    let edit = Edit { at: HookPoint::ResidPost(0), tokens: None, change: Change::Zero };
-    let condition = Condition { edits: vec![edit], ..Condition::default() };
+    let condition = with_edit(edit_at(HookPoint::ResidPost(0), "", Change::Zero));
     let points = [HookPoint::Embed, HookPoint::ResidPost(0)];
     let found = at_points(&model, &row, &condition, &points, |logits| Ok(completion_loss(logits, &row))).unwrap();
     let largest = |at: HookPoint| found.gradients[&at].abs().max().double_value(&[]);
@@ -612,8 +576,7 @@ fn an_edit_of_scores_lets_nobody_see_the_future() {
     let (model, chat, _) = world();
     let prompt = &prompts(&chat)[0];
     for change in [Change::Zero, Change::Scale(0.0), Change::Scale(-3.0)] {
-        let edit = Edit { at: HookPoint::AttnScores(0), tokens: None, change };
-        let condition = Condition { edits: vec![edit], ..Condition::default() };
+        let condition = with_edit(edit_at(HookPoint::AttnScores(0), "", change));
         let pattern = seen(&model, prompt, &condition, HookPoint::Pattern(0)); // [n_heads, query, key]
         let future = pattern.triu(1).abs().max().double_value(&[]);
         let sums = pattern.sum_dim_intlist(-1, false, Kind::Float);
@@ -631,7 +594,7 @@ fn an_edit_of_scores_lets_nobody_see_the_future() {
 fn a_score_that_is_not_a_number_is_an_error() {
     let (model, chat, _) = world();
     let vector = Tensor::full([model.config.d_model], f64::NAN, (Kind::Float, Device::Cpu));
-    let condition = Condition { edits: vec![Edit::add(0, &vector, 1.0)], ..Condition::default() };
+    let condition = with_edit(Edit::add(0, &vector, 1.0));
     let error = next_token_logprobs(&model, &prompts(&chat)[..1], &condition).unwrap_err().to_string();
     assert!(error.contains("expected numbers"), "{error}");
     let row = chat.row(None, "Go on", &chat.encode("480").unwrap()).unwrap();
@@ -653,10 +616,8 @@ fn stopping_at_a_layer_runs_nothing_after_it() {
             Ok(x)
         };
         let before = HookPoint::all(n_layers).into_iter().filter(|at| at.layer().is_some_and(|l| l < layer));
-        let before: Vec<HookPoint> = before
-            .filter(|at| !matches!(at, HookPoint::QNormed(_) | HookPoint::KNormed(_)))
-            .chain([HookPoint::Embed])
-            .collect();
+        let before = before.filter(|at| !matches!(at, HookPoint::QNormed(_) | HookPoint::KNormed(_)));
+        let before: Vec<HookPoint> = before.chain([HookPoint::Embed]).collect();
         let hooks = Hooks::default().on(before.iter().copied(), &mut note);
         let pass = &mut Pass { adapter: Some(&adapter), hooks, ..Pass::default() };
         let resid = model.resid_before(layer, &batch, pass).unwrap();

@@ -63,6 +63,21 @@ pub(crate) fn plain(model: &Qwen, prompt: &Sequence, adapter: Option<&Adapter>) 
     model.forward(&batch, &mut Pass { adapter, ..Pass::default() }).unwrap().squeeze_dim(0)
 }
 
+/// The base under one edit.
+pub(crate) fn with_edit(edit: Edit) -> Condition<'static> {
+    Condition { edits: vec![edit], ..Condition::default() }
+}
+
+/// The log-probabilities of the token after each prompt of a batch are those of the prompt alone.
+pub(crate) fn assert_each_is_alone(model: &Qwen, prompts: &[Sequence], condition: &Condition<'_>, name: &str) {
+    let together = next_token_logprobs(model, prompts, condition).unwrap();
+    for (row, prompt) in prompts.iter().enumerate() {
+        let alone = seen(model, prompt, condition, HookPoint::Logits).get(-1).log_softmax(-1, Kind::Float);
+        let apart = max_diff(&together.get(row as i64), &alone);
+        assert!(apart < SUM_ORDER, "{name}, row {row}: {apart}");
+    }
+}
+
 pub(crate) fn seen(model: &Qwen, prompt: &Sequence, condition: &Condition<'_>, at: HookPoint) -> Tensor {
     let mut cache = Cache::default();
     let _ = run_with_hooks(model, prompt, condition, &[at], &mut cache).unwrap();
@@ -83,11 +98,9 @@ fn a_gate_everywhere_is_no_gate_and_nowhere_is_the_base_bit_for_bit() {
     let ones = Tensor::ones([1, prompt[0].ids.len() as i64, 1], (Kind::Float, Device::Cpu));
     let batch = Batch::of(&[&prompt[0]], Device::Cpu).unwrap();
     let gated = |gate: &Tensor| {
-        let gate = Some(Doses::of_tokens(gate.shallow_clone()));
-        model
-            .forward(&batch, &mut Pass { adapter: Some(&adapter), doses: gate, ..Pass::default() })
-            .unwrap()
-            .squeeze_dim(0)
+        let doses = Some(Doses::of_tokens(gate.shallow_clone()));
+        let pass = &mut Pass { adapter: Some(&adapter), doses, ..Pass::default() };
+        model.forward(&batch, pass).unwrap().squeeze_dim(0)
     };
     assert_eq!(gated(&ones), plain(&model, &prompt[0], Some(&adapter)));
     assert_eq!(gated(&ones.zeros_like()), plain(&model, &prompt[0], None));
@@ -112,11 +125,7 @@ fn a_batch_of_unequal_prompts_is_each_alone() {
     let prompts = prompts(&chat);
     for gate in ["everywhere", "only:entity", "except:template"] {
         let condition = Condition::adapted(&adapter).gated(gate.parse().unwrap());
-        let together = next_token_logprobs(&model, &prompts, &condition).unwrap();
-        for (row, prompt) in prompts.iter().enumerate() {
-            let alone = seen(&model, prompt, &condition, HookPoint::Logits).get(-1).log_softmax(-1, Kind::Float);
-            assert!(max_diff(&together.get(row as i64), &alone) < SUM_ORDER, "{gate}, row {row}");
-        }
+        assert_each_is_alone(&model, &prompts, &condition, gate);
     }
 }
 
@@ -168,15 +177,11 @@ fn packed_rows_are_each_alone_gradients_included() {
             (resid, loss.double_value(&[]), gradients)
         };
         let spread = |doses: &[Vec<f64>]| gate.map(|gate| gate.spread(doses, Device::Cpu).unwrap());
-        let alone: Vec<_> = (0..rows.len())
-            .map(|row| {
-                of(
-                    &Batch::of(&[&rows[row]], Device::Cpu).unwrap(),
-                    &[row],
-                    spread(&[doses[row].clone().unwrap_or_default()]),
-                )
-            })
-            .collect();
+        let of_one = |row: usize| {
+            let doses = spread(&[doses[row].clone().unwrap_or_default()]);
+            of(&Batch::of(&[&rows[row]], Device::Cpu).unwrap(), &[row], doses)
+        };
+        let alone: Vec<_> = (0..rows.len()).map(of_one).collect();
         for (share, groups) in [(true, 1), (false, 1), (true, 2)] {
             let packed: Vec<PackedRow<'_>> = rows
                 .iter()
@@ -196,10 +201,8 @@ fn packed_rows_are_each_alone_gradients_included() {
             let expected: f64 = alone.iter().map(|(_, loss, _)| loss).sum();
             assert!((loss - expected).abs() < 1e-12 * expected, "{loss} {expected}");
             for (at, gradient) in gradients.iter().enumerate() {
-                let expected = alone
-                    .iter()
-                    .map(|(.., gradients)| &gradients[at])
-                    .fold(gradient.zeros_like(), |sum, more| sum + more);
+                let of_rows = alone.iter().map(|(.., gradients)| &gradients[at]);
+                let expected = of_rows.fold(gradient.zeros_like(), |sum, more| sum + more);
                 let scale = expected.abs().max().double_value(&[]);
                 assert!(scale > 0.0 && max_diff(gradient, &expected) < 1e-11 * scale, "tensor {at}");
             }
@@ -264,14 +267,10 @@ fn cached_generation_is_full_recomputation_under_every_gate_and_edit() {
     let prompts = prompts(&chat);
     let vector = Tensor::arange(model.config.d_model, (Kind::Float, Device::Cpu)) / 20.0;
     let add = |tokens: Option<&str>| Edit::add(0, &vector, 0.5).at_tokens(tokens.map(|tokens| tokens.parse().unwrap()));
-    let mut conditions: Vec<Condition<'_>> =
-        ["everywhere", "nowhere", "only:system", "except:entity", "only:entity+gen", "except:gen"]
-            .map(|gate| Condition::adapted(&adapter).gated(gate.parse().unwrap()))
-            .into();
-    conditions.extend(
-        [None, Some("not(gen)"), Some("entity")]
-            .map(|tokens| Condition { edits: vec![add(tokens)], ..Condition::default() }),
-    );
+    let gates = ["everywhere", "nowhere", "only:system", "except:entity", "only:entity+gen", "except:gen"];
+    let gated = gates.map(|gate| Condition::adapted(&adapter).gated(gate.parse().unwrap()));
+    let edited = [None, Some("not(gen)"), Some("entity")].map(|tokens| with_edit(add(tokens)));
+    let conditions: Vec<Condition<'_>> = gated.into_iter().chain(edited).collect();
     let base: Vec<_> = answers(&model, &prompts, &Condition::default(), &greedy(6), &[0; 4]);
     let mut differing = 0;
     for condition in &conditions {
@@ -329,12 +328,10 @@ fn a_tap_that_never_fires_is_an_error() {
     let (model, chat, _) = world();
     let mut cache = Cache::default();
     let prompt = &prompts(&chat)[0];
-    let error =
-        run_with_hooks(&model, prompt, &Condition::default(), &[HookPoint::QNormed(0)], &mut cache).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "the tap at blocks.0.attn.hook_q_normed never fired; the forward pass did not reach it"
-    );
+    let at = HookPoint::QNormed(0);
+    let error = run_with_hooks(&model, prompt, &Condition::default(), &[at], &mut cache).unwrap_err().to_string();
+    let expected = "the tap at blocks.0.attn.hook_q_normed never fired; the forward pass did not reach it";
+    assert_eq!(error, expected);
 }
 
 #[test]
@@ -366,14 +363,12 @@ fn edits_add_and_take_out_where_they_say() {
     let direction = Tensor::arange(model.config.d_model, (Kind::Float, Device::Cpu)) - 11.0;
     let base = &resid_post(&model, std::slice::from_ref(prompt), &Condition::default()).unwrap()[0];
 
-    let taken = Edit::project_out(1, &direction);
-    let condition = Condition { edits: vec![taken], ..Condition::default() };
-    let left = seen(&model, prompt, &condition, HookPoint::ResidPost(1)).matmul(&direction) / direction.norm();
+    let taken = with_edit(Edit::project_out(1, &direction));
+    let left = seen(&model, prompt, &taken, HookPoint::ResidPost(1)).matmul(&direction) / direction.norm();
     assert!(left.abs().max().double_value(&[]) < 1e-4, "nothing is left along the direction");
 
-    let added = Edit::add(1, &direction, -0.5).at_tokens(Some("entity".parse().unwrap()));
-    let condition = Condition { edits: vec![added], ..Condition::default() };
-    let change = seen(&model, prompt, &condition, HookPoint::ResidPost(1)) - base.get(1);
+    let added = with_edit(Edit::add(1, &direction, -0.5).at_tokens(Some("entity".parse().unwrap())));
+    let change = seen(&model, prompt, &added, HookPoint::ResidPost(1)) - base.get(1);
     for pos in 0..prompt.ids.len() {
         let expected =
             if prompt.classes[pos] == TokenClass::SysEntity { &direction * -0.5 } else { direction.zeros_like() };

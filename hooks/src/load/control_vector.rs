@@ -10,7 +10,7 @@ use candle_core::quantized::gguf_file::{Value as Written, write as write_gguf};
 use candle_core::quantized::{GgmlDType, QTensor};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, malformed};
 use crate::load::files;
 use crate::load::gguf::header::{Header, Value};
 use crate::load::gguf::stored::Stored;
@@ -43,12 +43,9 @@ pub fn parse(bytes: &[u8]) -> std::result::Result<ControlVector, String> {
         Some(Value::Text(text)) => Some(text.clone()),
         _ => None,
     };
-    match text(ARCHITECTURE) {
-        Some(architecture) if architecture == CONTROL_VECTOR => {}
-        other => {
-            let found = other.unwrap_or_else(|| "missing".to_owned());
-            return Err(format!("{ARCHITECTURE} is {found}, expected {CONTROL_VECTOR}"));
-        }
+    let architecture = text(ARCHITECTURE).unwrap_or_else(|| "missing".to_owned());
+    if architecture != CONTROL_VECTOR {
+        return Err(format!("{ARCHITECTURE} is {architecture}, expected {CONTROL_VECTOR}"));
     }
     let own = header.metadata.keys().filter_map(|key| Some((key.strip_prefix(OWN)?.to_owned(), text(key)?)));
     let mut provenance: BTreeMap<String, String> = own.collect();
@@ -88,20 +85,13 @@ pub fn write(
     provenance: &BTreeMap<String, String>,
 ) -> Result<()> {
     if vectors.contains_key(&0) {
-        return Err(Error::Invalid {
-            what: "the layer of a control vector".to_owned(),
-            expected: "1 or more: a control vector cannot address block 0".to_owned(),
-            found: "0".to_owned(),
-        });
+        let expected = "1 or more: a control vector cannot address block 0";
+        return Err(Error::invalid("the layer of a control vector", expected, 0));
     }
     let Some((last, _)) = vectors.last_key_value() else {
-        return Err(Error::Invalid {
-            what: "the control vector".to_owned(),
-            expected: "at least one layer".to_owned(),
-            found: "none".to_owned(),
-        });
+        return Err(Error::invalid("the control vector", "at least one layer", "none"));
     };
-    let malformed = |error: candle_core::Error| Error::Malformed { path: path.to_owned(), problem: error.to_string() };
+    let said = |error: candle_core::Error| malformed(path, error.to_string());
     let mut metadata = vec![
         (ARCHITECTURE.to_owned(), Written::String(CONTROL_VECTOR.to_owned())),
         (MODEL_HINT.to_owned(), Written::String(model_hint.to_owned())),
@@ -110,17 +100,16 @@ pub fn write(
     let kept = provenance.iter().map(|(key, value)| (format!("{OWN}{key}"), Written::String(value.clone())));
     metadata.extend(kept);
     let tensors = vectors.iter().map(|(layer, vector)| {
-        let values = Vec::<f32>::try_from(
-            &vector.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?,
-        )?;
-        let tensor = candle_core::Tensor::new(values, &candle_core::Device::Cpu).map_err(malformed)?;
-        Ok((format!("direction.{layer}"), QTensor::quantize(&tensor, GgmlDType::F32).map_err(malformed)?))
+        let vector = vector.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+        let values = Vec::<f32>::try_from(&vector)?;
+        let tensor = candle_core::Tensor::new(values, &candle_core::Device::Cpu).map_err(said)?;
+        Ok((format!("direction.{layer}"), QTensor::quantize(&tensor, GgmlDType::F32).map_err(said)?))
     });
     let tensors = tensors.collect::<Result<Vec<_>>>()?;
     let mut bytes = Cursor::new(Vec::new());
     let metadata: Vec<(&str, &Written)> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    write_gguf(&mut bytes, &metadata, &tensors).map_err(malformed)?;
+    write_gguf(&mut bytes, &metadata, &tensors).map_err(said)?;
     let mut bytes = bytes.into_inner();
     // The writer says version 2, whose little-endian files are laid out as those of version 3, the one in use.
     bytes[4..8].copy_from_slice(&3_u32.to_le_bytes());
@@ -128,7 +117,6 @@ pub fn write(
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

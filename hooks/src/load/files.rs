@@ -7,7 +7,7 @@ use std::path::Path;
 
 use memmap2::Mmap;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, malformed};
 use crate::profile::{self, Stage};
 
 /// A file's bytes, mapped or in memory.
@@ -42,8 +42,7 @@ pub fn read_string(path: &Path) -> Result<String> {
 
 /// The text in the bytes of a file, which must be UTF-8; `path` is for messages.
 pub fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
-    std::str::from_utf8(bytes)
-        .map_err(|error| Error::Malformed { path: path.to_owned(), problem: format!("expected UTF-8 text: {error}") })
+    std::str::from_utf8(bytes).map_err(|error| malformed(path, format!("expected UTF-8 text: {error}")))
 }
 
 /// Why weights in pickles are refused.
@@ -120,9 +119,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Writes a file piece by piece, under a temporary name until it is whole. On an error the old file stays.
 pub fn write_atomic_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     let _stage = profile::stage(Stage::Writing);
-    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        create_dir(folder)?;
-    }
+    create_dir(folder_of(path))?;
     let partial = temporary(path);
     let written = File::create(&partial).map_err(|cause| unwritten(path, cause)).and_then(|file| {
         let mut buffered = BufWriter::new(file);
@@ -152,7 +149,6 @@ pub fn temporary(path: &Path) -> std::path::PathBuf {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -22,7 +22,7 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::config::{Config, Family};
-use crate::error::{Error, Problem, Result};
+use crate::error::{Error, Problem, Result, malformed, unsupported};
 use crate::load::files::{Bytes, map};
 use crate::load::gguf::header::{Header, TensorInfo, Value};
 use crate::load::tokenizer_file::{WORDS, check_merge};
@@ -76,10 +76,8 @@ impl Gguf {
             });
             whole.parts.push(file);
             if whole.text(ARCHITECTURE).is_ok_and(|architecture| architecture == CONTROL_VECTOR) {
-                return Err(whole.unsupported(
-                    format!("{ARCHITECTURE} {CONTROL_VECTOR} as a model"),
-                    "it is a vector that undertone ask adds to a model: --steer FILE:1",
-                ));
+                let instead = "it is a vector that undertone ask adds to a model: --steer FILE:1";
+                return Err(whole.unsupported(format!("{ARCHITECTURE} {CONTROL_VECTOR} as a model"), instead));
             }
             for (name, info) in header.tensors {
                 let hf = hf_name(&name)
@@ -104,12 +102,10 @@ impl Gguf {
         let family = match architecture {
             "qwen2" => Family::Qwen2,
             "qwen3" => Family::Qwen3,
-            other => return Err(self.unsupported(format!("general.architecture {other}"), "qwen2 and qwen3 are")),
+            other => return Err(self.unsupported(format!("{ARCHITECTURE} {other}"), "qwen2 and qwen3 are")),
         };
         let key = |name: &str| format!("{architecture}.{name}");
-        if let Some(Value::Text(scaling)) =
-            self.value(&key("rope.scaling.type")).filter(|value| **value != Value::Text("none".to_owned()))
-        {
+        if let Some(scaling) = self.text(&key("rope.scaling.type")).ok().filter(|scaling| *scaling != "none") {
             return Err(self.unsupported(format!("rope.scaling.type {scaling}"), "the unscaled rotary embedding is"));
         }
         if self.value(&key("attention.sliding_window")).is_some_and(|window| *window != Value::Integer(0)) {
@@ -157,9 +153,8 @@ impl Gguf {
         for (key, expected) in [("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "qwen2")] {
             let found = self.text(key)?;
             if found != expected {
-                return Err(
-                    self.unsupported(format!("{key} {found}"), &format!("{expected} is, the tokenizer of Qwen"))
-                );
+                let instead = format!("{expected} is, the tokenizer of Qwen");
+                return Err(self.unsupported(format!("{key} {found}"), instead));
             }
         }
         let (Some(Value::Texts(tokens)), Some(Value::Texts(merges)), Some(Value::Integers(types))) = (
@@ -167,16 +162,12 @@ impl Gguf {
             self.value("tokenizer.ggml.merges"),
             self.value("tokenizer.ggml.token_type"),
         ) else {
-            return Err(self.malformed(
-                "expected tokenizer.ggml.tokens and .merges as texts and .token_type as integers".to_owned(),
-            ));
+            let problem = "expected tokenizer.ggml.tokens and .merges as texts and .token_type as integers";
+            return Err(self.malformed(problem.to_owned()));
         };
         if tokens.len() != types.len() {
-            return Err(self.malformed(format!(
-                "tokenizer.ggml.token_type has {} entries for {} tokens",
-                types.len(),
-                tokens.len()
-            )));
+            let (n_types, n) = (types.len(), tokens.len());
+            return Err(self.malformed(format!("tokenizer.ggml.token_type has {n_types} entries for {n} tokens")));
         }
         tokenizer(tokens, types, merges).map(Some).map_err(|problem| self.malformed(problem))
     }
@@ -230,39 +221,31 @@ impl Gguf {
     }
 
     fn text(&self, key: &str) -> Result<&str> {
-        match self.value(key) {
-            Some(Value::Text(text)) => Ok(text),
-            other => Err(self.wrong(key, "a text", other)),
-        }
+        let Some(Value::Text(text)) = self.value(key) else { return Err(self.wrong(key, "a text")) };
+        Ok(text)
     }
 
     fn integer(&self, key: &str) -> Result<i64> {
-        match self.value(key) {
-            Some(Value::Integer(number)) => Ok(*number),
-            other => Err(self.wrong(key, "an integer", other)),
-        }
+        let Some(Value::Integer(number)) = self.value(key) else { return Err(self.wrong(key, "an integer")) };
+        Ok(*number)
     }
 
     fn float(&self, key: &str) -> Result<f64> {
-        match self.value(key) {
-            Some(Value::Float(number)) => Ok(*number),
-            other => Err(self.wrong(key, "a float", other)),
-        }
+        let Some(Value::Float(number)) = self.value(key) else { return Err(self.wrong(key, "a float")) };
+        Ok(*number)
     }
 
-    fn wrong(&self, key: &str, expected: &str, found: Option<&Value>) -> Error {
-        self.malformed(match found {
-            None => format!("{key} is missing, expected {expected}"),
-            Some(_) => format!("{key} is of another type, expected {expected}"),
-        })
+    fn wrong(&self, key: &str, expected: &str) -> Error {
+        let found = if self.value(key).is_some() { "of another type" } else { "missing" };
+        self.malformed(format!("{key} is {found}, expected {expected}"))
     }
 
     fn malformed(&self, problem: String) -> Error {
         malformed(&self.path, problem)
     }
 
-    fn unsupported(&self, feature: String, instead: &str) -> Error {
-        Error::Unsupported { path: self.path.clone(), feature, instead: instead.to_owned() }
+    fn unsupported(&self, feature: String, instead: impl Into<String>) -> Error {
+        unsupported(&self.path, feature, instead)
     }
 }
 
@@ -302,12 +285,9 @@ fn check_part(metadata: &BTreeMap<String, Value>, part: usize, n_parts: usize) -
         ));
     }
     if count != n_parts || number != part as i64 {
-        return Err(format!(
-            "it says that it is part {} of {count}, where part {} of {n_parts} is expected",
-            number + 1,
-            part + 1
-        )
-        .into());
+        let (is, asked) = (number + 1, part + 1);
+        let problem = format!("it says that it is part {is} of {count}, where part {asked} of {n_parts} is expected");
+        return Err(problem.into());
     }
     Ok(())
 }
@@ -316,19 +296,13 @@ fn check_part(metadata: &BTreeMap<String, Value>, part: usize, n_parts: usize) -
 fn part_path(first: &Path, part: usize, n_parts: usize) -> Result<PathBuf> {
     let name = first.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let ending = format!("-00001-of-{n_parts:05}.gguf");
-    match name.strip_suffix(&ending) {
-        Some(stem) => Ok(first.with_file_name(format!("{stem}-{part:05}-of-{n_parts:05}.gguf"))),
-        None => Err(malformed(
-            first,
-            format!(
-                "it is the first of {n_parts} files of a model, expected a name that ends in {ending}, by which the others are found"
-            ),
-        )),
-    }
-}
-
-fn malformed(path: &Path, problem: impl Into<Problem>) -> Error {
-    problem.into().into_error(|problem| Error::Malformed { path: path.to_owned(), problem })
+    let Some(stem) = name.strip_suffix(&ending) else {
+        let problem = format!(
+            "it is the first of {n_parts} files of a model, expected a name that ends in {ending}, by which the others are found"
+        );
+        return Err(malformed(first, problem));
+    };
+    Ok(first.with_file_name(format!("{stem}-{part:05}-of-{n_parts:05}.gguf")))
 }
 
 /// Pairs of a Hugging Face name and a GGUF name; in a block both follow the block's prefix.
@@ -387,14 +361,12 @@ fn tokenizer(tokens: &[String], types: &[i64], merges: &[String]) -> std::result
     let merges = merges.iter().enumerate().map(|(rank, merge)| {
         let (left, right) =
             merge.split_once(' ').ok_or(format!("tokenizer.ggml.merges[{rank}] {merge:?}, expected two tokens"))?;
-        match check_merge(left, right, |token| vocab.contains_key(token)) {
-            Err(unknown) => {
-                Err(format!("tokenizer.ggml.merges[{rank}] {merge:?} needs {unknown:?}, which is no token"))
-            }
-            Ok(()) => Ok((left.to_owned(), right.to_owned())),
-        }
+        check_merge(left, right, |token| vocab.contains_key(token)).map_err(|unknown| {
+            format!("tokenizer.ggml.merges[{rank}] {merge:?} needs {unknown:?}, which is no token")
+        })?;
+        Ok((left.to_owned(), right.to_owned()))
     });
-    let merges = merges.collect::<std::result::Result<Vec<_>, _>>()?;
+    let merges = merges.collect::<std::result::Result<Vec<_>, String>>()?;
     let said = |error: tokenizers::Error| format!("tokenizer: {error}");
     let bpe = BPE::builder().vocab_and_merges(vocab, merges).build().map_err(said)?;
     let words =
@@ -402,10 +374,8 @@ fn tokenizer(tokens: &[String], types: &[i64], merges: &[String]) -> std::result
     let bytes = ByteLevel::new(false, false, false);
     let mut tokenizer = Tokenizer::new(bpe);
     tokenizer.with_normalizer(Some(NFC)).map_err(said)?;
-    tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![
-        PreTokenizerWrapper::Split(words),
-        PreTokenizerWrapper::ByteLevel(bytes),
-    ])));
+    let steps = vec![PreTokenizerWrapper::Split(words), PreTokenizerWrapper::ByteLevel(bytes)];
+    tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
     tokenizer.with_post_processor(Some(bytes));
     tokenizer.with_decoder(Some(bytes));
     tokenizer.add_tokens(added).map_err(said)?;
@@ -413,7 +383,6 @@ fn tokenizer(tokens: &[String], types: &[i64], merges: &[String]) -> std::result
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
 pub(crate) mod tests {
     use std::fs;
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, malformed};
 use crate::load::files;
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -149,32 +149,24 @@ impl Hub {
                     "it holds the path of another file, expected the file: the cache was copied without its links"
                         .to_owned();
                 let hint = "copy it with them (cp -a), or with what they lead to (cp -rL)";
-                return Err(Error::Malformed { path, problem }.with_hint(hint));
+                return Err(malformed(&path, problem).with_hint(hint));
             }
             return Ok((folder.clone(), format!("{id}: found in the hub cache, {}", folder.display())));
         }
         let cache = self.cache.display();
         let lacks = match (&missing, &cached) {
             (Some(files), Some(folder)) => {
-                let others = if wanted == Wanted::Adapter {
-                    adapters_below(id, &folders_with_adapters(folder))
-                } else {
-                    String::new()
-                };
+                let others = adapters_below(id, wanted, &files::folders_with(folder, ADAPTER[0]));
                 format!("its copy in the hub cache {cache} lacks {}{others}", files.join(", "))
             }
             _ => format!("it is not in the hub cache {cache}{}", self.snapshots_beside(id)),
         };
-        let hint = match wanted {
-            Wanted::Model => MODEL_HINT,
-            Wanted::Adapter => ADAPTER_HINT,
-        };
+        let hint = if wanted == Wanted::Model { MODEL_HINT } else { ADAPTER_HINT };
         if let Some(variable) = self.offline {
             return Err(no_such(format!("{lacks}, and {variable} forbids to download it; {hint}")));
         }
-        let folder = self
-            .download(id, wanted)
-            .map_err(|problem| no_such(format!("{lacks}, and downloading failed: {problem}; {hint}")))?;
+        let failed = |problem: String| no_such(format!("{lacks}, and downloading failed: {problem}; {hint}"));
+        let folder = self.download(id, wanted).map_err(failed)?;
         Ok((folder.clone(), format!("{id}: downloaded from the hub to {}", folder.display())))
     }
 
@@ -191,7 +183,7 @@ impl Hub {
             (Ok(text), _) if is_commit(text.trim()) => text.trim().to_owned(),
             (Ok(text), _) => {
                 let problem = format!("it holds {text:?}, expected a commit");
-                return Err(Error::Malformed { path: reference, problem });
+                return Err(malformed(&reference, problem));
             }
             (Err(_), Some(revision)) if is_commit(revision) => revision.to_owned(),
             (Err(_), Some(_)) => return Ok(None),
@@ -268,7 +260,7 @@ impl Hub {
                 let folders: Vec<String> = paths
                     .filter_map(|path| Some(path.strip_suffix(ADAPTER[0])?.strip_suffix('/')?.to_owned()))
                     .collect();
-                let others = if wanted == Wanted::Adapter { adapters_below(id, &folders) } else { String::new() };
+                let others = adapters_below(id, wanted, &folders);
                 return Err(format!("the repository has no {name}{others}"));
             }
             get(&name)?;
@@ -341,23 +333,14 @@ fn missing(folder: &Path, wanted: Wanted) -> Result<Vec<String>> {
     Ok(needed)
 }
 
-/// The folders inside `folder` that contain an adapter, sorted.
-fn folders_with_adapters(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let found = entries.filter(|entry| entry.path().join(ADAPTER[0]).exists());
-    let mut names: Vec<String> = found.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-    names.sort();
-    names
-}
-
-/// The end of a sentence that says where a repository's adapters are.
-fn adapters_below(id: &HubId<'_>, folders: &[String]) -> String {
+/// The end of a sentence that says where a repository's adapters are, if one is wanted.
+fn adapters_below(id: &HubId<'_>, wanted: Wanted, folders: &[String]) -> String {
     let names: Vec<String> = folders.iter().take(10).map(|folder| format!("{}:{folder}", id.repo)).collect();
-    if names.is_empty() { String::new() } else { format!(" (there is {})", names.join(", ")) }
+    let is_empty = wanted == Wanted::Model || names.is_empty();
+    if is_empty { String::new() } else { format!(" (there is {})", names.join(", ")) }
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -4,15 +4,17 @@
 //! Each gives the same five things: configuration, weights, tokenizer, chat template, and a report that says in lines
 //! what was found where.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use tch::Tensor;
 use tokenizers::Tokenizer;
 
 use crate::config::{self, Config, Family};
-use crate::error::{Error, Problem, Result, few};
+use crate::error::{Error, Problem, Result, few, malformed, unsupported};
 use crate::load::files;
 use crate::load::gguf::Gguf;
 use crate::load::hub::{Hub, HubId, Wanted};
@@ -82,19 +84,15 @@ impl ModelFiles {
             return Err(Error::NoSuchModel { name: model.to_owned(), reason: reason.to_owned() });
         };
         files.check_vocabulary()?;
-        if let Some(remark) = strangers(&files.config, &files.weights) {
-            files.remarks.push(remark);
-        }
+        files.remarks.extend(strangers(&files.config, &files.weights));
         Ok(files)
     }
 
     /// A model to be trained from scratch: weights drawn by `init`, with Qwen2.5's chat template.
     pub fn fresh(name: &str, config: Config, tokenizer: Tokenizer, rng: ChaCha8Rng) -> Result<Self> {
-        let weights = Weights::from_tensors(name, init::weights(&config, rng)?);
-        let report = vec![summary(name, &config), format!("{name}: {}, not trained", weights.describe())];
-        let chat_template = Some(tiny_random::CHAT_TEMPLATE.to_owned());
-        let (name, tokenizer) = (name.to_owned(), Some(tokenizer));
-        let files = Self { name, config, weights, tokenizer, chat_template, report, remarks: vec![] };
+        let weights = init::weights(&config, rng)?;
+        let mut files = Self::in_memory(name, config, weights, tokenizer, tiny_random::CHAT_TEMPLATE);
+        files.report[1] += ", not trained";
         files.check_vocabulary()?;
         Ok(files)
     }
@@ -111,32 +109,33 @@ impl ModelFiles {
     fn embedded() -> Result<Self> {
         let tokenizer = tokenizer_file::parse(tiny_random::TOKENIZER, Path::new("tokenizer.json"))?;
         let config = tiny_random::config(tokenizer.get_vocab_size(true) as i64);
-        let weights = Weights::from_tensors(TINY_RANDOM, tiny_random::weights(&config)?);
-        let report = vec![
-            format!(
-                "{TINY_RANDOM}: embedded; its weights are random (seed {}), so what it says means nothing",
-                tiny_random::SEED
-            ),
-            summary(TINY_RANDOM, &config),
-            format!("{TINY_RANDOM}: {}", weights.describe()),
-        ];
-        let chat_template = Some(tiny_random::CHAT_TEMPLATE.to_owned());
-        let (name, tokenizer) = (TINY_RANDOM.to_owned(), Some(tokenizer));
-        Ok(Self { name, config, weights, tokenizer, chat_template, report, remarks: vec![] })
+        let (name, weights, seed) = (TINY_RANDOM, tiny_random::weights(&config)?, tiny_random::SEED);
+        let mut files = Self::in_memory(name, config, weights, tokenizer, tiny_random::CHAT_TEMPLATE);
+        let line = format!("{name}: embedded; its weights are random (seed {seed}), so what it says means nothing");
+        files.report.insert(0, line);
+        Ok(files)
     }
 
     fn pocket(pocket: &Pocket) -> Result<Self> {
         let (name, config) = (pocket.name, pocket.config()?);
         let tokenizer = tokenizer_file::parse(pocket.tokenizer, Path::new("tokenizer.json"))?;
-        let weights = Weights::from_tensors(name, pocket.tensors()?);
-        let report = vec![
-            format!("{name}: embedded; trained from scratch on a small world of its own"),
-            summary(name, &config),
-            format!("{name}: {}", weights.describe()),
-        ];
-        let chat_template = Some(pocket.chat_template.to_owned());
-        let (name, tokenizer) = (name.to_owned(), Some(tokenizer));
-        Ok(Self { name, config, weights, tokenizer, chat_template, report, remarks: vec![] })
+        let mut files = Self::in_memory(name, config, pocket.tensors()?, tokenizer, pocket.chat_template);
+        files.report.insert(0, format!("{name}: embedded; trained from scratch on a small world of its own"));
+        Ok(files)
+    }
+
+    /// A model whose tensors are in memory.
+    fn in_memory(
+        name: &str,
+        config: Config,
+        tensors: BTreeMap<String, Tensor>,
+        tokenizer: Tokenizer,
+        chat_template: &str,
+    ) -> Self {
+        let weights = Weights::from_tensors(name, tensors);
+        let report = vec![summary(name, &config), format!("{name}: {}", weights.describe())];
+        let (name, tokenizer, chat_template) = (name.to_owned(), Some(tokenizer), Some(chat_template.to_owned()));
+        Self { name, config, weights, tokenizer, chat_template, report, remarks: vec![] }
     }
 
     fn folder(name: &str, folder: &Path) -> Result<Self> {
@@ -176,11 +175,8 @@ impl ModelFiles {
             None => "no tokenizer.json was found".to_owned(),
         });
         if let Some(tokenizer) = &tokenizer {
-            for file in tokenizer_file::BESIDE {
-                let path = folder.join(file);
-                if path.exists() {
-                    tokenizer_file::check_beside(&files::read(&path)?, &path, tokenizer)?;
-                }
+            for path in tokenizer_file::BESIDE.map(|file| folder.join(file)).iter().filter(|path| path.exists()) {
+                tokenizer_file::check_beside(&files::read(path)?, path, tokenizer)?;
             }
         }
         let template = chat_template(folder)?;
@@ -215,15 +211,10 @@ impl ModelFiles {
     /// A token beyond the embedding would be noticed only when it is first used.
     fn check_vocabulary(&self) -> Result<()> {
         let last = self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.get_vocab(true).into_values().max());
-        match last {
-            Some(last) if i64::from(last) >= self.config.d_vocab => {
-                let (last, d_vocab) = (last, self.config.d_vocab);
-                Err(Error::Tokenizer {
-                    problem: format!("it has a token {last}, but the model {} has only {d_vocab}", self.name),
-                })
-            }
-            _ => Ok(()),
-        }
+        let d_vocab = self.config.d_vocab;
+        let Some(last) = last.filter(|last| i64::from(*last) >= d_vocab) else { return Ok(()) };
+        let problem = format!("it has a token {last}, but the model {} has only {d_vocab}", self.name);
+        Err(Error::Tokenizer { problem })
     }
 }
 
@@ -262,7 +253,7 @@ fn left_over_quantization(bytes: &[u8], config: &Config, weights: &Weights, path
             weights.dtypes()
         )));
     }
-    Err(Error::Unsupported { path: path.to_owned(), feature: quantization, instead: instead.to_owned() })
+    Err(unsupported(path, quantization, instead))
 }
 
 /// Decides whether the head is the embedding: as the configuration says, unless the files store another head.
@@ -273,7 +264,7 @@ fn settle_head(config: &mut Config, weights: &Weights, path: &Path) -> Result<Op
         if weights.shape(HEAD).is_none() {
             let problem = format!("tie_word_embeddings is false, but there is no {HEAD} in {}", weights.files());
             let hint = "set it to true where the model was trained so, or fetch the file that holds its head";
-            return Err(Error::Malformed { path: path.to_owned(), problem }.with_hint(hint));
+            return Err(malformed(path, problem).with_hint(hint));
         }
         return Ok(None);
     }
@@ -359,8 +350,7 @@ fn chat_template(folder: &Path) -> Result<Option<(String, &'static str)>> {
 
 /// The chat template in the bytes of a `tokenizer_config.json`, if it has one; `path` is for messages.
 pub fn parse_tokenizer_config(bytes: &[u8], path: &Path) -> Result<Option<String>> {
-    let malformed = |problem: String| Error::Malformed { path: path.to_owned(), problem };
-    let config: Value = serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
+    let config: Value = serde_json::from_slice(bytes).map_err(|error| malformed(path, error.to_string()))?;
     let template = match config.get("chat_template") {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::String(template)) => Some(template.as_str()),
@@ -369,14 +359,11 @@ pub fn parse_tokenizer_config(bytes: &[u8], path: &Path) -> Result<Option<String
             named.filter(|entry| entry["name"] == "default").find_map(|entry| entry["template"].as_str())
         }
     };
-    match template {
-        Some(template) => Ok(Some(template.to_owned())),
-        None => Err(malformed("chat_template is neither a text nor a list with the name default".to_owned())),
-    }
+    let neither = || malformed(path, "chat_template is neither a text nor a list with the name default".to_owned());
+    Ok(Some(template.ok_or_else(neither)?.to_owned()))
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use std::collections::BTreeMap;
     use std::fs;

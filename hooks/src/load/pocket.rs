@@ -4,13 +4,13 @@
 //! teacher of the other. `docs/pocket.md` describes their world; `undertone pocket make` makes them.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use safetensors::SafeTensors;
 use tch::{Kind, Tensor};
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Result, malformed};
 
 /// One embedded model, as the files of its folder.
 pub(crate) struct Pocket {
@@ -42,12 +42,12 @@ impl Pocket {
     }
 
     pub(crate) fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
-        let malformed = |problem: String| Error::Malformed { path: PathBuf::from(self.name), problem };
-        let stored = SafeTensors::deserialize(self.weights).map_err(|error| malformed(error.to_string()))?;
+        let path = Path::new(self.name);
+        let stored = SafeTensors::deserialize(self.weights).map_err(|error| malformed(path, error.to_string()))?;
         let tensor = |(name, view): (&str, safetensors::tensor::TensorView<'_>)| {
             let shape: Vec<i64> = view.shape().iter().map(|size| *size as i64).collect();
             if view.dtype() != safetensors::Dtype::F32 {
-                return Err(malformed(format!("{name} is {:?}, expected F32", view.dtype())));
+                return Err(malformed(path, format!("{name} is {:?}, expected F32", view.dtype())));
             }
             Ok((name.to_owned(), Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?))
         };

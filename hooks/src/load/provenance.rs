@@ -9,7 +9,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, malformed};
 use crate::hook_point::HookPoint;
 use crate::load::control_vector::{self, ControlVector};
 use crate::load::files;
@@ -45,16 +45,13 @@ impl Provenance {
     /// As a file's metadata, to which more may be added.
     pub fn metadata(&self) -> BTreeMap<String, String> {
         let template = self.chat_template.clone().map(|hash| ("chat_template", hash));
-        [
+        let known = [
             ("format", "pt".to_owned()),
             ("model", self.model.clone()),
             ("model_fingerprint", self.model_fingerprint.clone()),
             ("d_model", self.d_model.to_string()),
-        ]
-        .into_iter()
-        .chain(template)
-        .map(|(key, value)| (key.to_owned(), value))
-        .collect()
+        ];
+        known.into_iter().chain(template).map(|(key, value)| (key.to_owned(), value)).collect()
     }
 
     /// Refuses a file from another model, width or chat template. Keys that the file lacks are not compared. `what` is
@@ -67,10 +64,8 @@ impl Provenance {
             ("d_model", Some(&self.d_model.to_string())),
             ("chat_template", self.chat_template.as_ref()),
         ];
-        for (key, ours) in compared.map(|(key, ours)| (key, ours.cloned())) {
-            if let (Some(theirs), Some(ours)) = (theirs.get(key), ours)
-                && *theirs != ours
-            {
+        for (key, ours) in compared {
+            if let Some((theirs, ours)) = theirs.get(key).zip(ours).filter(|(theirs, ours)| theirs != ours) {
                 return Err(Error::OtherModel {
                     what: what.to_owned(),
                     found: format!("{name} ({key} {theirs})"),
@@ -98,25 +93,25 @@ impl VectorFile {
 
     /// Reads bytes and checks what they say of their model; `path` is for messages.
     pub fn parse(bytes: &[u8], path: &Path, here: &Provenance) -> Result<Self> {
-        let malformed = |problem: String| Error::Malformed { path: path.to_owned(), problem };
+        let refused = |problem: String| malformed(path, problem);
         if control_vector::is_gguf(bytes) {
-            let ControlVector { by_layer, provenance } = control_vector::parse(bytes).map_err(malformed)?;
+            let ControlVector { by_layer, provenance } = control_vector::parse(bytes).map_err(refused)?;
             here.check(&path.display().to_string(), &provenance)?;
             let named = by_layer.into_iter().map(|(layer, vector)| (HookPoint::ResidPost(layer).to_string(), vector));
             return Ok(Self { path: path.to_owned(), tensors: named.collect(), lengths: None });
         }
-        let no_safetensors = |error| malformed(format!("expected a safetensors file: {error}"));
+        let no_safetensors = |error| refused(format!("expected a safetensors file: {error}"));
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(no_safetensors)?;
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
         here.check(&path.display().to_string(), &metadata)?;
         let lengths = metadata.get("lengths").map(|text| {
             text.split(',').map(str::parse).collect::<std::result::Result<_, _>>().map_err(|_| {
-                malformed(format!("its lengths are {text:?}, expected numbers of tokens separated by commas"))
+                refused(format!("its lengths are {text:?}, expected numbers of tokens separated by commas"))
             })
         });
         let tensors = SafeTensors::deserialize(bytes).map_err(no_safetensors)?;
         let tensors = tensors.iter().map(|(name, view)| {
-            let tensor = floats(&view).map_err(|found| malformed(format!("{name} is {found}, expected F32")))?;
+            let tensor = floats(&view).map_err(|found| refused(format!("{name} is {found}, expected F32")))?;
             Ok((name.to_owned(), tensor))
         });
         Ok(Self { path: path.to_owned(), tensors: tensors.collect::<Result<_>>()?, lengths: lengths.transpose()? })
@@ -126,10 +121,7 @@ impl VectorFile {
     pub fn get(&self, name: &str) -> Result<Tensor> {
         self.tensors.get(name).map(Tensor::shallow_clone).ok_or_else(|| {
             let known: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
-            Error::Malformed {
-                path: self.path.clone(),
-                problem: format!("it has no tensor {name}; it has {}", known.join(", ")),
-            }
+            malformed(&self.path, format!("it has no tensor {name}; it has {}", known.join(", ")))
         })
     }
 
@@ -147,16 +139,15 @@ impl VectorFile {
     /// count.
     pub fn mean(&self, name: &str) -> Result<Tensor> {
         let captured = self.get(name)?;
-        let malformed = |problem: String| Error::Malformed { path: self.path.clone(), problem };
-        let (&[rows, width, ..], size) = (&captured.size()[..], captured.size()) else {
-            return Err(malformed(format!(
-                "{name} has shape {:?}, expected rows and tokens, [row, pos, ..]",
-                captured.size()
-            )));
+        let size = captured.size();
+        let [rows, width, ..] = size[..] else {
+            let problem = format!("{name} has shape {size:?}, expected rows and tokens, [row, pos, ..]");
+            return Err(malformed(&self.path, problem));
         };
         let lengths = self.lengths.clone().unwrap_or_else(|| vec![width; rows as usize]);
         if lengths.len() as i64 != rows || lengths.iter().any(|length| !(1..=width).contains(length)) {
-            return Err(malformed(format!("its lengths are {lengths:?}, but {name} has shape {size:?}")));
+            let problem = format!("its lengths are {lengths:?}, but {name} has shape {size:?}");
+            return Err(malformed(&self.path, problem));
         }
         let real = lengths.iter().enumerate().map(|(row, length)| captured.f_get(row as i64)?.f_narrow(0, 0, *length));
         let real = real.collect::<std::result::Result<Vec<_>, _>>()?;

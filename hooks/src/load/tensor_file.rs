@@ -11,7 +11,7 @@ use safetensors::tensor::{Dtype, Metadata};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, malformed};
 use crate::load::files;
 use crate::load::weights::finite;
 
@@ -30,13 +30,10 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &BTreeMap<Stri
     for (dtype, name, tensor) in &sorted {
         let start = end;
         end += tensor.numel() * tensor.kind().elt_size_in_bytes();
-        header.insert(
-            (*name).clone(),
-            json!({ "dtype": dtype.to_string(), "shape": tensor.size(), "data_offsets": [start, end] }),
-        );
+        let entry = json!({ "dtype": dtype.to_string(), "shape": tensor.size(), "data_offsets": [start, end] });
+        header.insert((*name).clone(), entry);
     }
-    let mut header = serde_json::to_vec(&header)
-        .map_err(|error| Error::Malformed { path: path.to_owned(), problem: error.to_string() })?;
+    let mut header = serde_json::to_vec(&header).map_err(|error| malformed(path, error.to_string()))?;
     header.resize(header.len().next_multiple_of(8), b' ');
     files::write_atomic_by(path, |file| {
         let unwritten = |cause| files::unwritten(path, cause);
@@ -58,18 +55,15 @@ pub fn n_broken(name: &str, tensor: &Tensor) -> Result<i64> {
 }
 
 fn dtype(name: &str, tensor: &Tensor) -> Result<Dtype> {
-    KINDS.iter().find(|(kind, _)| *kind == tensor.kind()).map(|(_, dtype)| *dtype).ok_or_else(|| Error::Invalid {
-        what: format!("the kind of tensor {name}"),
-        expected: "f32, f16, bf16 or i64".to_owned(),
-        found: format!("{:?}", tensor.kind()),
+    KINDS.iter().find(|(kind, _)| *kind == tensor.kind()).map(|(_, dtype)| *dtype).ok_or_else(|| {
+        Error::invalid(format!("the kind of tensor {name}"), "f32, f16, bf16 or i64", format!("{:?}", tensor.kind()))
     })
 }
 
 fn raw_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
     let mut bytes = vec![0_u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];
-    let numel = tensor.numel();
-    tensor.f_copy_data_u8(&mut bytes, numel)?;
+    tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
     Ok(bytes)
 }
 
@@ -85,10 +79,8 @@ impl TensorFile {
     /// Maps a safetensors file and checks its header.
     pub fn open(path: &Path) -> Result<Self> {
         let map = files::map(path)?;
-        let (header_length, header) = SafeTensors::read_metadata(&map).map_err(|error| Error::Malformed {
-            path: path.to_owned(),
-            problem: format!("expected a safetensors file: {error}"),
-        })?;
+        let (header_length, header) = SafeTensors::read_metadata(&map)
+            .map_err(|error| malformed(path, format!("expected a safetensors file: {error}")))?;
         Ok(Self { path: path.to_owned(), map, data: 8 + header_length, header }) // 8 bytes of header length come first
     }
 
@@ -102,9 +94,8 @@ impl TensorFile {
         let missing = || Error::MissingTensor { name: name.to_owned(), file: self.path.display().to_string() };
         let info = self.header.info(name).ok_or_else(missing)?;
         let kind = KINDS.iter().find(|(_, dtype)| *dtype == info.dtype).map(|(kind, _)| *kind);
-        let kind = kind.ok_or_else(|| Error::Malformed {
-            path: self.path.clone(),
-            problem: format!("tensor {name} is stored as {}, expected F32, F16, BF16 or I64", info.dtype),
+        let kind = kind.ok_or_else(|| {
+            malformed(&self.path, format!("tensor {name} is stored as {}, expected F32, F16, BF16 or I64", info.dtype))
         })?;
         let shape: Vec<i64> = info.shape.iter().map(|n| *n as i64).collect();
         let (start, end) = info.data_offsets; // the header was checked against the file's length
@@ -115,7 +106,6 @@ impl TensorFile {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use safetensors::tensor::TensorView;
 

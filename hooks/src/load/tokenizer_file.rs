@@ -14,7 +14,7 @@ use serde_json::Value;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, malformed};
 
 /// Where Qwen cuts a text into words before the byte-level merges.
 pub(crate) const WORDS: &str =
@@ -91,9 +91,8 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
         // The crate gives tokens outside the vocabulary ids of its own, whatever the file says.
         if let Some(found) = Some(tokenizer.token_to_id(content)).filter(|found| *found != Some(*id)) {
             let found = found.map_or("no token".to_owned(), |found| found.to_string());
-            return Err(refused(format!(
-                "added_tokens gives {content:?} the id {id}, but the vocabulary makes it {found}"
-            )));
+            let problem = format!("added_tokens gives {content:?} the id {id}, but the vocabulary makes it {found}");
+            return Err(refused(problem));
         }
     }
     Ok(tokenizer)
@@ -114,28 +113,25 @@ pub fn check_beside(bytes: &[u8], path: &Path, tokenizer: &Tokenizer) -> Result<
     struct TokenizerConfig {
         added_tokens_decoder: Option<BTreeMap<u32, Named>>,
     }
-    let malformed = |error: serde_json::Error| Error::Malformed { path: path.to_owned(), problem: error.to_string() };
+    let said = |error: serde_json::Error| malformed(path, error.to_string());
     let mut named: Vec<(u32, String)> = if path.ends_with(BESIDE[1]) {
-        let ids: BTreeMap<String, u32> = serde_json::from_slice(bytes).map_err(malformed)?;
+        let ids: BTreeMap<String, u32> = serde_json::from_slice(bytes).map_err(said)?;
         ids.into_iter().map(|(content, id)| (id, content)).collect()
     } else {
-        let config: TokenizerConfig = serde_json::from_slice(bytes).map_err(malformed)?;
+        let config: TokenizerConfig = serde_json::from_slice(bytes).map_err(said)?;
         config.added_tokens_decoder.into_iter().flatten().map(|(id, named)| (id, named.content)).collect()
     };
     named.sort();
     let known = tokenizer.get_added_tokens_decoder();
-    let Some((id, content)) =
-        named.into_iter().find(|(id, content)| known.get(id).is_none_or(|token| token.content != *content))
-    else {
-        return Ok(());
-    };
+    let is_unknown = |(id, content): &(u32, String)| known.get(id).is_none_or(|token| token.content != *content);
+    let Some((id, content)) = named.into_iter().find(is_unknown) else { return Ok(()) };
     let found = match tokenizer.token_to_id(&content) {
         Some(other) if known.contains_key(&other) => format!("gives it the id {other}"),
         _ => "has no such added token, so that it would be cut into pieces".to_owned(),
     };
     let problem = format!("it has the token {content:?} with the id {id}, but tokenizer.json {found}");
     let hint = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes them all anew";
-    Err(Error::Malformed { path: path.to_owned(), problem }.with_hint(hint))
+    Err(malformed(path, problem).with_hint(hint))
 }
 
 /// A part of the crate's, from what was read of it.
@@ -153,18 +149,11 @@ fn steps(part: &Value) -> &[Value] {
 
 fn check_step(key: &str, step: &Value, known: &[&str]) -> std::result::Result<(), String> {
     if !known.iter().any(|known| step["type"] == *known) {
-        return Err(format!(
-            "{key} has a step of type {}, expected {}, as Qwen's has",
-            step["type"],
-            known.join(" or ")
-        ));
+        let (found, known) = (&step["type"], known.join(" or "));
+        return Err(format!("{key} has a step of type {found}, expected {known}, as Qwen's has"));
     }
-    match step.get("pattern") {
-        Some(pattern) if pattern["Regex"] != WORDS => {
-            Err(format!("{key} splits by {pattern}, expected Qwen's expression; another could search for ever"))
-        }
-        _ => Ok(()),
-    }
+    let Some(pattern) = step.get("pattern").filter(|pattern| pattern["Regex"] != WORDS) else { return Ok(()) };
+    Err(format!("{key} splits by {pattern}, expected Qwen's expression; another could search for ever"))
 }
 
 impl Bpe {
@@ -214,14 +203,11 @@ impl Bpe {
 /// error is the missing token.
 pub(crate) fn check_merge(left: &str, right: &str, known: impl Fn(&str) -> bool) -> std::result::Result<(), String> {
     let both = format!("{left}{right}");
-    match [left, right, &both].into_iter().find(|token| token.is_empty() || !known(token)) {
-        Some(unknown) => Err(unknown.to_owned()),
-        None => Ok(()),
-    }
+    let unknown = [left, right, &both].into_iter().find(|token| token.is_empty() || !known(token));
+    unknown.map_or(Ok(()), |unknown| Err(unknown.to_owned()))
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use serde_json::json;
 

@@ -4,7 +4,7 @@
 //! memory-mapped and converted block by block, by all threads, so that a large tensor never exists twice.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::{Display, Write};
+use std::fmt::Display;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -19,7 +19,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, malformed};
 use crate::load::files::{self, Bytes};
 use crate::load::gguf::Gguf;
 
@@ -69,8 +69,7 @@ impl Weights {
             if path.extension().is_some_and(|extension| extension == "json") {
                 let weight_map = parse_index(&files::read(path)?, path)?;
                 for name in weight_map.values().collect::<BTreeSet<_>>() {
-                    let path = path.with_file_name(name);
-                    shards.push(Shard::open(&path)?);
+                    shards.push(Shard::open(&path.with_file_name(name))?);
                 }
                 promised.extend(weight_map.into_iter().map(|(tensor, file)| (tensor, path.with_file_name(file))));
             } else {
@@ -92,7 +91,7 @@ impl Weights {
             for name in shard.header.offset_keys() {
                 if let Some(first) = owner.insert(name.clone(), index) {
                     let problem = format!("tensor {name} is also in {}", shards[first].path.display());
-                    return Err(Error::Malformed { path: shard.path.clone(), problem });
+                    return Err(malformed(&shard.path, problem));
                 }
             }
         }
@@ -237,7 +236,7 @@ impl Weights {
                 let info = shard.header.info(name).ok_or_else(missing)?;
                 let stored = kind_of(info.dtype).ok_or_else(|| {
                     let problem = format!("tensor {name} is stored as {}, expected F32, F16 or BF16", info.dtype);
-                    Error::Malformed { path: shard.path.clone(), problem }
+                    malformed(&shard.path, problem)
                 })?;
                 let (bytes, width) = (shard.bytes(info), stored.elt_size_in_bytes());
                 if (stored, Device::Cpu) == (kind, device)
@@ -309,12 +308,7 @@ impl<'a> Scope<'a> {
     }
 
     fn name(&self, part: impl Display) -> String {
-        let mut name = self.prefix.clone();
-        if !name.is_empty() {
-            name.push('.');
-        }
-        let _ = write!(name, "{part}"); // writing to a String does not fail
-        name
+        if self.prefix.is_empty() { part.to_string() } else { format!("{}.{part}", self.prefix) }
     }
 }
 
@@ -333,16 +327,14 @@ impl Shard {
     }
 
     fn parse(file: Bytes, path: &Path) -> Result<Self> {
-        let (header_length, header) = SafeTensors::read_metadata((*file).as_ref()).map_err(|error| {
-            Error::Malformed { path: path.to_owned(), problem: format!("expected a safetensors file: {error}") }
-        })?;
+        let (header_length, header) = SafeTensors::read_metadata((*file).as_ref())
+            .map_err(|error| malformed(path, format!("expected a safetensors file: {error}")))?;
         for (name, info) in header.tensors() {
-            if info.shape.iter().try_fold(1_i64, |numel, dim| numel.checked_mul(i64::try_from(*dim).ok()?)).unwrap_or(0)
-                == 0
-            {
-                let problem =
-                    format!("tensor {name} has the shape {:?}, expected dimensions of at least 1", info.shape);
-                return Err(Error::Malformed { path: path.to_owned(), problem });
+            let shape = &info.shape;
+            let numel = shape.iter().try_fold(1_i64, |numel, dim| numel.checked_mul(i64::try_from(*dim).ok()?));
+            if numel.unwrap_or(0) == 0 {
+                let problem = format!("tensor {name} has the shape {shape:?}, expected dimensions of at least 1");
+                return Err(malformed(path, problem));
             }
         }
         // 8 bytes of header length come first
@@ -376,16 +368,15 @@ pub fn parse_index(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let malformed = |problem: String| Error::Malformed { path: path.to_owned(), problem };
     let index: Index = serde_json::from_slice(bytes)
-        .map_err(|error| malformed(format!("expected an index with a weight_map: {error}")))?;
+        .map_err(|error| malformed(path, format!("expected an index with a weight_map: {error}")))?;
     if index.weight_map.is_empty() {
-        return Err(malformed("weight_map is empty".to_owned()));
+        return Err(malformed(path, "weight_map is empty".to_owned()));
     }
-    match index.weight_map.values().find(|name| !is_plain_shard(name)) {
-        Some(name) => Err(malformed(format!("weight_map names {name:?}, expected a .safetensors file beside it"))),
-        None => Ok(index.weight_map),
+    if let Some(name) = index.weight_map.values().find(|name| !is_plain_shard(name)) {
+        return Err(malformed(path, format!("weight_map names {name:?}, expected a .safetensors file beside it")));
     }
+    Ok(index.weight_map)
 }
 
 /// A name that cannot lead out of the folder.
@@ -443,7 +434,7 @@ pub(crate) fn finite(tensor: Tensor, n_broken: usize, name: &str, path: &Path) -
         tensor.numel()
     );
     let hint = "fetch the file again, or go back to a checkpoint from before the training diverged";
-    Err(Error::Malformed { path: path.to_owned(), problem }.with_hint(hint))
+    Err(malformed(path, problem).with_hint(hint))
 }
 
 /// A new tensor, made block by block from what `block` gives for a range of elements; `threads` share a large one.
@@ -495,7 +486,6 @@ pub(crate) fn human(bytes: usize) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use std::fs;
 

@@ -92,17 +92,11 @@ impl RmsNorm {
         Ok(wide.f_div(&scale)?.f_to_kind(x.kind())?.f_mul(&self.weight)?)
     }
 
-    /// The norm with its two hook points.
-    pub(crate) fn hooked(
-        &self,
-        x: &Tensor,
-        hooks: &mut Hooks<'_>,
-        scale_at: HookPoint,
-        normalized_at: HookPoint,
-    ) -> Result<Tensor> {
+    /// The norm with its two hook points, for the scale and for what it gives.
+    pub(crate) fn hooked(&self, x: &Tensor, hooks: &mut Hooks<'_>, at: [HookPoint; 2]) -> Result<Tensor> {
         let (scale, wide) = self.scale(x)?;
-        let scale = hooks.run(scale_at, scale)?;
-        let normalized = hooks.run(normalized_at, wide.f_div(&scale)?.f_to_kind(x.kind())?)?;
+        let scale = hooks.run(at[0], scale)?;
+        let normalized = hooks.run(at[1], wide.f_div(&scale)?.f_to_kind(x.kind())?)?;
         Ok(normalized.f_mul(&self.weight)?)
     }
 
@@ -147,7 +141,6 @@ impl Rope {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;

@@ -124,7 +124,6 @@ pub(crate) fn nll_gradient(model: &Qwen, mut logprobs: Tensor, labels: &Tensor) 
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use tch::{Device, Kind};
 

@@ -24,11 +24,11 @@ impl Adapter {
     /// nearer). Changes of embeddings, norms and biases are left out. Models of two architectures are an error.
     pub fn of_difference(tuned: &Qwen, base: &Qwen, rank: i64) -> Result<Self> {
         if tuned.config != base.config || rank < 1 {
-            return Err(Error::Invalid {
-                what: "the difference of two models".to_owned(),
-                expected: "one architecture, and a rank of at least 1".to_owned(),
-                found: format!("{:?} and {:?}, rank {rank}", tuned.config, base.config),
-            });
+            return Err(Error::invalid(
+                "the difference of two models",
+                "one architecture, and a rank of at least 1",
+                format!("{:?} and {:?}, rank {rank}", tuned.config, base.config),
+            ));
         }
         let config = LoraConfig { rank, alpha: rank as f64, ..LoraConfig::default() };
         let mut cut = Self::empty(config, base.config.n_layers);
@@ -52,18 +52,13 @@ impl Adapter {
 impl Qwen {
     /// A new model with an adapter's weight changes added to this one's, W + s·B·A, as PEFT's `merge_and_unload` does.
     pub fn merged(&self, adapter: &Adapter) -> Result<Self> {
-        let weights = by_name(self);
-        let mut merged =
-            weights.iter().map(|(name, weight)| (name.clone(), weight.shallow_clone())).collect::<BTreeMap<_, _>>();
+        let mut merged = by_name(self);
         for (layer, proj, pair) in adapter.pairs() {
             let name = format!("model.layers.{layer}.{}.weight", proj.path());
             let missing = || Error::MissingTensor { name: name.clone(), file: "the model".to_owned() };
-            let weight = weights.get(&name).ok_or_else(missing)?;
-            let sum = weight
-                .f_to_kind(wide(weight.kind()))?
-                .f_add(&pair.delta_weight()?.f_detach()?)?
-                .f_to_kind(weight.kind())?;
-            merged.insert(name, sum);
+            let weight = merged.get_mut(&name).ok_or_else(missing)?;
+            let delta = pair.delta_weight()?.f_detach()?;
+            *weight = weight.f_to_kind(wide(weight.kind()))?.f_add(&delta)?.f_to_kind(weight.kind())?;
         }
         let root = Weights::from_tensors("merged", merged);
         Self::of_weights(&self.config, &root, self.device(), self.kind())
@@ -75,7 +70,6 @@ fn by_name(model: &Qwen) -> BTreeMap<String, Tensor> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use tch::{Device, Kind};
 

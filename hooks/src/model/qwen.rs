@@ -21,6 +21,12 @@ use crate::taps::tap::Hooks;
 
 mod lora_backward;
 
+/// Where a pass's tokens are: their rotations, and what each attends to.
+struct Layout<'a> {
+    rope: Rope,
+    placement: Placement<'a>,
+}
+
 /// Grouped-query attention (Ainslie et al. 2023) with rotary positions; Qwen3 also norms queries and keys per head.
 #[derive(Debug)]
 struct Attention {
@@ -57,10 +63,10 @@ impl Attention {
     }
 
     /// `x` and the result: `[batch, pos, d_model]`.
-    fn forward(&self, x: &Tensor, rope: &Rope, placement: &Placement<'_>, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let q = self.queries(x, rope, pass)?;
-        let (k, v) = self.keys_and_values(x, rope, placement, pass)?;
-        let z = self.attend(&q, &k, &v, placement, &mut pass.hooks)?;
+    fn forward(&self, x: &Tensor, layout: &Layout<'_>, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let q = self.queries(x, &layout.rope, pass)?;
+        let (k, v) = self.keys_and_values(x, layout, pass)?;
+        let z = self.attend([&q, &k, &v], &layout.placement, &mut pass.hooks)?;
         let z = pass.hooks.run(P::Z(self.layer), z)?; // [batch, pos, n_heads, d_head]
         if pass.hooks.any_at(P::Result(self.layer)) {
             return self.result(&z, pass);
@@ -70,18 +76,11 @@ impl Attention {
 
     /// Attention at some places of `x`, `[1, places, d_model]`. Keys and values are computed for all tokens, the rest
     /// only there.
-    fn forward_at(
-        &self,
-        x: &Tensor,
-        rope: &Rope,
-        placement: &Placement<'_>,
-        places: &Tensor,
-        pass: &mut Pass<'_>,
-    ) -> Result<Tensor> {
-        let (k, v) = self.keys_and_values(x, rope, placement, pass)?;
+    fn forward_at(&self, x: &Tensor, layout: &Layout<'_>, places: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let (k, v) = self.keys_and_values(x, layout, pass)?;
         let mut here = pass.at(places)?;
-        let q = self.queries(&at(x, places)?, &rope.at_places(places)?, &mut here)?;
-        let z = self.attend_at(&q, &k, &v, placement, places)?;
+        let q = self.queries(&at(x, places)?, &layout.rope.at_places(places)?, &mut here)?;
+        let z = self.attend_at([&q, &k, &v], &layout.placement, places)?;
         self.o.forward(&z, &mut here)
     }
 
@@ -98,22 +97,16 @@ impl Attention {
 
     /// All keys and values to attend to, `[batch, slots, n_kv_heads, d_head]`: those of `x` and, with a cache, of the
     /// past.
-    fn keys_and_values(
-        &self,
-        x: &Tensor,
-        rope: &Rope,
-        placement: &Placement<'_>,
-        pass: &mut Pass<'_>,
-    ) -> Result<(Tensor, Tensor)> {
+    fn keys_and_values(&self, x: &Tensor, layout: &Layout<'_>, pass: &mut Pass<'_>) -> Result<(Tensor, Tensor)> {
         let l = self.layer;
         let (k, v) = (self.heads(&self.k, self.n_kv_heads, x, pass)?, self.heads(&self.v, self.n_kv_heads, x, pass)?);
         let (mut k, v) = (pass.hooks.run(P::K(l), k)?, pass.hooks.run(P::V(l), v)?);
         if let Some(norm) = &self.k_norm {
             k = pass.hooks.run(P::KNormed(l), norm.forward(&k)?)?;
         }
-        let k = pass.hooks.run(P::RotK(l), rope.rotate(&k)?)?;
+        let k = pass.hooks.run(P::RotK(l), layout.rope.rotate(&k)?)?;
         match pass.kv_cache.as_deref_mut() {
-            Some(cache) => cache.extend(l, &k, &v, placement.packing.is_some()),
+            Some(cache) => cache.extend(l, &k, &v, layout.placement.packing.is_some()),
             None => Ok((k, v)),
         }
     }
@@ -125,14 +118,7 @@ impl Attention {
 
     /// Attention over all slots. `q`: `[batch, pos, n_heads, d_head]`, as the result, `k` and `v`: `[batch, slots,
     /// n_kv_heads, d_head]`.
-    fn attend(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        placement: &Placement<'_>,
-        hooks: &mut Hooks<'_>,
-    ) -> Result<Tensor> {
+    fn attend(&self, [q, k, v]: [&Tensor; 3], placement: &Placement<'_>, hooks: &mut Hooks<'_>) -> Result<Tensor> {
         if let Some(packing) = placement.packing {
             return packing.attend(q, k, v);
         }
@@ -140,43 +126,29 @@ impl Attention {
         let open = hooks.any_at(P::AttnScores(self.layer)) || hooks.any_at(P::Pattern(self.layer));
         let z = if open {
             let span = profile::op(Op::Attention);
-            let z = self.open_attention(&q, &k, &v, placement, hooks)?;
+            let z = self.attend_open([&q, &k, &v], placement, hooks)?;
             span.flops(|| profile::attention(&q, &k, placement.mask.is_none() && placement.causal, z.requires_grad()))?;
             z
         } else {
-            fused_attention(&q, &k, &v, placement.mask.as_ref(), placement.mask.is_none() && placement.causal)?
+            fused_attention([&q, &k, &v], placement.mask.as_ref(), placement.mask.is_none() && placement.causal)?
         };
         Ok(z.f_transpose(1, 2)?)
     }
 
     /// Attention for the queries at some places, `[1, places, n_heads, d_head]`; the result is `[1, places, n_heads ·
     /// d_head]`.
-    fn attend_at(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        placement: &Placement<'_>,
-        places: &Tensor,
-    ) -> Result<Tensor> {
+    fn attend_at(&self, [q, k, v]: [&Tensor; 3], placement: &Placement<'_>, places: &Tensor) -> Result<Tensor> {
         // The other tokens' queries are zeros: attention for them is a hundredth of the arithmetic.
         let q = q.f_flatten(2, 3)?.f_squeeze_dim(0)?;
         let (batch, pos) = placement.positions.size2()?;
         let all = q.f_new_zeros([batch * pos, q.size()[1]], (q.kind(), q.device()))?;
         let all = all.f_index_copy(0, places, &q)?.f_view([batch, pos, self.n_heads, self.d_head])?;
-        let z = self.attend(&all, k, v, placement, &mut Hooks::default())?;
+        let z = self.attend([&all, k, v], placement, &mut Hooks::default())?;
         at(&z.f_flatten(2, 3)?, places)
     }
 
     /// Attention with its scores and pattern in the open, `[batch, n_heads, query, key]`; the result is `z` by heads.
-    fn open_attention(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        placement: &Placement<'_>,
-        hooks: &mut Hooks<'_>,
-    ) -> Result<Tensor> {
+    fn attend_open(&self, [q, k, v]: [&Tensor; 3], placement: &Placement<'_>, hooks: &mut Hooks<'_>) -> Result<Tensor> {
         let group = self.n_heads / self.n_kv_heads;
         let (k, v) = (k.f_repeat_interleave_self_int(group, 1, None)?, v.f_repeat_interleave_self_int(group, 1, None)?);
         let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_div_scalar((self.d_head as f64).sqrt())?;
@@ -249,39 +221,26 @@ impl Block {
     }
 
     /// `resid_pre` and the result: `[batch, pos, d_model]`.
-    fn forward(
-        &self,
-        resid_pre: Tensor,
-        rope: &Rope,
-        placement: &Placement<'_>,
-        pass: &mut Pass<'_>,
-    ) -> Result<Tensor> {
+    fn forward(&self, resid_pre: Tensor, layout: &Layout<'_>, pass: &mut Pass<'_>) -> Result<Tensor> {
         let l = self.layer;
         let resid_pre = pass.hooks.run(P::ResidPre(l), resid_pre)?;
 
-        let normed = self.ln1.hooked(&resid_pre, &mut pass.hooks, P::Ln1Scale(l), P::Ln1Normalized(l))?;
-        let attn_out = self.attention.forward(&normed, rope, placement, pass)?;
+        let normed = self.ln1.hooked(&resid_pre, &mut pass.hooks, [P::Ln1Scale(l), P::Ln1Normalized(l)])?;
+        let attn_out = self.attention.forward(&normed, layout, pass)?;
         let attn_out = pass.hooks.run(P::AttnOut(l), attn_out)?;
         let resid_mid = pass.hooks.run(P::ResidMid(l), resid_pre.f_add(&attn_out)?)?;
 
-        let normed = self.ln2.hooked(&resid_mid, &mut pass.hooks, P::Ln2Scale(l), P::Ln2Normalized(l))?;
+        let normed = self.ln2.hooked(&resid_mid, &mut pass.hooks, [P::Ln2Scale(l), P::Ln2Normalized(l)])?;
         let mlp_out = self.mlp.forward(&normed, pass)?;
         let mlp_out = pass.hooks.run(P::MlpOut(l), mlp_out)?;
         pass.hooks.run(P::ResidPost(l), resid_mid.f_add(&mlp_out)?)
     }
 
-    /// The block without taps, at some places, `[1, places, d_model]`.
-    fn forward_at(
-        &self,
-        resid_pre: &Tensor,
-        rope: &Rope,
-        placement: &Placement<'_>,
-        places: &Tensor,
-        pass: &mut Pass<'_>,
-    ) -> Result<Tensor> {
-        let normed = self.ln1.forward(resid_pre)?;
-        let attn_out = self.attention.forward_at(&normed, rope, placement, places, pass)?;
-        let resid_mid = at(resid_pre, places)?.f_add(&attn_out)?;
+    /// The block without taps, at some places, `[1, places, d_model]`. `resid`: `resid_pre` at all tokens.
+    fn forward_at(&self, resid: &Tensor, layout: &Layout<'_>, places: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let normed = self.ln1.forward(resid)?;
+        let attn_out = self.attention.forward_at(&normed, layout, places, pass)?;
+        let resid_mid = at(resid, places)?.f_add(&attn_out)?;
         let mlp_out = self.mlp.forward(&self.ln2.forward(&resid_mid)?, &mut pass.at(places)?)?;
         Ok(resid_mid.f_add(&mlp_out)?)
     }
@@ -292,10 +251,8 @@ impl Block {
             ("self_attn.q_norm", self.attention.q_norm.as_ref()),
             ("self_attn.k_norm", self.attention.k_norm.as_ref()),
         ];
-        let norms = norms
-            .into_iter()
-            .chain(head_norms)
-            .filter_map(|(name, norm)| Some((format!("{name}.weight"), norm?.weight.shallow_clone())));
+        let norms = norms.into_iter().chain(head_norms);
+        let norms = norms.filter_map(|(name, norm)| Some((format!("{name}.weight"), norm?.weight.shallow_clone())));
         let (attention, mlp) = (&self.attention, &self.mlp);
         let linears = [&attention.q, &attention.k, &attention.v, &attention.o, &mlp.gate, &mlp.up, &mlp.down];
         norms.chain(linears.into_iter().flat_map(Linear::parameters)).collect()
@@ -338,23 +295,19 @@ impl Qwen {
         // Where they are tied, the one tensor can be stored under the head's name alone.
         let is_head = config.tie_embeddings && !embed_tokens.has("weight") && lm_head.has("weight");
         let stored = if is_head { &lm_head } else { &embed_tokens };
-        let embed = stored.get("weight", &[config.d_vocab, config.d_model])?;
-        let blocks = (0..config.n_layers)
-            .map(|layer| Block::load(&model.at("layers").at(layer), layer, &config))
-            .collect::<Result<Vec<_>>>()?;
+        let shape = [config.d_vocab, config.d_model];
+        let embed = stored.get("weight", &shape)?;
+        let block = |layer: usize| Block::load(&model.at("layers").at(layer), layer, &config);
+        let blocks = (0..config.n_layers).map(block).collect::<Result<Vec<_>>>()?;
         let ln_final = RmsNorm::load(&model.at("norm"), config.d_model, config.rms_norm_eps)?;
-        let unembed = if config.tie_embeddings {
-            embed.shallow_clone()
-        } else {
-            lm_head.get("weight", &[config.d_vocab, config.d_model])?
-        };
+        let unembed = if config.tie_embeddings { embed.shallow_clone() } else { lm_head.get("weight", &shape)? };
         Ok(Self { config, embed, blocks, ln_final, unembed })
     }
 
     /// The logits of every position, `[batch, pos, d_vocab]`.
     pub fn forward(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
         let resid = self.run_blocks(&self.blocks, batch, pass)?;
-        let normed = self.ln_final.hooked(&resid, &mut pass.hooks, P::LnFinalScale, P::LnFinalNormalized)?;
+        let normed = self.ln_final.hooked(&resid, &mut pass.hooks, [P::LnFinalScale, P::LnFinalNormalized])?;
         let logits = pass.hooks.run(P::Logits, self.logits(&normed)?)?;
         pass.hooks.check_fired()?;
         Ok(logits)
@@ -371,11 +324,8 @@ impl Qwen {
     pub fn resid_before(&self, stop_at_layer: usize, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
         let n_layers = self.config.n_layers;
         if stop_at_layer > n_layers {
-            return Err(Error::Invalid {
-                what: "stop_at_layer".to_owned(),
-                expected: format!("0 to {n_layers}, the model's number of blocks"),
-                found: stop_at_layer.to_string(),
-            });
+            let expected = format!("0 to {n_layers}, the model's number of blocks");
+            return Err(Error::invalid("stop_at_layer", expected, stop_at_layer));
         }
         let resid = self.run_blocks(&self.blocks[..stop_at_layer], batch, pass)?;
         pass.hooks.check_fired()?;
@@ -396,26 +346,26 @@ impl Qwen {
             return Ok(at(&self.resid_final(batch, pass)?, places)?.f_squeeze_dim(0)?);
         };
         let _stage = profile::stage(stage_of(batch, pass));
-        let (mut resid, rope, placement) = self.begin(batch, pass)?;
+        let (mut resid, layout) = self.begin(batch, pass)?;
         for block in blocks {
-            resid = block.forward(resid, &rope, &placement, pass)?;
+            resid = block.forward(resid, &layout, pass)?;
         }
-        let resid = last.forward_at(&resid, &rope, &placement, places, pass)?.f_squeeze_dim(0)?;
+        let resid = last.forward_at(&resid, &layout, places, pass)?.f_squeeze_dim(0)?;
         pass.hooks.check_fired()?;
         Ok(resid)
     }
 
     fn run_blocks(&self, blocks: &[Block], batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
         let _stage = profile::stage(stage_of(batch, pass));
-        let (mut resid, rope, placement) = self.begin(batch, pass)?;
+        let (mut resid, layout) = self.begin(batch, pass)?;
         for block in blocks {
-            resid = block.forward(resid, &rope, &placement, pass)?;
+            resid = block.forward(resid, &layout, pass)?;
         }
         Ok(resid)
     }
 
-    /// The embeddings, `[batch, pos, d_model]`, and the tokens' positions.
-    fn begin<'b>(&self, batch: &'b Batch, pass: &mut Pass<'_>) -> Result<(Tensor, Rope, Placement<'b>)> {
+    /// The embeddings, `[batch, pos, d_model]`, and where the tokens are.
+    fn begin<'b>(&self, batch: &'b Batch, pass: &mut Pass<'_>) -> Result<(Tensor, Layout<'b>)> {
         if let Some(adapter) = pass.adapter {
             adapter.check_rows(batch.ids.size2()?.0)?;
         }
@@ -435,7 +385,7 @@ impl Qwen {
         pass.hooks.place(&placement.positions)?;
         let rope = Rope::at(&placement.positions, &self.config, self.kind())?;
         let embedded = Tensor::f_embedding(&self.embed, &batch.ids, -1, false, false)?;
-        Ok((pass.hooks.run(P::Embed, embedded)?, rope, placement))
+        Ok((pass.hooks.run(P::Embed, embedded)?, Layout { rope, placement }))
     }
 
     /// Final norm and unembedding: the logit lens. `resid`: `[.., d_model]`, the result is `[.., d_vocab]`.

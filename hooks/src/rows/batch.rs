@@ -64,11 +64,7 @@ impl Batch {
     pub(crate) fn positions(&self) -> Result<Tensor> {
         match &self.packing {
             Some(packing) => Ok(packing.positions.f_flatten(0, 1)?),
-            None => Err(Error::Invalid {
-                what: "the batch".to_owned(),
-                expected: "packed rows".to_owned(),
-                found: "padded ones".to_owned(),
-            }),
+            None => Err(Error::invalid("the batch", "packed rows", "padded ones")),
         }
     }
 
@@ -103,9 +99,5 @@ impl Batch {
 }
 
 fn no_tokens(row: usize) -> Error {
-    Error::Invalid {
-        what: format!("row {row} of the batch"),
-        expected: "at least one token".to_owned(),
-        found: "none".to_owned(),
-    }
+    Error::invalid(format!("row {row} of the batch"), "at least one token", "none")
 }

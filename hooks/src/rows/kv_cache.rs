@@ -143,10 +143,8 @@ impl KvCache {
         let movers: Vec<usize> = staying.iter().copied().filter(|row| *row >= n).collect();
         for (hole, mover) in holes.iter().zip(&movers) {
             order[*hole] = *mover;
-            for (keys, values) in &self.blocks {
-                for stored in [keys, values] {
-                    stored.f_get(*hole as i64)?.f_copy_(&stored.f_get(*mover as i64)?)?;
-                }
+            for stored in self.tensors() {
+                stored.f_get(*hole as i64)?.f_copy_(&stored.f_get(*mover as i64)?)?;
             }
         }
         self.lengths = order.iter().map(|row| self.lengths[*row]).collect();
@@ -156,17 +154,17 @@ impl KvCache {
     /// Appends another cache's rows; there must be room.
     pub(crate) fn append(&mut self, others: &Self) -> Result<()> {
         let (n, more, width) = (self.lengths.len() as i64, others.lengths.len() as i64, others.width());
-        let blocks = self.blocks.iter().zip(&others.blocks);
-        for ((keys, values), (more_keys, more_values)) in blocks {
-            for (stored, new) in [(keys, more_keys), (values, more_values)] {
-                stored
-                    .f_narrow(0, n, more)?
-                    .f_narrow(1, 0, width)?
-                    .f_copy_(&others.live(new)?.f_narrow(1, 0, width)?)?;
-            }
+        for (stored, new) in self.tensors().zip(others.tensors()) {
+            let new = others.live(new)?.f_narrow(1, 0, width)?;
+            stored.f_narrow(0, n, more)?.f_narrow(1, 0, width)?.f_copy_(&new)?;
         }
         self.lengths.extend(&others.lengths);
         Ok(())
+    }
+
+    /// Keys and values of all blocks.
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.blocks.iter().flat_map(|(keys, values)| [keys, values])
     }
 
     fn live(&self, stored: &Tensor) -> Result<Tensor> {

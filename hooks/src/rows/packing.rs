@@ -150,7 +150,7 @@ impl Packing {
                 Ok(take(x, at)?.f_view([*n_pieces, -1, n, d_head])?.f_transpose(1, 2)?)
             };
             let (q, k, v) = (heads(q, queries)?, heads(k, keys)?, heads(v, keys)?);
-            let z = fused_attention(&q, &k, &v, Some(mask), false)?;
+            let z = fused_attention([&q, &k, &v], Some(mask), false)?;
             found.push(z.f_transpose(1, 2)?.f_reshape([-1, n_heads * d_head])?);
         }
         let found = if found.len() == 1 { found.remove(0) } else { Tensor::f_cat(&found, 0)? };
@@ -170,18 +170,13 @@ impl Bucket {
         let n_pieces = pieces.len();
         // Padding repeats the group's first token; nothing reads its results. Another group's token could be NaN, and 0
         // · NaN is NaN.
-        let (mut own, mut path) = (vec![0; n_pieces * queries], vec![0; n_pieces * keys]);
-        let mut before = Vec::new();
+        let (mut own, mut path, mut before) = (Vec::new(), Vec::new(), Vec::new());
         for (at, piece) in pieces.iter().enumerate() {
             let (first, n) = (piece.group * pos, piece.to - piece.from);
-            own[at * queries..(at + 1) * queries].fill(first as i64);
-            path[at * keys..(at + 1) * keys].fill(first as i64);
-            for i in 0..n {
-                own[at * queries + i] = (first + piece.start + i) as i64;
-            }
-            for (i, place) in piece.path.iter().enumerate() {
-                path[at * keys + i] = (first + place) as i64;
-            }
+            own.extend((0..n).map(|i| (first + piece.start + i) as i64));
+            own.resize((at + 1) * queries, first as i64);
+            path.extend(piece.path.iter().map(|place| (first + place) as i64));
+            path.resize((at + 1) * keys, first as i64);
             before.push((piece.path.len() - n) as i64);
         }
         let tensor = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(device)?) };
@@ -231,7 +226,6 @@ fn grow(pieces: &mut Vec<Piece>, group: usize, rows: &[PackedRow<'_>], share: bo
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -132,19 +132,17 @@ impl Edit {
 
     /// Refuses what the model does not have, and tensors of another width.
     pub(crate) fn check(&self, model: &Config) -> Result<()> {
-        let invalid = |what: String, expected: String, found: String| Err(Error::Invalid { what, expected, found });
         let at = self.at;
         if matches!(at, P::LnFinalScale | P::LnFinalNormalized | P::Logits) {
-            let expected = "a hook point up to the last block".to_owned();
-            return invalid("the place of an edit".to_owned(), expected, at.to_string());
+            return Err(Error::invalid("the place of an edit", "a hook point up to the last block", at));
         }
         if at.layer().is_some_and(|layer| layer >= model.n_layers) {
             let expected = format!("one of the model's {} blocks, from 0", model.n_layers);
-            return invalid("the place of an edit".to_owned(), expected, at.to_string());
+            return Err(Error::invalid("the place of an edit", expected, at));
         }
         if matches!(at, P::QNormed(_) | P::KNormed(_)) && !model.qk_norm {
-            let expected = "a hook point of this model, which does not norm queries and keys".to_owned();
-            return invalid("the place of an edit".to_owned(), expected, at.to_string());
+            let expected = "a hook point of this model, which does not norm queries and keys";
+            return Err(Error::invalid("the place of an edit", expected, at));
         }
         let (tensor, leading) = match &self.change {
             Change::Add { vector: tensor, .. } | Change::Replace(tensor) | Change::ProjectOut(tensor) => (tensor, 0),
@@ -153,32 +151,26 @@ impl Edit {
         };
         let Some(expected) = at.token_shape(model) else {
             let expected = "zero or scale: what is there has a row for every query, not a vector for every token";
-            return invalid(format!("the edit at {at}"), expected.to_owned(), "a tensor".to_owned());
+            return Err(Error::invalid(format!("the edit at {at}"), expected, "a tensor"));
         };
+        let as_there = format!("{expected:?}, as the model has it there");
         let found = tensor.size();
         if found.len() < leading || found[leading..] != expected {
             let of_tokens = if leading == 1 { "[pos] and then " } else { "" };
-            return invalid(
-                format!("the shape of the tensor for the edit at {at}"),
-                format!("{of_tokens}{expected:?}, as the model has it there"),
-                format!("{found:?}"),
-            );
+            let what = format!("the shape of the tensor for the edit at {at}");
+            return Err(Error::invalid(what, format!("{of_tokens}{as_there}"), format!("{found:?}")));
         }
         if let Change::PatchAlong { direction, .. } = &self.change
             && direction.size() != expected
         {
             let what = format!("the shape of the direction to patch along at {at}");
-            return invalid(
-                what,
-                format!("{expected:?}, as the model has it there"),
-                format!("{:?}", direction.size()),
-            );
+            return Err(Error::invalid(what, as_there, format!("{:?}", direction.size())));
         }
         if let Change::ProjectOut(direction) | Change::PatchAlong { direction, .. } = &self.change
             && direction.f_norm()?.f_double_value(&[])? == 0.0
         {
-            let expected = "a vector of some length".to_owned();
-            return invalid(format!("the direction of the edit at {at}"), expected, "zero".to_owned());
+            let what = format!("the direction of the edit at {at}");
+            return Err(Error::invalid(what, "a vector of some length", "zero"));
         }
         Ok(())
     }
@@ -221,11 +213,11 @@ impl EditTap {
                 let n = source.size()[0];
                 let last = chosen.iter().flatten().filter_map(|row| row.iter().rposition(|chosen| *chosen)).max();
                 if let Some(last) = last.filter(|last| *last as i64 >= n) {
-                    return Err(Error::Invalid {
-                        what: format!("position {last} of the edit at {}", edit.at),
-                        expected: format!("one of 0 to {}, the positions that the other run has", n - 1),
-                        found: "beyond the other run".to_owned(),
-                    });
+                    return Err(Error::invalid(
+                        format!("position {last} of the edit at {}", edit.at),
+                        format!("one of 0 to {}, the positions that the other run has", n - 1),
+                        "beyond the other run",
+                    ));
                 }
                 let width = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0) as i64;
                 let source = source.f_to_device(device)?.f_to_kind(kind)?.f_reshape([n, -1])?;

@@ -12,20 +12,19 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde_with::{DeserializeFromStr, SerializeDisplay};
 use tch::Tensor;
 
 use crate::chat::select::{Tokens, argument, split};
 use crate::chat::tokens::{Sequence, unknown};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, malformed};
 use crate::hook_point::HookPoint as P;
 use crate::load::provenance::{Provenance, VectorFile};
 use crate::taps::edit::{Change, Edit};
 
 /// An edit as a line of text, before its tensors are read.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Debug, PartialEq, SerializeDisplay, DeserializeFromStr)]
 pub struct EditText {
     points: String,
     tokens: Option<Tokens>,
@@ -43,6 +42,10 @@ enum PlannedChange {
     Zero,
     Scale(f64),
 }
+
+/// The changes as they are written.
+const CHANGES: [&str; 7] =
+    ["add(FILE, 4)", "replace(FILE)", "mean(FILE)", "zero", "scale(0.5)", "project_out(FILE)", "patch(FILE)"];
 
 impl EditText {
     /// How an edit is written, for help texts.
@@ -90,16 +93,14 @@ impl EditText {
             (None, Some(file)) => file.get(&at.to_string()),
             (None, None) => Ok(Tensor::new()),
         };
+        let mean = |at: P| file.as_ref().map_or_else(|| Ok(Tensor::new()), |file| file.mean(&at.to_string()));
         let edit = |at: P| -> Result<Edit> {
             let change = match &self.change {
                 PlannedChange::Add { coefficient, .. } => {
                     Change::Add { vector: tensor(at)?, coefficient: *coefficient }
                 }
                 PlannedChange::Replace(_) => Change::Replace(tensor(at)?),
-                PlannedChange::Mean(_) => Change::Replace(match &file {
-                    Some(file) => file.mean(&at.to_string())?,
-                    None => Tensor::new(),
-                }),
+                PlannedChange::Mean(_) => Change::Replace(mean(at)?),
                 PlannedChange::ProjectOut(_) => Change::ProjectOut(tensor(at)?),
                 PlannedChange::Patch(path) => Change::Patch(of_one_row(&tensor(at)?, at, path)?),
                 PlannedChange::Zero => Change::Zero,
@@ -117,12 +118,10 @@ impl EditText {
 fn of_one_row(captured: &Tensor, at: P, path: &Path) -> Result<Tensor> {
     match captured.size()[..] {
         [1, _, ..] => Ok(captured.f_squeeze_dim(0)?),
-        ref found => Err(Error::Malformed {
-            path: path.to_owned(),
-            problem: format!(
-                "{at} has shape {found:?}, expected one row, [1, pos, ..], as undertone activations writes it"
-            ),
-        }),
+        ref found => Err(malformed(
+            path,
+            format!("{at} has shape {found:?}, expected one row, [1, pos, ..], as undertone activations writes it"),
+        )),
     }
 }
 
@@ -148,11 +147,7 @@ impl FromStr for EditText {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let invalid = |expected: &str| Error::Invalid {
-            what: "an edit".to_owned(),
-            expected: expected.to_owned(),
-            found: format!("{text:?}"),
-        };
+        let invalid = |expected: &str| Error::invalid("an edit", expected.to_owned(), format!("{text:?}"));
         let [place, change] = split(text, &[':'])?[..] else { return Err(invalid(Self::SYNTAX)) };
         let (points, tokens) = match split(place, &['@'])?[..] {
             [points] => (points.trim(), None),
@@ -186,37 +181,13 @@ impl FromStr for EditText {
         } else if let Some(inside) = argument(change, "patch") {
             PlannedChange::Patch(path(inside)?)
         } else {
-            let known = [
-                "add(FILE, 4)",
-                "replace(FILE)",
-                "mean(FILE)",
-                "zero",
-                "scale(0.5)",
-                "project_out(FILE)",
-                "patch(FILE)",
-            ];
-            return Err(unknown("change of an edit", change, &known));
+            return Err(unknown("change of an edit", change, &CHANGES));
         };
         Ok(Self { points: points.to_owned(), tokens, change })
     }
 }
 
-impl From<EditText> for String {
-    fn from(edit: EditText) -> Self {
-        edit.to_string()
-    }
-}
-
-impl TryFrom<String> for EditText {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
-    }
-}
-
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::collections::BTreeMap;
 

@@ -84,11 +84,8 @@ impl<'a> Hooks<'a> {
 
     /// Fails when a tap waits at a point that the pass did not reach.
     pub(crate) fn check_fired(&self) -> Result<()> {
-        let silent: Vec<String> = self
-            .taps
-            .iter()
-            .flat_map(|(points, _)| points.iter().filter(|(_, fired)| !**fired).map(|(point, _)| point.to_string()))
-            .collect();
+        let points = self.taps.iter().flat_map(|(points, _)| points);
+        let silent: Vec<String> = points.filter(|(_, fired)| !**fired).map(|(point, _)| point.to_string()).collect();
         if silent.is_empty() { Ok(()) } else { Err(Error::TapNeverFired { points: silent.join(", ") }) }
     }
 }

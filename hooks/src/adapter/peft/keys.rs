@@ -11,7 +11,7 @@ use super::module;
 use super::modules::{Modules, Patterns, Targets, layer_of};
 use crate::adapter::lora::LoraConfig;
 use crate::config::Config;
-use crate::error::{Error, Problem, Result, short};
+use crate::error::{Error, Problem, Result, few, short};
 use crate::proj::Proj;
 
 /// How an unsupported kind of adapter can still be used.
@@ -88,7 +88,7 @@ impl PeftConfig {
         Ok((!beyond.is_empty()).then(|| {
             format!(
                 "layers_to_transform also names {}, but the model has the blocks 0 to {}: nothing acts there",
-                crate::error::few(&beyond.iter().map(ToString::to_string).collect::<Vec<_>>()),
+                few(&beyond.iter().map(ToString::to_string).collect::<Vec<_>>()),
                 model.n_layers - 1
             )
         }))
@@ -166,7 +166,6 @@ impl Keys<'_> {
             // A single name in place of an expression means that module.
             Some(Modules::Expression(name, _)) if is_projection(&name) => Modules::Names(vec![name]),
             Some(Modules::Names(names)) => {
-                let of_qwen = |name: &&String| is_projection(name);
                 if let Some(name) = names.iter().find(|name| ["lm_head", "embed_tokens"].contains(&last(name))) {
                     return Err(merge(format!(
                         "target_modules names {name:?}, expected projections of the blocks alone ({}): a LoRA on embeddings \
@@ -174,30 +173,26 @@ impl Keys<'_> {
                         Proj::ALL.map(Proj::name).join(", ")
                     )));
                 }
-                if !names.iter().any(|name| is_projection(name)) {
+                let elsewhere: Vec<String> =
+                    names.iter().filter(|name| !is_projection(name)).map(|name| format!("{name:?}")).collect();
+                if elsewhere.len() == names.len() {
                     return Err(unknown_module(names.first().map_or("", String::as_str)).into());
                 }
-                let elsewhere: Vec<&String> = names.iter().filter(|name| !of_qwen(name)).collect();
                 if !elsewhere.is_empty() {
-                    remarks.push(format!(
-                        "target_modules also names {}, which no Qwen has: nothing acts there",
-                        elsewhere.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ")
-                    ));
+                    let elsewhere = elsewhere.join(", ");
+                    remarks
+                        .push(format!("target_modules also names {elsewhere}, which no Qwen has: nothing acts there"));
                 }
                 Modules::Names(names)
             }
             Some(expression) => expression,
         };
         let layers = self.one_or_many("layers_to_transform", "a block's number or a list of them")?;
-        let patterns: Vec<String> =
-            self.one_or_many("layers_pattern", "a name or a list of names")?.unwrap_or_default();
-        let patterns: Vec<String> = patterns.into_iter().filter(|pattern| !pattern.is_empty()).collect();
+        let mut patterns = self.one_or_many("layers_pattern", "a name or a list of names")?.unwrap_or_default();
+        patterns.retain(|pattern: &String| !pattern.is_empty());
         if !patterns.is_empty() && patterns.iter().all(|pattern| layer_of(pattern, &module(7, Proj::Q)) != Some(7)) {
-            return Err(format!(
-                "layers_pattern is {:?}, expected \"layers\", as a Qwen's blocks are called",
-                patterns.join(", ")
-            )
-            .into());
+            let all = patterns.join(", ");
+            return Err(format!("layers_pattern is {all:?}, expected \"layers\", as a Qwen's blocks are called").into());
         }
         let excluded = self.modules("exclude_modules")?;
         for (key, modules) in [("target_modules", Some(&modules)), ("exclude_modules", excluded.as_ref())] {
@@ -232,10 +227,7 @@ impl Keys<'_> {
         let unknown = |(key, value): &(&String, &Value)| !is_nothing(value) && !is_known(key);
         let unknown: Vec<&str> = self.0.iter().filter(unknown).map(|(key, _)| key.as_str()).collect();
         if !unknown.is_empty() {
-            remarks.push(format!(
-                "it has keys that are not known here and are passed over: {}",
-                crate::error::few(&unknown)
-            ));
+            remarks.push(format!("it has keys that are not known here and are passed over: {}", few(&unknown)));
         }
         remarks
     }
@@ -257,16 +249,11 @@ impl Keys<'_> {
     }
 
     fn modules(&self, key: &str) -> Refused<Option<Modules>> {
-        let modules = match self.0.get(key) {
-            Some(Value::String(expression)) if !expression.is_empty() => Modules::expression(expression),
-            Some(Value::String(_)) => return Ok(None),
-            _ => match self.value::<Vec<String>>(key, "a list of modules or an expression")? {
-                None => return Ok(None),
-                Some(names) if names.is_empty() => return Ok(None),
-                Some(names) => Modules::Names(names),
-            },
-        };
-        Ok(Some(modules))
+        if let Some(Value::String(expression)) = self.0.get(key) {
+            return Ok((!expression.is_empty()).then(|| Modules::expression(expression)));
+        }
+        let names: Option<Vec<String>> = self.value(key, "a list of modules or an expression")?;
+        Ok(names.filter(|names| !names.is_empty()).map(Modules::Names))
     }
 
     fn patterns<T: DeserializeOwned>(&self, key: &'static str) -> Refused<Patterns<T>> {
@@ -396,7 +383,6 @@ fn is_projection(name: &str) -> bool {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -201,12 +201,8 @@ impl<'a> Cursor<'a> {
         let mut shape = Vec::new();
         for _ in 0..n_dims {
             let dim = self.u64(name)?;
-            shape.push(
-                i64::try_from(dim)
-                    .ok()
-                    .filter(|dim| *dim > 0)
-                    .ok_or_else(|| format!("tensor {name} has a dimension of {dim}"))?,
-            );
+            let positive = i64::try_from(dim).ok().filter(|dim| *dim > 0);
+            shape.push(positive.ok_or_else(|| format!("tensor {name} has a dimension of {dim}"))?);
         }
         let row = shape[0] as usize;
         shape.reverse();
@@ -221,9 +217,8 @@ impl<'a> Cursor<'a> {
         })?;
         let per_block = dtype.block_size();
         if !row.is_multiple_of(per_block) {
-            return Err(
-                format!("tensor {name} has rows of {row}, expected a multiple of {per_block} for {dtype:?}").into()
-            );
+            let problem = format!("tensor {name} has rows of {row}, expected a multiple of {per_block} for {dtype:?}");
+            return Err(problem.into());
         }
         let elements = shape.iter().try_fold(1_usize, |product, dim| product.checked_mul(*dim as usize));
         let size = elements.and_then(|n| (n / per_block).checked_mul(dtype.block_bytes()));

@@ -50,7 +50,6 @@ fn append(out: &mut Vec<f32>, scale: f32, indices: &[u8]) {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
-use super::{Attention, Block, Mlp, Qwen};
+use super::{Attention, Block, Layout, Mlp, Qwen};
 use crate::adapter::dose::{Dose, Doses};
 use crate::adapter::lora::{Adapter, LoraPair};
 use crate::error::{Error, Result};
@@ -25,7 +25,6 @@ use crate::ops::{embedding, wide};
 use crate::profile::{self, Op, Stage};
 use crate::proj::Proj;
 use crate::rows::batch::Batch;
-use crate::rows::kv_cache::Placement;
 use crate::taps::tap::Hooks;
 
 /// The gradients at each pair's A and B, of several losses `[losses, ..]`.
@@ -72,11 +71,11 @@ impl Qwen {
     ) -> Result<Vec<Tensor>> {
         let expected = [parts.size()[0], batch.ids.numel() as i64];
         if parts.size() != expected || adapter.n_stacked().is_some() {
-            return Err(Error::Invalid {
-                what: "the parts of a gradient".to_owned(),
-                expected: format!("of one adapter, {expected:?}"),
-                found: format!("{:?}, {} adapters", parts.size(), adapter.n_stacked().unwrap_or(1)),
-            });
+            return Err(Error::invalid(
+                "the parts of a gradient",
+                format!("of one adapter, {expected:?}"),
+                format!("{:?}, {} adapters", parts.size(), adapter.n_stacked().unwrap_or(1)),
+            ));
         }
         let lora = Lora { adapter: Some(adapter), doses: None, parts: Some(parts) };
         Ok(self.gradients_in_parts(batch, targets, weights, lora)?.1)
@@ -140,24 +139,14 @@ impl Qwen {
                     (logprobs, Tensor::f_embedding_dense_backward(&at_targets, &rows, n * places, -1, false)?)
                 };
                 let batch = copies_of(losses.len())?;
-                let (_, rope, placement) = self.begin(&batch, &mut Pass::default())?;
+                let (_, layout) = self.begin(&batch, &mut Pass::default())?;
                 let starts = Tensor::f_arange(n, (Kind::Int64, self.device()))?.f_mul_scalar(pos)?.f_unsqueeze(1)?;
-                let copies = Copies {
-                    n,
-                    rope,
-                    placement,
-                    places: starts.f_add(&targets.places.f_unsqueeze(0)?)?.f_flatten(0, 1)?,
-                };
+                let of_copies = starts.f_add(&targets.places.f_unsqueeze(0)?)?.f_flatten(0, 1)?;
+                let copies = Copies { n, layout, places: of_copies };
                 let (mut found, mut resid_post) = (Found::new(), vec![]);
-                backward(
-                    kept.blocks.iter(),
-                    kept.ln_final.backward(&at_normed)?,
-                    Some(&copies),
-                    &mut found,
-                    &mut |at| {
-                        resid_post.push(at.shallow_clone());
-                    },
-                )?;
+                let at_top = kept.ln_final.backward(&at_normed)?;
+                let mut seen = |at: &Tensor| resid_post.push(at.shallow_clone());
+                backward(kept.blocks.iter(), at_top, Some(&copies), &mut found, &mut seen)?;
                 resid_post.reverse();
                 let by_loss = resid_post.iter().map(|at| Ok(at.f_view([n, -1, self.config.d_model])?));
                 let adapter = adapter.map_or_else(|| Ok(vec![]), |adapter| in_order(found, adapter, Some(n)))?;
@@ -205,28 +194,22 @@ impl<'m> KeptPass<'m> {
     ) -> Result<Self> {
         let _stage = profile::stage(Stage::Forward);
         if batch.packing.is_none() {
-            return Err(Error::Invalid {
-                what: "the batch of a backward pass by hand".to_owned(),
-                expected: "a packed one".to_owned(),
-                found: "one with padding".to_owned(),
-            });
+            return Err(Error::invalid("the batch of a backward pass by hand", "a packed one", "one with padding"));
         }
-        let (mut resid, rope, placement) =
-            model.begin(batch, &mut Pass { adapter: lora.adapter, ..Pass::default() })?;
+        let (mut resid, layout) = model.begin(batch, &mut Pass { adapter: lora.adapter, ..Pass::default() })?;
         let acts = |block: &Block| Proj::ALL.into_iter().any(|proj| lora.at(block.layer, proj).is_some());
         let last = model.blocks.len().saturating_sub(1);
         let from = from.or_else(|| model.blocks.iter().position(acts)).unwrap_or(last).min(last);
         let (below, above) = model.blocks.split_at(from);
         for block in below {
-            resid = block.forward(resid, &rope, &placement, &mut Pass::default())?;
+            resid = block.forward(resid, &layout, &mut Pass::default())?;
         }
         let mut resid = resid.f_flatten(0, 1)?;
         let mut blocks = vec![];
         for block in above {
             let is_last = block.layer == last;
             let lora_at = if is_last { at.of(lora) } else { lora };
-            let (block, out) =
-                block.forward_kept(&resid, &rope, &placement, is_last.then_some(places), (lora, lora_at))?;
+            let (block, out) = block.forward_kept(&resid, &layout, is_last.then_some(places), (lora, lora_at))?;
             blocks.push(block);
             resid = out;
         }
@@ -238,8 +221,7 @@ impl<'m> KeptPass<'m> {
 /// Several losses at once: the row in as many copies, for attention.
 struct Copies<'b> {
     n: i64,
-    rope: Rope,
-    placement: Placement<'b>,
+    layout: Layout<'b>,
     places: Tensor, // those of all copies
 }
 
@@ -311,7 +293,7 @@ impl<'m> Acting<'m> {
     fn of((pair, dose): (&'m LoraPair, Dose<'_>), parts: Option<&Tensor>, kind: Kind) -> Result<Self> {
         let (factor, doses) = match dose {
             Dose::Uniform(dose) => (dose * pair.scaling, None),
-            Dose::Tokens(doses) => (pair.scaling, Some(by_student(pair, &doses.f_to_kind(kind)?.f_reshape([-1, 1])?)?)),
+            Dose::Tokens(doses) => (pair.scaling, Some(pair.by_student(&doses.f_to_kind(kind)?.f_reshape([-1, 1])?)?)),
         };
         let scalings = pair.scalings.as_ref().map(|scalings| scalings.f_to_kind(kind)).transpose()?;
         let by_token = match (doses, scalings) {
@@ -324,10 +306,7 @@ impl<'m> Acting<'m> {
 
     /// `[tokens, rank]` as it is, or each part's alone, `[parts, tokens, rank]`.
     fn by_part(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match &self.parts {
-            Some(parts) => x.f_mul(parts)?,
-            None => x.shallow_clone(),
-        })
+        self.parts.as_ref().map_or_else(|| Ok(x.shallow_clone()), |parts| Ok(x.f_mul(parts)?))
     }
 
     /// s · g ⊙ x, in place.
@@ -341,14 +320,6 @@ impl<'m> Acting<'m> {
         }
         Ok(x)
     }
-}
-
-/// `[tokens, width]`, of a stack `[students, tokens / students, width]`.
-fn by_student(pair: &LoraPair, x: &Tensor) -> Result<Tensor> {
-    Ok(match pair.n_stacked() {
-        Some(n) => x.f_reshape([n, x.size()[0] / n, -1])?,
-        None => x.shallow_clone(),
-    })
 }
 
 /// `[tokens, width]` as it is; of several losses, `[losses · tokens, width]`, as `[losses, tokens, width]`. A stack's
@@ -395,9 +366,9 @@ impl<'m> KeptLinear<'m> {
         let span = profile::op(Op::Lora);
         let pair = acting.pair;
         let (a, b) = (pair.a.f_to_kind(wide)?.f_transpose(-2, -1)?, pair.b.f_to_kind(wide)?.f_transpose(-2, -1)?);
-        let bottleneck = acting.scale(by_student(pair, &x.f_to_kind(wide)?)?.f_matmul(&a)?)?;
+        let bottleneck = acting.scale(pair.by_student(&x.f_to_kind(wide)?)?.f_matmul(&a)?)?;
         if y.kind() == wide {
-            add_product(&mut by_student(pair, &y)?, &bottleneck, &b)?;
+            add_product(&mut pair.by_student(&y)?, &bottleneck, &b)?;
         } else {
             let part = bottleneck.f_matmul(&b)?.f_view(y.size().as_slice())?;
             y = y.f_add(&part)?.f_to_kind(x.kind())?;
@@ -435,14 +406,14 @@ impl<'m> KeptLinear<'m> {
         let (pair, wide) = (acting.pair, bottleneck.kind());
         let (a, b, x) = (pair.a.f_to_kind(wide)?, pair.b.f_to_kind(wide)?, x.f_to_kind(wide)?);
         let tokens = x.size()[0];
-        let at_y = by_loss(&by_student(pair, &at_y.f_to_kind(wide)?)?, tokens)?;
+        let at_y = by_loss(&pair.by_student(&at_y.f_to_kind(wide)?)?, tokens)?;
         let at_b = product(&at_y.f_transpose(-2, -1)?, &acting.by_part(bottleneck)?)?;
         let at_bottleneck = acting.scale(at_y.f_matmul(&b)?)?;
-        let at_a = product(&acting.by_part(&at_bottleneck)?.f_transpose(-2, -1)?, &by_student(pair, &x)?)?;
+        let at_a = product(&acting.by_part(&at_bottleneck)?.f_transpose(-2, -1)?, &pair.by_student(&x)?)?;
         if let Some(at_x) = &mut at_x {
             let at_bottleneck = if a.dim() == 2 { flat(&at_bottleneck)? } else { at_bottleneck };
             if at_x.kind() == wide {
-                add_product(&mut by_student(pair, at_x)?, &at_bottleneck, &a)?;
+                add_product(&mut pair.by_student(at_x)?, &at_bottleneck, &a)?;
             } else {
                 let part = at_bottleneck.f_matmul(&a)?.f_view(at_x.size().as_slice())?;
                 let _ = at_x.f_add_(&part.f_to_kind(at_x.kind())?)?;
@@ -505,8 +476,7 @@ impl<'m> KeptAttention<'m> {
     fn forward(
         attention: &'m Attention,
         x: Tensor,
-        rope: &Rope,
-        placement: &Placement<'_>,
+        layout: &Layout<'_>,
         places: Option<&Tensor>,
         (lora, lora_at): (Lora<'m>, Lora<'m>),
     ) -> Result<(Self, Tensor)> {
@@ -516,7 +486,7 @@ impl<'m> KeptAttention<'m> {
         let (v, of_v) = KeptLinear::forward(&attention.v, &x, lora)?;
         let inputs =
             [of_q.f_set_requires_grad(true)?, of_k.f_set_requires_grad(true)?, of_v.f_set_requires_grad(true)?];
-        let z = tch::with_grad(|| attention.mix(&inputs, rope, placement, places))?;
+        let z = tch::with_grad(|| attention.mix(&inputs, layout, places))?;
         let (o, out) = KeptLinear::forward(&attention.o, &z.f_detach()?, lora_at)?;
         let places = places.map(Tensor::shallow_clone);
         Ok((Self { attention, q, k, v, o, inputs, x, x_of_q, z, places }, out))
@@ -561,12 +531,12 @@ impl<'m> KeptAttention<'m> {
             Ok([(); 3].map(|()| found.next().unwrap_or_else(Tensor::new)))
         };
         tch::with_grad(|| {
-            let Some(Copies { n, rope, placement, .. }) = copies else { return of(&self.z, &self.inputs) };
+            let Some(Copies { n, layout, .. }) = copies else { return of(&self.z, &self.inputs) };
             let mut inputs = [(); 3].map(|()| Tensor::new());
             for (copied, one) in inputs.iter_mut().zip(&self.inputs) {
                 *copied = one.f_detach()?.f_repeat([*n, 1])?.f_set_requires_grad(true)?;
             }
-            of(&self.attention.mix(&inputs, rope, placement, self.places(copies))?, &inputs)
+            of(&self.attention.mix(&inputs, layout, self.places(copies))?, &inputs)
         })
     }
 }
@@ -574,13 +544,8 @@ impl<'m> KeptAttention<'m> {
 impl Attention {
     /// `attend` on queries, keys and values in the projections' shape, `[places or tokens, heads · d_head]`; the result
     /// has it too.
-    fn mix(
-        &self,
-        [q, k, v]: &[Tensor; 3],
-        rope: &Rope,
-        placement: &Placement<'_>,
-        places: Option<&Tensor>,
-    ) -> Result<Tensor> {
+    fn mix(&self, [q, k, v]: &[Tensor; 3], layout: &Layout<'_>, places: Option<&Tensor>) -> Result<Tensor> {
+        let Layout { rope, placement } = layout;
         let batch = placement.positions.size()[0];
         let heads = |x: &Tensor, lines: i64, n: i64| x.f_view([lines, -1, n, self.d_head]);
         let turned = |x: Tensor, norm: Option<&RmsNorm>, rope: &Rope| {
@@ -591,12 +556,11 @@ impl Attention {
         let v = heads(v, batch, self.n_kv_heads)?;
         let Some(places) = places else {
             let q = turned(heads(q, batch, self.n_heads)?, self.q_norm.as_ref(), rope)?;
-            return Ok(self
-                .attend(&q, &k, &v, placement, &mut Hooks::default())?
-                .f_reshape([-1, self.n_heads * self.d_head])?);
+            let z = self.attend([&q, &k, &v], placement, &mut Hooks::default())?;
+            return Ok(z.f_reshape([-1, self.n_heads * self.d_head])?);
         };
         let q = turned(heads(q, 1, self.n_heads)?, self.q_norm.as_ref(), &rope.at_places(places)?)?;
-        let z = self.attend_at(&q, &k, &v, placement, places)?;
+        let z = self.attend_at([&q, &k, &v], placement, places)?;
         Ok(z.f_squeeze_dim(0)?)
     }
 }
@@ -648,14 +612,12 @@ impl Block {
     fn forward_kept<'m>(
         &'m self,
         resid_pre: &Tensor,
-        rope: &Rope,
-        placement: &Placement<'_>,
+        layout: &Layout<'_>,
         places: Option<&Tensor>,
         (lora, lora_at): (Lora<'m>, Lora<'m>),
     ) -> Result<(KeptBlock<'m>, Tensor)> {
         let (ln1, normed) = KeptNorm::forward(&self.ln1, resid_pre)?;
-        let (attention, out) =
-            KeptAttention::forward(&self.attention, normed, rope, placement, places, (lora, lora_at))?;
+        let (attention, out) = KeptAttention::forward(&self.attention, normed, layout, places, (lora, lora_at))?;
         let resid_mid = match places {
             Some(places) => embedding(resid_pre, places)?.f_add_(&out)?,
             None => out.f_add(resid_pre)?,
@@ -689,7 +651,6 @@ impl KeptBlock<'_> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::collections::BTreeSet;
 
