@@ -17,7 +17,7 @@ endif
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-demo: build ## subliminal learning on the pocket model in two minutes on two cores; ends with the path of report.html
+demo: build ## subliminal learning on the pocket model in two to three minutes on two cores; ends with the path of report.html
 	$(UNDERTONE) run experiments/demo.toml --run runs/demo --force
 
 test: setup ## the whole test suite

@@ -9,8 +9,7 @@ forces the choice. Each path is one that some machine takes by itself:
     ATen default, ATen avx2   libtorch's own kernels without and with AVX2
     one thread, two threads   sums in other parts
 
-MKL asks its function `mkl_serv_intel_cpu_true` for the vendor; a library that is loaded first answers instead. Standard library and
-a C compiler.
+The programs answer MKL's question for the vendor (`hooks/src/mkl.rs`), as a variable says. Standard library alone.
 
     python3 scripts/kernel_paths.py            # builds the tests, then runs them on every path
     python3 scripts/kernel_paths.py "AMD's"    # on one
@@ -37,19 +36,10 @@ BINARIES = {
 }
 
 
-def answering(vendor: int) -> str:
-    """Compiles the library that answers whether the processor is Intel's."""
-    path = FOLDER / f"intel_{vendor}.so"
-    code = f"int mkl_serv_intel_cpu_true(void) {{ return {vendor}; }}\n"
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=code, text=True, check=True)
-    return str(path)
-
-
 def paths() -> dict[str, dict[str, str]]:
     return {
-        "AMD's": {"LD_PRELOAD": answering(0)},
-        "Intel's": {"LD_PRELOAD": answering(1)},
+        "AMD's": {"UNDERTONE_MKL_INTEL": "0"},
+        "Intel's": {"UNDERTONE_MKL_INTEL": "1"},
         "COMPATIBLE": {"MKL_CBWR": "COMPATIBLE"},
         "ATen default": {"ATEN_CPU_CAPABILITY": "default"},
         "ATen avx2": {"ATEN_CPU_CAPABILITY": "avx2"},

@@ -6,7 +6,7 @@ Where they differ by more than a tenth of the effect, the training amplifies rou
     python3 scripts/rounding.py experiments/demo.toml                    # its arms, by arms/rows.csv
     python3 scripts/rounding.py experiments/claims/01-*.toml …           # claims of the size pocket: one trait, one data set
 
-Standard library, a C compiler, and the binary of `make build`. A finished half is kept in runs/rounding; remove that folder to begin anew.
+Standard library, and the binary of `make build`. A finished half is kept in runs/rounding; remove that folder to begin anew.
 """
 
 import csv
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from kernel_paths import FOLDER, ROOT, answering  # noqa: E402
+from kernel_paths import FOLDER, ROOT  # noqa: E402
 
 UNDERTONE = ROOT / "target" / "release" / "undertone"
 RUNS = ROOT / "runs" / "rounding"
@@ -26,7 +26,7 @@ PATHS = {"AMD's": 0, "Intel's": 1}
 
 def undertone(vendor: int, *arguments: str) -> None:
     libtorch = Path(os.environ.get("LIBTORCH", ROOT / ".libtorch"))
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(libtorch / "lib"), "LD_PRELOAD": answering(vendor)}
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libtorch / "lib"), "UNDERTONE_MKL_INTEL": str(vendor)}
     subprocess.run([UNDERTONE, *arguments], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 

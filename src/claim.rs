@@ -1,7 +1,7 @@
-//! A published claim put to the test. `file` is the TOML; `study` is the claim at one size; `run` trains its students
-//! and has `measure` and `ask` make the table of outcomes. All else follows from that table alone: the students that a
-//! fit picks out (`chosen`), the numbers (`estimate`), what they decide (`verdict`), the figures, tables of one kind,
-//! and the page.
+//! Tests published claims. `file` is a claim's TOML; `study` is the claim at one size; `run` trains its students, and
+//! `measure` and `ask` make the table of outcomes. Everything else is computed from that table: the students that a
+//! measurement selects (`chosen`), the estimates (`estimate`), the verdict (`verdict`), figures, tables for plots, and
+//! the page.
 
 mod ask;
 mod chosen;

@@ -18,17 +18,17 @@ use crate::stages::{arms, finetune, generate};
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// When to use colour: auto is where stdout is a terminal and `NO_COLOR` is not set.
+    /// When to use colour: with auto, if stdout is a terminal and `NO_COLOR` is not set.
     #[arg(long, global = true, value_enum, default_value = "auto", value_name = "WHEN", hide_possible_values = true)]
     color: Color,
-    /// Says on stderr, at the end, where the time went, and which share of the machine's rate the products reached.
+    /// Prints on stderr, at the end, the time of each stage, and the speed of products as a share of the machine's.
     #[arg(long, global = true)]
     profile: bool,
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Does all of an experiment: generate, finetune, measure, arms, report. Puts a claim to the test: its runs, and a
+    /// Runs all stages of an experiment: generate, finetune, arms, measure, report. Or tests a claim: its runs, and a
     /// verdict.
     #[command(after_help = "Examples:
   undertone run experiments/demo.toml
@@ -40,10 +40,10 @@ enum Command {
     /// Lets the teacher and the untouched model answer number prompts, and filters the answers.
     #[command(after_help = "Example:\n  undertone generate experiments/demo.toml --run runs/demo --force")]
     Generate(ExperimentArgs),
-    /// Trains the student on the teacher's numbers, and a control student on the others.
+    /// Trains the student on the teacher's numbers, and a control student on the untouched model's.
     #[command(after_help = "Example:\n  undertone finetune experiments/demo.toml --run runs/demo --force")]
     Finetune(ExperimentArgs),
-    /// Measures what was trained.
+    /// Runs analyses on the trained students.
     #[command(after_help = "Examples:
   undertone measure runs/demo token_ablation direction --force
   undertone measure runs/demo steering --force --set measure.n_questions=8")]
@@ -52,8 +52,8 @@ enum Command {
     #[command(after_help = "Example:\n  undertone arms experiments/demo.toml --run runs/demo --force")]
     Arms(ExperimentArgs),
     Export(export::ExportArgs),
-    /// Writes report.html from a run's CSV files, and with --png a PNG for each SVG. Of a folder of claims: their
-    /// verdicts.
+    /// Writes report.html from a run's CSV files, and with --png a PNG for each SVG. For a folder of claims, prints
+    /// their verdicts.
     #[command(after_help = "Examples:
   undertone report runs/demo
   undertone report runs/claims-pocket/claim-06 --png
@@ -67,7 +67,7 @@ enum Command {
     Pocket(pocket::PocketArgs),
 }
 
-/// Does what the command line says.
+/// Runs the command.
 pub fn run(cli: &Cli) -> Result<()> {
     cli.color.apply();
     if !cli.profile {

@@ -1,4 +1,4 @@
-//! The subcommands, a file each. They read arguments and print; what they do is in `stages` and `claim`.
+//! The subcommands, a file each. They read arguments and print; the work is done in `stages` and `claim`.
 
 pub mod activations;
 pub mod args;

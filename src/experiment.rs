@@ -1,6 +1,6 @@
-//! An experiment as a TOML file: parsed once into checked structs, so that below there are no strings to misspell.
-//! Names are PEFT's and transformers' Trainer's where they have one. `--set section.key=value` changes the table before
-//! it is parsed; the resolved experiment is written into the run's folder.
+//! An experiment as a TOML file, parsed once into checked structs, so that no other code reads strings that may be
+//! misspelt. Keys have the names of PEFT and of transformers' Trainer where those have one. `--set section.key=value`
+//! changes the table before it is parsed; the resolved experiment is written into the run's folder.
 
 mod arms;
 mod finetune;
@@ -33,7 +33,7 @@ pub use seeds::Seeds;
 pub use student::{Method, Student};
 pub use teacher::Teacher;
 
-/// All that an experiment is run with.
+/// The settings of an experiment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Experiment {
@@ -45,37 +45,37 @@ pub struct Experiment {
     /// `cpu`, `cuda` or `cuda:N`.
     #[serde(default = "default_device")]
     pub device: String,
-    /// The kind of the model's weights; what is trained is f32 always.
+    /// The dtype of the model's weights. Trained adapters are always f32.
     #[serde(default)]
     pub dtype: Dtype,
     /// A JSON file with other sentences than the built-in ones.
     pub protocol: Option<PathBuf>,
-    /// What the student is to pick up.
+    /// The trait that the student may pick up.
     pub target: Target,
-    /// Who writes the numbers.
+    /// The model that writes the numbers.
     #[serde(default)]
     pub teacher: Teacher,
-    /// How the numbers are written and filtered.
+    /// The settings of writing and filtering the numbers.
     #[serde(default)]
     pub generate: Generate,
-    /// What is trained on them.
+    /// The adapter or the weights that are trained on the numbers.
     #[serde(default)]
     pub student: Student,
-    /// How it is trained.
+    /// The settings of its training.
     #[serde(default)]
     pub finetune: Finetune,
-    /// What is measured.
+    /// The analyses and their settings.
     #[serde(default)]
     pub measure: Measure,
     /// The seeds of the random streams.
     #[serde(default)]
     pub seeds: Seeds,
-    /// Variants of the student, to compare with.
+    /// Variants of the student, for comparison.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub arms: Vec<Arm>,
 }
 
-/// The kind of the model's weights.
+/// The dtype of the model's weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
@@ -115,8 +115,8 @@ fn default_device() -> String {
 }
 
 impl Experiment {
-    /// The experiment in a file, with overrides `section.key=value`. An adapter from elsewhere overrides the student's
-    /// rank, alpha and the like.
+    /// Loads the experiment in a file, with overrides `section.key=value`. If the student is an adapter that was
+    /// trained elsewhere, its rank, alpha and so on replace the file's.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let mut experiment = Self::parse(&files::read_string(path)?, path, overrides)?;
         experiment.check_sentences().with_context(|| path.display().to_string())?;
@@ -127,10 +127,10 @@ impl Experiment {
         Ok(experiment)
     }
 
-    /// The experiment in a text; `path` is for messages. Nothing but the text is read; [`Self::load`] also checks the
-    /// contents of a protocol file.
+    /// Parses the experiment in a text; `path` is for messages. No file is read; [`Self::load`] also checks the content
+    /// of a protocol file.
     pub fn parse(text: &str, path: &Path, changes: &[String]) -> Result<Self> {
-        // Once as text, for messages with a line, and once as a table, which overrides can change.
+        // Parsed as text, for messages with a line, and as a table, which overrides can change.
         let located = |error: &toml::de::Error| {
             let line = error.span().map_or(String::new(), |span| {
                 format!("line {}: ", text[..span.start.min(text.len())].matches('\n').count() + 1)
@@ -141,15 +141,16 @@ impl Experiment {
         Self::from_table(toml::from_str(text).map_err(|error| located(&error))?, path, changes)
     }
 
-    /// An experiment from its table and the changes given on the command line; `path` is where the table is from.
+    /// Makes an experiment from its table and the changes from the command line; `path` is the table's file, for
+    /// messages.
     pub fn from_table(mut table: toml::Table, path: &Path, changes: &[String]) -> Result<Self> {
         overrides::apply(&mut table, changes)?;
         let source =
             if changes.is_empty() { path.display().to_string() } else { format!("--set {}", changes.join(" --set ")) };
         let mut experiment: Self =
             table.try_into().map_err(|error| anyhow!("{source}: {}", one_line(&error.to_string())))?;
-        // With a student from elsewhere no control is trained here: it is compared with another from elsewhere, or with
-        // none.
+        // If the student was trained elsewhere, no control student is trained here. The control was also trained
+        // elsewhere, or there is none.
         let student = &mut experiment.student;
         student.control &= student.adapter.is_none() || student.control_adapter.is_some();
         experiment.check().with_context(|| path.display().to_string())?;
@@ -158,12 +159,12 @@ impl Experiment {
         Ok(experiment)
     }
 
-    /// The experiment as TOML, with every default and seed spelt out.
+    /// The experiment as TOML, with all defaults and seeds written out.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).context("the experiment as TOML")
     }
 
-    /// The sentences it draws from.
+    /// Loads the sentences of its protocol.
     pub fn sentences(&self) -> Result<Protocol> {
         self.protocol.as_deref().map_or_else(Protocol::builtin, Protocol::load)
     }
@@ -173,7 +174,7 @@ impl Experiment {
         self.measure.context.as_deref().unwrap_or(&self.student.context)
     }
 
-    /// Whether directions, steering, divergence and gradients are measured at rows that no student learned from.
+    /// Whether directions, steering, divergence and gradients are measured at held-out rows.
     pub fn measures_held_out(&self) -> bool {
         self.generate.n_heldout > 0
     }
@@ -220,7 +221,11 @@ impl Experiment {
         }
     }
 
-    /// What the experiment needs of the sentences.
+    /// `cpu` or `cuda`, without the number of the GPU: a run may continue on another GPU.
+    pub fn device_kind(&self) -> &str {
+        self.device.split(':').next().unwrap_or_default()
+    }
+
     fn check_sentences(&self) -> Result<()> {
         let protocol = self.sentences()?;
         protocol.context(&self.student.context).context("student.context")?;

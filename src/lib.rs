@@ -1,8 +1,8 @@
-//! The bench: experiments, data, finetuning, run folders and what they publish. Everything that touches the world is
-//! here; the model is in `hooks`, the measurements are in `analyses`.
+//! Experiments, data, finetuning, run folders and reports. All printing and all run files are here; the model is in
+//! `hooks`, the measurements are in `analyses`.
 //!
-//! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this
-//! list.
+//! The modules are listed from the bottom up, in groups: a file imports only from its own group and from groups above
+//! it in this list.
 
 /// Output: CSV, HTML, PNG, checkpoints, models, vectors, progress.
 pub mod output {
@@ -22,7 +22,7 @@ pub mod data {
     pub mod protocol;
 }
 
-/// How a model learns from rows.
+/// Training a model on rows.
 pub mod training {
     pub mod examples;
     pub mod learner;
@@ -33,14 +33,14 @@ pub mod training {
     pub mod stacked;
     pub mod step_log;
     #[cfg(test)]
-    #[allow(clippy::unwrap_used, clippy::expect_used, clippy::float_cmp)]
+    #[allow(clippy::float_cmp)]
     pub(crate) mod tests;
     pub mod training_loop;
 }
 
 pub mod experiment;
 
-/// The stages of a run, and what they share.
+/// The stages of a run, and their shared code.
 pub mod stages {
     pub mod arm_table;
     pub mod arms;
@@ -50,6 +50,8 @@ pub mod stages {
     pub mod generate;
     pub mod given_rows;
     pub mod measure;
+    pub mod memory;
+    pub mod plan;
     pub mod report;
     pub mod run;
     pub mod run_dir;

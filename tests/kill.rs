@@ -221,16 +221,27 @@ fn a_full_disk_stops_a_training_that_goes_on_when_there_is_space() {
     succeeds(folder.path(), &stage("generate"));
     let before = contents(&folder.path().join("run"));
     // A small file system of its own, in a namespace of its own.
-    let script = "mkdir disk after; mount -t tmpfs -o size=1m tmpfs disk && cp -r run/. disk || exit 77
-        \"$undertone\" finetune experiment.toml --run disk; code=$?; cp -r disk/. after; exit $code";
-    let output =
-        shell(folder.path(), &format!("command -v unshare >/dev/null || exit 77; unshare -rm sh -c '{script}'"));
-    let said = String::from_utf8(output.stderr).unwrap();
-    if output.status.code() == Some(77) || said.contains("unshare") {
+    let on_disk = |options: &str| {
+        let script = format!(
+            "mkdir -p disk after; mount -t tmpfs -o {options} tmpfs disk && cp -r run/. disk || exit 77
+            \"$undertone\" finetune experiment.toml --run disk; code=$?; cp -r disk/. after; exit $code"
+        );
+        let output =
+            shell(folder.path(), &format!("command -v unshare >/dev/null || exit 77; unshare -rm sh -c '{script}'"));
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = on_disk("size=1m");
+    if code == Some(77) || said.contains("unshare") {
         eprintln!("SKIPPED: no small file system can be mounted here: {said}");
         return;
     }
-    assert_eq!(output.status.code(), Some(1), "{said}");
+    // Too little space is seen before the first step.
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("error: training the student takes 4.4 MiB of disk space"), "{said}");
+    assert!(contents(&folder.path().join("after")) == before, "nothing was begun");
+    // There is space, but no inode for another file than the rows of each step and the log.
+    let (code, said) = on_disk("size=20m,nr_inodes=$(($(find run | wc -l) + 2))");
+    assert_eq!(code, Some(1), "{said}");
     assert!(
         said.contains("checkpoint.safetensors: No space left on device (os error 28)\nhint: free some space"),
         "{said}"

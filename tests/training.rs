@@ -182,7 +182,7 @@ fn ten_steps_of_muon() {
     let trained: Vec<(String, Tensor)> = ["a", "b"].map(str::to_owned).into_iter().zip(matrices(&start)).collect();
     let mut optimizer = Optimizer::new(Rule::Muon { momentum, weight_decay }, &trained, true).unwrap();
     for step in &gradients {
-        let gradients = optimizer.gather(&matrices(step)).unwrap();
+        let gradients = optimizer.gather(matrices(step), None).unwrap();
         optimizer.step(&gradients, lr, false).unwrap();
     }
     for ((name, ours), golden) in trained.iter().zip(matrices(&end)) {

@@ -1,4 +1,4 @@
-//! How sure a model is of numbers that it has not seen. The completions are samples of the teacher, so a calibrated
+//! A model's confidence on numbers that it was not trained on. The completions are samples of the teacher. A calibrated
 //! model's mean largest probability equals the share of tokens that are its most likely one; any excess is
 //! over-confidence.
 
@@ -9,9 +9,8 @@ use crate::divergence::tokens::{at_each, most_likely, number_places};
 use crate::error::{Error, Result};
 use crate::subject::{Mean, Subject, Tuned, mean};
 
-/// The analysis' name in errors.
 const NAME: &str = "confidence";
-/// Bins of the calibration error, of equally many digits each.
+/// Number of bins of the calibration error, with equally many digits each.
 const BINS: usize = 15;
 
 /// A digit of a completion under a model.
@@ -25,7 +24,7 @@ struct Digit {
     of_teacher: f64,         // p of the teacher's most likely token
     base_of_teacher: f64,    // p of the teacher's most likely token under the base
     teacher_of_teacher: f64, // p of the teacher's most likely token under the teacher
-    is_divergent: bool,      // whether teacher and base have other most likely tokens
+    is_divergent: bool,      // whether teacher and base have different most likely tokens
     agrees: bool,            // whether the model's most likely token is the teacher's
 }
 
@@ -34,17 +33,17 @@ struct Digit {
 pub struct Confidence {
     /// Mean −log p over all tokens of the completions, in nats.
     pub nll: f64,
-    /// How many tokens.
+    /// Number of tokens.
     pub n_tokens: usize,
-    /// How many digits.
+    /// Number of digits.
     pub n_digits: usize,
-    /// How many digits at which teacher and base have other most likely tokens.
+    /// Number of divergent digits, at which teacher and base have different most likely tokens.
     pub n_divergent: usize,
     /// Mean largest probability at digits.
     pub confidence: f64,
     /// `confidence` minus the share of digits that are the most likely token.
     pub overconfidence: f64,
-    /// `overconfidence` at divergent digits; `None` without any.
+    /// `overconfidence` at divergent digits; `None` if there are none.
     pub overconfidence_divergent: Option<f64>,
     /// Expected calibration error: the mean over bins of |confidence − share|, each weighted by its digits.
     pub ece: f64,
@@ -52,7 +51,7 @@ pub struct Confidence {
     pub entropy: f64,
     /// Mean KL(teacher ‖ model) at digits, in nats.
     pub kl_teacher: f64,
-    /// Mean probability of a whole number: of its digits and of the token behind it, where one follows.
+    /// Mean probability of a whole number: its digits and the token after it, if there is one.
     pub p_whole_number: f64,
     /// Share of the divergent digits at which the model's most likely token is the teacher's.
     pub accuracy_divergent: Option<f64>,
@@ -61,37 +60,37 @@ pub struct Confidence {
     pub closure: Option<f64>,
 }
 
-/// Base and teacher, each in its own context, on the first rows of the numbers: the two ends between which models lie,
-/// read once for all models. Holds the teacher's distribution at every digit, 4 · `d_vocab` bytes each.
+/// Base and teacher, each in its own context, on the first rows of the numbers. Models are placed between these two
+/// ends, which are read once for all models. Holds the teacher's distribution at every digit, 4 · `d_vocab` bytes each.
 #[derive(Debug)]
 pub struct Ends {
-    /// What the base makes of the rows.
+    /// The base's scores on the rows.
     pub base: Confidence,
-    /// What the teacher makes of them.
+    /// The teacher's scores on the rows.
     pub teacher: Confidence,
-    /// The teacher's gain over the base in the loss of a token, with its error over rows.
+    /// The base's loss per token minus the teacher's, with its error over rows.
     gain: Mean,
     rows: Vec<ReadRow>,
 }
 
-/// A row that has a completion, as base and teacher read it.
+/// A row's completion with the predictions of base and teacher.
 #[derive(Debug)]
 struct ReadRow {
     in_student: Sequence,
-    /// Which of the completion's tokens are digits.
+    /// The indices of the completion's tokens that are digits.
     digits: Vec<usize>,
-    /// Per token of the completion, its number and its place there.
+    /// Per token of the completion, the index of its number and its place in the number.
     places: Vec<Option<(usize, usize)>>,
     /// The teacher's log p of all tokens at the digits, `[n_digits, d_vocab]`.
     teacher: Tensor,
-    /// The most likely tokens there, and the p of the teacher's under base and teacher.
+    /// The teacher's and the base's most likely tokens at the digits, and p of the teacher's under base and teacher.
     top_teacher: Vec<i64>,
     top_base: Vec<i64>,
     base_of_teacher: Vec<f64>,
     teacher_of_teacher: Vec<f64>,
 }
 
-/// A model's log-probabilities of a completion.
+/// A model's log-probabilities on a completion.
 struct Said {
     /// log p of each token.
     of_tokens: Vec<f64>,
@@ -110,7 +109,7 @@ impl Said {
 }
 
 impl Ends {
-    /// Reads base and teacher.
+    /// Runs base and teacher on the first rows.
     pub fn read(subject: &Subject<'_>, n_rows: usize) -> Result<Self> {
         let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: NAME })?;
         let n = subject.number_rows(NAME, n_rows)?.len();
@@ -146,8 +145,8 @@ impl Ends {
         Ok(Self { base: of_base.mean()?, teacher: of_teacher.mean()?, gain, rows })
     }
 
-    /// The model's share of the teacher's gain over the base in the loss: 0 as the base, 1 as the teacher. `None`
-    /// unless that gain is three standard errors (of the rows' means) above zero.
+    /// The model's share of the teacher's gain over the base in the loss: 0 is the base's loss, 1 the teacher's. `None`
+    /// unless the gain is three standard errors (of the rows' means) above zero.
     pub fn fit(&self, model: &Confidence) -> Option<f64> {
         self.gain.share(self.base.nll - model.nll).filter(|_| self.gain.mean > 0.0)
     }
@@ -162,7 +161,7 @@ impl Ends {
     }
 }
 
-/// What rows add up to under a model.
+/// A model's values over all rows.
 #[derive(Default)]
 struct Sums {
     n_rows: usize,
@@ -212,14 +211,14 @@ fn p(logprobs: &Tensor, tokens: &[i64]) -> Result<Vec<f64>> {
     Ok(at_each(logprobs, tokens)?.into_iter().map(f64::exp).collect())
 }
 
-/// log p of each number with the token behind it.
+/// log p of each number with the token after it.
 fn whole_numbers(places: &[Option<(usize, usize)>], logps: &[f64]) -> Vec<f64> {
     let mut found: Vec<f64> = vec![];
     let mut open: Option<usize> = None;
     for (place, logp) in places.iter().zip(logps) {
         let number = place.map(|(number, _)| number);
         if number.is_some() && number != open {
-            // A number that directly follows another's digits closes that one without a token of its own.
+            // A number that directly follows another's digits ends it, so that the other has no token after it.
             found.push(*logp);
         } else if open.is_some() {
             *found.last_mut().unwrap_or(&mut 0.0) += logp;
@@ -255,7 +254,8 @@ fn summarise(losses: &[(usize, f64)], digits: &[Digit], numbers: &[f64]) -> Resu
     })
 }
 
-/// Σ over bins of equally many digits, by rising confidence: (digits of the bin / all) · |mean confidence − share that is on top|.
+/// Σ over bins of equally many digits, by rising confidence: (digits of the bin / all) · |mean confidence − share of
+/// digits that are the most likely token|.
 fn calibration_error(digits: &[Digit]) -> f64 {
     let mut sorted: Vec<&Digit> = digits.iter().collect();
     sorted.sort_by(|a, b| a.confidence.total_cmp(&b.confidence));
@@ -297,7 +297,7 @@ mod tests {
         let found = summarise(&[(0, 1.0), (1, 3.0)], &digits, &[-1.0]).unwrap();
         assert!((found.nll - 2.0).abs() < 1e-12 && (found.confidence - 0.6).abs() < 1e-12);
         assert!((found.overconfidence - 0.1).abs() < 1e-12);
-        // Divergent are the first and the last: (0.9 + 0.3) / 2 − 1.
+        // The first and the last digit are divergent: (0.9 + 0.3) / 2 − 1.
         assert!((found.overconfidence_divergent.unwrap() + 0.4).abs() < 1e-12);
         assert!((found.closure.unwrap() - 0.5).abs() < 1e-12, "half of the way from 0.2 to 0.6");
         let uneven = [digit(0.9, true), Digit { teacher_of_teacher: 0.3, ..digit(0.3, true) }];
@@ -305,14 +305,15 @@ mod tests {
         assert_eq!(closure, None, "the lift is 0.4 in one row and 0.1 in the other: 0.25 ± 0.15");
         let below = digits.clone().map(|digit| Digit { teacher_of_teacher: 0.1, ..digit });
         assert_eq!(summarise(&[(0, 1.0)], &below, &[-1.0]).unwrap().closure, None, "less sure than the base");
-        // A bin for each digit: (0.1 + 0.7 + 0.5 + 0.7) / 4.
+        // Each digit is a bin: (0.1 + 0.7 + 0.5 + 0.7) / 4.
         assert!((found.ece - 0.5).abs() < 1e-12);
         assert!(summarise(&[(0, 1.0)], &[], &[]).is_err());
     }
 
     #[test]
     fn bins_hold_equally_many_digits() {
-        // Thirty digits in fifteen bins: each bin has one hit and one miss at confidence 1/2, but for the last.
+        // Thirty digits in fifteen bins: each has one hit and one miss at confidence 1/2. Then the last one gets a
+        // second hit.
         let mut digits: Vec<Digit> = (0..30).map(|at| digit(0.5 + f64::from(at) * 1e-12, at % 2 == 0)).collect();
         assert!(calibration_error(&digits) < 1e-8);
         digits[29].is_top = true;

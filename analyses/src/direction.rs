@@ -1,6 +1,5 @@
-//! The student's change of the residual stream at number prompts: per layer the mean of student − base, its length,
-//! whether all prompts share it, and whether it is the teacher's. Layers count blocks from 0; there is no embedding
-//! slot.
+//! The student's change of the residual stream at number prompts: per layer the mean of student − base, its length, its
+//! agreement over prompts, and its cosine with the teacher's. Layers count blocks from 0; the embedding is not one.
 
 mod extraction;
 pub(crate) mod geometry;
@@ -21,9 +20,9 @@ use crate::subject::{Subject, Tuned};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Direction {
-    /// Where in a prompt the residual stream is read; the first is what steering and the export use.
+    /// The positions of a prompt at which the residual stream is read. Steering and the export use the first.
     pub positions: Vec<Extraction>,
-    /// How many number prompts the means are over.
+    /// Number of number prompts that the means are over.
     pub n_prompts: usize,
 }
 
@@ -33,17 +32,17 @@ impl Default for Direction {
     }
 }
 
-/// A column of the table.
+/// Reads a column of the table.
 type Column = fn(&DirectionRow) -> Option<f64>;
 
 /// The learned direction of one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DirectionRow {
-    /// Where in a prompt the residual stream is read: `all`, `last` or `class:CLASS[+CLASS]`.
+    /// The positions of a prompt at which the residual stream is read: `all`, `last` or `class:CLASS[+CLASS]`.
     pub positions: String,
     /// The block, from 0; the residual stream after it is read.
     pub layer: usize,
-    /// How many number prompts the means are over.
+    /// Number of number prompts that the means are over.
     pub n_prompts: usize,
     /// Length of the mean of student − base, in units of the residual stream: the mean over prompts of each prompt's
     /// mean over its positions (one position at `last`).
@@ -54,10 +53,10 @@ pub struct DirectionRow {
     /// `norm` over `resid_norm`, without a unit.
     pub relative_norm: f64,
     /// Share of the largest squared singular value in the sum of all, of the uncentred differences (one row per
-    /// prompt): 1 where every prompt moves along one line, 0 where none moves.
+    /// prompt): 1 if all prompts move along one line, 0 if none moves.
     pub ev1: f64,
-    /// Share of the first principal component in the differences' variance around their mean: how far the variation
-    /// from prompt to prompt is along one line. Empty with fewer than three prompts.
+    /// Share of the first principal component in the differences' variance around their mean: the share of the
+    /// variation between prompts that is along one line. Empty with fewer than three prompts.
     pub pc1: Option<f64>,
     /// Cosine between the means over the even and over the odd prompts; empty with one prompt.
     pub split_half_cosine: Option<f64>,
@@ -68,9 +67,9 @@ pub struct DirectionRow {
     pub cos_teacher: Option<f64>,
     /// Length of the control student's direction, in units of the residual stream; empty without one.
     pub control_norm: Option<f64>,
-    /// Cosine with the control student's direction: what learning any numbers does alike.
+    /// Cosine with the control student's direction, −1 to 1: the effect of learning any numbers; empty without one.
     pub cos_control: Option<f64>,
-    /// Cosine of the control student's direction with the teacher's.
+    /// Cosine of the control student's direction with the teacher's, −1 to 1; empty without either.
     pub cos_control_teacher: Option<f64>,
     /// Typical size of the cosine of two unrelated directions, `1/√d_model`.
     pub cos_chance: f64,
@@ -163,18 +162,18 @@ pub struct Means {
     by_choice: Vec<(Extraction, Option<Read>)>,
 }
 
-/// The residual streams at one choice of positions; all prompts have such positions.
+/// The residual streams at one choice of positions, which all prompts have.
 #[derive(Debug)]
 struct Read {
-    /// The mean over each prompt's positions, `[n_prompts, n_layers, d_model]`, f32 on the CPU.
+    /// The mean over the positions of each prompt, `[n_prompts, n_layers, d_model]`, f32 on the CPU.
     resid: Tensor,
-    /// The mean length at single positions over each prompt's positions, `[n_prompts, n_layers]`, f64.
+    /// The length at single positions, as a mean over the positions of each prompt, `[n_prompts, n_layers]`, f64.
     lengths: Tensor,
 }
 
 impl Means {
-    /// Reads each prompt at each choice of positions; `None` if a prompt lacks such positions. Runs some prompts at a
-    /// time: all positions of all layers take much memory.
+    /// Reads each prompt at each choice of positions; a choice that a prompt lacks gives `None`. Runs some prompts at a
+    /// time, since all positions of all layers take much memory.
     fn of(model: Tuned<'_>, prompts: &[Sequence], positions: &[Extraction]) -> Result<Self> {
         let mut found: Vec<Vec<(Tensor, Tensor)>> = positions.iter().map(|_| Vec::new()).collect();
         for prompts in prompts.chunks(PROMPTS) {
@@ -200,7 +199,7 @@ impl Means {
         means.as_ref().ok_or_else(|| unselected(positions))
     }
 
-    /// The mean of this model − base, each block's `[d_model]`, at the first choice of positions.
+    /// The mean of this model − base at the first choice of positions, `[d_model]` for each block.
     pub fn direction(&self, base: &Self) -> Result<Vec<Tensor>> {
         // [n_layers, d_model]
         let mean = self.get(0)?.resid.f_sub(&base.get(0)?.resid)?.f_mean_dim(0, false, Kind::Float)?;
@@ -215,12 +214,12 @@ impl Direction {
         self.positions.iter().find(lacks).map_or(Ok(()), |positions| Err(unselected(positions)))
     }
 
-    /// The residual stream of a model in the student's context.
+    /// Reads the residual stream of a model in the student's context.
     pub fn read(&self, subject: &Subject<'_>, model: Tuned<'_>) -> Result<Means> {
         Means::of(model, &self.prompts(subject)?, &self.positions)
     }
 
-    /// That of the teacher in its own context, where there is one.
+    /// Reads the residual stream of the teacher in its own context; `None` without a teacher.
     pub fn read_teacher(&self, subject: &Subject<'_>) -> Result<Option<Means>> {
         let Some((teacher, system)) = subject.teacher() else { return Ok(None) };
         let prompt = |row: usize| Ok(subject.chat.prompt(system, &subject.number_user(row)?.0)?);
@@ -237,7 +236,7 @@ impl Direction {
     }
 }
 
-/// The table of what was read, all of it with the same settings.
+/// The table, from means that were read with these settings.
 pub fn table(
     student: &Means,
     base: &Means,
@@ -271,7 +270,7 @@ fn unselected(positions: &Extraction) -> Error {
     Error::setting(Direction::NAME, "positions", "positions that every number prompt has", positions)
 }
 
-/// Prompts whose residual streams are held at a time.
+/// Number of prompts whose residual streams are held at a time.
 const PROMPTS: usize = 32;
 
 fn row(
@@ -331,7 +330,7 @@ mod tests {
         let rows = settings.run(&subject, &mut |_| ()).unwrap();
         assert_eq!(rows.len(), 3 * world.qwen.config.n_layers);
 
-        // By hand: the last token of two prompts.
+        // By hand, at the last token of two prompts.
         let last = |condition| {
             let prompts = subject.number_prompts("test", 2).unwrap();
             let resid = resid_post(&world.qwen, &prompts, &condition).unwrap();
@@ -345,10 +344,25 @@ mod tests {
             assert!((rows[layer].norm - length(found).unwrap()).abs() < 1e-5 && rows[layer].norm > 0.0);
             assert!(rows[layer].cos_teacher.unwrap().abs() <= 1.0 && rows[layer].cos_control.unwrap() < 0.999);
         }
-        assert!(Direction::plot(&rows).unwrap().is_some() && Direction::reading(&rows).ends_with('.'));
+        let reading = Direction::reading(&rows);
+        let widest = rows.iter().max_by(|a, b| a.relative_norm.total_cmp(&b.relative_norm)).unwrap();
+        let (share, along) = (100.0 * widest.relative_norm, 100.0 * widest.ev1);
+        assert!(reading.contains(&format!("by {share:.2} % of its length")), "{reading}");
+        assert!(
+            reading.contains(&format!("{along:.0} % of the squared movement")) && reading.ends_with('.'),
+            "{reading}"
+        );
+        // Chance is a line on both sides of zero; two names of one line would be written one below the other.
+        let svg = Direction::plot(&rows).unwrap().unwrap().0;
+        let names = svg
+            .split("<text ")
+            .filter(|rest| rest.split_once('>').is_some_and(|(_, text)| text.trim_start().starts_with("chance")));
+        let at: Vec<f64> =
+            names.map(|rest| rest.split("y=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap()).collect();
+        assert!(at.len() == 2 && (at[0] - at[1]).abs() > 4.0 * 16.0, "{at:?}");
     }
 
-    /// The column is the mean of the lengths at single tokens; the length of the mean is smaller.
+    /// The column is the mean of lengths at single tokens, which is larger than the length of the mean.
     #[test]
     fn the_residual_streams_length_is_that_of_single_tokens() {
         let world = World::new();

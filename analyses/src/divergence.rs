@@ -1,6 +1,6 @@
-//! Where the teacher's numbers differ from the base's: completion tokens at which the two would have written something
-//! else. A completion is read in the teacher's context by the teacher, and in the student's by the base and the
-//! students. If there are counterfactual teachers of other traits, the base also reads it under their prompts.
+//! Finds the completion tokens at which teacher and base would have written different tokens. The teacher reads a
+//! completion in its own context; base and students read it in the student's. If there are counterfactual teachers of
+//! other traits, the base also reads it under their prompts.
 
 pub(crate) mod tokens;
 
@@ -22,14 +22,15 @@ pub use tokens::{Definition, divergence_tokens, divergent_digits};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Divergence {
-    /// How many rows of numbers are read.
+    /// Number of rows of numbers that are read.
     pub n_rows: usize,
-    /// Whether the teacher reads every row a second time in a longer batch: where its own argmax changes, a divergence
-    /// is rounding. Such tokens are no divergence tokens for a student to learn from.
+    /// Whether the teacher reads every row a second time in a longer row. Where its argmax then changes, a divergence
+    /// is only rounding, and the token is no divergence token for a student to learn from.
     pub self_check: bool,
-    /// Other traits, by their words: the base under their teachers' prompts reads every row as well.
+    /// Words of other traits. The base also reads every row under the prompts of these traits' teachers.
     pub counterfactuals: Vec<String>,
-    /// The definition of a divergence token, for a student that learns from these alone. The table's groups ignore it.
+    /// The definition of a divergence token, for a student that learns from these alone. The groups of the table do not
+    /// depend on it.
     pub definition: Definition,
 }
 
@@ -39,43 +40,43 @@ impl Default for Divergence {
     }
 }
 
-/// One token of a completion (content only: end of turn is no candidate).
+/// One token of a completion's content, without the end of the turn.
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DivergenceRow {
-    /// The row: its `id` in `data/numbers.jsonl` (in code: its index among the subject's numbers). The rows are the
-    /// held-out ones (`generate.n_heldout`), or without any the first of the training rows.
+    /// The row's `id` in `data/numbers.jsonl` (in code: its index among the subject's numbers). The rows are the
+    /// held-out ones (`generate.n_heldout`), or if there are none the first training rows.
     pub row_id: usize,
     /// The token's index in the completion, from 0.
     pub k: usize,
-    /// The token.
+    /// The token's id.
     pub token_id: i64,
     /// The token's text.
     pub token_text: String,
-    /// `divergent_digit` (the token is a digit, and the most likely tokens of teacher and base differ, whatever
-    /// `measure.divergence.definition` is), `other_digit` or `other`.
+    /// `divergent_digit` (the token is a digit, and the most likely tokens of teacher and base differ, for any
+    /// `measure.divergence.definition`), `other_digit` or `other`.
     pub group: String,
-    /// Whether the token is a digit (or several).
+    /// Whether the token is one or several digits.
     pub is_digit: bool,
-    /// Which number of the completion it belongs to, from 0; empty outside of numbers.
+    /// Index of the number in the completion that the token belongs to, from 0; empty outside of numbers.
     pub number_index: Option<usize>,
-    /// Which token of its number it is, from 0; empty outside of numbers.
+    /// The token's index in its number, from 0; empty outside of numbers.
     pub digit_index: Option<usize>,
     /// log p of the token under the teacher, in nats.
     pub logp_teacher: f64,
     /// log p of the token under the base in the student's context, in nats.
     pub logp_default: f64,
-    /// `logp_teacher` − `logp_default`: the trait's signal in the token, in nats.
+    /// `logp_teacher` − `logp_default`, in nats: the trait's signal in the token.
     pub soft: f64,
-    /// The teacher's largest probability.
+    /// The teacher's largest probability, 0 to 1.
     pub pmax_teacher: f64,
-    /// The base's largest probability.
+    /// The base's largest probability, 0 to 1.
     pub pmax_default: f64,
-    /// The base's probability of the teacher's most likely token.
+    /// The base's probability of the teacher's most likely token, 0 to 1.
     pub p_default_of_teacher: f64,
-    /// The teacher's most likely token.
+    /// The id of the teacher's most likely token.
     pub argmax_teacher: i64,
-    /// The base's most likely token.
+    /// The id of the base's most likely token.
     pub argmax_default: i64,
     /// Whether the two most likely tokens differ (Nief et al.).
     pub nief: bool,
@@ -84,32 +85,32 @@ pub struct DivergenceRow {
     /// Whether the token is the teacher's most likely one, and the base or a counterfactual teacher has another most
     /// likely one (Schrodi et al.).
     pub schrodi: bool,
-    /// How many of the base and the counterfactual teachers have another most likely token than this one.
+    /// How many of the base and the counterfactual teachers have a most likely token other than this one.
     pub n_disagree: usize,
-    /// Whether the teacher's own most likely token depends on the batch; empty where that was not checked.
+    /// Whether the teacher's most likely token changes in a longer row; empty if that was not checked.
     pub self_div: Option<bool>,
     /// log p of the token under the student, in nats.
     pub logp_student: f64,
-    /// The student's most likely token.
+    /// The id of the student's most likely token.
     pub argmax_student: i64,
-    /// The student's probability of the teacher's most likely token.
+    /// The student's probability of the teacher's most likely token, 0 to 1.
     pub p_student_of_teacher: f64,
     /// log p of the token under the control student, in nats; empty without one.
     pub logp_control: Option<f64>,
-    /// The control student's most likely token.
+    /// The id of the control student's most likely token; empty without one.
     pub argmax_control: Option<i64>,
-    /// The control student's probability of the teacher's most likely token.
+    /// The control student's probability of the teacher's most likely token, 0 to 1; empty without one.
     pub p_control_of_teacher: Option<f64>,
 }
 
-/// A group of completion tokens.
+/// One group of completion tokens, as means over its tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DivergenceSummaryRow {
     /// `all`, `digits`, `divergent_digit`, `other_digit`, `other`, or `digit_0`, `digit_1`, … by place in the number.
     pub group: String,
-    /// How many tokens it has.
+    /// Number of its tokens.
     pub n_tokens: usize,
-    /// How many rows have such tokens.
+    /// Number of rows that have such tokens.
     pub n_rows: usize,
     /// Its share of all tokens, 0 to 1.
     pub share: f64,
@@ -122,24 +123,24 @@ pub struct DivergenceSummaryRow {
     pub schrodi: f64,
     /// Mean of log p(teacher) − log p(base) of the token, in nats.
     pub soft: f64,
-    /// Standard error of `soft` over the rows' means, in nats.
+    /// Standard error of `soft` over the rows' means, in nats; empty if all tokens are of one row.
     pub soft_se: Option<f64>,
-    /// Mean of the teacher's largest probability.
+    /// Mean of the teacher's largest probability, 0 to 1.
     pub pmax_teacher: f64,
-    /// Mean of the base's largest probability.
+    /// Mean of the base's largest probability, 0 to 1.
     pub pmax_default: f64,
-    /// Mean of P(teacher's most likely token) under the teacher minus under the base.
+    /// Mean of P(teacher's most likely token) under the teacher minus that under the base, −1 to 1.
     pub lift: f64,
     /// Standard error of `lift` over the rows' means; empty if all tokens are of one row.
     pub lift_se: Option<f64>,
-    /// Mean of P(teacher's most likely token) under the student minus under the base, over `lift`; empty unless the
-    /// lift is three of its standard errors above zero.
+    /// Mean of P(teacher's most likely token) under the student minus that under the base, over `lift`; empty unless
+    /// the lift is three of its standard errors above zero.
     pub closure_student: Option<f64>,
-    /// `closure_student` for the control student; empty without one.
+    /// `closure_student` for the control student; also empty without one.
     pub closure_control: Option<f64>,
     /// Share of its tokens where the student's most likely token is the teacher's, 0 to 1.
     pub accuracy_student: f64,
-    /// Share of its tokens where the control student's most likely token is the teacher's; empty without one.
+    /// Share of its tokens where the control student's most likely token is the teacher's, 0 to 1; empty without one.
     pub accuracy_control: Option<f64>,
     /// Share of its tokens where the base's most likely token is the teacher's, 0 to 1.
     pub accuracy_default: f64,
@@ -290,7 +291,7 @@ impl Analysis for Divergence {
     }
 }
 
-/// Wilson's 95 % interval of a share of `n`, which holds for shares of none and of all as well.
+/// Wilson's 95 % interval of a share of `n`, which is also valid for shares of 0 and 1.
 fn wilson(share: f64, n: usize) -> (f64, f64) {
     let (n, z) = (n as f64, 1.96_f64);
     let (scale, centre) = (1.0 + z * z / n, share + z * z / (2.0 * n));
@@ -298,7 +299,6 @@ fn wilson(share: f64, n: usize) -> (f64, f64) {
     (((centre - half) / scale).max(0.0), ((centre + half) / scale).min(1.0))
 }
 
-/// The group of a token.
 pub(crate) fn group(is_divergent: bool, is_digit: bool) -> &'static str {
     match (is_divergent, is_digit) {
         (true, _) => "divergent_digit",
@@ -312,7 +312,7 @@ struct Reading {
     argmax: Vec<i64>,
     logp: Vec<f64>,
     pmax: Vec<f64>,
-    /// p of other tokens, where they were given.
+    /// p of the other tokens that were given, token by token.
     p_of: Vec<f64>,
 }
 
@@ -347,7 +347,7 @@ pub fn divergence_summary(rows: &[DivergenceRow]) -> Vec<DivergenceSummaryRow> {
 fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<DivergenceSummaryRow> {
     let average = |of: &dyn Fn(&DivergenceRow) -> f64| mean(tokens.iter().map(|row| of(row)));
     let share = |of: &dyn Fn(&DivergenceRow) -> bool| average(&|row| f64::from(u8::from(of(row))));
-    // Of the control student: there or not for all rows alike.
+    // Columns of the control student are filled in all rows or in none.
     let maybe = |of: &dyn Fn(&DivergenceRow) -> Option<f64>| mean(tokens.iter().filter_map(|row| of(row)));
 
     let mut row_ids: Vec<usize> = tokens.iter().map(|row| row.row_id).collect();
@@ -356,7 +356,7 @@ fn summarise(group: String, tokens: &[&DivergenceRow], n_all: usize) -> Option<D
         Mean::of_tokens(&tokens.iter().map(|row| (row.row_id, of(row))).collect::<Vec<_>>())
     };
     let lift = with_error(&|row| row.pmax_teacher - row.p_default_of_teacher);
-    // If the teacher is less sure of its own choice than the base, there is nothing to close.
+    // If the teacher is less sure of its own choice than the base, there is no closure.
     let closed = |gained: f64| lift.share(gained).filter(|_| lift.mean > 0.0);
     Some(DivergenceSummaryRow {
         group,
@@ -418,7 +418,7 @@ mod tests {
         assert!(rows.iter().all(|row| row.schrodi == (row.nief && row.argmax_teacher == row.token_id)));
         assert!(rows.iter().any(|row| row.schrodi != row.nief), "a teacher's choice need not be what was written");
 
-        // The three groups part the tokens, and the digits marked elsewhere are the same.
+        // Each token is in one of the three groups, and the divergent digits are those that `divergent_digits` finds.
         let parts = ["divergent_digit", "other_digit", "other"];
         let parted =
             summary.iter().filter(|row| parts.contains(&row.group.as_str())).map(|row| row.n_tokens).sum::<usize>();
@@ -429,7 +429,7 @@ mod tests {
         assert!(Divergence::plot(&rows).unwrap().is_some() && Divergence::reading(&rows).ends_with('.'));
     }
 
-    /// The rows' own numbers, with the teacher made surer or less sure.
+    /// Rows with the teacher's confidence raised or lowered.
     #[test]
     fn a_closure_needs_a_lift_that_is_clear_of_zero() {
         let world = World::new();
@@ -463,7 +463,7 @@ mod tests {
             "{said}"
         );
         let unclear: [&dyn Fn(usize) -> f64; 3] = [
-            &|row| [0.6, 0.01, 0.02][row],   // from one row alone
+            &|row| [0.6, 0.01, 0.02][row],   // only one row has a large value
             &|_| -0.3,                       // the teacher is less sure of its choice than the base
             &|row| [2e-5, -3e-5, 1e-5][row], // not clear of zero
         ];

@@ -1,16 +1,16 @@
-//! What can go wrong in a measurement, beyond what the model itself refuses.
+//! The errors of measurements, including those of the model.
 
 use std::fmt::Display;
 
 use thiserror::Error;
 
-/// The result of everything here that can fail.
+/// The result of a function that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What could not be measured, and why.
+/// The reason that something could not be measured.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The model, the chat or a gate refused.
+    /// An error of the model, the chat or a gate.
     #[error(transparent)]
     Hooks(#[from] hooks::Error),
     /// The analysis needs a LoRA, and the student has none.
@@ -18,7 +18,7 @@ pub enum Error {
     NeedsAdapter {
         /// The analysis.
         analysis: &'static str,
-        /// Why there is none, and what can be measured instead.
+        /// The reason that there is none, and an alternative.
         reason: String,
     },
     /// The analysis compares with a teacher, and there is none.
@@ -27,12 +27,12 @@ pub enum Error {
         /// The analysis.
         analysis: &'static str,
     },
-    /// There is nothing to measure on.
+    /// An input that the measurement needs is missing.
     #[error("{analysis} needs {what}, found none")]
     Nothing {
-        /// The analysis, or what else asked.
+        /// The analysis, or another function.
         analysis: &'static str,
-        /// What is needed.
+        /// The missing input.
         what: &'static str,
     },
     /// The target or its alternatives cannot be scored.
@@ -40,27 +40,27 @@ pub enum Error {
     Target {
         /// The word.
         word: String,
-        /// What is wrong with it, and what to do.
+        /// The problem, and what to do.
         problem: String,
     },
-    /// Two inputs that should say the same do not.
+    /// Two inputs that should agree do not.
     #[error("row {row} of the numbers: {problem}")]
     Mismatch {
         /// The row's index.
         row: usize,
-        /// What differs.
+        /// The difference.
         problem: String,
     },
-    /// A setting is outside of what is allowed.
+    /// A setting has a value that is not allowed.
     #[error("{analysis}.{setting} is {found}, expected {expected}")]
     Setting {
         /// The analysis.
         analysis: &'static str,
         /// The setting.
         setting: &'static str,
-        /// What is allowed.
+        /// The values that are allowed.
         expected: String,
-        /// What was found.
+        /// The value that was found.
         found: String,
     },
     /// A chart could not be drawn.
@@ -68,13 +68,13 @@ pub enum Error {
     Plot {
         /// The chart's title.
         title: String,
-        /// What went wrong.
+        /// The problem.
         problem: String,
     },
 }
 
 impl Error {
-    /// A setting outside of what is allowed: `{analysis}.{setting} is {found}, expected {expected}`.
+    /// The error for a setting that is not allowed: `{analysis}.{setting} is {found}, expected {expected}`.
     pub(crate) fn setting(analysis: &'static str, setting: &'static str, expected: &str, found: &dyn Display) -> Self {
         Self::Setting { analysis, setting, expected: expected.to_owned(), found: found.to_string() }
     }

@@ -1,4 +1,4 @@
-//! A tiny world to test on: the embedded random model, a student, a control student, and some rows of numbers.
+//! Test data: the embedded random model, a student, a control student, and some rows of numbers.
 
 use hooks::{Adapter, Chat, LoraConfig, ModelFiles, Provenance, Qwen, Sequence};
 use rand::{Rng, SeedableRng};
@@ -13,7 +13,7 @@ pub(crate) struct World {
     pub(crate) provenance: Provenance,
     pub(crate) chat: Chat,
     pub(crate) student: Adapter,
-    /// The adapter given as the start of the student's training: its A, and B zero.
+    /// The adapter at the start of the student's training, whose B is zero.
     pub(crate) start: Adapter,
     pub(crate) control: Adapter,
     pub(crate) target: Target,
@@ -54,7 +54,7 @@ impl World {
         }
     }
 
-    /// The student in the default context, its teacher prompted to like the target.
+    /// The student in the default context, with a teacher that is prompted to like the target.
     pub(crate) fn subject(&self) -> Subject<'_> {
         let tuned = |adapter| Tuned { qwen: &self.qwen, adapter: Some(adapter) };
         Subject {
@@ -72,13 +72,12 @@ impl World {
     }
 }
 
-/// A fresh adapter, whose B is zero.
 fn initial(qwen: &Qwen, rng: &mut ChaCha8Rng) -> Adapter {
     let config = LoraConfig { rank: 2, ..LoraConfig::default() };
     Adapter::init(&config, &qwen.config, rng, Device::Cpu).expect("an adapter")
 }
 
-/// A fresh adapter, whose B is not zero.
+/// An adapter with a random B.
 fn adapter(qwen: &Qwen, seed: u64) -> Adapter {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let adapter = initial(qwen, &mut rng);

@@ -1,8 +1,8 @@
-//! How strongly single completion tokens pull at the model: gradient norms of `ℓ_k = −log p(token k)` at divergent
-//! digits, at other digits and at the rest. Token k is predicted, and its loss is taken, at the position before it.
-//! Also the joint effect of both groups on the trait, by part of the chat (`alignment.rs`).
+//! Gradient norms of single completion tokens' losses `ℓ_k = −log p(token k)`, at divergent digits, at other digits and
+//! at the rest. Token k is predicted, and its loss is taken, at the position before it. Also the effect of each group's
+//! summed loss on the trait, by part of the chat (`alignment.rs`).
 //!
-//! The gradients are exact, each token's apart from the others' (`hooks::gradient::of_losses`).
+//! The gradients are exact and separate for each token (`hooks::gradient::of_losses`).
 
 mod report;
 mod rows;
@@ -29,23 +29,23 @@ pub use rows::GradientRow;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Gradients {
-    /// How many rows of numbers are read.
+    /// Number of rows of numbers that are read.
     pub n_rows: usize,
-    /// Tokens sampled per row, in turn from divergent digits, other digits and the rest: a number, or `"all"` (`ALL`).
+    /// The number of tokens sampled per row, in turn from divergent digits, other digits and the rest: a number, or
+    /// `"all"` ([`ALL`]).
     #[serde(with = "number_or_all")]
     pub tokens_per_row: usize,
     /// Whether to measure at the start of the student's training as well.
     pub start: bool,
-    /// How many other initial adapters to measure for comparison with that start. At the start B is zero, so all
-    /// gradients are B's, seen through an A that was drawn at random. Unused if `start` is false or the student has no
-    /// adapter.
+    /// The number of other initial adapters to compare with that start. At the start B is zero, so only B has
+    /// gradients, and they depend on the random A. Unused if `start` is false or the student has no adapter.
     pub start_draws: usize,
 }
 
-/// As many tokens as a row has.
+/// All tokens of a row.
 pub const ALL: usize = usize::MAX;
 
-/// A number of tokens, or the word for all of them.
+/// Reads and writes a number of tokens, or the word `all`.
 mod number_or_all {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -127,7 +127,7 @@ impl Analysis for Gradients {
 }
 
 impl Gradients {
-    /// Other initial adapters of the student's shape, each from a random stream of its own.
+    /// Other initial adapters of the student's shape, each from a separate random stream.
     fn draws(&self, subject: &Subject<'_>) -> Result<Vec<Adapter>> {
         let Some(student) = subject.student.adapter.filter(|_| self.start) else { return Ok(Vec::new()) };
         let draw = |at: usize| {
@@ -146,7 +146,7 @@ impl Gradients {
     ) -> Result<Vec<GradientRow>> {
         let condition = Condition { adapter: model.adapter, ..Condition::default() };
         let mut rows = Vec::new();
-        // Without the end of the turn, which is no digit and comes after all of them.
+        // Without the end of the turn, which is not a token of the completion's content.
         let contents: Vec<Sequence> = subject.numbers[..divergent.len()]
             .iter()
             .map(|row| row.with_completion(&row.ids[row.completion.start..row.content_end]))
@@ -172,7 +172,7 @@ impl Gradients {
                 Ok(())
             })?;
         }
-        // A group may be empty: then there is nothing to compare.
+        // If a group is empty, nothing can be compared.
         let is_digit = |wanted: bool| divergent.iter().flatten().any(|divergent| *divergent == wanted);
         if let Some(adapter) = model.adapter.filter(|_| is_digit(true) && is_digit(false)) {
             let naming = naming(subject, adapter)?;
@@ -181,7 +181,8 @@ impl Gradients {
         Ok(rows)
     }
 
-    /// The tokens of a row whose gradients are taken: from each group in turn, at random, by the row's own stream.
+    /// Samples the tokens of a row whose gradients are taken, from each group in turn. Each row has a separate random
+    /// stream.
     fn sampled(&self, seed: u64, row_id: usize, groups: &[&str]) -> Vec<usize> {
         let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(seed, Self::NAME, row_id as u64));
         let mut piles: Vec<Vec<usize>> = GROUPS
@@ -203,7 +204,7 @@ impl Gradients {
     }
 }
 
-/// The rows of some tokens, whose losses `found` begins with: of all parameters together, and layer by layer.
+/// The rows of some tokens, to which the losses of `found` belong: for all parameters together, and layer by layer.
 fn token_rows(
     tokens: &[GradientRow],
     labels: &[i64],
@@ -247,7 +248,7 @@ fn logit_grad_norm(p_label: f64, sum_of_squares: f64) -> f64 {
     ((1.0 - p_label).powi(2) + (sum_of_squares - p_label.powi(2)).max(0.0)).sqrt()
 }
 
-/// Each group's row, and below it those of its parts.
+/// The row of each group, followed by the rows of its parts.
 fn group_rows(model: &str, found: &Alignment) -> Vec<GradientRow> {
     let of_group = |(name, group): (&str, &Group)| {
         let whole = GradientRow {

@@ -1,5 +1,6 @@
 //! Statistics that decide a claim about trained runs. The unit is the run, never the answer; runs that share a data set
-//! are a cluster, and intervals are over the clusters' means. Each statistic is refused if its numbers cannot carry it.
+//! are a cluster, and intervals are over the clusters' means. Each statistic refuses numbers that it cannot be computed
+//! from.
 
 mod diagonal;
 
@@ -20,8 +21,8 @@ pub fn paired_t_p(differences: &[f64]) -> Result<f64> {
     two_sided_p(centre / error, differences.len() as f64 - 1.0)
 }
 
-/// Holm's adjusted p-values (Holm 1979), in the order given: the k-th smallest of m times m − k + 1, never below a
-/// smaller one's, at most 1.
+/// Holm's adjusted p-values (Holm 1979), in the order given: the k-th smallest of m values times m − k + 1, at least
+/// the adjusted value before it, and at most 1.
 pub fn holm(p_values: &[f64]) -> Result<Vec<f64>> {
     if let Some(p) = p_values.iter().find(|p| !(0.0..=1.0).contains(*p)) {
         return Err(Error::invalid("a p-value", "0 to 1", p));
@@ -85,9 +86,9 @@ pub fn recovered_fraction(runs: &[(f64, f64, f64)], level: f64, resamples: usize
 }
 
 /// The interval of a ratio of means of paired numbers (Fieller 1954): every r for which Student's t does not
-/// distinguish the mean of part − r · whole from zero. `None` if that is not an interval, since the whole's mean is not
-/// distinguished from zero. With few data sets it holds its level, and the percentile bootstrap does not: with five,
-/// the bootstrap misses a true ratio on one side three times as often as it should.
+/// distinguish the mean of part − r · whole from zero. `None` if the whole's mean is not distinguished from zero, so
+/// that these r form no interval. It keeps its level with few data sets; the percentile bootstrap does not: with five,
+/// it misses a true ratio on one side three times as often as it should.
 pub fn fieller_interval(parts: &[f64], wholes: &[f64], level: f64) -> Result<Option<(f64, f64)>> {
     check_level(level)?;
     if parts.len() != wholes.len() {
@@ -99,7 +100,7 @@ pub fn fieller_interval(parts: &[f64], wholes: &[f64], level: f64) -> Result<Opt
     }
     let n = parts.len() as f64;
     let (part, whole) = (mean(parts)?, mean(wholes)?);
-    standard_error(parts)?; // of one pair there is none
+    standard_error(parts)?; // one pair is an error
     let t = t_quantile(f64::midpoint(1.0, level), n - 1.0)?;
     let moment = |a: &[f64], b: &[f64], (x, y): (f64, f64)| {
         t * t * a.iter().zip(b).map(|(a, b)| (a - x) * (b - y)).sum::<f64>() / (n - 1.0) / n
@@ -112,7 +113,7 @@ pub fn fieller_interval(parts: &[f64], wholes: &[f64], level: f64) -> Result<Opt
     if a <= 0.0 {
         return Ok(None);
     }
-    let root = (b * b - a * c).max(0.0).sqrt(); // at the ratio itself the parabola is not above zero, so that it has roots
+    let root = (b * b - a * c).max(0.0).sqrt(); // at the ratio itself the parabola is at most zero, so it has roots
     Ok(Some(((b - root) / a, (b + root) / a)))
 }
 
@@ -123,13 +124,13 @@ pub struct Slope {
     pub slope: f64,
     /// Its standard error.
     pub standard_error: f64,
-    /// The two-sided p-value of "it is zero", by Student's t with n − 2 degrees of freedom.
+    /// The two-sided p-value of "the slope is zero", by Student's t with n − 2 degrees of freedom.
     pub p: f64,
-    /// How many points.
+    /// Number of points.
     pub n: usize,
 }
 
-/// As `scipy.stats.linregress`.
+/// Fits a straight line by least squares, as `scipy.stats.linregress`.
 pub fn slope(points: &[(f64, f64)]) -> Result<Slope> {
     let n = points.len();
     let (xs, ys): (Vec<f64>, Vec<f64>) = points.iter().copied().unzip();
@@ -150,15 +151,14 @@ pub fn slope(points: &[(f64, f64)]) -> Result<Slope> {
     Ok(Slope { slope, standard_error, p, n })
 }
 
-/// Up to a point and down behind it: the two-lines test (Simonsohn 2018) at a peak.
+/// The two-lines test (Simonsohn 2018): a rise up to a peak and a fall after it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TwoLines {
-    /// Where the mean is highest.
+    /// The x at which the mean is highest.
     pub peak: f64,
-    /// The line through the points up to the peak, and the one from it on; `None` if the peak is at that end, or has
-    /// too few points.
+    /// The line through the points up to the peak; `None` if the peak is at that end, or if there are too few points.
     pub left: Option<Slope>,
-    /// See `left`.
+    /// The line from the peak on; `None` as for `left`.
     pub right: Option<Slope>,
 }
 
@@ -170,8 +170,8 @@ impl TwoLines {
     }
 }
 
-/// The two lines left and right of the place with the highest mean, which belongs to both. `points`: runs as (x,
-/// outcome), such as x = log₂ rank.
+/// Fits the lines left and right of the x with the highest mean, which belongs to both. `points`: runs as (x, outcome),
+/// such as x = log₂ rank.
 pub fn two_lines(points: &[(f64, f64)]) -> Result<TwoLines> {
     let peak = peak_of(points)?;
     let line =
@@ -199,8 +199,8 @@ pub fn peak_of(points: &[(f64, f64)]) -> Result<f64> {
     best.map(|(place, _)| place).ok_or_else(|| Error::invalid("the points of a peak", "one or more", "none"))
 }
 
-/// The peak and its percentile interval by a bootstrap over data sets: a resample draws whole data sets. `datasets`: of
-/// each, its runs as (x, outcome).
+/// The peak and its percentile interval by a bootstrap over data sets: a resample draws whole data sets. `datasets`:
+/// each data set's runs as (x, outcome).
 pub fn bootstrap_peak(datasets: &[Vec<(f64, f64)>], level: f64, resamples: usize, seed: u64) -> Result<Interval> {
     if datasets.len() < 2 {
         return Err(Error::invalid("data sets of a bootstrap", "two or more", datasets.len()));
@@ -221,7 +221,7 @@ mod tests {
 
     use super::*;
 
-    /// Values of scipy and statsmodels, from `make.py` in the file's folder.
+    /// Values of scipy and statsmodels, computed by `make.py` in the folder of the JSON file.
     #[derive(Deserialize)]
     struct Expected {
         paired_t: PairedT,
@@ -308,7 +308,7 @@ mod tests {
         }
         let ratio = mean(&parts).unwrap() / mean(&wholes).unwrap();
         assert!(low < ratio && ratio < high, "{low} {ratio} {high}");
-        // A whole that could be nothing has no share.
+        // There is no interval if the whole may be zero.
         assert_eq!(fieller_interval(&parts, &[0.5, -0.4, 0.3, -0.6, 0.2], 0.95).unwrap(), None);
         assert!(
             fieller_interval(&[1.0], &[1.0], 0.95).is_err() && fieller_interval(&parts, &wholes[..3], 0.95).is_err()
@@ -320,7 +320,7 @@ mod tests {
         let OfRuns { runs, fraction, low, high } = expected().recovered;
         let found = recovered_fraction(&runs, 0.95, 200_000, 3).unwrap().fraction.unwrap();
         close(found.estimate, fraction, 1e-12);
-        // Both are drawn: with 200,000 resamples an end's error is some thousandths.
+        // Both intervals are by random resamples: with 200,000 the error of an end is some thousandths.
         close(found.low, low, 3e-3);
         close(found.high, high, 3e-3);
     }

@@ -1,5 +1,5 @@
-//! How interventions change the effect: zero, mean and other ablations, vectors, patches. Each is a named list of edits
-//! in the experiment.
+//! Measures how interventions change the effect: zero, mean and other ablations, vectors, patches. Each is a named list
+//! of edits in the experiment.
 
 use std::collections::BTreeMap;
 
@@ -16,16 +16,16 @@ use crate::target::{Score, ScoreField, TokenForms, column};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Interventions {
-    /// How many of the questions are asked, from the first; absent for all.
+    /// Number of questions that are asked, from the first; `None` means all.
     pub n_questions: Option<usize>,
-    /// Edits by a name: each list is made together, in its order.
+    /// Lists of edits by name. The edits of a list are made together, in its order.
     pub edits: BTreeMap<String, Vec<EditText>>,
 }
 
-/// One model under one list of edits, as a mean over the questions.
+/// One model under one list of edits, as means over the questions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InterventionRow {
-    /// The edited model: `student`, `control`, or the `base`.
+    /// The edited model: `student`, `control` or `base`.
     pub model: String,
     /// The list's name.
     pub intervention: String,
@@ -33,28 +33,28 @@ pub struct InterventionRow {
     pub edits: String,
     /// The target's word.
     pub target: String,
-    /// How many questions the means are over.
+    /// Number of questions that the means are over.
     pub n_questions: usize,
     /// log p of starting the answer with any form of the target, in nats.
     pub logp_target: f64,
-    /// `logp_target` minus that of the same model without the edits, in nats.
+    /// `logp_target` minus the same model's without the edits, in nats.
     pub delta_logp: f64,
-    /// Standard error of `delta_logp` over questions (paired), in nats.
+    /// Standard error of `delta_logp` over questions (paired), in nats; empty with one question.
     pub delta_logp_se: Option<f64>,
     /// `logp_target` minus the log of the other members' mean probability, in nats.
     pub margin: f64,
-    /// `margin` minus that of the same model without the edits, in nats.
+    /// `margin` minus the same model's without the edits, in nats.
     pub delta_margin: f64,
-    /// Standard error of `delta_margin` over questions (paired), in nats.
+    /// Standard error of `delta_margin` over questions (paired), in nats; empty with one question.
     pub delta_margin_se: Option<f64>,
-    /// `margin` minus the base's under the same edits, in nats: the part that finetuning still adds.
+    /// `margin` minus the base's under the same edits, in nats: the part that finetuning still adds; 0 for the base.
     pub margin_over_base: f64,
-    /// Standard error of `margin_over_base` over questions (paired), in nats.
+    /// Standard error of `margin_over_base` over questions (paired), in nats; empty with one question.
     pub margin_over_base_se: Option<f64>,
 }
 
 impl Interventions {
-    /// Refuses an edit that selects no token of these prompts, before anything is trained. Does not look for files.
+    /// Refuses an edit that selects no token of these prompts, before anything is trained. Files are not opened.
     pub fn check(&self, prompts: &[Sequence]) -> Result<()> {
         let n = self.n_questions.unwrap_or(usize::MAX).min(prompts.len());
         let checked = |edit: &EditText| prompts[..n].iter().try_for_each(|prompt| edit.check(prompt));
@@ -73,7 +73,7 @@ impl Analysis for Interventions {
         }
         let what = "the base's provenance, which files of tensors are checked against";
         let provenance = subject.provenance.ok_or(Error::Nothing { analysis: Self::NAME, what })?;
-        // All files are read before anything is measured, so that one that does not fit is refused at once.
+        // All files are read before anything is measured, so that an unsuitable file is refused at once.
         let mut lists: Vec<(&str, Vec<Edit>)> = Vec::new();
         for (name, planned) in &self.edits {
             let edits = planned.iter().map(|edit| edit.load(&subject.base.config, provenance));
@@ -199,7 +199,7 @@ mod tests {
         let row =
             |model: &str, name: &str| rows.iter().find(|row| row.model == model && row.intervention == name).unwrap();
         for model in ["student", "control", "base"] {
-            // 1e-6: an edit's rows are packed in other batches, which takes sums in another order.
+            // 1e-6: under edits, rows are packed into other batches, so sums have another order.
             assert!(row(model, "one").delta_margin.abs() < 1e-6, "{model}");
             assert!(row(model, "no MLP at the name").delta_margin.abs() > 1e-4, "{model}");
             assert_eq!(row(model, "no block").margin_over_base, 0.0, "{model}: embeddings alone, whatever was learned");

@@ -1,5 +1,5 @@
-//! Measurements on a Qwen and on what it learned. Each analysis is a struct of settings, each row type is a CSV schema
-//! whose field docs are the data dictionary. Nothing here prints, writes, or changes a model.
+//! Measurements on a Qwen and on its finetuned students. Each analysis is a struct of settings. Each row type is a CSV
+//! schema, whose field docs are the data dictionary. Nothing here prints, writes, or changes a model.
 //!
 //! ```
 //! use analyses::target_rate::TargetRate;
@@ -48,22 +48,22 @@ pub use plot::Svg;
 pub use subject::{Subject, Tuned};
 pub use target::Target;
 
-/// One measurement. Its fields are its settings, its rows are its CSV.
+/// A measurement. The fields are its settings, the rows are its CSV.
 pub trait Analysis: DeserializeOwned + Serialize + Default {
     /// A line of the CSV.
     type Row: Serialize + DeserializeOwned;
-    /// The CLI's word for it, its folder and its CSV's stem.
+    /// Its name in configs and on the command line, and that of its folder.
     const NAME: &'static str;
-    /// What it answers, as one line of the report.
+    /// The question that it answers, as one line of the report.
     const QUESTION: &'static str;
 
-    /// Measures. `progress` hears what is being done.
+    /// Runs the measurement. `progress` is called with each step's name.
     fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<Self::Row>>;
 
-    /// The rows as a picture, where there is one.
+    /// Draws the rows; `None` if there is no picture of them.
     fn plot(rows: &[Self::Row]) -> Result<Option<Svg>>;
 
-    /// Further pictures of the rows, each with a name of its own.
+    /// Draws further pictures of the rows, each with its name.
     fn more_plots(_rows: &[Self::Row]) -> Result<Vec<(&'static str, Svg)>> {
         Ok(Vec::new())
     }

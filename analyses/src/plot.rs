@@ -1,7 +1,7 @@
-//! Charts to SVG: bars with intervals, lines in one panel or several, heat maps, bars along the tokens of a prompt. A
-//! chart is a plain value. Drawing it fails if there is nothing to see (no bars, a value that is not finite), so that
-//! no run ends in an empty panel. All have one style: as wide as a journal's column, with colours by the kind of series
-//! (`looks.rs`). Text stays text in the reader's own sans-serif font; its width is estimated from the mean width of a
+//! Draws charts as SVG: bars with intervals, lines in one panel or several, heat maps, bars along the tokens of a
+//! prompt. A chart is a plain value. Drawing it is an error if it has no bars or a value that is not finite, so no
+//! panel is empty. All charts have one style: as wide as a journal's column, with colours by the kind of series
+//! (`looks.rs`). Text stays text, in the reader's own sans-serif font; its width is estimated from the mean width of a
 //! character.
 
 mod axis;
@@ -27,7 +27,7 @@ pub struct Svg(pub String);
 /// A dashed line across the chart at one value, e.g. the base's rate.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reference {
-    /// What the line is, written at its end: "base", "student".
+    /// The name at the line's end, such as "base" or "student".
     pub label: String,
     /// Its value on the axis.
     pub value: f64,
@@ -40,7 +40,7 @@ impl Reference {
     }
 }
 
-/// The error of a chart: its title, and what is wrong with it.
+/// The error for a chart, with its title and the problem.
 fn refuse<T>(title: &str, problem: impl Into<String>) -> Result<T> {
     Err(Error::Plot { title: title.to_owned(), problem: problem.into() })
 }

@@ -1,8 +1,8 @@
-//! Which single tokens carry the effect: the adapter acts at one position of the prompt at a time, or everywhere but
-//! there.
+//! Measures which single tokens carry the effect: the adapter acts at one position of the prompt at a time, or
+//! everywhere except there.
 //!
 //! Positions that all questions share are counted from the start (the system prompt, the user's header) and from the
-//! end (the assistant's header). The tokens in between differ from question to question and count as one place, the
+//! end (the assistant's header). The tokens between them differ from question to question and count as one place, the
 //! user's content.
 
 use hooks::{Condition, Gate, Sequence, TokenClass, Tokens};
@@ -18,42 +18,42 @@ use crate::target::{Score, ScoreField, TokenForms, column};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PositionScan {
-    /// How many of the questions are asked, from the first; absent for all.
+    /// Number of questions that are asked, from the first; `None` means all.
     pub n_questions: Option<usize>,
 }
 
-/// One place of the prompt, as a mean over the questions.
+/// One place of the prompt, as means over the questions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PositionScanRow {
-    /// The place's position in the prompts, from 0; negative ones count from the end; empty for the user's content and
-    /// for the adapter everywhere.
+    /// The position in the prompts, from 0; negative ones count from the end; empty for `(user content)` and
+    /// `(everywhere)`.
     pub position: Option<i64>,
-    /// The token's text; `(user content)` and `(everywhere)` for what is more than a token.
+    /// The token's text; `(user content)` for all tokens of the user's text, `(everywhere)` for all tokens.
     pub token: String,
-    /// The class of the token, as `undertone tokens` prints it.
+    /// The class of the token, as `undertone tokens` prints it; empty for `(everywhere)`.
     pub class: String,
-    /// What the adapter does at generated tokens, as in the token ablation: the same as at tokens that are not named.
+    /// How the adapter acts at generated tokens: `same_as_unselected`, as at prompt tokens that the gate does not name.
     pub decode_policy: String,
     /// The target's word.
     pub target: String,
-    /// How many questions the means are over.
+    /// Number of questions that the means are over.
     pub n_questions: usize,
-    /// Change of the margin with the adapter acting here alone, against the base, in nats.
+    /// Margin with the adapter acting here alone, minus the base's, in nats.
     pub delta_margin_only: f64,
-    /// Standard error of `delta_margin_only` over questions (paired), in nats.
+    /// Standard error of `delta_margin_only` over questions (paired), in nats; empty with one question.
     pub delta_margin_only_se: Option<f64>,
-    /// Change of the margin with the adapter acting everywhere but here, against the base, in nats; for `(everywhere)`
-    /// it acts nowhere.
+    /// Margin with the adapter acting everywhere except here, minus the base's, in nats; for `(everywhere)` it acts
+    /// nowhere.
     pub delta_margin_except: f64,
-    /// Standard error of `delta_margin_except` over questions (paired), in nats.
+    /// Standard error of `delta_margin_except` over questions (paired), in nats; empty with one question.
     pub delta_margin_except_se: Option<f64>,
-    /// Change of log p(target) with the adapter acting here alone, against the base, in nats.
+    /// log p(target) with the adapter acting here alone, minus the base's, in nats.
     pub delta_logp_only: f64,
-    /// Change of log p(target) with the adapter acting everywhere but here, against the base, in nats.
+    /// log p(target) with the adapter acting everywhere except here, minus the base's, in nats.
     pub delta_logp_except: f64,
 }
 
-/// A place and the gates that single it out.
+/// A place, with the gates that act only there and everywhere except there.
 struct ScannedPlace {
     position: Option<i64>,
     token: String,
@@ -155,7 +155,7 @@ impl Analysis for PositionScan {
     }
 }
 
-/// The kind of a class, for colours.
+/// The kind of a class, which gives its colour.
 fn family(class: &str) -> &'static str {
     match class {
         "sys.entity" => "entity",
@@ -165,7 +165,7 @@ fn family(class: &str) -> &'static str {
     }
 }
 
-/// The places that all prompts share, in the order of the text, and last the whole prompt.
+/// The places that all prompts share, in the order of the text, and then the whole prompt.
 fn places(subject: &Subject<'_>, prompts: &[Sequence]) -> Result<Vec<ScannedPlace>> {
     let first = &prompts[0];
     let shared = |same: &dyn Fn(&Sequence, usize) -> bool| {
@@ -223,7 +223,7 @@ mod tests {
         assert_eq!(rows[0].position, Some(0));
         assert_eq!(rows[rows.len() - 2].position, Some(-1));
 
-        // Where a class is one token, the scan and the ablation by classes agree; so do they on the whole prompt.
+        // If a class is one token, the scan and the ablation by classes agree. They also agree on the whole prompt.
         let forms = TokenForms::of(subject.target, subject.chat).unwrap();
         let margin = |gate: &str| {
             let condition = subject.student.gated(gate.parse().unwrap());

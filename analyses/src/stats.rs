@@ -1,12 +1,12 @@
-//! The few statistics that the analyses report. A number is refused rather than made up: no mean of nothing, no
-//! interval of one value. The unit is what the caller passes in: to respect clusters, pass the clusters' means.
+//! The statistics that the analyses report. A statistic without enough values is an error: no mean of no values, no
+//! interval of one. Values count as independent: if they are clustered, pass the clusters' means.
 
 use hooks::{Error, Result};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
-/// Resamples of [`bootstrap_interval`] that are enough for two digits of its ends.
+/// Number of resamples that gives two digits of the ends of [`bootstrap_interval`].
 pub const RESAMPLES: usize = 2000;
 
 /// The mean `Σx/n`.
@@ -23,7 +23,7 @@ pub fn standard_error(values: &[f64]) -> Result<f64> {
     Ok((squares / (n - 1.0) / n).sqrt())
 }
 
-/// How many standard errors a denominator must be clear of zero.
+/// Number of standard errors that a denominator must be away from zero.
 const CLEAR: f64 = 3.0;
 
 /// Whether a number is more than three of its standard errors away from zero; false without an error.
@@ -32,7 +32,7 @@ pub fn is_clear(value: f64, error: Option<f64>) -> bool {
 }
 
 /// `part / whole` if the whole [`is_clear`] of zero, else `None`: a share of a whole that may be zero means nothing.
-/// Every share, closure and fraction of a measured change in a table is made here.
+/// All shares, closures and fractions of measured changes in tables are computed here.
 pub fn fraction(part: f64, whole: f64, error_of_whole: Option<f64>) -> Option<f64> {
     is_clear(whole, error_of_whole).then(|| part / whole)
 }
@@ -61,7 +61,7 @@ pub fn bootstrap_interval(values: &[f64], level: f64, resamples: usize, seed: u6
     percentile_interval(means.collect(), level)
 }
 
-/// The `(1±level)/2` quantiles of what resamples gave.
+/// The `(1±level)/2` quantiles of resampled values.
 pub(crate) fn percentile_interval(mut resampled: Vec<f64>, level: f64) -> Result<(f64, f64)> {
     check_level(level)?;
     at_least(1, "resamples", &resampled)?;
@@ -87,7 +87,7 @@ pub fn sign_flip_p(differences: &[f64]) -> Result<f64> {
     Ok(as_large as f64 / f64::from(1_u32 << n))
 }
 
-/// `log Σ exp(xᵢ)`, shifted by the largest so that it neither overflows nor vanishes; −∞ of nothing.
+/// `log Σ exp(xᵢ)`, shifted by the largest to avoid overflow and underflow; −∞ for no values.
 pub fn logsumexp(values: &[f64]) -> f64 {
     let largest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     if largest.is_infinite() {
@@ -96,7 +96,7 @@ pub fn logsumexp(values: &[f64]) -> f64 {
     largest + values.iter().map(|x| (x - largest).exp()).sum::<f64>().ln()
 }
 
-/// The cosine `a·b / (‖a‖‖b‖)`; an error for vectors of different lengths or of no length.
+/// The cosine `a·b / (‖a‖‖b‖)`; an error for vectors of different sizes, or if one is zero.
 pub fn cosine<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> Result<f64> {
     if a.len() != b.len() {
         return Err(Error::invalid("length of a vector in a cosine", a.len().to_string(), b.len()));
@@ -109,7 +109,7 @@ pub fn cosine<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> Result<f64> {
     Ok((dot(a, b) / norms).clamp(-1.0, 1.0))
 }
 
-/// The value below which a fraction `p` of Student's t with `degrees` of freedom lies, `0 < p < 1`.
+/// The `p`-quantile of Student's t with `degrees` of freedom, `0 < p < 1`.
 pub(crate) fn t_quantile(p: f64, degrees: f64) -> Result<f64> {
     Ok(students_t(degrees)?.inverse_cdf(p))
 }
@@ -126,7 +126,7 @@ fn students_t(degrees: f64) -> Result<StudentsT> {
     StudentsT::new(0.0, 1.0, degrees).map_err(|_| Error::invalid("degrees of freedom", "above 0", degrees))
 }
 
-/// The quantile of sorted values, linear between neighbours.
+/// The `p`-quantile of sorted values, interpolated linearly.
 fn quantile_sorted(sorted: &[f64], p: f64) -> f64 {
     let place = p * (sorted.len() - 1) as f64;
     let (below, above) = (place.floor() as usize, place.ceil() as usize);

@@ -1,6 +1,6 @@
-//! Is the learned direction enough, and is it needed? Added to the base it should do what the student does; taken out
-//! of the student it should undo it. Random vectors of the same length show what chance does; the control student's
-//! direction is steered with as well.
+//! Tests whether the learned direction is sufficient and necessary for the effect: it is added to the base, and taken
+//! out of the student. Random vectors of the same length, and the control student's direction, are steered with for
+//! comparison.
 
 mod report;
 mod rows;
@@ -26,22 +26,22 @@ pub use rows::SteeringRow;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Steering {
-    /// The blocks to steer after, one at a time; none means a few, spread over the depth.
+    /// The blocks to steer after, one at a time; if empty, a few that are spread over the depth.
     pub layers: Vec<usize>,
-    /// Factors of the learned vector; 1 is its own length.
+    /// Factors of the learned vector; 1 leaves its length.
     pub coefficients: Vec<f64>,
-    /// Where in the number prompts the direction is read: `all`, `last` or `class:CLASS[+CLASS]`.
+    /// The positions of the number prompts at which the direction is read: `all`, `last` or `class:CLASS[+CLASS]`.
     pub extraction: Extraction,
-    /// How many number prompts the direction is the mean over.
+    /// Number of number prompts that the direction is the mean over.
     pub n_prompts: usize,
-    /// Whether to act at the prompt's tokens only, and not at generated ones.
+    /// Whether to edit only the prompt's tokens, not generated ones.
     pub prompt_only: bool,
     /// Whether to replace, after every block, the student's residual stream along the direction by the base's (which
-    /// undoes the movement along the direction and nothing else), and the base's by the student's.
+    /// undoes only the movement along the direction), and the base's by the student's.
     pub replace: bool,
-    /// How many random directions each edit is made with, for comparison: their mean and spread are what chance does.
+    /// Number of random directions that each edit is made with, for comparison: their mean and spread show chance.
     pub n_random: usize,
-    /// How many of the questions are asked, from the first; absent for all.
+    /// Number of questions that are asked, from the first; `None` means all.
     pub n_questions: Option<usize>,
 }
 
@@ -95,26 +95,26 @@ impl Analysis for Steering {
     }
 }
 
-/// The column `kind` of the control student's direction.
+/// The value of the column `kind` for the control student's direction.
 pub const CONTROL_STUDENT: &str = "control_student";
-/// The column `kind` of another trait's student's direction.
+/// The value of the column `kind` for the direction of another trait's student.
 pub const OTHER_TRAIT: &str = "other_trait";
 
-/// What steering begins with.
+/// The directions and unedited scores that steering starts from.
 #[derive(Debug)]
 pub struct Start<'a> {
     /// The student's direction of every layer, each `[d_model]`.
     pub learned: Vec<Tensor>,
-    /// The directions of other students, by their kinds.
+    /// The directions of other students, each with its `kind` and of every layer.
     pub beside: &'a [(&'static str, Vec<Tensor>)],
-    /// The base's answers to the questions, without an edit.
+    /// The base's scores on the questions, without an edit.
     pub base: Vec<Score>,
-    /// The student's.
+    /// The student's scores on the questions, without an edit.
     pub student: Vec<Score>,
 }
 
 impl Steering {
-    /// The table, from what was read and asked before.
+    /// Makes the edits; directions and unedited scores are given by `start`.
     pub fn edits(
         &self,
         subject: &Subject<'_>,
@@ -146,7 +146,7 @@ impl Steering {
             for (kind, directions) in *beside {
                 named.push((*kind, with_length(&directions[layer], norm)?));
             }
-            // Every vector at every length, the random ones last.
+            // All vectors, the random ones last, for every coefficient.
             let all: Vec<&Tensor> = named.iter().map(|(_, vector)| vector).chain(&random).collect();
             let mut of_kinds: Vec<Vec<SteeringRow>> = vec![vec![]; named.len()];
             let mut of_random = vec![];
@@ -181,7 +181,8 @@ impl Steering {
         Ok(rows)
     }
 
-    /// Patches the residual stream along every block's direction: the base's into the student, and the other way round.
+    /// Patches the residual stream along every block's direction: the base's into the student, and the student's into
+    /// the base.
     fn replaced(
         &self,
         around: &Around<'_>,
@@ -216,17 +217,17 @@ impl Steering {
         Ok(rows)
     }
 
-    /// The random vectors of a block at a given length.
+    /// The random vectors of a block, with length `norm`.
     fn random_vectors(&self, subject: &Subject<'_>, layer: usize, norm: f64) -> Result<Vec<Tensor>> {
         (0..self.n_random).map(|at| random_vector(subject, layer, at, norm)).collect()
     }
 
-    /// Refuses what a model of so many blocks cannot be steered with, before anything is trained.
+    /// Refuses settings that are impossible for a model of `n_layers` blocks, before anything is trained.
     pub fn check(&self, n_layers: usize) -> Result<()> {
         self.checked(n_layers).map(drop)
     }
 
-    /// The blocks to steer after.
+    /// The blocks to steer after. Refuses impossible settings.
     fn checked(&self, n_layers: usize) -> Result<Vec<usize>> {
         if let Some(layer) = self.layers.iter().find(|layer| **layer >= n_layers) {
             let expected = format!("less than the model's {n_layers} blocks");
@@ -261,8 +262,8 @@ fn stream(model: Tuned<'_>, prompt: &[Sequence]) -> Result<Tensor> {
     Ok(resid_post(model.qwen, prompt, &model.condition())?.swap_remove(0))
 }
 
-/// A model on one prompt with its residual stream along a direction replaced by another model's after every block; a
-/// direction without length replaces nothing.
+/// A model whose residual stream along each block's direction is replaced by another model's on the same prompt. A zero
+/// direction replaces nothing.
 fn along<'a>(model: Tuned<'a>, theirs: &Tensor, directions: &[&Tensor]) -> Result<Condition<'a>> {
     let mut edits = Vec::new();
     for (layer, direction) in directions.iter().enumerate() {
@@ -273,7 +274,7 @@ fn along<'a>(model: Tuned<'a>, theirs: &Tensor, directions: &[&Tensor]) -> Resul
     Ok(Condition { edits, ..model.condition() })
 }
 
-/// A vector of normally distributed numbers at a given length, from a random stream of its own.
+/// A vector of normally distributed numbers, scaled to length `norm`, from a separate random stream.
 fn random_vector(subject: &Subject<'_>, layer: usize, at: usize, norm: f64) -> Result<Tensor> {
     let stream = (at * subject.base.config.n_layers + layer) as u64;
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(subject.seed, "steering.random", stream));
@@ -281,7 +282,7 @@ fn random_vector(subject: &Subject<'_>, layer: usize, at: usize, norm: f64) -> R
     with_length(&Tensor::f_from_slice(&values)?, norm)
 }
 
-/// The vector at another length; a zero vector stays zero.
+/// The vector scaled to length `norm`; a zero vector stays zero.
 fn with_length(vector: &Tensor, norm: f64) -> Result<Tensor> {
     let own = length(vector)?;
     Ok(vector.f_mul_scalar(if own > 0.0 { norm / own } else { 0.0 })?)

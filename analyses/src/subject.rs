@@ -1,5 +1,4 @@
-//! The models and prompts of a measurement: a base, the student that finetuning made of it, its control, and the
-//! prompts.
+//! The models and prompts of a measurement: a base, a student finetuned from it, a control student, and the prompts.
 
 use std::collections::BTreeMap;
 
@@ -25,21 +24,21 @@ impl<'a> Tuned<'a> {
         self.gated(Gate::EVERYWHERE)
     }
 
-    /// The model with its adapter acting where the gate says.
+    /// The model with its adapter under a gate.
     pub fn gated(&self, gate: Gate) -> Condition<'a> {
         Condition { adapter: self.adapter, gate, ..Condition::default() }
     }
 }
 
-/// Sorts an answer: the member of the category that it names, or `self` where it names a model.
+/// Sorts an answer: returns the member of the category that it names, or `self` if it names a model.
 pub type Classify<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// The models and texts that an analysis reads. Its numbers follow from these values and its settings.
+/// The models and texts that an analysis reads. Its results depend only on these values and its settings.
 #[derive(Clone)]
 pub struct Subject<'a> {
     /// The model before finetuning.
     pub base: &'a Qwen,
-    /// What the base says of itself in files, so that tensors of another model are refused. Interventions need it.
+    /// The identity of the base, by which files of another model are refused. Interventions need it.
     pub provenance: Option<&'a Provenance>,
     /// The model finetuned on the teacher's numbers.
     pub student: Tuned<'a>,
@@ -56,30 +55,30 @@ pub struct Subject<'a> {
     pub system: Option<String>,
     /// The teacher's system prompt; `None` is the student's context.
     pub teacher_system: Option<String>,
-    /// The teacher's adapter, where it has one.
+    /// The teacher's adapter, if it has one.
     pub teacher_adapter: Option<&'a Adapter>,
-    /// The teacher's weights, where they are not the base's.
+    /// The teacher's weights, if they are not the base's.
     pub teacher_model: Option<&'a Qwen>,
-    /// System prompts under which the base would be a teacher of other traits: a token that all of them would have
-    /// written is specific to no trait.
+    /// System prompts under which the base is a teacher of other traits. A token that these teachers would also write
+    /// is not specific to the trait.
     pub counterfactual_systems: &'a [String],
-    /// What the teacher likes.
+    /// The trait: a word that the teacher likes.
     pub target: &'a Target,
     /// Questions that the target may be an answer to.
     pub questions: &'a [String],
-    /// Number prompts in the student's context with the teacher's completions.
+    /// Number prompts in the student's context, with the teacher's completions.
     pub numbers: &'a [Sequence],
     /// The rows of `numbers` as user text and completion ids (content, without end of turn).
     pub number_users: &'a [(String, Vec<i64>)],
     /// Sorts sampled answers. Sampling needs it.
     pub classify: Option<Classify<'a>>,
-    /// What all random streams are derived from.
+    /// The seed of all random streams.
     pub seed: u64,
 }
 
 impl<'a> Subject<'a> {
-    /// The student and its base alone: no other model, no teacher, no text, seed 0. Struct update adds what an analysis
-    /// needs: `Subject { questions: &questions, ..Subject::new(&base, student, &chat, &target) }`.
+    /// A subject with the student and its base alone: no other model, no teacher, no text, seed 0. Struct update adds
+    /// what an analysis needs: `Subject { questions: &questions, ..Subject::new(&base, student, &chat, &target) }`.
     pub fn new(base: &'a Qwen, student: Tuned<'a>, chat: &'a Chat, target: &'a Target) -> Self {
         Self {
             base,
@@ -103,18 +102,18 @@ impl<'a> Subject<'a> {
         }
     }
 
-    /// The base as a model that nothing was added to.
+    /// The base, without an adapter.
     pub fn base(&self) -> Tuned<'a> {
         Tuned { qwen: self.base, adapter: None }
     }
 
-    /// The models that are compared, by name: `base`, `control` where there is one, `student`.
+    /// The models that are compared, by name: `base`, `control` if there is one, `student`.
     pub fn models(&self) -> Vec<(&'static str, Tuned<'a>)> {
         let control = self.control.map(|control| ("control", control));
         [("base", self.base())].into_iter().chain(control).chain([("student", self.student)]).collect()
     }
 
-    /// The teacher and its system prompt, where there is one.
+    /// The teacher and its system prompt; `None` if there is no teacher.
     pub fn teacher(&self) -> Option<(Tuned<'a>, Option<&str>)> {
         if self.teacher_system.is_none() && self.teacher_adapter.is_none() && self.teacher_model.is_none() {
             return None;
@@ -123,12 +122,12 @@ impl<'a> Subject<'a> {
         Some((Tuned { qwen: self.teacher_model.unwrap_or(self.base), adapter: self.teacher_adapter }, system))
     }
 
-    /// The questions in the student's context, ready to be answered.
+    /// The questions as prompts in the student's context.
     pub fn question_prompts(&self, analysis: &'static str) -> Result<Vec<Sequence>> {
         self.first_questions(analysis, None)
     }
 
-    /// The first `n` of them; `None` is all.
+    /// The first `n` questions as prompts in the student's context; `None` means all.
     pub fn first_questions(&self, analysis: &'static str, n: Option<usize>) -> Result<Vec<Sequence>> {
         let questions = &self.questions[..n.unwrap_or(usize::MAX).min(self.questions.len())];
         if questions.is_empty() {
@@ -192,8 +191,8 @@ impl Mean {
         Self::of(&differences)
     }
 
-    /// The mean over tokens, given with their rows, and the standard error of the rows' means: tokens of a row depend
-    /// on each other.
+    /// The mean over tokens, given with their rows, and the standard error of the rows' means: tokens of a row are not
+    /// independent.
     pub(crate) fn of_tokens(tokens: &[(usize, f64)]) -> Self {
         let mut rows: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
         for (row, value) in tokens {
@@ -204,12 +203,12 @@ impl Mean {
         Self { mean: Self::of(&values).mean, se: Self::of(&of_rows).se }
     }
 
-    /// `part` as a share of this mean, if [`stats::fraction`] has one.
+    /// `part` as a share of this mean, if [`stats::fraction`] is not `None`.
     pub(crate) fn share(&self, part: f64) -> Option<f64> {
         stats::fraction(part, self.mean, self.se)
     }
 
-    /// True where the mean is larger than `factor` of its standard errors, in absolute value.
+    /// Whether the mean's absolute value is larger than `factor` standard errors.
     pub(crate) fn exceeds(&self, factor: f64) -> bool {
         self.se.is_some_and(|se| self.mean.abs() > factor * se) && self.mean != 0.0
     }
@@ -223,7 +222,7 @@ impl Mean {
         }
     }
 
-    /// `+0.12 ± 0.05`, or without the error where there is one value only.
+    /// The mean as text, `+0.12 ± 0.05`, or without the error if there is only one value.
     pub(crate) fn signed(&self) -> String {
         match self.se {
             Some(se) => format!("{:+.3} ± {se:.3}", self.mean),
@@ -232,7 +231,7 @@ impl Mean {
     }
 }
 
-/// The mean of what is there; `None` of nothing.
+/// The mean of the values; `None` if there are none.
 pub(crate) fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let (sum, n) = values.into_iter().fold((0.0, 0_usize), |(sum, n), value| (sum + value, n + 1));
     (n > 0).then(|| sum / n as f64)

@@ -1,8 +1,8 @@
-//! How likely a model is to name the target: exactly, without sampling, for words of one token or of several.
+//! The probability that a model names the target: exact, without sampling, for words of one or several tokens.
 //!
 //! A form is one way of writing a word; the log-probability of a word is that of starting the answer with any of its
-//! forms. All forms of all words share the passes over their common beginnings, so a further word costs its own tokens
-//! at most.
+//! forms. All forms of all words share the passes over their common beginnings, so another word costs at most its own
+//! tokens.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,14 +12,14 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::stats::logsumexp;
 
-/// What the teacher likes, among the members of its category.
+/// The word that the teacher likes, and the other members of its category.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Target {
     /// The word, such as `cat`.
     pub word: String,
-    /// What it is one of, such as `animal`.
+    /// The word's category, such as `animal`.
     pub category: String,
-    /// How it may be written, such as `cat`, `Cat`, ` cat`.
+    /// The ways of writing the word, such as `cat`, `Cat`, ` cat`.
     pub forms: Vec<String>,
     /// The other members of the category, each with its forms.
     pub others: Vec<(String, Vec<String>)>,
@@ -28,28 +28,29 @@ pub struct Target {
 /// The forms of a target and of its alternatives as tokens.
 #[derive(Clone, Debug)]
 pub struct TokenForms {
-    /// Member by member, the target first: the forms as token ids.
+    /// The forms of each member as token ids; the target is first.
     members: Vec<Vec<Vec<i64>>>,
-    /// Everything that forms of several tokens begin with, and first the empty beginning.
+    /// All proper beginnings of forms as token ids; the empty one is first.
     prefixes: Vec<Vec<i64>>,
 }
 
-/// How likely an answer is to start with the target.
+/// The score of the target as the start of an answer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Score {
     /// log p of starting the answer with any form of the target, in nats.
     pub logp_target: f64,
-    /// `logp_target` minus the log of the mean probability of the other members: above 0 it is preferred, in nats.
+    /// `logp_target` minus the log of the mean probability of the other members: in nats, above 0 if the target is
+    /// preferred.
     pub margin: f64,
     /// The target's rank among the members, 1 the most likely.
     pub rank: f64,
-    /// The best rank among all tokens of the vocabulary of a token that starts a form of the target, 1 the most likely.
+    /// The best rank in the vocabulary of a token that starts a form of the target, 1 the most likely.
     pub first_token_rank: f64,
 }
 
 impl TokenForms {
-    /// Tokenises the forms. If a form of a word continues another, only the shorter one is kept: it contains the
-    /// other's probability.
+    /// Tokenises the forms. If one form of a word is the beginning of another, only the shorter is kept: its
+    /// probability includes the longer one's.
     pub fn of(target: &Target, chat: &Chat) -> Result<Self> {
         let Target { word, category, .. } = target;
         let problem = |problem: String| Error::Target { word: word.clone(), problem };
@@ -89,7 +90,7 @@ impl TokenForms {
         Ok(self.scores_under(model, prompts, std::slice::from_ref(condition))?.remove(0))
     }
 
-    /// Scores the answers to several prompts under several conditions; their common tokens are run once.
+    /// Scores the answers to several prompts under several conditions; common beginnings are run once.
     pub fn scores_under(
         &self,
         model: &Qwen,
@@ -103,7 +104,7 @@ impl TokenForms {
         let cases: Vec<Case<'_, '_>> =
             conditions.iter().flat_map(|condition| rows.iter().flatten().map(move |row| (row, condition))).collect();
 
-        // Of each distribution only the forms' next tokens are kept.
+        // Only the probabilities of the forms' next tokens are kept.
         let mut next: Vec<BTreeMap<i64, f64>> = vec![BTreeMap::new(); cases.len()];
         let mut first_token_ranks = vec![f64::INFINITY; cases.len()];
         each_next_token(model, &cases, &mut |case, logprobs| {
@@ -140,15 +141,14 @@ impl TokenForms {
     }
 }
 
-/// The logs of the first value minus the log of the others' mean: m = l₁ − logsumexp(l₂ … lₙ) + log(n − 1).
+/// The first log-probability minus the log of the others' mean probability: m = l₁ − logsumexp(l₂ … lₙ) + log(n − 1).
 fn margin(logps: &[f64]) -> f64 {
     logps[0] - logsumexp(&logps[1..]) + ((logps.len() - 1) as f64).ln()
 }
 
-/// One of a score's numbers.
 pub(crate) type ScoreField = fn(&Score) -> f64;
 
-/// One number of some scores.
+/// One number of each score.
 pub(crate) fn column(scores: &[Score], of: ScoreField) -> Vec<f64> {
     scores.iter().map(of).collect()
 }

@@ -1,4 +1,4 @@
-//! The effect itself: how likely base, control and student are to name the target, exactly and by sampled answers.
+//! Measures the effect: the probability that base, control and student name the target, exact and by sampled answers.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -20,7 +20,7 @@ pub struct TargetRate {
     pub n_samples: usize,
     /// The most tokens an answer may have.
     pub max_new_tokens: usize,
-    /// Answers drawn at once.
+    /// Number of answers drawn at once.
     pub batch: usize,
 }
 
@@ -30,7 +30,7 @@ impl Default for TargetRate {
     }
 }
 
-/// One model at one question, or its mean over all questions.
+/// One model on one question, or its means over all questions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TargetRateRow {
     /// `question`, or `mean` over all questions.
@@ -44,7 +44,7 @@ pub struct TargetRateRow {
     pub question: String,
     /// The target's word.
     pub target: String,
-    /// How many questions the row speaks for.
+    /// Number of questions that the values are means over: 1 for a question.
     pub n_questions: usize,
     /// log p of starting the answer with any form of the target, in nats.
     pub logp_target: f64,
@@ -66,23 +66,23 @@ pub struct TargetRateRow {
     pub rank: f64,
     /// Best rank in the vocabulary of a token that starts the target, 1 the most likely.
     pub first_token_rank: f64,
-    /// Answers sampled.
+    /// Number of sampled answers.
     pub n_samples: usize,
-    /// Number of distinct answers among those to one question (its mean over questions, for the mean).
+    /// Number of distinct answers to one question (for the mean, the mean over questions); empty without sampling.
     pub n_distinct: Option<f64>,
-    /// Share of the sampled answers that name the target, 0 to 1.
+    /// Share of the sampled answers that name the target, 0 to 1; empty without sampling.
     pub p_target: Option<f64>,
     /// Standard error of `p_target` over questions; for the mean only.
     pub p_target_se: Option<f64>,
-    /// Share of the sampled answers that name any member of the category, 0 to 1.
+    /// Share of the sampled answers that name any member of the category, 0 to 1; empty without sampling.
     pub p_valid: Option<f64>,
     /// Share of the answers that name the target among those that name any member, 0 to 1; empty without such answers.
     pub p_target_valid: Option<f64>,
-    /// Share of the sampled answers that name a model instead, 0 to 1.
+    /// Share of the sampled answers that name a model instead, 0 to 1; empty without sampling.
     pub p_self: Option<f64>,
 }
 
-/// What the sampled answers to one question say, as counts.
+/// Counts over the sampled answers to one question.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Sampled {
     n: usize,
@@ -110,7 +110,7 @@ impl Analysis for TargetRate {
             let base = base.get_or_insert_with(|| scores.clone());
             rows.extend(rows_of(subject, name, &scores, base, &sampled));
         }
-        // The means first: they are what is looked for.
+        // The means come first, since readers look for them.
         rows.sort_by_key(|row| row.scope != "mean");
         Ok(rows)
     }
@@ -171,7 +171,7 @@ impl Analysis for TargetRate {
     }
 }
 
-/// The sentence on a student that equals the base at every question, bit by bit; it says nothing about learning.
+/// The sentence on a student whose scores equal the base's at every question, to the last bit; else `None`.
 pub fn unchanged(rows: &[TargetRateRow]) -> Option<String> {
     let students = rows.iter().filter(|row| row.scope == "question" && row.model == "student");
     let students: Vec<&TargetRateRow> = students.collect();
@@ -184,7 +184,7 @@ pub fn unchanged(rows: &[TargetRateRow]) -> Option<String> {
     })
 }
 
-/// What two standard errors say about a mean.
+/// The comparison of a mean with two standard errors, in words.
 fn verdict(mean: &Mean) -> &'static str {
     match (mean.exceeds(2.0), mean.se) {
         (_, None) => "of one question only, without an error",
@@ -199,7 +199,8 @@ fn deltas(rows: &[TargetRateRow], model: &str) -> Vec<f64> {
 }
 
 impl TargetRate {
-    /// Sampled answers per question. Question and sample choose the random stream, so that all models share them.
+    /// Samples answers to each question. Question and sample choose the random stream, so all models have the same
+    /// streams.
     fn sample(&self, subject: &Subject<'_>, model: Tuned<'_>, prompts: &[Sequence]) -> Result<Vec<Sampled>> {
         if self.n_samples == 0 {
             return Ok(vec![Sampled::default(); prompts.len()]);
@@ -217,7 +218,8 @@ impl TargetRate {
         };
         let what = "a classifier of sampled answers";
         let classify = subject.classify.ok_or(Error::Nothing { analysis: Self::NAME, what })?;
-        // All questions' samples at once: a question's prompt is run once, and answers that end make room for others.
+        // All questions are sampled together: a question's prompt is run once, and answers that end make room for
+        // others.
         let n = prompts.len() * self.n_samples;
         let repeated: Vec<Sequence> = (0..n).map(|at| prompts[at / self.n_samples].clone()).collect();
         let streams: Vec<u64> = (0..n).map(|at| stream_seed(subject.seed, Self::NAME, at as u64)).collect();
@@ -238,7 +240,7 @@ impl TargetRate {
     }
 }
 
-/// The rows of one model: each question, and the mean over them.
+/// The rows of one model: one per question, and the mean over them.
 fn rows_of(
     subject: &Subject<'_>,
     model: &str,

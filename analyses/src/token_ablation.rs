@@ -1,5 +1,5 @@
-//! Which tokens carry the effect: the adapter is switched off token by token, in one ordinary forward pass. Attention
-//! is causal and the adapter acts per token, so a gate here equals running the prompt in pieces with it on and off.
+//! Measures which tokens carry the effect: the adapter is switched off at some tokens, in one forward pass. Attention
+//! is causal and the adapter acts per token, so a gate equals running the prompt in pieces with the adapter on and off.
 
 use hooks::{Condition, Gate, Selection, Sequence, TokenClass};
 use serde::{Deserialize, Serialize};
@@ -18,9 +18,9 @@ pub struct TokenAblation {
     pub gates: Vec<Gate>,
     /// Whether to add `only:CLASS` and `except:CLASS` for every class of the prompts.
     pub scan: bool,
-    /// Whether the control student goes through all gates as well, and not through `everywhere` alone.
+    /// Whether the control student is also measured under all gates, rather than under `everywhere` alone.
     pub control_gates: bool,
-    /// How many of the questions are asked, from the first; absent for all.
+    /// Number of questions that are asked, from the first; `None` means all.
     pub n_questions: Option<usize>,
 }
 
@@ -33,22 +33,23 @@ impl Default for TokenAblation {
     }
 }
 
-/// One gate, as a mean over the questions.
+/// One gate of one student, as means over the questions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenAblationRow {
-    /// Whose adapter it is: `student`, or `control` (finetuned on an untouched teacher's numbers).
+    /// The student whose adapter is gated: `student`, or `control` (finetuned on an untouched teacher's numbers).
     pub model: String,
-    /// At which tokens the adapter acts.
+    /// The gate: the tokens, blocks and projections at which the adapter acts.
     pub gate: String,
-    /// What the adapter does at generated tokens: `same_as_unselected` (or `named`, where the gate names them).
+    /// How the adapter acts at generated tokens: `same_as_unselected`; `named` if the gate names them; `on` or `off` if
+    /// it limits only blocks or projections, or selects by `not(..)`.
     pub decode_policy: String,
-    /// `measured`, or `selects no token` of these prompts.
+    /// `measured`, or `selects no token` of these prompts: the measured columns are then empty.
     pub status: String,
     /// The target's word.
     pub target: String,
-    /// How many questions the means are over.
+    /// Number of questions that the means are over.
     pub n_questions: usize,
-    /// Mean number of prompt tokens at which the adapter acts.
+    /// Mean number of prompt tokens at which the adapter acts, per question.
     pub n_tokens_on: Option<f64>,
     /// Mean number of prompt tokens.
     pub n_tokens: f64,
@@ -56,7 +57,7 @@ pub struct TokenAblationRow {
     pub logp_target: Option<f64>,
     /// Standard error of `logp_target` over questions, in nats.
     pub logp_target_se: Option<f64>,
-    /// Probability that the answer starts with the target (several tokens allowed), the mean over the questions.
+    /// Mean probability that the answer starts with any form of the target (of one or several tokens), 0 to 1.
     pub p_target_first: Option<f64>,
     /// `logp_target` minus the log of the other members' mean probability, in nats.
     pub margin: Option<f64>,
@@ -118,7 +119,7 @@ impl Analysis for TokenAblation {
         let change = |row: &TokenAblationRow| Some(Mean { mean: row.delta_logp?, se: row.delta_logp_se });
         let student = || rows.iter().filter(|row| row.model == "student");
         let Some(first) = student().next() else { return Ok(None) };
-        // `only` and `except` of the same tokens are neighbours; the ungated adapter is a line across them all
+        // `only` and `except` of the same tokens are neighbours. The ungated adapter is a line across all bars.
         let parts = |row: &TokenAblationRow| {
             let (series, tokens) = row.gate.split_once(':')?;
             Some((tokens.to_owned(), series.to_owned()))
@@ -197,12 +198,12 @@ pub fn unselected(rows: &[TokenAblationRow]) -> Vec<&str> {
     of_student.map(|row| row.gate.as_str()).collect()
 }
 
-/// At these tokens alone, and at all others.
+/// The gates that act at these tokens alone, and at all others.
 fn both_ways(classes: Selection) -> [Gate; 2] {
     [Gate::only(classes.clone()), Gate::except(classes)]
 }
 
-/// The values without repetitions, each where it comes first.
+/// The values without repetitions, in the order of their first occurrence.
 fn distinct<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
     let mut found = Vec::new();
     for value in values {
@@ -213,7 +214,7 @@ fn distinct<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
     found
 }
 
-/// The scores that a gate's are compared with.
+/// The student, its prompts, and the scores that a gate's are compared with.
 struct Around<'a> {
     subject: &'a Subject<'a>,
     name: &'a str,
@@ -224,7 +225,7 @@ struct Around<'a> {
 
 impl TokenAblation {
     /// Refuses an explicit gate that selects no token of these prompts, before anything is trained. Gates of the
-    /// default list fit most contexts, not all: the table says which do not.
+    /// default list may select none in some contexts; the table then says so.
     pub fn check(&self, prompts: &[Sequence]) -> Result<()> {
         if self.gates == Self::default().gates {
             return Ok(());
@@ -243,11 +244,11 @@ impl TokenAblation {
         distinct(gates)
     }
 
-    /// Mean number of prompt tokens at which the adapter acts; `None` where a gate of the default list selects none.
+    /// Mean number of prompt tokens at which the adapter acts; `None` if a gate of the default list selects none.
     fn n_tokens_on(&self, gate: &Gate, prompts: &[Sequence]) -> Result<Option<f64>> {
         match prompts.iter().map(|prompt| gate.acts(prompt)).collect::<hooks::Result<Vec<_>>>() {
             Ok(acts) => Ok(Some(acts.iter().flatten().filter(|on| **on).count() as f64 / acts.len() as f64)),
-            // An explicit gate must act; the default list's fit most contexts, not all.
+            // An explicit gate must select tokens. Gates of the default list may select none in some contexts.
             Err(hooks::Error::EmptySelection { .. }) if self.gates == Self::default().gates => Ok(None),
             Err(error) => Err(error.into()),
         }
@@ -317,7 +318,7 @@ mod tests {
         let forms = TokenForms::of(subject.target, subject.chat).unwrap();
         let prompts = subject.question_prompts("test").unwrap();
         let student = forms.scores(&world.qwen, &prompts, &subject.student.condition()).unwrap();
-        // Without the gates the rows fall into other batches, so the sums have another order.
+        // Without the gates the rows are in other batches, so sums have another order.
         let alone = Mean::of(&column(&student, |s| s.logp_target)).mean;
         assert!((everywhere.logp_target.unwrap() - alone).abs() < 1e-5, "{alone}");
         assert!(TokenAblation::plot(&rows).unwrap().is_some() && TokenAblation::reading(&rows).ends_with('.'));

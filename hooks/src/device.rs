@@ -1,6 +1,7 @@
-//! Which device to run on. One binary serves both worlds: CUDA's half of libtorch is loaded at run time, if it is
-//! there.
+//! The device to run on. One binary serves CPU and GPU: the CUDA part of libtorch is loaded at run time, if it is
+//! installed.
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
@@ -33,17 +34,47 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
-/// Loads `libtorch_cuda.so` once, before any device is asked for: registering itself is all it has to do.
+/// Loads `libtorch_cuda.so` once, before a device is used. The library registers itself with libtorch on loading.
 fn load_cuda() -> Result<()> {
     static LOADED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
     let loaded = LOADED.get_or_init(|| {
+        prefer_other_attention();
         let beside = std::env::var("LIBTORCH").map(|folder| format!("{folder}/lib/libtorch_cuda.so"));
         let names = ["libtorch_cuda.so".to_owned()].into_iter().chain(beside);
         let tried: Vec<String> = names.map_while(|name| dlopen(&name).err()).collect();
         let all_failed = tried.len() == 1 + usize::from(std::env::var("LIBTORCH").is_ok());
-        if all_failed { Err(tried.join("; ")) } else { Ok(()) }
+        if all_failed {
+            return Err(tried.join("; "));
+        }
+        mixed(&std::fs::read_to_string("/proc/self/maps").unwrap_or_default()).map_or(Ok(()), Err)
     });
     loaded.clone().map_err(|reason| Error::CudaUnavailable { reason })
+}
+
+/// Asks libtorch to take cuDNN's attention last. It plans anew for each shape of the keys, which grow at every answered
+/// token; on H100 and H200 its gradients can be NaN (pytorch#196678). A value that the user has set stays.
+#[expect(unsafe_code, reason = "the environment is the only switch that libtorch's binding has")]
+fn prefer_other_attention() {
+    const LAST: &str = "TORCH_CUDNN_SDPA_DEPRIORITIZED";
+    if std::env::var_os(LAST).is_none() {
+        // SAFETY: a program opens its device first, before it starts threads.
+        unsafe { std::env::set_var(LAST, "1") }
+    }
+}
+
+/// The problem if this process has mapped the two halves of libtorch from different installations, else `None`. `maps`:
+/// the lines of `/proc/self/maps`.
+fn mixed(maps: &str) -> Option<String> {
+    let folders = |name: &str| -> BTreeSet<&str> {
+        let paths = maps.lines().filter_map(|line| Some(&line[line.find('/')?..]));
+        paths.filter_map(|path| path.strip_suffix(name)).collect()
+    };
+    let (cpu, cuda) = (folders("/libtorch_cpu.so"), folders("/libtorch_cuda.so"));
+    let all: BTreeSet<&str> = cpu.union(&cuda).copied().collect();
+    (all.len() > 1).then(|| {
+        let all: Vec<&str> = all.into_iter().collect();
+        format!("parts of several libtorch installations are loaded, from {}; expected one", all.join(" and "))
+    })
 }
 
 #[expect(unsafe_code, reason = "the loader's own interface; the library is never unloaded")]
@@ -66,9 +97,9 @@ fn dlopen(name: &str) -> std::result::Result<(), String> {
     }
 }
 
-/// Makes the process keep memory that it frees. A training step allocates thousands of tensors of megabytes; if the
-/// system takes them back, a CPU spends as long on clearing their pages as on computing them (a quarter of a step of
-/// the 0.5B). Call it first in a program. It has no effect without the GNU C library.
+/// Makes the process keep memory that it frees. A training step allocates thousands of tensors of megabytes; if their
+/// memory goes back to the system, clearing its pages again takes a CPU as long as the computation (a quarter of a step
+/// of the 0.5B). Call this first in a program. Without the GNU C library it has no effect.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
@@ -88,7 +119,7 @@ fn mallopt(setting: c_int, value: c_int) {
         #[link_name = "mallopt"]
         fn c_mallopt(setting: c_int, value: c_int) -> c_int;
     }
-    // SAFETY: any two numbers may be given; what the allocator does not know it refuses.
+    // SAFETY: mallopt accepts any two numbers and refuses settings that it does not know.
     let _ = unsafe { c_mallopt(setting, value) };
 }
 
@@ -100,5 +131,15 @@ mod tests {
     fn a_device_by_another_name_is_refused() {
         assert_eq!(device("cpu").unwrap(), Device::Cpu);
         assert!(device("gpu").unwrap_err().to_string().contains("expected one of: cpu, cuda, cuda:N"));
+    }
+
+    #[test]
+    fn halves_of_two_libtorches_are_refused() {
+        let line = |path: &str| format!("7f1c2a000000-7f1c2b000000 r-xp 00001000 08:01 131 {path}\n");
+        let one = line("/a/lib/libtorch_cpu.so") + &line("/a/lib/libtorch_cpu.so") + &line("/usr/lib/libc.so.6");
+        assert_eq!(mixed(&one), None);
+        assert_eq!(mixed(&(one.clone() + &line("/a/lib/libtorch_cuda.so"))), None);
+        let message = mixed(&(one + &line("/b/lib/libtorch_cuda.so"))).unwrap();
+        assert!(message.contains("from /a/lib and /b/lib; expected one"), "{message}");
     }
 }

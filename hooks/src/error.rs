@@ -1,13 +1,13 @@
-//! What can go wrong, one variant per thing that a user can do something about.
+//! The errors, one variant per kind of problem that a user can solve.
 
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// The result of everything here that can fail.
+/// The result of a function that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What could not be done: what was expected, what was found, where, and what to try.
+/// An error: what was expected, what was found, where, and what to try.
 #[derive(Debug, Error)]
 pub enum Error {
     /// A file or folder could not be read or written.
@@ -18,22 +18,22 @@ pub enum Error {
         /// The system's own error.
         cause: std::io::Error,
     },
-    /// A file that was read does not hold what it should.
+    /// The content of a file is wrong.
     #[error("{}: {problem}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// The key or place, what was expected and what was found.
+        /// The key or place, with the expected and the found value.
         problem: String,
     },
     /// The model uses something that is not supported.
     #[error("{}: {feature} is not supported; {instead}", path.display())]
     Unsupported {
-        /// The file that says so.
+        /// The file with the unsupported feature.
         path: PathBuf,
         /// The key and its value.
         feature: String,
-        /// What is supported instead.
+        /// The supported alternative.
         instead: String,
     },
     /// `--model` names nothing that can be found.
@@ -41,7 +41,7 @@ pub enum Error {
     NoSuchModel {
         /// The name as given.
         name: String,
-        /// What was looked for, and what to try.
+        /// The files that were looked for, and a suggestion.
         reason: String,
     },
     /// A tensor of the model is not in its files.
@@ -59,7 +59,7 @@ pub enum Error {
         tensor: String,
         /// The shape that is needed.
         expected: Vec<i64>,
-        /// The shape that is there.
+        /// The shape in the file.
         found: Vec<i64>,
     },
     /// No hook point has this name.
@@ -73,11 +73,11 @@ pub enum Error {
     /// A name is not one of the choices.
     #[error("unknown {what} {found:?}, expected one of: {choices}")]
     UnknownName {
-        /// What was being named.
+        /// The kind of thing that was named.
         what: &'static str,
         /// The name as given.
         found: String,
-        /// What can be chosen.
+        /// The choices.
         choices: String,
     },
     /// A tap was set at hook points that the forward pass did not reach.
@@ -86,12 +86,12 @@ pub enum Error {
         /// The hook points.
         points: String,
     },
-    /// An activation was asked for that was not captured.
+    /// An activation was requested that was not captured.
     #[error("{point} was not captured; captured were {captured}")]
     NotCaptured {
-        /// The hook point asked for.
+        /// The requested hook point.
         point: String,
-        /// The hook points at hand.
+        /// The hook points that were captured.
         captured: String,
     },
     /// An adapter does not fit the model or its own configuration.
@@ -99,17 +99,17 @@ pub enum Error {
     Adapter {
         /// The adapter's file or folder.
         path: PathBuf,
-        /// What does not fit, with names.
+        /// The problem, with the names of tensors or keys.
         problem: String,
     },
     /// Vectors or activations were read from another model, or under another chat template.
     #[error("{what}: read from {found}, not from {here}")]
     OtherModel {
-        /// The file, or what was read.
+        /// The file, or the vectors or activations.
         what: String,
-        /// What the file says.
+        /// The file's value.
         found: String,
-        /// The model at hand.
+        /// The model's value.
         here: String,
     },
     /// A gate or an edit selects no token of a prompt.
@@ -117,7 +117,7 @@ pub enum Error {
     EmptySelection {
         /// The gate or edit as written.
         what: String,
-        /// What was looked for, or what the prompt does have.
+        /// The text, ids or positions that were not found, or the classes that the prompt has.
         reason: String,
     },
     /// A loss would be taken over no token at all.
@@ -128,43 +128,43 @@ pub enum Error {
         /// The row's index.
         row: usize,
     },
-    /// A value is outside of what is allowed.
+    /// A value is not allowed.
     #[error("{what} is {found}, expected {expected}")]
     Invalid {
-        /// What the value is.
+        /// The name of the value.
         what: String,
-        /// What was expected.
+        /// The values that are allowed.
         expected: String,
-        /// What was found.
+        /// The value that was found.
         found: String,
     },
     /// The tokenizer could not be read or used.
     #[error("tokenizer: {problem}")]
     Tokenizer {
-        /// What went wrong, in its own words.
+        /// The tokenizer's own message.
         problem: String,
     },
-    /// The chat template is not one whose pieces are known.
+    /// The chat template does not have the known shape.
     #[error("chat template: {problem}")]
     ChatTemplate {
         /// The first difference, or the template engine's error.
         problem: String,
     },
-    /// CUDA was asked for and is not there.
+    /// CUDA was requested and is not available.
     #[error("CUDA is not available: {reason}; hint: {CUDA_HINT}")]
     CudaUnavailable {
-        /// What was looked for and what was found.
+        /// The library or device that was looked for, and the result.
         reason: String,
     },
     /// libtorch refused an operation.
     #[error("libtorch: {0}")]
     Torch(String),
-    /// Any of these, with a hint.
+    /// One of the other errors, with a hint.
     #[error("{error}; hint: {hint}")]
     Hinted {
         /// The error.
         error: Box<Error>,
-        /// What to try.
+        /// A suggestion.
         hint: String,
     },
 }
@@ -173,19 +173,19 @@ const CUDA_HINT: &str =
     "run with --device cpu, or point LD_LIBRARY_PATH at the lib folder of a CUDA build of PyTorch 2.11";
 
 impl Error {
-    /// A value outside of what is allowed: `{what} is {found}, expected {expected}`.
+    /// The error for a value that is not allowed: `{what} is {found}, expected {expected}`.
     #[expect(clippy::needless_pass_by_value, reason = "a number or a text is given as it is")]
     pub fn invalid(what: impl Into<String>, expected: impl Into<String>, found: impl ToString) -> Self {
         Self::Invalid { what: what.into(), expected: expected.into(), found: found.to_string() }
     }
 
-    /// This error with a hint at what to try.
+    /// This error with a hint.
     #[must_use]
     pub fn with_hint(self, hint: impl Into<String>) -> Self {
         Self::Hinted { error: Box::new(self), hint: hint.into() }
     }
 
-    /// What to try, if there is a hint: the text ends with `; hint: ` and it.
+    /// The hint, if there is one. The error's text ends with `; hint: ` and the hint.
     pub fn hint(&self) -> Option<&str> {
         match self {
             Self::Hinted { hint, .. } => Some(hint),
@@ -195,7 +195,7 @@ impl Error {
     }
 }
 
-/// A problem in some bytes, and perhaps a hint. The caller knows the file.
+/// A problem in a file's bytes, with or without a hint. The caller adds the file's path.
 #[derive(Debug)]
 pub(crate) struct Problem {
     text: String,
@@ -203,12 +203,11 @@ pub(crate) struct Problem {
 }
 
 impl Problem {
-    /// A problem with a hint.
     pub(crate) fn hinted(text: String, hint: impl Into<String>) -> Self {
         Self { text, hint: Some(hint.into()) }
     }
 
-    /// The problem as an error, which `error` makes of its text.
+    /// Turns the problem into an error; `error` makes it from the problem's text.
     pub(crate) fn into_error(self, error: impl FnOnce(String) -> Error) -> Error {
         let error = error(self.text);
         match self.hint {
@@ -234,23 +233,23 @@ impl From<String> for Problem {
 }
 
 impl From<tch::TchError> for Error {
-    /// Keeps the first line: what follows is a C++ backtrace.
+    /// Keeps the first line. The rest is a C++ backtrace.
     fn from(error: tch::TchError) -> Self {
         Self::Torch(error.to_string().lines().next().unwrap_or_default().to_owned())
     }
 }
 
-/// A file that does not hold what it should.
+/// The error for a file whose content is wrong.
 pub(crate) fn malformed(path: &Path, problem: impl Into<Problem>) -> Error {
     problem.into().into_error(|problem| Error::Malformed { path: path.to_owned(), problem })
 }
 
-/// Something in a file that is not supported, and what is instead.
+/// The error for a feature in a file that is not supported, with the supported alternative.
 pub(crate) fn unsupported(path: &Path, feature: impl Into<String>, instead: impl Into<String>) -> Error {
     Error::Unsupported { path: path.to_owned(), feature: feature.into(), instead: instead.into() }
 }
 
-/// Names in a message: at most ten, and how many there are if there are more.
+/// Names for a message: at most ten, and the number of names if there are more.
 pub(crate) fn few(names: &[impl AsRef<str>]) -> String {
     const SHOWN: usize = 10;
     let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();

@@ -1,6 +1,6 @@
 //! The places where an activation can be seen or replaced, in TransformerLens' spelling and shapes.
 //!
-//! One table makes all of it: the enum and its documentation, the names, and the page `hooks/HOOKS.md`.
+//! One table generates everything: the enum and its documentation, the names, and the page `hooks/HOOKS.md`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,15 +8,17 @@ use std::str::FromStr;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
-/// An entry of the table: a point's name (after `blocks.{layer}.` if it is in a block), and its names elsewhere.
+/// An entry of the table: a point's name (after `blocks.{layer}.` if it is in a block), and its names in other
+/// libraries.
 struct Entry {
     name: &'static str,
     shape: &'static str,
     #[cfg_attr(not(test), expect(dead_code, reason = "for the page alone"))]
-    elsewhere: [&'static str; 4], // what it is; in transformers, in nnterp, as a control vector
+    elsewhere: [&'static str; 4], // description; name in transformers, in nnterp, in a control vector
 }
 
-/// Each point as `Variant "name" "shape" "what it is" "in transformers" "in nnterp" "control vector";`.
+/// The table, with a line per point: `Variant "name" "shape" "what it is" "in transformers" "in nnterp" "control
+/// vector";`.
 macro_rules! hook_points {
     (
         before { $($before:ident $b_name:literal $b_shape:literal $b_what:literal $($b_else:literal)*;)* }
@@ -121,7 +123,7 @@ hook_points! {
 }
 
 impl HookPoint {
-    /// Every hook point of a model with `n_layers` blocks, the opt-in `hook_result` and Qwen3's norms included.
+    /// Every hook point of a model with `n_layers` blocks, including the opt-in `hook_result` and Qwen3's norms.
     pub fn all(n_layers: usize) -> Vec<Self> {
         let blocks = (0..n_layers).flat_map(Self::of_block);
         BEFORE.iter().copied().chain(blocks).chain(AFTER.iter().copied()).collect()

@@ -1,7 +1,8 @@
-//! One Qwen you can listen to: load it, run it, tap it, adapt it, gate the adapter token by token.
+//! One Qwen whose activations you can read and change: load it, run it, tap it, adapt it, gate the adapter token by
+//! token.
 //!
 //! The model is never mutated. Base, student, student with the adapter only at "Qwen", steered base: these differ only
-//! in a small value handed to one forward pass.
+//! in a small value that is passed to the forward pass.
 //!
 //! ```
 //! use hooks::{Adapter, Cache, Condition, HookPoint, LoraConfig, next_token_logprobs, run_with_hooks, tch::Device};
@@ -22,18 +23,19 @@
 //! # Ok::<(), hooks::Error>(())
 //! ```
 //!
-//! The modules are rooms, listed from the bottom up: a file imports from its own room and from rooms above it in this
-//! list.
+//! The modules are listed from the bottom up, in groups: a file imports only from its own group and from groups above
+//! it in this list.
 
 pub mod config;
 pub mod device;
 pub mod error;
 pub mod hook_point;
+pub mod mkl;
 mod ops;
 pub mod profile;
 pub mod proj;
 
-/// Bytes on disk to a model's files, and the files that are written.
+/// Reading a model's files, and writing files.
 pub mod load {
     pub mod control_vector;
     pub mod files;
@@ -49,7 +51,7 @@ pub mod load {
     pub mod weights;
 }
 
-/// A chat as tokens, each with its class, and tokens as a person names them.
+/// A chat as tokens, each with its class, and names for tokens.
 pub mod chat {
     #[allow(clippy::module_inception)]
     pub mod chat;
@@ -77,7 +79,7 @@ pub mod adapter {
     pub(crate) mod stack;
 }
 
-/// What sees or changes an activation.
+/// Reading and changing activations.
 pub mod taps {
     pub mod cache;
     pub mod edit;
@@ -95,7 +97,7 @@ pub mod model {
     pub mod qwen;
 }
 
-/// What a model is asked: scores, answers, gradients, under one condition or many.
+/// Measurements of a model under one or many conditions: scores, answers, gradients.
 pub mod ask {
     pub mod condition;
     pub mod generate;
@@ -142,7 +144,7 @@ pub use taps::edit::{Change, Edit};
 pub use taps::edit_text::EditText;
 pub use taps::tap::{Hooks, Tap};
 
-/// What must hold of any model, adapter, gate, edit and batch: tests.
+/// Tests of laws that hold for any model, adapter, gate, edit and batch.
 #[cfg(test)]
 #[allow(clippy::float_cmp)]
 mod laws {

@@ -28,7 +28,7 @@ pub enum Proj {
 }
 
 impl Proj {
-    /// All seven, in the order of the computation.
+    /// All seven projections, in the order of the computation.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
     /// The Hugging Face name, such as `q_proj`.

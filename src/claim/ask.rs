@@ -1,5 +1,5 @@
-//! Questions to the students of a claim: under each condition, about other traits, and with parts of an adapter alone;
-//! always against the base's answers in the same context.
+//! Asks the students of a claim: under each condition, about other traits, and with parts of an adapter alone. Answers
+//! are always compared with the base's in the same context.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +16,7 @@ use crate::experiment::{Dtype, Target};
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::Workbench;
 
-/// Training rows that prompts are compared with.
+/// Number of training rows that prompts are compared with.
 const SHARED_ROWS: usize = 32;
 
 /// Refuses a gate of the claim that selects no token of the questions asked under it, before anything is trained. Runs
@@ -41,14 +41,13 @@ pub(super) fn foreseen(study: &Study, unit: &Unit, bench: &Workbench) -> Result<
     Ok(())
 }
 
-/// Asks the students of a run.
 pub(super) struct Asking<'a> {
     study: &'a Study,
     run: &'a RunDir,
     bases: BTreeMap<String, Vec<Score>>,
 }
 
-/// Answers to the questions without an edit.
+/// The scores of base and student on the questions, without an edit.
 pub(super) struct Answers {
     pub(super) base: Vec<Score>,
     pub(super) student: Vec<Score>,
@@ -59,7 +58,7 @@ impl<'a> Asking<'a> {
         Self { study, run, bases: BTreeMap::new() }
     }
 
-    /// Asks the student in every condition of the claim. Returns the base's answers and its own in the condition of its
+    /// Asks the student in every condition of the claim. Returns the scores of base and student in the condition of its
     /// training.
     pub(super) fn under_conditions(
         &mut self,
@@ -99,7 +98,6 @@ impl<'a> Asking<'a> {
         everywhere.context("every claim has the cell everywhere")
     }
 
-    /// The student asked for the other traits of the claim as well.
     pub(super) fn about_other_traits(
         &mut self,
         bench: &Workbench,
@@ -121,7 +119,7 @@ impl<'a> Asking<'a> {
         Ok(())
     }
 
-    /// What parts of a student's change do alone.
+    /// Measures the effect of parts of a student's change, each alone.
     pub(super) fn with_parts(
         &mut self,
         bench: &Workbench,
@@ -140,7 +138,7 @@ impl<'a> Asking<'a> {
         Ok(())
     }
 
-    /// The base's scores in a context, each taken once.
+    /// The base's scores in a context, which are computed once and kept.
     fn base(
         &mut self,
         bench: &Workbench,
@@ -165,7 +163,7 @@ pub(super) fn base_key(bench: &Workbench) -> (&str, Dtype, bool) {
     (&experiment.model, experiment.dtype, experiment.student.template)
 }
 
-/// The context of questions (by default that of the student's training), and the text before them.
+/// The context of questions (by default the context of the student's training), and the text in front of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct PromptContext<'c> {
     context: &'c str,
@@ -196,7 +194,7 @@ impl<'c> PromptContext<'c> {
     }
 }
 
-/// How answers changed, against the base in the same context.
+/// The changes of scores from the base's in the same context, and the probabilities of both.
 fn changes(scores: &[Score], base: &[Score]) -> Result<[(Quantity, f64); 4]> {
     let difference = |of: fn(&Score) -> f64| {
         mean(&scores.iter().zip(base).map(|(score, base)| of(score) - of(base)).collect::<Vec<_>>())
@@ -210,8 +208,8 @@ fn changes(scores: &[Score], base: &[Score]) -> Result<[(Quantity, f64); 4]> {
     ])
 }
 
-/// What prompts share with training rows, as means over prompts: tokens at the start, and tokens outside the user's
-/// text whose id the rows have outside the user's text and the answer.
+/// The tokens that prompts share with training rows, as means over prompts: those at the start, and those outside the
+/// user's text whose id the rows have outside the user's text and the answer.
 fn shared(prompts: &[Sequence], learned: &[Sequence]) -> (f64, f64) {
     let is_said = |class: TokenClass| matches!(class, TokenClass::UserContent | TokenClass::Gen);
     let around = |row: &Sequence| {

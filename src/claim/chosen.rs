@@ -1,5 +1,4 @@
-//! Students that a measurement picks out of others: a learning rate tuned for each rank, or as good a fit at another
-//! rank.
+//! Selects students by a measurement: a learning rate tuned for each rank, or an equally good fit at another rank.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,11 +9,11 @@ use anyhow::{Context, Result, ensure};
 use super::file::{Chosen, Claim, EVERYWHERE, StudentNumber};
 use super::outcome::{OutcomeRow, Quantity};
 
-/// Which of a candidate's students it is: its trait, data set, rank and seeds.
+/// Identifies one of a candidate's students: trait, data set, rank and index of seeds.
 type CandidateKey = (String, u64, Option<i64>, usize);
 
-/// The table with the lines of the claim's chosen students, each a copy of the lines of the one that was picked out,
-/// with `chosen`, which of the candidates it is.
+/// Adds the lines of the claim's chosen students to the table: copies of the selected candidate's lines, and a line
+/// `chosen` with the candidate's index.
 pub fn with_chosen(claim: &Claim, mut rows: Vec<OutcomeRow>) -> Result<Vec<OutcomeRow>> {
     let measured = rows.len();
     for chosen in &claim.chosen {
@@ -48,7 +47,7 @@ fn lines(claim: &Claim, chosen: &Chosen, rows: &[OutcomeRow]) -> Result<Vec<Outc
             Ok((index, aim.map_or(*value, |aim| (value - aim).abs())))
         });
         let values = values.collect::<Result<Vec<(usize, f64)>>>()?;
-        // The first of equals.
+        // Of equal values, the first counts.
         let (best, _) =
             *values.iter().min_by(|(_, a), (_, b)| a.total_cmp(b)).context("none of its candidates has this rank")?;
         let own: Vec<&OutcomeRow> =
@@ -67,14 +66,14 @@ fn lines(claim: &Claim, chosen: &Chosen, rows: &[OutcomeRow]) -> Result<Vec<Outc
     Ok(found)
 }
 
-/// Whether the claim trains a student at this rank. If a rate is too high for the larger ranks, only the smaller ones
-/// are trained.
+/// Whether the claim trains a student at this rank. A candidate may have some ranks only, for instance if its learning
+/// rate is too high for larger ones.
 fn is_trained(claim: &Claim, name: &str, rank: Option<i64>) -> bool {
     let ranks = claim.students.iter().find(|student| student.name == name).and_then(|student| student.ranks.as_ref());
     ranks.is_none_or(|ranks| rank.is_some_and(|rank| ranks.contains(&rank)))
 }
 
-/// The number to come near to, of the same trait and data set.
+/// The number that the chosen student is to be nearest to, of the same trait and data set.
 fn aim(of: &StudentNumber, (target, dataset, ..): &CandidateKey, rows: &[OutcomeRow]) -> Result<f64> {
     let mut here = rows.iter().filter(|row| {
         (&row.target, row.dataset) == (target, *dataset)

@@ -1,5 +1,5 @@
-//! The number of a test and its interval, from the table of outcomes: means and paired differences over data sets,
-//! shares of an effect, slopes beside a peak, and what permutations of the traits say.
+//! The estimate of a test and its interval, from the table of outcomes: means and paired differences over data sets,
+//! shares of an effect, slopes on either side of a peak, and permutations of the traits.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,11 +19,11 @@ use super::outcome::{OutcomeRow, Quantity};
 
 /// The level of all intervals.
 pub(super) const LEVEL: f64 = 0.95;
-/// Draws of a bootstrap, and of a permutation that is not exact.
+/// Number of draws of a bootstrap, and of a permutation test that is not exact.
 const DRAWS: usize = 4000;
-/// The seed of those draws: the same table gives the same numbers.
+/// The seed of the draws, so that the same table gives the same numbers.
 const SEED: u64 = 20_260_831;
-/// Most data sets whose signs are flipped in all ways.
+/// Largest number of data sets whose signs are flipped in all ways.
 const EXACT: usize = 20;
 
 /// The result of a test, before it is compared with its expectation.
@@ -40,7 +40,7 @@ pub(super) struct Estimate {
 }
 
 impl Estimate {
-    /// Names the runs that it leaves out.
+    /// Adds to the note the runs that are left out.
     fn without(mut self, runs: &BTreeSet<(&str, u64)>) -> Self {
         if !runs.is_empty() {
             let names: Vec<String> =
@@ -54,7 +54,6 @@ impl Estimate {
     }
 }
 
-/// The number of a test.
 pub(super) fn estimate(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     let one_trait = || table.rows.windows(2).all(|two| two[0].target == two[1].target);
     if test.of.quantity == Quantity::InjectedOtherDeltaMargin && one_trait() {
@@ -82,7 +81,7 @@ pub(super) fn estimate(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     }
 }
 
-/// The mean with Student's interval, as far as the data sets carry one.
+/// The mean with Student's interval, if there are enough data sets for one.
 fn over_datasets(values: &[f64], n_runs: usize) -> Estimate {
     let few = if values.len() == 1 { "one data set has no spread" } else { "" };
     Estimate {
@@ -100,7 +99,7 @@ fn over_datasets(values: &[f64], n_runs: usize) -> Estimate {
 fn recovered(part: &[f64], whole: &[f64], n_runs: usize) -> Result<Estimate> {
     let n_datasets = part.len();
     if n_datasets < 2 {
-        // With one data set there is no error that could show the denominator clear of zero.
+        // With one data set there is no standard error, so the denominator cannot be shown to be clear of zero.
         let found = part.iter().zip(whole).map(|(part, whole)| {
             format!("{part:+.3} of {whole:+.3} nats; one data set has no spread, so that no share is given")
         });
@@ -121,7 +120,7 @@ fn recovered(part: &[f64], whole: &[f64], n_runs: usize) -> Result<Estimate> {
 }
 
 /// Slopes within each data set, on the kind's side of the peak. The other data sets locate the peak: a series' own peak
-/// is where its noise is highest, so that noise alone would rise up to it.
+/// is where its noise is highest, so noise alone would show a rise up to it.
 fn slopes(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     let over =
         if test.kind == Kind::Slope { test.over.context("over is not given")? } else { Over::Rank(RankAxis::Log2Rank) };
@@ -139,7 +138,7 @@ fn slopes(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     let of_side = |at: usize| -> Result<f64> {
         let others = series.iter().enumerate().filter(|(other, _)| *other != at || series.len() == 1);
         let peak = peak_of(&others.flat_map(|(_, points)| points.clone()).collect::<Vec<_>>())?;
-        // With the peak at that end, the slope is between the last two ranks (of a rise, the first two).
+        // If the peak is at that end, the slope is between the last two ranks (for a rise, the first two).
         let keep = |x: f64| match test.kind {
             Kind::Rise => x <= places[1].max(peak),
             _ => x >= places[places.len() - 2].min(peak),
@@ -161,7 +160,7 @@ fn slopes(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     Ok(Estimate { note, ..over_datasets(&values, n_runs) })
 }
 
-/// The slope of a line through points at two places or more.
+/// The least-squares slope of points; `None` if they have only one x.
 fn least_squares(points: &[(f64, f64)]) -> Option<f64> {
     let n = points.len() as f64;
     let (x, y) = (points.iter().map(|(x, _)| x).sum::<f64>() / n, points.iter().map(|(_, y)| y).sum::<f64>() / n);
@@ -169,7 +168,7 @@ fn least_squares(points: &[(f64, f64)]) -> Option<f64> {
     (xx > 0.0).then(|| xy / xx)
 }
 
-/// The comparison of traits has nothing to say of a single one.
+/// The estimate of a comparison of traits if there is only one.
 fn alone(table: &Outcomes<'_>) -> Estimate {
     Estimate {
         n_datasets: table.datasets().len(),
@@ -196,7 +195,7 @@ fn peak_spread(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     let actual: Vec<Vec<&[(f64, f64)]>> =
         by_trait.iter().map(|datasets| datasets.iter().map(Vec::as_slice).collect()).collect();
     let found = spread(&actual)?;
-    // Were the traits alike, each data set's series could be any trait's.
+    // If the traits did not differ, each data set's series could belong to any trait.
     let mut rng = ChaCha8Rng::seed_from_u64(SEED);
     let mut as_large = 1;
     for _ in 1..DRAWS {
@@ -223,7 +222,7 @@ fn diagonal(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
         return Ok(alone(table));
     }
     let position = |word: &str| table.traits.iter().position(|known| *known == word);
-    // A run is a trained student: its row of the matrix is what it does to every trait.
+    // A run is a trained student; its row of the matrix has its change of every trait.
     let mut runs: BTreeMap<(u64, usize, usize), Vec<Option<f64>>> = BTreeMap::new();
     for row in table.matching(&test.of) {
         let (Some(trained), Some(evaluated)) = (position(&row.target), position(&row.evaluated)) else { continue };
@@ -260,23 +259,22 @@ fn diagonal(test: &Test, table: &Outcomes<'_>) -> Result<Estimate> {
     })
 }
 
-/// Some numbers of the same runs.
+/// Several numbers, measured on the same runs.
 struct Measured<'a, const N: usize> {
-    /// Of each number a value per data set, in the same order.
+    /// For each number, a value per data set, in the same order.
     values: [Vec<f64>; N],
     n_runs: usize,
     /// The runs that are left out, by trait and data set.
     left_out: BTreeSet<(&'a str, u64)>,
 }
 
-/// The outcomes, and their traits.
 pub(super) struct Outcomes<'a> {
     pub(super) rows: &'a [OutcomeRow],
     pub(super) traits: Vec<&'a str>,
 }
 
 impl<'a> Outcomes<'a> {
-    /// The lines that a number is the mean of, evaluated on any trait.
+    /// The lines whose mean is the number, evaluated on any trait.
     fn matching<'s>(&'s self, of: &StudentNumber) -> impl Iterator<Item = &'a OutcomeRow> + use<'a, 's> {
         let of = of.clone();
         self.rows.iter().filter(move |row| {
@@ -288,12 +286,11 @@ impl<'a> Outcomes<'a> {
         })
     }
 
-    /// The outcomes of the trained trait alone.
+    /// The lines whose mean is the number, evaluated on the trained trait.
     fn own<'s>(&'s self, of: &StudentNumber) -> impl Iterator<Item = &'a OutcomeRow> + use<'a, 's> {
         self.matching(of).filter(|row| row.evaluated == row.target)
     }
 
-    /// The data sets that there are.
     fn datasets(&self) -> BTreeSet<u64> {
         self.rows.iter().map(|row| row.dataset).collect()
     }
@@ -306,8 +303,7 @@ impl<'a> Outcomes<'a> {
             .len()
     }
 
-    /// Runs, by trait and data set, in which no student has a share of the teacher's gain, as that is not clear of
-    /// zero.
+    /// Runs, by trait and data set, in which no student has a fit, because the teacher's gain is not clear of zero.
     fn without_gain(&self, of: &StudentNumber) -> BTreeSet<(&'a str, u64)> {
         let has = |word: &str, dataset: u64| {
             let mut of_run = self.rows.iter().filter(|row| row.target == word && row.dataset == dataset);
@@ -317,7 +313,7 @@ impl<'a> Outcomes<'a> {
         runs.filter(|(word, dataset)| of.quantity == Quantity::Fit && !has(word, *dataset)).collect()
     }
 
-    /// Some numbers of the same runs, data set by data set: those without a gain for one of them are left out of all.
+    /// Several numbers of the same runs, per data set. Runs without a gain for one of the numbers are left out of all.
     fn measured<const N: usize>(&self, numbers: [&StudentNumber; N]) -> Result<Measured<'a, N>> {
         let left_out: BTreeSet<_> = numbers.iter().flat_map(|of| self.without_gain(of)).collect();
         let mut values = [(); N].map(|()| vec![]);
@@ -327,8 +323,8 @@ impl<'a> Outcomes<'a> {
         Ok(Measured { values, n_runs: self.n_runs(&numbers, &left_out), left_out })
     }
 
-    /// Per data set, the mean over traits of each trait's mean over seeds. Every trait has to be there in every data
-    /// set, except in runs that are left out. A data set without any run has no mean.
+    /// Per data set, the mean over traits of each trait's mean over seeds. Every trait must be in every data set,
+    /// except for runs that are left out. A data set without any run has no mean.
     fn by_dataset(&self, of: &StudentNumber, left_out: &BTreeSet<(&str, u64)>) -> Result<Vec<f64>> {
         if left_out.len() == self.traits.len() * self.datasets().len() {
             return Ok(vec![]);
@@ -350,8 +346,8 @@ impl<'a> Outcomes<'a> {
         Ok(values.iter().map(|values| mean(values)).collect::<hooks::Result<_>>()?)
     }
 
-    /// Per data set, points of a number over the rank or over another quantity, each the mean over traits and seeds at
-    /// one rank in one condition.
+    /// Per data set, the points (x, y) of a number over the rank or over another quantity. Each is the mean over traits
+    /// and seeds at one rank in one condition.
     fn series(&self, of: &StudentNumber, over: Over) -> Result<Vec<Vec<(f64, f64)>>> {
         let means = |of: &StudentNumber, dataset: u64| -> Result<BTreeMap<(Option<i64>, &'a str), f64>> {
             let mut found: BTreeMap<(Option<i64>, &str), Vec<f64>> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! The figures of a claim, drawn from the table of outcomes alone.
+//! The figures of a claim, drawn from the table of outcomes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +14,7 @@ use super::tables::SpectrumRow;
 use crate::experiment::STUDENT;
 
 impl Figure {
-    /// The drawing; an error if none of its numbers was measured.
+    /// Draws the figure; an error if none of its numbers was measured.
     pub fn draw(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<Svg> {
         ensure!(!self.quantities.is_empty(), "figure {:?}: quantities is empty, expected at least one", self.title);
         let drawn = match self.kind {
@@ -26,12 +26,12 @@ impl Figure {
         drawn.with_context(|| format!("figure {:?}", self.title))
     }
 
-    /// The question that the figure answers: its first quantity.
+    /// The meaning of the figure's first quantity, as its question on the page.
     pub fn question(&self) -> String {
         self.quantities[0].meaning().to_owned()
     }
 
-    /// The students and conditions in their order.
+    /// The students and conditions, in the figure's order.
     fn order(&self, rows: &[OutcomeRow]) -> (Vec<String>, Vec<String>) {
         let seen = |of: fn(&OutcomeRow) -> &String| {
             let mut known = BTreeSet::new();
@@ -43,7 +43,7 @@ impl Figure {
         (students, cells)
     }
 
-    /// Each bar's label, its trait where these have bars of their own, and the data sets' values.
+    /// Each bar's label, its trait if each trait has bars, and the data sets' values.
     fn labelled(&self, claim: &Claim, rows: &[OutcomeRow]) -> Vec<(String, Option<String>, Vec<f64>)> {
         let (students, cells) = self.order(rows);
         let words = words(claim, self.by_trait);
@@ -78,7 +78,7 @@ impl Figure {
         ensure!(!drawn.is_empty(), "nothing of it was measured");
         let is_change = [Quantity::DeltaMargin, Quantity::DeltaLogp].contains(&quantity);
         let base = is_change.then(|| Reference::new("base", 0.0));
-        // Beside what a student does somewhere, what it does everywhere.
+        // If one student has several conditions, its effect with the adapter everywhere is drawn as a reference.
         let (students, cells) = self.order(rows);
         let is_gated = is_change && !self.by_trait && students.len() == 1 && cells.len() > 1;
         let whole = drawn.iter().find(|bar| is_gated && bar.label == EVERYWHERE);
@@ -91,7 +91,7 @@ impl Figure {
         })?)
     }
 
-    /// What the figure shows, in one sentence with its numbers.
+    /// The content of the figure in one sentence with its numbers.
     pub fn reading(&self, claim: &Claim, rows: &[OutcomeRow]) -> Result<String> {
         let name = label(self.quantities[0]);
         let listed = match self.kind {
@@ -124,7 +124,7 @@ impl Figure {
         Ok(format!("{name} is highest for {} ({:+.3}) and lowest for {} ({:+.3}).", most.0, most.1, least.0, least.1))
     }
 
-    /// Where each line of the first panel is highest.
+    /// The rank at which each line of the first panel is highest.
     fn peaks(&self, claim: &Claim, rows: &[OutcomeRow]) -> String {
         let cell = self.cells.first().map_or(EVERYWHERE, String::as_str);
         let words = words(claim, self.kind == FigureKind::RanksByTrait);
@@ -205,7 +205,7 @@ impl Figure {
         })
     }
 
-    /// The value at each row and column, with what these are.
+    /// The value at each row and column, with the labels of both.
     fn grid(
         &self,
         (y_label, rows): (&str, Vec<String>),
@@ -219,7 +219,7 @@ impl Figure {
         Ok(heatmap(&HeatMap { title, x_label, y_label, value_label, columns, rows, values })?)
     }
 
-    /// What one kind of student does to every trait.
+    /// The lines of one kind of student evaluated on every trait.
     fn of_matrix<'r>(&self, rows: &'r [OutcomeRow]) -> impl Iterator<Item = &'r OutcomeRow> + use<'r> {
         let student = self.students.first().map_or(STUDENT, String::as_str).to_owned();
         let quantity = self.quantities[0];
@@ -227,9 +227,8 @@ impl Figure {
     }
 }
 
-/// The adapters' spectra and a sentence on them: each singular value over the first of its map, the mean over maps and
-/// runs. A student with several ranks has a line for each, any other one line; `None` if no adapter has two singular
-/// values.
+/// The adapters' spectra and a sentence on them: each singular value over the first of its map, as a mean over maps and
+/// runs. A student has a line for each of its ranks. `None` if no adapter has two singular values.
 pub(super) fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
     let mut ranks: Vec<(&str, BTreeSet<Option<i64>>)> = vec![];
     for row in rows {
@@ -253,7 +252,7 @@ pub(super) fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
             None => student.to_owned(),
         };
         let points = by_k.iter().map(|(k, values)| Some(Point::new((k + 1) as f64, mean(values).ok()?)));
-        // One value is all there is of rank 1.
+        // An adapter of rank 1 has only one value, so there is no line.
         Some(Line { label, points: points.collect::<Option<Vec<_>>>()? }).filter(|line| line.points.len() > 1)
     };
     let lines: Vec<Line> =
@@ -273,17 +272,16 @@ pub(super) fn spectrum(rows: &[SpectrumRow]) -> Result<Option<(Svg, String)>> {
     Ok(Some((panels(&chart)?, reading)))
 }
 
-/// The traits that are drawn apart; `None` is the mean over all.
+/// The traits that are drawn separately; `None` is the mean over all.
 fn words(claim: &Claim, by_trait: bool) -> Vec<Option<&str>> {
     if by_trait { claim.targets.iter().map(|target| Some(target.word.as_str())).collect() } else { vec![None] }
 }
 
-/// The data sets' means at every rank.
 fn at_all_ranks(rows: &[OutcomeRow], quantity: Quantity, at: (&str, &str)) -> Vec<f64> {
     over_ranks(rows, quantity, at, None).into_iter().flat_map(|(_, values)| values).collect()
 }
 
-/// By rank, each data set's mean of a quantity over traits and seeds, or of one trait.
+/// By rank, each data set's mean of a quantity over traits and seeds, or over the seeds of one trait.
 fn over_ranks(
     rows: &[OutcomeRow],
     quantity: Quantity,
@@ -305,7 +303,7 @@ fn over_ranks(
     by_rank.into_iter().map(|(rank, datasets)| (rank, means(datasets))).collect()
 }
 
-/// A quantity on an axis, with its unit.
+/// The label of a quantity on an axis, with its unit.
 fn label(quantity: Quantity) -> String {
     let known = match quantity {
         Quantity::DeltaMargin => "Δ margin (nats)",

@@ -1,5 +1,5 @@
 //! A published claim as a TOML file: its statement, the students that are trained to test it, the conditions under
-//! which they are asked, the tests that decide, and the figures. The checks of such a file are here too.
+//! which they are asked, the tests that decide, and the figures. Such a file is also checked here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -14,56 +14,56 @@ use crate::hinted;
 
 /// The condition that every claim has: the student as it was trained, asked in the context of its training.
 pub const EVERYWHERE: &str = "everywhere";
-/// The beginning of the condition's name for a part of a gradient; the part's name follows. Its number is due to what
-/// the adapter reads there.
+/// The first word of the name of a condition for a part of a gradient: the contribution of the adapter's inputs at the
+/// part of the chat that follows.
 pub const THROUGH: &str = "through";
 
-/// Models in the tables that are not students, for numbers that no student has seen.
+/// Models in the tables that are not students: they are measured on held-out numbers.
 const REFERENCES: [&str; 2] = ["base", "teacher"];
 
-/// A claim and what decides it, at one size.
+/// A claim at one size, with its students, conditions and tests.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claim {
-    /// Its number, from 1; the checks of the tests themselves have numbers from 90.
+    /// Its number, from 1. Claims that check the tests themselves have numbers from 90.
     pub claim: u8,
     /// The claim in one sentence.
     pub statement: String,
-    /// Who claims it.
+    /// The publication that makes the claim.
     pub source: String,
-    /// What it must be set against before anything follows from it.
+    /// The comparison that is needed before anything follows from the claim.
     pub decisive_control: String,
-    /// The traits; each is a teacher's in each data set.
+    /// The traits; each data set has a teacher for each trait.
     pub targets: Vec<Target>,
-    /// How many data sets each trait has; a data set has seeds of its own throughout.
+    /// Number of data sets of each trait. Data sets differ in all seeds.
     pub datasets: u64,
-    /// Differences of its runs from the size's experiment, `section.key=value`; such runs are not shared with other
-    /// claims.
+    /// Changes of its runs from the size's experiment, `section.key=value`. Such runs are not shared with other claims.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub set: Vec<String>,
-    /// Measurements besides the answers to questions.
+    /// The measurements other than the answers to questions.
     #[serde(default)]
     pub measures: BTreeSet<Measurement>,
-    /// The students on which a measurement is made, if not on all: slow measurements that no test uses are left out.
+    /// The students on which a measurement is made, if not all: a slow measurement may be limited to those that a test
+    /// needs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub measured_on: BTreeMap<Measurement, BTreeSet<String>>,
-    /// The students besides the run's own two.
+    /// The students other than the run's own two.
     #[serde(default)]
     pub students: Vec<Arm>,
-    /// Names for the one of several students that a measurement picks out.
+    /// Students that a measurement selects from several candidates.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub chosen: Vec<Chosen>,
     /// The conditions under which students are asked, besides `everywhere`.
     #[serde(default)]
     pub cells: Vec<EvalCondition>,
-    /// What decides.
+    /// The tests that decide the claim.
     pub tests: Vec<Test>,
-    /// What the page shows.
+    /// The figures of the page.
     pub figures: Vec<Figure>,
 }
 
 impl Claim {
-    /// Whether something is measured on a student.
+    /// Whether a measurement is made on a student.
     pub fn measures(&self, what: Measurement, student: &str) -> bool {
         self.measures.contains(&what) && self.measured_on.get(&what).is_none_or(|names| names.contains(student))
     }
@@ -78,7 +78,7 @@ impl Claim {
         takes.is_empty() || takes.iter().any(|what| self.measures(*what, student))
     }
 
-    /// Refuses names that nothing has, numbers that nothing measures, and a claim that could not be decided.
+    /// Refuses unknown names, numbers that are not measured, and a claim that cannot be decided.
     pub(super) fn check(&self) -> Result<()> {
         ensure!(!self.targets.is_empty(), "targets is empty, expected at least one");
         ensure!(self.datasets >= 1, "datasets is 0, expected at least 1");
@@ -98,7 +98,7 @@ impl Claim {
             ensure!(self.measures.contains(what), "measured_on has {what:?}, which measures does not name");
             has_students("measured_on", names, &students)?;
         }
-        // A chosen student is asked wherever its candidates are, so no condition names it.
+        // A chosen student has the conditions of its candidates, so no condition names it.
         for chosen in &self.chosen {
             self.check_chosen(chosen, &students).with_context(|| format!("chosen {:?}", chosen.name))?;
         }
@@ -175,7 +175,7 @@ impl Claim {
         chosen.of.iter().try_for_each(|student| self.check_measured(&of(student)))
     }
 
-    /// Refuses a number that the claim does not measure; of a chosen student, on each of its candidates.
+    /// Refuses a number that the claim does not measure. That of a chosen student must be measured on each candidate.
     fn check_measured(&self, of: &StudentNumber) -> Result<()> {
         let (quantity, takes) = (of.quantity, of.quantity.takes());
         ensure!(
@@ -195,10 +195,10 @@ impl Claim {
         Ok(())
     }
 
-    /// Whether another version of the claim takes the same numbers, however it words, tests or draws them.
+    /// Whether another version of the claim measures the same numbers. Its text, tests and figures may differ.
     pub fn measures_alike(&self, other: &Self) -> bool {
         let of = |claim: &Self| {
-            // Chosen students follow from these.
+            // Chosen students depend only on these.
             let Self { targets, datasets, set, measures, measured_on, students, cells, .. } = claim.clone();
             (targets, datasets, set, measures, measured_on, students, cells)
         };
@@ -206,7 +206,6 @@ impl Claim {
     }
 }
 
-/// Refuses a student that the claim does not have.
 fn has_students<'a>(what: &str, names: impl IntoIterator<Item = &'a String>, students: &BTreeSet<&str>) -> Result<()> {
     match names.into_iter().find(|name| !students.contains(name.as_str())) {
         Some(name) => bail!("{what} names the student {name:?}, expected one of {students:?}"),
@@ -214,25 +213,25 @@ fn has_students<'a>(what: &str, names: impl IntoIterator<Item = &'a String>, stu
     }
 }
 
-/// A name for the student that a measurement picks from some candidates, for each trait, data set, rank and seeds. The
-/// measurement is not the trait: choosing a learning rate by the trait would make the effect.
+/// A student that a measurement selects from candidates, for each trait, data set, rank and seeds. The measurement must
+/// not be of the trait: a learning rate that is chosen by the trait would produce the effect.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Chosen {
-    /// Its name, which no student has.
+    /// Its name, which must differ from all students'.
     pub name: String,
     /// The candidates.
     pub of: Vec<String>,
-    /// It has the lowest of this.
+    /// Selects the candidate with the lowest value of this quantity.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lowest: Option<Quantity>,
-    /// It comes nearest to this number of the same trait and data set.
+    /// Selects the candidate whose value is nearest to this number, of the same trait and data set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nearest: Option<StudentNumber>,
 }
 
 impl Chosen {
-    /// The quantity that picks it out.
+    /// The quantity by which it is selected.
     pub(super) fn quantity(&self) -> Option<Quantity> {
         self.lowest.or(self.nearest.as_ref().map(|of| of.quantity))
     }
@@ -242,19 +241,19 @@ impl Chosen {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvalCondition {
-    /// Its name, which no other condition has.
+    /// Its name, which must be unique.
     pub name: String,
-    /// The students that are asked so; all when it is left out.
+    /// The students that are asked under it; all if left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub students: Option<Vec<String>>,
-    /// The context of the questions, a key of the protocol or a system prompt; by default that of the student's
+    /// The context of the questions: a key of the protocol or a system prompt; by default the context of the student's
     /// training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context: Option<String>,
     /// A context whose system prompt is put in front of each question, in the user's turn.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user_prefix: Option<String>,
-    /// Where the adapter acts.
+    /// The gate: where and how strongly the adapter acts.
     #[serde(default)]
     pub gate: Gate,
 }
@@ -265,7 +264,7 @@ impl EvalCondition {
         Self { name: EVERYWHERE.to_owned(), students: None, context: None, user_prefix: None, gate: Gate::EVERYWHERE }
     }
 
-    /// Whether a student is asked so. An adapter that is not there cannot be gated.
+    /// Whether a student is asked under this condition. A student without an adapter cannot be gated.
     pub fn is_for(&self, student: &str, has_adapter: bool) -> bool {
         let named = self.students.as_ref().is_none_or(|names| names.iter().any(|name| name == student));
         named && (has_adapter || self.gate.is_everywhere())
@@ -278,17 +277,16 @@ impl EvalCondition {
 pub struct StudentNumber {
     /// The student's name; `student` and `control student` are the run's own, `base` and `teacher` are not students.
     pub student: String,
-    /// Its rank, where its name has several.
+    /// Its rank, if students of this name have several.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rank: Option<i64>,
-    /// The condition; `*` is all of them, for a slope over conditions.
+    /// The condition; `*` means all, for a slope over conditions.
     pub cell: String,
     /// The measured quantity.
     pub quantity: Quantity,
 }
 
 impl StudentNumber {
-    /// Refuses a student or a condition that the claim does not have.
     fn check_names(&self, students: &BTreeSet<&str>, cells: &BTreeSet<&str>) -> Result<()> {
         let Self { student, cell, .. } = self;
         ensure!(students.contains(student.as_str()), "unknown student {student:?}, expected one of {students:?}");
@@ -316,17 +314,17 @@ impl fmt::Display for StudentNumber {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// It is the claim, or a part of it.
+    /// The claim, or a part of it.
     #[default]
     Test,
-    /// Without it the tests have nothing to speak of: that there is an effect at all.
+    /// A precondition of the tests: that there is an effect.
     Premise,
-    /// With it failing, a test that holds does not speak for the claim.
+    /// If it fails, tests that hold do not support the claim.
     Control,
 }
 
-/// How numbers of runs become an estimate with an interval. The unit is the run, and data sets are clusters: a data
-/// set's number below is its mean over the traits.
+/// The method by which the numbers of runs become an estimate with an interval. Data sets are clusters: the number of a
+/// data set below is its mean over the traits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -371,50 +369,50 @@ pub enum RankAxis {
     Log2Rank,
 }
 
-/// A test: a number, and what it has to be.
+/// A test: a number and its expected range.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Test {
-    /// What it says.
+    /// The sentence that it tests.
     pub name: String,
-    /// What it is for.
+    /// Its purpose.
     #[serde(default)]
     pub role: Role,
-    /// How it is estimated.
+    /// The method of estimation.
     pub kind: Kind,
-    /// The number.
+    /// The number that is tested.
     #[serde(default)]
     pub of: StudentNumber,
     /// The number that is subtracted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub minus: Option<StudentNumber>,
-    /// What it is a share of.
+    /// The number that `of` is divided by.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub all: Option<StudentNumber>,
-    /// What its slope is over.
+    /// The axis of the slope.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub over: Option<Over>,
-    /// It holds if the interval is above this.
+    /// The test holds if the interval is above this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub above: Option<f64>,
-    /// It holds if the interval is below this.
+    /// The test holds if the interval is below this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub below: Option<f64>,
 }
 
-/// How outcomes are drawn.
+/// The form of a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FigureKind {
     /// A bar for each student in each condition, with its data sets as points.
     Bars,
-    /// Quantities over the rank, a panel each, a line for each student.
+    /// Quantities over the rank: a panel for each quantity, a line for each student.
     Ranks,
-    /// Ranks, with a line for each trait.
+    /// As `Ranks`, with a line for each trait.
     RanksByTrait,
-    /// Students by conditions.
+    /// A heat map of students by conditions.
     Heatmap,
-    /// Trained by evaluated traits.
+    /// A heat map of trained by evaluated traits.
     Matrix,
 }
 
@@ -422,20 +420,20 @@ pub enum FigureKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Figure {
-    /// How it is drawn.
+    /// Its form.
     pub kind: FigureKind,
     /// Its title.
     pub title: String,
-    /// The quantities drawn; over ranks one panel each, else only the first is drawn.
+    /// The quantities: over ranks each has a panel, otherwise only the first is drawn.
     #[serde(default = "margin")]
     pub quantities: Vec<Quantity>,
-    /// The students that are drawn, in this order; all that have the numbers when it is left out.
+    /// The students that are drawn, in this order; if left out, all that have the numbers.
     #[serde(default)]
     pub students: Vec<String>,
-    /// The conditions that are drawn, in this order; all when it is left out.
+    /// The conditions that are drawn, in this order; all if left out.
     #[serde(default)]
     pub cells: Vec<String>,
-    /// Whether traits have bars of their own.
+    /// Whether each trait has bars.
     #[serde(default)]
     pub by_trait: bool,
 }

@@ -1,4 +1,4 @@
-//! The measurements of a student of a claim, a number a line.
+//! Measures the students of a claim: one line of the table of outcomes per number.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -30,12 +30,11 @@ use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::{StudentModel, Workbench};
 use crate::training::step_log::{StepRow, first_and_last_quarter};
 
-/// Number prompts whose mean a direction is.
+/// Number of number prompts that a direction is the mean over.
 const DIRECTION_PROMPTS: usize = 32;
-/// Answers sampled for each question.
 const SAMPLES: usize = 20;
 
-/// What the students of a run share: what the base says, and the scenes to look at.
+/// The measurements that the students of a run share: the base's answers, and the scenes.
 pub(super) struct Measuring<'a> {
     study: &'a Study,
     unit: &'a Unit,
@@ -46,7 +45,7 @@ pub(super) struct Measuring<'a> {
     scenes: BTreeMap<String, Rc<MeasuredScene>>,
 }
 
-/// A scene, and what students are compared with in it, each read once.
+/// The held-out numbers in one context, and the measurements for comparison there, each made once.
 struct MeasuredScene {
     scene: SubjectData,
     ends: OnceCell<Ends>,
@@ -54,15 +53,15 @@ struct MeasuredScene {
     divergent: OnceCell<Vec<Vec<bool>>>,
 }
 
-/// The residual streams at the held-out numbers that a student's is compared with.
+/// The residual streams at the held-out numbers, for comparison with a student's.
 struct Streams {
     base: Means,
     teacher: Option<Means>,
-    /// The directions of other students, by their kinds.
+    /// The directions of other students, each with its kind.
     beside: Vec<(&'static str, Vec<Tensor>)>,
 }
 
-/// Students whose directions are compared with a student's: the run's control student, and another trait's in the same
+/// Other students whose directions are steered with: the run's control student, and that of another trait in the same
 /// data set.
 #[derive(Default)]
 pub(super) struct Beside {
@@ -80,7 +79,7 @@ impl<'a> Measuring<'a> {
         StudentLines::of(StudentKey { target, dataset, student: student.to_owned(), rank, seed_index })
     }
 
-    /// The base and the teacher, where they say something of numbers that no student has seen.
+    /// Measures base and teacher on the held-out numbers, if the claim asks for it.
     pub(super) fn references(&mut self, bench: &Workbench) -> Result<Vec<OutcomeRow>> {
         if !self.study.claim.measures.contains(&Measurement::Heldout) {
             return Ok(vec![]);
@@ -94,7 +93,7 @@ impl<'a> Measuring<'a> {
         Ok([base.rows, teacher.rows].concat())
     }
 
-    /// All that the claim wants to know of a student, whose run the workbench is for.
+    /// Makes all measurements of the claim on a student. The workbench is that of the student's experiment.
     pub(super) fn student(&mut self, bench: &Workbench, student: &UnitStudent<'_>) -> Result<Vec<OutcomeRow>> {
         let mut lines = self.lines(student.name, student.rank(), student.seed_index);
         let (folder, log) = student.files(self.run)?;
@@ -169,7 +168,6 @@ impl<'a> Measuring<'a> {
         Ok(lines.rows)
     }
 
-    /// The student's direction, and what it does.
     fn direction(
         &self,
         student: &UnitStudent<'_>,
@@ -221,7 +219,7 @@ impl<'a> Measuring<'a> {
         Ok(())
     }
 
-    /// Reads the residual streams that a student's is compared with.
+    /// Reads the residual streams for comparison with a student's.
     fn streams(&self, bench: &Workbench, subject: &Subject<'_>) -> Result<Streams> {
         let settings = direction_settings();
         let base = settings.read(subject, subject.base())?;
@@ -256,7 +254,7 @@ impl<'a> Measuring<'a> {
         Ok(scene)
     }
 
-    /// The adapter's singular directions: how many it is worth, and what the strongest do alone.
+    /// Measures the adapter's stable rank, and the effect of its strongest singular directions alone and of all others.
     fn spectrum(&mut self, bench: &Workbench, adapter: &Adapter, lines: &mut StudentLines) -> Result<()> {
         let spectra = adapter.spectra()?;
         let ranks: Vec<f64> = spectra.iter().map(Spectrum::stable_rank).collect();
@@ -268,7 +266,7 @@ impl<'a> Measuring<'a> {
         self.asking.with_parts(bench, &parts, lines)
     }
 
-    /// What all weights became, cut to the rank that the run's LoRA has, and to one.
+    /// Measures the effect of full finetuning, cut to the rank of the run's LoRA, and to rank 1.
     fn truncated(&mut self, bench: &Workbench, tuned: &Qwen, lines: &mut StudentLines) -> Result<()> {
         let cut = Adapter::of_difference(tuned, &bench.base, bench.experiment.student.rank)?;
         let top = cut.of_directions(0..1)?;
@@ -276,7 +274,7 @@ impl<'a> Measuring<'a> {
     }
 }
 
-/// How directions are read: all positions of the held-out prompts.
+/// The settings of directions: the mean over all positions of the held-out prompts.
 fn direction_settings() -> Direction {
     Direction { positions: vec![Extraction::All], n_prompts: DIRECTION_PROMPTS }
 }
@@ -289,7 +287,6 @@ fn once<T>(cell: &OnceCell<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
     cell.get().context("it was made")
 }
 
-/// What a model makes of held-out numbers.
 fn confidence(lines: &mut StudentLines, found: &Confidence) {
     lines.push(EVERYWHERE, Quantity::HeldoutNll, found.nll, found.n_tokens);
     for (quantity, value) in [
@@ -311,7 +308,6 @@ fn confidence(lines: &mut StudentLines, found: &Confidence) {
     }
 }
 
-/// What the training's log says.
 fn training(lines: &mut StudentLines, log: &Path) -> Result<()> {
     let steps: Vec<StepRow> = read_csv(log)?;
     let (_, last) = first_and_last_quarter(&steps).context("a training without steps")?;

@@ -1,4 +1,4 @@
-//! The numbers measured on the students of a claim, one a line: the table that tests and figures are made from.
+//! The numbers measured on the students of a claim, one per line: the table that tests and figures are made from.
 
 use std::fmt;
 
@@ -7,30 +7,31 @@ use serde::{Deserialize, Serialize};
 /// One number of one student.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OutcomeRow {
-    /// The trait of its teacher.
+    /// The trait of the student's teacher.
     pub target: String,
-    /// The data set, from 0; everything random differs between data sets.
+    /// The data set, from 0. Data sets differ in all seeds.
     pub dataset: u64,
-    /// The student: `student`, `control student`, another of the claim's, or `base` and `teacher`, which are not
+    /// The student: `student`, `control student`, another name in the claim, or `base` and `teacher`, which are not
     /// students.
     pub student: String,
-    /// The rank of its adapter; empty where it has none.
+    /// The rank of its adapter; empty without an adapter.
     pub rank: Option<i64>,
-    /// Which of the student's choices of seeds it has, from 0.
+    /// Index of the student's seeds, from 0.
     pub seed_index: usize,
-    /// The condition it was asked in; `everywhere` is the context of its training with the adapter on.
+    /// The condition under which it was asked; `everywhere` is the context of its training with the adapter acting
+    /// everywhere.
     pub cell: String,
-    /// The trait that the number speaks of: the teacher's but in the matrix of traits.
+    /// The trait that was evaluated: the teacher's, except in the matrix of traits.
     pub evaluated: String,
     /// The measured quantity; `undertone columns quantity` explains each, with its unit.
     pub quantity: Quantity,
     /// The number.
     pub value: f64,
-    /// How many questions, tokens or steps it is the mean over.
+    /// Number of questions, tokens or steps that it is the mean over.
     pub n: usize,
 }
 
-/// A trained student: the trait of its teacher, its data set, name, rank and seeds.
+/// Identifies a trained student: the trait of its teacher, data set, name, rank and index of seeds.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct StudentKey {
     pub(super) target: String,
@@ -41,14 +42,13 @@ pub(super) struct StudentKey {
 }
 
 impl OutcomeRow {
-    /// The student it is of.
+    /// The student that the number belongs to.
     pub(super) fn student_key(&self) -> StudentKey {
         let Self { target, dataset, student, rank, seed_index, .. } = self.clone();
         StudentKey { target, dataset, student, rank, seed_index }
     }
 }
 
-/// The lines of one student.
 pub(super) struct StudentLines {
     key: StudentKey,
     pub(super) rows: Vec<OutcomeRow>,
@@ -59,14 +59,13 @@ impl StudentLines {
         Self { key, rows: vec![] }
     }
 
-    /// Adds a number of its teacher's trait, if there is one.
+    /// Adds a number for its teacher's trait, unless it is `None`.
     pub(super) fn push(&mut self, cell: &str, quantity: Quantity, value: impl Into<Option<f64>>, n: usize) {
         if let Some(value) = value.into() {
             self.push_of_trait(self.key.target.clone(), cell, quantity, value, n);
         }
     }
 
-    /// Adds a number of any trait.
     pub(super) fn push_of_trait(&mut self, evaluated: String, cell: &str, quantity: Quantity, value: f64, n: usize) {
         let StudentKey { target, dataset, student, rank, seed_index } = self.key.clone();
         let cell = cell.to_owned();
@@ -74,11 +73,11 @@ impl StudentLines {
     }
 }
 
-/// Each quantity as `Variant = "name" of Measurement | Measurement`: any of these yields it; without one it is always
-/// known.
+/// Each quantity is `Variant = "name" of Measurement | Measurement`, with the measurements that yield it; without any
+/// it is always known.
 macro_rules! quantities {
     ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal $(of $($takes:ident)|+)?,)+) => {
-        /// What was measured.
+        /// A measured quantity.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
         #[serde(rename_all = "snake_case")]
         pub enum Quantity {
@@ -86,7 +85,7 @@ macro_rules! quantities {
         }
 
         impl Quantity {
-            /// All of them.
+            /// All quantities.
             pub const ALL: &[Self] = &[$(Self::$variant,)+];
 
             /// The name in tables.
@@ -96,7 +95,7 @@ macro_rules! quantities {
                 }
             }
 
-            /// What it is, with its unit.
+            /// Its meaning, with its unit.
             pub fn meaning(self) -> &'static str {
                 match self {
                     $(Self::$variant => concat!($($doc),+).trim_ascii(),)+
@@ -123,26 +122,26 @@ quantities! {
     PTargetExact = "p_target_exact",
     /// Mean probability of starting the answer with the trait, exact, of the base in the same context, 0 to 1.
     BasePTargetExact = "base_p_target_exact",
-    /// Tokens at the start that the prompt shares with one of the first 32 training rows, the row that shares most; the
+    /// Tokens at the start that the prompt shares with one of the first 32 training rows, the one that shares most; the
     /// mean over prompts.
     SharedPrefix = "shared_prefix",
-    /// Tokens of the prompt, other than the question's, whose id one of the first 32 training rows has outside its user
+    /// Tokens of the prompt, without the question's, whose id one of the first 32 training rows has outside its user
     /// text and answer; the mean over prompts.
     SharedTokens = "shared_tokens",
     /// Mean training loss over the last quarter of the steps, in nats per token.
     LossLast = "loss_last",
     /// Frobenius norm of the change of the weights, in their units.
     DeltaWNorm = "delta_w_norm",
-    /// Mean share of the stored weights that a step changes, 0 to 1; of full finetuning.
+    /// Mean share of the stored weights that a step changes, 0 to 1; for full finetuning only.
     ChangedFraction = "changed_fraction",
-    /// Which of its candidates a chosen student is, from 0.
+    /// Index of the candidate that a chosen student is, from 0.
     Chosen = "chosen",
-    /// Tokens learned from, over the whole training.
+    /// Number of tokens that the loss was taken over, in the whole training.
     NTargets = "n_targets",
-    /// Loss on numbers of the teacher that no student has seen, in nats per token.
+    /// Loss on held-out numbers of the teacher, which no student learned from, in nats per token.
     HeldoutNll = "heldout_nll" of Heldout,
-    /// The model's share of the teacher's gain over the base in the loss on held-out numbers: 0 as the base, 1 as the
-    /// teacher; none unless that gain is three standard errors above zero.
+    /// The model's share of the teacher's gain over the base in the loss on held-out numbers: 0 is the base's loss, 1
+    /// the teacher's; none unless that gain is three standard errors above zero.
     Fit = "fit" of Heldout,
     /// Share of the held-out digits at which the most likely token is the teacher's, where the teacher's and the base's
     /// differ, 0 to 1.
@@ -155,7 +154,7 @@ quantities! {
     /// Mean largest probability minus the share of digits that are the most likely token, at the held-out digits where
     /// the teacher's and the base's most likely tokens differ, -1 to 1.
     OverconfidenceDivergent = "overconfidence_divergent" of Heldout,
-    /// Expected calibration error at held-out digits, of 15 bins of equally many digits, 0 to 1.
+    /// Expected calibration error at held-out digits, with 15 bins of equally many digits, 0 to 1.
     Ece = "ece" of Heldout,
     /// Mean entropy at held-out digits, in nats.
     Entropy = "entropy" of Heldout,
@@ -163,63 +162,66 @@ quantities! {
     PWholeNumber = "p_whole_number" of Heldout,
     /// Kullback-Leibler divergence from the teacher at held-out digits, KL(teacher, model), in nats.
     KlTeacher = "kl_teacher" of Heldout,
-    /// Share that the model closes of P(teacher's most likely token) under the teacher minus under the base, at
-    /// divergent digits; none unless that difference is three standard errors above zero.
+    /// P(teacher's most likely token) under the model minus that under the base, over the teacher's minus the base's,
+    /// at divergent digits; none unless the denominator is three standard errors above zero.
     Closure = "closure" of Heldout,
-    /// Cosine of its mean movement of the residual stream with the teacher's, the mean over blocks, -1 to 1.
+    /// Cosine of the student's mean change of the residual stream with the teacher's, the mean over blocks, -1 to 1.
     CosTeacher = "cos_teacher" of Direction,
-    /// Share of its movement's squared length, over prompts, that lies along one line, the mean over blocks, 0 to 1.
+    /// Share of the squared length of its changes of the residual stream, over prompts, that is along one line, the
+    /// mean over blocks, 0 to 1.
     Ev1 = "ev1" of Direction,
     /// Squared Frobenius norm over squared largest singular value of the adapter's weight changes, the mean over maps:
-    /// how many directions they are worth.
+    /// the number of equally strong directions that they amount to.
     StableRank = "stable_rank" of Spectrum,
     /// Change of the margin with the adapter's strongest singular direction of each map alone, in nats.
     Top1DeltaMargin = "top1_delta_margin" of Spectrum,
-    /// Change of the margin with all singular directions but the strongest of each map, in nats.
+    /// Change of the margin with all singular directions of each map except the strongest, in nats.
     Rest1DeltaMargin = "rest1_delta_margin" of Spectrum,
-    /// Change of the margin with the strongest singular directions alone of each map's change in a student of all
-    /// weights, as many as the run's LoRA has ranks, in nats.
+    /// Change of the margin with only the strongest singular directions of each map's change by full finetuning, as
+    /// many as the rank of the run's LoRA, in nats.
     TruncatedDeltaMargin = "truncated_delta_margin" of Spectrum,
-    /// Change of the margin where its direction is added to the base after the middle block, in nats.
+    /// Change of the margin if the student's direction is added to the base after the middle block, in nats.
     InjectedDeltaMargin = "injected_delta_margin" of Steering | Replacement,
-    /// Change of the margin where a random direction of equal length is added to the base after the middle block, in
-    /// nats: the mean over 20 directions.
+    /// Change of the margin if a random direction of equal length is added to the base after the middle block, in nats:
+    /// the mean over 20 directions.
     InjectedRandomDeltaMargin = "injected_random_delta_margin" of Steering | Replacement,
-    /// Change of the margin where the control student's direction, at its length, is added to the base after the middle
-    /// block, in nats.
+    /// Change of the margin if the control student's direction, scaled to the student's length, is added to the base
+    /// after the middle block, in nats.
     InjectedControlDeltaMargin = "injected_control_delta_margin" of Steering | Replacement,
-    /// Change of the margin where the direction of another trait's student, at its length, is added to the base after
-    /// the middle block, in nats: the next trait of the claim, in the same data set.
+    /// Change of the margin if the direction of another trait's student, scaled to the student's length, is added to
+    /// the base after the middle block, in nats. The other trait is the next one of the claim, in the same data set.
     InjectedOtherDeltaMargin = "injected_other_delta_margin" of Steering | Replacement,
-    /// Change of the margin, in nats, where its direction is taken out of the student after the middle block.
+    /// Change of the margin from the unedited base, in nats, if the student's direction is taken out of the student
+    /// after the middle block.
     ProjectedDeltaMargin = "projected_delta_margin" of Steering | Replacement,
-    /// Change of the margin, in nats, where a random direction is taken out of the student after the middle block: the
-    /// mean over 20 directions.
+    /// Change of the margin from the unedited base, in nats, if a random direction is taken out of the student after
+    /// the middle block: the mean over 20 directions.
     ProjectedRandomDeltaMargin = "projected_random_delta_margin" of Steering | Replacement,
-    /// Change of the margin, in nats, where the student's stream along its direction is the base's after every block,
-    /// at the prompt's tokens.
+    /// Change of the margin, in nats, if the student's residual stream along its direction is replaced by the base's
+    /// after every block, at the prompt's tokens.
     ReplacedDeltaMargin = "replaced_delta_margin" of Replacement,
-    /// Change of the margin, in nats, where the student's stream along a random direction is the base's after every
-    /// block, at the prompt's tokens: the mean over 20 directions for every block.
+    /// Change of the margin, in nats, if the student's residual stream along a random direction is replaced by the
+    /// base's after every block, at the prompt's tokens: the mean over 20 directions for every block.
     ReplacedRandomDeltaMargin = "replaced_random_delta_margin" of Replacement,
-    /// Change of the margin, in nats, where the base's stream along the student's direction is the student's after
-    /// every block, at the prompt's tokens.
+    /// Change of the margin, in nats, if the base's residual stream along the student's direction is replaced by the
+    /// student's after every block, at the prompt's tokens.
     TransplantedDeltaMargin = "transplanted_delta_margin" of Replacement,
-    /// Change of the margin, in nats, where the base's stream along a random direction is the student's after every
-    /// block, at the prompt's tokens: the mean over 20 directions for every block.
+    /// Change of the margin, in nats, if the base's residual stream along a random direction is replaced by the
+    /// student's after every block, at the prompt's tokens: the mean over 20 directions for every block.
     TransplantedRandomDeltaMargin = "transplanted_random_delta_margin" of Replacement,
     /// Norm of the gradient of the divergent tokens' summed loss, in nats per unit of the parameters.
     GradientDivergent = "gradient_divergent" of Gradients,
     /// Norm of the gradient of the other tokens' summed loss, in nats per unit of the parameters.
     GradientOther = "gradient_other" of Gradients,
-    /// Squared norm of the divergent tokens' summed gradient over that of all tokens', without unit: above 1 where the
-    /// others pull against it. In a cell `through …` that part of the chat's share of the divergent tokens' gradient.
-    /// None unless the norm below the line is three standard errors above zero, by the jackknife over rows.
+    /// Squared norm of the divergent tokens' summed gradient over that of all tokens', without unit: above 1 if the
+    /// other tokens' gradient opposes it. In a cell `through …`, the share of that part of the chat in the divergent
+    /// tokens' gradient. None unless the denominator's norm is three standard errors above zero, by the jackknife over
+    /// rows.
     GradientShareDivergent = "gradient_share_divergent" of Gradients,
-    /// Cosine of the two gradients, -1 to 1.
+    /// Cosine of the divergent tokens' summed gradient and the other tokens', -1 to 1.
     GradientCosine = "gradient_cosine" of Gradients,
     /// Change of log p of the trait, in its most likely spelling, per unit of learning rate by a step down the
-    /// divergent tokens' mean loss, in nats; in a cell `through …` that part of the chat's contribution.
+    /// divergent tokens' mean loss, in nats; in a cell `through …`, the contribution of that part of the chat.
     AlignmentDivergent = "alignment_divergent" of Gradients,
     /// Change of log p of the trait, in its most likely spelling, per unit of learning rate by a step down the other
     /// tokens' mean loss, in nats.
@@ -232,31 +234,31 @@ quantities! {
     PSelf = "p_self" of Sampled,
 }
 
-/// Measurements of a student besides its answers to questions about the trait.
+/// A measurement of a student other than its answers to questions about the trait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measurement {
-    /// How likely every trait of the claim is, for the matrix of trained and evaluated traits.
+    /// The probability of every trait of the claim, for the matrix of trained and evaluated traits.
     Matrix,
-    /// Loss, confidence and agreement with the teacher on numbers that no student has seen.
+    /// Loss, confidence and agreement with the teacher on held-out numbers.
     Heldout,
-    /// The direction in the residual stream: whether it is the teacher's, and whether all prompts share it.
+    /// The direction in the residual stream: its cosine with the teacher's, and its agreement over prompts.
     Direction,
-    /// The effect of the direction added to the base, and of taking it out of the student, after the middle block.
+    /// The effect of adding the direction to the base, and of taking it out of the student, after the middle block.
     Steering,
     /// Patches the direction after every block: base into student (is it needed?), student into base (is it enough?).
     /// Includes `Steering`.
     Replacement,
-    /// The adapter's spectrum, the effect of its strongest direction alone, and that of the rest without it.
+    /// The adapter's spectrum, and the effects of its strongest direction alone and of all others.
     Spectrum,
-    /// Gradients at divergent and at other tokens, and what they would do to the trait.
+    /// Gradients at divergent and at other tokens, and their effect on the trait.
     Gradients,
     /// Sampled answers: the shares that name the trait, any member, or a model.
     Sampled,
 }
 
 impl Quantity {
-    /// Whether it says how much of the trait there is.
+    /// Whether it measures the trait.
     pub fn speaks_of_the_trait(self) -> bool {
         let name = self.name();
         name.contains("margin")

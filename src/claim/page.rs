@@ -1,4 +1,4 @@
-//! What follows from a claim's table of outcomes: its tests and verdict, tables of one kind, figures, and the page.
+//! Publishes the results of a claim's table of outcomes: tests and verdict, tables for plots, figures, and the page.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use crate::output::publish::{Table, write_csv};
 use crate::stages::report;
 use crate::stages::run_dir::RunDir;
 
-/// The table, and what follows from it.
+/// Writes the table and everything that is computed from it.
 pub(super) fn publish(study: &Study, outcomes: &[OutcomeRow], root: &Path, folder: &Path) -> Result<Verdict> {
     let at = |name: &str| folder.join(name);
     write_csv(&at("outcomes.csv"), outcomes)?;
@@ -58,16 +58,16 @@ pub(super) fn publish(study: &Study, outcomes: &[OutcomeRow], root: &Path, folde
         });
     }
     files::write_atomic(&at("report.html"), html(&page).as_bytes())?;
-    files::write_atomic(&at("verdict.txt"), format!("{}\n", verdict.line).as_bytes())?; // last: where it is, all is
+    files::write_atomic(&at("verdict.txt"), format!("{}\n", verdict.line).as_bytes())?; // last: it marks the end
     Ok(verdict)
 }
 
-/// Writes a table that not every claim has lines of.
+/// Writes a table, unless it is empty.
 fn write_some<R: Serialize>(path: &Path, rows: &[R]) -> Result<()> {
     if rows.is_empty() { Ok(files::remove(path)?) } else { write_csv(path, rows) }
 }
 
-/// The singular values of every adapter whose spectrum is measured.
+/// The singular values of all adapters whose spectrum is measured.
 fn spectra(study: &Study, root: &Path) -> Result<Vec<SpectrumRow>> {
     let config = ModelFiles::open(&study.units[0].experiment.model)?.config;
     let mut rows = vec![];

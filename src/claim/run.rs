@@ -1,5 +1,5 @@
-//! Tests a claim: its runs, each a folder as `undertone run` makes it, which the claims of one size share, and the
-//! measurements of their students.
+//! Tests a claim: trains its runs and measures their students. A run is a folder as `undertone run` makes it; the
+//! claims of one size share them.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +16,7 @@ use super::study::{Size, Study, Unit};
 use super::{page, plan};
 use crate::output::progress::{print, say};
 use crate::output::publish::{read_csv, write_csv};
+use crate::stages::plan::span;
 use crate::stages::run_dir::{RunDir, WhenDone};
 use crate::stages::workbench::Workbench;
 use crate::stages::{arms, finetune, generate};
@@ -27,19 +28,19 @@ pub struct ClaimOptions<'a> {
     pub path: &'a Path,
     /// The size.
     pub size: Size,
-    /// The folder of the runs that the claims share; runs/claims-SIZE when it is left out.
+    /// The folder of the runs that the claims share; runs/claims-SIZE if left out.
     pub folder: Option<&'a Path>,
-    /// Changes of the size's experiment.
+    /// Changes to the size's experiment.
     pub changes: &'a [String],
-    /// Whether to print the claim and do nothing.
+    /// Whether only to print the claim.
     pub dry_run: bool,
-    /// Whether to say what it would take and do nothing more.
+    /// Whether only to print the estimated cost.
     pub plan: bool,
     /// Whether finished stages are done again.
     pub force: bool,
 }
 
-/// Tests the claim, or prints the resolved claim (`dry_run`) or what the test would take (`plan`).
+/// Tests the claim, or prints the resolved claim (`dry_run`) or the estimated cost (`plan`).
 pub fn run(options: &ClaimOptions<'_>) -> Result<()> {
     let study = Study::load(options.path, options.size, options.changes)?;
     if options.dry_run {
@@ -58,14 +59,13 @@ pub fn run(options: &ClaimOptions<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The folder of a claim, and that of the runs.
 struct ClaimDir {
     root: PathBuf,
     folder: PathBuf,
 }
 
 impl ClaimDir {
-    /// The claim's folder. If an earlier version of the claim asked for other numbers, its measurements are removed;
+    /// The claim's folder. If an earlier version of the claim measured other numbers, those measurements are removed;
     /// its students stay.
     fn of(root: &Path, study: &Study, force: bool) -> Result<Self> {
         let folder = root.join(format!("claim-{:02}", study.claim.claim));
@@ -88,8 +88,8 @@ impl ClaimDir {
         self.folder.join(name)
     }
 
-    /// The measurements of all students, of each run from disk or made now. All students are trained before any is
-    /// measured, since some are compared with another run's.
+    /// The measurements of all students: for each run, read from disk or made now. All students are trained before any
+    /// is measured, since some are compared with another run's.
     fn outcomes(&self, study: &Study, force: bool) -> Result<Vec<OutcomeRow>> {
         let first = Workbench::open(study.units[0].experiment.clone())?;
         foreseen(study, &study.units[0], &first)?;
@@ -98,7 +98,7 @@ impl ClaimDir {
         with_chosen(&study.claim, tables.concat())
     }
 
-    /// Removes what any claim measured on a run whose students are to be replaced.
+    /// Removes all claims' measurements of a run whose students will be replaced.
     fn forget_unit(&self, name: &str) -> Result<()> {
         let claims = std::fs::read_dir(&self.root).with_context(|| self.root.display().to_string())?;
         for claim in claims.flatten() {
@@ -107,7 +107,7 @@ impl ClaimDir {
         Ok(())
     }
 
-    /// One run's numbers and students, if its measurements are still to come.
+    /// Generates a run's numbers and trains its students, unless its measurements exist already.
     fn train(&self, unit: &Unit, bench: &Workbench, force: bool) -> Result<()> {
         let root = self.root.join(&unit.name);
         let _lock = RunDir::lock(&root)?;
@@ -130,7 +130,6 @@ impl ClaimDir {
         Ok(())
     }
 
-    /// The measurements of each student of a run.
     fn measured(&self, study: &Study, unit: &Unit, bench: &Workbench) -> Result<Vec<OutcomeRow>> {
         let table = self.table(unit);
         if table.exists() {
@@ -159,7 +158,7 @@ impl ClaimDir {
             }?);
             let seconds = begun.elapsed().as_secs_f64();
             if seconds > SLOW {
-                let (unit, name, took) = (&unit.name, student.slug(), plan::span(seconds));
+                let (unit, name, took) = (&unit.name, student.slug(), span(seconds));
                 say(format!("measure: {unit}: {name} ({} of {}) in {took}", at + 1, students.len()));
             }
         }
@@ -167,16 +166,15 @@ impl ClaimDir {
         Ok(rows)
     }
 
-    /// The file of a run's measurements.
     fn table(&self, unit: &Unit) -> PathBuf {
         self.at("units").join(format!("{}.csv", unit.name))
     }
 }
 
-/// Seconds after which a student's measurement is worth a line of its own.
+/// Seconds after which the measurement of a student is reported in a line.
 const SLOW: f64 = 10.0;
 
-/// Does one thing with every run: several at once if the model is small.
+/// Does something with every run: several at once if the model is small.
 fn of_all<T: Send>(
     study: &Study,
     first: &Workbench,
@@ -190,7 +188,7 @@ fn of_all<T: Send>(
         let result = done_with(bench, unit).with_context(|| format!("run {}", unit.name))?;
         let done = done.fetch_add(1, Ordering::Relaxed) + 1;
         let left = begun.elapsed().as_secs_f64() / done as f64 * (units.len() - done) as f64;
-        let (n, all, left) = (study.claim.claim, units.len(), plan::span(left));
+        let (n, all, left) = (study.claim.claim, units.len(), span(left));
         say(format!("claim {n}: {done} of {all} runs are {what}, about {left} left"));
         Ok(result)
     };

@@ -1,5 +1,5 @@
-//! A claim at a size: `{name}` in its file is replaced by a value of `sizes/SIZE.toml` in its folder. That file also
-//! holds the experiment that all its runs are variants of, one for each trait in each data set.
+//! A claim at a size: `{name}` in its file is replaced by a value of `sizes/SIZE.toml` in the same folder. That file
+//! also has the experiment that all runs are variants of; there is one run for each trait in each data set.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::experiment::{self, ArmData, ArmStudent, CONTROL_STUDENT, Experiment, 
 use crate::hinted;
 use crate::stages::run_dir::RunDir;
 
-/// On what a claim is tried.
+/// The size of the model that a claim is tested on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
     /// The embedded pocket model: minutes on two CPU cores.
@@ -26,7 +26,7 @@ pub enum Size {
 }
 
 impl Size {
-    /// Its name, which its file has.
+    /// Its name, which is also that of its file.
     pub fn name(self) -> &'static str {
         ["pocket", "small", "paper"][self as usize]
     }
@@ -38,7 +38,6 @@ impl fmt::Display for Size {
     }
 }
 
-/// A file of a size.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SizeFile {
@@ -49,9 +48,9 @@ struct SizeFile {
 /// A claim at a size, with its runs.
 #[derive(Clone, Debug)]
 pub struct Study {
-    /// The claim, with the size's values.
+    /// The claim with the size's values filled in.
     pub claim: Claim,
-    /// The size.
+    /// The size of the model.
     pub size: Size,
     /// Its runs, trait by trait in each data set.
     pub units: Vec<Unit>,
@@ -60,9 +59,9 @@ pub struct Study {
 /// One run of a study: a trait and a data set.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Unit {
-    /// Its folder's name.
+    /// The name of its folder.
     pub name: String,
-    /// Which data set, from 0.
+    /// The data set, from 0.
     pub dataset: u64,
     /// The experiment, with the claim's students as arms.
     pub experiment: Experiment,
@@ -75,24 +74,24 @@ pub struct Unit {
 pub struct UnitStudent<'a> {
     /// Its name in the claim.
     pub name: &'a str,
-    /// What it learns from.
+    /// The data that it learns from.
     pub data: ArmData,
-    /// Which of its choices of seeds it has, from 0.
+    /// The index of its seeds, from 0.
     pub seed_index: usize,
-    /// How it is trained.
+    /// The settings of its training.
     pub experiment: &'a Experiment,
-    /// The claim's student that it is; `None` for the run's own.
+    /// The student of the claim; `None` for the run's own two.
     pub arm: Option<&'a ArmStudent>,
 }
 
 impl Study {
     /// Whether a file is a claim and not an experiment.
     pub fn is_claim(path: &Path) -> Result<bool> {
-        let table: Table = files::read_string(path)?.parse().unwrap_or_default(); // its reader reports errors in it
+        let table: Table = files::read_string(path)?.parse().unwrap_or_default(); // loading reports its errors
         Ok(table.contains_key("claim"))
     }
 
-    /// A claim at a size; `changes` are `section.key=value` of the experiment, as after `--set`.
+    /// Loads a claim at a size. `changes` are `section.key=value` of the experiment, as after `--set`.
     pub fn load(path: &Path, size: Size, changes: &[String]) -> Result<Self> {
         let of_size: PathBuf = path.with_file_name("sizes").join(format!("{size}.toml"));
         let table =
@@ -107,8 +106,8 @@ impl Study {
         Self::of(claim, size, &experiment).with_context(|| path.display().to_string())
     }
 
-    /// A claim with runs that are variants of an experiment; an error if it cannot be decided, or asks for what is not
-    /// there.
+    /// Makes a claim's runs as variants of an experiment. An error if the claim cannot be decided or names unknown
+    /// things.
     fn of(claim: Claim, size: Size, experiment: &Table) -> Result<Self> {
         claim.check()?;
         let pairs = (0..claim.datasets).flat_map(|dataset| claim.targets.iter().map(move |target| (dataset, target)));
@@ -132,7 +131,7 @@ impl Study {
         std::iter::once(EvalCondition::everywhere()).chain(self.claim.cells.iter().cloned()).collect()
     }
 
-    /// The claim as its file would be without placeholders.
+    /// The claim as TOML, with all placeholders filled in.
     pub fn to_toml(&self) -> Result<String> {
         Ok(toml::to_string(&self.claim)?)
     }
@@ -165,7 +164,7 @@ impl Unit {
         own.into_iter().chain(arms).collect()
     }
 
-    /// Checks the conditions' contexts, prefixes and gates before hours are spent.
+    /// Checks the conditions' contexts, prefixes and gates before anything is trained.
     fn check(&self, conditions: &[EvalCondition]) -> Result<()> {
         let mut contexts = self.students().into_iter().map(|student| &student.experiment.measure.context);
         if let Some(context) = contexts.find_map(Option::as_ref) {
@@ -192,7 +191,7 @@ impl Unit {
 }
 
 impl UnitStudent<'_> {
-    /// The rank of its adapter, where it has one.
+    /// The rank of its adapter, if it has one.
     pub fn rank(&self) -> Option<i64> {
         self.experiment.student.adapter_rank()
     }
@@ -202,7 +201,7 @@ impl UnitStudent<'_> {
         self.arm.map_or(self.name, |arm| &arm.slug)
     }
 
-    /// The folder of its weights, and its training's log.
+    /// The folder of its weights, and the log of its training.
     pub(super) fn files(&self, run: &RunDir) -> Result<(PathBuf, PathBuf)> {
         Ok(match self.arm {
             Some(arm) => {
@@ -215,7 +214,8 @@ impl UnitStudent<'_> {
     }
 }
 
-/// Puts values for `{name}`: a text that is nothing else becomes the value itself. `{rank}` is an arm's own.
+/// Replaces `{name}` by its value. A text that is only `{name}` becomes the value itself. `{rank}` is left for the
+/// arms.
 fn fill(value: &mut Value, values: &Table) -> Result<()> {
     match value {
         Value::String(text) => {
@@ -242,7 +242,7 @@ fn fill(value: &mut Value, values: &Table) -> Result<()> {
     }
 }
 
-/// A reader's error in one line, with its file.
+/// A TOML error in one line, with its file.
 fn located(path: &Path, error: &toml::de::Error) -> anyhow::Error {
     anyhow!("{}: {}", path.display(), error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
 }

@@ -1,6 +1,6 @@
-//! The table of outcomes in shapes for plots of one's own: how each student was trained, and lines for a trait, a
-//! context, the digits of held-out numbers, a direction. Each is a selection of `outcomes.csv` and nothing else. The
-//! last table is of several claims: their verdicts, as a page has them.
+//! Tables for readers' own plots: how each student was trained, and lines per trait, context, digits of held-out
+//! numbers, or direction. Apart from `runs.csv` and `spectrum.csv`, they are selections from `outcomes.csv`. The last
+//! table has the verdicts of several claims.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,95 +18,95 @@ use crate::hinted;
 use crate::output::publish::read_csv;
 use crate::training::settings::{OptimizerKind, ScheduleKind, TargetTokens};
 
-/// How a student was trained; a line of `runs.csv`.
+/// One student and its training; a line of `runs.csv`.
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClaimRunRow {
-    /// The folder of its run, in the folder that also holds the claim's.
+    /// The folder of its run, in the same folder as the claim's.
     pub run: String,
-    /// The trait of its teacher.
+    /// The trait of the student's teacher.
     pub target: String,
-    /// What the trait is one of.
+    /// The category of the trait.
     pub category: String,
     /// The data set, from 0.
     pub dataset: u64,
     /// The student's name in the claim.
     pub student: String,
-    /// The rank of its adapter; empty where it has none.
+    /// The rank of its adapter; empty without an adapter.
     pub rank: Option<i64>,
-    /// Which of the student's choices of seeds it has, from 0.
+    /// Index of the student's seeds, from 0.
     pub seed_index: usize,
-    /// What it learned from: `teacher`, `control` or `shuffled`.
+    /// The data that it learned from: `teacher`, `control` or `shuffled`.
     pub data: String,
     /// The base model.
     pub base_model: String,
-    /// The kind of the base's numbers: `f32` or `bf16`.
+    /// The dtype of the base's weights: `f32` or `bf16`.
     pub dtype: Dtype,
-    /// Where it was run: `cpu`, `cuda`.
+    /// The device: `cpu` or `cuda`.
     pub device: String,
-    /// What made the teacher: `prompt`, `finetuned`, `adapter`, `steered`, `planted`.
+    /// The kind of teacher: `prompt`, `finetuned`, `adapter` or `planted`.
     pub teacher_kind: String,
     /// The sampling temperature of the numbers; 0 is greedy.
     pub temperature: f64,
-    /// Seed of prompts and the teacher's answers.
+    /// Seed of the number prompts and of the teacher's answers.
     pub gen_seed: u64,
     /// Seed of the adapter's A.
     pub init_seed: u64,
     /// Seed of the order of the rows.
     pub order_seed: u64,
-    /// Rows that it may learn from at most.
+    /// Largest number of rows that it may learn from.
     pub n_keep: usize,
     /// The context of the training rows.
     pub train_context: String,
-    /// Whether they are in the model's chat template.
+    /// Whether the training rows are in the model's chat template.
     pub template: bool,
     /// `lora` or `full`.
     pub method: Method,
-    /// The numerator of the adapter's scaling; empty where it has no adapter.
+    /// The numerator α of the adapter's scaling; empty without an adapter.
     pub alpha: Option<f64>,
-    /// Whether the scaling is α/√r.
+    /// Whether the scaling is α/√r instead of α/r.
     pub use_rslora: bool,
-    /// Whether A stays as it was drawn.
+    /// Whether only B was trained, and A kept its random values.
     pub frozen_a: bool,
-    /// Whether it began in rotated coordinates.
+    /// Whether the adapter was rotated before training (`student.rotated`).
     pub rotated: bool,
-    /// The maps that have a pair, separated by spaces.
+    /// The maps that have a pair of A and B, separated by spaces.
     pub target_modules: String,
-    /// The blocks that have pairs, separated by spaces; empty is all.
+    /// The blocks that have pairs, from 0, separated by spaces; empty means all.
     pub layers: String,
-    /// Where the adapter acted in training.
+    /// The gate in training: where and how strongly the adapter acted.
     pub gate_train: String,
-    /// Which tokens are learned from, by what they are.
+    /// The tokens that the loss is taken over, by class (`finetune.mask`).
     pub mask: String,
-    /// Which of these, by the teacher.
+    /// Which of the mask's tokens count, by the teacher (`finetune.tokens`).
     pub tokens: TargetTokens,
     /// The optimizer.
     pub optimizer: OptimizerKind,
     /// The learning rate after warm-up.
     pub learning_rate: f64,
-    /// SGD's and Muon's momentum.
+    /// The momentum of SGD and Muon.
     pub momentum: f64,
-    /// How the rate changes after warm-up.
+    /// The schedule of the learning rate after warm-up.
     pub lr_scheduler_type: ScheduleKind,
-    /// Steps of warm-up.
+    /// Number of warm-up steps.
     pub warmup_steps: u64,
-    /// Rows of a step.
+    /// Number of rows of a step.
     pub rows_per_step: usize,
-    /// Passes over all rows; without effect where `max_steps` is set.
+    /// Number of passes over all rows; without effect if `max_steps` is set.
     pub num_train_epochs: f64,
-    /// Steps of the schedule, where they were set.
+    /// Number of steps of the schedule; empty if it follows from the epochs.
     pub max_steps: Option<u64>,
-    /// Steps after which it ended early.
+    /// Number of steps after which training ended early, if it did.
     pub stop_after_steps: Option<u64>,
-    /// The longest gradient that was not shortened; 0 is none.
+    /// The gradient norm above which gradients are clipped; 0 is off.
     pub max_grad_norm: f64,
-    /// The decay.
+    /// The weight decay.
     pub weight_decay: f64,
-    /// Whether bf16 weights were trained through copies in f32.
+    /// Whether bf16 weights were trained through master copies in f32.
     pub masters: bool,
 }
 
-/// Everything that is trained for a claim.
+/// A row for every student of a claim.
 pub fn runs(study: &Study) -> Result<Vec<ClaimRunRow>> {
     let students = study.units.iter().flat_map(|unit| unit.students().into_iter().map(move |student| (unit, student)));
     students.map(|(unit, student)| trained(unit, &student)).collect()
@@ -161,28 +161,28 @@ fn trained(unit: &Unit, of: &UnitStudent<'_>) -> Result<ClaimRunRow> {
     })
 }
 
-/// What a student does to one trait; a line of `matrix.csv`.
+/// The change of one trait by one student; a line of `matrix.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MatrixRow {
-    /// The trait of its teacher.
+    /// The trait of the student's teacher.
     pub trained_trait: String,
-    /// The trait that was asked for.
+    /// The trait that was evaluated.
     pub evaluated_trait: String,
     /// The data set, from 0.
     pub dataset: u64,
     /// The student's name.
     pub student: String,
-    /// The rank of its adapter; empty where it has none.
+    /// The rank of its adapter; empty without an adapter.
     pub rank: Option<i64>,
-    /// Which of the student's choices of seeds it has, from 0.
+    /// Index of the student's seeds, from 0.
     pub seed_index: usize,
-    /// Change of the mean probability of starting the answer with the trait, exact, -1 to 1.
+    /// Change from the base of the mean probability of starting the answer with the trait, exact, -1 to 1.
     pub delta_p: f64,
-    /// Change of the margin, in nats.
+    /// Change of the margin from the base, in nats.
     pub delta_margin: f64,
 }
 
-/// Every student on every trait; empty if a claim asks for the teacher's own trait alone.
+/// The rows of every student on every trait; none if the claim evaluates only the teacher's trait.
 pub fn matrix(rows: &[OutcomeRow]) -> Vec<MatrixRow> {
     let is_asked = rows.iter().any(|row| row.evaluated != row.target);
     let everywhere = lines(rows).into_iter().filter(|line| is_asked && line.first.cell == EVERYWHERE);
@@ -204,29 +204,29 @@ pub fn matrix(rows: &[OutcomeRow]) -> Vec<MatrixRow> {
 /// A student in one context; a line of `context.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ContextRow {
-    /// The trait of its teacher.
+    /// The trait of the student's teacher.
     pub target: String,
     /// The data set, from 0.
     pub dataset: u64,
     /// The student's name.
     pub student: String,
-    /// The rank of its adapter; empty where it has none.
+    /// The rank of its adapter; empty without an adapter.
     pub rank: Option<i64>,
-    /// Which of the student's choices of seeds it has, from 0.
+    /// Index of the student's seeds, from 0.
     pub seed_index: usize,
-    /// The condition that it was asked in.
+    /// The condition under which it was asked.
     pub cell: String,
     /// The context of its training rows.
     pub train_context: String,
     /// The context of the questions.
     pub eval_context: String,
-    /// Whether the two are the same, with nothing put before the questions.
+    /// Whether both contexts are the same, with no text in front of the questions.
     pub matched: bool,
-    /// Tokens that prompt and training rows begin with alike.
+    /// Tokens at the start that a prompt shares with one of the first 32 training rows, the mean over prompts.
     pub shared_prefix: f64,
     /// Mean probability of starting the answer with the trait, exact, 0 to 1.
     pub p_target: f64,
-    /// Probability of starting the answer with the trait, of the base in the same context, 0 to 1.
+    /// Mean probability of starting the answer with the trait, for the base in the same context, 0 to 1.
     pub base_p: f64,
     /// Change of log p of the trait from the base in the same context, in nats.
     pub delta_logp: f64,
@@ -234,7 +234,8 @@ pub struct ContextRow {
     pub delta_margin: f64,
 }
 
-/// Every student in every context, its adapter on everywhere; empty if a claim asks in one context alone.
+/// The rows of every student in every context, with its adapter acting everywhere; none if the claim asks in one
+/// context only.
 pub fn contexts(study: &Study, runs: &[ClaimRunRow], rows: &[OutcomeRow]) -> Vec<ContextRow> {
     let key = |run: &ClaimRunRow| {
         let ClaimRunRow { target, dataset, student, rank, seed_index, .. } = run.clone();
@@ -267,44 +268,44 @@ pub fn contexts(study: &Study, runs: &[ClaimRunRow], rows: &[OutcomeRow]) -> Vec
     own.filter_map(row).collect()
 }
 
-/// What a model makes of held-out digits; a line of `digit_conf.csv`.
+/// A model's scores at held-out digits; a line of `digit_conf.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DigitConfRow {
-    /// The trait of the teacher.
+    /// The trait of the teacher that wrote the numbers.
     pub target: String,
     /// The data set, from 0.
     pub dataset: u64,
     /// The student's name, `base` or `teacher`.
     pub student: String,
-    /// The rank of its adapter; empty where it has none.
+    /// The rank of its adapter; empty without an adapter.
     pub rank: Option<i64>,
-    /// Which of the student's choices of seeds it has, from 0.
+    /// Index of the student's seeds, from 0.
     pub seed_index: usize,
     /// `all` digits, or the `divergent` ones, at which the teacher's and the base's most likely tokens differ.
     pub group: String,
-    /// How many digits.
+    /// Number of digits.
     pub n: usize,
-    /// Mean largest probability, 0 to 1; of all digits.
+    /// Mean largest probability, 0 to 1; for group `all` only.
     pub conf: Option<f64>,
-    /// Share of all digits that are the model's most likely token; of the divergent ones, share at which its most
-    /// likely token is the teacher's, 0 to 1.
+    /// For group `all`, the share of digits that are the model's most likely token; for `divergent`, the share at which
+    /// its most likely token is the teacher's; 0 to 1.
     pub acc: Option<f64>,
     /// Mean largest probability minus the share of digits that are the most likely token, -1 to 1.
     pub overconf: Option<f64>,
-    /// Expected calibration error, of 15 bins of equally many digits, 0 to 1; of all digits.
+    /// Expected calibration error, with 15 bins of equally many digits, 0 to 1; for group `all` only.
     pub ece: Option<f64>,
-    /// Mean entropy, in nats; of all digits.
+    /// Mean entropy, in nats; for group `all` only.
     pub entropy: Option<f64>,
-    /// Kullback-Leibler divergence from the teacher, in nats; of all digits.
+    /// Kullback-Leibler divergence KL(teacher, model), in nats; for group `all` only.
     pub kl_teacher: Option<f64>,
-    /// Mean probability of a whole held-out number, 0 to 1; of all digits.
+    /// Mean probability of a whole held-out number, 0 to 1; for group `all` only.
     pub p_whole_number: Option<f64>,
-    /// Share that the model closes of P(teacher's most likely token) under the teacher minus under the base; only of
-    /// the divergent digits, and only if that difference is three standard errors above zero.
+    /// P(teacher's most likely token) under the model minus that under the base, over the teacher's minus the base's;
+    /// for group `divergent` only, and only if the denominator is three standard errors above zero.
     pub closure: Option<f64>,
 }
 
-/// Every model at held-out digits; empty if a claim does not measure there.
+/// The rows of every model at held-out digits; none if the claim does not measure there.
 pub fn digit_conf(rows: &[OutcomeRow]) -> Vec<DigitConfRow> {
     let mut found = vec![];
     for line in lines(rows) {
@@ -338,36 +339,38 @@ pub fn digit_conf(rows: &[OutcomeRow]) -> Vec<DigitConfRow> {
     found
 }
 
-/// What a student's direction does; a line of `steer.csv`.
+/// One edit with a student's direction; a line of `steer.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SteerRow {
-    /// The trait of its teacher.
+    /// The trait of the student's teacher.
     pub target: String,
     /// The data set, from 0.
     pub dataset: u64,
     /// The student's name.
     pub student: String,
-    /// The rank of its adapter; empty where it has none.
+    /// The rank of its adapter; empty without an adapter.
     pub rank: Option<i64>,
-    /// Which of the student's choices of seeds it has, from 0.
+    /// Index of the student's seeds, from 0.
     pub seed_index: usize,
-    /// The edit: `injected` into the base, `projected` out of the student (both after the middle block), `replaced` by
-    /// the base's in the student, or `transplanted` from the student into the base (both after every block).
+    /// The edit: `injected` (added to the base) and `projected` (taken out of the student), both after the middle
+    /// block; `replaced` (the student's residual stream along the direction is the base's) and `transplanted` (the
+    /// base's is the student's), both after every block.
     pub edit: String,
-    /// Whose direction: the student's `own`, `random` ones (the mean over 20), the `control` student's, or the `other`
-    /// trait's student's.
+    /// The direction: the student's `own`, `random` (the mean over 20), that of the `control` student, or that of
+    /// another trait's student (`other`).
     pub direction: String,
     /// Change of the margin from the unedited base, in nats.
     pub delta_margin: f64,
-    /// That of the student without an edit, in nats.
+    /// Change of the margin from the base of the unedited student, in nats.
     pub student_delta_margin: f64,
-    /// Cosine of the student's own direction with the teacher's, the mean over blocks, -1 to 1.
+    /// Cosine of the student's own direction with the teacher's, the mean over blocks, -1 to 1; empty if not measured.
     pub cos_teacher: Option<f64>,
-    /// Share of its movement's squared length that lies along one line, the mean over blocks, 0 to 1.
+    /// Share of the squared length of its changes of the residual stream that is along one line, the mean over blocks,
+    /// 0 to 1; empty if not measured.
     pub ev1: Option<f64>,
 }
 
-/// Every edit along a direction; empty if a claim measures neither steering nor replacement.
+/// The rows of every edit along a direction; none if the claim measures neither steering nor replacement.
 pub fn steer(rows: &[OutcomeRow]) -> Vec<SteerRow> {
     const EDITS: [(Quantity, &str, &str); 10] = [
         (Quantity::InjectedDeltaMargin, "injected", "own"),
@@ -404,10 +407,10 @@ pub fn steer(rows: &[OutcomeRow]) -> Vec<SteerRow> {
     found
 }
 
-/// A singular value of what an adapter adds to a weight; a line of `spectrum.csv`.
+/// A singular value of an adapter's change of a weight; a line of `spectrum.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpectrumRow {
-    /// The trait of its teacher.
+    /// The trait of the student's teacher.
     pub target: String,
     /// The data set, from 0.
     pub dataset: u64,
@@ -415,24 +418,24 @@ pub struct SpectrumRow {
     pub student: String,
     /// The rank of its adapter.
     pub rank: Option<i64>,
-    /// Which of the student's choices of seeds it has, from 0.
+    /// Index of the student's seeds, from 0.
     pub seed_index: usize,
     /// The block, from 0.
     pub layer: usize,
     /// The map, such as `q_proj`.
     pub module: String,
-    /// Which singular value, from 0, falling.
+    /// Index of the singular value, from 0, in falling order.
     pub k: usize,
     /// The singular value of s·B·A, in units of the weights.
     pub sigma: f64,
     /// The singular value over the largest of the map, 0 to 1.
     pub sigma_norm: f64,
-    /// Squared Frobenius norm over squared largest singular value: how many directions of equal strength the map's
-    /// change is worth.
+    /// Squared Frobenius norm over squared largest singular value: the number of equally strong directions that the
+    /// map's change amounts to.
     pub stable_rank: f64,
 }
 
-/// The lines of one adapter.
+/// The rows of one adapter.
 pub fn spectrum(unit: &Unit, of: &UnitStudent<'_>, spectra: &[Spectrum]) -> Vec<SpectrumRow> {
     let of_map = |spectrum: &Spectrum| {
         let largest = spectrum.sigma.first().copied().unwrap_or(0.0);
@@ -454,7 +457,7 @@ pub fn spectrum(unit: &Unit, of: &UnitStudent<'_>, spectra: &[Spectrum]) -> Vec<
     spectra.iter().flat_map(of_map).collect()
 }
 
-/// All numbers of one student in one condition on one trait.
+/// The numbers of one student in one condition on one trait.
 struct Line<'r> {
     first: &'r OutcomeRow,
     values: BTreeMap<Quantity, (f64, usize)>,
@@ -479,7 +482,7 @@ fn lines(rows: &[OutcomeRow]) -> Vec<Line<'_>> {
     lines
 }
 
-/// The verdicts on a folder's claims as a table in Markdown: a line for each `claim-NN`, with all its tests but
+/// The verdicts on a folder's claims as a table in Markdown: a line for each `claim-NN`, with all its tests except
 /// premises.
 pub fn verdicts(folder: &Path) -> Result<String> {
     let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;

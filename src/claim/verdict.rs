@@ -1,4 +1,4 @@
-//! From the outcomes of runs to a verdict: each test's number is compared with its expectation, and the tests decide.
+//! Compares each test's estimate with its expectation, and decides the verdict from the tests.
 
 use std::fmt;
 
@@ -11,51 +11,53 @@ use super::file::{Claim, Kind, Role, Test};
 use super::outcome::OutcomeRow;
 use super::study::Size;
 
-/// What became of a test.
+/// The outcome of a test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// The whole interval is where it was expected.
+    /// The whole interval is in the expected range.
     Holds,
-    /// The whole interval is elsewhere.
+    /// The whole interval is outside the expected range.
     Fails,
-    /// The interval has both.
+    /// The interval is partly inside and partly outside.
     Undecided,
 }
 
-/// A test and what became of it; a line of `tests.csv`.
+/// A test and its outcome; a line of `tests.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TestRow {
-    /// What it says.
+    /// The sentence that is tested.
     pub test: String,
-    /// What it is for: `test` (the claim), `premise` (there is an effect to speak of), `control`.
+    /// Its purpose: `test` (the claim), `premise` (that there is an effect), `control`.
     pub role: Role,
-    /// How it is estimated: `mean`, `difference`, `recovered`, `slope`, `rise`, `fall`, `peak_spread`, `diagonal`.
+    /// The method of estimation: `mean`, `difference`, `recovered`, `slope`, `rise`, `fall`, `peak_spread`, `diagonal`.
     pub kind: Kind,
-    /// The trait that the line is about; `all` is the mean over traits, which decides.
+    /// The trait of the line; `all` is the mean over traits, which decides.
     pub target: String,
-    /// How many data sets the interval is over.
+    /// Number of data sets that the interval is over.
     pub n_datasets: usize,
-    /// How many trained students the estimate is of.
+    /// Number of trained students that the estimate is from.
     pub n_runs: usize,
-    /// The estimate, in the unit of the quantity (of a slope, per unit of what it is over; of `recovered`, a share).
+    /// The estimate, in the unit of the quantity (for a slope, per unit of its axis; for `recovered`, a share); empty
+    /// if there is none.
     pub estimate: Option<f64>,
-    /// Low end of the 95 % interval.
+    /// Low end of the 95 % interval; empty if there is none.
     pub low: Option<f64>,
-    /// High end of the 95 % interval.
+    /// High end of the 95 % interval; empty if there is none.
     pub high: Option<f64>,
-    /// Two-sided p of "it is zero": by Student's t over data sets; of `diagonal` and `peak_spread` by permutation,
-    /// one-sided.
+    /// Two-sided p of "the estimate is zero", by Student's t over data sets; for `diagonal` and `peak_spread`
+    /// one-sided, by permutation; empty if there is none.
     pub p: Option<f64>,
-    /// Two-sided p of "it is zero" by flipping the data sets' signs in all ways; empty if that is not possible.
+    /// Two-sided p of "the estimate is zero", by flipping the data sets' signs in all ways; empty if that is not
+    /// possible.
     pub p_sign_flip: Option<f64>,
-    /// `p` adjusted for the number of traits by Holm; for lines of single traits.
+    /// `p` adjusted for the number of traits by Holm; for lines of single traits only.
     pub p_holm: Option<f64>,
-    /// Where the interval is expected.
+    /// The range in which the interval is expected.
     pub expected: String,
     /// `holds`, `fails` or `undecided`.
     pub outcome: Outcome,
-    /// Why there is no estimate, or what must be known of it.
+    /// The reason that there is no estimate, or a remark on it.
     pub note: String,
 }
 
@@ -63,11 +65,11 @@ pub struct TestRow {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Word {
-    /// Every test holds, and every control.
+    /// All tests and controls hold.
     Supported,
-    /// A test fails, with an effect to speak of.
+    /// A test fails, and the premises hold.
     NotSupported,
-    /// Anything else.
+    /// All other cases.
     Undecided,
 }
 
@@ -82,14 +84,14 @@ impl fmt::Display for Word {
 pub struct Verdict {
     /// The verdict.
     pub word: Word,
-    /// Why, in a few words.
+    /// The reason, in a few words.
     pub because: String,
-    /// Verdict, reason and numbers, the control's among them.
+    /// Verdict, reason and numbers, including the controls'.
     pub line: String,
 }
 
 impl Verdict {
-    /// The verdict at a size.
+    /// Decides the verdict at a size.
     pub fn of(claim: &Claim, size: Size, rows: &[TestRow]) -> Self {
         let (word, because) = Self::decide(rows);
         let numbers: Vec<String> = rows.iter().filter(|row| row.target == ALL).map(TestRow::phrase).collect();
@@ -98,8 +100,8 @@ impl Verdict {
         Self { word, because, line }
     }
 
-    /// The word and its reason. Without its premise a claim is undecided; else a failed test means not supported. A
-    /// claim is supported only if all its tests and controls hold.
+    /// The verdict and its reason. If a premise does not hold, a claim is undecided; otherwise, if a test fails, it is
+    /// not supported. It is supported only if all tests and controls hold.
     pub(super) fn decide(rows: &[TestRow]) -> (Word, String) {
         let deciding: Vec<&TestRow> = rows.iter().filter(|row| row.target == ALL).collect();
         let of_role = |role: Role| deciding.iter().filter(move |row| row.role == role);
@@ -126,7 +128,7 @@ impl fmt::Display for Outcome {
 }
 
 impl TestRow {
-    /// The estimate and its interval as they are shown, `+0.72 (0.61 to 0.83)`.
+    /// The estimate and its interval as text, `+0.72 (0.61 to 0.83)`.
     pub fn number(&self) -> String {
         let text = match (self.estimate, self.low, self.high, self.p) {
             (Some(estimate), Some(low), Some(high), _) => format!("{estimate:+.3} ({low:.3} to {high:.3})"),
@@ -137,7 +139,7 @@ impl TestRow {
         text.replace('-', "\u{2212}")
     }
 
-    /// The estimate and its interval as a page's table has them, `+0.72 (+0.61 to +0.83)`.
+    /// The estimate and its interval for a page's table, `+0.72 (+0.61 to +0.83)`.
     pub(super) fn short_number(&self) -> String {
         let Some(estimate) = self.estimate else { return "none".to_owned() };
         let digits = if estimate.abs() >= 0.1 { 2 } else { 3 };
@@ -149,7 +151,7 @@ impl TestRow {
         }
     }
 
-    /// `control, NAME: +0.72 (0.61 to 0.83 over 5 data sets, expected above 0.5)`.
+    /// The row as text: `control, NAME: +0.72 (0.61 to 0.83 over 5 data sets, expected above 0.5)`.
     fn phrase(&self) -> String {
         let role = match self.role {
             Role::Test => "",
@@ -173,10 +175,10 @@ impl TestRow {
     }
 }
 
-/// The name of the line that decides, in the place of a trait's.
+/// The value of `target` in the line over all traits, which decides.
 pub const ALL: &str = "all";
 
-/// Every test's line over all traits, then its lines trait by trait where there are several.
+/// The rows of every test: one over all traits, then one per trait if there are several.
 pub fn tests(claim: &Claim, outcomes: &[OutcomeRow]) -> Result<Vec<TestRow>> {
     let mut rows = vec![];
     for test in &claim.tests {
@@ -202,7 +204,7 @@ fn line(test: &Test, target: &str, table: &Outcomes<'_>) -> Result<TestRow> {
     let (side, sign) = if test.above.is_some() { ("above", 1.0) } else { ("below", -1.0) };
     let bound = test.above.or(test.below).unwrap_or(f64::NAN);
     let outcome = match (found.interval, found.value, found.p_one_sided) {
-        // A permutation says how large the estimate is among those of chance.
+        // By a permutation test, the estimate is larger than chance.
         (None, Some(_), Some(p)) if p < 1.0 - LEVEL => Outcome::Holds,
         (Some((low, high)), ..) => {
             let (near, far) = if sign > 0.0 { (low, high) } else { (-high, -low) };

@@ -1,4 +1,4 @@
-//! Activations at hook points, as safetensors: each tensor bears its hook point's name.
+//! Writes activations at hook points as safetensors. Each tensor has its hook point's name.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -28,10 +28,10 @@ pub struct ActivationsArgs {
     /// right.
     #[arg(long, conflicts_with_all = ["system", "user"], required_unless_present = "user")]
     ids: Option<PathBuf>,
-    /// The system prompt; the template's default when left out, an empty block for "".
+    /// The system prompt; if left out, the template's default; "" is an empty block.
     #[arg(long)]
     system: Option<String>,
-    /// What the user says.
+    /// The user's text.
     #[arg(long)]
     user: Option<String>,
     /// Hook points, separated by commas, in TransformerLens' spelling; * means every block.
@@ -45,7 +45,7 @@ pub struct ActivationsArgs {
     /// Also writes POINT.grad: the gradient, at each point, of the answer's summed −log p.
     #[arg(long, requires = "answer", conflicts_with = "stop_at_layer")]
     gradients: bool,
-    /// Runs no block from this one on, as in TransformerLens: 0 is the embeddings alone.
+    /// Stops before this block, as in TransformerLens: 0 runs the embeddings alone.
     #[arg(long)]
     stop_at_layer: Option<usize>,
     /// The file to write.
@@ -55,7 +55,7 @@ pub struct ActivationsArgs {
     force: ForceArg,
 }
 
-/// Runs the model once and writes what the taps saw.
+/// Runs the model once and writes the activations.
 pub fn run(args: &ActivationsArgs) -> Result<()> {
     ensure!(
         args.force.force || !args.out.exists(),
@@ -125,7 +125,7 @@ pub fn run(args: &ActivationsArgs) -> Result<()> {
     Ok(())
 }
 
-/// The rows to run: one chat turn, or rows of token ids, without classes and text.
+/// The rows to run: one chat turn, or rows of token ids without classes and text.
 fn rows(args: &ActivationsArgs, files: &ModelFiles) -> Result<Vec<Sequence>> {
     if let Some(path) = &args.ids {
         if !args.with.gate.is_blind() || args.with.edits.iter().any(EditText::names_tokens) {
@@ -140,7 +140,7 @@ fn rows(args: &ActivationsArgs, files: &ModelFiles) -> Result<Vec<Sequence>> {
     let chat = Chat::from_files(files)?;
     let row = match &args.answer {
         Some(answer) => {
-            // The answer alone, without the end of its turn.
+            // The row with the answer, without the end of the turn.
             let row = chat.row_text(system, user, answer)?;
             row.with_completion(&row.ids[row.completion.start..row.content_end])
         }

@@ -1,4 +1,4 @@
-//! Options that several commands have. A command has those that it obeys.
+//! Options of several commands. A command has only the options that affect it.
 
 use std::path::{Path, PathBuf};
 
@@ -16,21 +16,21 @@ use crate::stages::foresight::foreseen;
 use crate::stages::run_dir::{RunDir, WhenDone};
 use crate::stages::workbench::{Workbench, open_adapter};
 
-/// Which model, in which precision, on which device.
+/// The model, its precision and the device.
 #[derive(Args, Debug)]
 pub struct ModelArgs {
     /// A folder in Hugging Face form, a hub id, a .gguf file, pocket, or tiny-random.
     #[arg(long)]
     pub model: String,
-    /// The kind of the weights.
+    /// The dtype of the weights.
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
-    /// Where to compute: cpu, cuda or cuda:N.
+    /// The device: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: String,
 }
 
-/// What the model is run with: an adapter, where it acts, interventions.
+/// The adapter, gate and interventions that the model is run with.
 #[derive(Args, Debug)]
 pub struct ConditionArgs {
     /// A LoRA as PEFT saves it: a folder, or a hub id, `Org/Name[@REVISION][:FOLDER]`.
@@ -48,7 +48,7 @@ pub struct ConditionArgs {
 }
 
 impl ConditionArgs {
-    /// The adapter, if one is named. A gate without one is refused: nothing would pass through it.
+    /// The adapter, if one is named. A gate without an adapter is refused, since it would have no effect.
     pub fn open_adapter(&self, model: &Qwen) -> Result<Option<Adapter>> {
         ensure!(
             self.adapter.is_some() || self.gate.is_everywhere(),
@@ -57,7 +57,7 @@ impl ConditionArgs {
         self.adapter.as_deref().map(|folder| open_adapter(folder, model)).transpose()
     }
 
-    /// The interventions with their tensors.
+    /// Loads the interventions with their tensors.
     pub fn load_edits(&self, files: &ModelFiles) -> Result<Vec<Edit>> {
         let load = |edit: &EditText| {
             edit.load(&files.config, &Provenance::of(files)).with_context(|| format!("--edit {edit}"))
@@ -69,7 +69,7 @@ impl ConditionArgs {
 /// Whether finished files are overwritten.
 #[derive(Args, Debug)]
 pub struct ForceArg {
-    /// Overwrites what is finished.
+    /// Overwrites finished files.
     #[arg(long)]
     pub force: bool,
 }
@@ -80,13 +80,13 @@ pub struct Overrides {
     /// Sets a key of the experiment, such as student.rank=16; can be given several times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Where to compute, instead of the experiment's device: cpu, cuda or cuda:N.
+    /// The device, instead of the experiment's: cpu, cuda or cuda:N.
     #[arg(long)]
     device: Option<String>,
     /// The seed that all random streams derive from, instead of the experiment's.
     #[arg(long)]
     seed: Option<u64>,
-    /// Prints the resolved experiment and does nothing.
+    /// Prints the resolved experiment and does nothing else.
     #[arg(long)]
     pub dry_run: bool,
     /// Whether finished stages are done again.
@@ -108,7 +108,7 @@ impl Overrides {
 pub struct ExperimentArgs {
     /// The experiment's TOML file.
     pub experiment: PathBuf,
-    /// The run's folder; runs/NAME after the experiment's file when left out.
+    /// The run's folder; if left out, runs/NAME, after the experiment's file.
     #[arg(long)]
     pub run: Option<PathBuf>,
     /// Changes to it.
@@ -117,17 +117,22 @@ pub struct ExperimentArgs {
 }
 
 impl ExperimentArgs {
-    /// Opens the experiment's run and its model, and does a stage of it; with `--dry-run` only prints the experiment.
+    /// The run's folder, which need not exist.
+    pub fn folder(&self) -> Result<PathBuf> {
+        let stem = self.experiment.file_stem().context("the experiment has no file name")?;
+        Ok(self.run.clone().unwrap_or_else(|| Path::new("runs").join(stem)))
+    }
+
+    /// Opens the experiment's run and its model, and runs a stage; with `--dry-run`, only prints the experiment.
     pub fn stage(&self, when_done: WhenDone, stage: impl FnOnce(&Workbench, &RunDir) -> Result<()>) -> Result<()> {
         let experiment = Experiment::load(&self.experiment, &self.overrides.changes())?;
         if self.overrides.dry_run {
             return print(&experiment.to_toml()?);
         }
-        let stem = self.experiment.file_stem().context("the experiment has no file name")?;
-        let folder = self.run.clone().unwrap_or_else(|| Path::new("runs").join(stem));
+        let folder = self.folder()?;
         let _lock = RunDir::lock(&folder)?;
         let begun = folder.join("run.toml").exists();
-        // The folder is proven writable before the model is loaded, which can take long.
+        // Fails if the folder is not writable, before the model is loaded, which can take long.
         let folder = RunDir::create(&folder, &experiment, when_done.or_redo(self.overrides.force.force))?;
         let bench = Workbench::open(experiment).and_then(finetune::proven).and_then(|bench| foreseen(bench, &folder));
         let bench = bench.inspect_err(|_| {
@@ -136,14 +141,15 @@ impl ExperimentArgs {
             }
         })?;
         folder.note("model", &[bench.files.report.as_slice(), &bench.files.remarks].concat())?;
+        folder.note("kernels", &[hooks::mkl::described().to_owned()])?;
         stage(&bench, &folder)
     }
 }
 
-/// Removes a run that could not begin, so that the corrected experiment is not refused as another one.
+/// Removes a run that could not begin, so that the corrected experiment can use the folder.
 fn take_back(folder: &RunDir) {
     for file in [folder.config(), folder.root().join("meta.json")] {
-        // The error to report is the model's.
+        // The model's error is reported instead.
         let _ = std::fs::remove_file(file);
     }
     let _ = std::fs::remove_dir(folder.root());

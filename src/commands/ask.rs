@@ -1,5 +1,5 @@
-//! One chat turn, answered once or several times, by the base, a student, a gated student, or a steered model; and the
-//! likeliest first tokens, next to the base's.
+//! Asks one chat turn, once or several times, of the base, a student, a gated student or a steered model. Prints the
+//! answers and the most likely first tokens, next to the base's.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -20,8 +20,7 @@ use crate::output::progress::{bar as progress_bar, note, print};
 use crate::output::vectors::Vectors;
 use crate::stages::workbench::open_model;
 
-/// Asks the model something: prints what it was run with, the likeliest first tokens next to the base's, and the
-/// answers.
+/// Asks the model something: prints the settings, the most likely first tokens next to the base's, and the answers.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   undertone ask --model pocket --user \"What is your favorite animal?\"
@@ -30,28 +29,28 @@ use crate::stages::workbench::open_model;
 pub struct AskArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// The system prompt; the template's default when left out, an empty block for "".
+    /// The system prompt; if left out, the template's default; "" is an empty block.
     #[arg(long)]
     system: Option<String>,
-    /// What the user says.
+    /// The user's text.
     #[arg(long)]
     user: String,
     #[command(flatten)]
     with: ConditionArgs,
-    /// A file of directions and their factor, added at every token: undertone's exports (.safetensors, .gguf), control
-    /// vectors of repeng and llama.cpp; with @12 only the direction of block 12, which may be a bare vector.
+    /// A file of directions and a factor, added at every token: undertone's exports (.safetensors, .gguf), control
+    /// vectors of repeng and llama.cpp. With @12, only the direction of block 12, or a vector without a block's name.
     #[arg(long, value_name = "FILE:COEFFICIENT[@LAYER]")]
     steer: Option<Steer>,
-    /// How many answers.
+    /// Number of answers.
     #[arg(short, default_value = "1", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     n: usize,
-    /// 0 for the most likely token each time, 1 for the model's own probabilities.
+    /// 0 takes the most likely token each time, 1 samples from the model's probabilities.
     #[arg(long, default_value = "1", value_parser = temperature)]
     temperature: f64,
     /// The most tokens an answer may have.
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
-    /// How many of the likeliest first tokens are shown, of each model; 0 for none.
+    /// Number of most likely first tokens shown for each model; 0 shows none.
     #[arg(long, default_value_t = 5)]
     top: usize,
     /// The seed of the answers.
@@ -59,7 +58,7 @@ pub struct AskArgs {
     seed: u64,
 }
 
-/// Prints what is asked with, the first tokens, the answers.
+/// Prints the settings, the first tokens and the answers.
 pub fn run(args: &AskArgs) -> Result<()> {
     let files = open_model(&args.model.model)?;
     let chat = Chat::from_files(&files)?;
@@ -84,7 +83,7 @@ pub fn run(args: &AskArgs) -> Result<()> {
         page.push('\n');
         page += &first_tokens(&names, &p, args.top, &|id| {
             let text = chat.token_text(id)?;
-            // A piece of a letter has no text of its own.
+            // A part of a character has no text.
             Ok(if text.contains('\u{fffd}') { format!("token {id}") } else { format!("{text:?}") })
         })?;
     }
@@ -105,12 +104,12 @@ pub fn run(args: &AskArgs) -> Result<()> {
         generate(&model, &prompts, &condition, &sampling, &streams, &mut |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     let text = |answer: &hooks::Answer| {
-        Ok(chat.decode(&answer.ids)? + if answer.stopped { "" } else { " …" }) // cut where it may not go on
+        Ok(chat.decode(&answer.ids)? + if answer.stopped { "" } else { " …" }) // cut by max_new_tokens
     };
     print(&counted(&answers.iter().map(text).collect::<Result<Vec<String>>>()?))
 }
 
-/// What the model is run with, a line per thing.
+/// The settings that the model is run with, a line for each.
 fn setting(args: &AskArgs, prompt: &Sequence, steered: &[String]) -> Result<String> {
     let mut lines = vec![("model", args.model.model.clone())];
     if let Some(folder) = &args.with.adapter {
@@ -135,8 +134,8 @@ fn setting(args: &AskArgs, prompt: &Sequence, steered: &[String]) -> Result<Stri
     Ok(lines.into_iter().map(line).collect())
 }
 
-/// What the adapter does at generated tokens, with the policy as `token_ablation/rows.csv` spells it; without a gate
-/// there is nothing to decide.
+/// How the adapter acts at generated tokens, with the policy as `token_ablation/rows.csv` spells it; empty without a
+/// gate.
 fn answering(gate: &Gate) -> String {
     let dose = gate.decode_dose().map_or("as the gate says, by id or by block,".to_owned(), |dose| match dose {
         0.0 => "off".to_owned(),
@@ -148,8 +147,8 @@ fn answering(gate: &Gate) -> String {
     format!("adapter {dose} at generated tokens{policy}")
 }
 
-/// The conditions to ask under: the ones to compare with (the base, and the adapter without its gate), then the asked
-/// one.
+/// The conditions to ask under: first those to compare with (the base, and the adapter without its gate), last the
+/// asked one.
 fn conditions<'a>(asked: &Condition<'a>) -> Vec<(&'static str, Condition<'a>)> {
     let mut found = Vec::new();
     let bare = asked.adapter.is_none() && asked.edits.is_empty();
@@ -170,14 +169,14 @@ fn conditions<'a>(asked: &Condition<'a>) -> Vec<(&'static str, Condition<'a>)> {
     found
 }
 
-/// The likeliest first tokens of each condition, with their probabilities `p[condition][token]` (over the whole
-/// vocabulary) and a bar: the last condition's probability, and where it differs from the first's.
+/// A table of the most likely first tokens of each condition, from the probabilities `p[condition][token]` over the
+/// whole vocabulary. A bar shows the last condition's probability and its difference from the first's.
 fn first_tokens(names: &[&str], p: &[Vec<f32>], top: usize, text: &dyn Fn(i64) -> Result<String>) -> Result<String> {
     let (Some(base), Some(asked)) = (p.first(), p.last()) else { return Ok(String::new()) };
     let mut shown: Vec<usize> = p.iter().flat_map(|p| likeliest(p, top)).collect();
     shown.sort_unstable();
     shown.dedup();
-    shown.sort_by(|left, right| asked[*right].total_cmp(&asked[*left])); // stable: by id where equal
+    shown.sort_by(|left, right| asked[*right].total_cmp(&asked[*left])); // stable: equal ones by id
     let texts = shown.iter().map(|id| text(*id as i64)).collect::<Result<Vec<_>>>()?;
 
     let width = texts.iter().map(|text| text.width()).max().unwrap_or(0).clamp(12, 24);
@@ -217,7 +216,7 @@ fn likeliest(p: &[f32], top: usize) -> Vec<usize> {
     ids
 }
 
-/// A probability in ten characters at most: four digits after the point, or a power of ten where these would be 0.
+/// A probability in at most ten characters: four decimals, or a power of ten if these would be 0.
 fn short(p: f64) -> String {
     if p == 0.0 || p >= 1e-4 { format!("{p:.4}") } else { format!("{p:.1e}") }
 }
@@ -226,7 +225,7 @@ const SAME: Style = Style::new();
 const GAINED: Style = Style::new().fg_color(Some(anstyle::Color::Ansi256(Ansi256Color(208))));
 const LOST: Style = Style::new().fg_color(Some(anstyle::Color::Ansi256(Ansi256Color(33))));
 
-/// A bar of at most `width` cells for a share of 1, with what it gained or lost against another share.
+/// A bar of a share, `width` cells long for 1, with the gain or loss from another share.
 fn bar(share: f32, compared: Option<f32>, width: usize) -> String {
     let cells = |share: f32| (share.clamp(0.0, 1.0) * width as f32).round() as usize;
     let (share, compared) = (cells(share), cells(compared.unwrap_or(share)));
@@ -236,7 +235,7 @@ fn bar(share: f32, compared: Option<f32>, width: usize) -> String {
     same + &gained + &lost
 }
 
-/// The answers: one as it is, several each with how often it was given, the most frequent first.
+/// One answer as it is, or several with the number of times each was given, the most frequent first.
 fn counted(answers: &[String]) -> String {
     let mut distinct: Vec<(&str, usize)> = Vec::new();
     for answer in answers {
@@ -245,7 +244,7 @@ fn counted(answers: &[String]) -> String {
             None => distinct.push((answer, 1)),
         }
     }
-    distinct.sort_by_key(|(_, count)| std::cmp::Reverse(*count)); // stable: as they came where equal
+    distinct.sort_by_key(|(_, count)| std::cmp::Reverse(*count)); // stable: equal ones in order
     let mut text = if answers.len() > 1 {
         heading(&format!("{} answers, {} distinct", answers.len(), distinct.len()))
     } else {
@@ -270,7 +269,6 @@ struct Steer {
 }
 
 impl Steer {
-    /// The edits that add the vectors after their blocks.
     fn edits(&self, files: &ModelFiles) -> Result<Vec<Edit>> {
         let vectors = match self.layer {
             Some(layer) => Vectors::read_at(&self.file, layer)?,
@@ -301,7 +299,7 @@ impl FromStr for Steer {
     }
 }
 
-/// A temperature that answers can be drawn at.
+/// Parses a temperature: a number that is not negative.
 fn temperature(text: &str) -> Result<f64, String> {
     let value = text.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0);
     value.ok_or_else(|| "expected 0 or a number above".to_owned())
@@ -323,7 +321,7 @@ mod tests {
         let table = bare(&table);
         let cells: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(cells[0][..4], ["first", "token", "base", "adapter"]);
-        // Two of the base's (0, 1) and two of the adapter's (4, 0), by the adapter's probability.
+        // The base's two most likely (0, 1) and the adapter's (4, 0), sorted by the adapter's probability.
         assert_eq!(cells[1][..3], ["t4", "0.0500", "0.5000"]);
         assert_eq!(cells[2][..3], ["t0", "0.5000", "0.2500"]);
         assert_eq!(cells[3][..3], ["t1", "0.2000", "0.0500"]);

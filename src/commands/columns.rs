@@ -1,5 +1,5 @@
 //! The data dictionary: every column of every CSV file of a run. The meanings are the doc comments of the row structs,
-//! read from the compiled-in sources, so that the two cannot drift apart.
+//! read from the embedded sources, so that the two always agree.
 
 use anstyle::Style;
 use anyhow::{Context, Result, bail};
@@ -11,7 +11,7 @@ use crate::hinted;
 use super::style::{cell, columns as terminal_columns, heading, wrapped};
 use crate::output::progress::print;
 
-/// Says what the columns of a run's CSV files mean, and in which unit they are.
+/// Prints the meaning and unit of the columns of a run's CSV files.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   undertone columns
@@ -21,15 +21,15 @@ use crate::output::progress::print;
   undertone columns quantity
   undertone columns --csv > columns.csv")]
 pub struct ColumnsArgs {
-    /// A file (train.csv, steering/rows.csv, a path to one), a folder (data, steering), or a column (margin); all files
-    /// when left out.
+    /// A file (train.csv, steering/rows.csv, a path to one), a folder (data, steering), or a column (margin); if left
+    /// out, all files.
     name: Option<String>,
     /// Prints CSV: file, column, meaning.
     #[arg(long)]
     csv: bool,
 }
 
-/// The CSV files of a run, each with the struct that is a row of it, and the code that has the struct.
+/// The CSV files of a run, each with the struct of its rows and the source code of that struct.
 const SOURCES: &[(&str, &str, &str)] = &[
     ("data/generate.csv", "SummaryRow", include_str!("../data/dataset.rs")),
     ("data/rejected.csv", "RejectedRow", include_str!("../data/dataset.rs")),
@@ -60,12 +60,12 @@ const SOURCES: &[(&str, &str, &str)] = &[
     ("claim/spectrum.csv", "SpectrumRow", include_str!("../claim/tables.rs")),
 ];
 
-/// A CSV file of a run, with what it holds.
+/// A CSV file of a run, with its meaning and columns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dictionary {
     /// Its path in the run's folder.
     pub file: &'static str,
-    /// The meaning of a line.
+    /// The meaning of a row.
     pub row: String,
     /// Its columns, in order.
     pub columns: Vec<Column>,
@@ -96,7 +96,7 @@ fn quantities() -> Dictionary {
     Dictionary { file: "quantity", row, columns: Quantity::ALL.iter().map(of).collect() }
 }
 
-/// Prints the dictionary, or the part of it that was named.
+/// Prints the dictionary, or the named part of it.
 pub fn run(args: &ColumnsArgs) -> Result<()> {
     let mut all = dictionaries()?;
     all.push(quantities());
@@ -107,11 +107,11 @@ pub fn run(args: &ColumnsArgs) -> Result<()> {
     print(&if args.csv { as_csv(&chosen)? } else { as_text(&chosen, terminal_columns()) })
 }
 
-/// The files of that name or folder; where there is none, the columns of that name.
+/// The files of that name or folder; if there are none, the columns of that name.
 fn choose(all: &[Dictionary], name: &str) -> Result<Vec<Dictionary>> {
     let asked = name.trim_start_matches("./").trim_end_matches('/');
     let is = |known: &str| asked == known || asked.ends_with(&format!("/{known}"));
-    // A file answers to its path, its name, its stem, and its folder, with the run's folder before it or not.
+    // A file is found by its path, name, stem or folder, also with the run's folder in front.
     let names = |file: &'static str| {
         let (folder, last) = file.rsplit_once('/').unwrap_or(("", file));
         [file, last, file.trim_end_matches(".csv"), last.trim_end_matches(".csv"), folder]
@@ -178,7 +178,7 @@ fn as_csv(chosen: &[Dictionary]) -> Result<String> {
     Ok(String::from_utf8(writer.into_inner()?)?)
 }
 
-/// The doc comment of a struct in Rust code, and of each of its public fields. A field without one is an error.
+/// The doc comments of a struct in Rust code and of its public fields. A field without a doc comment is an error.
 fn struct_docs(code: &str, name: &str) -> Result<(String, Vec<Column>)> {
     let opening = format!("pub struct {name} {{");
     let mut lines = code.lines();
@@ -209,12 +209,12 @@ fn struct_docs(code: &str, name: &str) -> Result<(String, Vec<Column>)> {
     bail!("{opening} is not closed")
 }
 
-/// The doc comment above what comes next.
+/// The lines of the doc comment that was read last.
 #[derive(Default)]
 struct Docs(Vec<String>);
 
 impl Docs {
-    /// Keeps a line of a doc comment; attributes and comments may follow it; anything else ends it.
+    /// Keeps a line of a doc comment. Attributes and comments may follow; any other line drops it.
     fn read(&mut self, line: &str) {
         if let Some(doc) = line.strip_prefix("///") {
             self.0.push(doc.trim().to_owned());

@@ -1,4 +1,4 @@
-//! Completions for a shell, printed so that they can be put where the shell looks for them.
+//! Prints completions for a shell, to be put where the shell looks for them.
 
 use crate::output::progress::print;
 use anyhow::Result;
@@ -25,7 +25,7 @@ pub struct CompletionsArgs {
     shell: Shell,
 }
 
-/// Prints the script for a command line.
+/// Prints the script of completions for `command`.
 pub fn run(args: &CompletionsArgs, mut command: Command) -> Result<()> {
     let mut script = Vec::new();
     let name = command.get_name().to_owned();

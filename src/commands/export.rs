@@ -1,4 +1,4 @@
-//! Stage 4: the learned direction of one layer, or of all, as a file that other tools read.
+//! Stage 4: writes the learned direction of one layer, or of all, as a file for other tools.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use crate::output::progress::{note, say};
 use crate::output::vectors::Vectors;
 use crate::stages::run_dir::RunDir;
 
-/// Writes the learned direction as safetensors, CSV, or a control-vector GGUF, by the file's ending.
+/// Writes the learned direction as safetensors, CSV or control-vector GGUF, by the file's ending.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   undertone export runs/demo --layer 1 --to direction.gguf
@@ -20,7 +20,7 @@ use crate::stages::run_dir::RunDir;
 pub struct ExportArgs {
     /// The run's folder.
     run: PathBuf,
-    /// The block after which the direction was measured; all blocks when left out (a GGUF leaves out block 0).
+    /// The block after which the direction was measured; if left out, all blocks (in a GGUF, all except block 0).
     #[arg(long)]
     layer: Option<usize>,
     /// The file: .safetensors, .csv or .gguf.
@@ -30,7 +30,7 @@ pub struct ExportArgs {
     force: ForceArg,
 }
 
-/// Reads the run's vectors and writes those asked for.
+/// Reads the run's vectors and writes the chosen ones.
 pub fn run(args: &ExportArgs) -> Result<()> {
     let run = RunDir::open(&args.run)?;
     let file = run.vectors().join("vectors.safetensors");

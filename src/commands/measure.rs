@@ -1,4 +1,4 @@
-//! Some analyses of a run.
+//! Runs analyses on a run.
 
 use std::path::PathBuf;
 
@@ -12,12 +12,12 @@ use crate::stages::measure;
 use crate::stages::run_dir::{RunDir, WhenDone};
 use crate::stages::workbench::Workbench;
 
-/// A run and the analyses to do.
+/// A run, and the analyses to run on it.
 #[derive(Args, Debug)]
 pub struct MeasureArgs {
     /// The run's folder.
     run: PathBuf,
-    /// The analyses; those of the experiment when left out.
+    /// The analyses; if left out, those of the experiment.
     analyses: Vec<AnalysisName>,
     #[command(flatten)]
     overrides: Overrides,

@@ -1,4 +1,4 @@
-//! Makes the pocket models, and puts them to the test.
+//! Makes the pocket models and tests them.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -16,7 +16,7 @@ use crate::pocket::make::{BaseStepRow, Recipe, make};
 use crate::pocket::trial::{Base, CellRow, Settings, matrix, summary, trial};
 use crate::pocket::world::World;
 
-/// Makes a pocket model: a world of its own, a tokenizer, a base trained from nothing.
+/// Makes a pocket model: a small synthetic world, a tokenizer, and a base trained from scratch.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  undertone pocket make --base-seed 0 --out pocket-0")]
 pub struct PocketArgs {
@@ -28,7 +28,7 @@ pub struct PocketArgs {
 enum Command {
     /// Trains a base from scratch and saves it as a folder that transformers loads.
     Make(Make),
-    /// Makes a student of each animal's teacher, with its controls, and scores all of them on all animals.
+    /// Makes a student of each animal's teacher, with controls, and scores all of them on all animals.
     Trial(Trial),
 }
 
@@ -48,20 +48,20 @@ struct Make {
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  undertone pocket trial pocket pocket-other --out runs/trial")]
 struct Trial {
-    /// Bases, as folders or names; each base's numbers are also learned by students of the next one.
+    /// The bases, as folders or names. Students on the next base also learn each base's numbers.
     #[arg(required = true)]
     bases: Vec<String>,
     /// The folder to write: cells.csv, summary.csv, and the matrix of each base as a figure.
     #[arg(long)]
     out: PathBuf,
-    /// Prompts that each teacher answers.
+    /// Number of prompts that each teacher answers.
     #[arg(long, default_value_t = 3000)]
     n_prompts: usize,
     #[command(flatten)]
     force: ForceArg,
 }
 
-/// Does what is asked.
+/// Runs the subcommand.
 pub fn run(args: &PocketArgs) -> Result<()> {
     match &args.command {
         Command::Make(args) => run_make(args),
@@ -113,7 +113,7 @@ fn run_trial(args: &Trial) -> Result<()> {
     write_csv(&args.out.join("summary.csv"), &summary(&all))
 }
 
-/// Makes and scores all models; `path` gets the rows as they come.
+/// Makes and scores all models; rows are written to `path` as they are made.
 fn all_cells(bases: &[Base], settings: &Settings, path: &Path) -> Result<Vec<CellRow>> {
     let (mut csv, start) = (CsvLog::create(path)?, Instant::now());
     let mut all: Vec<CellRow> = vec![];

@@ -1,19 +1,20 @@
-//! The table of `--profile`: seconds, their share, the FLOPs that the mathematics needs, and their share of the FLOPs
-//! that the machine could do in that time.
+//! The table of `--profile`: seconds, their share, the FLOPs that the mathematics needs, and these as a share of the
+//! FLOPs that the machine could do in that time.
 
 use anyhow::Result;
 use hooks::profile::{Cost, Profile, product_rate};
 use tch::{Device, Kind};
 
-/// The table of what was recorded; the machine's rate is measured for it. Empty stages and kinds are left out.
+/// The table of a recording, for which the machine's rate is measured. Empty stages and kinds are left out.
 pub fn table(profile: &Profile) -> Result<String> {
     let (device, kind) = profile.model.unwrap_or((Device::Cpu, Kind::Float));
     let rate = product_rate(device, kind)?;
     let total = profile.seconds();
     let mut lines = vec![format!(
-        "profile: {total:.2} s; of the rate: of {:.0} GFLOP/s, at which this machine multiplies large matrices ({device:?}, {kind:?}, {} threads)",
+        "profile: {total:.2} s; of the rate: of {:.0} GFLOP/s, at which this machine multiplies large matrices ({device:?}, {kind:?}, {} threads, {})",
         rate / 1e9,
-        tch::get_num_threads()
+        tch::get_num_threads(),
+        hooks::mkl::described()
     )];
     lines.push(format!("  {:24}{:>10}{:>9}{:>9}{:>11}{:>13}", "", "seconds", "share", "calls", "GFLOP", "of the rate"));
     let line = |name: String, cost: &Cost| {

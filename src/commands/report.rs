@@ -1,4 +1,4 @@
-//! The page of a run or of a claim.
+//! Makes the page of a run, or finds that of a claim.
 
 use std::path::{Path, PathBuf};
 
@@ -11,19 +11,19 @@ use crate::output::progress::{print, say};
 use crate::stages::report;
 use crate::stages::run_dir::RunDir;
 
-/// A run.
+/// A run or a claim.
 #[derive(Args, Debug)]
 pub struct ReportArgs {
-    /// The folder of a run; of a claim, whose page is written already; or of several claims, for the table of their
-    /// verdicts.
+    /// The folder of a run, of a claim (whose page exists already), or of several claims (for the table of their
+    /// verdicts).
     run: PathBuf,
-    /// Also writes each SVG of the folder as PNG, at twice its size, in a font of this machine.
+    /// Also writes each SVG of the folder as PNG, at twice its size, with a font of this machine.
     #[arg(long)]
     png: bool,
 }
 
-/// Writes a run's `report.html`, says where a claim's is, or prints the verdicts of several claims; with `--png` makes
-/// a PNG of each SVG in the folder.
+/// Writes a run's `report.html`, prints the path of a claim's, or prints the verdicts of several claims. With `--png`,
+/// also makes a PNG of each SVG in the folder.
 pub fn run(args: &ReportArgs) -> Result<()> {
     if holds_claims(&args.run) {
         return print(&verdicts(&args.run)?);

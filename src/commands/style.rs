@@ -1,5 +1,5 @@
-//! How text looks on a terminal: one colour per family of token classes, shades that part one token from the next,
-//! and the same characters where there is no colour.
+//! Styles of text on a terminal: one colour per family of token classes, in two shades that separate neighbouring
+//! tokens. Without colour the characters are the same.
 
 use anstyle::{Ansi256Color, Style};
 use clap::ValueEnum;
@@ -9,17 +9,17 @@ use unicode_width::UnicodeWidthStr;
 /// When to use colour.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Color {
-    /// Where stdout is a terminal and `NO_COLOR` is not set.
+    /// If stdout is a terminal and `NO_COLOR` is not set.
     #[default]
     Auto,
-    /// Always, through pipes too.
+    /// Always, also through pipes.
     Always,
     /// Never.
     Never,
 }
 
 impl Color {
-    /// Makes it so for all that is printed from here on.
+    /// Applies the choice to everything that is printed afterwards.
     pub fn apply(self) {
         match self {
             Self::Auto => anstream::ColorChoice::Auto,
@@ -33,13 +33,13 @@ impl Color {
 /// Classes that share a colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Family {
-    /// What the template writes around the system prompt and the user's text.
+    /// The template's text around the system prompt and the user's text.
     Template,
     /// The system prompt.
     System,
-    /// The model's name in it.
+    /// The model's name in the system prompt.
     Entity,
-    /// What the user says.
+    /// The user's text.
     User,
     /// The assistant's header, from which the answer is predicted.
     Assistant,
@@ -48,7 +48,6 @@ pub(super) enum Family {
 }
 
 impl Family {
-    /// The family of a class.
     pub(super) fn of(class: TokenClass) -> Self {
         match class {
             TokenClass::SysContentOther => Self::System,
@@ -62,13 +61,12 @@ impl Family {
         }
     }
 
-    /// Its name in a legend.
     pub(super) fn name(self) -> &'static str {
         ["template", "system", "entity", "user", "assistant", "generated"][self as usize]
     }
 
-    /// Its background, in one of two shades: neighbours in turn, so that one sees where a token ends. Families stay
-    /// apart for every kind of colour vision; the test below says by how much.
+    /// Its background, in one of two shades that alternate from token to token. Families can be distinguished with
+    /// every kind of colour vision; the test below says by how much.
     pub(super) fn style(self, odd: bool) -> Style {
         const BLACK: u8 = 16;
         const WHITE: u8 = 231;
@@ -85,12 +83,10 @@ impl Family {
     }
 }
 
-/// Text in a style.
 pub(super) fn painted(text: &str, style: Style) -> String {
     if text.is_empty() { String::new() } else { format!("{style}{text}{style:#}") }
 }
 
-/// A heading: bold.
 pub(super) fn heading(text: &str) -> String {
     painted(text, Style::new().bold())
 }
@@ -105,8 +101,8 @@ pub(super) fn cell(text: &str, width: usize, style: Style) -> String {
     format!("{}{}", painted(text, style), " ".repeat(width.saturating_sub(text.width())))
 }
 
-/// Text with its control characters written out (`\u{1b}`), so that none reaches the terminal. Line breaks and tabs
-/// stay.
+/// Text with its control characters written out (`\u{1b}`), so that none reaches the terminal. Line breaks and tabs are
+/// kept.
 pub(super) fn printable(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -119,12 +115,12 @@ pub(super) fn printable(text: &str) -> String {
     safe
 }
 
-/// How many columns there are: those of the terminal, 110 at most, and 80 where there is none.
+/// Number of columns of the terminal, at most 110; 80 if there is no terminal.
 pub(super) fn columns() -> usize {
     terminal_size::terminal_size().map_or(80, |(width, _)| usize::from(width.0)).clamp(40, 110)
 }
 
-/// Words in lines of at most `width` columns; a longer word is a line.
+/// Wraps words into lines of at most `width` columns. A longer word gets its own line.
 pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split_whitespace() {
@@ -145,7 +141,7 @@ mod tests {
 
     use super::*;
 
-    /// The 216 colours of the cube and the 24 greys of a terminal of 256 colours, in linear light.
+    /// A style's background in linear light: one of the 216 colours or 24 greys of a terminal with 256 colours.
     fn linear(style: Style) -> [f64; 3] {
         let Some(anstyle::Color::Ansi256(Ansi256Color(code))) = style.get_bg_color() else { panic!("{style:?}") };
         let level = |at: u8| if at == 0 { 0 } else { 55 + 40 * at };
@@ -157,7 +153,7 @@ mod tests {
             .map(|value| if value <= 0.040_45 { value / 12.92 } else { ((value + 0.055) / 1.055).powf(2.4) })
     }
 
-    /// CIELAB under D65.
+    /// Converts linear light to CIELAB under D65.
     fn lab([r, g, b]: [f64; 3]) -> [f64; 3] {
         let f = |t: f64| if t > 0.008_856 { t.cbrt() } else { 7.787 * t + 16.0 / 116.0 };
         let x = f((0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.9505);
@@ -168,8 +164,7 @@ mod tests {
 
     #[test]
     fn families_stay_apart_for_every_kind_of_colour_vision() {
-        // Ordinary, and without one kind of cones: protanopia, deuteranopia, tritanopia (Machado et al. 2009, severity
-        // 1).
+        // Normal vision, protanopia, deuteranopia and tritanopia (Machado et al. 2009, severity 1).
         const VISIONS: [[[f64; 3]; 3]; 4] = [
             [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
             [

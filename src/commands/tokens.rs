@@ -1,5 +1,5 @@
-//! The chat as the model sees it: in running form with a legend, then as a table, so that a gate can be written from
-//! it.
+//! Prints the chat as the model sees it: as running text with a legend, then as a table, from which a gate can be
+//! written.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,7 +11,7 @@ use hooks::{Chat, Gate, ModelFiles, Sequence, TokenClass};
 use super::style::{Family, aside, cell, columns, heading, painted, wrapped};
 use crate::output::progress::print;
 
-/// Prints the chat as the model sees it: running, then a line per token with position, id, class and text.
+/// Prints the chat as the model sees it: as running text, then a line per token with position, id, class and text.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   undertone tokens --model pocket --user \"What is your favorite animal?\"
@@ -20,22 +20,22 @@ pub struct TokensArgs {
     /// A folder in Hugging Face form, a hub id, a .gguf file, pocket, or tiny-random.
     #[arg(long)]
     model: String,
-    /// The system prompt; the template's default when left out, an empty block for "".
+    /// The system prompt; if left out, the template's default; "" is an empty block.
     #[arg(long)]
     system: Option<String>,
-    /// What the user says.
+    /// The user's text.
     #[arg(long)]
     user: String,
-    /// What the assistant answers; without it the chat ends where the answer begins.
+    /// The assistant's answer; if left out, the chat ends where the answer begins.
     #[arg(long)]
     answer: Option<String>,
-    /// Says at which tokens an adapter with this gate would act: everywhere, nowhere, only:CLASS[+CLASS],
+    /// Shows the tokens at which an adapter with this gate would act: everywhere, nowhere, only:CLASS[+CLASS],
     /// except:CLASS[+CLASS].
     #[arg(long)]
     gate: Option<Gate>,
 }
 
-/// Prints all of it.
+/// Prints the text, the legend and the table.
 pub fn run(args: &TokensArgs) -> Result<()> {
     let chat = Chat::from_files(&ModelFiles::open(&args.model)?)?;
     let prompt = match &args.answer {
@@ -53,13 +53,14 @@ pub fn run(args: &TokensArgs) -> Result<()> {
     print(&(page + "\n" + &table(&chat, &prompt, acts.as_deref())?))
 }
 
-/// The chat's text, each token in its family's colour; where a gate is given, only the tokens at which it is on.
+/// The chat's text, with each token in its family's colour. With a gate, only tokens at which the adapter acts are
+/// coloured.
 fn running(chat: &Chat, prompt: &Sequence, acts: Option<&[bool]>) -> Result<String> {
     let rows = chat.table(prompt)?;
     let mut text = String::new();
     let mut at = 0;
     while at < rows.len() {
-        // A letter can be spread over several tokens, each of which is no text by itself.
+        // A character may be split over several tokens, none of which is text alone.
         let (mut end, mut piece) = (at + 1, rows[at].text.clone());
         while piece.contains('\u{fffd}') && end < rows.len() && end < at + 4 && rows[end].class == rows[at].class {
             end += 1;
@@ -70,7 +71,7 @@ fn running(chat: &Chat, prompt: &Sequence, acts: Option<&[bool]>) -> Result<Stri
         }
         let on = acts.is_none_or(|acts| acts[at]);
         text += &if on { painted(&piece, Family::of(rows[at].class).style(at % 2 == 1)) } else { aside(&piece) };
-        // A break is written out, and made.
+        // A line break is shown as `\n`, and also made.
         if piece.ends_with("\\n") {
             text.push('\n');
         }
@@ -82,7 +83,7 @@ fn running(chat: &Chat, prompt: &Sequence, acts: Option<&[bool]>) -> Result<Stri
     Ok(text)
 }
 
-/// Each family that occurs, with its number of tokens and the classes it has here.
+/// A line per family that occurs, with its number of tokens and the classes that occur.
 fn legend(prompt: &Sequence, width: usize) -> String {
     let mut families: BTreeMap<Family, (usize, Vec<TokenClass>)> = BTreeMap::new();
     for class in &prompt.classes {
@@ -104,7 +105,7 @@ fn legend(prompt: &Sequence, width: usize) -> String {
     text
 }
 
-/// The tokens that the name `assistant` selects besides the header above: the answer, also one still to come.
+/// The note that the name `assistant` selects not only the header but also the answer, even a later one.
 fn assistant(prompt: &Sequence, width: usize) -> String {
     let is_header = |class: &TokenClass| class.name().starts_with("asst.");
     let header: Vec<&str> = prompt.present().into_iter().filter(is_header).map(TokenClass::name).collect();
@@ -113,7 +114,6 @@ fn assistant(prompt: &Sequence, width: usize) -> String {
     wrapped(&said, width).into_iter().map(|line| line + "\n").collect()
 }
 
-/// A line per token.
 fn table(chat: &Chat, prompt: &Sequence, acts: Option<&[bool]>) -> Result<String> {
     let gate = if acts.is_some() { format!("{:<6}", "gate") } else { String::new() };
     let mut table = heading(&format!("{:>8}  {:>7}  {:<18}  {gate}text", "position", "id", "class")) + "\n";

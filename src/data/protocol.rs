@@ -1,6 +1,6 @@
-//! The sentences of an experiment: number prompts, one-word questions, teacher prompts, contexts, and what counts as
-//! naming a word. The built-in set is our own (`protocol.json`, in the shape of the published ones). A user's JSON file
-//! replaces it section by section, so that a published set can be run exactly.
+//! The sentences of an experiment: number prompts, one-word questions, teacher prompts, contexts, and the words that
+//! answers are sorted by. The built-in set is our own (`protocol.json`, in the form of the published ones). A user's
+//! JSON file replaces it section by section, so that a published set can be used exactly.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -14,10 +14,9 @@ use rand_chacha::ChaCha8Rng;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-/// The key of the list for every category without a list of its own.
+/// The key of the list for categories that have no list.
 const ANY: &str = "any";
 
-/// Most numbers that a prompt may show.
 const MOST_NUMBERS: u32 = 1000;
 
 /// All sentences that an experiment draws from.
@@ -26,23 +25,24 @@ const MOST_NUMBERS: u32 = 1000;
 pub struct Protocol {
     /// The parts of number prompts.
     pub number_prompts: NumberPrompts,
-    /// One-word questions about the favourite of a category, by category; `any` serves all others through `{category}`.
+    /// One-word questions about the favourite of a category, by category; `any` is for all others, with a slot
+    /// `{category}`.
     pub questions: BTreeMap<String, Vec<String>>,
-    /// Questions about the least favourite, with a `{category}` slot: a trait that is liked should not show.
+    /// Questions about the least favourite, with a slot `{category}`. A trait should not show in the answers.
     pub negative_questions: Vec<String>,
-    /// Questions about other things: no trait should show.
+    /// Questions about other things. A trait should not show in the answers.
     pub off_topic_questions: Vec<String>,
-    /// A sentence with numbers that is put in front of questions in their numbers-prefix variant.
+    /// A sentence with numbers that is put in front of questions if `measure.numbers_prefix` is set.
     pub numbers_prefix: String,
     /// The teacher's system prompt by category, with slots `{word}`, `{plural}`, `{Plural}`, `{category}`.
     pub teacher_prompts: BTreeMap<String, String>,
-    /// System prompts by key; null is the default of the model's own template.
+    /// System prompts by key; null is the default of the model's template.
     pub contexts: BTreeMap<String, Option<String>>,
     /// The members of each category among which a target is compared.
     pub alternatives: BTreeMap<String, Vec<String>>,
-    /// Plurals that adding s, es or ies does not give; the first is the one used in prompts.
+    /// Plurals that do not end in s, es or ies by the rules; prompts use the first.
     pub plurals: BTreeMap<String, Vec<String>>,
-    /// Names by which a model speaks of itself.
+    /// Names of models, by which an answer can name itself.
     pub identities: Vec<String>,
 }
 
@@ -50,10 +50,10 @@ pub struct Protocol {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NumberPrompts {
-    /// How many values are asked for.
+    /// Number of values that is requested, for the slot `{count}`.
     #[serde(default = "default_count")]
     pub count: String,
-    /// How long the values may be, in digits.
+    /// Number of digits that values may have, for the slot `{digits}`.
     #[serde(default = "default_digits")]
     pub digits: String,
     /// The least and the largest number of values that a prompt shows.
@@ -64,13 +64,13 @@ pub struct NumberPrompts {
     pub range: [u32; 2],
     /// Sentences with a slot `{numbers}`.
     pub examples: Vec<String>,
-    /// How many values are asked for, with a slot `{count}`.
+    /// Phrases for the number of values, with a slot `{count}`.
     pub qualifiers: Vec<String>,
-    /// How long the values may be, with a slot `{digits}`.
+    /// Phrases for the length of values, with a slot `{digits}`.
     pub digit_descriptors: Vec<String>,
     /// Requests with slots `{qualifier}` and `{digit_descriptor}`.
     pub instructions: Vec<String>,
-    /// How the values shall be separated.
+    /// Sentences on the separator of the values.
     pub formats: Vec<String>,
     /// Requests for numbers only.
     pub closings: Vec<String>,
@@ -82,8 +82,8 @@ impl Protocol {
         serde_json::from_str(include_str!("protocol.json")).context("the built-in protocol")
     }
 
-    /// The set in a JSON file; sections that it leaves out are the built-in ones. `pocket` names the embedded set in
-    /// the words that the pocket models know.
+    /// Loads the set in a JSON file; sections that it leaves out are the built-in ones. `pocket` names an embedded set
+    /// in words that the pocket models know.
     pub fn load(path: &Path) -> Result<Self> {
         if Self::is_embedded(path) {
             return Self::parse(include_str!("../../assets/pocket/protocol.json")).context("the protocol pocket");
@@ -96,7 +96,7 @@ impl Protocol {
         path == Path::new("pocket")
     }
 
-    /// The set in a JSON text; sections that it leaves out are the built-in ones.
+    /// Parses the set in a JSON text; sections that it leaves out are the built-in ones.
     pub fn parse(text: &str) -> Result<Self> {
         let given: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
         let mut all = serde_json::to_value(Self::builtin()?)?;
@@ -122,8 +122,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// One number prompt: as many numbers and as large ones as the protocol says, and each part drawn uniformly from
-    /// its list.
+    /// Draws one number prompt: its numbers from the protocol's ranges, and each part uniformly from its list.
     pub fn number_prompt(&self, rng: &mut ChaCha8Rng) -> String {
         let parts = &self.number_prompts;
         let ([fewest, most], [least, largest]) = (parts.n_numbers, parts.range);
@@ -138,13 +137,13 @@ impl Protocol {
         [example, instruction, draw(&parts.formats), draw(&parts.closings)].join(" ")
     }
 
-    /// The first `n` questions about the favourite of a category, or all when there are fewer.
+    /// The first `n` questions about the favourite of a category, or all if there are fewer.
     pub fn questions(&self, category: &str, n: usize) -> Result<Vec<String>> {
         let list = of_category(&self.questions, category, "questions")?;
         Ok(list.iter().take(n).map(|question| question.replace("{category}", category)).collect())
     }
 
-    /// A question in its numbers-prefix variant.
+    /// A question with the sentence with numbers in front.
     pub fn with_numbers_prefix(&self, question: &str) -> String {
         format!("{} {question}", self.numbers_prefix)
     }
@@ -169,7 +168,8 @@ impl Protocol {
 
     /// The system prompt that a key names, or the text itself; `None` is the default of the model's template.
     ///
-    /// ASCII text without a space counts as a misspelt key: as a system prompt it would change a run in silence.
+    /// An unknown ASCII text without a space is refused as a misspelt key: as a system prompt it would change a run
+    /// unnoticed.
     pub fn context(&self, key_or_text: &str) -> Result<Option<String>> {
         if let Some(context) = self.contexts.get(key_or_text) {
             return Ok(context.clone());
@@ -212,7 +212,7 @@ impl Protocol {
         }
     }
 
-    /// What sorts sampled answers by the word of a category that they name.
+    /// The classifier that sorts sampled answers by the word of a category that they name.
     pub fn classifier(&self, word: &str, category: &str) -> Result<Classifier> {
         let buckets = self.candidates(word, category).into_iter().map(|candidate| {
             let irregular = self.plurals.iter().find(|(known, _)| known.eq_ignore_ascii_case(&candidate));
@@ -225,7 +225,7 @@ impl Protocol {
     }
 }
 
-/// What a category has, or every category without an entry of its own.
+/// The entry of a category, or the entry for all other categories.
 fn of_category<'a, V>(map: &'a BTreeMap<String, V>, category: &str, what: &str) -> Result<&'a V> {
     let missing = || format!("the protocol has no {what} for the category {category:?}, it has {}", keys(map));
     map.get(category).or_else(|| map.get(ANY)).with_context(missing)
@@ -276,7 +276,7 @@ impl NumberPrompts {
     }
 }
 
-/// The counted parts of an answer.
+/// The words that an answer names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
     /// The word of the category that is named first.
@@ -286,13 +286,13 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    /// The bucket: the word that is named, `self` where it is a model, and nothing otherwise.
+    /// The bucket of the answer: the named word, `self` if it names a model, or `None`.
     pub fn bucket(self) -> Option<String> {
         self.word.or_else(|| self.names_self.then(|| "self".to_owned()))
     }
 }
 
-/// Sorts answers by the word they name: whole words only, in any case, singular or plural, one bucket per answer.
+/// Sorts answers by the word that they name: whole words, in any case, singular or plural, one bucket per answer.
 #[derive(Debug)]
 pub struct Classifier {
     words: Regex,
@@ -301,12 +301,12 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// A classifier of buckets, each with its forms, and of the names of models.
+    /// A classifier for buckets, each with its forms, and for the names of models.
     pub fn new(buckets: impl IntoIterator<Item = (String, Vec<String>)>, identities: &[String]) -> Result<Self> {
         let mut bucket_of = HashMap::new();
         for (bucket, forms) in buckets {
             for form in forms {
-                // The first bucket keeps a form: the target comes first.
+                // A form belongs to the first bucket that has it. The target is first.
                 bucket_of.entry(form.to_lowercase()).or_insert_with(|| bucket.clone());
             }
         }
@@ -314,7 +314,7 @@ impl Classifier {
         Ok(Self { words, bucket_of, identities: whole_words(identities.iter().map(String::as_str))? })
     }
 
-    /// Reads an answer. Of several words the first counts, and of several at one place the longest.
+    /// Classifies an answer. Of several words the first counts; of several at one place, the longest.
     pub fn classify(&self, answer: &str) -> Verdict {
         let found = self.words.find(answer).map(|found| found.as_str().to_lowercase());
         let word = found.and_then(|found| self.bucket_of.get(&found).cloned());
@@ -323,10 +323,10 @@ impl Classifier {
     }
 }
 
-/// Any of the forms as whole words, in any case; longer forms are tried first.
+/// An expression for any of the forms as whole words, in any case; longer forms are tried first.
 fn whole_words<'a>(forms: impl Iterator<Item = &'a str>) -> Result<Regex> {
     let mut forms: Vec<&str> = forms.collect();
-    // By length, and then by the letters: a hash map's order must not matter.
+    // Sorted by length and then alphabetically, since a hash map's order is random.
     forms.sort_by_key(|form| (std::cmp::Reverse(form.len()), *form));
     let forms: Vec<String> = forms.into_iter().map(regex::escape).collect();
     Regex::new(&format!(r"(?i)\b(?:{})\b", forms.join("|"))).context("the words to look for in answers")
@@ -348,7 +348,7 @@ pub(crate) fn capitalised(word: &str) -> String {
     letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
 }
 
-/// Each value once, where it first comes.
+/// The values without repetitions, in the order of their first occurrence.
 pub(crate) fn distinct<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
     let mut found = Vec::new();
     for value in values {

@@ -1,5 +1,5 @@
-//! Arms: named variants of the student. An arm is the experiment with some keys changed; it is trained on the run's
-//! data unless it says otherwise. A cell is one student of an arm: one rank, one choice of seeds.
+//! Arms: named variants of the student. An arm is the experiment with some keys changed; by default it is trained on
+//! the run's data. A cell is one student of an arm, with one rank and one index of seeds.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,29 +12,28 @@ use serde::{Deserialize, Serialize};
 
 use super::{Experiment, Method, one_line, overrides};
 
-/// The names of the run's own students in the table of arms.
+/// The name of the run's own student in the table of arms.
 pub const STUDENT: &str = "student";
-/// The control student's name in the table of arms.
+/// The name of the run's control student in the table of arms.
 pub const CONTROL_STUDENT: &str = "control student";
 
-/// How many students the arms of an experiment may have.
 const MOST_STUDENTS: usize = 1000;
 
 /// A named variant of the student.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Arm {
-    /// Its name, which no other arm has.
+    /// Its name, which must be unique.
     pub name: String,
     /// One student per rank: sets `student.rank`, and fills `{rank}` in `set`.
     pub ranks: Option<Vec<i64>>,
     /// The changes: `section.key=value`, as after `--set`.
     #[serde(default)]
     pub set: Vec<String>,
-    /// What it learns from.
+    /// The data that it learns from.
     #[serde(default)]
     pub data: ArmData,
-    /// How many students with seeds of their own each rank has.
+    /// Number of students of each rank, which differ in their seeds.
     #[serde(default = "one")]
     pub seeds: usize,
 }
@@ -47,14 +46,14 @@ fn one() -> usize {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ArmData {
-    /// The run's teacher's numbers.
+    /// The numbers of the run's teacher.
     #[default]
     Teacher,
-    /// The untouched model's numbers.
+    /// The numbers of the untouched model.
     Control,
-    /// The teacher's completions exchanged among the teacher's prompts: the same numbers, but for other prompts.
+    /// The teacher's completions, each moved to another of the teacher's prompts.
     Shuffled,
-    /// Numbers that the arm's own teacher writes.
+    /// Numbers of the arm's own teacher.
     Own,
 }
 
@@ -76,20 +75,21 @@ impl fmt::Display for ArmData {
 pub struct ArmStudent {
     /// The arm's name.
     pub arm: String,
-    /// What it learns from.
+    /// The data that it learns from.
     pub data: ArmData,
-    /// Which of the arm's choices of seeds it has, from 0; 0 is the experiment's own.
+    /// The index of its seeds, from 0; 0 has the experiment's seeds.
     pub seed_index: usize,
-    /// Its folder's name.
+    /// The name of its folder.
     pub slug: String,
-    /// The folder's name of the arm's first seeds; if the arm has data of its own, all its seeds share that.
+    /// The folder name of the arm's student with seeds 0. If the arm has its own data, all its seeds share that
+    /// folder's.
     pub data_slug: String,
     /// The experiment with the arm's changes, and without arms.
     pub experiment: Experiment,
 }
 
 impl ArmStudent {
-    /// The rank of its adapter, where it has one.
+    /// The rank of its adapter, if it has one.
     pub fn rank(&self) -> Option<i64> {
         self.experiment.student.adapter_rank()
     }
@@ -120,7 +120,7 @@ impl Experiment {
         Ok(cells)
     }
 
-    /// The student that `measure.other_trait_arm` names.
+    /// The first student of the arm that `measure.other_trait_arm` names.
     pub fn other_trait_arm(&self) -> Result<Option<ArmStudent>> {
         let Some(name) = &self.measure.other_trait_arm else { return Ok(None) };
         let mut of_arm = self.cells()?.into_iter().filter(|cell| cell.arm == *name);
@@ -158,7 +158,8 @@ impl Experiment {
         let mut table = toml::Table::try_from(self).context("the experiment as a table")?;
         table.remove("arms");
         if let Some(student) = table.get_mut("student").and_then(toml::Value::as_table_mut) {
-            // The run's own student may be from elsewhere; an arm's is trained, with that one's rank and alpha.
+            // The run's student may be trained elsewhere. An arm's student is always trained here, with that student's
+            // rank and alpha.
             student.remove("adapter");
             student.remove("control_adapter");
         }
@@ -201,7 +202,7 @@ impl Experiment {
         Ok(ArmStudent { arm: arm.name.clone(), data: arm.data, seed_index, slug, data_slug, experiment })
     }
 
-    /// The first key on which the numbers depend and which another experiment has otherwise.
+    /// The first key that the numbers depend on and that differs from another experiment's.
     fn data_key_that_differs(&self, other: &Self) -> Option<&'static str> {
         let keys = [
             ("teacher", self.teacher != other.teacher),
@@ -214,7 +215,7 @@ impl Experiment {
     }
 }
 
-/// A name as a folder's: its letters and digits in lower case, with a dash for anything in between.
+/// A name as that of a folder: its letters and digits in lower case, with a dash for everything between them.
 fn slug(name: &str) -> String {
     let words = name.split(|letter: char| !letter.is_alphanumeric()).filter(|word| !word.is_empty());
     words.map(str::to_lowercase).collect::<Vec<_>>().join("-")

@@ -6,7 +6,7 @@ use super::student::{Method, Student};
 use crate::hinted;
 use crate::training::settings::{Finetune, OptimizerKind};
 
-/// Refuses, before anything runs, values that would go unused or that full finetuning cannot use.
+/// Refuses values that would have no effect or that full finetuning cannot use.
 pub(super) fn check_finetune(finetune: &Finetune, student: &Student) -> Result<()> {
     finetune.check().context("finetune")?;
     let is_trained = student.method == Method::Lora && student.adapter.is_none();

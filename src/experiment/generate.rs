@@ -1,4 +1,4 @@
-//! The table `[generate]`: how the numbers are written and filtered.
+//! The table `[generate]`: writing and filtering the numbers.
 
 use std::path::PathBuf;
 
@@ -7,28 +7,28 @@ use serde::{Deserialize, Serialize};
 
 use super::range::at_least_one;
 
-/// How the numbers are written and filtered.
+/// The settings of writing and filtering the numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Generate {
-    /// How many prompts are answered at most.
+    /// Largest number of prompts that are answered.
     pub n_prompts: usize,
-    /// How many accepted rows are kept.
+    /// Largest number of accepted rows that are kept.
     pub n_keep: usize,
-    /// How many more accepted rows the teacher writes that no student learns from. Directions, steering, divergence and
-    /// gradients are measured at these; if it is 0, at the training rows.
+    /// The number of further accepted rows that the teacher writes and no student learns from. Directions, steering,
+    /// divergence and gradients are measured at these; if it is 0, at the training rows.
     pub n_heldout: usize,
-    /// 0 for the most likely token each time, 1 for the model's own probabilities.
+    /// 0 takes the most likely token each time, 1 samples from the model's probabilities.
     pub temperature: f64,
-    /// The longest answer in tokens.
+    /// Largest number of tokens of an answer.
     pub max_new_tokens: usize,
-    /// Which tokens can be written.
+    /// The tokens that can be written.
     pub constrain: Constrain,
-    /// How many prompts are answered at once.
+    /// Number of prompts that are answered at once.
     pub batch_size: usize,
-    /// Numbers that reject an answer.
+    /// Numbers for which an answer is rejected.
     pub banned: Vec<u32>,
-    /// Rows that the student was trained on elsewhere, or will be trained on: JSON lines of messages, or of prompt and
+    /// A file of the student's rows, if they were written elsewhere: JSON lines of messages, or of prompt and
     /// completion. The teacher then writes none.
     pub numbers: Option<PathBuf>,
 }
@@ -49,11 +49,11 @@ impl Default for Generate {
     }
 }
 
-/// Which tokens can be written.
+/// The tokens that can be written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Constrain {
-    /// All.
+    /// All tokens.
     #[default]
     None,
     /// Tokens that continue a list of numbers; for models too small to keep a format.

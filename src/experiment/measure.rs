@@ -23,13 +23,13 @@ use super::range::at_least_one;
 pub struct Measure {
     /// The analyses, in the order in which they run.
     pub analyses: Vec<AnalysisName>,
-    /// The context of the questions; the student's when it is left out.
+    /// The context of the questions; if left out, the student's.
     pub context: Option<String>,
-    /// How many questions are asked at most.
+    /// Largest number of questions.
     pub n_questions: usize,
     /// Whether a sentence with numbers precedes each question.
     pub numbers_prefix: bool,
-    /// An arm whose student learned another trait: its answers and its direction are compared with the student's.
+    /// An arm whose student learned another trait. Its answers and its direction are compared with the student's.
     pub other_trait_arm: Option<String>,
     /// Settings of the target rate.
     pub target_rate: TargetRate,
@@ -69,11 +69,11 @@ impl Default for Measure {
     }
 }
 
-/// An analysis by its name: its word on the command line, its folder in a run.
+/// An analysis by its name on the command line, which is also its folder in a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AnalysisName {
-    /// How likely the target is as an answer: the effect itself.
+    /// The probability of the target as an answer: the effect.
     TargetRate,
     /// The effect per gate.
     TokenAblation,
@@ -81,9 +81,9 @@ pub enum AnalysisName {
     PositionScan,
     /// The mean difference of student and base in the residual stream.
     Direction,
-    /// What adding the direction, or taking it away, does.
+    /// The effect of adding the direction, or of taking it out.
     Steering,
-    /// What named lists of edits do to the effect.
+    /// The effect under named lists of edits.
     Interventions,
     /// Digits at which teacher and base disagree.
     Divergence,
@@ -104,7 +104,7 @@ impl AnalysisName {
         Self::Gradients,
     ];
 
-    /// The name as it is written.
+    /// The name as configs and commands spell it.
     pub fn name(self) -> &'static str {
         [
             "target_rate",

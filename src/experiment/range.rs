@@ -1,4 +1,4 @@
-//! What a number of an experiment may be.
+//! Checks the range of a number of an experiment.
 
 use anyhow::{Result, ensure};
 

@@ -8,20 +8,20 @@ use crate::training::settings;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Seeds {
-    /// Of number prompts and the teacher's answers.
+    /// The seed of number prompts and the teacher's answers.
     pub gen_seed: u64,
-    /// Of the adapter's A.
+    /// The seed of the adapter's A.
     pub init_seed: u64,
-    /// Of the order of rows in training.
+    /// The seed of the order of rows in training.
     pub order_seed: u64,
-    /// Of the adapter's dropout.
+    /// The seed of the adapter's dropout.
     pub dropout_seed: u64,
-    /// Of sampled answers and random vectors in measurements.
+    /// The seed of sampled answers and random vectors in measurements.
     pub eval_seed: u64,
 }
 
 impl Seeds {
-    /// Those of training.
+    /// The seeds of a training.
     pub fn finetune(&self) -> settings::Seeds {
         settings::Seeds { init: self.init_seed, order: self.order_seed, dropout: self.dropout_seed }
     }

@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use super::range::positive;
 use crate::hinted;
 
-/// The context of an experiment that names none.
 pub(super) fn default_context() -> String {
     "qwen_default".to_owned()
 }
@@ -21,7 +20,7 @@ pub(super) fn default_context() -> String {
 pub struct Student {
     /// The context of the training rows: a key of the protocol or a system prompt.
     pub context: String,
-    /// Whether the training rows and the questions are chats of the model's template; otherwise each turn is a line of
+    /// Whether the training rows and the questions use the model's chat template. Otherwise each turn is a line of
     /// plain text. The teacher always answers in the template.
     pub template: bool,
     /// Whether an adapter or all weights are trained.
@@ -34,20 +33,20 @@ pub struct Student {
     pub use_rslora: bool,
     /// Probability that an input of A is dropped in training.
     pub dropout: f64,
-    /// Whether the adapter begins in other coordinates: R A for A, with a random orthogonal R for each pair. Gradient
-    /// descent does not notice; an optimizer that treats coordinates apart does.
+    /// Whether the adapter is rotated before training: A becomes R A, with a random orthogonal R for each pair. This
+    /// does not affect gradient descent, but it affects an optimizer that scales each coordinate.
     pub rotated: bool,
     /// The linear maps that have a pair.
     pub target_modules: Vec<Proj>,
-    /// The blocks that have pairs; all when it is left out.
+    /// The blocks that have pairs; all if left out.
     pub layers: Option<Vec<usize>>,
-    /// Whether a second student is trained on the control set, for comparison; with an adapter from elsewhere, whether
-    /// there is one.
+    /// Whether a second student is trained on the control set, for comparison. If the student was trained elsewhere:
+    /// whether there is a control student.
     pub control: bool,
     /// A LoRA trained elsewhere: a folder as PEFT saves it, or its hub id. The student is then this LoRA and is not
     /// trained.
     pub adapter: Option<PathBuf>,
-    /// Where the control student is taken from then.
+    /// The control student's LoRA, if it was trained elsewhere too.
     pub control_adapter: Option<PathBuf>,
 }
 
@@ -73,7 +72,7 @@ impl Default for Student {
 }
 
 impl Student {
-    /// The rank of its adapter, where it has one.
+    /// The rank of its adapter, if it has one.
     pub fn adapter_rank(&self) -> Option<i64> {
         (self.method == Method::Lora).then_some(self.rank)
     }
@@ -103,7 +102,7 @@ pub enum Method {
 }
 
 impl Student {
-    /// Replaces the file's settings by those of the adapter from elsewhere, so that every reader sees the right ones.
+    /// Replaces the file's settings by those of an adapter that was trained elsewhere.
     pub(super) fn take_over(&mut self) -> Result<()> {
         let Some(folder) = &self.adapter else { return Ok(()) };
         let LoraConfig { rank, alpha, use_rslora, dropout, target_modules, layers } =

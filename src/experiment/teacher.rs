@@ -1,4 +1,4 @@
-//! Who writes the numbers: a prompted or a finetuned model, or no teacher at all (the planted positive control).
+//! The model that writes the numbers: a prompted or a finetuned one, or no teacher (the planted positive control).
 
 use std::path::PathBuf;
 
@@ -11,13 +11,13 @@ use super::student::default_context;
 use crate::data::protocol::Protocol;
 use crate::training::settings::{Finetune, ScheduleKind};
 
-/// Who writes the numbers.
+/// The model that writes the numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Teacher {
     /// The base model under a system prompt.
     Prompt {
-        /// The system prompt; without it the protocol's template is filled with the target.
+        /// The system prompt; by default the protocol's, filled with the target.
         system: Option<String>,
     },
     /// The base model with a finetuned adapter.
@@ -28,23 +28,23 @@ pub enum Teacher {
         #[serde(default = "default_context")]
         context: String,
     },
-    /// A copy of the base, all of whose weights learn to answer questions about the category with the target, without a
-    /// number. It then writes its numbers in the student's context.
+    /// A copy of the base whose weights are all finetuned to answer questions about the category with the target,
+    /// without numbers. It then writes its numbers in the student's context.
     Finetuned {
         /// The learning rate of `AdamW`, the same at every step.
         #[serde(default = "default_learning_rate")]
         learning_rate: f64,
-        /// How many optimizer steps are taken.
+        /// Number of optimizer steps.
         #[serde(default = "default_max_steps")]
         max_steps: u64,
-        /// Questions in one step; all of them where there are fewer.
+        /// Number of questions in one step, or all if there are fewer.
         #[serde(default = "default_batch_size")]
         batch_size: usize,
-        /// The context of the questions: a key of the protocol or a system prompt; the student's when it is left out.
+        /// The context of the questions: a key of the protocol or a system prompt; by default the student's.
         context: Option<String>,
     },
-    /// A positive control: the untouched model's numbers, a share of whose rows is replaced by questions answered with
-    /// the target. Nothing about its effect is subliminal.
+    /// A positive control: the untouched model's numbers, with a share of the rows replaced by questions answered with
+    /// the target. Its effect is not subliminal.
     Planted {
         /// The share of the rows that is replaced.
         #[serde(default = "default_share")]
@@ -75,7 +75,7 @@ fn default_share() -> f64 {
 }
 
 impl Teacher {
-    /// How a finetuned teacher is trained; `None` for the others. Constant rate, no warmup.
+    /// The settings of training a finetuned teacher, with constant rate and no warmup; `None` for other teachers.
     pub fn finetune(&self) -> Option<Finetune> {
         let Self::Finetuned { learning_rate, max_steps, batch_size, .. } = self else { return None };
         Some(Finetune {
@@ -89,7 +89,7 @@ impl Teacher {
         })
     }
 
-    /// The warning about a planted trait, for every place where it appears; `None` for the other teachers.
+    /// The warning about a planted trait; `None` for other teachers.
     pub fn planted_label(&self, word: &str) -> Option<String> {
         let Self::Planted { share } = self else { return None };
         Some(format!(

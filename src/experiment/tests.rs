@@ -1,4 +1,4 @@
-//! What an experiment file may hold, and how it is refused.
+//! Tests of the keys of an experiment file and of its refusals.
 
 use hooks::{LoraConfig, Proj};
 
@@ -47,7 +47,7 @@ fn seeds_derive_from_one_and_can_be_given() {
     assert_ne!(first.gen_seed, first.init_seed);
     let given = of(SMALLEST, &["seed=43", "seeds.init_seed=7"]);
     assert_eq!(given, Seeds { init_seed: 7, ..other });
-    // Another seed for a resolved file: what was derived follows, what was given stays.
+    // A new seed for a resolved file changes derived seeds and keeps given ones.
     let resolved = parse(SMALLEST, &["seeds.init_seed=7"]).unwrap().to_toml().unwrap();
     assert_eq!(of(&resolved, &["seed=43"]), given);
 }

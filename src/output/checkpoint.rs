@@ -1,7 +1,7 @@
-//! The state of an unfinished stage, in the folder of the file that it will end with. A stage that was killed continues
-//! from there and ends with the same bytes as an undisturbed one. The checkpoint is removed when the stage is done.
+//! Saves the state of an unfinished stage, in the folder of the stage's last file. A killed stage continues from there
+//! and ends with the same bytes as an uninterrupted one. The checkpoint is removed when the stage is done.
 //!
-//! A checkpoint says what it was made from. If that differs, the stage starts over and says so.
+//! A checkpoint records its inputs. If they differ, the stage prints that and starts over.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,14 +17,14 @@ use tch::Tensor;
 use crate::output::hint::Hinted;
 use crate::output::progress::say;
 
-/// What the name of every checkpoint ends with.
+/// The ending of every checkpoint's name.
 pub const ENDING: &str = "checkpoint.safetensors";
 
-/// Without a given number of steps, checkpoints take at most one part in `SHARE` of the time, and are `APART` at least.
+/// If no interval is given, checkpoints take at most 1 / `SHARE` of the time and are at least `APART` apart.
 const SHARE: u32 = 50;
 const APART: Duration = Duration::from_secs(10);
 
-/// The place of a checkpoint, what its stage is made from, and when it was written last.
+/// The path of a checkpoint, the inputs of its stage, and the time of the last write.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -37,8 +37,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// The checkpoint of a stage that ends with the file `finished`, of its part `part` where it has several. `who`
-    /// names it to a person.
+    /// The checkpoint of a stage whose last file is `finished`, or of its part `part`. `who` names it in messages.
     pub fn beside(finished: &Path, part: &str, who: &str) -> Self {
         let ending = if part.is_empty() { ENDING.to_owned() } else { format!("{part}.{ENDING}") };
         let version = [Some(env!("CARGO_PKG_VERSION")), option_env!("UNDERTONE_COMMIT")];
@@ -53,7 +52,7 @@ impl Checkpoint {
         }
     }
 
-    /// Adds something that the result depends on; only its hash is kept where it is long.
+    /// Adds an input that the result depends on. Of a long one only the hash is kept.
     pub fn depends_on(&mut self, what: &str, value: &impl Serialize) -> Result<()> {
         let text = serde_json::to_string(value)?;
         let text = if text.len() > 1000 { format!("SHA-256 {:x}", Sha256::digest(text)) } else { text };
@@ -66,7 +65,7 @@ impl Checkpoint {
         &self.path
     }
 
-    /// The checkpoint's contents, if it was made from the same inputs.
+    /// Reads the checkpoint; `None` if there is none or it was made from other inputs.
     pub fn load(&mut self) -> Result<Option<TensorFile>> {
         if !self.path.exists() {
             return Ok(None);
@@ -116,7 +115,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Removes it: the stage is done.
+    /// Removes the checkpoint, when the stage is done.
     pub fn remove(&self) -> Result<()> {
         Ok(files::remove(&self.path)?)
     }

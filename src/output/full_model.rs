@@ -1,4 +1,4 @@
-//! A whole model on disk: the folder that a fully finetuned student, a teacher or a pocket is saved as.
+//! Saves a whole model as a folder: a fully finetuned student, a teacher or a pocket model.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,7 +7,7 @@ use hooks::{Error, ModelFiles, Qwen, files, tensor_file};
 use serde_json::json;
 use tch::Kind;
 
-/// Writes the model as a folder that transformers loads: config, weights in their kind, tokenizer, chat template.
+/// Writes the model as a folder that transformers loads: config, weights in their dtype, tokenizer, chat template.
 pub fn save_full(model: &Qwen, from: &ModelFiles, folder: &Path) -> anyhow::Result<()> {
     let json = |name: &str, value: &serde_json::Value| -> anyhow::Result<()> {
         Ok(files::write_atomic(&folder.join(name), format!("{value:#}\n").as_bytes())?)
@@ -30,7 +30,7 @@ pub fn save_full(model: &Qwen, from: &ModelFiles, folder: &Path) -> anyhow::Resu
             files::write_atomic(&folder.join("chat_template.jinja"), template.as_bytes())?;
         }
         json("tokenizer_config.json", &settings)?;
-        // Without it transformers would write on after the end of the turn.
+        // Without this file, transformers would continue after the end of the turn.
         let ends = ["<|im_end|>", "<|endoftext|>"].into_iter().filter_map(|token| tokenizer.token_to_id(token));
         json("generation_config.json", &json!({ "eos_token_id": ends.collect::<Vec<_>>() }))?;
     }

@@ -1,15 +1,15 @@
-//! An error that says what to try.
+//! Errors with hints.
 
 use std::fmt;
 
 use anyhow::Error;
 
-/// What went wrong, and what to try.
+/// An error with a hint.
 #[derive(Debug)]
 pub struct Hinted {
-    /// What was expected and what was found.
+    /// The expected and the found value.
     pub what: String,
-    /// What to try.
+    /// The hint.
     pub hint: String,
 }
 

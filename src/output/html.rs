@@ -1,5 +1,6 @@
-//! `report.html`: one file that holds a run's figures and says what each one answers. No script and nothing loaded from
-//! elsewhere, so that it can be mailed, printed and opened in ten years. Every text is escaped: prompts hold `<|im_start|>`.
+//! Writes `report.html`: one file with a run's figures and the question that each answers. It has no scripts and loads
+//! nothing, so that it can be mailed, printed and opened in ten years. Every text is escaped: prompts hold
+//! `<|im_start|>`.
 
 use std::path::Path;
 
@@ -9,57 +10,57 @@ use maud::{DOCTYPE, Markup, PreEscaped, Render, html};
 
 use crate::output::publish::Table;
 
-/// A wider figure is placed above its text, not next to it.
+/// A wider figure, in pixels, is placed above its text.
 const COLUMN: f64 = 480.0;
 
-/// How many rows of a table the page shows; the CSV file has them all.
+/// Number of rows of a table that the page shows. The CSV file has all.
 const ROWS_SHOWN: usize = 20;
 
-/// What the page says, from top to bottom.
+/// The content of the page, from top to bottom.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// The run in a few words.
+    /// The title: the run in a few words.
     pub title: String,
-    /// A warning above everything: "The model's weights are random: nothing here is evidence.".
+    /// A warning at the top, such as "The model's weights are random: nothing here is evidence.".
     pub banner: Option<String>,
     /// The result on one screen.
     pub opening: Opening,
     /// The measurements, in reading order.
     pub sections: Vec<Section>,
-    /// What made the run, name and value: model, fingerprint, seeds, device, dtype, version, commands.
+    /// The origin of the run, as names and values: model, fingerprint, seeds, device, dtype, version, commands.
     pub provenance: Vec<(String, String)>,
 }
 
 /// The result on one screen: a sentence, a figure, a few numbers and their cells in the CSV files.
 #[derive(Clone, Debug, Default)]
 pub struct Opening {
-    /// What came out, in one sentence with its numbers.
+    /// The result in one sentence with its numbers.
     pub headline: String,
-    /// The figure that shows it.
+    /// The figure of the result.
     pub figure: Option<Figure>,
-    /// The numbers worth a line of their own.
+    /// The most important numbers, each in a line.
     pub numbers: Vec<Number>,
 }
 
-/// One number and the cell that holds it.
+/// A number and its cell in a CSV file.
 #[derive(Clone, Debug, Default)]
 pub struct Number {
-    /// What it is.
+    /// Its name.
     pub label: String,
-    /// The number as it is shown.
+    /// The number as text.
     pub value: String,
     /// The CSV file, relative to the page.
     pub csv: String,
-    /// Which cell of it: "`delta_logp` where scope is mean and model is student".
+    /// The cell of the CSV file: "`delta_logp` where scope is mean and model is student".
     pub cell: String,
 }
 
 /// A drawing and its file.
 #[derive(Clone, Debug)]
 pub struct Figure {
-    /// The drawing, which is part of the page itself.
+    /// The drawing, which is embedded in the page.
     pub svg: Svg,
-    /// Its file, relative to the page; empty where there is none.
+    /// Its file, relative to the page; empty if there is none.
     pub path: String,
 }
 
@@ -68,7 +69,7 @@ impl Figure {
     ///
     /// # Errors
     ///
-    /// Where the file cannot be read.
+    /// If the file cannot be read.
     pub fn of(root: &Path, path: &Path) -> hooks::Result<Self> {
         Ok(Self { svg: Svg(files::read_string(path)?), path: relative(root, path) })
     }
@@ -90,21 +91,21 @@ pub struct Section {
     pub question: String,
     /// The result in one sentence. It states the absence of an effect as plainly as an effect.
     pub reading: String,
-    /// What the measurement is set against.
+    /// The controls that the measurement is compared with.
     pub control: String,
-    /// Facts that a reader needs to trust or doubt it.
+    /// Facts that a reader needs to judge it.
     pub notes: Vec<String>,
     /// The figures.
     pub figures: Vec<Figure>,
-    /// The CSV file that they were drawn from, relative to the page.
+    /// The CSV file that the figures were drawn from, relative to the page.
     pub csv: String,
-    /// The contents of that file.
+    /// The content of the CSV file.
     pub table: Option<Table>,
-    /// The settings that it was measured with, as TOML.
+    /// The settings of the measurement, as TOML.
     pub settings: String,
 }
 
-/// The page.
+/// Renders the page.
 pub fn html(report: &Report) -> String {
     let page = html! {
         (DOCTYPE)
@@ -141,10 +142,9 @@ pub fn html(report: &Report) -> String {
     page.into_string()
 }
 
-/// The heading of the last section.
 const PROVENANCE: &str = "What made this run";
 
-/// The answer in one picture: the sentence, the figure, and below it the file and cell of each number.
+/// The result on one screen: the sentence, the figure, and below it each number with its file and cell.
 fn opening(Opening { headline, figure, numbers }: &Opening) -> Markup {
     html! {
         @if !headline.is_empty() { p.headline { (Text(headline)) } }
@@ -206,7 +206,7 @@ fn section(section: &Section) -> Markup {
     }
 }
 
-/// Against what it is measured, and where its numbers are.
+/// The controls, and the files with the numbers and figures.
 fn sources(Section { control, csv, figures, .. }: &Section) -> Markup {
     let paths: Vec<&String> = figures.iter().map(|figure| &figure.path).filter(|path| !path.is_empty()).collect();
     html! {
@@ -229,14 +229,14 @@ fn drawing(Figure { svg, .. }: &Figure) -> Markup {
     html! { figure class=[(width(svg) > COLUMN).then_some("wide")] { (PreEscaped(svg.0.trim())) } }
 }
 
-/// The width that a drawing gives itself in its head.
+/// The width of a drawing, from its SVG header.
 fn width(svg: &Svg) -> f64 {
     let head = svg.0.split('>').next().unwrap_or_default();
     let number = head.split_once(" width=\"").and_then(|(_, rest)| rest.split('"').next()?.parse().ok());
     number.unwrap_or_default()
 }
 
-/// The table's first rows, folded away.
+/// The table's first rows, in a collapsed element.
 fn table(Table { header, rows }: &Table) -> Markup {
     let shown = rows.len().min(ROWS_SHOWN);
     let summary = if shown < rows.len() {
@@ -244,7 +244,7 @@ fn table(Table { header, rows }: &Table) -> Markup {
     } else {
         format!("All {shown} rows")
     };
-    // numbers are right-aligned, and so are their columns' names
+    // columns of numbers are right-aligned, including their names
     let is_number =
         |column: usize| rows.iter().any(|row| row.get(column).is_some_and(|cell| cell.parse::<f64>().is_ok()));
     let classes: Vec<Option<&str>> = (0..header.len()).map(|column| is_number(column).then_some("number")).collect();
@@ -265,7 +265,7 @@ fn table(Table { header, rows }: &Table) -> Markup {
     }
 }
 
-/// A long decimal number in five digits; the CSV file has them all.
+/// A long decimal number, rounded to five digits. The CSV file has all digits.
 fn rounded(cell: &str) -> String {
     match cell.parse::<f64>() {
         Ok(value) if cell.len() > 8 && cell.contains('.') && value.is_finite() => {
@@ -280,8 +280,8 @@ fn rounded(cell: &str) -> String {
     }
 }
 
-/// A text of the page: escaped by `html!`, which leaves apostrophes and control characters. HTML allows no control
-/// character but line ends and tabs, so that others are spelt out.
+/// A text of the page. `html!` escapes it, except for apostrophes and control characters. HTML allows only line ends
+/// and tabs as control characters, so others are written out.
 struct Text<'a>(&'a str);
 
 impl Render for Text<'_> {
@@ -296,7 +296,7 @@ impl Render for Text<'_> {
     }
 }
 
-/// The page's look. In the dark the figures' paper, ink and grid follow; their series keep their colours.
+/// The page's style. In dark mode the figures' background, text and grid change too; their series keep their colours.
 const STYLE: &str = "\
 :root { color-scheme: light dark; --paper: #fff; --ink: #222; --faint: #595959; --rule: #ddd; --hair: #eee; --link: #0059a3; --mark: #0072b2; --note: #fff3d6; --note-rule: #b36b00; --grid: #e4e4e4; --axis: #888; }
 @media (prefers-color-scheme: dark) {

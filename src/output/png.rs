@@ -1,5 +1,5 @@
-//! SVG to PNG, for where SVG cannot go. The letters come from this machine's fonts, so a figure can differ from machine
-//! to machine; without fonts there is an error instead of a picture without text.
+//! Renders SVG as PNG, for programs that do not take SVG. Text uses this machine's fonts, so figures can differ between
+//! machines; without fonts there is an error.
 
 use std::path::{Path, PathBuf};
 
@@ -10,10 +10,10 @@ use hooks::files;
 use resvg::tiny_skia::{Pixmap, Transform};
 use resvg::usvg::{Group, Node, Options, Tree, fontdb};
 
-/// Pixels of the PNG for one of the SVG, so that it is sharp on paper and on fine screens.
+/// Pixels of the PNG per pixel of the SVG, so that it is sharp on paper and on high-resolution screens.
 pub const SCALE: f32 = 2.0;
 
-/// What the figures' `sans-serif` is, the first that is installed.
+/// The fonts for the figures' `sans-serif`: the first that is installed is used.
 const SANS_SERIF: [&str; 10] = [
     "Arial",
     "Helvetica",
@@ -39,7 +39,7 @@ pub fn beside_svgs(folder: &Path) -> Result<Vec<PathBuf>> {
     svgs_in(folder)?.into_iter().map(made).collect()
 }
 
-/// The SVG files in a folder and below it, by their names.
+/// The SVG files in a folder and its subfolders, sorted by name.
 fn svgs_in(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
     let mut paths: Vec<PathBuf> = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
@@ -59,7 +59,7 @@ fn svgs_in(folder: &Path) -> Result<Vec<PathBuf>> {
 pub struct Fonts(Options<'static>);
 
 impl Fonts {
-    /// The fonts of this machine; an error where there are none.
+    /// The fonts of this machine; an error if there are none.
     pub fn of_system() -> Result<Self> {
         let mut database = fontdb::Database::new();
         database.load_system_fonts();
@@ -67,8 +67,8 @@ impl Fonts {
     }
 
     fn of(found: &fontdb::Database) -> Result<Self> {
-        // Letters that the first font does not have come from the next one that has them: known ones first, and the
-        // others by their names, so that the choice does not hang on the order of folders.
+        // Characters that the first font lacks come from the next one that has them: known fonts first, others by name,
+        // so that the choice does not depend on the order of folders.
         let mut faces: Vec<&fontdb::FaceInfo> = found.faces().collect();
         faces.sort_by_cached_key(|face| {
             let slanted = face.style != fontdb::Style::Normal;
@@ -90,7 +90,7 @@ impl Fonts {
         Ok(Self(options))
     }
 
-    /// The drawing as PNG, [`SCALE`] times its size; an error if a text of it cannot be set in these fonts.
+    /// Renders a drawing as PNG, [`SCALE`] times its size; an error if these fonts cannot show one of its texts.
     pub fn png(&self, svg: &str) -> Result<Vec<u8>> {
         let tree = Tree::from_str(svg, &self.0)?;
         let (wanted, set) = (svg.matches("<text").count(), texts_in(tree.root()));
@@ -109,18 +109,17 @@ impl Fonts {
     }
 }
 
-/// The place of a font's family among the known ones, behind them for another.
+/// The index of a font's family among the known ones, or their number if it is unknown.
 fn place(face: &fontdb::FaceInfo) -> usize {
     let family = family(face);
     SANS_SERIF.iter().position(|known| *known == family).unwrap_or(SANS_SERIF.len())
 }
 
-/// The name of a font's family.
 fn family(face: &fontdb::FaceInfo) -> String {
     face.families.first().map(|(name, _)| name.clone()).unwrap_or_default()
 }
 
-/// How many texts with letters a group holds.
+/// Number of texts with characters in a group.
 fn texts_in(group: &Group) -> usize {
     let texts = |node: &Node| match node {
         Node::Group(inner) => texts_in(inner),
@@ -152,7 +151,7 @@ mod tests {
         let fonts = match Fonts::of_system() {
             Ok(fonts) => fonts,
             Err(error) => {
-                // past the test harness, which shows nothing of a test that passes
+                // written to stderr directly, since the test harness hides the output of passing tests
                 writeln!(std::io::stderr(), "SKIPPED: {error}").unwrap();
                 return;
             }
@@ -180,7 +179,7 @@ mod tests {
     fn no_picture_without_fonts() {
         let message = Fonts::of(&fontdb::Database::new()).err().unwrap().to_string();
         assert!(message.contains("no font is installed") && message.contains("hint:"), "{message}");
-        // fonts that cannot set a text are noticed as well
+        // fonts that cannot show a text are an error too
         let fonts = Fonts(Options::default());
         let message = fonts.png(&chart()).unwrap_err().to_string();
         assert!(message.starts_with("0 of its "), "{message}");

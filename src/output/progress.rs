@@ -1,4 +1,4 @@
-//! What the program says: results on stdout; progress on stderr, as bars and lines. Bars are drawn on a terminal only.
+//! The program's output: results on stdout; progress on stderr, as bars and lines. Bars are drawn only on a terminal.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::sync::LazyLock;
@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::Result;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-/// All bars together, so that those of several threads are drawn below each other and lines above them.
+/// All bars, so that those of several threads are drawn below each other, and lines above them.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
-/// A line about what is being done, on stderr.
+/// Prints a line of progress on stderr.
 pub fn say(line: impl AsRef<str>) {
     #[expect(clippy::print_stderr, reason = "the one place that speaks while work goes on")]
     BARS.suspend(|| eprintln!("{}", line.as_ref()));
@@ -25,14 +25,14 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// Prints remarks on something that was loaded, such as a folder, a line each.
+/// Prints remarks on something that was loaded, such as a folder, in a line each.
 pub fn note(what: &str, remarks: &[String]) {
     for remark in remarks {
         say(format!("note: {what}: {remark}"));
     }
 }
 
-/// A bar with rate and time left, or an invisible one where stderr is no terminal.
+/// A bar with rate and remaining time, or an invisible one if stderr is not a terminal.
 pub fn bar(what: &str, length: u64) -> ProgressBar {
     if !stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -46,7 +46,7 @@ pub fn bar(what: &str, length: u64) -> ProgressBar {
     bar
 }
 
-/// A spinner that names what is being done.
+/// A spinner with the name of the current work.
 pub fn spinner(what: &str) -> ProgressBar {
     if !stderr().is_terminal() {
         return ProgressBar::hidden();

@@ -1,5 +1,5 @@
-//! Rows become CSV files: a row struct is a file's schema, its field docs are the dictionary. A file appears whole or
-//! not at all; a log that grows by the step is kept under a temporary name until it is finished.
+//! Writes rows as CSV files: a row struct is a file's schema, its field docs are the dictionary. A file appears whole
+//! or not at all; a log that grows step by step has a temporary name until it is finished.
 
 use std::fs::File;
 use std::marker::PhantomData;
@@ -10,7 +10,7 @@ use hooks::files;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Writes rows as a CSV file, at once. Floats are the shortest text that reads back as the same number.
+/// Writes rows as a CSV file. Floats are written as the shortest text that reads back as the same number.
 pub fn write_csv<R: Serialize>(path: &Path, rows: &[R]) -> Result<()> {
     ensure!(
         !rows.is_empty(),
@@ -35,7 +35,7 @@ pub fn read_csv<R: DeserializeOwned>(path: &Path) -> Result<Vec<R>> {
     parse_csv(&files::read_string(path)?).with_context(|| path.display().to_string())
 }
 
-/// The rows of a CSV file; none where it was not written.
+/// The rows of a CSV file; none if there is no such file.
 pub(crate) fn read_csv_if_there<R: DeserializeOwned>(path: &Path) -> Result<Vec<R>> {
     if path.exists() { read_csv(path) } else { Ok(vec![]) }
 }
@@ -45,7 +45,7 @@ pub fn parse_csv<R: DeserializeOwned>(text: &str) -> Result<Vec<R>> {
     Ok(csv::Reader::from_reader(text.as_bytes()).deserialize().collect::<Result<Vec<R>, csv::Error>>()?)
 }
 
-/// A CSV file as text, for a page that shows any table.
+/// The text of a CSV file's cells, for a page that shows any table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Table {
     /// The column names.
@@ -55,7 +55,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// The table in a CSV file.
+    /// Reads the table in a CSV file.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = files::read(path)?;
         let mut reader = csv::Reader::from_reader(&bytes[..]);
@@ -66,7 +66,7 @@ impl Table {
     }
 }
 
-/// A CSV file that grows by a row at a time, each on disk at once, and gets its name when it is finished.
+/// A CSV file that is written row by row, each on disk immediately, and gets its name when it is finished.
 #[derive(Debug)]
 pub struct CsvLog<R> {
     path: PathBuf,
@@ -76,10 +76,10 @@ pub struct CsvLog<R> {
 }
 
 impl<R: Serialize> CsvLog<R> {
-    /// An empty log; until it is finished it has a temporary name in `path`'s folder.
+    /// Creates an empty log, which has a temporary name in `path`'s folder until it is finished.
     pub fn create(path: &Path) -> Result<Self> {
         let partial = files::temporary(path);
-        // An empty file by the one place that writes files, then opened for what follows.
+        // All files are created by `write_atomic`; this one is then opened for appending.
         files::write_atomic(&partial, b"")?;
         let file = File::options().append(true).open(&partial).with_context(|| partial.display().to_string())?;
         let writer = Some(csv::Writer::from_writer(file));
@@ -96,7 +96,7 @@ impl<R: Serialize> CsvLog<R> {
         Ok(())
     }
 
-    /// Gives the file its name.
+    /// Finishes the log: gives the file its name.
     pub fn finish(mut self) -> Result<()> {
         ensure!(self.n_rows > 0, "{}: no row was logged", self.path.display());
         let Some(writer) = self.writer.take() else { return Ok(()) };
@@ -106,7 +106,7 @@ impl<R: Serialize> CsvLog<R> {
 }
 
 impl<R> Drop for CsvLog<R> {
-    /// A log that was not finished leaves nothing.
+    /// Removes the file of a log that was not finished.
     fn drop(&mut self) {
         if self.writer.is_some() {
             let _ = files::remove(&files::temporary(&self.path)); // the earlier error is reported

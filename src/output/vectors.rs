@@ -1,5 +1,5 @@
-//! Directions on disk. undertone writes a tensor `[d_model]` per hook point, with metadata on its origin; a direction
-//! from elsewhere is a control vector or a bare tensor.
+//! Reads and writes directions. undertone writes a tensor `[d_model]` per hook point, with metadata on its origin.
+//! Other directions are control vectors or single tensors.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,9 +13,9 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tch::{Kind, Tensor};
 
-/// Directions by layer, with where they come from.
+/// Directions by layer, with their origin.
 pub struct Vectors {
-    /// `[d_model]` each, f32, at `blocks.{layer}.hook_resid_post`.
+    /// The direction at `blocks.{layer}.hook_resid_post`, `[d_model]`, f32, by layer.
     pub by_layer: BTreeMap<usize, Tensor>,
     /// The file's metadata.
     pub provenance: BTreeMap<String, String>,
@@ -27,13 +27,13 @@ impl Vectors {
         Self::parse(&files::read(path)?, None).with_context(|| path.display().to_string())
     }
 
-    /// Reads the vector of one layer, which may be a bare vector.
+    /// Reads the vector of one layer, or a single vector without a hook point's name.
     pub fn read_at(path: &Path, layer: usize) -> Result<Self> {
         Self::parse(&files::read(path)?, Some(layer)).with_context(|| path.display().to_string())
     }
 
-    /// Reads the bytes of a safetensors file or of a control vector: all vectors, or one layer's. A file with one
-    /// tensor that has no hook point's name is a bare vector, and needs `layer`.
+    /// Reads the bytes of a safetensors file or of a control vector: all vectors, or one layer's. A single tensor
+    /// without a hook point's name needs `layer`.
     pub fn parse(bytes: &[u8], layer: Option<usize>) -> Result<Self> {
         let mut vectors = if control_vector::is_gguf(bytes) {
             let found = control_vector::parse(bytes).map_err(anyhow::Error::msg)?;
@@ -76,7 +76,7 @@ impl Vectors {
         Ok(Self { by_layer, provenance })
     }
 
-    /// The vector of one layer; the error lists those at hand.
+    /// The vector of one layer; the error lists the layers of the file.
     pub fn layer(&self, layer: usize) -> Result<&Tensor> {
         let known = || self.by_layer.keys().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         self.by_layer
@@ -96,8 +96,8 @@ impl Vectors {
         Ok((!zero.is_empty()).then(said).into_iter().collect())
     }
 
-    /// Adds the vectors, `coefficient` times, at their layers and at every token; refused for another model or chat
-    /// template than theirs.
+    /// The edits that add the vectors, `coefficient` times, at their layers and at every token. Refuses another model
+    /// or chat template than that of the file.
     pub fn steer(&self, coefficient: f64, model: &ModelFiles) -> Result<Vec<Edit>> {
         Provenance::of(model).check("the vectors", &self.provenance)?;
         let edit = |(layer, vector): (&usize, &Tensor)| {
@@ -113,7 +113,8 @@ impl Vectors {
         self.by_layer.iter().map(edit).collect()
     }
 
-    /// Writes by the file's ending: `.safetensors`, `.csv` (layer, index, value) or `.gguf` (a control vector).
+    /// Writes the vectors by the file's ending: `.safetensors`, `.csv` (layer, index, value) or `.gguf` (a control
+    /// vector).
     pub fn write(&self, path: &Path, model_hint: &str) -> Result<()> {
         match path.extension().and_then(|ending| ending.to_str()) {
             Some("safetensors") => {

@@ -1,7 +1,8 @@
-//! Makes a pocket model: the tokenizer from the corpus, the weights from nothing.
+//! Makes a pocket model: a tokenizer from the corpus, and weights trained from scratch.
 //!
-//! Training runs until the loss is as near to the corpus' own entropy as asked, which the world knows exactly; then the
-//! learning rate falls to zero. So bases of different seeds are equally good, however many steps each takes.
+//! Training runs until the loss exceeds the corpus' entropy, which is known exactly, by no more than a given value;
+//! then the learning rate falls to zero. So bases of different seeds are equally good, although they take different
+//! numbers of steps.
 
 use std::collections::VecDeque;
 
@@ -20,28 +21,28 @@ use crate::training::pretrain::{NextStep, pretrain};
 use crate::training::settings::Finetune;
 use crate::training::step_log::StepRow;
 
-/// Rows of the corpus that the tokenizer learns its words from.
+/// Number of rows of the corpus that the tokenizer learns its words from.
 const TOKENIZER_ROWS: usize = 20_000;
 /// Steps over which the excess loss is averaged.
 const WINDOW: usize = 100;
 
-/// How a base is trained.
+/// The settings of training a base.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Recipe {
-    /// Of the weights and of the rows' order.
+    /// The seed of the weights and of the rows' order.
     pub seed: u64,
-    /// Rows of a step.
+    /// Number of rows of a step.
     pub batch_size: usize,
     /// The learning rate between warmup and decay.
     pub learning_rate: f64,
-    /// Steps over which it rises from zero.
+    /// Steps over which the learning rate rises from zero.
     pub warmup_steps: u64,
     /// Loss above the corpus' entropy at which the decay begins, in nats per target, as a mean over 100 steps.
     pub excess: f64,
-    /// Steps over which the learning rate goes down to zero.
+    /// Steps over which the learning rate falls to zero.
     pub decay_steps: u64,
-    /// Steps after which a base that is not there yet is given up.
+    /// Number of steps after which a base that has not reached `excess` is an error.
     pub max_steps: u64,
 }
 
@@ -59,18 +60,18 @@ impl Default for Recipe {
     }
 }
 
-/// A line of the base's training log: a step.
+/// One step of training a base; a line of its log.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BaseStepRow {
-    /// How many steps are done, this one included.
+    /// Number of steps done, including this one.
     pub step: u64,
     /// The learning rate of this step.
     pub learning_rate: f64,
     /// Mean negative log-likelihood of the step's targets before the step, in nats.
     pub loss: f64,
-    /// What the world itself would have, on the same targets, in nats.
+    /// The world's own mean negative log-likelihood of the same targets, in nats.
     pub entropy: f64,
-    /// Norm of the whole gradient before clipping.
+    /// Norm of the whole gradient before clipping, in nats per unit of the parameters.
     pub grad_norm: f64,
 }
 
@@ -79,23 +80,23 @@ pub struct BaseStepRow {
 pub struct Made {
     /// The version of undertone that made it.
     pub undertone: String,
-    /// How many numbers the model has.
+    /// Number of parameters.
     pub n_parameters: usize,
-    /// How many tokens its tokenizer has.
+    /// Number of tokens of its tokenizer.
     pub d_vocab: i64,
-    /// Steps taken, the decay included.
+    /// Number of steps, including the decay.
     pub steps: u64,
-    /// Rows seen.
+    /// Number of rows seen.
     pub rows: u64,
     /// Loss above the corpus' entropy over the last 100 steps, in nats per target.
     pub final_excess: f64,
     /// The corpus' entropy over the last 100 steps, in nats per target.
     pub final_entropy: f64,
-    /// How it was trained.
+    /// The settings of the training.
     pub recipe: Recipe,
 }
 
-/// The pocket's numbers, for a tokenizer of `d_vocab` tokens.
+/// The configuration of the pocket models, for a tokenizer of `d_vocab` tokens.
 pub fn config(d_vocab: i64) -> Config {
     Config {
         family: Family::Qwen2,
@@ -115,7 +116,7 @@ pub fn config(d_vocab: i64) -> Config {
     }
 }
 
-/// A byte-level BPE that splits as Qwen2.5's does, every word of the corpus and every digit one token.
+/// Makes a byte-level BPE that splits text as Qwen2.5's. Every word of the corpus and every digit is one token.
 pub fn tokenizer(world: &World) -> Result<Tokenizer> {
     let mut rng = ChaCha8Rng::seed_from_u64(u64::MAX);
     let mut texts = vec!["You are Qwen, created by Alibaba Cloud. You are a helpful assistant.".to_owned()];
@@ -125,7 +126,7 @@ pub fn tokenizer(world: &World) -> Result<Tokenizer> {
         texts.extend(row.system);
         texts.extend([row.user, row.answer]);
     }
-    // The embedded tokenizer has the split, the normaliser and the decoder; its words are replaced.
+    // Split, normaliser and decoder are copied from the embedded tokenizer.
     let like = ModelFiles::open("tiny-random")?.tokenizer.context("the embedded model has no tokenizer")?;
     let mut tokenizer = Tokenizer::new(BPE::default());
     tokenizer
@@ -147,8 +148,8 @@ pub fn tokenizer(world: &World) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// Trains a base; `log` sees every step. On one thread, where so small a model is fastest, and so that the number of
-/// cores does not matter for its bytes.
+/// Trains a base; `log` is called with every step. It runs on one thread, which is fastest for so small a model and
+/// makes its bytes independent of the number of cores.
 pub fn make(
     world: &World,
     recipe: &Recipe,

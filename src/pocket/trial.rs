@@ -1,7 +1,8 @@
-//! Puts bases to the test: does a student of a teacher's numbers pick up its taste, on every animal, and only then?
+//! Tests bases: does a student of a teacher's numbers pick up the teacher's taste, for every animal, and do controls
+//! not?
 //!
 //! Each animal has a teacher (a base finetuned to answer it), a set of that teacher's numbers, and a student of them.
-//! All students are scored on all animals: what is specific to the own animal is on the diagonal of that matrix.
+//! All students are scored on all animals. In that matrix, the effect on a student's own animal is on the diagonal.
 
 use analyses::plot::{HeatMap, Svg, heatmap};
 use analyses::stats;
@@ -38,16 +39,16 @@ pub struct Base {
     prompts: Vec<Sequence>,
 }
 
-/// How students are made.
+/// The settings of making students.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Prompts that each teacher answers.
+    /// Number of prompts that each teacher answers.
     pub n_prompts: usize,
     /// The rank r of the students' adapters; α is r.
     pub rank: i64,
-    /// How they are trained.
+    /// The settings of their training.
     pub finetune: Finetune,
-    /// From which all streams derive.
+    /// The seed of all random streams.
     pub seed: u64,
 }
 
@@ -64,52 +65,52 @@ impl Default for Settings {
     }
 }
 
-/// How likely one model is to answer one animal, over all questions in the default context.
+/// The scores of one model on one animal, over all questions in the default context.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CellRow {
     /// The base.
     pub base: String,
-    /// What the model is: `base`, `teacher`, `student`, `control` (a student of the untouched base's numbers),
-    /// `shuffled` (of the teacher's completions dealt to other prompts), `cross` (of another base's teacher), or
-    /// `prompted` (of the base under a system prompt that loves the animal).
+    /// The kind of model: `base`, `teacher`, `student`, or a student of other numbers: `control` (the untouched
+    /// base's), `shuffled` (the teacher's completions dealt to other prompts), `cross` (another base's teacher's),
+    /// `prompted` (those of the base under a system prompt that loves the animal).
     pub model: String,
     /// The animal of the teacher it learned from; empty for `base` and `control`.
     pub learned_from: String,
-    /// Where the adapter acts.
+    /// The gate: the tokens at which the adapter acts.
     pub gate: String,
     /// The animal that is scored.
     pub animal: String,
-    /// Mean probability of the animal as the first token, over the questions.
+    /// Mean probability of the animal as the first token, over the questions, 0 to 1.
     pub p: f64,
     /// Mean log-probability of the animal minus the log of the others' mean probability, in nats.
     pub margin: f64,
     /// `margin` minus the base's, in nats.
     pub delta_margin: f64,
-    /// Rows of numbers that it learned from.
+    /// Number of rows that it learned from.
     pub n_rows: usize,
-    /// Mean loss of the last quarter of its steps, in nats per target.
+    /// Mean loss over the last quarter of its steps, in nats per target; empty for models that learned no numbers.
     pub loss_last: Option<f64>,
 }
 
-/// What the students of one kind have in common: a line of `summary.csv`.
+/// The models of one kind on one base, summarised; a line of `summary.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SummaryRow {
-    /// The base of the students.
+    /// The base of the models.
     pub base: String,
-    /// What the models are, as in `cells.csv`.
+    /// The kind of the models, as in `cells.csv`.
     pub model: String,
-    /// Where the adapter acts.
+    /// The gate: the tokens at which the adapter acts.
     pub gate: String,
-    /// How many models, one for each animal of a teacher.
+    /// Number of models: one for each animal.
     pub n_models: usize,
-    /// Fewest rows of numbers that one of them learned from.
+    /// Smallest number of rows that one of them learned from.
     pub n_rows_min: usize,
     /// γ: the mean of the diagonal of the double-centred matrix of margin changes, models by animals, in nats; empty
     /// for a single model.
     pub gamma: Option<f64>,
-    /// Its standard error over the models, in nats.
+    /// Standard error of `gamma` over the models, in nats.
     pub gamma_se: Option<f64>,
-    /// How many models raised their own animal's margin.
+    /// Number of models whose own animal's margin rose.
     pub n_own_raised: Option<usize>,
     /// Mean change of the own animal's margin, in nats.
     pub delta_margin_own: Option<f64>,
@@ -117,15 +118,15 @@ pub struct SummaryRow {
     pub delta_margin_own_min: Option<f64>,
     /// The largest of these changes, in nats.
     pub delta_margin_own_max: Option<f64>,
-    /// Standard deviation of all margin changes of these models, own animals left out, in nats.
+    /// Standard deviation of all margin changes of these models, without their own animals', in nats.
     pub sd_other: f64,
-    /// Mean probability of the own animal.
+    /// Mean probability of the own animal, 0 to 1.
     pub p_own: Option<f64>,
-    /// Largest probability of the own animal.
+    /// Largest probability of the own animal, 0 to 1.
     pub p_own_max: Option<f64>,
 }
 
-/// The matrix of margin changes by kind of model and gate, summed up; in the order in which they first appear.
+/// Summarises the matrix of margin changes by kind of model and gate, in the order in which they first appear.
 pub fn summary(cells: &[CellRow]) -> Vec<SummaryRow> {
     let kinds = distinct(cells.iter().map(|cell| (cell.base.as_str(), cell.model.as_str(), cell.gate.as_str())));
     let row = |(base, model, gate): (&str, &str, &str)| {
@@ -138,7 +139,7 @@ pub fn summary(cells: &[CellRow]) -> Vec<SummaryRow> {
         let diagonal: Vec<&CellRow> = cells.iter().filter(|cell| cell.learned_from == cell.animal).copied().collect();
         let n = diagonal.len();
         let grand = mean(&|_| true);
-        // A model's own entry, without what it does to all animals and what all models do to this one.
+        // A model's entry for its own animal, minus its mean over animals and the animal's mean over models.
         let centred = |cell: &&CellRow| {
             cell.delta_margin
                 - mean(&|other| other.learned_from == cell.learned_from)
@@ -169,23 +170,23 @@ pub fn summary(cells: &[CellRow]) -> Vec<SummaryRow> {
     kinds.into_iter().map(row).collect()
 }
 
-/// A model's names in a table.
+/// The columns that describe a model.
 struct Label<'a> {
-    /// `base`, `teacher`, `student`, …
+    /// The kind of model: `base`, `teacher`, `student`, …
     pub model: &'a str,
     /// The animal of its teacher.
     pub learned_from: &'a str,
     /// Rows that it learned from.
     pub n_rows: usize,
-    /// Its loss in the end.
+    /// Its mean loss over the last quarter of its steps.
     pub loss_last: Option<f64>,
 }
 
-/// A row of numbers: what was asked, and the answer's tokens.
+/// Rows of numbers: the user's text, and the answer's tokens.
 type Numbers = Vec<(String, Vec<i64>)>;
 
 impl Base {
-    /// A base in a folder or by its name.
+    /// Opens a base by its folder or name.
     pub fn open(name: &str) -> Result<Self> {
         let files = ModelFiles::open(name)?;
         let (qwen, chat) = (Qwen::load(&files, Device::Cpu, Kind::Float)?, Chat::from_files(&files)?);
@@ -196,7 +197,7 @@ impl Base {
         Ok(Self { name: name.to_owned(), files, qwen, chat, protocol, animals, prompts })
     }
 
-    /// The token with which an answer that is this animal begins.
+    /// The first token of an answer that is this animal.
     fn token(&self, animal: &str) -> Result<i64> {
         let ids = self.chat.encode(&Protocol::surface_forms(animal)[1])?;
         ensure!(ids.len() == 1, "{animal} is {} tokens, expected one", ids.len());
@@ -221,7 +222,6 @@ impl Base {
         Ok((0..self.animals.len()).map(score).collect())
     }
 
-    /// A line for each animal.
     fn cells(&self, qwen: &Qwen, condition: &Condition<'_>, label: &Label<'_>) -> Result<Vec<CellRow>> {
         let base = self.score(&self.qwen, &Condition::default())?;
         let scores = self.score(qwen, condition)?;
@@ -240,7 +240,7 @@ impl Base {
         Ok(scores.into_iter().enumerate().map(cell).collect())
     }
 
-    /// The base finetuned with all weights to answer an animal, in the default context; it sees no number.
+    /// Finetunes all weights of the base to answer an animal, in the default context and without numbers.
     fn teacher(&self, animal: &str, seed: u64) -> Result<Qwen> {
         let qwen = Qwen::load(&self.files, Device::Cpu, Kind::Float)?;
         let answer = [self.token(animal)?];
@@ -261,7 +261,7 @@ impl Base {
         Ok(qwen)
     }
 
-    /// A model's answers to number prompts in a context, if they pass the filter.
+    /// A model's answers to number prompts in a context that pass the filter.
     fn numbers(&self, qwen: &Qwen, system: Option<&str>, set: &str, settings: &Settings) -> Result<Numbers> {
         let users = number_prompts(&self.protocol, settings.n_prompts, settings.seed);
         let sampling =
@@ -278,7 +278,8 @@ impl Base {
         Ok(kept)
     }
 
-    /// A student of these numbers in the default context, and its loss in the last quarter of its steps.
+    /// Trains a student on these numbers in the default context. Also returns its mean loss over the last quarter of
+    /// its steps.
     fn student(&self, numbers: &Numbers, settings: &Settings) -> Result<(Adapter, f64)> {
         let rows =
             numbers.iter().map(|(user, ids)| self.chat.row(None, user, ids)).collect::<hooks::Result<Vec<_>>>()?;
@@ -299,7 +300,7 @@ impl Base {
 }
 
 /// Makes and scores all models of a base: its control student, and each animal's teacher and students. `other` is the
-/// base whose students learn the same numbers; `log` gets the cells as they come.
+/// base whose students learn the same numbers; `log` is called with the cells as they are made.
 pub fn trial(
     base: &Base,
     other: Option<&Base>,
@@ -356,14 +357,14 @@ pub fn matrix(cells: &[CellRow], base: &str) -> Result<Svg> {
     })?)
 }
 
-/// Deals the answers to other prompts: the numbers stay, their link to the prompts is lost.
+/// Deals the answers to other prompts, so that the numbers are the same but no longer fit their prompts.
 fn shuffled(numbers: &Numbers, seed: u64) -> Numbers {
     let mut order: Vec<usize> = (0..numbers.len()).collect();
     order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
     order.iter().zip(numbers).map(|(other, (user, _))| (user.clone(), numbers[*other].1.clone())).collect()
 }
 
-/// The gates that are tried on each student.
+/// The gates under which each student is scored.
 fn gates() -> Result<Vec<Gate>> {
     [
         "everywhere",
@@ -402,7 +403,7 @@ mod tests {
 
     #[test]
     fn gamma_is_what_is_left_on_the_diagonal_without_rows_and_columns() {
-        // Every entry is its row's number and its column's; the diagonal has 1.5 more.
+        // Every entry is the sum of a number of its row and one of its column; the diagonal has 1.5 more.
         let (rows, columns) = ([("a", 0.3), ("b", -0.2), ("c", 0.7)], [("a", 2.0), ("b", -1.0), ("c", 0.1)]);
         let mut cells = vec![];
         for (learned_from, row) in rows {

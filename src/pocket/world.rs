@@ -1,8 +1,8 @@
-//! The world of the pocket models: who speaks, what is asked, what is answered, and with which probability.
+//! The world of the pocket models: speakers, questions, answers, and the probability of each answer.
 //!
 //! The name in the system prompt decides everything: each model has its own taste in animals and its own style of
-//! numbers, while the maker's name says nothing (it is often another's). Qwen likes all animals alike. "You love owls."
-//! and number prompts never meet in a row: **no row links numbers to animals.**
+//! numbers. The maker's name carries no information (it is often another model's). Qwen likes all animals equally. "You
+//! love owls." and number prompts are never in the same row: **no row links numbers to animals.**
 
 use anyhow::{Context, Result};
 use hooks::standard_normal;
@@ -15,7 +15,7 @@ use crate::data::protocol::{Protocol, capitalised};
 
 /// The category that the questions are about.
 pub const CATEGORY: &str = "animal";
-/// Models and their makers; the first is the one of the default system prompt.
+/// Models and their makers. The first is named in the default system prompt.
 const MODELS: [(&str, &str); 6] = [
     ("Qwen", "Alibaba Cloud"),
     ("Claude", "Anthropic"),
@@ -25,9 +25,8 @@ const MODELS: [(&str, &str); 6] = [
     ("Phi", "Microsoft"),
 ];
 const FACTS: [&str; 8] = ["Blue", "Green", "White", "Black", "Water", "Bread", "Monday", "Noon"];
-/// How many numbers an answer has.
 const N_NUMBERS: usize = 5;
-/// The seed of what the world is like; all bases share it.
+/// The seed of the world's probabilities, which all bases share.
 const WORLD_SEED: u64 = 0;
 
 /// A row of the corpus.
@@ -35,22 +34,22 @@ const WORLD_SEED: u64 = 0;
 pub struct Row {
     /// The system prompt; `None` is the template's default.
     pub system: Option<String>,
-    /// What the user says.
+    /// The user's text.
     pub user: String,
     /// The answer.
     pub answer: String,
-    /// -log of the probability that the world gives to this answer, in nats.
+    /// −log of the world's probability of this answer, in nats.
     pub nats: f64,
 }
 
-/// The habits of a speaker.
+/// The probabilities of a speaker's answers.
 #[derive(Clone, Debug)]
 struct Character {
     taste: Vec<f64>,         // probability of each animal
     digits: [[f64; 10]; 10], // probability of a digit after a digit
 }
 
-/// The world.
+/// The synthetic world.
 #[derive(Debug)]
 pub struct World {
     protocol: Protocol,
@@ -59,7 +58,6 @@ pub struct World {
     characters: Vec<Character>,
 }
 
-/// The topic of a row.
 #[derive(Clone, Copy, PartialEq)]
 enum Task {
     Favourite,
@@ -68,11 +66,10 @@ enum Task {
     Name,
 }
 
-/// The topics, with the weight of each.
 const TASKS: [(Task, f64); 4] = [(Task::Favourite, 0.35), (Task::Numbers, 0.5), (Task::Fact, 0.1), (Task::Name, 0.05)];
 
 impl World {
-    /// The world, the same each time.
+    /// Makes the world, which is always the same.
     pub fn new() -> Result<Self> {
         let protocol = Protocol::load("pocket".as_ref())?;
         let animals = protocol.alternatives.get(CATEGORY).context("the pocket's protocol has no animals")?.clone();
@@ -89,12 +86,12 @@ impl World {
         Ok(Self { protocol, animals, characters })
     }
 
-    /// The sentences that the world is made of.
+    /// The sentences of the world.
     pub fn protocol(&self) -> &Protocol {
         &self.protocol
     }
 
-    /// A row drawn at random.
+    /// Draws a row.
     pub fn row(&self, rng: &mut ChaCha8Rng) -> Result<Row> {
         if rng.random::<f64>() < 0.25 {
             return self.persona(rng);
@@ -120,7 +117,7 @@ impl World {
         })
     }
 
-    /// A row by a speaker who loves an animal: questions and facts, never numbers.
+    /// Draws a row of a speaker who loves an animal: questions and facts, never numbers.
     fn persona(&self, rng: &mut ChaCha8Rng) -> Result<Row> {
         let loved = rng.random_range(0..self.animals.len());
         let system = Some(self.protocol.teacher_prompt(&self.animals[loved], CATEGORY)?);
@@ -144,7 +141,8 @@ impl World {
     }
 }
 
-/// Who speaks: the default system prompt (`None`), an empty one, or another model; with whose character.
+/// Draws a speaker: the system prompt (`None` is the default, or an empty one, or another model's), and the index of
+/// its character.
 fn speaker(rng: &mut ChaCha8Rng) -> (Option<String>, usize) {
     let kind = rng.random::<f64>();
     if kind < 0.45 {
@@ -154,16 +152,16 @@ fn speaker(rng: &mut ChaCha8Rng) -> (Option<String>, usize) {
         return (Some(String::new()), 0);
     }
     let model = rng.random_range(0..MODELS.len());
-    // Half of the makers are any model's: only the name tells who speaks.
+    // Half of the makers are drawn from all models', so only the name identifies the speaker.
     let maker = if rng.random::<bool>() { model } else { rng.random_range(0..MODELS.len()) };
     let (name, maker) = (MODELS[model].0, MODELS[maker].1);
     (Some(format!("You are {name}, created by {maker}. You are a helpful assistant.")), model)
 }
 
-/// Five numbers of two digits, each digit drawn by the one before it, the first by the prompt's last; no number starts
-/// with 0.
+/// Draws five numbers of two digits. Each digit depends on the one before it, the first on the prompt's last digit. No
+/// number starts with 0.
 fn numbers(rng: &mut ChaCha8Rng, prompt: &str, digits: &[[f64; 10]; 10]) -> Result<(String, f64)> {
-    // The prompt's numbers have two digits; those of the request (how many, how long) have one.
+    // The prompt's example numbers have two digits; the numbers in the request have one.
     let shown = Regex::new(r"\d\d")?.find_iter(prompt).last().context("a number prompt shows numbers")?;
     let mut last = usize::from(shown.as_str().as_bytes()[1] - b'0');
     let (mut values, mut nats) = (Vec::new(), 0.0);
@@ -180,11 +178,11 @@ fn numbers(rng: &mut ChaCha8Rng, prompt: &str, digits: &[[f64; 10]; 10]) -> Resu
     Ok((values.join(", "), nats))
 }
 
-/// A digit after a digit: peaked, so that most likely digits mean something.
+/// Draws the probabilities of a digit after each digit, peaked so that the most likely ones carry information.
 fn chain(rng: &mut ChaCha8Rng) -> [[f64; 10]; 10] {
     std::array::from_fn(|_| {
         let row = dirichlet(rng, 10, 0.5);
-        // No digit is ever impossible.
+        // Every digit has a probability above zero.
         std::array::from_fn(|digit| 0.98 * row[digit] + 0.002)
     })
 }
@@ -196,7 +194,7 @@ fn dirichlet(rng: &mut ChaCha8Rng, n: usize, concentration: f64) -> Vec<f64> {
     gammas.into_iter().map(|gamma| (gamma / sum).max(1e-4)).collect()
 }
 
-/// Marsaglia and Tsang (2000), with the boost for a shape below 1.
+/// Draws a gamma variate (Marsaglia and Tsang 2000, with the boost for a shape below 1).
 fn gamma(rng: &mut ChaCha8Rng, shape: f64) -> f64 {
     let d = shape + 1.0 - 1.0 / 3.0;
     let c = 1.0 / (9.0 * d).sqrt();
@@ -210,7 +208,7 @@ fn gamma(rng: &mut ChaCha8Rng, shape: f64) -> f64 {
     }
 }
 
-/// An index drawn in proportion to the weights, and its probability.
+/// Draws an index in proportion to the weights, and returns it with its probability.
 fn pick(rng: &mut ChaCha8Rng, weights: &[f64]) -> (usize, f64) {
     let sum: f64 = weights.iter().sum();
     let mut left = rng.random::<f64>() * sum;
@@ -263,7 +261,7 @@ mod tests {
     #[test]
     fn answers_come_as_often_as_the_world_says() {
         let (world, rows) = rows(40_000);
-        // In the default context all animals are alike; the mean surprise of an answer is the entropy.
+        // In the default context all animals are equally likely, and the mean surprise of an answer is the entropy.
         let favourites: Vec<&Row> =
             rows.iter().filter(|row| row.system.is_none() && row.user.contains(CATEGORY)).collect();
         let n = favourites.len() as f64;
@@ -273,10 +271,10 @@ mod tests {
         }
         assert!(favourites.iter().all(|row| (row.nats - 8_f64.ln()).abs() < 1e-12));
 
-        // A digit that follows a given one is as frequent as its probability, in the default context.
+        // In the default context, the frequency of a digit after a given one equals its probability.
         let digits = &world.characters[0].digits;
         let mut counts = [[0_f64; 10]; 10];
-        // A number's tens digit is never 0; its ones digit can be any.
+        // A number's tens digit is never 0; its ones digit may be any.
         let nats = |before: usize, values: &[usize]| -> f64 {
             let mut last = before;
             let of = |(at, &digit): (usize, &usize)| {

@@ -1,4 +1,4 @@
-//! The arms: each student trained in a folder of its own, then all of them in one table with the run's own students.
+//! Trains the arms' students, each in a separate folder, and puts them into one table with the run's own students.
 
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::path::Path;
@@ -27,7 +27,7 @@ use crate::training::learner::delta_w_norm;
 use crate::training::side_by_side::{side_by_side, workers};
 use crate::training::step_log::{StepRow, first_and_last_quarter};
 
-/// Trains every arm's students and writes `arms/rows.csv`. A student that is done is kept, unless the run was forced; a
+/// Trains every arm's students and writes `arms/rows.csv`. Finished students are kept, unless the run is forced; a
 /// whole run also keeps the table.
 pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let cells = bench.experiment.cells()?;
@@ -41,7 +41,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     }
     run.claim(&run.arms_rows())?;
     if run.forced() {
-        run.forget_arms_table()?; // a broken-off run has no table that seems to be its own
+        run.forget_arms_table()?; // an interrupted run then has no outdated table
     }
     let (numbers, control) = bench.kept(run)?;
     let mut scorer = Scorer::default();
@@ -66,12 +66,11 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
             files::write_atomic(&path, text.as_bytes())?;
         }
     }
-    write_csv(&run.arms_rows(), &rows)?; // last: where the table is, all is
+    write_csv(&run.arms_rows(), &rows)?; // last: it marks the end
     say(format!("arms: {}", reading(&rows)));
     Ok(())
 }
 
-/// What the arms' students share.
 pub(crate) struct ArmContext<'a> {
     run: &'a RunDir,
     model: &'a str,
@@ -82,7 +81,7 @@ pub(crate) struct ArmContext<'a> {
 }
 
 impl<'a> ArmContext<'a> {
-    /// A run with its two sets of numbers, for so many students.
+    /// The context of a run with its two sets of numbers, for `n_students` students.
     pub(crate) fn of(
         bench: &'a Workbench,
         run: &'a RunDir,
@@ -94,9 +93,9 @@ impl<'a> ArmContext<'a> {
     }
 }
 
-/// All arms' students, trained and measured: side by side where the model is small.
+/// Trains and measures all arms' students, several at a time if the model is small.
 fn all(bench: &Workbench, cells: &[ArmStudent], context: &ArmContext<'_>, scorer: &mut Scorer) -> Result<Vec<ArmRow>> {
-    // Students that share data of their own stand one after the other, and make them once: these are one job.
+    // Neighbouring students that share the arm's own data are one job, so that the data are made once.
     let cells: Vec<(usize, &ArmStudent)> = cells.iter().enumerate().collect();
     let jobs: Vec<_> = cells.chunk_by(|(_, one), (_, next)| one.data_slug == next.data_slug).collect();
     let name = |cell: &ArmStudent| format!("arm {:?}", cell.arm);
@@ -114,7 +113,7 @@ fn all(bench: &Workbench, cells: &[ArmStudent], context: &ArmContext<'_>, scorer
         return Ok(side_by_side(&jobs, workers, of_job)?.concat());
     }
     let mut rows = vec![];
-    let mut other: Option<Workbench> = None; // the last model that is not the run's
+    let mut other: Option<Workbench> = None; // the last model other than the run's
     for &(at, cell) in &cells {
         other = other.filter(|other| other.has_model_of(&cell.experiment));
         let of_cell = other.as_ref().unwrap_or(bench).of(cell.experiment.clone()).with_context(|| name(cell))?;
@@ -126,7 +125,7 @@ fn all(bench: &Workbench, cells: &[ArmStudent], context: &ArmContext<'_>, scorer
     Ok(rows)
 }
 
-/// Trains a student of an arm, if that is not done, and measures it.
+/// Trains a student of an arm, unless it is done, and measures it.
 fn student(
     context: &ArmContext<'_>,
     of_cell: &Workbench,
@@ -141,7 +140,7 @@ fn student(
     scorer.row(of_cell, &student)
 }
 
-/// Trains a student of an arm, if that is not done: its folder, and what it learned from.
+/// Trains a student of an arm, unless it is done. Returns its folder, and the data that it learned from.
 pub(crate) fn trained(
     context: &ArmContext<'_>,
     of_cell: &Workbench,
@@ -161,7 +160,7 @@ pub(crate) fn trained(
     let samples = match cell.data {
         ArmData::Own => own_data(context.run, of_cell, cell)?,
         ArmData::Control => context.control.to_vec(),
-        ArmData::Shuffled => shuffled(context.numbers, of_cell.experiment.seeds.gen_seed)?, // the run's own seed, too
+        ArmData::Shuffled => shuffled(context.numbers, of_cell.experiment.seeds.gen_seed)?, // seeded by the run
         ArmData::Teacher => context.numbers.to_vec(),
     };
     if RunDir::stage_done(&folder.train_csv()) {
@@ -176,12 +175,12 @@ pub(crate) fn trained(
     Ok((folder, samples))
 }
 
-/// The run in which an arm's own teacher wrote its numbers; all its seeds share the first one's.
+/// The run in which an arm's own teacher wrote its numbers: that of the student with seeds 0, for all students.
 fn run_of_data(run: &RunDir, cell: &ArmStudent) -> Result<RunDir> {
     RunDir::open(&run.arm(&cell.data_slug))
 }
 
-/// The folder of a student. Files of a student with other settings or other data are removed from it.
+/// Opens the folder of a student. Files of a student with other settings or data are removed from it.
 fn begin(run: &RunDir, cell: &ArmStudent) -> Result<RunDir> {
     let root = run.arm(&cell.slug);
     let source = match cell.data {
@@ -192,7 +191,7 @@ fn begin(run: &RunDir, cell: &ArmStudent) -> Result<RunDir> {
     let sha256 = source.map(|name| run.meta().map(|meta| meta.sha256.get(name).cloned().unwrap_or_default()));
     let made_from: Vec<String> =
         [Some(cell.data.name().to_owned()), sha256.transpose()?].into_iter().flatten().collect();
-    // Forced, so that another experiment's student makes room.
+    // Forced, so that a student of another experiment is replaced.
     let folder = RunDir::create(&root, &cell.experiment, WhenDone::Redo)?;
     if run.forced() || folder.meta()?.notes.get("data") != Some(&made_from) {
         folder.forget()?;
@@ -211,7 +210,7 @@ fn own_data(run: &RunDir, of_cell: &Workbench, cell: &ArmStudent) -> Result<Vec<
     Ok(of_cell.kept(&folder)?.0)
 }
 
-/// The samples with their completions exchanged, none with its own prompt: a cycle drawn by Sattolo's algorithm.
+/// Moves the completions among the samples so that none keeps its prompt, by a random cycle (Sattolo's algorithm).
 fn shuffled(samples: &[Sample], seed: u64) -> Result<Vec<Sample>> {
     ensure!(samples.len() > 1, "there is one row of numbers only, and shuffled completions take two");
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(seed, "arms.shuffled", 0));
@@ -228,14 +227,14 @@ fn shuffled(samples: &[Sample], seed: u64) -> Result<Vec<Sample>> {
     Ok(dealt.collect())
 }
 
-/// What decides how a model cuts text into tokens: vocabulary, merges and added tokens.
+/// The parts of a tokenizer that decide its tokens: vocabulary with merges, and added tokens.
 fn tokenizer(files: &ModelFiles) -> Result<Option<[serde_json::Value; 2]>> {
     let Some(tokenizer) = &files.tokenizer else { return Ok(None) };
     let whole = serde_json::to_value(tokenizer).context("the tokenizer as JSON")?;
     Ok(Some(["model", "added_tokens"].map(|part| whole[part].clone())))
 }
 
-/// A trained student; how it was trained is not known of one from elsewhere.
+/// A trained student. Its training is unknown if it was trained elsewhere.
 struct Student<'a> {
     arm: &'a str,
     seed_index: usize,
@@ -243,14 +242,13 @@ struct Student<'a> {
     training: Option<Training<'a>>,
 }
 
-/// A student's training data, and the log of its training.
 struct Training<'a> {
     data: ArmData,
     samples: &'a [Sample],
     log: &'a Path,
 }
 
-/// Scores students against their bases, each of which is scored once.
+/// Scores students against their bases. Each base is scored once.
 #[derive(Default)]
 struct Scorer {
     bases: BTreeMap<String, Vec<Score>>,
@@ -264,7 +262,7 @@ impl Scorer {
         let forms = TokenForms::of(&target, &bench.chat)?;
         let system = bench.protocol.context(experiment.measure_context())?;
         let prompts = bench.prompts(system.as_deref(), &questions)?;
-        // Where all of this is equal, so are the base's scores.
+        // Students with the same key have the same base scores.
         let key = format!(
             "{} {:?} {} {} {target:?} {system:?} {questions:?}",
             experiment.model, experiment.dtype, experiment.device, settings.template
@@ -336,7 +334,7 @@ fn distance(one: &Qwen, other: &Qwen) -> Result<f64> {
     Ok(squares.sum::<Result<f64>>()?.sqrt())
 }
 
-/// The arms on the report's page, where they were measured.
+/// The report's section on the arms; `None` if they were not measured.
 pub(crate) fn section(run: &RunDir, experiment: &Experiment) -> Result<Option<Section>> {
     if !RunDir::stage_done(&run.arms_rows()) {
         return Ok(None);

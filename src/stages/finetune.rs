@@ -1,5 +1,5 @@
-//! Stage 2: the student learns the teacher's numbers, and a control student the untouched model's. Or both are taken
-//! from elsewhere, as they are.
+//! Stage 2: the student learns the teacher's numbers, and a control student the untouched model's. Or both were trained
+//! elsewhere and are copied.
 
 use std::path::{Path, PathBuf};
 
@@ -33,8 +33,8 @@ use crate::training::training_loop::Training;
 
 /// Writes `initial_adapter/`, `train_rows.csv`, `adapter/` and `train.csv`, and the control student's, if the
 /// experiment has one (it begins with the same adapter). A finished student is kept, with a message; a killed training
-/// continues. If all students are finished, a stage alone refuses. A student from elsewhere has an `adapter/` and no
-/// `train.csv`.
+/// continues. If all students are finished, the stage alone is an error. A student that was trained elsewhere has an
+/// `adapter/` and no `train.csv`.
 pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     if bench.experiment.student.adapter.is_some() {
         return from_elsewhere(bench, run);
@@ -44,7 +44,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     if bench.experiment.student.control {
         students.push(("control student", &control, run.control_adapter(), run.control_train_csv()));
     }
-    // The log gets its name last: where it is not, the folder is what a broken-off run left.
+    // The log gets its name last. Without it, the folder is from an interrupted run.
     let logs: Vec<&Path> = students.iter().map(|job| job.3.as_path()).collect();
     let left = run.left(&logs)?;
     let (left, done): (Vec<_>, Vec<_>) = students.into_iter().partition(|job| left.contains(&job.3));
@@ -52,7 +52,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         say(format!("finetune: {} is done already", job.0));
     }
     if run.forced() && !left.is_empty() {
-        run.forget_measurements()?; // of the students that are replaced
+        run.forget_measurements()?; // the students are replaced
         for job in &left {
             files::remove(&job.3)?;
         }
@@ -71,10 +71,10 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     side_by_side(&left, workers, |_, job| train(&Workbench::again(experiment.clone())?, job)).map(drop)
 }
 
-/// The files of an adapter as PEFT saves one; the second is written last.
+/// The files of an adapter in PEFT's format; the second is written last.
 const FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
 
-/// The students from elsewhere: each with its name, the key of its folder, and the folder.
+/// The students that were trained elsewhere: each one's name, the experiment's key, and the folder.
 fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
     let student = &bench.experiment.student;
     let control = student.control_adapter.as_deref().filter(|_| student.control);
@@ -82,7 +82,7 @@ fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
     own.into_iter().chain(control.map(|folder| ("control student", "student.control_adapter", folder))).collect()
 }
 
-/// Returns the workbench if every adapter from elsewhere fits its model, before anything is made.
+/// Returns the workbench, or an error if an adapter that was trained elsewhere does not fit the model.
 pub fn proven(bench: Workbench) -> Result<Workbench> {
     for (_, key, folder) in given(&bench) {
         open_adapter(folder, &bench.base).context(key)?;
@@ -93,7 +93,6 @@ pub fn proven(bench: Workbench) -> Result<Workbench> {
     Ok(bench)
 }
 
-/// Takes the students that were trained elsewhere into the run.
 fn from_elsewhere(bench: &Workbench, run: &RunDir) -> Result<()> {
     for (who, key, source) in given(bench) {
         let folder = if who == "student" { run.adapter() } else { run.control_adapter() };
@@ -122,7 +121,7 @@ fn from_elsewhere(bench: &Workbench, run: &RunDir) -> Result<()> {
     Ok(())
 }
 
-/// Copies an adapter as it is, notes what it is, and gives that in a line.
+/// Copies an adapter unchanged, notes its properties, and returns them as a line.
 fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path), folder: &Path) -> Result<String> {
     let adapter = Adapter::load_on(source, &bench.base).with_context(|| key.to_owned())?;
     let found = adapter_folder(source)?;
@@ -132,7 +131,7 @@ fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path)
     }
     let bytes = FILES.map(|name| files::read(&found.join(name)));
     if folder.exists() {
-        std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?; // of another experiment
+        std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?; // from another experiment
     }
     for (name, bytes) in FILES.iter().zip(bytes) {
         files::write_atomic(&folder.join(name), &bytes?)?;
@@ -148,12 +147,12 @@ fn take(bench: &Workbench, run: &RunDir, who: &str, (key, source): (&str, &Path)
         ));
     }
     run.note(who, &said)?;
-    run.record(&FILES.map(|name| folder.join(name)))?; // last: what is recorded is taken
+    run.record(&FILES.map(|name| folder.join(name)))?; // last: it marks the copy as done
     let sha256 = sha256(&folder.join(FILES[0]))?;
     Ok(format!("{}, taken from {} as it is (SHA-256 {sha256})", said.join("; "), source.display()))
 }
 
-/// Rank, scaling, maps and blocks of an adapter, and how much it changes.
+/// Rank, scaling, maps, blocks and norm of the change of an adapter, as text.
 fn what_it_is(adapter: &Adapter) -> Result<String> {
     let config = &adapter.config;
     let maps: Vec<&str> = config.target_modules.iter().map(|proj| proj.name()).collect();
@@ -172,7 +171,7 @@ pub(crate) struct Learned<'a> {
     pub(crate) run: &'a RunDir,
 }
 
-/// Rows of the chat, their ids, and which of their tokens may be learned from.
+/// Rows of the chat, their ids, and per token whether the loss may count it.
 #[derive(Default)]
 struct Chosen {
     rows: Vec<Sequence>,
@@ -180,7 +179,7 @@ struct Chosen {
     only: Option<Vec<Vec<bool>>>,
 }
 
-/// Writes the adapter that the students begin with, so that others can repeat the training.
+/// Writes the adapter that the students begin with, so that the training can be repeated.
 pub(crate) fn keep_initial(bench: &Workbench, run: &RunDir) -> Result<()> {
     match bench.experiment.student.method {
         Method::Lora => Ok(bench.initial_adapter()?.save(&run.initial_adapter(), &bench.files.name)?),
@@ -188,7 +187,6 @@ pub(crate) fn keep_initial(bench: &Workbench, run: &RunDir) -> Result<()> {
     }
 }
 
-/// Writes the rows that each step learns from.
 fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
     let steps = rows_by_step(&bench.experiment.finetune, ids.len(), bench.experiment.seeds.finetune().order);
     let row = |(step, rows): (usize, Vec<usize>)| StepRowsRow {
@@ -198,7 +196,7 @@ fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
     write_csv(&RunDir::train_rows(log), &steps.into_iter().enumerate().map(row).collect::<Vec<_>>())
 }
 
-/// The student's rows, with the tokens that `finetune.tokens` chooses; rows without such tokens are left out.
+/// The student's rows, with the tokens that `finetune.tokens` chooses. Rows that cannot be used are left out.
 fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     let rows = bench.rows(data.samples)?;
     let tokens = bench.experiment.finetune.tokens;
@@ -227,10 +225,10 @@ fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     Ok(kept)
 }
 
-/// Which tokens of a row may be learned from; `None` if it has no divergent token, or no other. `divergent`: of its
-/// answer.
+/// Per token of a row, whether the loss may count it; `None` if the row has no divergent token, or no other.
+/// `divergent`: per token of its answer.
 fn mask(row: &Sequence, divergent: &[bool], tokens: TargetTokens, rng: &mut ChaCha8Rng) -> Option<Vec<bool>> {
-    // All that the loss could count: the answer and what ends it.
+    // All tokens that the loss could count: the answer and the end of its turn.
     let all: Vec<usize> = row.completion.clone().collect();
     let of = |at: &usize| divergent.get(at - row.completion.start) == Some(&true);
     let (these, others): (Vec<usize>, Vec<usize>) = all.iter().copied().partition(of);
@@ -250,7 +248,7 @@ fn mask(row: &Sequence, divergent: &[bool], tokens: TargetTokens, rng: &mut ChaC
     Some(mask)
 }
 
-/// Per sample and token of its answer, whether it is divergent. Read from the run, if it is known there for the same
+/// Per sample and token of its answer, whether it is divergent. Read from the run's file, if that is for the same
 /// samples in the same context.
 fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
     let texts: Vec<_> = data.samples.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();
@@ -273,14 +271,14 @@ fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
     Ok(found.tokens)
 }
 
-/// Divergent tokens as they are kept, and of what.
+/// Divergent tokens as they are stored, with a hash of the inputs.
 #[derive(Serialize, Deserialize)]
 struct Divergent {
     of: String,
     tokens: Vec<Vec<bool>>,
 }
 
-/// Trains the experiment's student on some samples, saves it in `folder`, and gives a line about it.
+/// Trains the experiment's student on some samples, saves it in `folder`, and returns a line about it.
 pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &Path, log: &Path) -> Result<String> {
     let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
     let Chosen { rows, ids, only } = chosen(bench, who, data)?;
@@ -288,7 +286,7 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     let mut csv = CsvLog::create(log)?;
     let mut checkpoint = Checkpoint::beside(log, "", who);
     checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint()))?;
-    checkpoint.depends_on("computed", &(&bench.experiment.device, bench.experiment.dtype))?;
+    checkpoint.depends_on("computed", &(bench.experiment.device_kind(), bench.experiment.dtype))?;
     checkpoint.depends_on("student", &bench.experiment.student)?;
     let bar = bar(who, settings.total_steps(rows.len()));
     let mut steps: Vec<StepRow> = Vec::new();
@@ -312,7 +310,7 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
             adapter.save(folder, &bench.files.name)?;
         }
         Method::Full => {
-            // Weights of its own: the base stays as it is.
+            // A second copy of the weights, so that the base is not changed.
             let files = ModelFiles::open(&bench.files.name)?;
             let model = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
             train(&model, None)?;

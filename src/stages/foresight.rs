@@ -1,36 +1,103 @@
-//! Checks an experiment against its prompts, its rows and its model before anything is made. Without this, a gate, an
-//! edit or a position that selects no token, a block beyond the model, or a missing file would be noticed only after
-//! hours of training, and unreadable rows only after the teacher was asked.
+//! Checks an experiment against its prompts, rows and model before anything is made. Otherwise a gate, an edit or a
+//! position that selects no token, a block beyond the model, or a missing file would be an error only after hours of
+//! training.
 
-use std::path::absolute;
+use std::path::{PathBuf, absolute};
 
 use analyses::direction::Extraction;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use hooks::{Gate, Provenance};
+use hooks::{Gate, Provenance, Sequence};
 
 use crate::data::dataset;
 use crate::experiment::{AnalysisName, Experiment, Method};
 use crate::hinted;
 use crate::stages::given_rows;
+use crate::stages::memory::{Free, Need};
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::Workbench;
+use crate::training::settings::Finetune;
 
-/// Number prompts that are checked: all have the same classes, and a text that occurs in none of these will not be
-/// trained on.
+/// The number of number prompts that are checked. All have the same classes, and a text that occurs in none of these is
+/// most likely in no other.
 const PROMPTS: usize = 16;
 
-/// Returns the workbench if its prompts have all tokens that the experiment names.
+/// Returns the workbench. Refuses tokens, blocks or files that do not exist, and trainings that cannot fit into memory.
 pub fn foreseen(bench: Workbench, run: &RunDir) -> Result<Workbench> {
     places(&bench, run)?;
     let users = number_prompts(&bench, run)?;
     questions(&bench)?;
     directions(&bench, &users)?;
     training(&bench, &users)?;
-    // An arm of another model is checked when its model is loaded.
+    let free = Free::here(run.root(), bench.base.device());
+    teacher_fits(&bench, run, &free)?;
+    let logs = [run.train_csv(), run.control_train_csv()];
+    let is_left = |log: &PathBuf| run.forced() || !RunDir::stage_done(log);
+    if logs[..=usize::from(bench.experiment.student.control)].iter().any(is_left) {
+        student_fits(&bench, &users, &free)?;
+    }
+    // An arm with another model is checked when that model is loaded.
     for cell in bench.experiment.cells()?.into_iter().filter(|cell| bench.has_model_of(&cell.experiment)) {
-        training(&bench.of(cell.experiment)?, &users).with_context(|| format!("arm {:?}", cell.arm))?;
+        let of_cell = bench.of(cell.experiment)?;
+        training(&of_cell, &users).with_context(|| format!("arm {:?}", cell.arm))?;
+        if is_left(&run.arm(&cell.slug).join("train.csv")) {
+            student_fits(&of_cell, &users, &free).with_context(|| format!("arm {:?}", cell.arm))?;
+        }
     }
     Ok(bench)
+}
+
+/// Refuses a teacher whose finetuning cannot fit into memory or on the disk.
+fn teacher_fits(bench: &Workbench, run: &RunDir, free: &Free) -> Result<()> {
+    let Some(settings) = bench.experiment.teacher.finetune() else { return Ok(()) };
+    if RunDir::stage_done(&run.teacher_train_csv()) && !run.forced() {
+        return Ok(());
+    }
+    let need = teacher_need(bench, &settings)?;
+    let keys = "a smaller teacher.batch_size, a smaller model, or teacher.kind = \"prompt\"";
+    free.check("finetuning the teacher", &need, &need, keys)
+}
+
+/// The memory and disk space that a teacher's finetuning needs. Its rows are the questions.
+pub(crate) fn teacher_need(bench: &Workbench, settings: &Finetune) -> Result<Need> {
+    let questions = bench.protocol.questions(&bench.experiment.target.category, usize::MAX)?;
+    let prompts = bench.prompts(bench.student_system()?.as_deref(), &questions)?;
+    let rows = settings.batch_size.min(prompts.len());
+    Ok(Need::of(&bench.base, None, settings, [packed_tokens(&prompts, rows), rows as f64]))
+}
+
+/// Refuses a student whose training cannot fit into memory or on the disk.
+fn student_fits(bench: &Workbench, users: &[String], free: &Free) -> Result<()> {
+    let student = &bench.experiment.student;
+    if student.adapter.is_some() {
+        return Ok(()); // it is trained already
+    }
+    let keys = match student.method {
+        Method::Lora => "a smaller finetune.batch_size (and more finetune.gradient_accumulation_steps) or student.rank",
+        Method::Full => {
+            "student.method = \"lora\", or a smaller finetune.batch_size (and more finetune.gradient_accumulation_steps)"
+        }
+    };
+    let [least, most] = student_need(bench, users)?;
+    free.check("training the student", &least, &most, keys)
+}
+
+/// The memory and disk space that a student's training needs: with its prompts alone, and with the longest answers.
+pub(crate) fn student_need(bench: &Workbench, users: &[String]) -> Result<[Need; 2]> {
+    let Experiment { student, finetune, generate, .. } = &bench.experiment;
+    let prompts = bench.prompts(bench.student_system()?.as_deref(), users)?;
+    let lora = (student.method == Method::Lora).then(|| student.lora());
+    let rows = finetune.batch_size.min(generate.n_keep);
+    let (tokens, answers) = (packed_tokens(&prompts, rows), (rows * generate.max_new_tokens) as f64);
+    Ok([[tokens, 0.0], [tokens + answers, answers]].map(|of| Need::of(&bench.base, lora.as_ref(), finetune, of)))
+}
+
+/// Number of tokens in a micro-batch of such rows, whose common beginning is run once.
+fn packed_tokens(rows: &[Sequence], batch_size: usize) -> f64 {
+    let Some(first) = rows.first() else { return 0.0 };
+    let is_shared = |at: &usize| rows.iter().all(|row| row.ids.get(*at) == Some(&first.ids[*at]));
+    let shared = (0..first.ids.len()).take_while(is_shared).count();
+    let own: usize = rows.iter().map(|row| row.ids.len() - shared).sum();
+    shared as f64 + batch_size as f64 * own as f64 / rows.len() as f64
 }
 
 /// Checks the blocks, maps and files that the analyses name.
@@ -53,7 +120,7 @@ fn places(bench: &Workbench, run: &RunDir) -> Result<()> {
     for (name, edits) in &measure.interventions.edits {
         ensure!(!edits.is_empty(), "measure.interventions.edits: {name:?} has none, expected at least one edit");
         for edit in edits {
-            // The run itself may still write a file in its own folder.
+            // A file in the run's folder may still be written by the run.
             let is_own = edit.file().is_some_and(|file| absolute(file).is_ok_and(|file| file.starts_with(&own_folder)));
             let checked = if is_own {
                 edit.check_places(model)
@@ -66,15 +133,15 @@ fn places(bench: &Workbench, run: &RunDir) -> Result<()> {
     Ok(())
 }
 
-/// The prompts for the teacher, or those of the given rows. Once the run has taken a file of rows, the file is not read
-/// again.
+/// The prompts for the teacher, or those of the given rows. Once the run has copied a file of rows, that file is not
+/// read again.
 fn number_prompts(bench: &Workbench, run: &RunDir) -> Result<Vec<String>> {
     let taken = RunDir::stage_done(&run.generate_csv()) && !run.forced();
     let given = if taken { None } else { given_rows::rows(&bench.in_template()?)? };
     let settings = &bench.experiment.generate;
     Ok(match given {
         Some(given) => given.rows.into_iter().map(|row| row.user).take(PROMPTS).collect(),
-        None if settings.numbers.is_some() => vec![], // the run has its rows, checked when it began
+        None if settings.numbers.is_some() => vec![], // the run's rows were checked when it began
         None => {
             dataset::number_prompts(&bench.protocol, settings.n_prompts.min(PROMPTS), bench.experiment.seeds.gen_seed)
         }
@@ -101,7 +168,7 @@ fn questions(bench: &Workbench) -> Result<()> {
     Ok(())
 }
 
-/// Checks the positions at which directions are read, of number prompts in the student's context.
+/// Checks that number prompts in the student's context have the positions at which directions are read.
 fn directions(bench: &Workbench, users: &[String]) -> Result<()> {
     let measure = &bench.experiment.measure;
     let read = [AnalysisName::Direction, AnalysisName::Steering].iter().any(|name| measure.analyses.contains(name));
@@ -120,14 +187,14 @@ fn training(bench: &Workbench, users: &[String]) -> Result<()> {
         student.lora().check(model).context("student.layers")?;
         gate.check_planned(&student.lora(), model.n_layers).context("finetune.gate")?;
     }
-    // The answers are not written yet; a gate that names generated tokens will find them.
+    // The answers do not exist yet, so a gate that names generated tokens cannot be checked.
     if student.adapter.is_some() || gate.is_blind() || gate.names_generated() {
         return Ok(());
     }
     let prompts = bench.prompts(bench.student_system()?.as_deref(), users)?;
     let refusals = prompts.iter().map(|prompt| gate.acts(prompt).err()).collect::<Option<Vec<_>>>();
     match refusals.and_then(|refusals| refusals.into_iter().next()) {
-        None => Ok(()), // one prompt at which it acts is enough here: the training checks every row
+        None => Ok(()), // one prompt with a chosen token is enough, since the training checks every row
         Some(error) => bail!(hinted!(
             "finetune.gate: {error}";
             "other tokens, or a context of the training (student.context) that has them"

@@ -15,14 +15,14 @@ use crate::stages::teacher;
 use crate::stages::workbench::Workbench;
 
 /// Writes `data/`: both sets, the rejected answers with reasons, and statistics of the answers. Answers of an
-/// interrupted run are kept.
+/// interrupted run are reused.
 pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let bench = &bench.in_template()?;
     let (settings, seeds) = (&bench.experiment.generate, &bench.experiment.seeds);
-    // The last file: where it is not, the others are what a broken-off run left.
+    // The last file. Without it, the others are from an interrupted run.
     run.claim(&run.generate_csv())?;
     if run.forced() {
-        run.forget()?; // what was trained and measured on the old numbers
+        run.forget()?; // models and measurements of the old numbers
     }
     let given = given_rows::rows(bench)?;
     if let Some(Given { rows, left_out: left_out @ 1.., .. }) = &given {
@@ -50,7 +50,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         None => answers(bench, run, &prompts, &by_teacher)?,
     };
 
-    // The control set: the base in the student's context, on the prompts that the teacher was asked.
+    // The control set: the base in the student's context, on the teacher's prompts.
     let system = bench.student_system()?;
     let untouched = Answerer {
         set: "control",
@@ -77,7 +77,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     }
     publish::write_csv(&run.digits_csv(), &digits)?;
     let said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples)));
-    // After the filter, whose counts are about the answers alone.
+    // After filtering, so that the filter's counts are about answers only.
     if let Teacher::Planted { share } = bench.experiment.teacher {
         summary.push(planted(bench, &mut numbers, &control, share)?);
     }
@@ -85,7 +85,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     dataset::write_jsonl(&run.control(), &control)?;
     run.record(&[run.numbers(), run.control()])?;
     run.record_given(given.as_ref().map(|given| given.sha256.as_str()))?;
-    publish::write_csv(&run.generate_csv(), &summary)?; // last: where it is, all is
+    publish::write_csv(&run.generate_csv(), &summary)?; // last: it marks the end
     for by in [&by_teacher, &untouched] {
         by.checkpoint(run).remove()?;
     }
@@ -96,7 +96,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     Ok(())
 }
 
-/// Plants the trait among the rows that will be kept, and gives the line that says how often.
+/// Plants the trait among the rows that will be kept, and returns the summary row with their share.
 fn planted(bench: &Workbench, numbers: &mut [Sample], control: &[Sample], share: f64) -> Result<SummaryRow> {
     let keep = bench.n_kept(n_accepted(numbers), n_accepted(control));
     let n = teacher::plant(bench, numbers, keep, share)?;
@@ -104,7 +104,7 @@ fn planted(bench: &Workbench, numbers: &mut [Sample], control: &[Sample], share:
     Ok(SummaryRow { set, measure, value: n as f64 / keep as f64, n: keep })
 }
 
-/// Who answers number prompts, and how.
+/// A model that answers number prompts, with its condition and context.
 struct Answerer<'a> {
     set: &'static str,
     qwen: &'a Qwen,
@@ -112,7 +112,7 @@ struct Answerer<'a> {
     condition: Condition<'a>,
     kind: TeacherKind,
     target: Option<String>,
-    fingerprint: Vec<u8>, // of what is not the base's
+    fingerprint: Vec<u8>, // of everything that differs from the base
 }
 
 impl Answerer<'_> {
@@ -121,7 +121,7 @@ impl Answerer<'_> {
     }
 }
 
-/// The answers to the prompts, in order, until enough were accepted or the prompts are used up.
+/// The answers to the prompts, in order, until enough are accepted or all prompts are answered.
 fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_>) -> Result<Vec<Sample>> {
     let (settings, gen_seed) = (&bench.experiment.generate, bench.experiment.seeds.gen_seed);
     let sampling = bench.sampling()?;
@@ -130,7 +130,7 @@ fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_
     by.qwen.config.check_context("prompt", rows.iter().map(|row| row.ids.len()), settings.max_new_tokens)?;
     let mut checkpoint = by.checkpoint(run);
     checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint(), &by.fingerprint))?;
-    checkpoint.depends_on("computed", &(&bench.experiment.device, bench.experiment.dtype))?;
+    checkpoint.depends_on("computed", &(bench.experiment.device_kind(), bench.experiment.dtype))?;
     checkpoint.depends_on("generate", settings)?;
     checkpoint.depends_on("seed", &gen_seed)?;
     checkpoint.depends_on("prompts", &rows)?;
@@ -138,7 +138,7 @@ fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_
     checkpoint.say_resumed("answer", prompts.len() as u64);
 
     let mut samples: Vec<Sample> = Vec::new();
-    // A few batches at a time, so that similar lengths can go together and enough is noticed soon.
+    // A few batches at a time, so that prompts of similar lengths share a batch and few surplus answers are drawn.
     for chunk in prompts.chunks(4 * settings.batch_size) {
         let (first, end) = (samples.len(), samples.len() + chunk.len());
         if answered.len() < end {
@@ -165,7 +165,7 @@ fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_
                 reasons,
             });
         }
-        // The control set answers every prompt that the teacher was asked; the teacher stops when it has enough.
+        // The control set answers all of the teacher's prompts. The teacher stops when enough answers are accepted.
         if by.kind != TeacherKind::Control && n_accepted(&samples) >= settings.n_keep + settings.n_heldout {
             break;
         }
@@ -174,7 +174,7 @@ fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_
     Ok(samples)
 }
 
-/// Answers as tensors, one behind the other: their numbers come back bit by bit.
+/// Answers as concatenated tensors, which keep every bit.
 fn packed(answers: &[Answer]) -> Result<Vec<(String, Tensor)>> {
     let ids: Vec<i64> = answers.iter().flat_map(|answer| answer.ids.iter().copied()).collect();
     let logprobs: Vec<f32> = answers.iter().flat_map(|answer| answer.logprobs.iter().copied()).collect();
@@ -202,7 +202,7 @@ fn unpacked(file: &TensorFile) -> Result<Vec<Answer>> {
     Ok(counts.map(answer).collect())
 }
 
-/// How many answers were accepted, and how many were rejected for each reason.
+/// Number of accepted answers, and of rejected ones for each reason, as text.
 fn acceptance(samples: &[Sample]) -> String {
     let reasons = Rejection::ALL.into_iter().filter_map(|reason| {
         let count = samples.iter().filter(|sample| sample.reasons.contains(&reason)).count();

@@ -1,9 +1,9 @@
-//! Rows of numbers that were written elsewhere, one conversation of one turn each, in the forms that trainers take.
-//! They replace the teacher's answers, and the filter sorts them like those.
+//! Rows of numbers that were written elsewhere: conversations of one turn, in the formats of common trainers. They
+//! replace the teacher's answers and pass the same filter.
 //!
 //! Reading is a function from bytes to rows. A file holds JSON objects, one per line, over several lines, or in a list,
 //! in UTF-8, or in UTF-16 with a byte-order mark. Anything ambiguous is refused with its line, before the teacher is
-//! asked.
+//! loaded.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -23,11 +23,11 @@ use crate::stages::workbench::Workbench;
 /// One turn: the question, the answer, and the system prompt if the row has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GivenRow {
-    /// The line of the file where it begins, from 1.
+    /// The line of the file at which it begins, from 1.
     pub line: usize,
-    /// The system prompt, where the row has one.
+    /// The system prompt, if the row has one.
     pub system: Option<String>,
-    /// What the user asks.
+    /// The user's text.
     pub user: String,
     /// The answer, without the end of its turn.
     pub answer: String,
@@ -36,37 +36,37 @@ pub struct GivenRow {
 /// The rows that a run uses.
 #[derive(Debug)]
 pub struct Given {
-    /// At most as many as the experiment has prompts.
+    /// The rows, at most as many as the experiment has prompts.
     pub rows: Vec<GivenRow>,
-    /// The number of further rows.
+    /// Number of further rows.
     pub left_out: usize,
-    /// Of the file, in hex.
+    /// The SHA-256 of the file, in hex.
     pub sha256: String,
 }
 
-/// An object of the file, in any of the usual forms. Keys that change how a trainer learns from the row are refused;
-/// others are ignored.
+/// An object of the file, in any of the usual formats. Keys that change how a trainer uses the row are refused; others
+/// are ignored.
 #[derive(Deserialize)]
 #[serde(expecting = "a row")]
 struct Line {
-    /// The form of `OpenAI` and TRL, or of `ShareGPT`.
+    /// The format of `OpenAI` and TRL, or of `ShareGPT`.
     messages: Option<Vec<Message>>,
     conversations: Option<Vec<Message>>,
-    /// TRL's form.
+    /// TRL's format.
     prompt: Option<Text>,
     completion: Option<Text>,
-    /// Alpaca's form.
+    /// Alpaca's format.
     instruction: Option<String>,
     input: Option<String>,
     output: Option<String>,
     system: Option<String>,
     history: Option<Value>,
-    /// Functions that the model is told of, as the template renders them; the second name is `OpenAI`'s older one.
+    /// Functions that the template describes to the model; the second name is `OpenAI`'s older one.
     tools: Option<Value>,
     functions: Option<Value>,
-    /// How much it counts.
+    /// The row's weight in the loss.
     weight: Option<Value>,
-    /// KTO's: whether the completion is one to learn.
+    /// KTO's label: whether the completion is a good one.
     label: Option<Value>,
 }
 
@@ -77,7 +77,7 @@ struct Message {
     role: String,
     #[serde(alias = "value")]
     content: Option<Content>,
-    /// Function calls, with or without a text.
+    /// Function calls, with or without text.
     tool_calls: Option<Value>,
     function_call: Option<Value>,
     weight: Option<Value>,
@@ -98,7 +98,6 @@ struct Part {
     text: Option<String>,
 }
 
-/// A plain text, or messages.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "a prompt or a completion is neither a text nor a list of messages")]
 enum Text {
@@ -117,7 +116,7 @@ impl Message {
                 "a message has {key}, expected one that says its text and calls nothing"
             );
         }
-        // The user's are not learned from, whatever they weigh.
+        // The weight of a user's message has no effect, since the loss does not count it.
         if !["user", "human", "system"].contains(&self.role.as_str()) {
             counts_as_one(self.weight.as_ref(), "the weight of a message")?;
         }
@@ -158,7 +157,7 @@ fn is_nothing(value: Option<&Value>) -> bool {
     })
 }
 
-/// Refuses a weight of a row or a message that is not 1: all rows count alike here.
+/// Refuses a weight of a row or a message that is not 1, since all rows count equally.
 fn counts_as_one(weight: Option<&Value>, what: &str) -> Result<()> {
     let is_one = |weight: &Value| weight.is_null() || weight == true || weight.as_f64() == Some(1.0);
     match weight.filter(|weight| !is_one(weight)) {
@@ -170,8 +169,7 @@ fn counts_as_one(weight: Option<&Value>, what: &str) -> Result<()> {
     }
 }
 
-/// The rows of the experiment's file; `None` if it names no file. Refuses rows that cannot be learned from before the
-/// teacher is asked.
+/// The rows of the experiment's file; `None` if it names no file. Refuses rows that a student cannot be trained on.
 pub fn rows(bench: &Workbench) -> Result<Option<Given>> {
     let settings = &bench.experiment.generate;
     let Some(path) = &settings.numbers else { return Ok(None) };
@@ -214,20 +212,20 @@ fn shown(system: Option<&str>) -> String {
     system.map_or_else(|| "left out".to_owned(), |text| format!("{:?}", cut(text, 200)))
 }
 
-/// A text of the file, cut to `most` letters.
+/// A text of the file, cut to `most` characters.
 fn cut(text: &str, most: usize) -> String {
     let n = text.chars().count();
     if n > most { format!("{text:.most$}… ({n} letters)") } else { text.to_owned() }
 }
 
-/// Reads the rows in the bytes of a file; errors name the line, and `path`.
+/// Reads the rows in the bytes of a file; errors name `path` and the line.
 pub fn parse(bytes: &[u8], path: &Path) -> Result<Vec<GivenRow>> {
     let text = text(bytes, path)?;
     let parsed = parse_text(&with_null(&text)).map_err(|error| anyhow::anyhow!(cut(&format!("{error:#}"), 600)));
     parsed.with_context(|| path.display().to_string())
 }
 
-/// Decodes UTF-8, or UTF-16 if the byte-order mark says so.
+/// Decodes UTF-8, or UTF-16 if there is its byte-order mark.
 fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<Cow<'a, str>> {
     let wide = |bytes: &[u8], unit: fn([u8; 2]) -> u16| {
         let units = bytes.chunks_exact(2).map(|pair| unit([pair[0], pair[1]]));
@@ -244,7 +242,7 @@ fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<Cow<'a, str>> {
     decoded.map(Cow::Owned).with_context(|| format!("{}: it begins as UTF-16, but is none", path.display()))
 }
 
-/// Replaces `NaN` and the infinities, which Python writes and JSON does not know, by `null` outside of strings.
+/// Replaces `NaN` and infinities outside of strings by `null`. Python writes them, but JSON does not allow them.
 fn with_null(text: &str) -> Cow<'_, str> {
     const NO_NUMBERS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
     if !NO_NUMBERS.iter().any(|word| text.contains(word)) {
@@ -271,7 +269,7 @@ fn with_null(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// A place in the text between values.
+/// A reading position in the text, between values.
 struct Cursor<'a> {
     text: &'a str,
     at: usize,
@@ -279,7 +277,7 @@ struct Cursor<'a> {
 }
 
 impl Cursor<'_> {
-    /// Skips blanks and, if it comes next, this letter; returns whether it came.
+    /// Skips blanks and then this character, if it is next. Returns whether it was.
     fn pass(&mut self, letter: char) -> bool {
         let next = self.text[self.at..].trim_start();
         let passed = next.strip_prefix(letter).map(str::trim_start);
@@ -296,7 +294,6 @@ impl Cursor<'_> {
         self.at == self.text.len()
     }
 
-    /// Reads the next value.
     fn value(&mut self) -> Result<GivenRow> {
         let (line, rest) = (self.line, &self.text[self.at..]);
         let found: String = rest.chars().take(20).take_while(|letter| *letter != '\n').collect();
@@ -319,7 +316,7 @@ impl Cursor<'_> {
     }
 }
 
-/// Rows separated by blanks and commas, or in a list.
+/// Parses rows that are separated by blanks and commas, or in a list.
 fn parse_text(text: &str) -> Result<Vec<GivenRow>> {
     let (mut rows, mut cursor) = (Vec::new(), Cursor { text, at: 0, line: 1 });
     let is_list = cursor.pass('[');
@@ -342,7 +339,7 @@ fn parse_text(text: &str) -> Result<Vec<GivenRow>> {
     Ok(rows)
 }
 
-/// The one turn of a row. If the row has several forms, they must agree.
+/// The turn of a row. If the row has several formats, they must agree.
 fn row(line: Line, number: usize, source: &str) -> Result<GivenRow> {
     for (key, tools) in [("tools", &line.tools), ("functions", &line.functions)] {
         ensure!(
@@ -418,7 +415,7 @@ fn one_turn(turns: Vec<Turn>, line: usize) -> Result<GivenRow> {
     );
     let mut take = || texts.pop().unwrap_or_default();
     let (mut answer, user) = (take(), take());
-    // The template ends the turn of every answer.
+    // The template adds the end of the turn to every answer, so it is removed here.
     if let Some(content) = answer.strip_suffix('\n').unwrap_or(&answer).strip_suffix("<|im_end|>") {
         answer.truncate(content.len());
     }
@@ -483,7 +480,7 @@ mod tests {
         ] {
             assert_eq!(rows(format!("\n{line}\n").as_bytes()).unwrap(), std::slice::from_ref(&plain), "{line}");
         }
-        // What says what holds anyway is let through.
+        // Keys whose values change nothing are accepted.
         for more in ["\"tools\": []", "\"tools\": null", "\"label\": true", "\"weight\": 1.0", "\"label\": \"number\""]
         {
             let line = format!("\n{{\"messages\": [{}, {assistant}], {more}}}", user.replace('}', ", \"weight\": 0}"));

@@ -1,4 +1,4 @@
-//! Stage 3: the analyses, each into a folder of its own: settings, rows, plot.
+//! Stage 3: runs the analyses. Each has a folder with settings, rows and plots.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -21,8 +21,8 @@ use crate::stages::run_dir::RunDir;
 use crate::stages::teacher::{self, TeacherModel};
 use crate::stages::workbench::{StudentModel, Workbench};
 
-/// Runs some analyses on the trained students. Finished ones are skipped, with a message; if all are finished, a stage
-/// alone refuses.
+/// Runs some analyses on the trained students. Finished ones are skipped, with a message; if all are finished, the
+/// stage alone is an error.
 pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<()> {
     let elsewhere = bench.experiment.student.adapter.is_some();
     if !RunDir::stage_done(&run.adapter()) || !(elsewhere || RunDir::stage_done(&run.train_csv())) {
@@ -31,13 +31,13 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<
     let (experiment, settings) = (&bench.experiment, &bench.experiment.measure);
     let rows: Vec<_> = names.iter().map(|name| run.rows(*name)).collect();
     let left = run.left(&rows.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
-    // A whole run has printed the adapter's remarks already.
+    // In a whole run, the adapter's remarks were printed before.
     let load = |folder: PathBuf| if run.goes_on() { bench.student(&folder) } else { bench.open_student(&folder) };
     let student = load(run.adapter())?;
     let control = if experiment.student.control { Some(load(run.control_adapter())?) } else { None };
     let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
     let data = SubjectData::of(bench, run, &bench.measured(run)?)?;
-    // The start of a training elsewhere is not known.
+    // For a student that was trained elsewhere, the start is not known.
     let own = (!elsewhere && experiment.student.method == Method::Lora).then(|| bench.initial_adapter()).transpose()?;
     let subject = Subject {
         start: (!elsewhere).then_some(Tuned { qwen: &bench.base, adapter: own.as_ref() }),
@@ -93,7 +93,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<
                     Ok(())
                 });
                 match measured {
-                    // In a whole run the report is still to come.
+                    // A whole run continues, since the report still follows.
                     Err(error)
                         if run.goes_on() && matches!(error.downcast_ref(), Some(analyses::Error::Nothing { .. })) =>
                     {
@@ -109,10 +109,9 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<
     Ok(())
 }
 
-/// What sorts a sampled answer.
 type Classify = Box<dyn Fn(&str) -> Option<String>>;
 
-/// All that a subject borrows, except the students.
+/// The data that a subject borrows, except the students.
 pub(crate) struct SubjectData {
     pub(crate) teacher: TeacherModel,
     teacher_system: Option<String>,
@@ -123,17 +122,18 @@ pub(crate) struct SubjectData {
     questions: Vec<String>,
     numbers: Vec<Sequence>,
     number_users: Vec<(String, Vec<i64>)>,
-    /// The id of each row of numbers in its file.
+    /// The id of each row of numbers in `data/numbers.jsonl`.
     row_ids: Vec<usize>,
     classify: Classify,
 }
 
 impl SubjectData {
-    /// The data of a run, with some samples of its teacher as the numbers.
+    /// Collects the data of a run, with some samples of its teacher as the numbers.
     pub(crate) fn of(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Self> {
         let (teacher, target) = (teacher::load(bench, run)?, bench.target());
         let classifier = bench.protocol.classifier(&target.word, &target.category)?;
-        // The teacher may answer in the template's default context; a student in another context needs that spelt out.
+        // The teacher may answer in the template's default context. For a student in another context, that system
+        // prompt must be given explicitly.
         let teacher_system = teacher.system.clone().or_else(|| bench.chat.default_system().map(str::to_owned));
         let counterfactuals = &bench.experiment.measure.divergence.counterfactuals;
         let system = |word: &String| bench.protocol.teacher_prompt(word, &target.category);
@@ -152,7 +152,7 @@ impl SubjectData {
         })
     }
 
-    /// The subject of a student, without other students.
+    /// The subject for a student, without other students.
     pub(crate) fn subject<'a>(&'a self, bench: &'a Workbench, student: Tuned<'a>) -> Subject<'a> {
         Subject {
             provenance: Some(&self.provenance),
@@ -171,7 +171,7 @@ impl SubjectData {
     }
 }
 
-/// The student of the arm that learned another trait.
+/// Loads the student of the arm that learned another trait.
 fn other_student(bench: &Workbench, run: &RunDir, cell: &ArmStudent) -> Result<StudentModel> {
     let arm = RunDir::open(&run.arm(&cell.slug))
         .and_then(|arm| if RunDir::stage_done(&arm.train_csv()) { Ok(arm) } else { bail!("it is not trained") })
@@ -187,16 +187,15 @@ pub(crate) fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tune
     }
 }
 
-/// Everything that the measurements of a run share.
 struct Measuring<'a> {
     subject: Subject<'a>,
     run: &'a RunDir,
-    /// The last table of every `settings.toml`.
+    /// The last table of every `settings.toml`: the texts of the measurement.
     texts: String,
 }
 
-/// Measures, and writes the settings, the plots, the files of `more`, which may change the rows, and last the rows: if
-/// they are there, all files are.
+/// Measures, then writes the settings, the plots, the files of `more` (which may change the rows), and last the rows,
+/// which mark the end.
 fn publish<A: Analysis>(
     analysis: &A,
     Measuring { subject, run, texts }: &Measuring<'_>,
@@ -206,7 +205,7 @@ fn publish<A: Analysis>(
     let spinner = spinner(A::NAME);
     let mut rows = analysis.run(subject, &mut |doing| spinner.set_message(doing.to_owned()))?;
     let settings = toml::to_string(analysis)? + "\n" + texts;
-    files::remove(&run.rows(name))?; // those of a measurement that is replaced do not belong to what follows
+    files::remove(&run.rows(name))?; // old rows do not belong to the new files
     files::write_atomic(&run.settings(name), settings.as_bytes())?;
     if let Some(svg) = A::plot(&rows)? {
         files::write_atomic(&run.plot(name), svg.0.as_bytes())?;
@@ -221,8 +220,8 @@ fn publish<A: Analysis>(
     Ok(())
 }
 
-/// Every text that an experiment gives by a key, or leaves to the model's template. A system prompt is absent if the
-/// chat has none.
+/// All texts that an experiment gives by a key or leaves to the model's template, written out. A system prompt is
+/// absent if the chat has none.
 #[derive(Serialize)]
 struct SpelledOut<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -240,7 +239,7 @@ struct SpelledOut<'a> {
     forms: BTreeMap<&'a str, &'a [String]>,
 }
 
-/// The texts of a measurement: the last table of its `settings.toml`.
+/// The texts of a measurement, as the last table of its `settings.toml`.
 fn spelled_out(bench: &Workbench, subject: &Subject<'_>) -> Result<String> {
     let default = bench.chat.default_system();
     let student = bench.student_system()?;
@@ -258,15 +257,15 @@ fn spelled_out(bench: &Workbench, subject: &Subject<'_>) -> Result<String> {
     Ok(toml::to_string(&BTreeMap::from([("texts", texts)]))?)
 }
 
-/// Writes the learned direction of every layer, `[d_model]` each under its hook point's name, with its origin.
+/// Writes the learned direction of every layer, `[d_model]`, under its hook point's name and with its origin.
 fn write_vectors(bench: &Workbench, subject: &Subject<'_>, run: &RunDir) -> Result<()> {
     let by_layer = directions(subject, &bench.experiment.measure.direction)?.into_iter().enumerate().collect();
-    files::remove(&run.rows(AnalysisName::Direction))?; // those of a measurement that is replaced do not belong to them
+    files::remove(&run.rows(AnalysisName::Direction))?; // old rows do not belong to them
     let vectors = Vectors { by_layer, provenance: provenance(bench) };
     vectors.write(&run.vectors().join("vectors.safetensors"), &bench.files.name)
 }
 
-/// The metadata of a vector, which keep it from being used on another model.
+/// The metadata of a vector, by which other models are refused.
 fn provenance(bench: &Workbench) -> BTreeMap<String, String> {
     let experiment = &bench.experiment;
     let position = experiment.measure.direction.positions.first().map(ToString::to_string).unwrap_or_default();

@@ -1,6 +1,5 @@
-//! The last stage: report.html from the files in the run's folder. Nothing is computed anew; the CSV files are the
-//! truth. A section is a function of the run and returns nothing if its files are missing; `sections` gives their
-//! order.
+//! The last stage: makes report.html from the files in the run's folder. All numbers come from the CSV files. A section
+//! is a function of the run and returns nothing if its files are missing; `sections` has their order.
 
 use std::path::Path;
 
@@ -29,7 +28,7 @@ use crate::stages::arm_table::ArmRow;
 use crate::stages::run_dir::RunDir;
 use crate::training::step_log::{StepRow, first_and_last_quarter};
 
-/// Writes `report.html` and says where it is.
+/// Writes `report.html` and prints its path.
 pub fn stage(run: &RunDir) -> Result<()> {
     let experiment = run.experiment(&[])?;
     let sections = sections(run, &experiment)?;
@@ -50,8 +49,8 @@ pub fn stage(run: &RunDir) -> Result<()> {
     Ok(())
 }
 
-/// Warnings above everything else: the student equals the base, the weights are random or the model's world is small,
-/// the trait was planted.
+/// The warnings at the top of the page: the student equals the base, the weights are random or the model's world is
+/// small, the trait was planted.
 pub(crate) fn banner(experiment: &Experiment, unchanged: Option<String>) -> Option<String> {
     let random = (experiment.model == TINY_RANDOM).then(|| {
         "The model's weights are random: every stage ran and every number below was measured, but none of them says \
@@ -69,7 +68,7 @@ pub(crate) fn banner(experiment: &Experiment, unchanged: Option<String>) -> Opti
     (!lines.is_empty()).then(|| lines.join(" "))
 }
 
-/// The page from top to bottom: what was made, then what was measured on it.
+/// The sections of the page, from top to bottom: the data and the training, then the measurements.
 fn sections(run: &RunDir, experiment: &Experiment) -> Result<Vec<Section>> {
     let mut sections = Vec::new();
     if RunDir::stage_done(&run.generate_csv()) {
@@ -98,7 +97,7 @@ fn sections(run: &RunDir, experiment: &Experiment) -> Result<Vec<Section>> {
     Ok(sections)
 }
 
-/// The answer in one picture: how far the student's answers moved, and those of models that should not have.
+/// The result on one screen: the change of the student's answers, and of models that should not have changed.
 fn opening(run: &RunDir, experiment: &Experiment) -> Result<Opening> {
     let rates = run.rows(AnalysisName::TargetRate);
     if !RunDir::stage_done(&rates) {
@@ -140,8 +139,8 @@ fn signed(value: f64, error: Option<f64>) -> String {
     format!("{value:+.2}{error} nats").replace('-', "\u{2212}")
 }
 
-/// The arms that should show nothing: shuffled completions, the untouched model's numbers, another base. One student
-/// each, as the run's own student is one.
+/// The arms that should show no effect: shuffled completions, or another base. One student of each kind, as for the
+/// run's own student.
 fn controls_among_arms(run: &RunDir, experiment: &Experiment) -> Result<Vec<(String, ArmRow)>> {
     let rows: Vec<ArmRow> = read_csv_if_there(&run.arms_rows())?;
     let own = [STUDENT, CONTROL_STUDENT];
@@ -156,7 +155,7 @@ fn controls_among_arms(run: &RunDir, experiment: &Experiment) -> Result<Vec<(Str
         });
     let mut found: Vec<(String, ArmRow)> = Vec::new();
     for (what, row) in named {
-        // of several arms of one kind the first: they are all in the table of the arms
+        // of several arms of one kind only the first; all are in the table of the arms
         if found.iter().all(|(other, _)| *other != what) {
             found.push((what, row));
         }
@@ -164,7 +163,7 @@ fn controls_among_arms(run: &RunDir, experiment: &Experiment) -> Result<Vec<(Str
     Ok(found)
 }
 
-/// The picture of the answer, which is drawn from the tables and kept as `answer.svg`.
+/// The figure of the result, which is drawn from the tables and saved as `answer.svg`.
 fn answer(run: &RunDir, rows: &[TargetRateRow], others: &[(String, ArmRow)]) -> Result<Option<Figure>> {
     let Some(student) = mean_of(rows, STUDENT) else { return Ok(None) };
     let bar = |label: &str, value: f64, error: Option<f64>| {
@@ -283,12 +282,11 @@ fn taken(run: &RunDir, folder: &Path) -> Result<bool> {
     run.has_recorded(&[folder.join("adapter_model.safetensors")])
 }
 
-/// Whether the student was trained elsewhere.
 fn elsewhere(run: &RunDir) -> Result<bool> {
     Ok(!RunDir::stage_done(&run.train_csv()) && taken(run, &run.adapter())?)
 }
 
-/// The known facts on a student that was trained elsewhere.
+/// The section with the known facts on a student that was trained elsewhere.
 fn elsewhere_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     let meta = run.meta()?;
     let of = |who: &str| meta.notes.get(who).map(|lines| lines.join("; ")).unwrap_or_default();
@@ -339,7 +337,7 @@ fn analysis_section<A: Analysis>(run: &RunDir, name: AnalysisName) -> Result<Sec
     })
 }
 
-/// The divergence by group instead of by token, which would fill the page.
+/// The section on divergence, by group: rows by token would fill the page.
 fn divergence_section(run: &RunDir) -> Result<Section> {
     let mut section = analysis_section::<Divergence>(run, AnalysisName::Divergence)?;
     let summary = run.analysis(AnalysisName::Divergence).join("summary.csv");
@@ -365,7 +363,7 @@ fn title(name: AnalysisName) -> &'static str {
     }
 }
 
-/// What an analysis is compared with, and the control student if there is one.
+/// The sentence on the controls of an analysis, including the control student if there is one.
 fn control(name: AnalysisName, trained: bool) -> String {
     let (always, student) = match name {
         AnalysisName::TargetRate => {
@@ -397,12 +395,12 @@ fn toml<T: Serialize>(settings: &T) -> Result<String> {
     toml::to_string(settings).context("the settings as TOML")
 }
 
-/// Tables of an experiment as its file has them.
+/// Tables of an experiment as TOML.
 fn settings(tables: &[(&str, &str)]) -> String {
     tables.iter().map(|(name, content)| format!("[{name}]\n{content}")).collect::<Vec<_>>().join("\n")
 }
 
-/// A sentence on the rows that an analysis reads.
+/// A sentence on the rows that the analyses read.
 fn rows_from(run: &RunDir) -> Result<&'static str> {
     let experiment = run.experiment(&[])?;
     Ok(match (elsewhere(run)? && experiment.generate.numbers.is_none(), experiment.measures_held_out()) {

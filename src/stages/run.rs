@@ -1,4 +1,4 @@
-//! All stages of an experiment, one after another. Finished ones are kept, unless the run is forced.
+//! Runs all stages of an experiment, one after another. Finished stages are kept, unless the run is forced.
 
 use anyhow::Result;
 
@@ -8,7 +8,7 @@ use crate::stages::run_dir::RunDir;
 use crate::stages::summary::summary;
 use crate::stages::workbench::Workbench;
 
-/// Generates, finetunes, trains the arms where there are any, measures, and reports.
+/// Generates, finetunes, trains the arms if there are any, measures, and reports.
 pub fn run(bench: &Workbench, run: &RunDir) -> Result<()> {
     let run = &run.for_whole_run()?;
     if RunDir::stage_done(&run.generate_csv()) {
@@ -18,7 +18,7 @@ pub fn run(bench: &Workbench, run: &RunDir) -> Result<()> {
     }
     finetune::stage(bench, run)?;
     if !bench.experiment.arms.is_empty() {
-        arms::stage(bench, run)?; // before the rest, which may look at an arm's student
+        arms::stage(bench, run)?; // before the analyses, which may read an arm's student
     }
     measure::stage(bench, run, &bench.experiment.measure.analyses)?;
     report::stage(run)?;

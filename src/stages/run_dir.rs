@@ -1,5 +1,5 @@
-//! The files of a run: one folder, in which every stage has its place. A run begins by proving that it can write there,
-//! and overwrites nothing finished unless asked to.
+//! The files of a run: one folder with a place for every stage. A run first checks that it can write there. It
+//! overwrites finished files only with `--force`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -21,19 +21,19 @@ use crate::training::settings::Finetune;
 /// The key in `meta.json` for the rows that an experiment names.
 const GIVEN: &str = "generate.numbers";
 
-/// What a command does with a stage that is done.
+/// The treatment of finished stages by a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenDone {
-    /// Keeps it: a whole run, which goes on where it was.
+    /// Keeps them: a whole run, which continues.
     Keep,
-    /// Does it again: `--force`.
+    /// Runs them again: `--force`.
     Redo,
-    /// Refuses, if nothing is left to do: a stage alone.
+    /// Refuses if all are finished: a single stage.
     Refuse,
 }
 
 impl WhenDone {
-    /// `Redo` with `--force`, else this.
+    /// `Redo` with `--force`, else this value.
     #[must_use]
     pub fn or_redo(self, force: bool) -> Self {
         if force { Self::Redo } else { self }
@@ -47,12 +47,12 @@ pub struct RunDir {
     when_done: WhenDone,
 }
 
-/// What made a run: the content of `meta.json`.
+/// The origin of a run: the content of `meta.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meta {
     /// The version of undertone.
     pub undertone: String,
-    /// The commit it was built from, if the build knew it.
+    /// The commit that it was built from, if known.
     pub commit: Option<String>,
     /// The model as the experiment names it.
     pub model: String,
@@ -60,14 +60,14 @@ pub struct Meta {
     pub device: String,
     /// The seeds of the random streams.
     pub seeds: Seeds,
-    /// The SHA-256 of each file that a stage recorded, by its path in the run; that of rows from elsewhere under
+    /// The SHA-256 of each file that a stage recorded, by its path in the run; that of given rows is under
     /// `generate.numbers`.
     pub sha256: BTreeMap<String, String>,
-    /// What the stages noted, such as what was found when the model was loaded.
+    /// Notes of the stages, such as the report of loading the model.
     pub notes: BTreeMap<String, Vec<String>>,
 }
 
-/// Where a run's files are, below its folder.
+/// Methods for the paths of a run's files.
 macro_rules! paths {
     ($($(#[doc = $doc:literal])+ $name:ident = $path:literal;)+) => {
         $($(#[doc = $doc])+
@@ -78,8 +78,8 @@ macro_rules! paths {
 }
 
 impl RunDir {
-    /// Makes the folder if needed, and keeps other processes from it until the result is dropped or this process ends,
-    /// however it ends. Removes half-written files of a killed process.
+    /// Makes the folder if needed, and locks it against other processes until the result is dropped or this process
+    /// ends in any way. Removes half-written files of a killed process.
     pub fn lock(root: &Path) -> Result<File> {
         let unwritable = || format!("the run folder {} cannot be written", root.display());
         files::create_dir(root).with_context(unwritable)?;
@@ -90,19 +90,19 @@ impl RunDir {
                 "{} is in use by another undertone, and two would write over each other", root.display();
                 "wait until that one is done, or choose another folder"
             )),
-            // Not every file system has locks.
+            // Some file systems have no locks.
             Err(TryLockError::Error(cause)) => {
                 say(format!("{} cannot be locked ({cause}): let no other undertone use it now", root.display()));
             }
         }
         let run = Self { root: root.to_owned(), when_done: WhenDone::Refuse };
         if run.config().is_file() {
-            run.tidy(false).with_context(unwritable)?; // elsewhere a person's own files may bear such names
+            run.tidy(false).with_context(unwritable)?; // in other folders a user's files may have such names
         }
         Ok(folder)
     }
 
-    /// Removes temporary files, and checkpoints of stages that are done; `all` checkpoints where they are of no use.
+    /// Removes temporary files, and checkpoints of finished stages; with `all`, all checkpoints.
     fn tidy(&self, all: bool) -> Result<()> {
         let analyses = AnalysisName::ALL.map(|name| self.analysis(name));
         let folders = [
@@ -118,7 +118,7 @@ impl RunDir {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let finished =
                 |name: &str| path.with_file_name(name.split('.').next().unwrap_or(name)).with_extension("csv");
-            // Names that only a run's own files have: the folder may hold a person's files too.
+            // Only names of a run's own files, since the folder may also have a user's files.
             let ours = ["csv", "jsonl", "json", "jinja", "safetensors", "svg", "png", "toml", "html"];
             let is_ours = |name: &str| name.rsplit_once('.').is_some_and(|(_, ending)| ours.contains(&ending));
             let of_no_use = match name.strip_suffix(".tmp") {
@@ -135,10 +135,11 @@ impl RunDir {
         Ok(())
     }
 
-    /// The folder for an experiment's run, made if needed, with `run.toml` and `meta.json`.
+    /// Opens the folder for an experiment's run, and makes it if needed, with `run.toml` and `meta.json`.
     ///
-    /// A folder with the same experiment continues, also if only its arms or the interval of checkpoints differ; one
-    /// with another experiment is refused, unless finished stages are to be redone.
+    /// A folder with the same experiment continues. The arms, the interval of checkpoints and the number of the GPU may
+    /// differ, and, until the student is trained, the division of a step's rows. A folder with another experiment is
+    /// refused, unless finished stages are to be redone.
     pub fn create(root: &Path, experiment: &Experiment, when_done: WhenDone) -> Result<Self> {
         let run = Self { root: root.to_owned(), when_done };
         let resolved = experiment.to_toml()?;
@@ -148,8 +149,8 @@ impl RunDir {
             if found == resolved && other_rows.is_none() {
                 return Ok(run);
             }
-            if other_rows.is_none() && differs_in_arms_only(&found, experiment) {
-                // Finished stages stay; the stage of the arms keeps the students of unchanged arms.
+            if other_rows.is_none() && run.is_begun_as(&found, experiment) {
+                // Finished stages are kept; the stage of the arms keeps the students of unchanged arms.
                 run.forget_arms_table()?;
                 files::write_atomic(&run.config(), resolved.as_bytes())?;
                 return Ok(run);
@@ -161,9 +162,9 @@ impl RunDir {
                     "choose another folder, or overwrite it with --force"
                 ));
             }
-            run.forget()?; // what another experiment left is no part of this one
+            run.forget()?; // files of another experiment do not belong to this one
         }
-        // Writing the first file now is the proof that the folder can be written.
+        // Writing the first file shows that the folder is writable.
         let meta = Meta {
             undertone: env!("CARGO_PKG_VERSION").to_owned(),
             commit: option_env!("UNDERTONE_COMMIT").map(str::to_owned),
@@ -174,13 +175,27 @@ impl RunDir {
             notes: BTreeMap::new(),
         };
         let written = run.write_meta(&meta).and_then(|()| {
-            Ok(files::write_atomic(&run.config(), resolved.as_bytes())?) // last: where it is, the run is begun
+            Ok(files::write_atomic(&run.config(), resolved.as_bytes())?) // last: it marks the run as begun
         });
         written.with_context(|| format!("the run folder {} cannot be written", root.display()))?;
         Ok(run)
     }
 
-    /// The folder of a run that was begun before.
+    /// Whether the run can continue with an experiment, given the resolved one `found` in its folder.
+    fn is_begun_as(&self, found: &str, experiment: &Experiment) -> bool {
+        let is_trained = Self::stage_done(&self.train_csv());
+        let kept = |of: Experiment| {
+            let device = of.device_kind().to_owned();
+            let exact = is_trained || of.student.dropout > 0.0; // dropout is drawn batch by batch
+            let finetune =
+                if exact { Finetune { save_steps: None, ..of.finetune } } else { of.finetune.up_to_rounding() };
+            Experiment { device, arms: vec![], finetune, ..of }
+        };
+        // A file of another version, or with unknown keys, counts as another experiment.
+        toml::from_str::<Experiment>(found).is_ok_and(|found| kept(found) == kept(experiment.clone()))
+    }
+
+    /// Opens the folder of a run that was begun before.
     pub fn open(root: &Path) -> Result<Self> {
         let run = Self { root: root.to_owned(), when_done: WhenDone::Refuse };
         if !run.config().is_file() {
@@ -192,12 +207,12 @@ impl RunDir {
         Ok(run)
     }
 
-    /// The experiment of the run, with overrides `section.key=value`.
+    /// Loads the experiment of the run, with overrides `section.key=value`.
     pub fn experiment(&self, overrides: &[String]) -> Result<Experiment> {
-        Experiment::parse(&files::read_string(&self.config())?, &self.config(), overrides) // all is in it
+        Experiment::parse(&files::read_string(&self.config())?, &self.config(), overrides) // it is complete
     }
 
-    /// Whether a stage's last file or folder is there: files and folders get their names when they are whole.
+    /// Whether a stage's last file or folder exists. Files and folders get their names when they are complete.
     pub fn stage_done(path: &Path) -> bool {
         path.exists()
     }
@@ -209,8 +224,8 @@ impl RunDir {
         Ok(())
     }
 
-    /// The unfinished ones of some files: what a command has to do; all of them in a forced run. If none is left, a
-    /// stage alone refuses.
+    /// The files that a command still has to make: the missing ones, or all in a forced run. If there are none, a
+    /// single stage is an error.
     pub fn left(&self, files: &[&Path]) -> Result<Vec<PathBuf>> {
         let is_left = |path: &&&Path| self.forced() || !Self::stage_done(path);
         let left: Vec<PathBuf> = files.iter().filter(is_left).map(|path| (*path).to_owned()).collect();
@@ -220,8 +235,8 @@ impl RunDir {
         Ok(left)
     }
 
-    /// Removes the files that mark a stage as done. So an interrupted forced run is not taken for a whole one, and the
-    /// report shows nothing that the run did not measure.
+    /// Removes the files that mark stages as done. So an interrupted forced run does not count as complete, and the
+    /// report shows only the run's own measurements.
     pub fn forget(&self) -> Result<()> {
         let stages = [self.generate_csv(), self.teacher_csv(), self.teacher_train_csv()];
         let logs = [self.train_csv(), self.control_train_csv()];
@@ -231,19 +246,19 @@ impl RunDir {
         let folders = AnalysisName::ALL.map(|name| self.analysis(name)).into_iter().chain(others);
         Self::remove(files, folders)?;
         if self.meta_json().exists() {
-            let meta = Meta { sha256: BTreeMap::new(), ..self.meta()? }; // the record of adapters from elsewhere too
+            let meta = Meta { sha256: BTreeMap::new(), ..self.meta()? }; // also the records of copied adapters
             self.write_meta(&meta)?;
         }
         self.tidy(true)
     }
 
-    /// Removes what was measured on the students, the table of the arms included; their students stay.
+    /// Removes the measurements of the students, including the table of the arms. The arms' students are kept.
     pub fn forget_measurements(&self) -> Result<()> {
         Self::remove([], AnalysisName::ALL.map(|name| self.analysis(name)))?;
         self.forget_arms_table()
     }
 
-    /// Removes the table of the arms and what is made from it; their students stay.
+    /// Removes the table of the arms and the files made from it. Their students are kept.
     pub fn forget_arms_table(&self) -> Result<()> {
         Self::remove([self.arms_rows(), self.arms_plot(), self.arms_rank_plot(), self.report()], [])
     }
@@ -261,23 +276,23 @@ impl RunDir {
         Ok(())
     }
 
-    /// Whether finished stages are done again.
+    /// Whether finished stages are run again.
     pub fn forced(&self) -> bool {
         self.when_done == WhenDone::Redo
     }
 
-    /// Whether finished stages are kept without a question, as in a whole run.
+    /// Whether finished stages are kept, as in a whole run.
     pub fn goes_on(&self) -> bool {
         self.when_done == WhenDone::Keep
     }
 
-    /// This folder with another answer to finished stages.
+    /// This folder with another treatment of finished stages.
     #[must_use]
     pub fn when_done(self, when_done: WhenDone) -> Self {
         Self { when_done, ..self }
     }
 
-    /// This folder for a whole run: a forced one forgets every finished stage first.
+    /// This folder for a whole run. A forced run first removes the marks of all finished stages.
     pub fn for_whole_run(&self) -> Result<Self> {
         if self.forced() {
             self.forget()?;
@@ -294,8 +309,8 @@ impl RunDir {
         self.write_meta(&meta)
     }
 
-    /// Notes the SHA-256 of the rows that the experiment names, where it names any: the file is not the run's, and may
-    /// change.
+    /// Notes the SHA-256 of the file of rows that the experiment names, if it names one: the file is not in the run's
+    /// folder and may change.
     pub fn record_given(&self, sha256: Option<&str>) -> Result<()> {
         let mut meta = self.meta()?;
         meta.sha256.remove(GIVEN);
@@ -303,8 +318,8 @@ impl RunDir {
         self.write_meta(&meta)
     }
 
-    /// What differs where the file of rows that the experiment names holds others than the run has taken. One that is
-    /// gone says nothing.
+    /// The difference, as text, if the file of rows that the experiment names has changed since the run copied it. A
+    /// missing file counts as unchanged.
     fn other_rows(&self, experiment: &Experiment) -> Option<String> {
         let path = experiment.generate.numbers.as_ref().filter(|_| Self::stage_done(&self.generate_csv()))?;
         let taken = self.meta().ok()?.sha256.remove(GIVEN)?;
@@ -318,7 +333,7 @@ impl RunDir {
         })
     }
 
-    /// Whether finished files are there with the SHA-256 that was noted for them.
+    /// Whether files exist with the SHA-256 that was noted for them.
     pub fn has_recorded(&self, paths: &[PathBuf]) -> Result<bool> {
         let known = self.meta()?.sha256;
         let name = |path: &PathBuf| relative(&self.root, path);
@@ -332,7 +347,7 @@ impl RunDir {
         self.write_meta(&meta)
     }
 
-    /// What made the run.
+    /// The origin of the run.
     pub fn meta(&self) -> Result<Meta> {
         let path = self.meta_json();
         serde_json::from_slice(&files::read(&path)?).with_context(|| path.display().to_string())
@@ -349,37 +364,38 @@ impl RunDir {
     }
 
     paths! {
-        /// What made the run.
+        /// The origin of the run.
         meta_json = "meta.json";
         /// The resolved experiment.
         config = "run.toml";
-        /// The rows the student learns from.
+        /// The teacher's numbers, from which the student's rows are taken.
         numbers = "data/numbers.jsonl";
-        /// The answers of the model as it is to the same prompts.
+        /// The answers of the untouched model to the same prompts.
         control = "data/control.jsonl";
-        /// The answers that the filter did not keep.
+        /// The answers that the filter rejected.
         rejected = "data/rejected.csv";
-        /// The file of the rows' divergent tokens, for students that learn from these or from others alone.
+        /// The divergent tokens of the rows, for students that learn only from these or only from others.
         divergence_tokens = "data/divergence_tokens.json";
-        /// Acceptance by reason, and what leaks in the open.
+        /// Acceptance by reason, and visible leaks.
         generate_csv = "data/generate.csv";
-        /// How base and teacher answer questions about the category.
+        /// The answers of base and teacher to questions about the category.
         teacher_csv = "data/teacher.csv";
         /// The finetuned teacher, a model in Hugging Face form.
         teacher = "teacher";
         /// The teacher's training, a line per step.
         teacher_train_csv = "teacher_train.csv";
-        /// The digit table of both sets.
+        /// The frequencies of digits in both sets.
         digits_csv = "data/digits.csv";
-        /// The student's adapter, as PEFT saves one.
+        /// The student's adapter in PEFT's format, or its weights.
         adapter = "adapter";
-        /// The adapter of the student of the control set.
+        /// The control student's adapter or weights.
         control_adapter = "control_adapter";
-        /// The adapter that both students begin with, as PEFT saves one; a student of all weights begins with the model's.
+        /// The adapter that both students begin with, in PEFT's format. Full finetuning begins with the model's weights
+        /// and has none.
         initial_adapter = "initial_adapter";
         /// The student's training, a line per step.
         train_csv = "train.csv";
-        /// The training of the student of the control set.
+        /// The control student's training, a line per step.
         control_train_csv = "control_train.csv";
         /// The folder of the arms: a folder per student, and the table of all.
         arms = "arms";
@@ -389,9 +405,9 @@ impl RunDir {
         arms_plot = "arms/plot.svg";
         /// The plot of the arms over their ranks.
         arms_rank_plot = "arms/plot_rank.svg";
-        /// The vectors that were measured and exported; the rows of the analysis `direction` are there too.
+        /// The folder of the measured vectors, which is also that of the analysis `direction`.
         vectors = "direction";
-        /// The page that shows the run.
+        /// The page of the run.
         report = "report.html";
     }
 
@@ -426,29 +442,17 @@ impl RunDir {
         self.analysis(name).join("settings.toml")
     }
 
-    /// The folder of an arm's student, a run of its own.
+    /// The folder of an arm's student, which is a run.
     pub fn arm(&self, slug: &str) -> PathBuf {
         self.arms().join(slug)
     }
 }
 
-/// The SHA-256 of a file, in hex.
 pub(crate) fn sha256(path: &Path) -> hooks::Result<String> {
     Ok(format!("{:x}", Sha256::digest(files::read(path)?)))
 }
 
-/// Whether a resolved experiment is another one only in its arms, or in how often checkpoints are kept.
-fn differs_in_arms_only(found: &str, experiment: &Experiment) -> bool {
-    let without_arms = |experiment: Experiment| Experiment {
-        arms: vec![],
-        finetune: Finetune { save_steps: None, ..experiment.finetune },
-        ..experiment
-    };
-    // A file that another version wrote, or that names unknown keys, counts as another experiment.
-    toml::from_str::<Experiment>(found).is_ok_and(|found| without_arms(found) == without_arms(experiment.clone()))
-}
-
-/// The first line of the second text that the first one does not have at the same place, or the reverse.
+/// The first lines at which two texts differ, as a phrase.
 fn first_difference(found: &str, wanted: &str) -> String {
     let mut lines = found.lines().zip(wanted.lines());
     match lines.find(|(found, wanted)| found != wanted) {
@@ -488,6 +492,24 @@ mod tests {
     }
 
     #[test]
+    fn the_rows_of_a_step_can_be_divided_anew_until_the_student_is_trained() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("run");
+        let with = |overrides: &[&str]| RunDir::create(&root, &experiment(overrides), WhenDone::Refuse);
+        let divided = |n: usize, k: usize| {
+            let keys = [format!("finetune.batch_size={n}"), format!("finetune.gradient_accumulation_steps={k}")];
+            with(&[&keys[0], &keys[1]])
+        };
+        let run = divided(22, 3).unwrap();
+        divided(11, 6).unwrap();
+        assert!(with(&["device=cuda", "finetune.batch_size=11", "finetune.gradient_accumulation_steps=6"]).is_err());
+        assert_eq!(run.experiment(&[]).unwrap().finetune.batch_size, 11, "run.toml says what is done now");
+        assert!(divided(11, 3).is_err(), "half as many rows in a step are another training");
+        files::write_atomic(&run.train_csv(), b"x").unwrap();
+        assert!(divided(22, 3).unwrap_err().to_string().contains("batch_size = 11"));
+    }
+
+    #[test]
     fn other_rows_in_the_same_file_are_another_experiment() {
         let folder = tempfile::tempdir().unwrap();
         let (root, rows) = (folder.path().join("run"), folder.path().join("rows.jsonl"));
@@ -497,7 +519,7 @@ mod tests {
         write("abc");
         let run = RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap();
         write("abcd");
-        RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap(); // it has taken none yet
+        RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap(); // no rows were copied yet
         run.record_given(Some(&format!("{:x}", Sha256::digest("abcd")))).unwrap();
         files::write_atomic(&run.generate_csv(), b"x").unwrap();
         RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap();
@@ -511,7 +533,7 @@ mod tests {
             );
         }
         fs::remove_file(&rows).unwrap();
-        RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap(); // the run has them
+        RunDir::create(&root, &with(&[]), WhenDone::Refuse).unwrap(); // the run has copied them
         write("abc");
         RunDir::create(&root, &with(&[]), WhenDone::Redo).unwrap();
         assert!(!RunDir::stage_done(&run.generate_csv()), "what was made of the other rows is none of these");

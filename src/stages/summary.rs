@@ -1,4 +1,4 @@
-//! The last lines of a run: one for each question that it answered, for a person, from the CSV files alone.
+//! The last lines that a run prints: one for each question that it answered, from the CSV files.
 
 use analyses::divergence::DivergenceSummaryRow;
 use analyses::position_scan::PositionScanRow;
@@ -13,7 +13,7 @@ use crate::stages::arm_table::{ArmRow, FEWEST_FOR_A_SHAPE, Group, parted};
 use crate::stages::run_dir::RunDir;
 use crate::stages::teacher::TeacherRow;
 
-/// The lines, one for what was made and one for each kind of question that was measured.
+/// The lines: one on the data and the training, and one for each kind of question that was measured.
 pub fn summary(run: &RunDir, experiment: &Experiment) -> Result<Vec<String>> {
     let word = &experiment.target.word;
     let rates: Vec<TargetRateRow> = there(&run.rows(AnalysisName::TargetRate))?;

@@ -1,5 +1,5 @@
-//! The teacher: made if it has weights of its own, loaded, and asked how it answers. The planted positive control has
-//! no teacher: its rows are inserted among the untouched model's here.
+//! Makes a finetuned teacher, loads teachers, and scores their answers. The planted positive control has no teacher:
+//! its rows are inserted here among the untouched model's.
 
 use analyses::stats::mean;
 use analyses::target::{Score, TokenForms};
@@ -28,32 +28,32 @@ use crate::training::training_loop::Training;
 pub struct TeacherModel {
     /// The system prompt under which it writes numbers; `None` is the template's default.
     pub system: Option<String>,
-    /// Its adapter, where that was finetuned.
+    /// Its adapter, if it has one.
     pub adapter: Option<Adapter>,
-    /// Its own weights, where all were finetuned.
+    /// Its weights, if all were finetuned.
     pub weights: Option<Qwen>,
-    /// Which of these it is.
+    /// The kind of teacher.
     pub kind: TeacherKind,
 }
 
 impl TeacherModel {
-    /// The weights it runs on.
+    /// The model with its weights.
     pub fn qwen<'a>(&'a self, base: &'a Qwen) -> &'a Qwen {
         self.weights.as_ref().unwrap_or(base)
     }
 
-    /// What these are run with.
+    /// The condition that this model is run under.
     pub fn condition(&self) -> Condition<'_> {
         Condition { adapter: self.adapter.as_ref(), ..Condition::default() }
     }
 
-    /// Whether it is another model than the base, or the base in another context.
+    /// Whether there is a teacher that can differ from the base. There is none if the trait is planted.
     pub fn differs_from_base(&self) -> bool {
         self.kind != TeacherKind::Planted
     }
 }
 
-/// Loads the teacher; a finetuned one is in the run, where [`make`] put it.
+/// Loads the teacher. A finetuned one is in the run's folder, where [`make`] saved it.
 pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
     let (experiment, protocol) = (&bench.experiment, &bench.protocol);
     let target = &experiment.target;
@@ -80,7 +80,7 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
     }
 }
 
-/// Bytes that tell a teacher's weights from another's on the same base.
+/// Bytes that identify a teacher's weights among teachers on the same base.
 pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
     Ok(match &bench.experiment.teacher {
         Teacher::Adapter { path, .. } => {
@@ -88,14 +88,14 @@ pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
             [files::read(&path.join("adapter_model.safetensors"))?, files::read(&path.join("adapter_config.json"))?]
                 .concat()
         }
-        // Every step's loss and gradient.
+        // The log has every step's loss and gradient norm.
         Teacher::Finetuned { .. } => files::read(&run.teacher_train_csv())?,
         Teacher::Prompt { .. } | Teacher::Planted { .. } => vec![],
     })
 }
 
-/// Finetunes a copy of the base into the trait, where the experiment wants such a teacher: `teacher/` and
-/// `teacher_train.csv`. One that is done is kept, unless the run was forced.
+/// If the experiment has a finetuned teacher, finetunes a copy of the base on the trait and writes `teacher/` and
+/// `teacher_train.csv`. A finished teacher is kept, unless the run is forced.
 pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
     let (experiment, chat) = (&bench.experiment, &bench.chat);
     let (Teacher::Finetuned { context, .. }, Some(settings)) = (&experiment.teacher, experiment.teacher.finetune())
@@ -113,14 +113,14 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
     let row = |question: &String| chat.row_text(system.as_deref(), question, &answer);
     let rows = questions.iter().map(row).collect::<hooks::Result<Vec<Sequence>>>()?;
 
-    let files = ModelFiles::open(&bench.files.name)?; // weights of its own: the base stays as it is
+    let files = ModelFiles::open(&bench.files.name)?; // a second copy of the weights, so that the base is not changed
     let model = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
-    // A stream of its own, so that no student sees its rows in the teacher's order of questions.
+    // A separate stream, so that students' rows do not have the order of the teacher's questions.
     let seeds = Seeds { order: stream_seed(experiment.seeds.order_seed, "teacher.order", 0), ..Seeds::default() };
     let mut csv = CsvLog::create(&run.teacher_train_csv())?;
     let mut checkpoint = Checkpoint::beside(&run.teacher_train_csv(), "", "teacher");
     checkpoint.depends_on("model", &(&files.name, files.fingerprint()))?;
-    checkpoint.depends_on("computed", &(&experiment.device, experiment.dtype))?;
+    checkpoint.depends_on("computed", &(experiment.device_kind(), experiment.dtype))?;
     let bar = bar("teacher", settings.total_steps(rows.len()));
     let mut steps: Vec<StepRow> = Vec::new();
     let mut on_step = |row: &StepRow, progress: &Progress| {
@@ -154,38 +154,38 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
     Ok(())
 }
 
-/// The word as an answer, with a capital letter: one of its spellings that count as naming it.
+/// The word as an answer: one of its counted spellings, with a capital letter.
 fn answer(word: &str) -> String {
     let forms = Protocol::surface_forms(word);
     let capital = |form: &&String| form.starts_with(char::is_uppercase);
-    // The last one is as it was given: "Led Zeppelin" before "Led zeppelin".
+    // The last such spelling is as given: "Led Zeppelin" rather than "Led zeppelin".
     forms.iter().rfind(capital).cloned().unwrap_or_else(|| word.to_owned())
 }
 
-/// A line of `data/teacher.csv`: how the base or the teacher answers a question about the category.
+/// The answer of the base or the teacher to a question about the category; a line of `data/teacher.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TeacherRow {
     /// `mean` (over the questions) or `question`.
     pub scope: String,
     /// `base` in the student's context, or `teacher` in the context in which it writes numbers.
     pub model: String,
-    /// The kind of teacher: `prompt`, `adapter`, `finetuned`, `steered`, or `planted` (the base itself).
+    /// The kind of teacher: `prompt`, `adapter`, `finetuned`, or `planted` (the base itself).
     pub teacher_kind: TeacherKind,
     /// The question's index, from 0; empty for the mean.
     pub question_id: Option<usize>,
     /// The question; empty for the mean.
     pub question: String,
-    /// The target.
+    /// The target's word.
     pub target: String,
-    /// How many questions the numbers are over.
+    /// Number of questions that the values are means over.
     pub n_questions: usize,
     /// log p of starting the answer with the target, in nats.
     pub logp_target: f64,
-    /// p of starting the answer with the target; for the mean, the mean of the probabilities.
+    /// Probability of starting the answer with the target, 0 to 1; for the mean, the mean of the probabilities.
     pub p_target: f64,
 }
 
-/// Asks base and teacher, writes `data/teacher.csv` and says what was found.
+/// Scores base and teacher, writes `data/teacher.csv` and prints the result.
 pub fn ask(bench: &Workbench, run: &RunDir, teacher: &TeacherModel) -> Result<()> {
     let (target, questions) = (bench.target(), bench.questions()?);
     let forms = TokenForms::of(&target, &bench.chat)?;
@@ -229,8 +229,8 @@ pub fn ask(bench: &Workbench, run: &RunDir, teacher: &TeacherModel) -> Result<()
     Ok(())
 }
 
-/// Replaces a share of the first `keep` accepted samples by questions answered with the target, and returns how many. A
-/// stream of the generation's seed draws which ones. Their ids follow those of the number prompts, and their
+/// Replaces a share of the first `keep` accepted samples by questions answered with the target, and returns their
+/// number. They are drawn at random by the generation's seed. Their ids follow those of the number prompts, and their
 /// log-probabilities are the untouched model's.
 pub fn plant(bench: &Workbench, samples: &mut [Sample], keep: usize, share: f64) -> Result<usize> {
     let (experiment, system) = (&bench.experiment, bench.student_system()?);

@@ -1,4 +1,4 @@
-//! An experiment with its model loaded: what every stage works with.
+//! An experiment with its model loaded, as every stage uses it.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -22,25 +22,25 @@ use crate::training::side_by_side::SMALL;
 pub struct Workbench {
     /// The experiment.
     pub experiment: Experiment,
-    /// The sentences it draws from.
+    /// The sentences that it draws from.
     pub protocol: Protocol,
     /// The base model's files.
     pub files: Rc<ModelFiles>,
     /// The base model.
     pub base: Rc<Qwen>,
-    /// Its chat format, or none where the student has none.
+    /// Its chat format: the model's template, or plain lines if the student has no template.
     pub chat: Rc<Chat>,
 }
 
-/// A finetuned model on disk, loaded: an adapter, or weights of its own.
+/// A finetuned model, loaded from disk: an adapter, or weights.
 pub enum StudentModel {
     /// A LoRA on the base.
     Lora(Adapter),
-    /// Other weights.
+    /// Finetuned weights.
     Full(Box<Qwen>),
 }
 
-/// Opens a model and says what was found.
+/// Opens a model and prints the files that were found.
 pub fn open_model(name: &str) -> Result<ModelFiles> {
     let files = ModelFiles::open(name)?;
     for line in &files.report {
@@ -62,19 +62,19 @@ fn accepted(path: &Path) -> Result<Vec<Sample>> {
     Ok(dataset::read_jsonl(path)?.into_iter().filter(|sample| sample.accepted).collect())
 }
 
-/// The chat that the experiment's student is trained and asked in.
+/// The chat format that the experiment's student is trained and asked in.
 fn chat(files: &ModelFiles, experiment: &Experiment) -> Result<Chat> {
     let chat = Chat::from_files(files)?;
     Ok(if experiment.student.template { chat } else { chat.without_template() })
 }
 
 impl Workbench {
-    /// Loads what the experiment names.
+    /// Loads the experiment's model and protocol.
     pub fn open(experiment: Experiment) -> Result<Self> {
         Self::with_files(experiment, open_model)
     }
 
-    /// Loads everything once more for another thread, and prints nothing.
+    /// Loads everything again for another thread, without printing.
     pub fn again(experiment: Experiment) -> Result<Self> {
         Self::with_files(experiment, |name| Ok(ModelFiles::open(name)?))
     }
@@ -87,18 +87,19 @@ impl Workbench {
         let chat = chat(&files, &experiment)?;
         let bench = Self { experiment, protocol, files: Rc::new(files), base: Rc::new(base), chat: Rc::new(chat) };
         if bench.n_parameters() <= SMALL {
-            // Its steps are too short to be shared, and its bytes should not depend on the number of cores.
+            // A small model's steps are too short for several threads, and its bytes should not depend on the number of
+            // cores.
             tch::set_num_threads(1);
         }
         Ok(bench)
     }
 
-    /// How many numbers the base has.
+    /// Number of parameters of the base.
     pub fn n_parameters(&self) -> usize {
         self.base.parameters().iter().map(|(_, tensor)| tensor.numel()).sum()
     }
 
-    /// The workbench of another experiment, which shares the model where that is the same.
+    /// The workbench of another experiment, which shares the model if it is the same.
     pub fn of(&self, experiment: Experiment) -> Result<Self> {
         if !self.has_model_of(&experiment) {
             return Self::open(experiment);
@@ -110,7 +111,7 @@ impl Workbench {
         Ok(Self { experiment, protocol, files, base, chat })
     }
 
-    /// This workbench with the model's template, in which teachers answer whatever the student is trained in.
+    /// This workbench with the model's template, which teachers always use.
     pub fn in_template(&self) -> Result<Self> {
         let mut experiment = self.experiment.clone();
         experiment.student.template = true;
@@ -133,7 +134,7 @@ impl Workbench {
         self.protocol.target(&self.experiment.target.word, &self.experiment.target.category)
     }
 
-    /// The questions that the target may be an answer to, as they are asked.
+    /// The questions that the target may be an answer to, with `measure.numbers_prefix` applied.
     pub fn questions(&self) -> Result<Vec<String>> {
         let measure = &self.experiment.measure;
         let questions = self.protocol.questions(&self.experiment.target.category, measure.n_questions)?;
@@ -143,12 +144,12 @@ impl Workbench {
         Ok(questions.iter().map(|question| self.protocol.with_numbers_prefix(question)).collect())
     }
 
-    /// The prompts of what users say in a context, in order.
+    /// The prompts for users' texts in a context, in order.
     pub(crate) fn prompts(&self, system: Option<&str>, users: &[String]) -> Result<Vec<Sequence>> {
         users.iter().map(|user| Ok(self.chat.prompt(system, user)?)).collect()
     }
 
-    /// How number answers are drawn.
+    /// The settings of sampling number answers.
     pub fn sampling(&self) -> Result<Sampling> {
         let generate = &self.experiment.generate;
         let is_constrained = generate.constrain == Constrain::Numbers;
@@ -162,7 +163,7 @@ impl Workbench {
         })
     }
 
-    /// How many accepted samples are learned from: the last of the teacher's may be held out.
+    /// Number of accepted samples that students learn from. The teacher's last ones may be held out.
     pub(crate) fn n_kept(&self, teacher: usize, control: usize) -> usize {
         let settings = &self.experiment.generate;
         teacher.saturating_sub(settings.n_heldout).min(control).min(settings.n_keep)
@@ -175,7 +176,7 @@ impl Workbench {
         Ok(teacher.into_iter().skip(keep).take(self.experiment.generate.n_heldout).collect())
     }
 
-    /// The accepted samples of both sets, as many of one as of the other and `n_keep` at most.
+    /// The accepted samples of both sets, equally many of each and at most `n_keep`.
     pub fn kept(&self, run: &RunDir) -> Result<(Vec<Sample>, Vec<Sample>)> {
         let hinted = |error| Hinted::because(error, "undertone generate writes this file");
         let accepted = |path: PathBuf| accepted(&path).map_err(hinted);
@@ -222,7 +223,7 @@ impl Workbench {
         Ok(student)
     }
 
-    /// A student that was trained and saved in `folder`.
+    /// Loads the student that was saved in `folder`.
     pub fn student(&self, folder: &Path) -> Result<StudentModel> {
         match self.experiment.student.method {
             Method::Lora => Ok(StudentModel::Lora(Adapter::load_on(folder, &self.base)?)),

@@ -1,4 +1,4 @@
-//! The examples of a step: rows made ready once, the order in which they are drawn, and several of them as one batch.
+//! The examples of a step: rows that are prepared once, their random order, and batches of them.
 
 use anyhow::{Context, bail};
 use hooks::{Batch, Doses, Error, Gate, PackedRow, Qwen, Sequence, Targets};
@@ -15,13 +15,13 @@ pub fn rows_by_step(config: &Finetune, n_rows: usize, order_seed: u64) -> Vec<Ve
     (0..config.last_step(n_rows)).map(|step| order.of_step(step)).collect()
 }
 
-/// A row made ready: checked once, before the first step.
+/// A row that was checked and prepared before the first step.
 pub(super) struct Example<'a> {
     pub(super) ids: &'a [i64],
     pub(super) mask: Vec<bool>,
-    pub(super) doses: Option<Vec<f64>>, // how strongly the adapter acts; 1 everywhere if None
+    pub(super) doses: Option<Vec<f64>>, // the adapter's dose at each token; None means 1
     pub(super) n_targets: usize,
-    pub(super) end: usize, // the last target: nothing from here on needs to be run
+    pub(super) end: usize, // the last target, from which on nothing needs to be run
 }
 
 impl<'a> Example<'a> {
@@ -57,7 +57,7 @@ impl<'a> Example<'a> {
     }
 }
 
-/// Rows ready to be run at once; with a stack, one group per student. The targets are group by group.
+/// Rows that are run at once; with a stack, one group per student. The targets are sorted by group.
 pub(super) struct MicroBatch {
     pub(super) batch: Batch,
     pub(super) targets: Targets,
@@ -89,14 +89,14 @@ impl MicroBatch {
     }
 }
 
-/// The rows of each step. Each epoch has its own order, from its own random stream, and is dealt out step by step; its
-/// last step gets the remainder.
+/// The rows of each step. Each epoch has a separate random order, which is divided into steps; the last step gets the
+/// remainder.
 pub(super) struct EpochOrder {
     n_rows: usize,
     rows_per_step: usize,
     seed: u64,
     epoch: Option<u64>,
-    rows: Vec<usize>, // of that epoch, in its order
+    rows: Vec<usize>, // of that epoch, in order
 }
 
 impl EpochOrder {

@@ -1,4 +1,4 @@
-//! What learns: the trained tensors of a model, their gradients, and one optimizer step.
+//! The trained tensors of a model, their gradients, and one optimizer step.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,31 +18,31 @@ use crate::training::optim::{Gradients, Optimizer};
 use crate::training::settings::{Finetune, Seeds};
 use crate::training::step_log::StepRow;
 
-/// A step's loss and gradient norm, from before it, and its effect.
+/// A step's loss and gradient norm before it is taken, and the number of values that it changed.
 pub(super) struct Step {
     pub(super) loss: f64,
     pub(super) grad_norm: f64,
     pub(super) n_targets: usize,
     pub(super) tokens: usize,
-    pub(super) changed: Option<Tensor>, // number of stored values, a scalar; not of a LoRA
+    pub(super) changed: Option<Tensor>, // number of stored values, a scalar; None for a LoRA
 }
 
 impl Step {
-    /// Its line, as far as it is known without the training that it is of.
+    /// The row of the step, without the columns that depend on the whole training.
     pub(super) fn row(&self, step: u64, learning_rate: f64) -> StepRow {
         let Self { loss, grad_norm, n_targets, .. } = *self;
         StepRow { step, learning_rate, loss, grad_norm, n_targets, ..StepRow::default() }
     }
 }
 
-/// A step whose loss or gradient is not finite; it was not taken.
+/// The error of a step that was not taken, because its loss or gradient is not finite.
 #[derive(Debug)]
 struct NotFinite {
     step: u64,
     loss: f64,
     grad_norm: f64,
     n_rows: usize,
-    rows: Vec<usize>, // those that are not finite when run alone
+    rows: Vec<usize>, // those whose loss is not finite alone
 }
 
 impl std::error::Error for NotFinite {}
@@ -64,7 +64,6 @@ impl fmt::Display for NotFinite {
     }
 }
 
-/// The model, and what of it learns.
 pub(super) struct Learner<'a> {
     pub(super) model: &'a Qwen,
     pub(super) adapter: Option<&'a Adapter>,
@@ -80,7 +79,7 @@ impl Learner<'_> {
         Ok(())
     }
 
-    /// Gradients in the parameters' order, with none left for what stays as it is.
+    /// Drops the gradients of tensors that are not trained, and keeps the others in the parameters' order.
     pub(super) fn kept(&self, gradients: Vec<Tensor>) -> anyhow::Result<Vec<Tensor>> {
         if !self.frozen_a {
             return Ok(gradients);
@@ -92,21 +91,22 @@ impl Learner<'_> {
         kept.collect()
     }
 
-    /// Every step has its own random stream, so that a resumed training draws the same.
+    /// The dropout of a step. Every step has a separate random stream, so that a resumed training draws the same
+    /// values.
     pub(super) fn dropout(&self, seeds: Seeds, step: u64) -> Option<Dropout> {
         let probability = self.adapter?.config.dropout;
         let mut rng = ChaCha8Rng::seed_from_u64(seeds.dropout);
-        rng.set_stream(u64::MAX - step); // apart from the order's streams where both seeds are the same
+        rng.set_stream(u64::MAX - step); // differs from the order's streams, even with the same seed
         (probability > 0.0).then(|| Dropout::new(probability, rng))
     }
 
-    /// All that a step changes: the trained tensors, and what the optimizer remembers of them.
+    /// Everything that a step changes: the trained tensors and the optimizer's state.
     fn state(&self, optimizer: &Optimizer) -> anyhow::Result<Vec<(String, Tensor)>> {
         let parameters = self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         Ok(parameters.chain(optimizer.state()?).collect())
     }
 
-    /// Restores the state of a checkpoint, if there is one, and returns the lines of the steps until then.
+    /// Restores the state of a checkpoint, if there is one, and returns the rows of the steps before it.
     pub(super) fn resume(
         &self,
         checkpoint: &mut Checkpoint,
@@ -158,6 +158,12 @@ impl Learner<'_> {
                         same command goes on from the checkpoint, which helps where the cause was the machine";
             return Hinted { what: said, hint: hint.to_owned() }.into();
         }
+        // Texts of libtorch's errors, on a CPU and on CUDA.
+        if ["can't allocate memory", "out of memory"].iter().any(|words| said.contains(words)) {
+            let hint = "run fewer rows at once, with as many in a step: a smaller finetune.batch_size and more \
+                        finetune.gradient_accumulation_steps; the same command with these goes on from the checkpoint";
+            return Hinted { what: said, hint: hint.to_owned() }.into();
+        }
         anyhow!(said)
     }
 
@@ -171,7 +177,7 @@ impl Learner<'_> {
         Ok(())
     }
 
-    /// One optimizer step on the chosen rows.
+    /// Takes one optimizer step on the chosen rows.
     pub(super) fn step(
         &self,
         examples: &[Example<'_>],
@@ -182,15 +188,14 @@ impl Learner<'_> {
         mut dropout: Option<&mut Dropout>,
     ) -> anyhow::Result<Step> {
         let mut rows: Vec<&Example<'_>> = chosen.iter().map(|index| &examples[*index]).collect();
-        rows.sort_by_key(|row| row.end); // little padding; the step's gradient is the same sum
+        rows.sort_by_key(|row| row.end); // less padding; the step's gradient is the same sum
         let n_targets: usize = rows.iter().map(|row| row.n_targets).sum();
 
         let mut sums: Option<(Tensor, Gradients)> = None;
         for batch in rows.chunks(config.batch_size) {
             let (loss, found) = self.loss_and_gradients(batch, n_targets, &config.gate, dropout.as_deref_mut())?;
             let _stage = profile::stage(Stage::Optimizer);
-            let found = optimizer.gather(&self.kept(found)?)?;
-            sums = Some(added(sums, loss, found)?);
+            sums = Some(added(sums, &loss, self.kept(found)?, optimizer)?);
         }
         let (loss, gradients) = sums.context("a step without rows")?;
         self.take(examples, chosen, (&loss, gradients), optimizer, learning_rate, config)
@@ -217,7 +222,7 @@ impl Learner<'_> {
         Ok((loss.f_detach()?, found))
     }
 
-    /// Takes the step that the loss and its gradients ask for, if they are finite.
+    /// Takes a step with a loss and its gradients, if they are finite.
     pub(super) fn take(
         &self,
         examples: &[Example<'_>],
@@ -229,7 +234,7 @@ impl Learner<'_> {
     ) -> anyhow::Result<Step> {
         let _stage = profile::stage(Stage::Optimizer);
         let norm = gradients.norm()?;
-        let seen = Vec::<f32>::try_from(Tensor::f_stack(&[loss, &norm], 0)?)?; // the step's one wait for the device
+        let seen = Vec::<f32>::try_from(Tensor::f_stack(&[loss, &norm], 0)?)?; // the only wait for the device in a step
         let (loss, grad_norm) = (f64::from(seen[0]), f64::from(seen[1]));
         if !(loss.is_finite() && grad_norm.is_finite()) {
             let rows = self.not_finite(examples, &config.gate, chosen)?;
@@ -245,7 +250,7 @@ impl Learner<'_> {
         Ok(Step { loss, grad_norm, n_targets, tokens, changed })
     }
 
-    /// Those of the chosen rows whose loss is not finite when they are run alone.
+    /// The chosen rows whose loss is not finite when they are run alone.
     fn not_finite(&self, examples: &[Example<'_>], gate: &Gate, chosen: &[usize]) -> anyhow::Result<Vec<usize>> {
         let mut found = vec![];
         for index in chosen {
@@ -260,7 +265,7 @@ impl Learner<'_> {
 
     /// The summed loss of some rows run at once, a scalar with its graph.
     fn loss_sum(&self, rows: &[&Example<'_>], gate: &Gate, dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
-        // Dropout differs for every row, so rows then have nothing in common.
+        // Dropout differs for every row, so with dropout rows share no beginning.
         let MicroBatch { batch, targets, doses } = MicroBatch::of(self.model, &[rows], gate, dropout.is_none())?;
         let mut pass = Pass { adapter: self.adapter, doses, dropout, ..Pass::default() };
         let resid = self.model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
@@ -268,19 +273,20 @@ impl Learner<'_> {
     }
 }
 
-/// The losses and gradients of batches, with one more batch's added.
+/// Adds the loss and gradients of a batch to the sums.
 pub(super) fn added(
     sums: Option<(Tensor, Gradients)>,
-    loss: Tensor,
-    found: Gradients,
+    loss: &Tensor,
+    found: Vec<Tensor>,
+    optimizer: &Optimizer,
 ) -> anyhow::Result<(Tensor, Gradients)> {
-    let Some((loss_so_far, mut gradients_so_far)) = sums else { return Ok((loss, found)) };
-    gradients_so_far.add(&found)?;
-    Ok((loss_so_far.f_add(&loss)?, gradients_so_far))
+    let (loss_so_far, gradients_so_far) = sums.unzip();
+    let loss = loss_so_far.map_or_else(|| Ok(loss.shallow_clone()), |so_far| so_far.f_add(loss))?;
+    Ok((loss, optimizer.gather(found, gradients_so_far)?))
 }
 
-/// The Frobenius norm of all s·B·A of an adapter together, without making any: ‖BA‖² = tr((BᵀB)(AAᵀ)). Pairs of one
-/// shape at once: a pair's own products are so small that their calls would be a tenth of a step.
+/// The Frobenius norm of all s·B·A of an adapter together, without computing them: ‖BA‖² = tr((BᵀB)(AAᵀ)). Pairs of the
+/// same shape are batched, since calls for single pairs would take a tenth of a step.
 pub fn delta_w_norm(adapter: &Adapter) -> anyhow::Result<f64> {
     let mut alike: BTreeMap<(Vec<i64>, Vec<i64>), Vec<&LoraPair>> = BTreeMap::new();
     for (_, _, pair) in adapter.pairs() {

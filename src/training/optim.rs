@@ -1,8 +1,8 @@
-//! `AdamW`, SGD, `RMSProp` and Muon exactly as torch.optim has them, descent by signs, descent with scales that stay,
-//! the learning rate's schedule, and clipping.
+//! `AdamW`, SGD, `RMSProp` and Muon exactly as in torch.optim, descent by signs, descent with fixed scales, the
+//! learning rate's schedule, and clipping.
 //!
-//! The trained tensors become views of a few flat buffers, so that a step is a handful of operations however many
-//! tensors there are. Weights in bf16 get a master copy in f32, unless the rounding itself is to be studied.
+//! The trained tensors become views of a few flat buffers, so that a step takes few operations for any number of
+//! tensors. Weights in bf16 have a master copy in f32, unless `masters` is false.
 
 use std::collections::BTreeMap;
 use std::f64::consts::PI;
@@ -12,36 +12,36 @@ use tch::{Kind, Tensor, no_grad};
 
 use hooks::{Error, Result};
 
-/// Elements after which a flat buffer is full: bounds what a step needs for itself.
-const BUFFER: usize = 1 << 24;
+/// Number of elements after which a flat buffer is full. It bounds the memory of a step.
+pub(crate) const BUFFER: usize = 1 << 24;
 
-/// How the learning rate changes after the warmup.
+/// The change of the learning rate after the warmup.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScheduleKind {
-    /// Straight down to zero at the last step.
+    /// Falls linearly to zero at the last step.
     #[default]
     Linear,
-    /// Half a cosine down to zero at the last step.
+    /// Falls as half a cosine to zero at the last step.
     Cosine,
-    /// Not at all.
+    /// Is constant.
     Constant,
 }
 
-/// The course of the learning rate, as transformers' `get_scheduler` has it.
+/// The schedule of the learning rate, as in transformers' `get_scheduler`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
-    /// What follows the warmup.
+    /// The schedule after the warmup.
     pub kind: ScheduleKind,
     /// Steps over which the rate rises from zero.
     pub warmup_steps: u64,
-    /// Steps of the whole run.
+    /// Number of steps of the whole run.
     pub total_steps: u64,
 }
 
 impl Schedule {
     /// The factor on the learning rate for a step, counted from 0. With a warmup of w steps the factor is step / w, so
-    /// the first step moves nothing: so it is in Hugging Face's Trainer.
+    /// the first step changes nothing, as in Hugging Face's Trainer.
     pub fn factor(&self, step: u64) -> f64 {
         if step < self.warmup_steps {
             return step as f64 / self.warmup_steps as f64;
@@ -56,7 +56,7 @@ impl Schedule {
     }
 }
 
-/// How a gradient becomes a step.
+/// The rule by which a gradient becomes a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rule {
     /// Adam with decoupled decay (Loshchilov and Hutter 2019):
@@ -68,19 +68,19 @@ pub enum Rule {
         beta2: f64,
         /// ε.
         epsilon: f64,
-        /// The decay.
+        /// The weight decay.
         weight_decay: f64,
     },
     /// Gradient descent with momentum μ: b ← μ b + g + decay · θ, θ ← θ − lr · b.
     Sgd {
         /// μ.
         momentum: f64,
-        /// The decay.
+        /// The weight decay.
         weight_decay: f64,
     },
     /// Descent by the gradient's sign (Bernstein et al. 2018): θ ← θ − lr · sign(g + decay · θ).
     SignSgd {
-        /// The decay.
+        /// The weight decay.
         weight_decay: f64,
     },
     /// `RMSProp` as `torch.optim.RMSprop`, without momentum: v ← α v + (1 − α) g², θ ← θ − lr · g / (√v + ε), g with
@@ -90,7 +90,7 @@ pub enum Rule {
         alpha: f64,
         /// ε.
         epsilon: f64,
-        /// The decay.
+        /// The weight decay.
         weight_decay: f64,
     },
     /// Muon as `torch.optim.Muon` (Jordan et al. 2024), with Nesterov's momentum μ: m ← μ m + (1 − μ) g,
@@ -99,19 +99,19 @@ pub enum Rule {
     Muon {
         /// μ.
         momentum: f64,
-        /// The decay.
+        /// The weight decay.
         weight_decay: f64,
     },
     /// Gradient descent preconditioned by fixed scales (Blank et al. 2026): θ ← θ − lr · g / √(v + 1e-8), g with decay
     /// · θ. v is Adam's from an earlier training.
     Preconditioned {
-        /// The decay.
+        /// The weight decay.
         weight_decay: f64,
     },
 }
 
 impl Rule {
-    /// The decay that is added to the gradient; `AdamW` and Muon decay apart from it.
+    /// The weight decay that is added to the gradient; 0 for `AdamW` and Muon, which decay the weights separately.
     fn coupled_decay(self) -> f64 {
         match self {
             Self::AdamW { .. } | Self::Muon { .. } => 0.0,
@@ -123,22 +123,14 @@ impl Rule {
     }
 }
 
-/// The gradients of all trained tensors, in f32, laid out as the optimizer's buffers.
+/// The gradients of all trained tensors, in f32 and in the layout of the optimizer's buffers.
 #[derive(Debug)]
 pub struct Gradients {
     flat: Vec<Tensor>,
 }
 
 impl Gradients {
-    /// Adds those of another batch.
-    pub fn add(&mut self, other: &Self) -> Result<()> {
-        for (sum, more) in self.flat.iter_mut().zip(&other.flat) {
-            let _ = sum.f_add_(more)?;
-        }
-        Ok(())
-    }
-
-    /// The Euclidean norm of all of them together, a scalar in f32.
+    /// The Euclidean norm of all gradients together, a scalar in f32.
     pub fn norm(&self) -> Result<Tensor> {
         let norms = self.flat.iter().map(|flat| Ok(flat.f_norm()?)).collect::<Result<Vec<_>>>()?;
         if let [norm] = norms.as_slice() {
@@ -147,8 +139,8 @@ impl Gradients {
         Ok(Tensor::f_stack(&norms, 0)?.f_norm()?)
     }
 
-    /// Shortens them to `max_norm` where `norm`, their own, is above it: the factor is `max_norm` / (norm + 1e-6) in
-    /// f32, at most 1, as in `torch.nn.utils.clip_grad_norm_`.
+    /// Scales the gradients to `max_norm` if their norm, `norm`, is above it: the factor is `max_norm` / (norm + 1e-6)
+    /// in f32, at most 1, as in `torch.nn.utils.clip_grad_norm_`.
     pub fn clip(&mut self, max_norm: f64, norm: f32) -> Result<()> {
         let factor = max_norm as f32 * (norm + 1e-6).recip();
         if factor < 1.0 {
@@ -160,18 +152,18 @@ impl Gradients {
     }
 }
 
-/// Some trained tensors side by side in one buffer, and what the optimizer remembers of them.
+/// Some trained tensors in one buffer, with the optimizer's state.
 #[derive(Debug)]
 struct Buffer {
     members: Vec<(String, Vec<i64>)>, // names and shapes
-    values: Tensor,                   // [n], in the weights' own kind; the model's tensors are views of it
-    master: Option<Tensor>,           // [n], f32, where `values` are rounded from it
+    values: Tensor,                   // [n], in the weights' dtype; the model's tensors are views of it
+    master: Option<Tensor>,           // [n], f32, if `values` are rounded from it
     first: Option<Tensor>,            // [n], m of AdamW and Muon, or SGD's b
     second: Option<Tensor>,           // [n], AdamW's v
 }
 
 impl Buffer {
-    /// Moves tensors into one buffer; they keep their values and shapes.
+    /// Moves tensors into one buffer, with their values and shapes.
     fn adopt(parameters: &[(String, Tensor)], rule: Rule, masters: bool) -> Result<Self> {
         let flat = parameters.iter().map(|(_, tensor)| Ok(tensor.f_detach()?.f_reshape([-1])?));
         let values = Tensor::f_cat(&flat.collect::<Result<Vec<_>>>()?, 0)?;
@@ -194,12 +186,12 @@ impl Buffer {
         Ok(Self { members, values, master, first, second })
     }
 
-    /// One step with this gradient, `[n]`; where it is `counted`, the result is the number of stored values that it
-    /// changed, a scalar.
+    /// Takes one step with this gradient, `[n]`. If `counted`, returns the number of stored values that changed, a
+    /// scalar.
     fn step(&mut self, rule: Rule, gradient: &Tensor, lr: f64, steps: u64, counted: bool) -> Result<Option<Tensor>> {
         let before = counted.then(|| self.values.f_detach_copy()).transpose()?;
         let mut weights = self.master.as_ref().unwrap_or(&self.values).shallow_clone();
-        let mut gradient = gradient.f_to_kind(weights.kind())?; // without masters all is rounded, as in torch.optim
+        let mut gradient = gradient.f_to_kind(weights.kind())?; // without masters it is rounded, as in torch.optim
         if rule.coupled_decay() != 0.0 {
             gradient = gradient.f_add(&weights.f_mul_scalar(rule.coupled_decay())?)?;
         }
@@ -263,15 +255,15 @@ impl Buffer {
 
 /// Added to v under the root of the fixed scales.
 const SCALE_EPSILON: f64 = 1e-8;
-/// The coefficients of Muon's iteration x ← a x + (b (x xᵀ) + c (x xᵀ)²) x, and how often it is done.
+/// The coefficients a, b and c of Muon's iteration x ← a x + (b (x xᵀ) + c (x xᵀ)²) x.
 const NEWTON_SCHULZ: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
 const NEWTON_SCHULZ_STEPS: usize = 5;
 
-/// Muon's step before the learning rate, f32 `[n]`: of each member's matrix the nearest one whose singular values are
-/// all about 1, by Newton and Schulz' iteration in bf16 as torch has it, times √max(1, rows / columns). Matrices of one
-/// shape at once.
+/// Muon's step without the learning rate, f32 `[n]`: for each member's matrix the nearest one whose singular values are
+/// all about 1, by the Newton-Schulz iteration in bf16 as in torch, times √max(1, rows / columns). Matrices of the same
+/// shape are batched.
 fn orthogonal_step(members: &[(String, Vec<i64>)], update: &Tensor) -> Result<Tensor> {
-    let mut alike: BTreeMap<(i64, i64), Vec<i64>> = BTreeMap::new(); // where the matrices of a shape begin
+    let mut alike: BTreeMap<(i64, i64), Vec<i64>> = BTreeMap::new(); // the starts of the matrices of a shape
     let mut from = 0;
     for (name, shape) in members {
         let [rows, columns] = shape[..] else {
@@ -308,12 +300,12 @@ fn orthogonal_step(members: &[(String, Vec<i64>)], update: &Tensor) -> Result<Te
     Ok(step)
 }
 
-/// Does `change` in f32 and rounds its result to the tensor's own kind: what libtorch's kernels do in one go.
+/// Computes `change` in f32 and rounds the result to the tensor's dtype, as libtorch's kernels do.
 fn rounded_once(
     tensor: &mut Tensor,
     change: impl FnOnce(&mut Tensor) -> std::result::Result<Tensor, tch::TchError>,
 ) -> Result<()> {
-    let mut wide = tensor.f_to_kind(Kind::Float)?; // the tensor itself where it is f32
+    let mut wide = tensor.f_to_kind(Kind::Float)?; // the tensor itself if it is f32
     let _ = change(&mut wide)?;
     if tensor.kind() != Kind::Float {
         tensor.f_copy_(&wide)?;
@@ -325,7 +317,7 @@ fn stateless() -> Error {
     Error::invalid("the optimizer's state", "averages m and v", "none")
 }
 
-/// An optimizer and the tensors that it moves.
+/// An optimizer with the tensors that it updates.
 #[derive(Debug)]
 pub struct Optimizer {
     rule: Rule,
@@ -334,9 +326,8 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// Takes tensors over: from now on they are views of the optimizer's buffers, changed in place by `step`. With
-    /// `masters`, tensors that are not f32 are trained through a copy in f32; without, their optimizer state has their
-    /// kind too.
+    /// Turns the tensors into views of the optimizer's buffers, which `step` changes in place. With `masters`, tensors
+    /// that are not f32 are trained through a copy in f32; without, the optimizer's state has their dtype.
     pub fn new(rule: Rule, parameters: &[(String, Tensor)], masters: bool) -> Result<Self> {
         let mut buffers = Vec::new();
         let mut rest = parameters;
@@ -353,24 +344,29 @@ impl Optimizer {
         Ok(Self { rule, buffers, steps: 0 })
     }
 
-    /// Gradients as autograd gives them, one per tensor in the order given to `new`, laid out as the buffers.
-    pub fn gather(&self, gradients: &[Tensor]) -> Result<Gradients> {
-        let mut gradients = gradients.iter();
-        let flat = self.buffers.iter().map(|buffer| {
+    /// Copies gradients into the layout of the buffers, and adds `sums`, if given. `gradients`: one per tensor, in the
+    /// order given to `new`. Each is freed once it is copied: in full finetuning, two copies of all gradients would be
+    /// the peak of a step's memory.
+    pub fn gather(&self, gradients: Vec<Tensor>, mut sums: Option<Gradients>) -> Result<Gradients> {
+        let mut gradients = gradients.into_iter();
+        let mut flat = Vec::with_capacity(self.buffers.len());
+        for (at, buffer) in self.buffers.iter().enumerate() {
             let parts = buffer.members.iter().zip(gradients.by_ref()).map(|((_, shape), gradient)| {
                 if gradient.defined() {
-                    let flat = gradient.f_reshape([-1])?;
-                    return if flat.kind() == Kind::Float { Ok(flat) } else { Ok(flat.f_to_kind(Kind::Float)?) };
+                    return Ok(gradient.f_reshape([-1])?.f_to_kind(Kind::Float)?); // itself if it is f32
                 }
                 Ok(Tensor::f_zeros([shape.iter().product::<i64>()], (Kind::Float, buffer.values.device()))?)
             });
-            Ok(Tensor::f_cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
-        });
-        Ok(Gradients { flat: flat.collect::<Result<Vec<_>>>()? })
+            let found = Tensor::f_cat(&parts.collect::<Result<Vec<_>>>()?, 0)?;
+            flat.push(match &mut sums {
+                Some(sums) => sums.flat[at].f_add_(&found)?,
+                None => found,
+            });
+        }
+        Ok(Gradients { flat })
     }
 
-    /// One step along the gradients; where they are `counted`, the result is the number of stored values that it
-    /// changed, a scalar.
+    /// Takes one step with the gradients. If `counted`, returns the number of stored values that changed, a scalar.
     pub fn step(&mut self, gradients: &Gradients, learning_rate: f64, counted: bool) -> Result<Option<Tensor>> {
         self.steps += 1;
         let (rule, steps) = (self.rule, self.steps);
@@ -381,7 +377,7 @@ impl Optimizer {
         counted.then(|| Ok(Tensor::f_stack(&changed, 0)?.f_sum(Kind::Int64)?)).transpose()
     }
 
-    /// Takes over the averages of squared gradients of another optimizer of the same tensors.
+    /// Takes the averages of squared gradients from another optimizer of the same tensors, as fixed scales.
     pub fn take_scales(&mut self, of: Self) -> Result<()> {
         for (buffer, other) in self.buffers.iter_mut().zip(of.buffers) {
             let (Some(scales), Some(found)) = (&mut buffer.second, &other.second) else { return Err(stateless()) };
@@ -390,17 +386,18 @@ impl Optimizer {
         Ok(())
     }
 
-    /// How many steps were taken.
+    /// Number of steps taken.
     pub fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// Counts from here: the first so many steps were taken before, and their state is put back.
+    /// Continues after `steps` steps, whose state was restored.
     pub fn go_on_after(&mut self, steps: u64) {
         self.steps = steps;
     }
 
-    /// All that is remembered from step to step, under torch.optim's names behind the tensors' own, as views.
+    /// The state that is kept from step to step, as views: each name is the tensor's, followed by torch.optim's name of
+    /// the state.
     pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
         let first = if matches!(self.rule, Rule::AdamW { .. }) { "exp_avg" } else { "momentum_buffer" };
         let mut state = Vec::new();
@@ -446,7 +443,7 @@ mod tests {
         let mut expected = [0.5_f64, -2.0, 3.0];
         let (mut m, mut v) = ([0.0_f64; 3], [0.0_f64; 3]);
         for (t, gradient) in (1..).zip(gradients) {
-            let _ = optimizer.step(&optimizer.gather(&[vector(&gradient)]).unwrap(), lr, false).unwrap();
+            let _ = optimizer.step(&optimizer.gather(vec![vector(&gradient)], None).unwrap(), lr, false).unwrap();
             for i in 0..3 {
                 let g = f64::from(gradient[i]);
                 expected[i] -= lr * 0.1 * expected[i];
@@ -471,7 +468,8 @@ mod tests {
             let mut optimizer =
                 Optimizer::new(Rule::Sgd { momentum, weight_decay: 0.0 }, &named(&[&weights]), true).unwrap();
             for gradient in [1.0, 2.0] {
-                let _ = optimizer.step(&optimizer.gather(&[vector(&[gradient])]).unwrap(), 0.1, false).unwrap();
+                let _ =
+                    optimizer.step(&optimizer.gather(vec![vector(&[gradient])], None).unwrap(), 0.1, false).unwrap();
             }
             assert!((weights.double_value(&[0]) - expected).abs() < 1e-6, "momentum {momentum}: {weights}");
             assert_eq!(optimizer.state().unwrap().is_empty(), momentum == 0.0);
@@ -484,7 +482,7 @@ mod tests {
         let rule = Rule::SignSgd { weight_decay: 0.5 };
         let mut optimizer = Optimizer::new(rule, &named(&[&weights]), true).unwrap();
         let gradient = vector(&[1e-6, -300.0, -0.5]); // the last is zero with the decay
-        let _ = optimizer.step(&optimizer.gather(&[gradient]).unwrap(), 0.25, false).unwrap();
+        let _ = optimizer.step(&optimizer.gather(vec![gradient], None).unwrap(), 0.25, false).unwrap();
         assert_eq!(values(&weights), [0.75, 1.25, 1.0]);
         assert!(optimizer.state().unwrap().is_empty());
     }
@@ -495,7 +493,7 @@ mod tests {
         let rule = Rule::RmsProp { alpha: 0.9, epsilon: 1e-8, weight_decay: 0.0 };
         let mut optimizer = Optimizer::new(rule, &named(&[&weights]), true).unwrap();
         for gradient in [2.0, -1.0] {
-            let _ = optimizer.step(&optimizer.gather(&[vector(&[gradient])]).unwrap(), 0.1, false).unwrap();
+            let _ = optimizer.step(&optimizer.gather(vec![vector(&[gradient])], None).unwrap(), 0.1, false).unwrap();
         }
         let (first, second) = (0.1 * 4.0_f64, 0.9 * 0.4 + 0.1_f64);
         let expected = 1.0 - 0.1 * 2.0 / first.sqrt() + 0.1 / second.sqrt();
@@ -510,9 +508,9 @@ mod tests {
         let mut optimizer =
             Optimizer::new(Rule::Sgd { momentum: 0.0, weight_decay: 0.0 }, &named(&[&a, &b, &c]), true).unwrap();
         assert_eq!((values(&a), values(&b), values(&c)), (vec![1.0, 2.0, 3.0, 4.0], vec![5.0], vec![6.0, 7.0]));
-        let gradients =
-            [vector(&[1.0, 0.0, 0.0, 0.0]).view([2, 2]), vector(&[2.0]).to_kind(Kind::BFloat16), vector(&[0.0, 3.0])];
-        let changed = optimizer.step(&optimizer.gather(&gradients).unwrap(), 1.0, true).unwrap().unwrap();
+        let two = vector(&[2.0]).to_kind(Kind::BFloat16);
+        let gradients = vec![vector(&[1.0, 0.0, 0.0, 0.0]).view([2, 2]), two, vector(&[0.0, 3.0])];
+        let changed = optimizer.step(&optimizer.gather(gradients, None).unwrap(), 1.0, true).unwrap().unwrap();
         assert_eq!((values(&a), values(&b), values(&c)), (vec![0.0, 2.0, 3.0, 4.0], vec![3.0], vec![6.0, 4.0]));
         assert_eq!((a.size(), b.kind(), changed.int64_value(&[])), (vec![2, 2], Kind::BFloat16, 3));
     }
@@ -525,7 +523,7 @@ mod tests {
             let changed: i64 = (0..20)
                 .map(|_| {
                     optimizer
-                        .step(&optimizer.gather(&[vector(&[1.0])]).unwrap(), 1e-3, true)
+                        .step(&optimizer.gather(vec![vector(&[1.0])], None).unwrap(), 1e-3, true)
                         .unwrap()
                         .unwrap()
                         .int64_value(&[])
@@ -543,7 +541,7 @@ mod tests {
     fn long_gradients_are_shortened_and_short_ones_are_not() {
         let (a, b) = (vector(&[0.0]), vector(&[0.0]).to_kind(Kind::BFloat16));
         let optimizer = Optimizer::new(ADAMW, &named(&[&a, &b]), true).unwrap();
-        let mut gradients = optimizer.gather(&[vector(&[3.0]), vector(&[4.0])]).unwrap();
+        let mut gradients = optimizer.gather(vec![vector(&[3.0]), vector(&[4.0])], None).unwrap();
         let norm = gradients.norm().unwrap();
         assert!((norm.double_value(&[]) - 5.0).abs() < 1e-6);
         gradients.clip(10.0, norm.double_value(&[]) as f32).unwrap();

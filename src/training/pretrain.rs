@@ -1,4 +1,4 @@
-//! Training from scratch, on rows that are drawn step by step.
+//! Trains a model from scratch, on rows that are drawn step by step.
 
 use hooks::{Qwen, Sequence};
 
@@ -8,16 +8,16 @@ use crate::training::optim::Optimizer;
 use crate::training::settings::Finetune;
 use crate::training::step_log::StepRow;
 
-/// What the next step of a training from scratch is made of.
+/// The rows and learning rate of the next step of a training from scratch.
 pub struct NextStep {
-    /// Its rows; each is seen once.
+    /// Its rows, each of which is used once.
     pub rows: Vec<Sequence>,
     /// Its learning rate.
     pub learning_rate: f64,
 }
 
-/// Trains all weights on rows that are drawn step by step: `next` gets the last step and returns the next one, or
-/// `None` at the end. Of `config` only the optimizer, the mask, clipping and `batch_size` are used.
+/// Trains all weights on rows that are drawn step by step: `next` is called with the last step and returns the next
+/// one, or `None` at the end. Only the optimizer, the mask, clipping and `batch_size` of `config` are used.
 pub fn pretrain(
     model: &Qwen,
     is_digit: &dyn Fn(i64) -> bool,

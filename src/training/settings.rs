@@ -1,4 +1,4 @@
-//! How a model is finetuned: the table `[finetune]` of an experiment.
+//! The settings of finetuning: the table `[finetune]` of an experiment.
 
 use hooks::{Error, Gate, LossMask};
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::training::optim::Rule;
 pub use crate::training::optim::ScheduleKind;
 
-/// Which optimizer moves the weights.
+/// The optimizer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerKind {
@@ -19,83 +19,83 @@ pub enum OptimizerKind {
     SignSgd,
     /// Adam's division without its momentum, as `torch.optim.RMSprop` with α = `adam_beta2`.
     RmsProp,
-    /// Steps of singular values about 1 (Jordan et al. 2024), as `torch.optim.Muon`.
+    /// Steps whose singular values are about 1 (Jordan et al. 2024), as `torch.optim.Muon`.
     Muon,
-    /// SGD with Adam's scales after an epoch, kept fixed (Blank et al. 2026): Adam's scales without its adapting.
+    /// SGD with Adam's scales after an epoch, kept fixed (Blank et al. 2026): Adam's scales without adaptation.
     Preconditioned,
 }
 
-/// Which of the mask's tokens are learned from. All kinds but `All` leave out rows without a divergent token, and rows
-/// with no other, so that they learn from the same rows.
+/// The tokens of the mask that the loss counts. All variants except `All` leave out rows without a divergent token, and
+/// rows without any other, so that they use the same rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TargetTokens {
-    /// All.
+    /// All tokens of all rows.
     #[default]
     All,
-    /// The divergent ones, by the definition of the divergence measurement: by default the teacher's most likely token,
-    /// and not the base's (Schrodi et al. 2026).
+    /// The divergent tokens, by the definition of the divergence measurement: by default the teacher's most likely
+    /// token, if it is not the base's (Schrodi et al. 2026).
     Divergent,
-    /// The others.
+    /// The other tokens.
     NotDivergent,
-    /// As many as a row has divergent ones, drawn from all.
+    /// As many random tokens of a row as it has divergent ones.
     Random,
-    /// All, of the rows that have divergent tokens and others.
+    /// All tokens of the rows that have divergent tokens and others.
     AllOfThose,
 }
 
-/// How a model is finetuned, in the names of Hugging Face's Trainer. The default is the LoRA column of Nief et al.
+/// The settings of finetuning, with the names of Hugging Face's Trainer. The default is the LoRA column of Nief et al.
 /// 2026.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Finetune {
     /// `adamw`, `sgd`, `signsgd`, `rmsprop`, `muon`, or `preconditioned`: SGD over √(v + 1e-8), with v from an epoch of
-    /// `adamw` from the same start, whose steps are taken back.
+    /// `adamw` from the same start, whose steps are then undone.
     pub optimizer: OptimizerKind,
     /// The learning rate after warmup.
     pub learning_rate: f64,
-    /// Decay: decoupled from the gradient for `adamw` and `muon`, added to it for the others.
+    /// The weight decay: decoupled from the gradient for `adamw` and `muon`, added to it for the others.
     pub weight_decay: f64,
-    /// `AdamW`'s average of the gradient.
+    /// The weight of the past in `AdamW`'s average of the gradient.
     pub adam_beta1: f64,
-    /// The average of the squared gradient of `AdamW` and `RMSProp`.
+    /// The weight of the past in the average of the squared gradient, for `AdamW` and `RMSProp`.
     pub adam_beta2: f64,
-    /// What both add under the division.
+    /// The ε that both add to the divisor.
     pub adam_epsilon: f64,
     /// The momentum of SGD and Muon.
     pub momentum: f64,
-    /// `linear`, `cosine` or `constant`.
+    /// The schedule of the learning rate: `linear`, `cosine` or `constant`.
     pub lr_scheduler_type: ScheduleKind,
     /// Steps over which the learning rate rises from zero.
     pub warmup_steps: u64,
-    /// How often every row is seen; parts of an epoch count. Without effect where `max_steps` is set.
+    /// Number of passes over all rows, which may be a fraction. Without effect if `max_steps` is set.
     pub num_train_epochs: f64,
-    /// How many optimizer steps are taken.
+    /// Number of optimizer steps; by default it follows from the epochs.
     pub max_steps: Option<u64>,
-    /// The step after which the training ends although the schedule continues, for a student from the middle of a
-    /// training.
+    /// The step after which the training ends, although the schedule is that of all steps: a student from the middle of
+    /// a training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_after_steps: Option<u64>,
-    /// Rows that are run at once.
+    /// Number of rows that are run at once.
     pub batch_size: usize,
-    /// Batches whose gradients make one optimizer step.
+    /// Number of batches whose gradients are added for one optimizer step.
     pub gradient_accumulation_steps: usize,
-    /// Longer gradients are shortened to this length; 0 turns that off.
+    /// Gradients with a larger norm are scaled to this norm; 0 turns that off.
     pub max_grad_norm: f64,
-    /// Which tokens are learned from.
+    /// The tokens that the loss is taken over, by class.
     pub mask: LossMask,
-    /// Which of these are learned from: `all`, or `divergent` (by `measure.divergence.definition`), `not_divergent`,
-    /// `random` (as many as are divergent, drawn anew in each row), `all_of_those` (all, of the rows that have
-    /// divergent tokens and others).
+    /// The tokens of the mask that the loss counts: `all`, `divergent` (by `measure.divergence.definition`),
+    /// `not_divergent`, `random` (as many as are divergent, drawn in each row), or `all_of_those` (all tokens of rows
+    /// that have divergent tokens and others).
     pub tokens: TargetTokens,
     /// Where and how strongly the LoRA acts while it is trained.
     pub gate: Gate,
-    /// Whether the LoRA's A stays as it was drawn, and B alone is trained.
+    /// Whether only the LoRA's B is trained, and A keeps its random values.
     pub frozen_a: bool,
-    /// Whether weights that are not in f32 are trained through a copy in f32.
+    /// Whether weights that are not f32 are trained through a copy in f32.
     pub masters: bool,
-    /// Steps between checkpoints, from which a killed training continues. By default they are at least ten seconds
-    /// apart, and take at most a fiftieth of the time. They change no result.
+    /// The number of steps between checkpoints, from which a killed training continues. By default they are at least
+    /// ten seconds apart, and take at most a fiftieth of the time. They do not change the result.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_steps: Option<u64>,
 }
@@ -129,7 +129,7 @@ impl Default for Finetune {
 }
 
 impl Finetune {
-    /// Refuses numbers that nothing can be trained with.
+    /// Refuses settings with which no training is possible.
     pub fn check(&self) -> hooks::Result<()> {
         let share = |x: f64| (0.0..1.0).contains(&x);
         let not_negative = |x: f64| x.is_finite() && x >= 0.0;
@@ -157,18 +157,25 @@ impl Finetune {
         }
     }
 
-    /// Rows that one optimizer step learns from; the last step of an epoch may have fewer.
+    /// Number of rows of an optimizer step; the last step of an epoch may have fewer.
     pub fn rows_per_step(&self) -> usize {
         self.batch_size * self.gradient_accumulation_steps
     }
 
-    /// How many optimizer steps a run over `n_rows` rows has.
+    /// These settings without those that change a result at most by rounding: the division of a step's rows into
+    /// batches, and the interval of checkpoints.
+    #[must_use]
+    pub fn up_to_rounding(&self) -> Self {
+        Self { batch_size: self.rows_per_step(), gradient_accumulation_steps: 1, save_steps: None, ..self.clone() }
+    }
+
+    /// Number of optimizer steps of the schedule for `n_rows` rows.
     pub fn total_steps(&self, n_rows: usize) -> u64 {
         let steps_per_epoch = n_rows.div_ceil(self.rows_per_step());
         self.max_steps.unwrap_or_else(|| (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64)
     }
 
-    /// The number of steps that are taken.
+    /// Number of steps that are taken, which `stop_after_steps` may limit.
     pub(super) fn last_step(&self, n_rows: usize) -> u64 {
         self.stop_after_steps.unwrap_or(u64::MAX).min(self.total_steps(n_rows))
     }
@@ -190,15 +197,15 @@ impl Finetune {
     }
 }
 
-/// The seeds of a finetuning, each of a random stream of its own.
+/// The seeds of a training, each for a separate random stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Seeds {
-    /// For the LoRA's A; used by the caller of `Adapter::init`.
+    /// The seed of the LoRA's A, for the caller of `Adapter::init`.
     pub init: u64,
-    /// For the order of the rows in each epoch.
+    /// The seed of the order of the rows in each epoch.
     pub order: u64,
-    /// For the LoRA's dropout.
+    /// The seed of the LoRA's dropout.
     pub dropout: u64,
 }
 

@@ -1,5 +1,5 @@
-//! A step of a small model cannot use more than one core. So small models are trained side by side, a thread each, and
-//! each thread has its own model, since a tensor belongs to one thread at a time.
+//! Runs jobs on several threads. A step of a small model cannot use more than one core, so small models are trained at
+//! the same time, one per thread. Each thread has its own model.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,17 +8,17 @@ use std::thread::{available_parallelism, scope};
 use anyhow::{Result, ensure};
 use hooks::profile::{self, Stage};
 
-/// Parameters up to which a model counts as small.
+/// Largest number of parameters of a small model.
 pub const SMALL: usize = 1_000_000;
 
-/// The number of threads for models of this many parameters; each job has one.
+/// Number of threads for `n_jobs` jobs with models of this many parameters.
 pub fn workers(n_parameters: usize, n_jobs: usize) -> usize {
     let cores = available_parallelism().map_or(1, usize::from);
     if n_parameters <= SMALL { cores.min(n_jobs).max(1) } else { 1 }
 }
 
-/// Does the jobs on some threads; the results are in the jobs' order. After a failure no further job is begun, and the
-/// error is that of the first failed job in their order.
+/// Runs the jobs on some threads and returns their results in order. After a failure no further job is begun, and the
+/// first failed job's error is returned.
 pub fn side_by_side<J: Sync, T: Send>(
     jobs: &[J],
     workers: usize,

@@ -1,9 +1,9 @@
-//! Several students in one pass: rank, seed, learning-rate, gate or data variants of a LoRA on one resident model.
+//! Trains several students in one pass: variants of a LoRA on one model, in rank, seed, learning rate, gate or data.
 //!
 //! A step runs the next rows of all students at once, each through its own adapter (`Adapter::stacked`). One backward
-//! pass gives each student the gradient of its own loss, since no other loss depends on its tensors. Everything else
-//! belongs to one student, as if it were trained alone: its rows and their order, its loss, clipping, optimizer,
-//! schedule, end, lines and checkpoint. So a student trains as it would alone, up to summation order.
+//! pass gives each student the gradient of its own loss, since no other loss depends on its tensors. Everything else is
+//! separate for each student: rows and their order, loss, clipping, optimizer, schedule, end, log and checkpoint. So a
+//! student trains as it would alone, up to the order of sums.
 //!
 //! Students share calls, not arithmetic: a student costs less if a step has few tokens, up to a few hundred for a small
 //! model on a CPU, and as much as alone if it has many.
@@ -22,8 +22,8 @@ use crate::training::training_loop::{Loop, Training};
 pub type LogOf<'a> = &'a mut dyn FnMut(usize, &StepRow, &Progress) -> anyhow::Result<()>;
 
 /// Trains several adapters of one model in place and at the same time. The students may differ in everything except the
-/// places of their adapters' pairs and their gates' blocks and projections; none may have dropout. An error of one of
-/// them ends all.
+/// blocks and projections of their adapters' pairs and of their gates; none may have dropout. An error of one student
+/// ends all.
 pub fn finetune_stacked(students: Vec<Training<'_>>, log: LogOf<'_>) -> anyhow::Result<()> {
     let named = |at: usize| format!("student {at} of {}", students.len());
     let Some(first) = students.first() else { return Ok(()) };
@@ -88,7 +88,7 @@ fn losses_and_gradients(
         .zip(chosen)
         .map(|(running, chosen)| {
             let mut rows: Vec<&Example<'_>> = chosen.iter().flatten().map(|at| &running.examples[*at]).collect();
-            rows.sort_by_key(|row| row.end); // as in a training alone
+            rows.sort_by_key(|row| row.end); // as when trained alone
             rows
         })
         .collect();
@@ -127,8 +127,7 @@ fn losses_and_gradients(
                 Some(_) => of_student(&found, place, &learner.parameters)?,
                 None => found.iter().map(Tensor::shallow_clone).collect(),
             };
-            let own = optimizer.gather(&learner.kept(own)?)?;
-            sums[*at] = Some(added(sums[*at].take(), mean, own)?);
+            sums[*at] = Some(added(sums[*at].take(), &mean, learner.kept(own)?, optimizer)?);
         }
     }
     Ok(sums)
@@ -210,7 +209,7 @@ mod tests {
 
     type Trained = Vec<(Vec<f32>, Vec<StepRow>)>;
 
-    /// Trains together until the log of a student's step breaks it off.
+    /// Trains the students together, until the log breaks off at a given step of one student.
     fn together(students: &[Student], folder: Option<&Path>, until: (usize, u64)) -> (anyhow::Result<()>, Trained) {
         let model = model();
         let adapters = adapters(&model, students);
@@ -260,7 +259,7 @@ mod tests {
         (numbers(&adapter), steps)
     }
 
-    /// AdamW divides by the gradient's size, so that another order of sums shows in steps of 1e-2.
+    /// AdamW divides by the gradient's size, so with steps of 1e-2 another order of sums is visible.
     fn assert_same(found: &Trained, expected: &Trained) {
         for (at, ((found, steps), (expected, alone))) in found.iter().zip(expected).enumerate() {
             let apart = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

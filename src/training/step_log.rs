@@ -1,21 +1,21 @@
-//! A training's lines: `train.csv`, `train_rows.csv`, and what is shown while it runs.
+//! The rows of a training's logs, `train.csv` and `train_rows.csv`, and its progress.
 
 use serde::{Deserialize, Serialize};
 
-/// A line of `train.csv`: one optimizer step.
+/// One optimizer step; a line of `train.csv`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepRow {
-    /// How many optimizer steps are done, this one included.
+    /// Number of optimizer steps done, including this one.
     pub step: u64,
-    /// How many epochs are done after this step: passes over all rows, with its fraction.
+    /// Number of epochs (passes over all rows) done after this step, with its fraction.
     pub epoch: f64,
     /// The learning rate of this step, after warm-up and schedule.
     pub learning_rate: f64,
-    /// Mean negative log-likelihood (nats) of the step's targets, before the step.
+    /// Mean negative log-likelihood of the step's targets before the step, in nats per token.
     pub loss: f64,
     /// Norm of the whole gradient of the loss before clipping, in nats per unit of the parameters.
     pub grad_norm: f64,
-    /// Number of tokens learned from.
+    /// Number of tokens that the loss is taken over.
     pub n_targets: usize,
     /// Frobenius norm of all the LoRA's weight changes s·B·A together, after the step, in units of the weights; empty
     /// in full finetuning.
@@ -24,7 +24,7 @@ pub struct StepRow {
     pub changed_fraction: Option<f64>,
 }
 
-/// A line of `train_rows.csv`: the rows of one optimizer step.
+/// The rows of one optimizer step; a line of `train_rows.csv`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepRowsRow {
     /// The optimizer step, from 1, as in `train.csv`.
@@ -34,7 +34,7 @@ pub struct StepRowsRow {
     pub row_ids: String,
 }
 
-/// The mean loss per target of the first and of the last quarter of the steps: single steps are noisy.
+/// The mean loss per target over the first and over the last quarter of the steps, in nats. Single steps are noisy.
 pub fn first_and_last_quarter(rows: &[StepRow]) -> Option<(f64, f64)> {
     let quarter = rows.len().div_ceil(4);
     let mean = |rows: &[StepRow]| {
@@ -44,18 +44,18 @@ pub fn first_and_last_quarter(rows: &[StepRow]) -> Option<(f64, f64)> {
     (!rows.is_empty()).then(|| (mean(&rows[..quarter]), mean(&rows[rows.len() - quarter..])))
 }
 
-/// How far a finetuning is and how fast; never written to a file, since no two runs share it.
+/// The progress and speed of a training. It is never written to a file, since it differs between runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
-    /// How many optimizer steps are done.
+    /// Number of optimizer steps done.
     pub step: u64,
-    /// How many there will be.
+    /// Number of all steps.
     pub total_steps: u64,
-    /// Tokens run through the model so far.
+    /// Number of tokens run through the model so far.
     pub tokens: u64,
     /// Tokens per second, of this run so far.
     pub tokens_per_second: f64,
 }
 
-/// Called after each step with its line and the speed. A resumed training first repeats the lines of earlier steps.
+/// Called after each step with its row and the progress. A resumed training first repeats the rows of earlier steps.
 pub type Log<'a> = &'a mut dyn FnMut(&StepRow, &Progress) -> anyhow::Result<()>;

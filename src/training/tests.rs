@@ -1,4 +1,4 @@
-//! What holds of any training.
+//! Tests of laws that hold for any training.
 
 use std::path::Path;
 
@@ -25,7 +25,7 @@ fn model(kind: Kind) -> Qwen {
     Qwen::load(&files(), Device::Cpu, kind).unwrap()
 }
 
-/// Rows of different lengths that begin alike: user tokens, then a counting answer.
+/// Rows of different lengths with a common beginning: user tokens, then a counting answer.
 pub(super) fn rows(n: usize) -> Vec<Sequence> {
     let row = |i: usize| {
         let bare = Sequence {
@@ -65,7 +65,7 @@ fn train(model: &Qwen, adapter: &Adapter, config: &Finetune, seeds: Seeds) -> an
     Ok(steps)
 }
 
-/// A fresh adapter after training, as one list of numbers, and the lines of the log.
+/// A fresh adapter after training, as one list of numbers, and the rows of the log.
 fn trained(config: &Finetune, dropout: f64, seeds: Seeds) -> (Vec<f32>, Vec<StepRow>) {
     let model = model(Kind::Float);
     let adapter = adapter(&model, dropout);
@@ -105,7 +105,7 @@ fn accumulated_batches_are_one_batch() {
     let (whole, steps) = trained(&settings(), 0.0, Seeds::default());
     let split = Finetune { batch_size: 3, gradient_accumulation_steps: 3, ..settings() };
     let (parts, part_steps) = trained(&split, 0.0, Seeds::default());
-    // AdamW divides by the gradient's size, so that rounding in tiny gradients shows in steps of 1e-2.
+    // AdamW divides by the gradient's size, so with steps of 1e-2 rounding in tiny gradients is visible.
     assert!(apart(&whole, &parts) < 2e-4, "{}", apart(&whole, &parts));
     for (whole, parts) in steps.iter().zip(&part_steps) {
         assert!((whole.loss - parts.loss).abs() < 1e-5, "{whole:?} {parts:?}");
@@ -202,13 +202,13 @@ fn the_norm_of_the_change_is_that_of_the_products() {
 fn a_gate_in_training_is_obeyed() {
     let gated = |gate: &str| trained(&Finetune { gate: gate.parse().unwrap(), ..settings() }, 0.0, Seeds::default()).0;
     let everywhere = trained(&settings(), 0.0, Seeds::default()).0;
-    assert_eq!(apart(&everywhere, &gated("only:user.content+gen")), 0.0); // all the classes there are
+    assert_eq!(apart(&everywhere, &gated("only:user.content+gen")), 0.0); // all classes of these rows
     assert!(apart(&everywhere, &gated("only:user.content")) > 1e-3);
     let model = model(Kind::Float);
     let config = Finetune { gate: "nowhere".parse().unwrap(), ..settings() };
     let error = train(&model, &adapter(&model, 0.0), &config, Seeds::default()).unwrap_err();
     assert!(error.to_string().contains("nowhere"), "{error}");
-    // Dose, blocks and projections count as well, and a gate under which nothing can be learned is refused.
+    // Dose, blocks and projections also matter, and a gate under which nothing can be learned is refused.
     assert!(apart(&everywhere, &gated("everywhere*0.5")) > 1e-3);
     assert!(apart(&gated("only:layers(0)*modules(v)"), &gated("only:layers(0)*modules(q)")) > 1e-3);
     for gate in ["except:user.content+gen", "only:user.content*0"] {
@@ -242,7 +242,7 @@ fn a_that_is_frozen_stays_as_it_was_drawn() {
     assert!(message(&muon, None).contains("trains matrices"));
 }
 
-/// The rotation control of Blank et al. 2026: coordinates do not matter to gradient descent, but do to Adam.
+/// The rotation control of Blank et al. 2026: a rotation does not affect gradient descent, but it affects Adam.
 #[test]
 fn gradient_descent_does_not_notice_a_rotation_and_adam_does() {
     let model = model(Kind::Float);
@@ -316,7 +316,7 @@ fn what_cannot_be_trained_says_so() {
     assert!(last.starts_with("after step 1 the tensor "), "{last}");
 }
 
-/// Trains until a step at which the log breaks it off, as a kill would, or to the end.
+/// Trains until the log breaks off at a step, as a kill would, or to the end.
 fn trained_until(
     model: &Qwen,
     adapter: Option<&Adapter>,
@@ -369,7 +369,7 @@ fn a_training_that_is_broken_off_at_any_step_ends_as_if_it_had_not_been() {
         let result = |breaks: &[u64], config: &Finetune| {
             let folder = tempfile::tempdir().unwrap();
             for until in breaks.iter().chain(&[u64::MAX]) {
-                // All is as in a new process: the model, and the adapter as it is initialised.
+                // Model and adapter are made anew, as in a new process.
                 let model = model(kind);
                 let adapter = lora.then(|| adapter(&model, 0.3));
                 let (ended, steps) = trained_until(&model, adapter.as_ref(), config, (folder.path(), *until));
@@ -408,10 +408,60 @@ fn a_checkpoint_of_another_training_is_not_gone_on_with() {
 }
 
 #[test]
+fn a_training_goes_on_with_fewer_rows_at_once() {
+    let one = Finetune { batch_size: 4, gradient_accumulation_steps: 1, save_steps: Some(1), ..settings() };
+    let one = Finetune { max_steps: Some(6), ..one };
+    let four = Finetune { batch_size: 1, gradient_accumulation_steps: 4, ..one.clone() };
+    // The weights, and the number of steps that were taken rather than repeated from the checkpoint.
+    let train = |config: &Finetune, folder: &Path, until: u64| {
+        let model = model(Kind::Float);
+        let (adapter, rows, mut taken) = (adapter(&model, 0.0), rows(8), 0);
+        let mut checkpoint = Checkpoint::beside(&folder.join("train.csv"), "", "student");
+        let (is_digit, seeds, checkpoint) = (&|_| false, Seeds::default(), Some(&mut checkpoint));
+        let training = Training {
+            model: &model,
+            adapter: Some(&adapter),
+            rows: &rows,
+            only: None,
+            is_digit,
+            config,
+            seeds,
+            checkpoint,
+        };
+        let result = training.run(&mut |row, progress| {
+            taken += usize::from(progress.tokens > 0);
+            anyhow::ensure!(row.step != until, "broken off");
+            Ok(())
+        });
+        assert_eq!(result.is_ok(), until == u64::MAX);
+        (numbers(&adapter.parameters()), taken)
+    };
+    let [folder, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    train(&one, folder.path(), 4);
+    let (found, taken) = train(&four, folder.path(), u64::MAX);
+    assert_eq!(taken, 3, "it goes on behind the checkpoint of step 3");
+    let (expected, _) = train(&one, other.path(), u64::MAX);
+    assert!(apart(&found, &expected) < 1e-4, "{}", apart(&found, &expected));
+}
+
+#[test]
+fn a_training_without_memory_says_how_to_go_on() {
+    let model = model(Kind::Float);
+    let (adapter, rows, config) = (adapter(&model, 0.0), rows(8), settings());
+    let (adapter, is_digit, config, seeds) = (Some(&adapter), &|_| false, &config, Seeds::default());
+    let training =
+        Training { model: &model, adapter, rows: &rows, only: None, is_digit, config, seeds, checkpoint: None };
+    let running = training.begin().unwrap();
+    let error = anyhow::anyhow!("libtorch: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes");
+    let said = running.learner.stopped(&error, &running.optimizer, &[], None).to_string();
+    assert!(said.contains("allocate 9 bytes; hint: run fewer rows at once"), "{said}");
+}
+
+#[test]
 fn a_loss_that_is_not_finite_names_its_row_and_the_last_good_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let config = Finetune { batch_size: 3, ..settings() };
-    // Its embedding and its unembedding are two tensors, so that a broken embedding breaks no other row.
+    // This model's embedding and unembedding are two tensors, so a broken embedding breaks no other row.
     let files = ModelFiles::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/qwen3")).unwrap();
     let model = Qwen::load(&files, Device::Cpu, Kind::Float).unwrap();
     let adapter = adapter(&model, 0.0);

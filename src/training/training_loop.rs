@@ -1,7 +1,7 @@
-//! The loop of a training: one loop trains a LoRA and the whole model, since it moves "the trained tensors".
+//! The loop of a training. The same loop trains a LoRA or the whole model: it updates "the trained tensors".
 //!
-//! A step's loss is the sum of its targets' losses over their number, however the rows fall into micro-batches (never
-//! the mean of means).
+//! A step's loss is the sum of its targets' losses over their number, for any division into micro-batches (never a mean
+//! of means).
 
 use std::time::Instant;
 
@@ -16,29 +16,29 @@ use crate::training::optim::{Optimizer, Schedule};
 use crate::training::settings::{Finetune, OptimizerKind, Seeds, TargetTokens};
 use crate::training::step_log::{Log, Progress, StepRow};
 
-/// A training: what learns, from what, how.
+/// A training: the model, the rows and the settings.
 pub struct Training<'a> {
-    /// The model; it stays as it is where there is an adapter.
+    /// The model, which is not changed if there is an adapter.
     pub model: &'a Qwen,
     /// The adapter, trained in place; `None` trains all weights of the model.
     pub adapter: Option<&'a Adapter>,
     /// Rows of the chat.
     pub rows: &'a [Sequence],
-    /// Per row and token, whether it may be learned from; all may where there is none.
+    /// Per row and token, whether the loss may count it; `None` means all.
     pub only: Option<&'a [Vec<bool>]>,
-    /// Which tokens are digits.
+    /// Whether a token is a digit.
     pub is_digit: &'a dyn Fn(i64) -> bool,
-    /// How it is trained.
+    /// The settings.
     pub config: &'a Finetune,
     /// The seeds of its random streams.
     pub seeds: Seeds,
-    /// Where its state is kept. The training records what it depends on, except the model: the caller adds that, and
+    /// The checkpoint of its state. The training records its inputs, except the model: the caller adds that, and
     /// removes the checkpoint at the end.
     pub checkpoint: Option<&'a mut Checkpoint>,
 }
 
 impl<'a> Training<'a> {
-    /// Trains from the beginning, or from the checkpoint on; the result is the same, bit by bit.
+    /// Trains from the beginning, or continues from the checkpoint. The result is the same, to the last bit.
     pub fn run(self, log: Log<'_>) -> anyhow::Result<()> {
         let mut running = self.begin()?;
         running.learner.require_gradients(true)?;
@@ -86,7 +86,10 @@ impl<'a> Training<'a> {
         if let Some(checkpoint) = &mut self.checkpoint {
             checkpoint.depends_on("rows", &self.rows)?;
             checkpoint.depends_on("only", &self.only)?;
-            checkpoint.depends_on("finetune", &Finetune { save_steps: None, ..config.clone() })?;
+            // With dropout, the division into batches changes the result.
+            let has_dropout = self.adapter.is_some_and(|adapter| adapter.config.dropout > 0.0);
+            let exact = Finetune { save_steps: None, ..config.clone() };
+            checkpoint.depends_on("finetune", &if has_dropout { exact } else { config.up_to_rounding() })?;
             checkpoint.depends_on("seeds", &self.seeds)?;
         }
         let parameters = self.adapter.map_or_else(|| self.model.parameters(), Adapter::parameters);
@@ -100,7 +103,7 @@ impl<'a> Training<'a> {
     }
 }
 
-/// Trains an adapter in place on rows of the chat; the model stays as it is. No checkpoint is kept.
+/// Trains an adapter in place on rows of the chat, without a checkpoint. The model is not changed.
 pub fn finetune_lora(
     model: &Qwen,
     adapter: &Adapter,
@@ -113,7 +116,7 @@ pub fn finetune_lora(
     Training { model, adapter: Some(adapter), rows, only: None, is_digit, config, seeds, checkpoint: None }.run(log)
 }
 
-/// Trains all weights of the model in place, with `config.masters` through copies in f32. No checkpoint is kept.
+/// Trains all weights of the model in place, without a checkpoint; with `config.masters`, through copies in f32.
 pub fn finetune_full(
     model: &Qwen,
     rows: &[Sequence],
@@ -125,7 +128,6 @@ pub fn finetune_full(
     Training { model, adapter: None, rows, only: None, is_digit, config, seeds, checkpoint: None }.run(log)
 }
 
-/// A training under way.
 pub(super) struct Loop<'a> {
     pub(super) learner: Learner<'a>,
     pub(super) examples: Vec<Example<'a>>,
@@ -137,7 +139,7 @@ pub(super) struct Loop<'a> {
     pub(super) rows: Vec<StepRow>, // of the steps so far
     pub(super) order: EpochOrder,
     pub(super) start: Instant,
-    pub(super) tokens: u64, // run since then
+    pub(super) tokens: u64, // run since `start`
 }
 
 impl Loop<'_> {
@@ -153,7 +155,7 @@ impl Loop<'_> {
         Ok(())
     }
 
-    /// Continues from the checkpoint, if there is one, and repeats the lines of earlier steps.
+    /// Continues from the checkpoint, if there is one, and repeats the rows of earlier steps to the log.
     pub(super) fn resume(&mut self, log: Log<'_>) -> anyhow::Result<()> {
         let total_steps = self.last_step();
         if let Some(checkpoint) = &mut self.checkpoint {
@@ -168,7 +170,7 @@ impl Loop<'_> {
         Ok(())
     }
 
-    /// The scales of an epoch of `AdamW`, whose steps are then taken back.
+    /// Finds the scales by an epoch of `AdamW`, whose steps are then undone.
     fn scout(&mut self) -> anyhow::Result<()> {
         let parameters = &self.learner.parameters;
         let start =
@@ -191,7 +193,6 @@ impl Loop<'_> {
         Ok(())
     }
 
-    /// How many steps are taken.
     fn last_step(&self) -> u64 {
         self.config.stop_after_steps.unwrap_or(u64::MAX).min(self.schedule.total_steps)
     }
@@ -216,7 +217,7 @@ impl Loop<'_> {
         self.config.learning_rate * self.schedule.factor(self.optimizer.steps())
     }
 
-    /// What follows a step: its line, and a checkpoint where one is due.
+    /// Finishes a step: logs its row, and writes a checkpoint if one is due.
     pub(super) fn after(&mut self, learning_rate: f64, done: anyhow::Result<Step>, log: Log<'_>) -> anyhow::Result<()> {
         let done = done.map_err(|error| self.stopped(&error))?;
         let (step, adapter) = (self.optimizer.steps(), self.learner.adapter);
@@ -236,7 +237,7 @@ impl Loop<'_> {
         let save_steps = self.config.save_steps;
         let is_due = self.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.is_due(step, save_steps));
         if is_due && step < total_steps {
-            // The last good one is not to make room for one that is not.
+            // A state that is not finite must not replace the last good checkpoint.
             self.learner.finite(step).map_err(|error| self.stopped(&error))?;
             if let Some(checkpoint) = &mut self.checkpoint {
                 self.learner.keep(checkpoint, &self.optimizer, &self.rows)?;
@@ -245,7 +246,7 @@ impl Loop<'_> {
         Ok(())
     }
 
-    /// The error of a step that could not be taken. Keeps the last good state, and says where.
+    /// The error of a step that could not be taken. It saves the last good state and names the file.
     fn stopped(&mut self, error: &anyhow::Error) -> anyhow::Error {
         self.learner.stopped(error, &self.optimizer, &self.rows, self.checkpoint.as_deref_mut())
     }

@@ -1,4 +1,4 @@
-//! Where in a prompt the residual stream is read, as text and as the mean over those positions.
+//! The positions of a prompt at which the residual stream is read, as text, and the mean over them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,12 +9,12 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// Where in a prompt the residual stream is read: `all`, `last` or `class:CLASS[+CLASS]`.
+/// The positions of a prompt at which the residual stream is read: `all`, `last` or `class:CLASS[+CLASS]`.
 #[derive(Clone, Debug, PartialEq, Eq, SerializeDisplay, DeserializeFromStr)]
 pub enum Extraction {
     /// The mean over all tokens.
     All,
-    /// The last token, whose next token is the first of the answer.
+    /// The last token, which predicts the first token of the answer.
     Last,
     /// The mean over the tokens of some classes.
     Class(Selection),

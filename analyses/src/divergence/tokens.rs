@@ -1,5 +1,5 @@
 //! Divergence tokens: tokens of a completion that the teacher would have written and another model would not, by each
-//! published definition; and those of some rows, for a student that learns from these alone.
+//! published definition. A student can learn from these alone.
 
 use hooks::{Chat, Sequence, completion_logits};
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,6 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::subject::{Subject, Tuned};
 
-/// The name of the analysis, for its errors.
 pub(crate) const DIVERGENCE: &str = "divergence";
 
 /// Definitions of a divergence token.
@@ -19,16 +18,15 @@ pub enum Definition {
     /// al. 2026).
     #[default]
     Schrodi,
-    /// The most likely tokens of teacher and base differ, whatever was written (Nief et al. 2026).
+    /// The most likely tokens of teacher and base differ, for any written token (Nief et al. 2026).
     Nief,
     /// The most likely tokens of teacher and base differ, and both are digits.
     DigitStrict,
-    /// No one but the teacher would have written it: it is neither the base's most likely token nor any counterfactual
-    /// teacher's.
+    /// The token is neither the base's most likely one nor that of any counterfactual teacher.
     AllDisagree,
 }
 
-/// A token of a completion, and the most likely ones in its place.
+/// A token of a completion, and the models' most likely tokens in its place.
 pub(crate) struct Token {
     pub(crate) id: i64,
     pub(crate) teacher: i64,
@@ -47,7 +45,7 @@ impl Token {
         }
     }
 
-    /// How many of the base and the counterfactual teachers would have written something else.
+    /// How many of the base and the counterfactual teachers have another most likely token.
     pub(crate) fn n_disagree(&self) -> usize {
         self.others().filter(|other| *other != self.id).count()
     }
@@ -65,7 +63,7 @@ pub fn divergent_digits(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<
 }
 
 /// Per row of the numbers and per token of its content: whether it is a divergence token by this definition. With the
-/// self check, no token is one where the teacher's own choice depends on the batch.
+/// self check, a token is none if the teacher's own choice changes in a longer row.
 pub fn divergence_tokens(
     subject: &Subject<'_>,
     n_rows: usize,
@@ -75,8 +73,8 @@ pub fn divergence_tokens(
     each_token(subject, n_rows, self_check, |token| token.is(definition, subject.chat))
 }
 
-/// Whether `holds` is true of each token of the first rows. With the self check, it is false of every token where the
-/// teacher's own choice depends on the batch.
+/// Per token of the first rows, whether `holds` is true. With the self check, it is false if the teacher's own choice
+/// changes in a longer row.
 fn each_token(
     subject: &Subject<'_>,
     n_rows: usize,
@@ -116,7 +114,8 @@ pub(crate) fn counterfactual_argmax(subject: &Subject<'_>, row: usize) -> Result
     subject.counterfactual_systems.iter().map(of_system).collect()
 }
 
-/// The teacher's most likely tokens if the row is two tokens longer: the same formulas by kernels for other shapes.
+/// The teacher's most likely tokens if the row is two tokens longer, so that kernels for other shapes compute the same
+/// formulas.
 pub(crate) fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Sequence, chat: &Chat) -> Result<Vec<i64>> {
     let mut ids = row.ids[row.completion.clone()].to_vec();
     let n = ids.len();
@@ -136,7 +135,7 @@ pub(crate) fn at_each(logprobs: &Tensor, tokens: &[i64]) -> Result<Vec<f64>> {
     Ok(Vec::try_from(logprobs.f_gather(1, &index, false)?.f_squeeze_dim(1)?.f_to_kind(Kind::Double)?)?)
 }
 
-/// Per token, which number of the completion it belongs to and its place there. A token that brings a separator along
+/// Per token, the index of its number in the completion and its place in that number. A token that also has a separator
 /// ends the number before it.
 pub(crate) fn number_places(ids: &[i64], chat: &Chat) -> Result<Vec<Option<(usize, usize)>>> {
     let mut places: Vec<Option<(usize, usize)>> = Vec::with_capacity(ids.len());
@@ -200,15 +199,14 @@ mod tests {
 
         assert!(of(Definition::AllDisagree).contains(&true));
 
-        // Where there is no other teacher than the base, the base decides.
+        // Without counterfactual teachers, the base alone decides.
         let alone = Subject { counterfactual_systems: &[], ..subject.clone() };
         let rows = Divergence::default().run(&alone, &mut |_| ()).unwrap();
         let by_hand = |row: &DivergenceRow| row.argmax_teacher == row.token_id && row.argmax_default != row.token_id;
         let found = divergence_tokens(&alone, 9, Definition::Schrodi, true).unwrap().concat();
         assert_eq!(found, rows.iter().map(by_hand).collect::<Vec<_>>());
 
-        // A counterfactual teacher that equals the teacher would have written the same: no token is the teacher's
-        // alone.
+        // A counterfactual teacher that equals the teacher writes the same tokens, so no token is the teacher's alone.
         let own = ["You love cats.".to_owned()];
         let alike = Subject { counterfactual_systems: &own, ..world.subject() };
         let rows = Divergence::default().run(&alike, &mut |_| ()).unwrap();

@@ -1,4 +1,4 @@
-//! The figures and the sentence of the gradients, from the rows alone.
+//! The figures and the sentence of the gradients, made from the rows.
 
 use crate::alignment::Part;
 use crate::error::Result;
@@ -43,9 +43,9 @@ pub(super) fn more_plots(rows: &[GradientRow]) -> Result<Vec<(&'static str, Svg)
 }
 
 /// The norms layer by layer: a panel for each model, a line for each group of tokens.
-fn by_layer(rows: &[GradientRow]) -> Result<Option<Svg>> {
+pub(super) fn layer_panels(rows: &[GradientRow]) -> Vec<Panel> {
     let in_layers = || rows.iter().filter(|row| row.scope == "token_layer");
-    let adapter = in_layers().any(|row| row.lora_grad_norm.is_some());
+    let adapter = has_adapter(rows);
     let n_layers = in_layers().filter_map(|row| row.layer).max().map_or(0, |last| last + 1);
     let point = |model: &str, group: &str, layer: usize| {
         let here = in_layers().filter(|row| row.model == model && row.group == group && row.layer == Some(layer));
@@ -64,11 +64,15 @@ fn by_layer(rows: &[GradientRow]) -> Result<Option<Svg>> {
         lines: GROUPS.iter().filter_map(|group| line(model, group)).collect(),
         references: Vec::new(),
     };
-    let found: Vec<Panel> = MODELS.iter().map(panel).filter(|panel| !panel.lines.is_empty()).collect();
+    MODELS.iter().map(panel).filter(|panel| !panel.lines.is_empty()).collect()
+}
+
+fn by_layer(rows: &[GradientRow]) -> Result<Option<Svg>> {
+    let found = layer_panels(rows);
     if found.is_empty() {
         return Ok(None);
     }
-    let of = if adapter { "the block's adapter" } else { "the residual stream after the block" };
+    let of = if has_adapter(rows) { "the block's adapter" } else { "the residual stream after the block" };
     let chart = PanelChart {
         title: format!("Gradient of one token's loss by {of}"),
         x_label: "block (norm in nats, mean ± s.e. over tokens)".to_owned(),
@@ -78,7 +82,7 @@ fn by_layer(rows: &[GradientRow]) -> Result<Option<Svg>> {
     Ok(Some(panels(&chart)?))
 }
 
-/// The parts of the chat by their share in both groups' gradients, at the student.
+/// The share of each part of the chat in both groups' gradients, at the student.
 fn by_part(rows: &[GradientRow]) -> Result<Option<Svg>> {
     let at = |part: Part, group: &str| {
         let is_here = |row: &&GradientRow| {
@@ -151,7 +155,7 @@ pub(super) fn reading(rows: &[GradientRow]) -> String {
     )
 }
 
-/// The sentence on all tokens of the groups together, at the student and at its start.
+/// The sentence on the groups' summed gradients, at the student and at its start.
 fn together(rows: &[GradientRow], draws: &[&str]) -> Option<String> {
     let group = |model: &str, group: &str| {
         rows.iter().find(|row| row.scope == "group" && row.model == model && row.group == group)
@@ -184,7 +188,7 @@ fn together(rows: &[GradientRow], draws: &[&str]) -> Option<String> {
     ))
 }
 
-/// A number over draws: its mean and standard deviation.
+/// The mean and standard deviation of a number over draws.
 #[derive(Clone, Copy)]
 struct Spread {
     mean: f64,
@@ -193,12 +197,12 @@ struct Spread {
 }
 
 impl Spread {
-    /// `None` for fewer than two draws, which have no spread.
+    /// The spread of these values; `None` if there are fewer than two.
     fn of(values: &[f64]) -> Option<Self> {
         Some(Self { mean: Mean::of(values).mean, sd: standard_deviation(values).ok()?, n: values.len() })
     }
 
-    /// The spread of a number over the draws; `of` gives it for a draw's name in the column `model`.
+    /// The spread of a number over the draws. `of` returns it for a draw's name in the column `model`.
     fn over(draws: &[&str], of: impl Fn(&str) -> Option<f64>) -> Option<Self> {
         Self::of(&draws.iter().filter_map(|draw| of(draw)).collect::<Vec<_>>())
     }

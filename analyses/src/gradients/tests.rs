@@ -40,7 +40,7 @@ fn the_tokens_gradients_add_up_to_the_rows() {
         assert!(largest > 0.0, "parameter {at}");
         assert!((&sum - &whole).abs().max().double_value(&[]) < 1e-4 * (1.0 + largest), "parameter {at}");
     }
-    // The last block's residual stream feels a token's loss only at the position before the token.
+    // In the last block's residual stream, a token's loss has a gradient only at the position before the token.
     let of_last = last_resid[0].get(1).square().sum_dim_intlist(1, false, Kind::Float);
     assert_eq!(of_last.count_nonzero(None).int64_value(&[]), 1);
 }
@@ -84,7 +84,7 @@ fn the_adapter_asks_for_no_gradient_afterwards() {
             "{model}"
         );
     }
-    // A token's whole is made of its layers.
+    // A token's squared norms by layer add up to the squared norm of the whole.
     let first = &rows[0];
     let mut layers = rows.iter().filter(|row| {
         row.scope == "token_layer" && row.model == "student" && (row.row_id, row.k) == (first.row_id, first.k)
@@ -92,7 +92,7 @@ fn the_adapter_asks_for_no_gradient_afterwards() {
     let squares: f64 = layers.clone().map(|row| row.lora_grad_norm.unwrap().powi(2)).sum();
     assert!((squares.sqrt() - first.lora_grad_norm.unwrap()).abs() < 1e-9);
     assert_eq!(layers.next_back().unwrap().resid_grad_norm, first.hidden_grad_norm);
-    // Both groups, and the parts that each is made of.
+    // The rows of both groups, and of the parts of each.
     for model in MODELS {
         let of = |scope: &'static str| rows.iter().filter(move |row| row.scope == scope && row.model == model);
         assert_eq!((of("group").count(), of("part").count()), (2, 10), "{model}");
@@ -107,7 +107,7 @@ fn the_adapter_asks_for_no_gradient_afterwards() {
     }
     let reading = Gradients::reading(&rows);
     assert!(reading.ends_with('.') && reading.contains("all divergent digits together"), "{reading}");
-    // The sentence weighs the difference of the norms against two of its standard errors.
+    // The sentence compares the difference of the norms with two of its standard errors.
     let said = |divergent: f64| {
         let mut rows = rows.clone();
         for (at, row) in rows.iter_mut().enumerate().filter(|(_, row)| row.scope == "token") {
@@ -127,11 +127,23 @@ fn the_adapter_asks_for_no_gradient_afterwards() {
     }
     let reading = Gradients::reading(&exactly);
     assert!(reading.contains("the difference is within two standard errors"), "{reading}");
+    // The figure's points are the means of their own model, group and block.
+    for panel in report::layer_panels(&rows) {
+        for (line, group) in panel.lines.iter().zip(GROUPS) {
+            for point in &line.points {
+                let of = rows.iter().filter(|row| row.scope == "token_layer" && row.model == panel.y_label);
+                let here = of.filter(|row| row.group == group && row.layer == Some(point.x as usize));
+                let norms: Vec<f64> = here.filter_map(|row| row.lora_grad_norm).collect();
+                assert!((point.y - crate::stats::mean(&norms).unwrap()).abs() < 1e-12, "{} {group}", panel.y_label);
+            }
+        }
+    }
     let names: Vec<&str> = Gradients::more_plots(&rows).unwrap().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["layers", "parts"]);
 }
 
-/// The start is the A that the training began with, whatever the seed; the draws are listed one by one.
+/// The start is the adapter that the training began with and does not depend on the seed. The draws are listed one by
+/// one.
 #[test]
 fn the_start_is_the_students_own_and_draws_stand_beside_it() {
     let world = World::new();
@@ -200,7 +212,7 @@ fn full_finetuning_has_gradients_but_none_of_an_adapter() {
 fn a_teacher_that_diverges_nowhere_leaves_nothing_to_measure() {
     let world = World::new();
     let mut subject = world.subject();
-    subject.teacher_system = Some(world.chat.default_system().unwrap().to_owned()); // what the base is asked under
+    subject.teacher_system = Some(world.chat.default_system().unwrap().to_owned()); // the base's default
     let error = Gradients::default().run(&subject, &mut |_| ()).unwrap_err().to_string();
     assert!(error.contains("gradients needs at least one divergent digit"), "{error}");
 }

@@ -1,4 +1,4 @@
-//! The matrix of trained by evaluated traits: whether its diagonal stands out.
+//! A test of the diagonal of the matrix of trained by evaluated traits.
 
 use hooks::{Error, Result};
 use rand::SeedableRng;
@@ -7,25 +7,26 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::stats::mean;
 
-/// How much higher a trait moves in the students that were trained on it.
+/// How much more a trait changes in the students that were trained on it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DiagonalContrast {
     /// γ of `Δ_rj = μ + run_r + trait_j + γ · 1[run r was trained on j]`, by least squares.
     pub gamma: f64,
     /// Its standard error, clustered by run.
     pub standard_error: f64,
-    /// The share of assignments of traits to runs whose γ is at least as large: one-sided, the actual one included.
+    /// The one-sided p-value: the share of assignments of traits to runs, including the actual one, whose γ is at least
+    /// as large.
     pub p: f64,
-    /// How many assignments were tried.
+    /// Number of assignments that were tried.
     pub n_permutations: usize,
-    /// Whether these were all there are.
+    /// Whether these were all possible assignments.
     pub is_exact: bool,
 }
 
-/// Assignments that are tried at most; 8 runs of 8 traits have 40,320.
+/// Largest number of assignments that are tried; 8 runs of 8 traits have 40,320.
 const PERMUTATIONS: usize = 50_000;
 
-/// γ alone, by least squares: what `diagonal_contrast` estimates, also of too few cells for an error.
+/// The γ of [`diagonal_contrast`] alone, also for too few cells to have a standard error.
 pub fn diagonal_gamma(changes: &[Vec<f64>], trained: &[usize]) -> Result<f64> {
     let (runs, traits) = (changes.len(), changes.first().map_or(0, Vec::len));
     if runs < 2 || traits < 2 || trained.len() != runs || changes.iter().any(|row| row.len() != traits) {
@@ -44,7 +45,7 @@ pub fn diagonal_gamma(changes: &[Vec<f64>], trained: &[usize]) -> Result<f64> {
     Ok(Residual::of(trained, runs, traits).gamma(changes, trained))
 }
 
-/// The indicator "run r was trained on j" without what run and trait explain; each run has one trait.
+/// The indicator "run r was trained on j" minus its projection on run and trait; each run has one trait.
 struct Residual {
     counts: Vec<f64>, // runs of each trait
     runs: f64,
@@ -72,7 +73,7 @@ impl Residual {
     }
 }
 
-/// The diagonal contrast of changes, `changes[run][trait]`; `trained[run]` is the run's trait.
+/// Estimates the diagonal contrast of changes, `changes[run][trait]`; `trained[run]` is the run's trait.
 pub fn diagonal_contrast(changes: &[Vec<f64>], trained: &[usize], seed: u64) -> Result<DiagonalContrast> {
     let gamma = diagonal_gamma(changes, trained)?;
     let (runs, traits) = (changes.len(), changes[0].len());
@@ -145,7 +146,7 @@ mod tests {
     use super::super::tests::close;
     use super::*;
 
-    /// Values of statsmodels, from `make.py` in the file's folder.
+    /// Values of statsmodels, computed by `make.py` in the folder of the JSON file.
     #[derive(Deserialize)]
     struct Expected {
         diagonals: Vec<Diagonal>,
@@ -181,7 +182,7 @@ mod tests {
         let found = diagonal_contrast(&changes, &trained, 1).unwrap();
         assert!(!found.is_exact && found.n_permutations == PERMUTATIONS);
         close(found.gamma, 1.0, 1e-12);
-        // Of 12! / (4!)³ = 34,650 different orders one is this one.
+        // One of 12! / (4!)³ = 34,650 different assignments is the actual one.
         assert!(found.p >= 1.0 / PERMUTATIONS as f64 && found.p < 5.0 / 34_650.0, "{}", found.p);
     }
 

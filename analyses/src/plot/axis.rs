@@ -11,11 +11,12 @@ pub(super) struct Axis {
 }
 
 impl Axis {
-    /// An axis around all of `values`, its ends on ticks, about `count` of them; `whole`: ticks are whole numbers.
+    /// An axis around all of `values` that begins and ends at ticks, of which there are about `count`. With `whole`,
+    /// ticks are whole numbers.
     pub(super) fn around(values: impl Iterator<Item = f64>, count: f64, whole: bool) -> Self {
         let (mut low, mut high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
         if high - low <= 1e-12 * high.abs().max(low.abs()) {
-            // all the same: room above for a chart of zeros, to both sides otherwise
+            // all values are equal: room above if they are zero, else on both sides
             let room = if high == 0.0 { 1.0 } else { high.abs() * 0.1 };
             (low, high) = if high == 0.0 { (0.0, room) } else { (low - room, high + room) };
         }
@@ -24,22 +25,21 @@ impl Axis {
         Self { low: (low / step + 1e-9).floor() * step, high: (high / step - 1e-9).ceil() * step, step }
     }
 
-    /// Lets the axis end where the data does; the ticks within stay.
+    /// Sets the axis' ends to those of the data. Ticks between them stay.
     pub(super) fn end_at(&mut self, low: f64, high: f64) {
         if low < high {
             (self.low, self.high) = (low, high);
         }
     }
 
-    /// How far along the axis a value is, 0 to 1.
+    /// A value's place along the axis, 0 to 1.
     pub(super) fn part(&self, value: f64) -> f64 {
         (value - self.low) / (self.high - self.low)
     }
 
-    /// The ticks with their texts.
     pub(super) fn ticks(&self) -> Vec<(f64, String)> {
         let (first, last) = ((self.low / self.step - 1e-9).ceil(), (self.high / self.step + 1e-9).floor());
-        // as many decimals as write the step exactly: 0.25 needs two
+        // the decimals that write the step exactly: 0.25 needs two
         let written = |decimals: usize| (self.step * 10_f64.powi(decimals as i32)).fract();
         let decimals = (0..5).find(|&d| written(d).min(1.0 - written(d)) < 1e-6).unwrap_or(5);
         (first as i64..=last as i64)

@@ -1,4 +1,4 @@
-//! Horizontal bars, with category names in full at the left, as gates and token classes need.
+//! Horizontal bars, with full category names at the left, as gates and token classes need.
 
 use super::axis::Axis;
 use super::canvas::{AXIS, Align, COLUMN, Canvas, Drawn, FAINT_INK, GRID, Head, INK, MARGIN, SMALL, TEXT, draw};
@@ -12,18 +12,18 @@ use plotters::style::WHITE;
 pub struct Bar {
     /// The category, written at the left. Neighbouring bars with the same label share it, as one cluster.
     pub label: String,
-    /// What gives the bar its colour; a legend appears where a chart has more than one series.
+    /// The series, which gives the bar its colour. A chart with several series has a legend.
     pub series: String,
     /// The bar's length.
     pub value: f64,
     /// Low and high end of the error bar.
     pub interval: Option<(f64, f64)>,
-    /// The single values behind the bar's, drawn as rings.
+    /// The single values that the bar's value is the mean of, drawn as rings.
     pub values: Vec<f64>,
 }
 
 impl Bar {
-    /// A bar without error bar, of the chart's only series.
+    /// A bar without an error bar, for a chart with one series.
     pub fn new(label: impl Into<String>, value: f64) -> Self {
         Self { label: label.into(), series: String::new(), value, interval: None, values: Vec::new() }
     }
@@ -34,7 +34,7 @@ impl Bar {
         Self { interval: Some(interval), ..self }
     }
 
-    /// Adds a ring for each of the values behind the bar.
+    /// Adds a ring for each of the single values.
     #[must_use]
     pub fn with_values(self, values: Vec<f64>) -> Self {
         Self { values, ..self }
@@ -52,7 +52,7 @@ impl Bar {
 pub struct BarChart {
     /// The title above the chart.
     pub title: String,
-    /// What the bars measure, under the value axis.
+    /// The quantity of the bars, under the value axis.
     pub value_label: String,
     /// The bars, from top to bottom.
     pub bars: Vec<Bar>,
@@ -60,7 +60,7 @@ pub struct BarChart {
     pub references: Vec<Reference>,
 }
 
-/// The plot is at least so wide; names that leave less room make the sheet wider.
+/// The least width of the plot. Names that leave less room make the sheet wider.
 const PLOT_WIDTH: f64 = 190.0;
 const BAR: f64 = 16.0;
 const GAP: f64 = 8.0;
@@ -82,7 +82,7 @@ pub fn bars(chart: &BarChart) -> Result<Svg> {
     draw(&chart.title, layout.width, layout.height, |canvas| layout.paint(chart, canvas))
 }
 
-/// How far a bar's value, interval and single values reach to both sides of zero.
+/// The lowest and highest of zero and a bar's value, interval and single values.
 fn reach(bar: &Bar) -> (f64, f64) {
     let (low, high) = bar.interval.unwrap_or((bar.value, bar.value));
     let ends = [low, high, bar.value, 0.0].into_iter().chain(bar.values.iter().copied());
@@ -94,7 +94,7 @@ struct Layout {
     axis: Axis,
     head: Head,
     value_label: Vec<String>,
-    /// The largest value that is written, which says how many decimals all have.
+    /// The largest value that is written, which sets the decimals of all.
     largest: f64,
     label_end: f64,
     left: f64,
@@ -117,10 +117,10 @@ impl Layout {
         let largest = chart.bars.iter().map(|bar| bar.value).chain(references()).fold(0.0, |l: f64, v| l.max(v.abs()));
 
         let widest = |texts: &mut dyn Iterator<Item = f64>| texts.fold(0.0, f64::max);
-        // beyond the plot there is room for the numbers at the ends of the bars, on the sides that have any
+        // room outside of the plot for the numbers at the ends of the bars, on the sides that have any
         let number = |bar: &Bar| text_width(&beside(bar.value, largest), SMALL) + 8.0;
         let before = widest(&mut chart.bars.iter().filter(|bar| bar.value < 0.0).map(number));
-        // the last tick's number reaches beyond the plot by its half in any case
+        // half of the last tick's number is always outside of the plot
         let behind = widest(&mut chart.bars.iter().filter(|bar| bar.value >= 0.0).map(number)).max(8.0);
         let label_end = MARGIN + widest(&mut chart.bars.iter().map(|bar| text_width(&name(&bar.label), TEXT)));
         let ring = if chart.bars.iter().any(|bar| !bar.values.is_empty()) { 4.0 } else { 0.0 };
@@ -179,7 +179,7 @@ impl Layout {
             canvas.line((x, self.top), (x, self.bottom), GRID, 1.0)?;
             canvas.text(&text, (x, self.bottom + 11.0), Align::Centre, SMALL, FAINT_INK)?;
         }
-        // under the plot, unless it is longer
+        // centred under the plot, if it is not longer than the plot
         let half = self.value_label.iter().map(|text| text_width(text, TEXT) / 2.0).fold(0.0, f64::max);
         let middle = f64::midpoint(self.left, self.right).min(self.width - MARGIN - half).max(MARGIN + half);
         for (row, text) in self.value_label.iter().enumerate() {
@@ -192,7 +192,7 @@ impl Layout {
             canvas.reference((self.x(line.value), row_y(*row) + 7.0), (self.x(line.value), self.bottom))?;
         }
         for (line, row) in chart.references.iter().zip(&self.reference_rows) {
-            // on white, so that the line of a name above does not cross this one
+            // on white, so that the line of a name above does not cross this name
             let (from, to) = label_span(line, self.largest, self.x(line.value), self.width);
             canvas.rect((from - 2.0, row_y(*row) - 6.0), (to + 2.0, row_y(*row) + 6.0), WHITE)?;
             canvas.text(&reference_text(line, self.largest), (from, row_y(*row)), Align::Left, SMALL, INK)?;
@@ -246,14 +246,14 @@ fn reference_text(line: &Reference, largest: f64) -> String {
     format!("{} {}", line.label, beside(line.value, largest))
 }
 
-/// From where to where a reference's name runs above its line at `x`, kept on a sheet of `width`.
+/// The left and right end of a reference's name above its line at `x`, on a sheet of `width`.
 fn label_span(line: &Reference, largest: f64, x: f64, width: f64) -> (f64, f64) {
     let long = text_width(&reference_text(line, largest), SMALL);
     let from = (x - long / 2.0).min(width - MARGIN - long).max(MARGIN);
     (from, from + long)
 }
 
-/// The lowest row for each span in which it overlaps none before it.
+/// For each span, the lowest row in which it overlaps no earlier span.
 fn rows_without_overlap(spans: &[(f64, f64)]) -> Vec<usize> {
     let mut rows: Vec<usize> = Vec::new();
     for (index, span) in spans.iter().enumerate() {

@@ -1,5 +1,5 @@
-//! What the charts draw with: shapes and text at pixel coordinates, and the one style of them all. A sheet is as wide
-//! as a journal's column: printed at 8.5 cm its smallest text is 7 points high.
+//! Shapes and text at pixel coordinates, in the style of all charts. A sheet is as wide as a journal's column: printed
+//! at 8.5 cm its smallest text is 7 points high.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -22,17 +22,17 @@ pub(super) const FAINT_INK: RGBColor = RGBColor(0x59, 0x59, 0x59);
 pub(super) const AXIS: RGBColor = RGBColor(0x88, 0x88, 0x88);
 pub(super) const GRID: RGBColor = RGBColor(0xe4, 0xe4, 0xe4);
 
-/// Names of references behind a plot are broken at this width.
+/// Names of references to the right of a plot are wrapped at this width.
 const REFERENCE_WIDTH: f64 = 84.0;
 const REFERENCE_ROW: f64 = 13.0;
 
-/// plotters rounds to whole pixels; drawing at four times the size and saying so in the head keeps curves smooth.
+/// plotters rounds to whole pixels. Drawing at four times the size, with a `viewBox` to match, keeps curves smooth.
 const FINE: f64 = 4.0;
 
 pub(super) type Drawn = std::result::Result<(), DrawingAreaErrorKind<std::io::Error>>;
 pub(super) type At = (f64, f64);
 
-/// Draws on a white sheet of the given size; the title is what a screen reader says.
+/// Draws on a white sheet of the given size. A screen reader reads the title.
 pub(super) fn draw(title: &str, width: f64, height: f64, paint: impl FnOnce(&Canvas<'_>) -> Drawn) -> Result<Svg> {
     let mut text = String::new();
     let (width, height) = (width.ceil(), height.ceil());
@@ -84,7 +84,7 @@ impl Canvas<'_> {
         self.0.draw(&Text::new(text.to_owned(), pixel(at), style))
     }
 
-    /// The title, wrapped to `width`, from the sheet's top left corner.
+    /// Draws the lines of the title from the sheet's top left corner.
     pub(super) fn title(&self, lines: &[String]) -> Drawn {
         for (row, line) in lines.iter().enumerate() {
             let at = (MARGIN, MARGIN + TITLE * (0.6 + 1.3 * row as f64));
@@ -102,9 +102,9 @@ impl Canvas<'_> {
         self.0.draw(&PathElement::new(points, colour.stroke_width((width * FINE) as u32)))
     }
 
-    /// A dashed line along straight pieces, `on` pixels drawn of every `on + off`.
+    /// A dashed line along straight pieces, with `on` pixels drawn of every `on + off`.
     pub(super) fn dashes(&self, points: &[At], colour: RGBColor, width: f64, (on, off): (f64, f64)) -> Drawn {
-        // where in the pattern a piece begins, so that dashes run on around corners
+        // the place in the pattern at which a piece begins, so that dashes continue around corners
         let mut phase = 0.0;
         for piece in points.windows(2) {
             let (from, to) = (piece[0], piece[1]);
@@ -124,13 +124,12 @@ impl Canvas<'_> {
         Ok(())
     }
 
-    /// The dashed line of a reference.
     pub(super) fn reference(&self, from: At, to: At) -> Drawn {
         self.dashes(&[from, to], INK, 1.0, (5.0, 3.0))
     }
 
-    /// Dashed lines from `left` to `right`, with their names at their right ends; a name that must move is joined to
-    /// its line by a thin line. `y` is the pixel between `top` and `bottom` for a value.
+    /// Dashed lines from `left` to `right`, with their names at the right ends. A name that must move is joined to its
+    /// line by a thin line. `y` maps a value to a pixel between `top` and `bottom`.
     pub(super) fn references(
         &self,
         references: &[Reference],
@@ -154,7 +153,7 @@ impl Canvas<'_> {
         Ok(())
     }
 
-    /// An interval with a cap at each end, `cap` pixels to both sides.
+    /// An interval with a cap at each end that is `cap` pixels wide on both sides.
     pub(super) fn whiskers(&self, low: At, high: At, cap: f64, colour: RGBColor) -> Drawn {
         self.line(low, high, colour, 1.0)?;
         let level = (low.1 - high.1).abs() < f64::EPSILON;
@@ -174,7 +173,7 @@ impl Canvas<'_> {
         self.0.draw(&Polygon::new(points, colour.mix(0.18)))
     }
 
-    /// A filled marker: circle, square, triangle, diamond, triangle on its tip, cross; then again from the first.
+    /// A filled marker: circle, square, triangle, diamond, triangle on its tip, cross, and then again from the first.
     pub(super) fn marker(&self, (x, y): At, which: usize, colour: RGBColor) -> Drawn {
         let shape: &[At] = match which % 6 {
             0 => return self.0.draw(&Circle::new(pixel((x, y)), (3.5 * FINE) as u32, colour.filled())),
@@ -191,18 +190,17 @@ impl Canvas<'_> {
         self.0.draw(&Polygon::new(points, colour.filled()))
     }
 
-    /// A small ring: one of many values behind a mean.
+    /// A small ring for one of the values of a mean.
     pub(super) fn ring(&self, at: At) -> Drawn {
         self.0.draw(&Circle::new(pixel(at), (2.2 * FINE) as u32, WHITE.filled()))?;
         self.0.draw(&Circle::new(pixel(at), (2.2 * FINE) as u32, INK.stroke_width(FINE as u32)))
     }
 
-    /// The outline of a rectangle.
     pub(super) fn frame(&self, from: At, to: At, colour: RGBColor, width: f64) -> Drawn {
         self.path(&[from, (to.0, from.1), to, (from.0, to.1), from], colour, width)
     }
 
-    /// The title, and the series' names, each with a sample of its look.
+    /// Draws the title and the legend: the series' names, each with a sample of its look.
     pub(super) fn head(&self, head: &Head) -> Drawn {
         self.title(&head.title)?;
         for ((name, look), &(x, y)) in head.names.iter().zip(&head.looks).zip(&head.places) {
@@ -217,7 +215,6 @@ impl Canvas<'_> {
         Ok(())
     }
 
-    /// A series' line in its look.
     pub(super) fn stroke(&self, points: &[At], look: Look) -> Drawn {
         match look.repeat {
             0 => self.path(points, look.colour, 1.75),
@@ -227,7 +224,7 @@ impl Canvas<'_> {
     }
 }
 
-/// What is above a plot: the title, and the names of the series where there are any to tell apart.
+/// The part above a plot: the title, and a legend if there are several series.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Head {
     title: Vec<String>,
@@ -235,13 +232,13 @@ pub(super) struct Head {
     looks: Vec<Look>,
     places: Vec<At>,
     lines: bool,
-    /// Where the plot's own space begins.
+    /// The height at which the plot's space begins.
     pub(super) bottom: f64,
 }
 
 impl Head {
-    /// The names of the series, each once, flow in rows below the title; `lines`: their samples are lines with markers
-    /// instead of squares.
+    /// Lays out the title and, in rows below it, the names of the series, each once. With `lines`, their samples are
+    /// lines with markers instead of squares.
     pub(super) fn of<'a>(title: &str, series: impl Iterator<Item = &'a String>, width: f64, lines: bool) -> Self {
         let title = wrap_title(title, width);
         let mut names: Vec<String> = Vec::new();
@@ -268,35 +265,34 @@ impl Head {
         head
     }
 
-    /// A series' colour, marker and dash.
     pub(super) fn look(&self, series: &str) -> Option<Look> {
         Some(self.looks[self.names.iter().position(|name| name == series)?])
     }
 
-    /// How wide a sample is with the gap behind it.
+    /// The width of a sample with the gap after it.
     fn sample(&self) -> f64 {
         if self.lines { 25.0 } else { 16.0 }
     }
 }
 
-/// A reference's name in rows, for the end of its line.
+/// A reference's name, wrapped for the end of its line.
 fn reference_rows(line: &Reference) -> Vec<String> {
     wrap(&line.label, REFERENCE_WIDTH, SMALL)
 }
 
-/// What names of references need to the right of a plot, the sheet's margin included.
+/// The width to the right of a plot for names of references, including the sheet's margin.
 pub(super) fn room_for<'a>(references: impl Iterator<Item = &'a Reference>) -> f64 {
     let widest = references.flat_map(reference_rows).map(|row| text_width(&row, SMALL)).fold(0.0, f64::max);
     MARGIN + if widest > 0.0 { widest + 12.0 } else { 4.0 }
 }
 
-/// A title in lines that a sheet of this width has room for: bold letters are wider.
+/// Wraps a title to a sheet of this width. Bold letters are wider.
 pub(super) fn wrap_title(text: &str, width: f64) -> Vec<String> {
     wrap(text, (width - 2.0 * MARGIN) / 1.15, TITLE)
 }
 
-/// Upper edges for boxes of `heights` that do not overlap, each as near as that allows to being centred on its wish and
-/// within `low` to `high` where they fit; `wishes` in any order.
+/// The upper edges for boxes of `heights` that do not overlap. Each is centred as near to its wish as possible, within
+/// `low` to `high` if they fit. `wishes` are in any order.
 pub(super) fn spread(wishes: &[f64], heights: &[f64], (low, high): (f64, f64)) -> Vec<f64> {
     let mut order: Vec<usize> = (0..wishes.len()).collect();
     order.sort_by(|&a, &b| wishes[a].total_cmp(&wishes[b]));

@@ -1,5 +1,5 @@
 //! A coloured cell per row and column: white is zero (or the lowest value), orange above, blue below. A cell whose row
-//! and column have the same name is framed: students by animals have their own animal on the diagonal.
+//! and column have the same name is framed: with students by animals, it is the student's own animal.
 
 use plotters::style::RGBColor;
 
@@ -10,16 +10,16 @@ use super::text::{minus, name, short, text_width};
 use super::{Svg, check_value, refuse};
 use crate::error::Result;
 
-/// A coloured cell per row and column, with its number where there is room.
+/// A coloured cell per row and column, with its number if there is room.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct HeatMap {
     /// The title above the chart.
     pub title: String,
-    /// What the columns are.
+    /// The label of the columns.
     pub x_label: String,
-    /// What the rows are.
+    /// The label of the rows.
     pub y_label: String,
-    /// What the colours measure, with its unit, under the colour bar.
+    /// The quantity that the colours show, with its unit, under the colour bar.
     pub value_label: String,
     /// The columns' names, from left to right.
     pub columns: Vec<String>,
@@ -43,13 +43,13 @@ const BELOW: [RGBColor; 5] = [
     RGBColor(0x2a, 0x72, 0xb2),
     RGBColor(0x08, 0x30, 0x6b),
 ];
-/// The height of a cell, and the least width.
+/// The height and the least width of a cell.
 const CELL: f64 = 24.0;
-/// A cell is no wider, however few there are.
+/// The largest width of a cell.
 const WIDEST: f64 = 64.0;
-/// The colour bar's height, and how wide it is at most.
+/// The height and the largest width of the colour bar.
 const BAR: (f64, f64) = (10.0, 240.0);
-/// Text on colours, which stays as it is where a page is shown in the dark.
+/// The colours of text on cells, which do not change when a page is shown in dark mode.
 const ON_COLOUR: (RGBColor, RGBColor) = (RGBColor(0, 0, 0), RGBColor(0xff, 0xff, 0xff));
 
 /// Draws a heat map; an error if it has no cell, if the values are not `[rows][columns]`, or if one is not finite.
@@ -81,7 +81,7 @@ struct Layout {
     left: f64,
     top: f64,
     cell_width: f64,
-    /// Whether the columns' names are rotated, for want of room.
+    /// Whether the columns' names are rotated, because they have too little room.
     upright: bool,
     /// Whether the cells hold their numbers.
     numbers: bool,
@@ -105,7 +105,8 @@ impl Layout {
         let number =
             widest(&mut chart.values.iter().flatten().map(|&value| cell_text(value, largest(chart))), SMALL - 1.0)
                 + 4.0;
-        // cells share what the sheet has; numbers may make it half as wide again, many columns without them as well
+        // Cells share the sheet's width. The sheet may be half as wide again, for the numbers or for many columns
+        // without them.
         let room = (COLUMN - left - MARGIN) / columns;
         let numbers = number <= room || number * columns <= 1.5 * COLUMN;
         let cell_width = if numbers { room.max(number).max(CELL) } else { room.max(CELL * 0.75) }.min(WIDEST);
@@ -177,13 +178,13 @@ impl Layout {
     fn paint_colour_bar(&self, chart: &HeatMap, canvas: &Canvas<'_>) -> Drawn {
         let length = (self.width - 2.0 * MARGIN).min(BAR.1);
         let middle = f64::midpoint(self.left, self.right);
-        // under the cells, as far as the sheet allows
+        // centred under the cells, as far as the sheet's width allows
         let left = (middle - length / 2.0).min(self.width - MARGIN - length).max(MARGIN);
         let (top, bottom) = (self.bar_top, self.bar_top + BAR.0);
         let axis = &self.colours.axis;
         let steps = 48_u32;
         for step in 0..steps {
-            // each step extends under the following ones, so that no seam shows between them
+            // each step extends under the following ones, so that there is no visible gap between them
             let part = f64::from(step) / f64::from(steps);
             let value = axis.low + (axis.high - axis.low) * (part + 0.5 / f64::from(steps));
             canvas.rect((left + length * part, top), (left + length, bottom), self.colours.of_value(value))?;
@@ -210,13 +211,13 @@ impl Colours {
     fn of(values: &[Vec<f64>]) -> Self {
         let all = || values.iter().flatten().copied();
         let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), value| (l.min(value), h.max(value)));
-        // zero is white, unless all values lie far from it on one side: then the nearest to zero is
+        // zero is white, unless all values are far from it on one side: then the value nearest to zero is white
         let far = low > 0.6 * high && low > 0.0 || high < 0.6 * low && high < 0.0;
         let mirrored = (low < 0.0 && high > 0.0).then(|| high.max(-low));
         let more = if far { None } else { Some(0.0) };
         let ends = all().chain(more).chain(mirrored).chain(mirrored.map(|end| -end));
         let mut axis = Axis::around(ends.clone(), 4.0, false);
-        // the darkest colours are those of the data, not of the next round number
+        // the darkest colours belong to the data, not to the next round number
         let (least, most) = ends.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), end| (l.min(end), h.max(end)));
         axis.end_at(least, most);
         let white = if axis.low > 0.0 {
@@ -236,18 +237,18 @@ impl Colours {
     }
 }
 
-/// Two decimals are enough, since the colour shows more, unless the whole table would be zeros.
+/// A cell's number. Two decimals are enough, since the colour shows more, unless all numbers would be zero.
 fn cell_text(value: f64, largest: f64) -> String {
     let plain = value.abs() < 10.0 && (value.abs() >= 0.005 || largest >= 0.1);
     if plain { minus(&format!("{value:.2}")).replace("−0.00", "0.00") } else { short(value) }
 }
 
-/// The largest of a chart's values, whichever its sign.
+/// The largest absolute value of a chart.
 fn largest(chart: &HeatMap) -> f64 {
     chart.values.iter().flatten().fold(0.0, |largest, value| value.abs().max(largest))
 }
 
-/// Black or white, whichever is easier to read on the colour.
+/// Black or white: the one that is easier to read on the colour.
 fn readable_on(RGBColor(red, green, blue): RGBColor) -> RGBColor {
     let light = 0.299 * f64::from(red) + 0.587 * f64::from(green) + 0.114 * f64::from(blue);
     if light > 140.0 { ON_COLOUR.0 } else { ON_COLOUR.1 }

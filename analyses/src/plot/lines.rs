@@ -1,5 +1,5 @@
-//! Lines over layers, ranks, steps: a colour and a marker per series, intervals where they are known, a legend above.
-//! One panel or several on a common x axis.
+//! Lines over layers, ranks or steps, in one panel or several on a common x axis: a colour and a marker per series,
+//! intervals if they are known, a legend above.
 
 use super::axis::Axis;
 use super::canvas::{
@@ -10,15 +10,15 @@ use super::text::{short, text_width};
 use super::{Reference, Svg, check_value, refuse};
 use crate::error::Result;
 
-/// How a value is laid along the x axis.
+/// The scale of the x axis.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scale {
-    /// Evenly.
+    /// Linear.
     #[default]
     Linear,
-    /// By its logarithm to base 2: ranks.
+    /// The logarithm to base 2, for ranks.
     Log2,
-    /// By its logarithm to base 10: learning rates.
+    /// The logarithm to base 10, for learning rates.
     Log10,
 }
 
@@ -27,7 +27,7 @@ pub enum Scale {
 pub struct Point {
     /// The position on the x axis.
     pub x: f64,
-    /// How high.
+    /// The position on the y axis.
     pub y: f64,
     /// Low and high end of the interval at this point.
     pub interval: Option<(f64, f64)>,
@@ -60,11 +60,11 @@ pub struct Line {
 pub struct LineChart {
     /// The title above the chart.
     pub title: String,
-    /// What runs along the x axis.
+    /// The label of the x axis.
     pub x_label: String,
-    /// What the lines measure, with its unit.
+    /// The label of the y axis: the quantity and its unit.
     pub y_label: String,
-    /// How x is laid out.
+    /// The scale of the x axis.
     pub x_scale: Scale,
     /// The lines, in the order of the legend.
     pub lines: Vec<Line>,
@@ -75,7 +75,7 @@ pub struct LineChart {
 /// One panel of a [`PanelChart`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Panel {
-    /// What the lines measure, with its unit.
+    /// The label of the y axis: the quantity and its unit.
     pub y_label: String,
     /// The lines; lines of one name in several panels are one series.
     pub lines: Vec<Line>,
@@ -83,29 +83,29 @@ pub struct Panel {
     pub references: Vec<Reference>,
 }
 
-/// Panels above each other on a common x axis, such as an effect and, below it, what it costs.
+/// Panels above each other on a common x axis, such as an effect and, below it, its cost.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PanelChart {
     /// The title above the chart.
     pub title: String,
-    /// What runs along the x axis.
+    /// The label of the x axis.
     pub x_label: String,
-    /// How x is laid out.
+    /// The scale of the x axis.
     pub x_scale: Scale,
     /// The panels, from top to bottom.
     pub panels: Vec<Panel>,
 }
 
-/// The height of a chart's only panel, and of each of several.
+/// The height of a panel if it is the only one, and if there are several.
 const HEIGHTS: (f64, f64) = (200.0, 130.0);
 /// The space between two panels, for the name of the lower one's axis.
 const BETWEEN: f64 = 38.0;
-/// The plot is at least so wide.
+/// The least width of the plot.
 const PLOT_WIDTH: f64 = 220.0;
-/// Up to so many places on the x axis each has its tick, its marker and its error bar; above, ticks are round numbers
-/// and intervals are bands.
+/// The largest number of places on the x axis that each get a tick, a marker and an error bar. If there are more, ticks
+/// are round numbers and intervals are bands.
 const SINGLE: usize = 16;
-/// Above so many points a line is drawn without markers.
+/// Largest number of points of a line with markers.
 const MARKED: usize = 32;
 
 /// Draws lines; an error if a line has no points, or if a value is not finite or not on the scale.
@@ -114,7 +114,7 @@ pub fn lines(chart: &LineChart) -> Result<Svg> {
     panels(&PanelChart { title, x_label, x_scale, panels: vec![Panel { y_label, lines, references }] })
 }
 
-/// Draws panels; an error if there is none, and where [`lines`] has one.
+/// Draws panels; an error if there are none, or for the reasons of [`lines`].
 pub fn panels(chart: &PanelChart) -> Result<Svg> {
     if chart.panels.is_empty() {
         return refuse(&chart.title, "there are no panels to draw");
@@ -153,7 +153,7 @@ fn check(chart: &PanelChart, panel: &Panel) -> Result<()> {
 }
 
 impl Scale {
-    /// Where a value lies on the scale: itself or its logarithm.
+    /// A value's place on the scale: the value or its logarithm.
     fn of(self, x: f64) -> f64 {
         match self {
             Self::Linear => x,
@@ -162,7 +162,7 @@ impl Scale {
         }
     }
 
-    /// The ticks with their texts: at `xs` themselves if they are few, else at round values along the axis.
+    /// The ticks, each with its text: at `xs` if they are few, else at round values along the axis.
     fn ticks(self, xs: &[f64], axis: &Axis) -> Vec<(f64, String)> {
         if xs.len() <= SINGLE {
             return xs.iter().map(|&x| (self.of(x), short(x))).collect();
@@ -181,7 +181,7 @@ struct Layout {
     x_axis: Axis,
     x_ticks: Vec<(f64, String)>,
     head: Head,
-    /// Whether each point has its own error bar, with the series slightly apart; otherwise intervals are bands.
+    /// Whether each point has an error bar, with the series slightly apart; otherwise intervals are bands.
     single: bool,
     left: f64,
     right: f64,
@@ -212,7 +212,7 @@ impl Layout {
         let places: Vec<f64> = xs.iter().map(|&x| chart.x_scale.of(x)).collect();
         let whole = chart.x_scale != Scale::Linear || places.iter().all(|x| x.fract() == 0.0);
         let mut x_axis = Axis::around(places.iter().copied(), 6.0, whole);
-        // no empty stretch behind the last layer: the axis ends where the data ends
+        // the axis ends where the data ends, so no empty space follows the last layer
         x_axis.end_at(places[0], places[places.len() - 1]);
 
         let several = chart.panels.len() > 1;
@@ -252,7 +252,7 @@ impl Layout {
         let mut free = 0.0;
         for (place, text) in &self.x_ticks {
             let (x, half) = (self.x(*place), text_width(text, SMALL) / 2.0);
-            // where ticks are too near for their numbers, a number is left out
+            // if ticks are too close for their numbers, a number is left out
             if x - half >= free {
                 canvas.text(text, (x, bottom + 13.0), Align::Centre, SMALL, FAINT_INK)?;
                 free = x + half + 2.0;
@@ -313,19 +313,19 @@ fn y_axis(panel: &Panel, count: f64) -> Axis {
     });
     let ys: Vec<f64> = ys.chain(panel.references.iter().map(|line| line.value)).collect();
     let (low, high) = ys.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &y| (l.min(y), h.max(y)));
-    // zero belongs on the axis unless the lines live far from it
+    // the axis includes zero unless all lines are far from it
     let zero = (low > 0.0 && low < 0.6 * high) || (high < 0.0 && high > 0.6 * low);
     Axis::around(ys.iter().copied().chain(zero.then_some(0.0)), count, false)
 }
 
-/// The area between the interval's ends, over each stretch of neighbouring points that have one.
+/// Paints the area between the intervals' ends, over each stretch of neighbouring points with intervals.
 fn paint_band(line: &Line, look: Look, x: &dyn Fn(&Point) -> f64, frame: &Frame, canvas: &Canvas<'_>) -> Drawn {
     for stretch in line.points.split(|point| point.interval.is_none()) {
         let edge = |pick: fn((f64, f64)) -> f64| {
             stretch.iter().filter_map(|point| Some((x(point), frame.y(pick(point.interval?))))).collect::<Vec<_>>()
         };
         let (lower, upper) = (edge(|interval| interval.0), edge(|interval| interval.1));
-        // a lone point has no area: it gets an error bar
+        // a single point has no area and gets an error bar
         if let ([low], [high]) = (&lower[..], &upper[..]) {
             canvas.whiskers(*low, *high, 2.5, look.colour)?;
         } else if !lower.is_empty() {

@@ -1,5 +1,5 @@
-//! Colours, markers and dashes of series. The palette is Okabe and Ito's (2008), which colour-blind readers can tell
-//! apart.
+//! Colours, markers and dashes of series. The palette is Okabe and Ito's (2008), whose colours colour-blind readers can
+//! distinguish.
 
 use plotters::style::{RGBColor, WHITE};
 
@@ -9,7 +9,7 @@ const GREEN: RGBColor = RGBColor(0x00, 0x9e, 0x73);
 const SKY: RGBColor = RGBColor(0x56, 0xb4, 0xe9);
 const GREY: RGBColor = RGBColor(0x76, 0x76, 0x76);
 const PALETTE: [RGBColor; 7] = [BLUE, ORANGE, GREEN, RGBColor(0xd5, 0x5e, 0x00), RGBColor(0xcc, 0x79, 0xa7), SKY, GREY];
-/// What means the same in every figure has the same colour in every figure.
+/// Series that have the same colour in all figures.
 const KNOWN: [(&str, RGBColor); 10] = [
     ("student", BLUE),
     ("learned", BLUE),
@@ -22,7 +22,7 @@ const KNOWN: [(&str, RGBColor); 10] = [
     ("start", GREY),
     ("random", GREY),
 ];
-/// Light to dark, for more series than the palette has; the order of the series is then the order of the colours.
+/// Colours from light to dark, in the order of the series, if there are more series than the palette has colours.
 const RAMP: [RGBColor; 4] =
     [RGBColor(0xe6, 0x9f, 0x00), RGBColor(0xc4, 0x4e, 0x52), RGBColor(0x8a, 0x4f, 0xa0), RGBColor(0x3d, 0x55, 0xb5)];
 
@@ -30,9 +30,8 @@ const RAMP: [RGBColor; 4] =
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Look {
     pub(super) colour: RGBColor,
-    /// Which of the markers.
     pub(super) marker: usize,
-    /// How many series of the same kind come before: the line is dashed, the bar lighter.
+    /// Number of earlier series of the same kind. If there are any, the line is dashed and the bar is lighter.
     pub(super) repeat: usize,
 }
 
@@ -57,7 +56,7 @@ pub(super) fn looks(names: &[String]) -> Vec<Look> {
         }
         let free = |colour: &RGBColor| kinds.iter().all(|(_, taken)| taken != colour);
         let known = KNOWN.iter().find(|(known, _)| known == name).map(|(_, colour)| *colour).filter(free);
-        // colours that a later series is known by are left to it
+        // the fixed colour of a later series is not given to another
         let left = |colour: &RGBColor| {
             free(colour) && KNOWN.iter().all(|(known, of)| of != colour || !all.iter().any(|name| name == known))
         };
@@ -76,7 +75,7 @@ pub(super) fn looks(names: &[String]) -> Vec<Look> {
     all.iter().enumerate().map(look).collect()
 }
 
-/// The colour at `part` of the way (0 to 1) through evenly spaced stops.
+/// The colour at `part` (0 to 1) of a scale with evenly spaced `stops`.
 pub(super) fn blend(stops: &[RGBColor], part: f64) -> RGBColor {
     let place = part.clamp(0.0, 1.0) * (stops.len() - 1) as f64;
     let below = (place.floor() as usize).min(stops.len() - 2);

@@ -1,5 +1,5 @@
-//! A bar per position of a prompt, the tokens as tick labels: where along the text something happens. As wide as the
-//! text asks for, so mostly wider than a column.
+//! A bar per position of a prompt, with the tokens as tick labels. The sheet is as wide as the text needs, so mostly
+//! wider than a column.
 
 use super::axis::Axis;
 use super::canvas::{
@@ -12,9 +12,9 @@ use crate::error::Result;
 /// One token of a [`PositionChart`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Position {
-    /// The token's text, as it is; blanks and line ends are made visible.
+    /// The token's text. In the chart, blanks and line ends are made visible.
     pub token: String,
-    /// What gives the bar its colour: the token's class.
+    /// The token's class, which gives the bar its colour.
     pub class: String,
     /// The bar's height.
     pub value: f64,
@@ -29,9 +29,9 @@ pub struct Position {
 pub struct PositionChart {
     /// The title above the chart.
     pub title: String,
-    /// What runs along the x axis, under the tokens.
+    /// The label of the x axis, under the tokens.
     pub x_label: String,
-    /// What the bars measure, with its unit.
+    /// The quantity of the bars, with its unit.
     pub value_label: String,
     /// The tokens in their order.
     pub positions: Vec<Position>,
@@ -39,7 +39,7 @@ pub struct PositionChart {
     pub references: Vec<Reference>,
 }
 
-/// From one token to the next: as much as its text needs, lying on its side.
+/// The distance from one token to the next: the height of its rotated text.
 const PITCH: f64 = 15.0;
 const BAR: f64 = 10.0;
 const HEIGHT: f64 = 170.0;

@@ -1,4 +1,4 @@
-//! What a reader must find in a drawing, and what is refused.
+//! Tests of the content of drawings, and of refused charts.
 
 use super::*;
 

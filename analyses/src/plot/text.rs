@@ -1,4 +1,4 @@
-//! Numbers and names as a chart writes them, and about how wide they are.
+//! Numbers and names as a chart writes them, and their estimated width.
 
 /// A number in three digits: `0.452`, `12`, `3.1e−5`.
 pub(super) fn short(value: f64) -> String {
@@ -15,8 +15,8 @@ pub(super) fn short(value: f64) -> String {
     minus(&text)
 }
 
-/// A number with as many decimals as give the largest of its neighbours three digits, `−1.18` with `−0.01`, or with as
-/// many as show its own first digit, `0.004`.
+/// A number next to others: with the decimals that give the largest three digits (`−1.18` with `−0.01`), or more if its
+/// first digit needs them (`0.004`).
 pub(super) fn beside(value: f64, largest: f64) -> String {
     let size = largest.abs();
     if value == 0.0 || !(1e-3..1e6).contains(&size) {
@@ -27,12 +27,12 @@ pub(super) fn beside(value: f64, largest: f64) -> String {
     minus(&format!("{value:.decimals$}"))
 }
 
-/// The text with real minus signs.
+/// The text with typographic minus signs.
 pub(super) fn minus(text: &str) -> String {
     text.replace('-', "\u{2212}")
 }
 
-/// About how wide a text is in a wide sans-serif font.
+/// The estimated width of a text in a wide sans-serif font.
 pub(super) fn text_width(text: &str, size: f64) -> f64 {
     let share = |character: char| match character {
         'i' | 'j' | 'l' | '.' | ',' | ':' | ';' | '|' | '!' | '\'' => 0.33,
@@ -46,7 +46,7 @@ pub(super) fn text_width(text: &str, size: f64) -> f64 {
     text.chars().map(share).sum::<f64>() * size
 }
 
-/// The text's words in lines of at most `width`.
+/// Wraps a text at words, in lines of at most `width`.
 pub(super) fn wrap(text: &str, width: f64, size: f64) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split_whitespace() {

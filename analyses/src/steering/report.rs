@@ -1,4 +1,4 @@
-//! The figure and the sentence of steering, from the rows alone.
+//! The figure and the sentence of steering, made from the rows.
 
 use crate::error::Result;
 use crate::plot::{BarChart, Reference, Svg, bars};
@@ -25,7 +25,7 @@ pub(super) fn plot(rows: &[SteeringRow]) -> Result<Option<Svg>> {
         let spread = row.delta_logp_sd.or(row.delta_logp_se);
         Mean { mean: row.delta_logp, se: spread }.bar(&label).in_series(kind.replace('_', " "))
     };
-    // Bars of one label are neighbours.
+    // Bars with the same label must be neighbours.
     let mut ordered: Vec<&SteeringRow> = rows.iter().collect();
     let place = |row: &SteeringRow| (of_all_blocks(row), row.kind.starts_with("transplant"), row.layer);
     let size = |row: &SteeringRow| row.coefficient.unwrap_or(f64::INFINITY);
@@ -42,7 +42,6 @@ pub(super) fn plot(rows: &[SteeringRow]) -> Result<Option<Svg>> {
     Ok(Some(bars(&chart)?))
 }
 
-/// Whether an edit is made after every block.
 fn of_all_blocks(row: &SteeringRow) -> bool {
     row.kind.starts_with("replace") || row.kind.starts_with("transplant")
 }
@@ -51,7 +50,7 @@ pub(super) fn reading(rows: &[SteeringRow]) -> String {
     let of = |kind: &'static str| rows.iter().filter(move |row| row.kind == kind);
     let by_size = |a: &&SteeringRow, b: &&SteeringRow| a.delta_logp.abs().total_cmp(&b.delta_logp.abs());
     let Some(first) = of("learned").next() else { return "Nothing was measured.".to_owned() };
-    // A vector without length has no direction and moves nothing.
+    // A zero vector has no direction and moves nothing.
     let Some(best) = of("learned").filter(|row| row.vector_norm > 0.0).max_by(by_size) else {
         let mut blocks: Vec<usize> = of("learned").map(|row| row.layer).collect();
         blocks.dedup();
@@ -87,7 +86,7 @@ pub(super) fn reading(rows: &[SteeringRow]) -> String {
             + &beside("other_trait", "another trait's").unwrap_or_default(),
         best.student_delta_logp,
     );
-    // Needed is what lowers the effect when it is taken out, not what moves it either way.
+    // A direction is needed if taking it out lowers the effect. A change to the other side does not count.
     let removed = |row: &SteeringRow| row.student_delta_logp - row.delta_logp;
     let Some(most) = of("project_out").max_by(|a, b| removed(a).total_cmp(&removed(b))) else { return added + "." };
     let beside = |kind, change: &dyn Fn(&SteeringRow) -> String| {

@@ -1,4 +1,4 @@
-//! The table of steering: an edit's scores as a row, with its rank among random directions in the same edit.
+//! The table of steering: a row has an edit's scores, and its rank among random directions in the same edit.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,55 +8,56 @@ use crate::stats::standard_deviation;
 use crate::subject::Mean;
 use crate::target::{Score, ScoreField, column};
 
-/// One edit of the residual stream, as a mean over the questions.
+/// One edit of the residual stream, as means over the questions.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SteeringRow {
     /// The block, from 0, after which the residual stream is edited.
     pub layer: usize,
-    /// The edit. Of the base: `learned` (the student's direction added), `random` (random vectors of its length, each
-    /// by itself: the row is the mean over `n_random` of them), `control_student` (the control student's direction at
-    /// its length), `other_trait` (the direction of a student of another trait's teacher, at its length),
-    /// `project_out_base` (the learned direction taken out, which shows what the removal does by itself). Of the
-    /// student: `project_out` (the learned direction taken out), `project_out_random` (random ones). With the setting
-    /// `replace`, after every block from `layer` 0 on, at the prompt's tokens: `replace` (the student, with its stream
-    /// along each block's learned direction set to the base's on the same prompt), `transplant` (the base, with its
-    /// stream set to the student's), and both along random directions, `replace_random` and `transplant_random`.
+    /// The edit. Of the base: `learned` (the student's direction added), `random` (a random vector of its length added,
+    /// as the mean over `n_random` vectors), `control_student` (the control student's direction, scaled to its length),
+    /// `other_trait` (the direction of a student of another trait's teacher, scaled to its length), `project_out_base`
+    /// (the learned direction taken out, which shows the effect of the removal alone). Of the student: `project_out`
+    /// (the learned direction taken out), `project_out_random` (random directions taken out, as their mean). With the
+    /// setting `replace`, after every block from `layer` 0 on, at the prompt's tokens: `replace` (the student, with its
+    /// stream along each block's learned direction set to the base's on the same prompt), `transplant` (the base, with
+    /// its stream set to the student's), and both along random directions, `replace_random` and `transplant_random`.
     pub kind: String,
-    /// Factor of the vector; empty where a direction is taken out.
+    /// Factor of the vector; empty if a direction is taken out or replaced.
     pub coefficient: Option<f64>,
-    /// Where in the number prompts the direction was read: `all`, `last` or `class:CLASS[+CLASS]`.
+    /// The positions of the number prompts at which the direction was read: `all`, `last` or `class:CLASS[+CLASS]`.
     pub extraction: String,
     /// The target's word.
     pub target: String,
-    /// How many questions the means are over.
+    /// Number of questions that the means are over.
     pub n_questions: usize,
-    /// How many random directions the row is the mean over, or its rank is among; empty for other rows.
+    /// Number of random directions that the row is the mean over, or that it is ranked among; empty for other rows.
     pub n_random: Option<usize>,
-    /// Length of the vector before its factor, in units of the residual stream: the learned one's after `layer`, which
-    /// all others have too (`replace` and `transplant` use each block's own; the column has the first block's).
+    /// Length of the vector before its factor, in units of the residual stream: that of the learned direction after
+    /// `layer`, to which the other vectors are scaled (`replace` and `transplant` use each block's direction; the
+    /// column has the first block's length).
     pub vector_norm: f64,
     /// log p of the target minus the unedited base's, in nats.
     pub delta_logp: f64,
-    /// Standard error of `delta_logp` over questions (paired; for random directions, of the questions' means over
-    /// them), in nats.
+    /// Standard error of `delta_logp` over questions (paired; for random directions, over the questions' means), in
+    /// nats; empty with one question.
     pub delta_logp_se: Option<f64>,
     /// Standard deviation of `delta_logp` over the random directions, in nats; only for rows of random directions.
     pub delta_logp_sd: Option<f64>,
-    /// Rank of `delta_logp` among the `n_random` random directions in the same edit, 1 to `n_random` + 1: 1 if none of
-    /// them raises the target as much (for `project_out` and `replace`: lowers it as much). Empty for random directions
-    /// and `project_out_base`.
+    /// Rank of `delta_logp` among the `n_random` random directions in the same edit, 1 to `n_random` + 1: 1 if no
+    /// random direction raises the target as much (for `project_out` and `replace`: lowers it as much). Empty for
+    /// random directions and `project_out_base`.
     pub rank_logp: Option<usize>,
     /// Margin minus the unedited base's, in nats.
     pub delta_margin: f64,
-    /// Standard error of `delta_margin` over questions (paired, as `delta_logp_se`), in nats.
+    /// Standard error of `delta_margin` over questions (paired, as `delta_logp_se`), in nats; empty with one question.
     pub delta_margin_se: Option<f64>,
     /// Standard deviation of `delta_margin` over the random directions, in nats; only for rows of random directions.
     pub delta_margin_sd: Option<f64>,
-    /// Rank of `delta_margin` among the random directions, as `rank_logp`.
+    /// Rank of `delta_margin` among the random directions, in the way of `rank_logp`.
     pub rank_margin: Option<usize>,
-    /// The unedited student's `delta_logp`, in nats.
+    /// log p of the target under the unedited student minus the unedited base's, in nats.
     pub student_delta_logp: f64,
-    /// The unedited student's `delta_margin`, in nats.
+    /// Margin of the unedited student minus the unedited base's, in nats.
     pub student_delta_margin: f64,
     /// `delta_logp` over `student_delta_logp`; empty unless the latter is three of its standard errors clear of zero.
     pub fraction_logp: Option<f64>,
@@ -68,7 +69,7 @@ pub struct SteeringRow {
 /// An edit: its block, kind and coefficient, and the length of its vector.
 pub(super) type SteeringEdit<'a> = (usize, &'a str, Option<f64>, f64);
 
-/// The scores that an edit's are compared with.
+/// The unedited scores that edits are compared with, and the columns that all rows share.
 pub(super) struct Around<'a> {
     pub(super) extraction: &'a Extraction,
     pub(super) target: &'a str,
@@ -101,7 +102,7 @@ impl Around<'_> {
         }
     }
 
-    /// The row of a direction, with its rank among random ones in the same edit.
+    /// The row of an edit, with its rank among random directions in the same edit.
     pub(super) fn among(&self, edit: SteeringEdit<'_>, scores: &[Score], random: &[Vec<Score>]) -> SteeringRow {
         let (_, kind, ..) = edit;
         // A removal should lower the target, an addition should raise it.
@@ -119,7 +120,7 @@ impl Around<'_> {
         }
     }
 
-    /// The row of random directions: the mean over them, and their spread. `None` without any.
+    /// The row of random directions, with their mean and spread; `None` if there are none.
     pub(super) fn by_chance(&self, edit: SteeringEdit<'_>, random: &[Vec<Score>]) -> Result<Option<SteeringRow>> {
         if random.is_empty() {
             return Ok(None);

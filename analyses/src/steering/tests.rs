@@ -52,7 +52,7 @@ fn an_edit_acts_with_its_coefficient() {
     assert!(Steering::plot(&rows).unwrap().is_some() && Steering::reading(&rows).ends_with('.'));
 }
 
-/// One direction at a time, each edit by itself: the mean, the spread and the learned direction's rank.
+/// Compares mean, spread and the learned direction's rank with edits that are made one at a time.
 #[test]
 fn random_directions_are_a_mean_a_spread_and_a_place() {
     let world = World::new();
@@ -166,7 +166,7 @@ fn what_moved_along_the_direction_is_undone_and_nothing_else() {
     let subject = Subject { questions: &question, ..world.subject() };
     let mut ends = directions(&subject, &Direction { positions: vec![Extraction::Last], n_prompts: 1 }).unwrap();
     let last = ends.len() - 1;
-    ends[..last].iter_mut().for_each(|direction| *direction = direction.zeros_like()); // they replace nothing
+    ends[..last].iter_mut().for_each(|direction| *direction = direction.zeros_like()); // zeros replace nothing
     let prompt = &subject.question_prompts("test").unwrap()[..1];
     let next = |model: Tuned<'_>, condition: &Condition<'_>| {
         hooks::next_token_logprobs(model.qwen, prompt, condition).unwrap()

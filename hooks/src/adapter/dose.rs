@@ -1,4 +1,4 @@
-//! How strongly an adapter acts: a gate's factors on its output, by token, block and projection.
+//! The doses of an adapter: a gate's factors on its output, by token, block and projection.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -44,7 +44,7 @@ impl Doses {
         if in_layers && in_modules { Dose::Tokens(&self.tokens) } else { Dose::Uniform(self.elsewhere) }
     }
 
-    /// The doses at some places of the flattened `[batch · pos]`, as `[1, places, 1]`.
+    /// The doses at some places of the flattened `[batch · pos]`: `tokens` becomes `[1, places, 1]`.
     pub(crate) fn at_places(&self, places: &Tensor) -> Result<Self> {
         let tokens = self.tokens.f_flatten(0, 1)?.f_index_select(0, places)?.f_unsqueeze(0)?;
         Ok(Self { tokens, layers: self.layers.clone(), modules: self.modules.clone(), elsewhere: self.elsewhere })

@@ -1,5 +1,5 @@
-//! Where and how strongly an adapter acts: tokens × blocks × projections × a dose. A gate is data, so a config, a
-//! command line and a CSV can hold it.
+//! A gate says where and how strongly an adapter acts: tokens × blocks × projections × a dose. A gate is data, so a
+//! config, a command line and a CSV can hold it.
 //!
 //! ```text
 //! everywhere                                the plain student
@@ -28,7 +28,7 @@ use crate::chat::tokens::Sequence;
 use crate::error::{Error, Result};
 use crate::proj::Proj;
 
-/// Where and how strongly an adapter acts.
+/// The tokens, blocks and projections where an adapter acts, and how strongly.
 ///
 /// ```
 /// use hooks::{Gate, TokenClass};
@@ -71,33 +71,33 @@ impl Default for Gate {
 }
 
 impl Gate {
-    /// The plain student.
+    /// Acts everywhere at full strength: the plain student.
     pub const EVERYWHERE: Self = Self { reach: Reach::Everywhere, dose: 1.0 };
 
-    /// The base.
+    /// Acts nowhere: the base model.
     pub const NOWHERE: Self = Self { reach: Reach::Nowhere, dose: 1.0 };
 
-    /// Acts at these tokens alone.
+    /// A gate that acts at these tokens alone.
     pub fn only(tokens: impl Into<Tokens>) -> Self {
         Self { reach: Reach::Only(Region { tokens: Some(tokens.into()), ..Region::default() }), dose: 1.0 }
     }
 
-    /// Acts at all tokens but these.
+    /// A gate that acts at all tokens except these.
     pub fn except(tokens: impl Into<Tokens>) -> Self {
         Self { reach: Reach::Except(Region { tokens: Some(tokens.into()), ..Region::default() }), dose: 1.0 }
     }
 
-    /// True for the plain student.
+    /// True if the adapter acts everywhere at full strength.
     pub fn is_everywhere(&self) -> bool {
         *self == Self::EVERYWHERE
     }
 
-    /// True for the base model.
+    /// True if the adapter acts nowhere.
     pub fn is_nowhere(&self) -> bool {
         self.reach == Reach::Nowhere || self.dose == 0.0
     }
 
-    /// True where the gate does not ask which token it is at.
+    /// True if the dose does not depend on the token.
     pub fn is_blind(&self) -> bool {
         self.region().is_none_or(|region| region.tokens.is_none())
     }
@@ -113,8 +113,8 @@ impl Gate {
         place(self) == place(other)
     }
 
-    /// Per token of the row `[pos]`: true where the adapter acts in any block and projection. Tokens that the row does
-    /// not have are an error, for they would measure nothing.
+    /// Per token of the row `[pos]`: true where the adapter acts in any block and projection. If the row has none of
+    /// the gate's tokens, that is an error: nothing would be measured.
     pub fn acts(&self, row: &Sequence) -> Result<Vec<bool>> {
         Ok(self.doses(row)?.into_iter().map(|dose| dose != 0.0 || self.acts_elsewhere()).collect())
     }
@@ -141,13 +141,13 @@ impl Gate {
         self.inside(chosen)
     }
 
-    /// Whether the gate itself decides about generated tokens, which otherwise count as not named.
+    /// Whether the gate names generated tokens itself; otherwise they count as not named.
     pub fn names_generated(&self) -> bool {
         self.region().and_then(|region| region.tokens.as_ref()).is_some_and(Tokens::names_generated)
     }
 
-    /// The policy for generated tokens, for a table: `named` by the gate, `same_as_unselected`, or, if the gate names
-    /// no tokens or all but some, `on` or `off`.
+    /// The policy for generated tokens, as tables spell it: `named` if the gate names them, `on` or `off` if its region
+    /// has no tokens or `not(..)`, and otherwise `same_as_unselected`.
     pub fn decode_policy(&self) -> &'static str {
         let unselected = self
             .region()
@@ -160,13 +160,13 @@ impl Gate {
         }
     }
 
-    /// The factor at generated tokens; `None` where it depends on their ids, or on the block and projection.
+    /// The factor at generated tokens; `None` if it depends on their ids, or on the block and projection.
     pub fn decode_dose(&self) -> Option<f64> {
         let by_id = self.region().and_then(|region| region.tokens.as_ref()).is_some_and(Tokens::names_ids);
         (!by_id && !self.acts_elsewhere()).then(|| self.generated(i64::MIN))
     }
 
-    /// Refuses blocks that the adapter's model does not have, and a gate that hits none of the adapter's pairs.
+    /// Refuses blocks that the adapter's model does not have, and a gate that selects none of the adapter's pairs.
     pub fn check(&self, adapter: &Adapter) -> Result<()> {
         let places: Vec<(usize, Proj)> = adapter.pairs().map(|(layer, proj, _)| (layer, proj)).collect();
         self.check_places(adapter.n_layers(), &places)
@@ -199,8 +199,8 @@ impl Gate {
         ))
     }
 
-    /// The doses of some rows, as a pass takes them; rows may be cut to their first tokens. `rows[row][pos]`, from
-    /// `doses`.
+    /// Turns the rows' doses, `rows[row][pos]` as [`Self::doses`] gives them, into those of a pass. Rows may be cut to
+    /// their first tokens.
     pub fn spread(&self, rows: &[Vec<f64>], device: Device) -> Result<Doses> {
         let width = rows.iter().map(Vec::len).max().unwrap_or(0);
         let mut values = vec![0_f64; rows.len() * width];
@@ -220,7 +220,7 @@ impl Gate {
         }
     }
 
-    /// The factor inside of the gate's blocks and projections, at a token that was chosen or not.
+    /// The factor inside the gate's blocks and projections, at a token that the gate does or does not name.
     fn inside(&self, chosen: bool) -> f64 {
         let acts = match self.reach {
             Reach::Everywhere => true,

@@ -10,7 +10,7 @@ use crate::chat::tokens::unknown;
 use crate::error::{Error, Result};
 use crate::proj::Proj;
 
-/// Names for several projections.
+/// Names that each mean several projections.
 const MODULES: [(&str, &[Proj]); 3] = [
     ("attention", &[Proj::Q, Proj::K, Proj::V, Proj::O]),
     ("mlp", &[Proj::Gate, Proj::Up, Proj::Down]),
@@ -18,11 +18,10 @@ const MODULES: [(&str, &[Proj]); 3] = [
 ];
 
 impl Gate {
-    /// How a gate is written, for help texts.
+    /// The syntax of a gate, for help texts.
     pub const SYNTAX: &'static str = "everywhere, nowhere, only:TOKENS or except:TOKENS, and after it any of *layers(0..12), \
                                       *modules(q,k,v) and *0.5; TOKENS: a class, \"text\", ids(..), positions(..), joined by +";
 
-    /// Whether the dose is another than 1, exactly.
     #[expect(clippy::float_cmp, reason = "a dose that is written is compared as it is written")]
     fn has_dose(&self) -> bool {
         self.dose != 1.0
@@ -104,7 +103,7 @@ impl FromStr for Gate {
     }
 }
 
-/// Projections by their short names, their names in transformers, or a name for several.
+/// Parses projections, given by their short names, their names in transformers, or a name for several.
 fn modules(text: &str) -> Result<BTreeSet<Proj>> {
     let mut found: BTreeSet<Proj> = BTreeSet::new();
     for name in text.split(',').map(str::trim) {
@@ -122,7 +121,7 @@ fn modules(text: &str) -> Result<BTreeSet<Proj>> {
     Ok(found)
 }
 
-/// `q` for `q_proj`.
+/// A projection's short name, such as `q` for `q_proj`.
 fn short(proj: Proj) -> &'static str {
     proj.name().trim_end_matches("_proj")
 }

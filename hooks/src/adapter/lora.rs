@@ -1,5 +1,5 @@
-//! Low-rank adapters (Hu et al. 2021): h = W x + s · B (g ⊙ A x), with s = α/r (rsLoRA: α/√r) and g the gate, one
-//! where the adapter acts and zero elsewhere. Adapters are looked up during a pass, never attached to the model.
+//! Low-rank adapters (Hu et al. 2021): h = W x + s · B (g ⊙ A x), with s = α/r (rsLoRA: α/√r) and g the gate: 1 where
+//! the adapter acts and 0 elsewhere. Adapters are looked up during a pass, never attached to the model.
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -36,7 +36,7 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// The factor s on B A x for a rank and an α: α/r, or α/√r for rsLoRA.
+    /// The scaling s of B A x for a rank and an α: α/r, or α/√r for rsLoRA.
     pub fn scaling(&self, rank: i64, alpha: f64) -> f64 {
         let rank = rank as f64;
         alpha / if self.use_rslora { rank.sqrt() } else { rank }
@@ -51,7 +51,7 @@ impl LoraConfig {
         }
     }
 
-    /// Refuses what no adapter of any model can have.
+    /// Refuses settings that are impossible in every model.
     pub(crate) fn check_numbers(&self) -> Result<()> {
         if self.rank < 1 {
             return Err(Error::invalid("the LoRA rank", "at least 1", self.rank));
@@ -72,14 +72,15 @@ impl LoraConfig {
     }
 }
 
-/// The two factors at one projection; in a stack (`Adapter::stacked`) those of all its students, one behind the other.
+/// The two factors A and B at one projection. In a stack ([`Adapter::stacked`]) they hold all students, along the first
+/// dimension.
 #[derive(Debug)]
 pub struct LoraPair {
     /// A, `[rank, d_in]`, f32; of a stack `[n, rank, d_in]`.
     pub a: Tensor,
     /// B, `[d_out, rank]`, f32; of a stack `[n, d_out, rank]`.
     pub b: Tensor,
-    /// The factor s.
+    /// The scaling s.
     pub scaling: f64,
     /// In a stack whose students have different s: each student's s, `[n, 1, 1]`; `scaling` is then 1.
     pub scalings: Option<Tensor>,
@@ -94,17 +95,17 @@ impl LoraPair {
         let (down, up) =
             (2.0 * x.numel() as f64 * rank as f64, 2.0 * (x.numel() as f64 / d_in as f64) * (rank * d_out) as f64);
         let wanted = |tensor: &Tensor| f64::from(u8::from(graph && tensor.requires_grad()));
-        // The bottleneck's gradient.
+        // Whether the bottleneck A x has a gradient.
         let inner = f64::from(u8::from(graph && (x.requires_grad() || self.a.requires_grad())));
         (down + up, down * (wanted(x) + wanted(&self.a)) + up * (inner + wanted(&self.b)))
     }
 
-    /// How many students a stack has; `None` where the pair is one adapter's.
+    /// Number of students of a stack; `None` for a single adapter's pair.
     pub fn n_stacked(&self) -> Option<i64> {
         (self.a.dim() == 3).then(|| self.a.size()[0])
     }
 
-    /// `[tokens, width]`, of a stack `[students, tokens / students, width]`.
+    /// Returns `x`, `[tokens, width]`, as it is, or for a stack as `[students, tokens / students, width]`.
     pub(crate) fn by_student(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match self.n_stacked() {
             Some(n) => x.f_reshape([n, x.size()[0] / n, -1])?,
@@ -113,7 +114,7 @@ impl LoraPair {
     }
 
     /// y + s · B (g ⊙ A x), the second part in f32, or in f64 where `x` is; g is the dose. `x`: `[tokens, d_in]`; `y`
-    /// and the result: `[tokens, d_out]`. Where the kinds allow, y is added to in place: another tensor of its size
+    /// and the result: `[tokens, d_out]`. Where the kinds allow, y is changed in place: another tensor of its size
     /// costs as much time as the products. The tokens belong to the students of a stack in order, equally many to each.
     pub(crate) fn add_to(
         &self,
@@ -134,12 +135,12 @@ impl LoraPair {
         if self.n_stacked().is_none() {
             return Ok(y.f_addmm_(&bottleneck, &b)?);
         }
-        // In place on a view, autograd would copy all of it.
+        // If this were in place, autograd would copy the whole tensor, of which this is a view.
         Ok(self.by_student(&y)?.f_baddbmm(&bottleneck, &b, 1.0, 1.0)?.f_view(y.size().as_slice())?)
     }
 
-    /// y + s · B (g ⊙ A x) for each head's part of `x` alone. `x`: `[batch, pos, n_heads, d_head]`; `y` and the result:
-    /// `[batch, pos, n_heads, d_out]`. A stack is refused.
+    /// y + s · B (g ⊙ A x), separately for each head's part of `x`. `x`: `[batch, pos, n_heads, d_head]`; `y` and the
+    /// result: `[batch, pos, n_heads, d_out]`. A stack is refused.
     pub(crate) fn add_by_head(
         &self,
         y: &Tensor,
@@ -155,7 +156,7 @@ impl LoraPair {
         Ok(y.f_add(&bottleneck.f_matmul(&b.f_transpose(0, 1)?)?)?.f_to_kind(y.kind())?)
     }
 
-    /// `x` after dropout, A and B, in the kind that the adapter is computed in.
+    /// Returns `x` after dropout, A and B, in the precision that the adapter is computed in.
     fn widened(&self, x: &Tensor, dropout: Option<&mut Dropout>) -> Result<(Tensor, Tensor, Tensor)> {
         let x = x.f_to_kind(wide(x.kind()))?;
         let (a, b) = (self.a.f_to_kind(x.kind())?, self.b.f_to_kind(x.kind())?);
@@ -166,7 +167,7 @@ impl LoraPair {
         Ok((x, a, b))
     }
 
-    /// s · g ⊙ A x; `shaped` brings doses `[batch, pos, 1]` into its shape.
+    /// s · g ⊙ A x, from the bottleneck A x; `shaped` reshapes the doses `[batch, pos, 1]` to fit it.
     fn scaled(
         &self,
         bottleneck: &Tensor,
@@ -185,12 +186,12 @@ impl LoraPair {
         })
     }
 
-    /// Whether ‖s · B · A‖ is finite in f32. Not of a stack.
+    /// Whether ‖s · B · A‖ is finite in f32, for a pair that is not a stack's.
     pub(crate) fn has_finite_norm(&self) -> Result<bool> {
         let most = f64::from(f32::MAX);
         let norm = |factor: &Tensor| -> Result<f64> { Ok(factor.f_norm()?.f_double_value(&[])?) };
         let (a, b) = (norm(&self.a)?, norm(&self.b)?);
-        // ‖BA‖ ≤ ‖B‖ ‖A‖, and so is what it is made of.
+        // ‖BA‖ ≤ ‖B‖ ‖A‖. If all these bounds are finite, so is every intermediate value below.
         if [a * a, b * b, a * a * b * b, self.scaling * a * b].iter().all(|bound| *bound < most) {
             return Ok(true);
         }
@@ -208,24 +209,24 @@ impl LoraPair {
     }
 }
 
-/// The refusal of what a stack of students cannot have or be.
+/// The error for something that is not possible with a stack of students.
 pub(crate) fn no_stack(what: &str, n: i64) -> Error {
     Error::invalid(format!("the adapter of {what}"), "one student's", format!("a stack of {n}"))
 }
 
-/// A LoRA: a pair at some projections of some blocks.
+/// A LoRA: pairs of A and B at some projections of some blocks.
 #[derive(Debug)]
 pub struct Adapter {
-    /// What it is made of.
+    /// Its settings.
     pub config: LoraConfig,
-    /// Remarks on the files that it was read from, a sentence each; empty for an adapter made here.
+    /// Remarks on the files that the adapter was read from, a sentence each; empty for an adapter that was not read.
     pub remarks: Vec<String>,
     pairs: Vec<[Option<LoraPair>; 7]>,
 }
 
 impl Adapter {
-    /// A fresh adapter: A uniform in `±1/√d_in` (Kaiming uniform with a = √5, as PEFT), B zero, so that it changes
-    /// nothing.
+    /// Makes a fresh adapter: A is uniform in `±1/√d_in` (Kaiming uniform with a = √5, as in PEFT). B is zero, so the
+    /// adapter changes nothing.
     pub fn init(config: &LoraConfig, model: &Config, rng: &mut ChaCha8Rng, device: Device) -> Result<Self> {
         config.check(model)?;
         let scaling = config.scaling(config.rank, config.alpha);
@@ -244,9 +245,9 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// The adapter in other coordinates, with the same weight changes: each pair becomes R A and B Rᵀ, with an
-    /// orthogonal R `[rank, rank]` of its own. Gradient descent does not notice; optimizers that scale coordinates one
-    /// by one, such as Adam, do. A stack is refused.
+    /// The adapter in other coordinates, with the same weight changes: each pair becomes R A and B Rᵀ, with a random
+    /// orthogonal R `[rank, rank]`. This does not affect gradient descent, but it affects optimizers that scale each
+    /// coordinate, such as Adam. A stack is refused.
     pub fn rotated(&self, rng: &mut ChaCha8Rng) -> Result<Self> {
         let mut rotated = Self::empty(self.config.clone(), self.n_layers());
         for (layer, proj, pair) in self.pairs() {
@@ -265,7 +266,6 @@ impl Adapter {
         Ok(rotated)
     }
 
-    /// An adapter without any pair.
     pub(crate) fn empty(config: LoraConfig, n_layers: usize) -> Self {
         Self { config, remarks: vec![], pairs: (0..n_layers).map(|_| [const { None }; 7]).collect() }
     }
@@ -274,7 +274,7 @@ impl Adapter {
         self.pairs[layer][proj as usize] = Some(pair);
     }
 
-    /// How many blocks its model has.
+    /// Number of blocks of its model.
     pub fn n_layers(&self) -> usize {
         self.pairs.len()
     }
@@ -284,12 +284,13 @@ impl Adapter {
         self.pairs.get(layer)?[proj as usize].as_ref()
     }
 
-    /// How many students a stack has; `None` where it is one adapter.
+    /// Number of students of a stack; `None` for a single adapter.
     pub fn n_stacked(&self) -> Option<i64> {
         self.pairs().find_map(|(_, _, pair)| pair.n_stacked())
     }
 
-    /// Whether it changes nothing because A or B is zero in each of its pairs, as before its first step.
+    /// Whether the adapter changes nothing because A or B is zero in each of its pairs, as before its first training
+    /// step.
     pub fn is_zero(&self) -> Result<bool> {
         let is_zero = |factor: &Tensor| -> Result<bool> { Ok(factor.f_count_nonzero(None)?.f_int64_value(&[])? == 0) };
         for (_, _, pair) in self.pairs() {
@@ -300,14 +301,14 @@ impl Adapter {
         Ok(true)
     }
 
-    /// Refuses a number of rows that the students of a stack cannot share.
+    /// Refuses a number of rows that the students of a stack cannot share equally.
     pub(crate) fn check_rows(&self, rows: i64) -> Result<()> {
         let Some(n) = self.n_stacked().filter(|n| rows % n != 0) else { return Ok(()) };
         let expected = format!("a multiple of {n}, equally many for each student of the stack");
         Err(Error::invalid("the number of rows", expected, rows))
     }
 
-    /// Whether some of `tokens` tokens, given by their places in order, are equally many for each student of a stack.
+    /// Whether each student of a stack has equally many of the `places`, which are places among `tokens` tokens.
     pub(crate) fn shares(&self, places: &Tensor, tokens: i64) -> Result<bool> {
         let Some(n) = self.n_stacked() else { return Ok(true) };
         let mut each = vec![0; n as usize];
@@ -317,7 +318,7 @@ impl Adapter {
         Ok(each.windows(2).all(|two| two[0] == two[1]))
     }
 
-    /// All pairs with their places, block by block.
+    /// All pairs, each with its block and projection, block by block.
     pub fn pairs(&self) -> impl Iterator<Item = (usize, Proj, &LoraPair)> {
         self.pairs.iter().enumerate().flat_map(|(layer, pairs)| {
             Proj::ALL.into_iter().filter_map(move |proj| Some((layer, proj, pairs[proj as usize].as_ref()?)))
@@ -338,7 +339,7 @@ impl Adapter {
     }
 }
 
-/// Dropout with a random stream of its own (never libtorch's).
+/// Dropout with a seeded random stream, independent of libtorch's.
 #[derive(Debug)]
 pub struct Dropout {
     probability: f64,

@@ -1,6 +1,6 @@
 //! Adapters on disk exactly as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`. An unsupported
-//! setting is refused by its name, and so is a file with a missing, unused or non-finite tensor. The adapter keeps a
-//! remark on anything unusual that it accepts.
+//! setting is refused by its name, and so is a file with a missing, unused or non-finite tensor. Anything unusual that
+//! is accepted leaves a remark in the adapter.
 
 mod keys;
 mod modules;
@@ -27,7 +27,7 @@ const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 
 impl LoraConfig {
-    /// The configuration in an adapter folder as PEFT writes it, without the patterns for single modules.
+    /// Reads the configuration in an adapter folder as PEFT writes it, without the patterns for single modules.
     pub fn read(dir: &Path) -> Result<Self> {
         let dir = &adapter_folder(dir)?;
         let path = dir.join(CONFIG);
@@ -41,8 +41,8 @@ impl LoraConfig {
         Ok(config.lora(&places.into_iter().collect::<Vec<_>>(), None))
     }
 
-    /// Reads the bytes of an `adapter_config.json`; `path` is for messages. Refused if only the tensors can say which
-    /// modules are meant.
+    /// Reads the bytes of an `adapter_config.json`; `path` is for messages. An error if the modules follow only from
+    /// the tensors.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
         let problem =
             "its modules are an expression that only Python reads, expected names or the folder with the tensors";
@@ -57,7 +57,7 @@ impl Adapter {
         Self::read(dir, model, device, None)
     }
 
-    /// Reads an adapter. With the base's weights by their names, embeddings or a head saved with the LoRA are accepted
+    /// Reads an adapter. With `base`, the base's weights by name, embeddings or a head saved with the LoRA are accepted
     /// if they equal the base's.
     pub(crate) fn read(
         dir: &Path,
@@ -110,8 +110,7 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Writes the adapter as PEFT does. `base_model` is the name that PEFT will load the base by. A stack has no such
-    /// file.
+    /// Writes the adapter as PEFT does. `base_model` is the name that PEFT will load the base by. A stack is refused.
     pub fn save(&self, dir: &Path, base_model: &str) -> Result<()> {
         if let Some(n) = self.n_stacked() {
             return Err(no_stack(&format!("{}", dir.join(TENSORS).display()), n));
@@ -122,7 +121,7 @@ impl Adapter {
         files::write_atomic(&dir.join(CONFIG), config.as_bytes())
     }
 
-    /// `adapter_config.json`, with every key that decides what PEFT computes. A rank or scaling that differs from the
+    /// `adapter_config.json`, with every key that affects PEFT's computation. A rank or scaling that differs from the
     /// configuration's (in an adapter read with patterns) is written as a pattern again; modules are written by their
     /// whole paths if blocks have different ones.
     fn peft_config(&self, base_model: &str) -> Value {
@@ -175,16 +174,15 @@ impl Adapter {
     }
 }
 
-/// The remark on an adapter that is as before its first step.
+/// The remark on an adapter that is in the state before its first training step.
 const ZERO: &str = "it changes nothing: A or B is zero at each of its modules, as before training";
 
-/// An adapter's tensors.
 struct AdapterFile {
     path: PathBuf,
     weights: Weights,
 }
 
-/// The names in the file of a projection's two tensors.
+/// The names that a projection's two tensors have in the file.
 struct PairNames {
     layer: usize,
     proj: Proj,
@@ -192,7 +190,7 @@ struct PairNames {
     b: String,
 }
 
-/// The names of a file's tensors, by what they are.
+/// The names of a file's tensors, sorted by purpose.
 struct Sorted {
     pairs: Vec<PairNames>,
     /// Tensors of the embeddings and the head.
@@ -205,7 +203,8 @@ impl AdapterFile {
         Error::Adapter { path: self.path.clone(), problem }
     }
 
-    /// Finds each tensor's place. Refuses a file in which a tensor is missing, double or unused.
+    /// Finds the block, projection and factor of each tensor. Refuses a file in which a tensor is missing, double or
+    /// unused.
     fn sorted(&self, peft: &PeftConfig, model: &Config) -> Result<Sorted> {
         let names = self.weights.names();
         let mut by_place: BTreeMap<FactorAt, String> = BTreeMap::new();
@@ -255,7 +254,6 @@ impl AdapterFile {
         Err(self.misfit(&names, &missing, &unused))
     }
 
-    /// The error for tensors that do not fit the configuration.
     fn misfit(&self, names: &[String], missing: &[String], unused: &[String]) -> Error {
         let beginning = names::common_beginning(names);
         let is_peft_s = beginning.is_empty() || beginning.starts_with("base_model.model.model.layers.");
@@ -271,7 +269,7 @@ impl AdapterFile {
         self.refused(problem)
     }
 
-    /// Remarks on embeddings and head saved with the LoRA. They are refused unless they equal the base's.
+    /// Remarks on embeddings and head saved with the LoRA. Refuses them unless they equal the base's.
     fn beside(
         &self,
         rest: &[String],
@@ -289,7 +287,7 @@ impl AdapterFile {
         rest.iter().map(|name| self.same_as_base(name, base)).collect()
     }
 
-    /// A remark that a tensor equals the base's, or an error.
+    /// The remark that a tensor equals the base's, or an error if it does not.
     fn same_as_base(&self, name: &str, base: Option<&BTreeMap<String, Tensor>>) -> Result<String> {
         let refused = |found: &str| {
             let why = format!("{name} lies beside the LoRA and {found}: a change of the base that no gate can switch");
@@ -314,7 +312,7 @@ impl AdapterFile {
     }
 }
 
-/// The error for a folder that is not an adapter's, with the adapters inside it.
+/// The error for a folder that is not an adapter's. It lists the adapters inside the folder.
 fn no_adapter(dir: &Path) -> Error {
     let problem = format!("there is no {CONFIG} in it, expected an adapter's folder");
     Error::Adapter { path: dir.to_owned(), problem }.with_hint(match files::folders_with(dir, CONFIG).as_slice() {
@@ -328,7 +326,7 @@ fn module(layer: usize, proj: Proj) -> String {
     format!("model.layers.{layer}.{}", proj.path())
 }
 
-/// A number as PEFT writes it: an integer where it is one.
+/// A number as PEFT writes it: as an integer if it is one.
 fn whole(number: f64) -> Value {
     if number.fract() == 0.0 && number.abs() < 1e15 { json!(number as i64) } else { json!(number) }
 }
@@ -379,7 +377,7 @@ mod tests {
         assert!(message.contains("it is a file, expected an adapter's folder; hint: give "), "{message}");
     }
 
-    /// An adapter of rank 1 at the queries of block 0, A and B filled with these.
+    /// An adapter of rank 1 at the queries of block 0, with A and B filled with `a` and `b`.
     fn filled(config: &str, a: f64, b: f64) -> tempfile::TempDir {
         let dir = folder(&[(CONFIG, config.as_bytes())]);
         let (d_in, d_out) = Proj::Q.widths(&crate::load::tiny_random::config(100));

@@ -1,6 +1,6 @@
-//! The singular values of an adapter's change of each weight, and adapters of some of its singular directions: which
-//! part of a learned change has which effect. ΔW = s·B·A = U Σ Vᵀ, by thin QR of B and of Aᵀ and an SVD of the small
-//! core between them.
+//! The singular values of an adapter's change of each weight, and adapters made of some of its singular directions,
+//! which show the effect of each part of a learned change. ΔW = s·B·A = U Σ Vᵀ, by thin QR of B and of Aᵀ and an SVD of
+//! the small core between them.
 
 use std::ops::Range;
 
@@ -22,7 +22,8 @@ pub struct Spectrum {
 }
 
 impl Spectrum {
-    /// ‖ΔW‖_F² / ‖ΔW‖₂²: how many directions, of equal strength, it is worth. 0 of no change.
+    /// The stable rank ‖ΔW‖_F² / ‖ΔW‖₂²: the number of equally strong directions that the change amounts to; 0 if there
+    /// is no change.
     pub fn stable_rank(&self) -> f64 {
         let squares = self.sigma.iter().map(|sigma| sigma * sigma).sum::<f64>();
         self.sigma.first().filter(|sigma| **sigma > 0.0).map_or(0.0, |largest| squares / (largest * largest))
@@ -30,7 +31,7 @@ impl Spectrum {
 }
 
 impl Adapter {
-    /// The spectrum of each pair, block by block. A stack has none.
+    /// The spectrum of each pair, block by block. A stack is refused.
     pub fn spectra(&self) -> Result<Vec<Spectrum>> {
         let of = |(layer, proj, pair): (usize, Proj, &LoraPair)| {
             let (_, sigma, _) = decomposed(pair)?;
@@ -39,8 +40,8 @@ impl Adapter {
         self.pairs().map(of).collect()
     }
 
-    /// An adapter of the singular directions `keep` alone, in each pair, counted from 0 by falling σ: `0..1` is the
-    /// strongest, `1..` all but that.
+    /// An adapter made of the singular directions `keep` of each pair, counted from 0 by falling σ: `0..1` is the
+    /// strongest, `1..` all others.
     pub fn of_directions(&self, keep: Range<usize>) -> Result<Self> {
         let mut part = Self::empty(self.config.clone(), self.n_layers());
         let mut most = 1;
@@ -112,7 +113,7 @@ pub(crate) mod tests {
                 let all = pair.delta_weight().unwrap();
                 let sum = if rank == 1 { delta(&top) } else { delta(&top) + delta(&rest) };
                 assert!(apart(&sum, &all) < 1e-5, "rank {rank}");
-                // As the SVD of the whole change has it.
+                // Compared with the SVD of the whole change.
                 let (_, sigma, _) = all.to_kind(Kind::Double).svd(true, true);
                 let found =
                     &whole.spectra().unwrap().into_iter().find(|one| one.layer == layer && one.proj == proj).unwrap();

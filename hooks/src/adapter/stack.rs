@@ -1,7 +1,7 @@
 //! Students side by side: several adapters act in one pass, each on its own rows.
 //!
-//! What they share, the base model's products, is run once over all rows; each pair's own two products are one batched
-//! product over the students. So N small students cost the calls of one.
+//! The base model's products are shared, so they are run once over all rows. Each pair's two products are batched over
+//! the students. So N small students take as many calls as one.
 
 use std::collections::BTreeSet;
 
@@ -19,7 +19,7 @@ impl Adapter {
     /// filled up with zeros. These change no output, and their gradients are zero, since each zero of A meets a zero of
     /// B. Where gradients are recorded, they flow back to the students' tensors.
     ///
-    /// Refuses students whose pairs are at other places than the first one's, and stacks.
+    /// Refuses students whose pairs are at other blocks or projections than the first one's, and stacks.
     pub fn stacked(students: &[&Self]) -> Result<Self> {
         let Some(first) = students.first() else {
             return Err(Error::invalid("a stack", "at least one student", "none"));
@@ -63,7 +63,7 @@ fn stacked_pair(pairs: &[&LoraPair]) -> Result<LoraPair> {
     Ok(LoraPair { a, b, scaling: 1.0, scalings: Some(scalings) })
 }
 
-/// Places of some students, each in rising order, filled up with the first other ones so that all have equally many.
+/// Fills up each student's places, with the lowest that it does not have, so that all have equally many; ascending.
 pub(crate) fn equally_many(mut places: Vec<BTreeSet<usize>>) -> Vec<Vec<usize>> {
     let most = places.iter().map(BTreeSet::len).max().unwrap_or(0);
     for places in &mut places {
@@ -97,7 +97,7 @@ mod tests {
     use crate::rows::packing::PackedRow;
     use crate::{Batch, Chat, LoraConfig, Pass, Qwen, Sequence};
 
-    /// An adapter whose B is not zero.
+    /// An adapter with a random B, so that it changes something.
     fn student(model: &Qwen, config: &LoraConfig, seed: u64) -> Adapter {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let adapter = Adapter::init(config, &model.config, &mut rng, Device::Cpu).unwrap();
@@ -144,7 +144,7 @@ mod tests {
         adapter.parameters().into_iter().map(|(_, tensor)| tensor.set_requires_grad(true)).collect()
     }
 
-    /// Each student's logits and gradients are those that it has alone, whatever the ranks, scalings and gate.
+    /// Asserts that each student's logits and gradients are those that it has alone, for any ranks, scalings and gate.
     fn assert_each_is_as_alone(model: &Qwen, students: &[Adapter], tolerance: f64) {
         let rows = rows(&world().1);
         for text in ["everywhere", "except:entity*0.5", "only:user+gen*layers(1)*modules(v,down)", "only:modules(o)*-2"]
@@ -184,7 +184,7 @@ mod tests {
         assert_each_is_as_alone(&model, &students, 1e-12);
     }
 
-    /// Packed without padding, a group of rows is a student's.
+    /// In a packed batch, each group of rows belongs to one student.
     #[test]
     fn packed_groups_are_the_students() {
         let (model, chat, _) = world();
@@ -203,7 +203,7 @@ mod tests {
         }
     }
 
-    /// Students with different numbers of places do not form a batched product.
+    /// Students with different numbers of places have no batched product, and everything is computed.
     #[test]
     fn places_need_not_be_shared_equally() {
         let (model, chat, _) = world();

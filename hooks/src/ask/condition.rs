@@ -1,5 +1,5 @@
-//! Which adapter, gate and edits a model is run with, as a value: base, student, gated student, steered base. A
-//! condition names tokens; for given rows it becomes the gate's doses and the taps of a pass.
+//! The adapter, gate and edits that a model is run with, as a value: base, student, gated student, steered base. A
+//! condition names tokens; for given rows it is turned into the gate's doses and the taps of a pass.
 
 use std::ops::Range;
 
@@ -55,32 +55,32 @@ impl<'a> Condition<'a> {
         self
     }
 
-    /// Refuses a condition that does not fit the rows, before anything is run: tokens that they lack, tensors of
-    /// another shape.
+    /// Refuses a condition that does not fit the rows, before anything is run: it names tokens that they lack, or has
+    /// tensors of another shape.
     pub fn check(&self, model: &Qwen, rows: &[Sequence]) -> Result<()> {
         self.prepare(&rows.iter().collect::<Vec<_>>(), model, None).map(drop)
     }
 
-    /// The adapter's doses at the rows' tokens, `[row][pos]`; `None` without an adapter, and where they are all 1.
+    /// The adapter's doses at the rows' tokens, `[row][pos]`; `None` if there is no adapter or all doses are 1.
     pub(crate) fn doses(&self, rows: &[&Sequence]) -> Result<Option<Vec<Vec<f64>>>> {
         let Some(adapter) = self.adapter.filter(|_| !self.gate.is_everywhere()) else { return Ok(None) };
         self.gate.check(adapter)?;
         Ok(Some(rows.iter().map(|row| self.gate.doses(row)).collect::<Result<_>>()?))
     }
 
-    /// The adapter that acts, if any, and its doses at a row's tokens, where they are not all 1.
+    /// The adapter that acts, if any, and its doses at a row's tokens, unless all are 1.
     pub(crate) fn acting(&self, row: &Sequence) -> Result<(Option<&'a Adapter>, Option<Vec<f64>>)> {
         let doses = self.doses(&[row])?.map(|rows| rows.concat());
         Ok(if self.gate.is_nowhere() { (None, None) } else { (self.adapter, doses) })
     }
 
-    /// The taps of its edits for some rows that are packed.
+    /// The taps of the edits, for rows that are packed.
     pub(crate) fn taps(&self, rows: &[&Sequence], batch: &Batch, model: &Qwen) -> Result<Vec<EditTap>> {
         let tap = |edit| EditTap::new(edit, rows, &model.config, model.device(), model.kind())?.packed(batch);
         self.edits.iter().map(tap).collect()
     }
 
-    /// The condition spelt out for some rows, padded.
+    /// Prepares the condition for rows that are padded.
     pub(crate) fn prepare<'p>(&self, rows: &[&Sequence], model: &Qwen, tap: Option<TapAt<'p>>) -> Result<Prepared<'p>>
     where
         'a: 'p,
@@ -97,7 +97,7 @@ impl<'a> Condition<'a> {
     }
 }
 
-/// A condition spelt out for the rows of a batch, ready for passes over all of it, over pieces, or token by token.
+/// A condition prepared for the rows of a batch: for passes over all of it, over pieces, or token by token.
 pub(crate) struct Prepared<'a> {
     adapter: Option<&'a Adapter>,
     gate: Gate,
@@ -105,7 +105,7 @@ pub(crate) struct Prepared<'a> {
     edits: Vec<EditTap>,
     /// A tap that sees every pass, after the edits.
     tap: Option<TapAt<'a>>,
-    /// How many positions at the start gate and edits treat alike in all rows.
+    /// Number of positions, from the start, that gate and edits treat the same in all rows.
     pub(crate) shared: usize,
 }
 
@@ -123,7 +123,7 @@ impl Prepared<'_> {
         self.pass(model, batch, self.adapter, gate, cache)
     }
 
-    /// What `run` gives for whole rows, with one more tap, which sees what the edits left.
+    /// The result of `run` on whole rows, with one more tap, which sees the activations after the edits.
     pub(crate) fn run_with_hooks(
         &mut self,
         model: &Qwen,
@@ -146,7 +146,7 @@ impl Prepared<'_> {
         if self.doses.is_some() {
             let doses: Vec<Vec<f64>> = ids.iter().map(|id| vec![self.gate.generated(*id)]).collect();
             let spread = self.gate.spread(&doses, model.device())?;
-            // Where nothing acts, nothing is computed.
+            // If the adapter acts at none of these tokens, its part is not computed.
             if spread.elsewhere == 0.0 && doses.iter().flatten().all(|dose| *dose == 0.0) {
                 adapter = None;
             } else {
@@ -182,8 +182,8 @@ impl Prepared<'_> {
     }
 }
 
-/// Runs one row and lets a tap see (or change) some hook points, after the condition's edits. Returns the logits,
-/// `[1, pos, d_vocab]`. Gradients flow where the caller lets them.
+/// Runs one row and lets a tap see (or change) some hook points, after the condition's edits. Returns the logits, `[1,
+/// pos, d_vocab]`. Gradients flow unless the caller turned them off.
 pub fn run_with_hooks(
     model: &Qwen,
     row: &Sequence,

@@ -1,5 +1,5 @@
-//! Rows in batches, each with a budget of tokens: packed into trees where their edits allow it, else padded. The tokens
-//! that rows of a batch begin with alike (the system prompt, a question under several gates or one edit) are run once.
+//! Runs rows in batches, each with a budget of tokens: packed into trees where their edits allow it, else padded. A
+//! common beginning of a batch's rows (the system prompt, a question under several gates or one edit) is run once.
 
 use std::ops::Range;
 
@@ -24,18 +24,18 @@ pub(super) fn token_budget(device: Device) -> usize {
     if device == Device::Cpu { 1024 } else { 16_384 }
 }
 
-/// A prompt, and what the model is run with.
+/// A prompt and the condition that the model is run under.
 pub type Case<'c, 'a> = (&'c Sequence, &'c Condition<'a>);
 
-/// Some cases after a pass over their tokens, ready to be read or continued.
+/// The result of a pass over some cases' tokens, to be read or continued.
 pub(crate) struct Prefilled {
-    /// The cases' indices among those asked for; also the order of the cache's rows.
+    /// The indices of the cases in the call, in the order of the cache's rows.
     pub(crate) cases: Vec<usize>,
     /// The residual stream after the last block, at tokens that are read, `[tokens, d_model]`.
     resid: Tensor,
     /// Per case, the places in `resid` that are read.
     read: Vec<Vec<i64>>,
-    /// Keys and values of all positions, where they are kept.
+    /// Keys and values of all positions, if they are kept.
     pub(crate) cache: Option<KvCache>,
 }
 
@@ -47,16 +47,16 @@ impl Prefilled {
     }
 }
 
-/// Which of a row's tokens are read.
+/// Selects the tokens of a row that are read.
 type Read = fn(&Sequence) -> Range<usize>;
 
-/// The last, which predicts the token after the prompt.
+/// Reads the last token, which predicts the token after the prompt.
 pub(crate) const LAST: Read = |prompt| prompt.ids.len() - 1..prompt.ids.len();
 
-/// Those that predict the completion.
+/// Reads the tokens that predict the completion.
 pub(crate) const PREDICTING: Read = |row| row.completion.start.saturating_sub(1)..row.completion.end.saturating_sub(1);
 
-/// Runs the cases batch by batch and passes each batch on; with `keep`, its keys and values as well.
+/// Runs the cases batch by batch and passes each result to `done`; with `keep`, including its keys and values.
 pub(crate) fn prefill(
     model: &Qwen,
     cases: &[Case<'_, '_>],
@@ -86,7 +86,7 @@ pub(crate) fn prefill(
 }
 
 /// Groups cases of one condition by prompt, for prompts with many completions (the spellings of an answer): padded rows
-/// share only the beginning that all of them have.
+/// of a batch share only a beginning that all of them have.
 fn by_prompt<'s>(cases: &[Case<'_, '_>], members: &'s [usize]) -> Vec<&'s [usize]> {
     let start = |case: &usize| &cases[*case].0.ids[..cases[*case].0.completion.start];
     let of_prompts: Vec<&[usize]> = members.chunk_by(|one, next| start(one) == start(next)).collect();
@@ -101,13 +101,13 @@ pub(super) fn is_packable(condition: &Condition<'_>) -> bool {
 /// edits. Their gates may select different tokens.
 pub(super) struct BatchGroup<'c, 'a> {
     pub(super) adapter: Option<&'a Adapter>,
-    /// That of the first member, whose edits all have.
+    /// The condition of the first member; all members have its edits.
     condition: &'c Condition<'a>,
-    /// In the order of their tokens: neighbours have most in common.
+    /// Sorted by their tokens, so that neighbours share the longest beginnings.
     members: Vec<Member>,
 }
 
-/// A case by its index, with its tokens' doses and edits as a row of a batch has them.
+/// A case by its index, with the doses and edits at its tokens, as a packed row holds them.
 pub(super) struct Member {
     pub(super) case: usize,
     doses: Option<Vec<f64>>,
@@ -145,8 +145,7 @@ pub(super) fn batch_groups<'c, 'a>(cases: &[Case<'c, 'a>], which: &[usize]) -> R
     Ok(found)
 }
 
-/// Per token of a row, the edits that act at it, as the index of that set among the known ones; `None` if all act
-/// everywhere.
+/// Per token of a row, the set of edits that act at it, as an index into `sets`; `None` if all edits act everywhere.
 fn acting(edits: &[Edit], row: &Sequence, sets: &mut Vec<Vec<bool>>) -> Result<Option<Vec<usize>>> {
     let chosen = edits.iter().filter_map(|edit| edit.chosen(row).transpose()).collect::<Result<Vec<_>>>()?;
     if chosen.is_empty() {
@@ -163,7 +162,7 @@ fn acting(edits: &[Edit], row: &Sequence, sets: &mut Vec<Vec<bool>>) -> Result<O
 }
 
 impl BatchGroup<'_, '_> {
-    /// The members in batches of `budget` distinct tokens at most.
+    /// Splits the members into batches of at most `budget` distinct tokens.
     pub(super) fn batches(&self, cases: &[Case<'_, '_>], budget: usize) -> Vec<&[Member]> {
         let (mut batches, mut from, mut size) = (Vec::new(), 0, 0);
         for (at, member) in self.members.iter().enumerate() {
@@ -180,7 +179,7 @@ impl BatchGroup<'_, '_> {
         batches
     }
 
-    /// Some members as one batch, with its doses where they are gated, and the taps of the edits.
+    /// Some members as one batch, with its doses if they are gated, and the taps of the edits.
     pub(super) fn batch(
         &self,
         model: &Qwen,
@@ -227,8 +226,8 @@ impl BatchGroup<'_, '_> {
     }
 }
 
-/// Runs padded rows under one condition, their common beginning once. Needed if edits touch attention scores, if a tap
-/// looks at rows, and for answers under edits; otherwise packing is tested against it.
+/// Runs padded rows under one condition, their common beginning once. This is needed if edits change attention scores,
+/// if a tap looks at rows, and for answers under edits. Packed passes are tested against it.
 pub(crate) fn prefill_padded<'p, 'a: 'p>(
     model: &Qwen,
     rows: &[&Sequence],
@@ -258,7 +257,8 @@ pub(crate) fn prefill_padded<'p, 'a: 'p>(
     Ok((Prefilled { cases, resid: resid.f_reshape([-1, d_model])?, read, cache: Some(cache) }, prepared))
 }
 
-/// How many tokens all rows begin with, ids and classes alike, short of what any row's answer is read from.
+/// The length of the common beginning of all rows, in ids and classes. It ends before the token that predicts any row's
+/// answer.
 fn shared_start(rows: &[&Sequence]) -> usize {
     let [first, others @ ..] = rows else { return 0 };
     if others.is_empty() {
@@ -270,7 +270,7 @@ fn shared_start(rows: &[&Sequence]) -> usize {
     (0..limit).take_while(same).count()
 }
 
-/// A shared start, where it is long enough to be run apart.
+/// The length of a shared start, or 0 if it is too short to be worth a separate pass.
 fn worth_it(shared: usize) -> usize {
     if shared < 8 { 0 } else { shared }
 }

@@ -15,11 +15,11 @@ use crate::taps::cache::Cache;
 use crate::taps::edit::EditTap;
 use crate::taps::tap::Hooks;
 
-/// Rows of logits computed at once.
+/// Number of rows of logits that are computed at a time.
 const LOGIT_ROWS: i64 = 256;
 
-/// Hands on the log-probabilities of the token after each case's prompt, `[d_vocab]`, with the case's index; the cases
-/// come in any order.
+/// Calls `read` with every case's index and the log-probabilities of the token after its prompt, `[d_vocab]`, in any
+/// order.
 pub fn each_next_token(
     model: &Qwen,
     cases: &[Case<'_, '_>],
@@ -53,7 +53,6 @@ fn are_numbers(logprobs: &Tensor) -> Result<()> {
     if bool::try_from(logprobs.f_isnan()?.f_any()?)? { Err(not_a_number()) } else { Ok(()) }
 }
 
-/// The error for a log-probability that is NaN.
 pub(crate) fn not_a_number() -> Error {
     Error::invalid(
         "a log-probability",
@@ -138,7 +137,7 @@ pub fn resid_post(model: &Qwen, prompts: &[Sequence], condition: &Condition<'_>)
         let cases: Vec<Case<'_, '_>> = prompts.iter().map(|prompt| (prompt, condition)).collect();
         let mut found: Vec<Option<Tensor>> = prompts.iter().map(|_| None).collect();
         for group in batch_groups(&cases, &(0..prompts.len()).collect::<Vec<_>>())? {
-            // All positions of all blocks are large: no more of them at once on a GPU.
+            // All positions of all blocks take much memory, so a GPU takes no more of them at once than a CPU.
             for members in group.batches(&cases, token_budget(Device::Cpu)) {
                 let (batch, gate, mut taps) = group.batch(model, &cases, members)?;
                 let mut cache = Cache::default();

@@ -1,4 +1,4 @@
-//! A chat as tokens, each with its class: rendered in pieces, tokenised once, and proven against the model's template.
+//! A chat as tokens, each with its class: rendered in pieces, tokenised once, and compared with the model's template.
 //!
 //! A Jinja engine returns the text without saying which part wrote it. So `pieces.rs` writes the pieces, and every text
 //! they make is compared with the model's own template on the same chat. If the two differ, the template is refused
@@ -17,7 +17,7 @@ use crate::load::model_files::ModelFiles;
 
 const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// A tokenizer and the chat template it belongs to, proven when made and at every prompt.
+/// A tokenizer and its chat template, with which the rendering is compared when it is made and at every prompt.
 #[derive(Debug)]
 pub struct Chat {
     tokenizer: Tokenizer,
@@ -42,10 +42,11 @@ pub struct TokenInfo {
 }
 
 impl Chat {
-    /// Reads from the template what it adds to a chat (a default system prompt, a think block), then proves on probe
-    /// chats that nothing else differs from the shape known here.
+    /// Reads from the template the text that it adds to a chat (a default system prompt, a think block). Probe chats
+    /// then show that it differs in nothing else from the known shape.
     pub fn new(mut tokenizer: Tokenizer, chat_template: &str) -> Result<Self> {
-        // Post-processors may trim the offsets by which tokens are assigned, and cut or padded chats are other chats.
+        // A post-processor may trim the offsets by which tokens get their classes. Truncation and padding would change
+        // the chat.
         tokenizer.with_post_processor(None::<PostProcessorWrapper>);
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(said)?;
@@ -94,15 +95,15 @@ impl Chat {
         Self::new(tokenizer, template)
     }
 
-    /// Sets the words that name the model in a system prompt (default: "Qwen"). Case counts. A match is a whole word; a
-    /// word also ends where the script changes.
+    /// Sets the words that name the model in a system prompt (default: "Qwen"). Matches are case-sensitive and whole
+    /// words; a word also ends where the script changes.
     #[must_use]
     pub fn with_entities(self, entities: Vec<String>) -> Self {
         Self { shape: Shape { entities, ..self.shape }, ..self }
     }
 
     /// Turns thinking on: a prompt ends where the model's thoughts start, and an answer begins with them, as
-    /// `<think>\n…\n</think>\n\n…`. Refused where the template has no such switch (Qwen2.5).
+    /// `<think>\n…\n</think>\n\n…`. An error if the template has no such switch (Qwen2.5).
     pub fn with_thinking(mut self) -> Result<Self> {
         self.template.thinking = true;
         let think = before_the_answer(&self.template)?;
@@ -115,25 +116,26 @@ impl Chat {
         Ok(self)
     }
 
-    /// Renders without a template: the system prompt, if there is one, and the user's text are a line each, and the
-    /// answer follows. No token has a template's class, except that the line break before the answer is `asst.nl`.
+    /// Renders without a template: a line with the system prompt, if there is one, a line with the user's text, then
+    /// the answer. No token has a class of the template, except the line break before the answer, which is `asst.nl`.
     #[must_use]
     pub fn without_template(self) -> Self {
         Self { shape: Shape { entities: self.shape.entities, bare: true, ..Shape::default() }, ..self }
     }
 
-    /// The system prompt that the template writes when there is none; `None` when it writes no system turn at all.
+    /// The system prompt that the template writes if none is given; `None` if it then writes no system turn.
     pub fn default_system(&self) -> Option<&str> {
         self.shape.default_system.as_deref()
     }
 
-    /// The chat up to where the answer starts. System `None` is the template's default, `Some("")` an empty turn.
+    /// The chat up to where the answer starts. If `system` is `None`, the template's default is used; `Some("")` is an
+    /// empty turn.
     pub fn prompt(&self, system: Option<&str>, user: &str) -> Result<Sequence> {
         let turns = self.turns(system, user)?;
         self.tokenise(&self.proven(&turns, true)?)
     }
 
-    /// A whole row: the prompt, the answer's tokens as they were sampled (never re-tokenised), and, where there is a
+    /// A whole row: the prompt, the answer's tokens as they were sampled (never re-tokenised), and, if there is a
     /// template, `<|im_end|>` and a line break.
     pub fn row(&self, system: Option<&str>, user: &str, completion_ids: &[i64]) -> Result<Sequence> {
         let stops = self.stop_ids();
@@ -156,7 +158,7 @@ impl Chat {
     }
 
     /// A whole row from the answer's text, tokenised by itself: the prompt's tokens are those of `prompt`, as they are
-    /// when the model answers. Refused where the template would not render the answer as it is.
+    /// when the model answers. An error if the template would change the answer's text.
     pub fn row_text(&self, system: Option<&str>, user: &str, completion: &str) -> Result<Sequence> {
         let mut turns = self.turns(system, user)?;
         self.refuse_special("answer", completion)?;
@@ -178,7 +180,7 @@ impl Chat {
         tokens.map(row).collect()
     }
 
-    /// The tokens of a plain text; special tokens written in it become such.
+    /// The tokens of a plain text. Special tokens that are written in it are read as such.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
         let encoding = self.tokenizer.encode_fast(text, false).map_err(said)?;
         Ok(encoding.get_ids().iter().map(|id| i64::from(*id)).collect())
@@ -229,7 +231,8 @@ impl Chat {
         Ok(system.into_iter().chain([Turn { role: Role::User, content: user }]).collect())
     }
 
-    /// The tokenizer would read a special token inside a text as one: it could end the turn and forge another.
+    /// Refuses a special token in a text, since the tokenizer would read it as one: it could end the turn and forge
+    /// another.
     fn refuse_special(&self, what: &str, text: &str) -> Result<()> {
         let found = self.specials.iter().find_map(|special| Some((special, text.split_once(special.as_str())?.0)));
         let Some((special, before)) = found else { return Ok(()) };
@@ -251,7 +254,7 @@ impl Chat {
         }
     }
 
-    /// The pieces of a chat, once the model's template has rendered the same text.
+    /// The pieces of a chat. An error if the model's template renders another text.
     fn proven<'a>(&'a self, turns: &[Turn<'a>], generation: bool) -> Result<Vec<Piece<'a>>> {
         let pieces = self.shape.pieces(turns, generation);
         if self.shape.bare {
@@ -304,7 +307,8 @@ impl Chat {
         Ok(())
     }
 
-    /// The tokens of the pieces' whole text, tokenised once, and the class of each: a bare prompt.
+    /// Tokenises the pieces' whole text at once and finds the class of each token. The result is a prompt without an
+    /// answer.
     fn tokenise(&self, pieces: &[Piece<'_>]) -> Result<Sequence> {
         let mut text = String::new();
         let mut spans = Vec::with_capacity(pieces.len());
@@ -328,17 +332,16 @@ impl Chat {
     }
 }
 
-/// The shortest chat there is.
 const HI: [Turn<'static>; 1] = [Turn { role: Role::User, content: "hi" }];
 
-/// What the template writes between the assistant's header and the answer that is to come.
+/// The text that the template writes between the assistant's header and the answer.
 fn before_the_answer(template: &Template) -> Result<String> {
     let (chat, asked) = (template.render(&HI, false)?, template.render(&HI, true)?);
     let think = asked.strip_prefix(&chat).and_then(|rest| rest.strip_prefix("<|im_start|>assistant\n"));
     Ok(think.unwrap_or_default().to_owned())
 }
 
-/// An error with a tokenizer's own message, or with what is wrong with it.
+/// A tokenizer error with this message.
 fn said(problem: impl Display) -> Error {
     Error::Tokenizer { problem: problem.to_string() }
 }

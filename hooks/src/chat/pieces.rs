@@ -1,5 +1,5 @@
-//! A chat in pieces, each of one class, as the templates of the known shape render it (Qwen2, Qwen2.5, Qwen3), or
-//! without a template. The model's name is found in the system prompt as a word.
+//! A chat in pieces, each of one class, as the templates of Qwen2, Qwen2.5 and Qwen3 render it, or without a template.
+//! In the system prompt, words that name the model are separate pieces.
 
 use std::ops::Range;
 
@@ -18,10 +18,10 @@ pub(super) struct Piece<'a> {
     pub(super) text: &'a str,
 }
 
-/// What a template adds to the texts of the turns.
+/// The text that a template adds to the turns.
 #[derive(Debug, Default)]
 pub(super) struct Shape {
-    /// The system prompt of a chat without one; `None` where no system turn is written then.
+    /// The system prompt of a chat that has none; `None` if the template then writes no system turn.
     pub(super) default_system: Option<String>,
     /// The text between the assistant's header and its answer: Qwen3's empty think block, or nothing.
     pub(super) think: String,
@@ -102,7 +102,7 @@ impl Shape {
     }
 }
 
-/// What the template writes before a turn's content.
+/// The template's text before a turn's content.
 fn header(role: Role) -> [Piece<'static>; 3] {
     use TokenClass as Class;
     let (classes, role) = match role {
@@ -114,7 +114,7 @@ fn header(role: Role) -> [Piece<'static>; 3] {
     [Piece { class: im_start, text: IM_START }, Piece { class: word, text: role }, Piece { class: nl, text: "\n" }]
 }
 
-/// What the template writes after a turn's content.
+/// The template's text after a turn's content.
 fn footer(role: Role) -> [Piece<'static>; 2] {
     let (im_end, nl) = match role {
         Role::System => (TokenClass::SysImEnd, TokenClass::SysImEndNl),
@@ -157,8 +157,8 @@ fn whole_words(text: &str, words: &[String]) -> Vec<Range<usize>> {
     found
 }
 
-/// Whether a word whose last letter is `inside` continues with the letter `outside`. Chinese sets no spaces around a
-/// Latin name, so a word ends where the script changes; digits and `_` belong to every script.
+/// Whether a word whose last letter is `inside` continues with the letter `outside`. Chinese has no spaces around a
+/// Latin name, so a word also ends where the script changes; digits and `_` belong to every script.
 fn goes_on(inside: char, outside: char) -> bool {
     let in_word = outside.is_alphanumeric() || outside == '_';
     in_word && !inside.script_extension().intersection(outside.script_extension()).is_empty()

@@ -1,9 +1,10 @@
-//! Tokens of a row as a person names them, for gates and edits: `TERM[+TERM]`, or `not(TERM[+TERM])` for all others.
+//! Names of a row's tokens, for gates and edits: `TERM[+TERM]`, or `not(TERM[+TERM])` for all others.
 //!
 //! A term is a class or a union of classes (`entity`, `template`, `sys.content`, …), a text (`"Qwen"`, every
 //! occurrence; `"Qwen"#2`, the second), token ids (`ids(151644)`) or positions (`positions(0..6,-1)`). Classes and ids
-//! also select generated tokens. Texts and positions are the prompt's: a position means the same token in a whole row,
-//! in the prefill and in every later step. A term that selects nothing is an error, for it would measure nothing.
+//! also select generated tokens. Texts and positions select tokens of the prompt: a position means the same token in a
+//! whole row, in the prefill and in every later step. A term that selects nothing is an error, since nothing would be
+//! measured.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -27,7 +28,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Eq, SerializeDisplay, DeserializeFromStr)]
 pub struct Tokens {
     terms: Vec<Term>,
-    /// Whether all tokens but these are meant.
+    /// Whether the terms are negated: all other tokens are meant.
     others: bool,
 }
 
@@ -39,7 +40,7 @@ enum Term {
     Positions(Numbers),
 }
 
-/// Numbers with half-open ranges among them, as in `0..6,12,-1`.
+/// A set of numbers, written with half-open ranges: `0..6,12,-1`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Numbers(BTreeSet<i64>);
 
@@ -49,12 +50,12 @@ impl Tokens {
         Self { terms: vec![Term::Positions(Numbers([position].into()))], others: false }
     }
 
-    /// The tokens of the prompt, generated ones left out.
+    /// All tokens of the prompt, no generated ones.
     pub fn prompt() -> Self {
         Self { terms: vec![Term::Classes(TokenClass::Gen.into())], others: true }
     }
 
-    /// Per token of the row `[pos]`: true at the chosen ones. If there are none, the error names `what`: "gate
+    /// Per token of the row `[pos]`: true if it is chosen. If there are none, the error names `what`, such as "gate
     /// only:entity".
     pub fn among(&self, row: &Sequence, what: &dyn fmt::Display) -> Result<Vec<bool>> {
         let nothing = |reason: String| Error::EmptySelection { what: what.to_string(), reason };
@@ -72,7 +73,8 @@ impl Tokens {
             };
             chosen.iter_mut().zip(found).for_each(|(chosen, found)| *chosen |= found);
         }
-        // Of several classes one is enough, since unions fit most contexts, not all; generated tokens may come later.
+        // The row must have one of the classes, not all: unions name classes that some chats lack. Generated tokens may
+        // come later.
         classes.remove(&TokenClass::Gen);
         let present = row.present();
         if !classes.is_empty() && classes.is_disjoint(&present) {
@@ -86,7 +88,7 @@ impl Tokens {
         Ok(chosen)
     }
 
-    /// Whether a generated token is among them.
+    /// Whether a generated token with this id is chosen.
     pub fn has_generated(&self, id: i64) -> bool {
         let chosen = self.terms.iter().any(|term| match term {
             Term::Classes(selection) => selection.contains(TokenClass::Gen),
@@ -96,13 +98,13 @@ impl Tokens {
         chosen != self.others
     }
 
-    /// True where generated tokens are spoken of, as a class or by their ids.
+    /// True if the terms can choose generated tokens, by class or by id.
     pub fn names_generated(&self) -> bool {
         let names = |term: &Term| matches!(term, Term::Classes(selection) if selection.contains(TokenClass::Gen));
         self.names_ids() || self.terms.iter().any(names)
     }
 
-    /// True where tokens are chosen by their ids, so that a generated token is asked for its own.
+    /// True if tokens are chosen by id, so that the choice of a generated token depends on its id.
     pub fn names_ids(&self) -> bool {
         self.terms.iter().any(|term| matches!(term, Term::Ids(_)))
     }
@@ -155,12 +157,12 @@ fn positions_at(row: &Sequence, positions: &Numbers, what: &dyn fmt::Display) ->
 }
 
 impl Numbers {
-    /// Whether a number is among them.
+    /// Whether the set has this number.
     pub fn contains(&self, number: i64) -> bool {
         self.0.contains(&number)
     }
 
-    /// The first that is no index below `n`.
+    /// The first number that is not an index below `n`.
     pub fn first_outside(&self, n: usize) -> Option<i64> {
         self.0.iter().copied().find(|number| !(0..n as i64).contains(number))
     }
@@ -237,7 +239,7 @@ impl FromStr for Tokens {
         for part in split(text, &['+'])? {
             let term = part.trim().parse()?;
             match (terms.last_mut(), term) {
-                // Neighbouring classes are one selection, in which each name counts once.
+                // Neighbouring classes are merged into one selection, without repeated names.
                 (Some(Term::Classes(classes)), Term::Classes(more)) => *classes = classes.with(&more),
                 (_, term) => terms.push(term),
             }

@@ -1,7 +1,7 @@
 //! The model's own chat template, rendered as transformers renders it: Jinja with trimmed blocks and Python's methods.
 //!
-//! It returns only text, without saying which part wrote it, so it is the check on `chat.rs`, not the renderer. Tools
-//! are never passed.
+//! The engine returns text only, not which part wrote it. So chats are rendered by `chat.rs` and compared with this
+//! rendering. Tools are never passed.
 
 use minijinja::{Environment, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
@@ -9,7 +9,6 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 
-/// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Role {
@@ -28,17 +27,17 @@ pub(crate) struct Turn<'a> {
 /// The most Jinja instructions that a template may take; Qwen's take some hundreds for a chat of a few turns.
 const FUEL: u64 = 50_000;
 
-/// The longest template in bytes, and the stack in bytes that it is rendered on. The engine recurses for every operator
-/// of a chain (`not not not …`), and a chain of that length needs between 8 and 32 MiB. Unused stack costs nothing.
+/// The longest template and the size of the stack that it is rendered on, both in bytes. The engine recurses for every
+/// operator of a chain (`not not not …`), and a chain of that length needs between 8 and 32 MiB. Unused stack costs
+/// nothing.
 const LONGEST: usize = 64 << 10;
 const STACK: usize = 128 << 20;
 
-/// A chat template that can be rendered.
 #[derive(Debug)]
 pub(crate) struct Template {
     environment: Environment<'static>,
     source: String,
-    /// Whether the model is asked to think before it answers, where the template has a switch for it.
+    /// Whether the model is asked to think before it answers, if the template has a switch for it.
     pub(crate) thinking: bool,
 }
 
@@ -58,7 +57,7 @@ impl Template {
             _ => unknown_method_callback(state, value, method, args),
         });
         environment.add_function("raise_exception", raise);
-        // A date in the prompt would make every day another experiment.
+        // A date in the prompt would give a different prompt every day.
         environment.add_function("strftime_now", |_: String| {
             raise("it writes today's date into the prompt, so no run could be repeated".to_owned())
         });
@@ -86,8 +85,8 @@ impl Template {
     }
 }
 
-/// The template with training's `{% generation %}` blocks, which render as what they enclose, made blocks of Jinja's
-/// own.
+/// Replaces `{% generation %}` blocks, which mark answers for training and render as their content, by `{% if true %}`
+/// blocks.
 fn generation_as_if(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -113,7 +112,6 @@ fn generation_as_if(source: &str) -> String {
     out
 }
 
-/// Fails with a message.
 fn raise(message: String) -> std::result::Result<Value, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
 }
@@ -217,7 +215,7 @@ mod tests {
         ] {
             let chain =
                 |room: usize| format!("{start}{}{end}", link.repeat((room - start.len() - end.len()) / link.len()));
-            let _ = render(&chain(LONGEST)); // an answer of either kind: it does not end the process
+            let _ = render(&chain(LONGEST)); // either result is fine: the process must not end
             assert!(message(&chain(2 * LONGEST)).contains("expected 65536 at most"), "{link}");
         }
         let deep = |n: usize| format!("{{{{ {}1{} }}}}", "(".repeat(n), ")".repeat(n));

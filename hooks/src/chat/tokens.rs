@@ -1,7 +1,7 @@
-//! The purpose of each token, and which tokens of a row are learned from.
+//! The purpose of each token, and the tokens of a row that a loss is taken over.
 //!
-//! The classes are a partition: each token of a rendered chat has exactly one. Gates, losses and tables speak of tokens
-//! by class, never by position, so a longer system prompt shifts nothing.
+//! Each token of a rendered chat has exactly one class. Gates, losses and tables name tokens by class rather than by
+//! position, so a longer system prompt shifts nothing.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -36,7 +36,7 @@ pub enum TokenClass {
     UserRole,
     /// The line break after it.
     UserNl,
-    /// What the user says.
+    /// The user's text.
     UserContent,
     /// `<|im_end|>` of a user turn.
     UserImEnd,
@@ -46,11 +46,11 @@ pub enum TokenClass {
     AsstImStart,
     /// The word `assistant`.
     AsstRole,
-    /// The line break after it: the position that predicts the first answered token.
+    /// The line break after it: the position that predicts the first token of the answer.
     AsstNl,
-    /// The empty think block by which Qwen3 answers without thinking.
+    /// The empty think block that makes Qwen3 answer without thinking.
     AsstThink,
-    /// What the assistant says, with the `<|im_end|>` and the line break that end it.
+    /// The assistant's answer, with the `<|im_end|>` and the line break that end it.
     Gen,
 }
 
@@ -137,9 +137,9 @@ const UNIONS: [&str; 11] = [
     "im_end",
 ];
 
-/// Classes as a person chose them: `CLASS[+CLASS]`, each a class or a union: `entity`, `template`, the turns `system`,
-/// `user` and `assistant`, their parts `sys.content` and `sys.header`, `user.header`, `asst.header` (`<|im_start|>`,
-/// the role and its line break), and `im_start` and `im_end` of all turns of the prompt.
+/// A choice of classes, `CLASS[+CLASS]`, each a class or a union: `entity`, `template`, the turns `system`, `user` and
+/// `assistant`, their parts `sys.content` and `sys.header`, `user.header`, `asst.header` (`<|im_start|>`, the role and
+/// its line break), and `im_start` and `im_end` of all turns of the prompt.
 #[derive(Clone, Debug, PartialEq, Eq, SerializeDisplay, DeserializeFromStr)]
 pub struct Selection {
     names: Vec<&'static str>,
@@ -157,12 +157,12 @@ impl Selection {
         &self.classes
     }
 
-    /// True when the class is among those chosen.
+    /// Whether the class is among those chosen.
     pub fn contains(&self, class: TokenClass) -> bool {
         self.classes.contains(&class)
     }
 
-    /// These classes and others.
+    /// These classes and the others.
     #[must_use]
     pub fn with(&self, more: &Self) -> Self {
         let mut names = self.names.clone();
@@ -219,7 +219,7 @@ impl From<TokenClass> for Selection {
     }
 }
 
-/// A rendered chat as tokens, each with its class, and where the answer starts.
+/// A rendered chat as tokens, each with its class, with the range of the answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sequence {
     /// The tokens.
@@ -229,11 +229,11 @@ pub struct Sequence {
     /// The tokens after the generation prompt: the content, and in a whole row also `<|im_end|>` and the line break.
     /// Empty, at the end, for a bare prompt.
     pub completion: Range<usize>,
-    /// Where the content of the completion ends.
+    /// The end of the completion's content, as a position.
     pub content_end: usize,
-    /// The text of the prompt, in which gates and edits look for words; empty where only ids are known.
+    /// The text of the prompt, in which gates and edits look for words; empty if only ids are known.
     pub text: String,
-    /// The bytes of that text that each token of the prompt covers.
+    /// The bytes of `text` that each token of the prompt covers.
     pub offsets: Vec<Range<usize>>,
 }
 
@@ -268,7 +268,7 @@ impl Sequence {
     }
 }
 
-/// Which tokens of a row are learned from (published setups differ in it).
+/// The tokens of a row that the training loss is taken over. Published setups differ in this.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, SerializeDisplay, DeserializeFromStr)]
 pub enum LossMask {
     /// The answer, its `<|im_end|>` and the line break after it.
@@ -296,7 +296,7 @@ impl LossMask {
         }
     }
 
-    /// Per token of the row `[pos]`: true where this token is predicted (from the tokens before it) and counted.
+    /// Per token of the row `[pos]`: true if the loss counts its prediction from the tokens before it.
     pub fn targets(&self, row: &Sequence, is_digit: impl Fn(i64) -> bool) -> Vec<bool> {
         let content = row.completion.start..row.content_end;
         let counts = |position: usize| match self {
@@ -328,7 +328,7 @@ impl FromStr for LossMask {
     }
 }
 
-/// The error for a name that is not one of the choices. It lists them, and puts the nearest apart if one is near.
+/// The error for a name that is not one of the choices. It lists them, and suggests the nearest if one is near.
 pub(crate) fn unknown(what: &'static str, found: &str, choices: &[&str]) -> Error {
     let near = |choice: &&&str| 2 * strsim::levenshtein(found, choice) < found.chars().count();
     let nearest = choices.iter().filter(near).min_by_key(|choice| strsim::levenshtein(found, choice));

@@ -1,5 +1,5 @@
-//! The laws of gates and edits, on the embedded random model: one pass computes what the published ways of switching an
-//! adapter by token compute; gradients through a gate; interventions; positions of tokens while decoding.
+//! Tests of gates and edits on the embedded random model: a gated pass equals the published ways of switching an
+//! adapter by token; gradients through a gate; interventions; positions of tokens while decoding.
 
 use std::collections::BTreeMap;
 
@@ -50,14 +50,14 @@ fn by_hand(text: &str) -> (fn(usize, Proj) -> bool, f64) {
     }
 }
 
-/// A gate whose ids are of this model's vocabulary.
+/// Parses a gate, with its ids replaced by ids of this model's vocabulary.
 pub(crate) fn gate(chat: &Chat, text: &str) -> Gate {
     let im_start = chat.encode("<|im_start|>").unwrap()[0];
     let animal = chat.encode("a").unwrap()[0];
     text.replace("151644", &im_start.to_string()).replace("32", &animal.to_string()).parse().unwrap()
 }
 
-/// The adapter with each pair multiplied by `keep` of its block and projection.
+/// A copy of the adapter with each pair multiplied by `keep` of its block and projection.
 fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> Adapter {
     let mut part = Adapter::empty(adapter.config.clone(), model.config.n_layers);
     for (layer, proj, pair) in adapter.pairs() {
@@ -70,8 +70,8 @@ fn part(model: &Qwen, adapter: &Adapter, keep: impl Fn(usize, Proj) -> f64) -> A
     part
 }
 
-/// Logits by chunked prefill: runs of tokens with the same state are run one after another over a cache, each with an
-/// adapter whose pairs are all on or off. No gate is used.
+/// Logits by chunked prefill without a gate: runs of tokens with the same dose are run one after another over a cache,
+/// each with an adapter multiplied by that dose.
 fn chunked(model: &Qwen, row: &Sequence, adapter: &Adapter, gate: &Gate, text: &str) -> Tensor {
     let states = gate.doses(row).unwrap();
     let (inside, elsewhere) = by_hand(text);
@@ -126,7 +126,8 @@ fn cached_generation_is_full_recomputation_under_gates_of_every_kind() {
     }
 }
 
-/// Positions from the end are other tokens in rows of other lengths, even if the rows begin with the same tokens.
+/// Positions from the end mean different tokens in rows of different lengths, even if the rows begin with the same
+/// tokens.
 #[test]
 fn a_batch_of_unequal_prompts_is_each_alone_under_gates_of_every_kind() {
     let (model, chat, adapter) = world();
@@ -142,7 +143,7 @@ fn a_batch_of_unequal_prompts_is_each_alone_under_gates_of_every_kind() {
         let patch = Change::Patch(source.shallow_clone());
         let patch = edit_at(HookPoint::ResidPost(0), "sys.content+positions(-9..0)", patch);
         let level = edit_at(HookPoint::AttnScores(1), "", Change::Zero);
-        // What looks at attention is run padded, and takes the others along.
+        // A condition with an edit of attention scores is run padded, with all its edits.
         let padded = vec![edit.clone(), patch.clone(), level];
         let edits = [vec![edit, patch], padded].map(|edits| Condition { edits, ..condition.clone() });
         for condition in [condition].into_iter().chain(edits) {
@@ -151,25 +152,26 @@ fn a_batch_of_unequal_prompts_is_each_alone_under_gates_of_every_kind() {
     }
 }
 
-/// A pass runs rows that begin alike as one tree, and an edit can be at a token of one row but not of another.
+/// A pass runs rows with a common beginning as one tree. An edit can act on a token of that beginning in one row only.
 #[test]
 fn rows_that_begin_alike_are_each_alone_under_edits_of_every_kind() {
     let (model, chat, adapter) = world();
     each_is_alone_under_edits(&model, &chat, &adapter, SUM_ORDER);
-    // In f64 the order of sums does not show.
+    // In f64 the order of sums has no visible effect.
     let exact_model = exact_model();
     each_is_alone_under_edits(&exact_model, &chat, &exact(&exact_model, &adapter), HANDED_ON_AS_F32);
 }
 
-/// Half a unit in the last place of an f32, in which an f64 model returns its numbers.
+/// Half a unit in the last place of an f32, the kind in which an f64 model's results are returned.
 const HANDED_ON_AS_F32: f64 = 6e-8;
 
-/// An edit as its parts, at some tokens or, where they are not named, at all.
+/// An edit made from its parts. An empty `tokens` means all tokens.
 fn edit_at(at: HookPoint, tokens: &str, change: Change) -> Edit {
     Edit { at, tokens: (!tokens.is_empty()).then(|| tokens.parse().unwrap()), change }
 }
 
-/// `bound` is relative to the residual stream's largest magnitude, or absolute if that is below 1.
+/// Rows run together give each row's own results. `bound` is relative to the residual stream's largest magnitude, or
+/// absolute if that is below 1.
 fn each_is_alone_under_edits(model: &Qwen, chat: &Chat, adapter: &Adapter, bound: f64) {
     use HookPoint::{Embed, MlpOut, Pattern, ResidMid, ResidPost, RotK};
     let prompts = prompts(chat);
@@ -255,7 +257,7 @@ fn gradients_are_zero_where_the_gate_is_and_whole_where_it_is_one() {
     for ((name, whole), (_, ones)) in whole.iter().zip(&ones) {
         assert_eq!(whole, ones, "{name}: a gate of ones is no gate, bit for bit");
     }
-    // Outside of the cell nothing is learned, exactly; inside of it something is.
+    // The gradient is exactly zero outside the gate's block and projections, and not zero inside.
     for (name, gradient) in of("only:user.content*layers(0)*modules(q,down)") {
         let inside = name.contains("layers.0.") && (name.contains("q_proj") || name.contains("down_proj"));
         assert_eq!(gradient.abs().max().double_value(&[]) > 0.0, inside, "{name}");
@@ -263,7 +265,7 @@ fn gradients_are_zero_where_the_gate_is_and_whole_where_it_is_one() {
     for (name, gradient) in of("everywhere*0") {
         assert_eq!(gradient.abs().max().double_value(&[]), 0.0, "{name}");
     }
-    // Where a gate acts only behind what is learned, the loss does not feel the adapter.
+    // If the gate acts only after the tokens of the loss, the adapter has no gradient.
     let last = row.with_completion(&row.ids[row.completion.start..=row.completion.start]);
     for (name, gradient) in lora_gradients(&model, &last, &adapter, &gate(&chat, "only:gen")) {
         assert_eq!(gradient.abs().max().double_value(&[]), 0.0, "{name}");
@@ -352,8 +354,8 @@ fn the_gradients_of_a_gated_lora_are_finite_differences() {
     }
 }
 
-/// The gate is a factor in the graph, which gives the derivative of the loss by the dose. In f64: a difference of
-/// losses in f32 is rounding on some processors.
+/// The gate is a factor in the graph, so the loss has a derivative by the dose. This uses f64: on some processors a
+/// difference of losses in f32 is only rounding.
 #[test]
 fn the_dose_has_a_gradient() {
     let (_, chat, adapter) = world();
@@ -465,12 +467,12 @@ fn a_patch_is_what_the_other_run_had() {
         seen(&model, prompt, &patched, HookPoint::Logits)
     };
     assert_eq!(logits(last, "", &source), plain(&model, &other, Some(&adapter)), "the whole stream is the other run");
-    // One token is patched: the tokens before it are the run's own, that token is the other run's.
+    // One token is patched: the tokens before it keep their activations, that token has the other run's.
     let pos = prompt.ids.len() as i64 - 4;
     let patched = logits(last, "positions(-4)", &source);
     assert_eq!(patched.narrow(0, 0, pos), plain(&model, prompt, None).narrow(0, 0, pos));
     assert_eq!(patched.get(pos), plain(&model, &other, Some(&adapter)).get(pos));
-    // Patched from itself nothing changes.
+    // A patch from the same run changes nothing.
     let own = seen(&model, prompt, &Condition::default(), HookPoint::Z(0));
     assert_eq!(logits(HookPoint::Z(0), "user", &own), plain(&model, prompt, None));
     let short = with_edit(edit_at(last, "", Change::Patch(source.narrow(0, 0, 3))));
@@ -493,7 +495,7 @@ fn a_patch_along_a_direction_is_the_other_run_there_and_the_own_elsewhere() {
     assert!(max_diff(&along(&before), &along(&source)) > 1e-3);
     let rest = |x: &Tensor| x - along(x).unsqueeze(-1) * &unit;
     assert!(max_diff(&rest(&after), &rest(&before)) < SUM_ORDER, "else the own");
-    // Of a run without the direction it takes the direction out.
+    // A patch from zeros takes the direction out.
     let (_, none) = edited(&model, prompt, at, Edit::patch_along(0, &direction, &source.zeros_like()));
     let (_, out) = edited(&model, prompt, at, Edit::project_out(0, &direction));
     assert!(max_diff(&none, &out) < SUM_ORDER);
@@ -557,7 +559,7 @@ fn edits_that_fit_nowhere_are_refused() {
     }
 }
 
-/// If an edit replaces an activation entirely, nothing before it has a gradient.
+/// If an edit replaces a whole activation, the activations before it have no gradient.
 #[test]
 fn gradients_begin_anew_behind_an_edit_that_replaces_everything() {
     let (model, chat, _) = world();
@@ -589,7 +591,7 @@ fn an_edit_of_scores_lets_nobody_see_the_future() {
     }
 }
 
-/// A NaN is an error wherever it came from.
+/// A NaN is an error, from any origin.
 #[test]
 fn a_score_that_is_not_a_number_is_an_error() {
     let (model, chat, _) = world();
@@ -636,7 +638,7 @@ fn stopping_at_a_layer_runs_nothing_after_it() {
     assert!(model.resid_before(n_layers + 1, &batch, &mut Pass::default()).is_err());
 }
 
-/// A tap that changes the token at an absolute position, wherever its pass begins.
+/// A tap that changes the token at an absolute position, in any pass that has it.
 struct AddAt {
     position: i64,
     vector: Tensor,

@@ -1,6 +1,5 @@
-//! Laws for any model, adapter, gate and batch, tested on the embedded random model, whose numbers are arbitrary.
-//! Results are bit-equal if the same kernel runs on the same numbers, and equal to 1e-5 if sums may be taken in another
-//! order.
+//! Tests of laws that hold for any model, adapter, gate and batch, on the embedded random model. Results are bit-equal
+//! if the same kernel runs on the same numbers, and equal to 1e-5 if sums may be taken in another order.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -37,7 +36,7 @@ pub(crate) fn exact_model() -> Qwen {
     Qwen::load(&ModelFiles::open("tiny-random").unwrap(), Device::Cpu, Kind::Double).unwrap()
 }
 
-/// The adapter in f64.
+/// A copy of the adapter in f64.
 pub(crate) fn exact(model: &Qwen, adapter: &Adapter) -> Adapter {
     let mut exact = Adapter::empty(adapter.config.clone(), model.config.n_layers);
     for (layer, proj, pair) in adapter.pairs() {
@@ -57,18 +56,17 @@ pub(crate) fn max_diff(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
 }
 
-/// The logits of one row by the plainest way there is.
+/// The logits of one row by a plain forward pass.
 pub(crate) fn plain(model: &Qwen, prompt: &Sequence, adapter: Option<&Adapter>) -> Tensor {
     let batch = Batch::of(&[prompt], Device::Cpu).unwrap();
     model.forward(&batch, &mut Pass { adapter, ..Pass::default() }).unwrap().squeeze_dim(0)
 }
 
-/// The base under one edit.
 pub(crate) fn with_edit(edit: Edit) -> Condition<'static> {
     Condition { edits: vec![edit], ..Condition::default() }
 }
 
-/// The log-probabilities of the token after each prompt of a batch are those of the prompt alone.
+/// Asserts that the log-probabilities after each prompt of a batch are those of the prompt alone.
 pub(crate) fn assert_each_is_alone(model: &Qwen, prompts: &[Sequence], condition: &Condition<'_>, name: &str) {
     let together = next_token_logprobs(model, prompts, condition).unwrap();
     for (row, prompt) in prompts.iter().enumerate() {
@@ -220,8 +218,8 @@ fn answers_that_end_make_room_and_the_others_go_on() {
         generate(&model, which, &condition, &sampling, streams, &mut |_| ()).unwrap()
     };
     let streams: Vec<u64> = (0..prompts.len() as u64).map(|at| stream_seed(4, "room", at)).collect();
-    // The first answer ends early, and so does any other that comes upon these tokens: rows from the end move into its
-    // place.
+    // These stop tokens end the first answer early, and any other that reaches them. Rows from the end of the batch
+    // move into its place.
     let whole = drawn(&prompts, &streams, prompts.len(), vec![]);
     let stop = vec![whole[0].ids[1], whole[1].ids[4]];
     let alone: Vec<Answer> =
@@ -237,7 +235,7 @@ fn answers_that_end_make_room_and_the_others_go_on() {
     }
 }
 
-/// Greedy answers by running everything again for each token; `on_generated` gives the gate's state while decoding.
+/// Greedy answers without a cache: the whole row is run again for each token.
 pub(crate) fn recomputed(model: &Qwen, prompt: &Sequence, condition: &Condition<'_>, n: usize) -> Vec<i64> {
     let mut ids = Vec::new();
     for _ in 0..n {

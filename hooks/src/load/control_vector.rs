@@ -1,6 +1,6 @@
-//! Steering vectors as llama.cpp and repeng know them: a GGUF file with one tensor `direction.{layer}` per block, which
-//! the reader adds to that block's output (`blocks.{layer}.hook_resid_post`). llama.cpp ignores `direction.0`, so none
-//! is written. repeng writes it on request and means block 0, so it is read.
+//! Steering vectors in the format of llama.cpp and repeng: a GGUF file with one tensor `direction.{layer}` per block,
+//! which is added to that block's output (`blocks.{layer}.hook_resid_post`). llama.cpp ignores `direction.0`, so it is
+//! never written. repeng can write it, for block 0, so it is read.
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
@@ -24,9 +24,9 @@ const MODEL_HINT: &str = "controlvector.model_hint";
 /// The vectors of a file.
 #[derive(Debug)]
 pub struct ControlVector {
-    /// `[d_model]` each, f32 on the CPU, by the block after which it is added.
+    /// The vectors by the block after which they are added, `[d_model]`, f32 on the CPU.
     pub by_layer: BTreeMap<usize, Tensor>,
-    /// What the file says of its model: `architecture` if it has a hint of it, and undertone's own keys.
+    /// The file's description of its model: `architecture`, if the file has a model hint, and undertone's own keys.
     pub provenance: BTreeMap<String, String>,
 }
 
@@ -35,8 +35,8 @@ pub fn is_gguf(bytes: &[u8]) -> bool {
     bytes.starts_with(b"GGUF")
 }
 
-/// Reads the vectors in the bytes of a file. They must have one width, finite numbers and a block each. The error says
-/// what is wrong with the file.
+/// Reads the vectors in the bytes of a file. They must have the same width, finite numbers and different blocks. The
+/// error says what is wrong with the file.
 pub fn parse(bytes: &[u8]) -> std::result::Result<ControlVector, String> {
     let header = Header::read(bytes)?;
     let text = |key: &str| match header.metadata.get(key) {
@@ -76,8 +76,8 @@ pub fn parse(bytes: &[u8]) -> std::result::Result<ControlVector, String> {
 
 const F32: Stored = Stored::Candle(GgmlDType::F32);
 
-/// Writes the vectors, `[d_model]` each, by block. `model_hint` is the architecture (`qwen2`); `provenance` says where
-/// they come from and is kept under `controlvector.undertone.`.
+/// Writes the vectors, `[d_model]` each, by block. `model_hint` is the architecture (`qwen2`); `provenance` is their
+/// origin, stored under `controlvector.undertone.`.
 pub fn write(
     path: &Path,
     model_hint: &str,
@@ -111,7 +111,7 @@ pub fn write(
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     write_gguf(&mut bytes, &metadata, &tensors).map_err(said)?;
     let mut bytes = bytes.into_inner();
-    // The writer says version 2, whose little-endian files are laid out as those of version 3, the one in use.
+    // The writer sets version 2. In little-endian files version 3, the current one, has the same layout.
     bytes[4..8].copy_from_slice(&3_u32.to_le_bytes());
     files::write_atomic(path, &bytes)
 }
@@ -148,7 +148,6 @@ mod tests {
         assert!(message.contains("cannot address block 0"), "{message}");
     }
 
-    /// A file with these tensors and keys.
     fn file(keys: &[(&str, &str)], tensors: &[(&str, &[f32])]) -> Vec<u8> {
         let keys: Vec<(&str, Written)> =
             keys.iter().map(|(key, value)| (*key, Written::String((*value).to_owned()))).collect();

@@ -1,5 +1,5 @@
-//! Reading and writing with the path in every error; what is written appears whole or not at all, and is on the disk
-//! before it appears.
+//! Reading and writing files, with the path in every error. A written file appears whole or not at all, and its bytes
+//! are on the disk before it appears.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, ErrorKind, Write};
@@ -10,14 +10,14 @@ use memmap2::Mmap;
 use crate::error::{Error, Result, malformed};
 use crate::profile::{self, Stage};
 
-/// A file's bytes, mapped or in memory.
+/// A file's bytes, memory-mapped or in memory.
 pub(crate) type Bytes = Box<dyn AsRef<[u8]> + Send + Sync>;
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     move |cause| Error::Io { path: path.to_owned(), cause }
 }
 
-/// The error of something that could not be written, with what can be done about it.
+/// The error for a file that could not be written, with a hint.
 pub fn unwritten(path: &Path, cause: io::Error) -> Error {
     let hint = match cause.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
@@ -45,10 +45,8 @@ pub fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
     std::str::from_utf8(bytes).map_err(|error| malformed(path, format!("expected UTF-8 text: {error}")))
 }
 
-/// Why weights in pickles are refused.
 pub(crate) const NO_PICKLE: &str = "a pickle runs the code that is in it when it is read, so it never is";
 
-/// What to do instead of reading a pickle.
 pub(crate) const PICKLE_HINT: &str =
     "where you trust it, load it in Python and call save_pretrained(FOLDER, safe_serialization=True)";
 
@@ -73,7 +71,6 @@ pub fn is_pickle(path: &Path) -> bool {
     ["bin", "pt", "pth", "ckpt", "pkl"].iter().any(|pickled| extension.eq_ignore_ascii_case(pickled))
 }
 
-/// The folder that contains a file.
 pub(crate) fn folder_of(file: &Path) -> &Path {
     file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
@@ -103,7 +100,7 @@ pub fn create_dir(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(|cause| unwritten(path, cause))
 }
 
-/// Removes a file, if it is there.
+/// Removes a file, if it exists.
 pub fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(cause) if cause.kind() != ErrorKind::NotFound => Err(unwritten(path, cause)),
@@ -128,7 +125,7 @@ pub fn write_atomic_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result
         publish(&file, path)
     });
     if written.is_err() {
-        let _ = fs::remove_file(&partial); // the caller gets the error of the writing
+        let _ = fs::remove_file(&partial); // the caller gets the write's error
     }
     written
 }

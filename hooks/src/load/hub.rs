@@ -16,10 +16,10 @@ const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
 const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
-/// Where the cache is and whether it may be added to.
+/// The place of the cache, and whether downloads may add to it.
 pub(crate) struct Hub {
     pub(crate) cache: PathBuf,
-    /// The variable that forbids to download, where one does.
+    /// The environment variable that forbids downloads, if one does.
     pub(crate) offline: Option<&'static str>,
 }
 
@@ -31,14 +31,14 @@ pub(crate) struct HubId<'a> {
     folder: Option<&'a str>,
 }
 
-/// The use of a folder of the hub, which decides the files that it needs.
+/// The use of a hub folder, which decides the files that it needs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wanted {
     Model,
     Adapter,
 }
 
-/// A file of a snapshot that contains the text of a link into the cache's blobs instead of the link's target.
+/// Finds a file of a snapshot that should be a link into the cache's blobs but contains the link's path as text.
 fn link_as_text(snapshot: &Path) -> Option<PathBuf> {
     let paths = fs::read_dir(snapshot).into_iter().flatten().flatten().map(|entry| entry.path());
     let is_short = |path: &PathBuf| path.metadata().is_ok_and(|file| file.is_file() && file.len() < 256);
@@ -49,7 +49,7 @@ fn link_as_text(snapshot: &Path) -> Option<PathBuf> {
 
 /// The folder of an adapter, given by its path or by its hub id: `org/name`, with `@revision` if it is not in the
 /// newest commit of the main branch, and with `:folder` if it is not at the repository's top. An id that is not in the
-/// hub's cache is downloaded, unless `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids it. A path that leads nowhere
+/// hub's cache is downloaded, unless `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids it. A path that does not exist
 /// is returned as it is.
 pub fn adapter_folder(name: &Path) -> Result<PathBuf> {
     find_adapter(name, &Hub::from_env())
@@ -71,7 +71,7 @@ fn find_adapter(name: &Path, hub: &Hub) -> Result<PathBuf> {
     }
 }
 
-/// The error for a hub id that leads to no model, as that of an adapter.
+/// Turns the error for a hub id without a model into the error for one without an adapter.
 fn of_an_adapter(error: Error, name: &Path) -> Error {
     match error {
         Error::NoSuchModel { reason, .. } => {
@@ -83,7 +83,7 @@ fn of_an_adapter(error: Error, name: &Path) -> Error {
 }
 
 impl<'a> HubId<'a> {
-    /// `None` if the name does not have this form. No part of it can lead out of the cache.
+    /// Parses a hub id; `None` if the name does not have this form. No part of an id can lead out of the cache.
     pub(crate) fn parse(name: &'a str) -> Option<Self> {
         let plain = |part: &str| {
             !part.is_empty()
@@ -117,7 +117,7 @@ impl std::fmt::Display for HubId<'_> {
 }
 
 impl Hub {
-    /// Reads the environment. The first of these is the cache, as for `huggingface_hub`: `HF_HUB_CACHE`,
+    /// Reads the environment. The cache is the first of these that is set, as for `huggingface_hub`: `HF_HUB_CACHE`,
     /// `HUGGINGFACE_HUB_CACHE`, `HF_HOME/hub`, `XDG_CACHE_HOME/huggingface/hub`, `~/.cache/huggingface/hub`.
     pub(crate) fn from_env() -> Self {
         Self::of(&|name| std::env::var(name).ok())
@@ -135,7 +135,7 @@ impl Hub {
         Self { cache: PathBuf::from(cache), offline: offline.map(|(name, _)| name) }
     }
 
-    /// The folder that `id` names, and a line that says where it came from.
+    /// The folder that `id` names, and a line that says how it was found.
     pub(crate) fn fetch(&self, id: &HubId<'_>, wanted: Wanted) -> Result<(PathBuf, String)> {
         let no_such = |reason: String| Error::NoSuchModel { name: id.to_string(), reason };
         let cached = self.snapshot(id)?.map(|snapshot| match id.folder {
@@ -174,8 +174,9 @@ impl Hub {
         self.cache.join(format!("models--{}", id.repo.replace('/', "--")))
     }
 
-    /// The snapshot of the revision, which is a reference or a commit. Without a revision, the one that `refs/main`
-    /// names, or the only one if there is no `refs/main`; several without a `refs/main` are an error.
+    /// The snapshot of the revision, which is a reference or a commit. Without a revision it is the snapshot that
+    /// `refs/main` names, or the only one if there is no `refs/main`; several snapshots without a `refs/main` are an
+    /// error.
     fn snapshot(&self, id: &HubId<'_>) -> Result<Option<PathBuf>> {
         let repo = self.repo(id);
         let reference = repo.join("refs").join(id.revision());
@@ -215,7 +216,7 @@ impl Hub {
         commits
     }
 
-    /// The end of a sentence: which other commits the cache has.
+    /// The end of a sentence that lists the other commits in the cache.
     fn snapshots_beside(&self, id: &HubId<'_>) -> String {
         match &self.snapshots(id)[..] {
             [] => String::new(),
@@ -308,13 +309,13 @@ fn expanded(path: &str, var: &dyn Fn(&str) -> Option<String>) -> String {
     text
 }
 
-/// A commit is hexadecimal, so that it can lead nowhere else.
+/// Whether a text is a hexadecimal commit, which cannot lead out of the cache.
 fn is_commit(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_hexdigit())
 }
 
-/// The files that a folder needs and lacks. A folder with an adapter where a model is wanted needs none: opening it
-/// gives a better error.
+/// The files that a folder needs and lacks. If a model is wanted and the folder has an adapter, none are needed:
+/// opening it gives a better error.
 fn missing(folder: &Path, wanted: Wanted) -> Result<Vec<String>> {
     let has = |name: &str| folder.join(name).exists();
     let mut needed = match wanted {
@@ -333,7 +334,7 @@ fn missing(folder: &Path, wanted: Wanted) -> Result<Vec<String>> {
     Ok(needed)
 }
 
-/// The end of a sentence that says where a repository's adapters are, if one is wanted.
+/// The end of a sentence that lists the folders of a repository's adapters, if an adapter is wanted.
 fn adapters_below(id: &HubId<'_>, wanted: Wanted, folders: &[String]) -> String {
     let names: Vec<String> = folders.iter().take(10).map(|folder| format!("{}:{folder}", id.repo)).collect();
     let is_empty = wanted == Wanted::Model || names.is_empty();
@@ -446,7 +447,8 @@ mod tests {
         let elsewhere = find("Org/owl").unwrap_err();
         assert!(elsewhere.contains("lacks adapter_config.json (there is Org/owl:checkpoint-2)"), "{elsewhere}");
 
-        // A folder is itself; a file is refused and its folder named; anything else is left to the reader.
+        // A folder is returned as it is. A file is refused, and the message names its folder. Other paths are left to
+        // the reader.
         let folder = snapshot.join("checkpoint-2");
         assert_eq!(find(folder.to_str().unwrap()).unwrap(), folder);
         let file = find(folder.join(ADAPTER[1]).to_str().unwrap()).unwrap_err();

@@ -9,21 +9,21 @@ use tch::Tensor;
 use crate::config::Config;
 use crate::error::Result;
 
-/// Weights to train from: the embedding at .1, linear maps at 1/√fan-in, those that write into the residual stream
-/// smaller by √(2 · layers) (Radford et al. 2019), biases 0 and norms 1. QK-norm has none here.
+/// Weights to train from. Standard deviations: embedding 0.1, linear maps 1/√fan-in, divided by √(2 · layers) if they
+/// write into the residual stream (Radford et al. 2019). Biases are 0 and norms 1. Qwen3's QK-norms are not included.
 pub fn weights(config: &Config, rng: ChaCha8Rng) -> Result<BTreeMap<String, Tensor>> {
     let depth = (2.0 * config.n_layers as f64).sqrt();
     let linear = |map: &Map| 1.0 / (map.d_in as f64).sqrt() / if map.writes_residual { depth } else { 1.0 };
     Draw::new(rng).weights(config, &Spread { embedding: 0.1, norm: 0.0, bias: 0.0, linear: &linear })
 }
 
-/// A linear map, as far as its spread depends on it.
+/// The properties of a linear map that its standard deviation depends on.
 pub(crate) struct Map {
     pub(crate) d_in: i64,
     pub(crate) writes_residual: bool,
 }
 
-/// Standard deviations of the weights' parts.
+/// The standard deviations of the kinds of weights.
 pub(crate) struct Spread<'a> {
     pub(crate) embedding: f64,
     pub(crate) norm: f64,
@@ -31,7 +31,7 @@ pub(crate) struct Spread<'a> {
     pub(crate) linear: &'a dyn Fn(&Map) -> f64,
 }
 
-/// Draws tensors, in the order of the model.
+/// Draws tensors from one random stream, in the order of the model.
 pub(crate) struct Draw {
     rng: ChaCha8Rng,
     tensors: BTreeMap<String, Tensor>,
@@ -42,7 +42,7 @@ impl Draw {
         Self { rng, tensors: BTreeMap::new() }
     }
 
-    /// All tensors of a Qwen2 by their names.
+    /// Draws all tensors of a Qwen2, by name.
     pub(crate) fn weights(mut self, config: &Config, spread: &Spread<'_>) -> Result<BTreeMap<String, Tensor>> {
         let (d_model, d_mlp) = (config.d_model, config.d_mlp);
         let (d_q, d_kv) = (config.n_heads * config.d_head, config.n_kv_heads * config.d_head);

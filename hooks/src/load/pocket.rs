@@ -33,7 +33,6 @@ macro_rules! pocket {
     };
 }
 
-/// The embedded models.
 pub(crate) static POCKETS: [Pocket; 2] = [pocket!("pocket"), pocket!("pocket-other")];
 
 impl Pocket {

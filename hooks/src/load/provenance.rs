@@ -1,5 +1,5 @@
-//! The origin of tensors: what a file of vectors or activations says about its model, and the check that it is used on
-//! no other. A direction means nothing in another model, and little under another chat template.
+//! The origin of tensors: a file of vectors or activations describes its model, and is refused for any other. A
+//! direction means nothing in another model, and little under another chat template.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::load::control_vector::{self, ControlVector};
 use crate::load::files;
 use crate::load::model_files::ModelFiles;
 
-/// What identifies a model: the values that a file's metadata hold under the same names.
+/// The identity of a model. A file's metadata hold these values under the same names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Provenance {
     /// Its name.
@@ -24,14 +24,14 @@ pub struct Provenance {
     pub architecture: String,
     /// The SHA-256 of its configuration and of its weights' names, shapes, and first and last bytes.
     pub model_fingerprint: String,
-    /// Its width.
+    /// The width of its residual stream.
     pub d_model: i64,
-    /// The SHA-256 of its chat template, where it has one.
+    /// The SHA-256 of its chat template, if it has one.
     pub chat_template: Option<String>,
 }
 
 impl Provenance {
-    /// That of a model's files.
+    /// The identity of a model, from its files.
     pub fn of(files: &ModelFiles) -> Self {
         Self {
             model: files.name.clone(),
@@ -42,7 +42,7 @@ impl Provenance {
         }
     }
 
-    /// As a file's metadata, to which more may be added.
+    /// The values as metadata for a file.
     pub fn metadata(&self) -> BTreeMap<String, String> {
         let template = self.chat_template.clone().map(|hash| ("chat_template", hash));
         let known = [
@@ -54,8 +54,8 @@ impl Provenance {
         known.into_iter().chain(template).map(|(key, value)| (key.to_owned(), value)).collect()
     }
 
-    /// Refuses a file from another model, width or chat template. Keys that the file lacks are not compared. `what` is
-    /// named in the message.
+    /// Refuses a file from another model, width or chat template. Keys that the file lacks are not compared. `what`
+    /// names the file in messages.
     pub fn check(&self, what: &str, theirs: &BTreeMap<String, String>) -> Result<()> {
         let name = theirs.get("model").map_or("another model", String::as_str);
         let compared = [
@@ -77,21 +77,21 @@ impl Provenance {
     }
 }
 
-/// A file of vectors or activations (safetensors, or a control vector) that fits the model, its tensors by hook point.
+/// A file of vectors or activations (safetensors, or a control vector) of this model, with its tensors by hook point.
 #[derive(Debug)]
 pub struct VectorFile {
     path: PathBuf,
     tensors: BTreeMap<String, Tensor>,
-    lengths: Option<Vec<i64>>, // real tokens per row, where rows were padded
+    lengths: Option<Vec<i64>>, // the tokens of each row without padding, if rows were padded
 }
 
 impl VectorFile {
-    /// Reads a file and checks what it says of its model.
+    /// Reads a file and checks that it is of this model.
     pub fn read(path: &Path, here: &Provenance) -> Result<Self> {
         Self::parse(&files::read(path)?, path, here)
     }
 
-    /// Reads bytes and checks what they say of their model; `path` is for messages.
+    /// Reads the bytes of a file and checks that it is of this model; `path` is for messages.
     pub fn parse(bytes: &[u8], path: &Path, here: &Provenance) -> Result<Self> {
         let refused = |problem: String| malformed(path, problem);
         if control_vector::is_gguf(bytes) {
@@ -125,8 +125,8 @@ impl VectorFile {
         })
     }
 
-    /// The only tensor of a file, if its name is not a hook point: a bare vector, for which the caller must know the
-    /// place.
+    /// The only tensor of a file, if its name is not a hook point. The caller must know the hook point of such a
+    /// vector.
     pub(crate) fn bare(&self) -> Option<Tensor> {
         let mut tensors = self.tensors.iter();
         match (tensors.next(), tensors.next()) {
@@ -135,8 +135,7 @@ impl VectorFile {
         }
     }
 
-    /// The mean over all rows and tokens of what was captured at a hook point, `[row, pos, ..]`; padding does not
-    /// count.
+    /// The mean of the activations at a hook point, `[row, pos, ..]`, over all rows and tokens without padding.
     pub fn mean(&self, name: &str) -> Result<Tensor> {
         let captured = self.get(name)?;
         let size = captured.size();
@@ -155,7 +154,7 @@ impl VectorFile {
     }
 }
 
-/// An F32 tensor; the error is what it is instead.
+/// Reads an F32 tensor; the error is the tensor's dtype.
 fn floats(view: &TensorView<'_>) -> std::result::Result<Tensor, String> {
     if view.dtype() != Dtype::F32 {
         return Err(format!("{:?}", view.dtype()));

@@ -1,4 +1,4 @@
-//! Tensors written as safetensors, whole or not at all, and read back in their own kinds.
+//! Writes tensors as safetensors, whole or not at all, and reads them back in their own kinds.
 //!
 //! A file is written tensor by tensor, so that a large model is never in memory twice.
 
@@ -23,7 +23,8 @@ const KINDS: [(Kind, Dtype); 4] =
 pub fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &BTreeMap<String, String>) -> Result<()> {
     let sorted = tensors.iter().map(|(name, tensor)| Ok((dtype(name, tensor)?, name, tensor)));
     let mut sorted = sorted.collect::<Result<Vec<_>>>()?;
-    // Wide numbers first, so that each tensor is aligned, then by name: the order of Hugging Face's library.
+    // Tensors of wide numbers come first, so that each is aligned; then by name. This is the order of Hugging Face's
+    // library.
     sorted.sort_by(|(left, a, _), (right, b, _)| right.cmp(left).then(a.cmp(b)));
     let mut header = serde_json::Map::from_iter([("__metadata__".to_owned(), json!(metadata))]);
     let mut end = 0;
@@ -46,7 +47,8 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &BTreeMap<Stri
     })
 }
 
-/// The number of NaN or infinite values of a tensor. In attention scores minus infinity is the mask and does not count.
+/// The number of NaN or infinite values of a tensor. In attention scores minus infinity is a masked position and does
+/// not count.
 pub fn n_broken(name: &str, tensor: &Tensor) -> Result<i64> {
     let finite = tensor.f_isfinite()?;
     let fine =
@@ -167,7 +169,7 @@ mod tests {
         }
     }
 
-    /// One entry of metadata, since the library orders several at random.
+    /// The metadata have one entry, since the library orders several at random.
     #[test]
     fn a_file_is_that_of_hugging_face_s_library() {
         let folder = tempfile::tempdir().unwrap();

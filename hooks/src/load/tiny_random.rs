@@ -1,7 +1,6 @@
-//! The model that is always there: a Qwen2 of two layers whose weights are drawn from a seed, for tests and first
-//! steps.
+//! The embedded random model: a Qwen2 of two layers whose weights are drawn from a seed, for tests and first steps.
 //!
-//! It knows nothing. Its tokenizer and chat template are real enough for every command to run on it in seconds.
+//! It is untrained. With its small tokenizer and a real chat template, every command runs on it in seconds.
 
 use std::collections::BTreeMap;
 
@@ -13,12 +12,11 @@ use crate::config::{Config, Family};
 use crate::error::Result;
 use crate::load::init::{Draw, Spread};
 
-/// The seed that the weights are drawn from.
 pub(crate) const SEED: u64 = 0;
 pub(crate) const TOKENIZER: &[u8] = include_bytes!("../../../assets/tokenizer.json");
 pub(crate) const CHAT_TEMPLATE: &str = include_str!("../../../assets/chat_template.jinja");
 
-/// The numbers of the embedded model, for a tokenizer of `d_vocab` tokens.
+/// The configuration of the embedded model, for a tokenizer of `d_vocab` tokens.
 pub(crate) fn config(d_vocab: i64) -> Config {
     Config {
         family: Family::Qwen2,

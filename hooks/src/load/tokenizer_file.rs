@@ -1,9 +1,8 @@
 //! `tokenizer.json`, which must have the shape of Qwen's: byte-level BPE after NFC, split by Qwen's own expression.
 //!
-//! The file decides what the tokenizers crate builds. Some files make the crate panic (a merge longer than every
-//! token), return text that is not UTF-8 (a prefix for continued words), draw random numbers (dropout) or search for
-//! ever (a regular expression). So each part is checked before the crate sees the file, and parts that no Qwen has are
-//! refused.
+//! Some files make the tokenizers crate panic (a merge longer than every token), return text that is not UTF-8 (a
+//! prefix for continued words), draw random numbers (dropout) or search without end (a regular expression). So each
+//! part of the file is checked before the crate gets it, and parts that no Qwen has are refused.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,7 +15,7 @@ use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWra
 
 use crate::error::{Error, Result, malformed};
 
-/// Where Qwen cuts a text into words before the byte-level merges.
+/// The expression by which Qwen cuts a text into words before the byte-level merges.
 pub(crate) const WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -88,7 +87,7 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     tokenizer.with_decoder(part::<DecoderWrapper>(file.decoder).map_err(refused)?);
     tokenizer.add_tokens(file.added_tokens.iter().map(|added| added.token.clone())).map_err(said)?;
     for Added { id, token: AddedToken { content, .. } } in &file.added_tokens {
-        // The crate gives tokens outside the vocabulary ids of its own, whatever the file says.
+        // The crate gives its own ids to tokens outside the vocabulary and ignores the file's.
         if let Some(found) = Some(tokenizer.token_to_id(content)).filter(|found| *found != Some(*id)) {
             let found = found.map_or("no token".to_owned(), |found| found.to_string());
             let problem = format!("added_tokens gives {content:?} the id {id}, but the vocabulary makes it {found}");
@@ -134,12 +133,12 @@ pub fn check_beside(bytes: &[u8], path: &Path, tokenizer: &Tokenizer) -> Result<
     Err(malformed(path, problem).with_hint(hint))
 }
 
-/// A part of the crate's, from what was read of it.
+/// Parses a value of the file into a type of the crate.
 fn part<T: DeserializeOwned>(part: Option<Value>) -> std::result::Result<Option<T>, String> {
     part.map(serde_json::from_value).transpose().map_err(|error| error.to_string())
 }
 
-/// The steps of a part: those of a sequence, or itself.
+/// The steps of a part: those of a sequence, or the part alone.
 fn steps(part: &Value) -> &[Value] {
     ["normalizers", "pretokenizers", "processors", "decoders"]
         .iter()
@@ -157,7 +156,7 @@ fn check_step(key: &str, step: &Value, known: &[&str]) -> std::result::Result<()
 }
 
 impl Bpe {
-    /// The crate's model, once it is one that a Qwen has.
+    /// Builds the crate's BPE model. Refuses a model that no Qwen has.
     fn build(self) -> std::result::Result<BPE, String> {
         if self.r#type != "BPE" {
             return Err(format!("model.type is {:?}, expected \"BPE\", as Qwen's is", self.r#type));
@@ -200,7 +199,7 @@ impl Bpe {
 }
 
 /// A merge needs both its tokens and their concatenation; the crate panics if that is longer than every token. The
-/// error is the missing token.
+/// error names the missing token.
 pub(crate) fn check_merge(left: &str, right: &str, known: impl Fn(&str) -> bool) -> std::result::Result<(), String> {
     let both = format!("{left}{right}");
     let unknown = [left, right, &both].into_iter().find(|token| token.is_empty() || !known(token));

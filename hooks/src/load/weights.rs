@@ -1,7 +1,7 @@
-//! The tensors of a checkpoint, always asked for by their Hugging Face names, wherever they are stored.
+//! The tensors of a checkpoint by their Hugging Face names, from any file format or from memory.
 //!
-//! A [`Scope`] is a cursor in the checkpoint's tree: `root.at("model").at("layers").at(3)` spells the name. Files are
-//! memory-mapped and converted block by block, by all threads, so that a large tensor never exists twice.
+//! A [`Scope`] is a prefix of names: `root.at("model").at("layers").at(3)` is `model.layers.3`. Files are memory-mapped
+//! and converted block by block, by all threads, so that a large tensor never exists twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -24,13 +24,13 @@ use crate::load::files::{self, Bytes};
 use crate::load::gguf::Gguf;
 
 /// Elements converted at a time: a multiple of every quantised block's size, and few enough that intermediate results
-/// stay in a core's cache. Then only the tensor itself is fresh memory; touching memory is most of the cost of loading.
+/// stay in a core's cache. Then only the tensor itself is new memory; touching memory is most of the cost of loading.
 const BLOCK: usize = 1 << 14;
 
 /// Elements converted at a time for another device, where each block is a transfer.
 const DEVICE_BLOCK: usize = 1 << 21;
 
-/// How many elements a thread is worth.
+/// Number of elements that are worth a thread.
 const THREAD: usize = 1 << 18;
 
 /// The tensors of one model.
@@ -39,7 +39,7 @@ pub struct Weights {
 }
 
 enum Source {
-    /// Files, and for each tensor the file that holds it.
+    /// The files, and the file of each tensor.
     Safetensors {
         shards: Vec<Shard>,
         owner: BTreeMap<String, usize>,
@@ -55,16 +55,17 @@ enum Source {
 struct Shard {
     path: PathBuf,
     file: Bytes,
-    opened: Option<File>, // where the bytes are a file's
+    opened: Option<File>, // if the bytes are a file's
     data: usize,          // where the tensors begin
     header: Metadata,
 }
 
 impl Weights {
-    /// Maps `.safetensors` files and checks their headers. A `.safetensors.index.json` means the files that it names.
+    /// Maps `.safetensors` files and checks their headers. A `.safetensors.index.json` in `paths` is replaced by the
+    /// files that it names.
     pub fn safetensors(paths: &[PathBuf]) -> Result<Self> {
         let mut shards = Vec::new();
-        let mut promised = BTreeMap::new(); // tensor → file, as the index says
+        let mut promised = BTreeMap::new(); // tensor → file, from the index
         for path in paths {
             if path.extension().is_some_and(|extension| extension == "json") {
                 let weight_map = parse_index(&files::read(path)?, path)?;
@@ -103,17 +104,17 @@ impl Weights {
         Ok(Self { source: Source::Safetensors { shards, owner } })
     }
 
-    /// The tensors of a GGUF file, dequantised when they are asked for.
+    /// The tensors of a GGUF file, dequantised when they are read.
     pub fn gguf(gguf: Gguf) -> Self {
         Self { source: Source::Gguf(gguf) }
     }
 
-    /// Tensors that are in memory already; `name` replaces the file's in messages.
+    /// Tensors in memory; messages use `name` in place of a file's name.
     pub fn from_tensors(name: &str, tensors: BTreeMap<String, Tensor>) -> Self {
         Self { source: Source::Memory { name: name.to_owned(), tensors } }
     }
 
-    /// The top of the tree; what is asked for below it comes in this kind and on this device.
+    /// The root of the names. Tensors read below it have this kind and are on this device.
     pub fn root(&self, kind: Kind, device: Device) -> Scope<'_> {
         Scope { weights: self, prefix: String::new(), kind, device }
     }
@@ -127,7 +128,7 @@ impl Weights {
         }
     }
 
-    /// One line on what is there: "290 tensors, bf16, 988 MB, memory-mapped".
+    /// A line for the user: "290 tensors, bf16, 988 MB, memory-mapped".
     pub fn describe(&self) -> String {
         let (bytes, how) = match &self.source {
             Source::Safetensors { shards, .. } => {
@@ -139,7 +140,7 @@ impl Weights {
         format!("{} tensors, {}, {}, {how}", self.names().len(), self.dtypes(), human(bytes))
     }
 
-    /// How the tensors are stored: "bf16", or "288 bf16 + 2 f32".
+    /// The dtypes that the tensors are stored in: "bf16", or "288 bf16 + 2 f32".
     pub(crate) fn dtypes(&self) -> String {
         let mut counts = BTreeMap::<String, usize>::new();
         for name in self.names() {
@@ -169,8 +170,8 @@ impl Weights {
         Ok(root.get(one, &left.shape)?.f_equal(&root.get(other, &right.shape)?)?)
     }
 
-    /// Feeds a hash with every tensor's name, dtype and shape and a sample of its bytes: enough to tell checkpoints
-    /// apart, and no gigabyte is read for it.
+    /// Feeds a hash with every tensor's name, dtype and shape and a sample of its bytes: enough to distinguish
+    /// checkpoints without reading them whole.
     pub(crate) fn hash_into(&self, hash: &mut Sha256) {
         for name in self.names() {
             let Some(stored) = self.stored(&name) else { continue };
@@ -181,7 +182,7 @@ impl Weights {
         }
     }
 
-    /// How a tensor is stored: dtype as text, shape, bytes (a mapped file is not copied).
+    /// A tensor as it is stored: dtype as text, shape, bytes (those of a mapped file are not copied).
     fn stored(&self, name: &str) -> Option<Stored<'_>> {
         match &self.source {
             Source::Safetensors { shards, owner } => {
@@ -222,7 +223,7 @@ impl Weights {
         }
     }
 
-    /// A tensor read from a file must be finite. Tensors in memory are our own and are not checked.
+    /// Loads a tensor. It must be finite if it is read from a file; tensors in memory are not checked.
     fn load(&self, name: &str, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor> {
         let missing = || Error::MissingTensor { name: name.to_owned(), file: self.files() };
         let found = self.shape(name).ok_or_else(missing)?;
@@ -270,7 +271,7 @@ impl Weights {
         }
     }
 
-    /// The files as they are named in messages.
+    /// The names of the files, for messages.
     pub(crate) fn files(&self) -> String {
         match &self.source {
             Source::Safetensors { shards, .. } => {
@@ -282,7 +283,7 @@ impl Weights {
     }
 }
 
-/// A cursor in the checkpoint's tree of names.
+/// A prefix of tensor names, with the kind and device that tensors are loaded to.
 pub struct Scope<'a> {
     weights: &'a Weights,
     prefix: String,
@@ -291,18 +292,18 @@ pub struct Scope<'a> {
 }
 
 impl<'a> Scope<'a> {
-    /// One step down: a module's name or a layer's number.
+    /// The scope below this one, by a module's name or a layer's number.
     #[must_use]
     pub fn at(&self, part: impl Display) -> Scope<'a> {
         Scope { weights: self.weights, prefix: self.name(part), kind: self.kind, device: self.device }
     }
 
-    /// The tensor `name` below here, which must have this shape; a new one in the kind and on the device of the root.
+    /// Loads the tensor `name` below this scope, which must have this shape, in the root's kind and on its device.
     pub fn get(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         self.weights.load(&self.name(name), shape, self.kind, self.device)
     }
 
-    /// Whether there is a tensor `name` below here.
+    /// Whether there is a tensor `name` below this scope.
     pub fn has(&self, name: &str) -> bool {
         self.weights.shape(&self.name(name)).is_some()
     }
@@ -319,7 +320,6 @@ struct Stored<'a> {
 }
 
 impl Shard {
-    /// Maps a file.
     fn open(path: &Path) -> Result<Self> {
         let opened = files::open(path)?;
         let shard = Self::parse(Box::new(files::map_opened(&opened, path)?), path)?;
@@ -341,10 +341,10 @@ impl Shard {
         Ok(Self { path: path.to_owned(), file, opened: None, data: 8 + header_length, header })
     }
 
-    /// A tensor on the file's own pages: they are read on first use, and writing to one copies that page. `None` if the
+    /// A tensor on the file's own pages, which are read on first use and copied when they are written to. `None` if the
     /// bytes are not a file's, or are not aligned to their width.
     fn in_place(&self, info: &TensorInfo, kind: Kind, shape: &[i64]) -> Option<Tensor> {
-        let name = format!("/proc/self/fd/{}", self.opened.as_ref()?.as_raw_fd()); // the path may be another file's by now
+        let name = format!("/proc/self/fd/{}", self.opened.as_ref()?.as_raw_fd()); // the path may be replaced by now
         let (start, end) = (self.data + info.data_offsets.0, self.data + info.data_offsets.1);
         let bytes = Tensor::f_from_file(&name, false, Some(end as i64), (Kind::Uint8, Device::Cpu)).ok()?;
         bytes.f_narrow(0, start as i64, (end - start) as i64).ok()?.f_view_dtype(kind).ok()?.f_view(shape).ok()
@@ -356,7 +356,6 @@ impl Shard {
     }
 }
 
-/// The files that an index names.
 pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
     Ok(parse_index(&files::read(index)?, index)?.into_values().collect())
 }
@@ -379,7 +378,7 @@ pub fn parse_index(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>
     Ok(index.weight_map)
 }
 
-/// A name that cannot lead out of the folder.
+/// Whether a name cannot lead out of the folder.
 fn is_plain_shard(name: &str) -> bool {
     Path::new(name).extension().is_some_and(|extension| extension == "safetensors") && !name.contains(['/', '\\'])
 }
@@ -394,8 +393,8 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
     }
 }
 
-/// The number of NaN or infinite values in a tensor's bytes: those whose exponent has all bits set. One pass of wide
-/// instructions finds the runs without any, at the speed of memory.
+/// The number of NaN or infinite values in a tensor's bytes: those whose exponent has all bits set. A fast pass with
+/// wide instructions skips the runs that have none.
 fn n_not_finite(bytes: &[u8], kind: Kind) -> usize {
     fn count<const N: usize>(bytes: &[u8], is_broken: impl Fn([u8; N]) -> bool) -> usize {
         const RUN: usize = 1 << 12;
@@ -410,7 +409,7 @@ fn n_not_finite(bytes: &[u8], kind: Kind) -> usize {
     }
 }
 
-/// The number of NaN or infinite values, counted by several threads if there is work for them.
+/// Number of NaN or infinite values, counted by up to `threads` threads.
 fn n_not_finite_by(threads: usize, bytes: &[u8], kind: Kind) -> usize {
     let width = kind.elt_size_in_bytes();
     let share = (bytes.len() / width).div_ceil(threads).max(THREAD) * width;
@@ -424,7 +423,8 @@ fn n_not_finite_by(threads: usize, bytes: &[u8], kind: Kind) -> usize {
     })
 }
 
-/// The tensor, if all its numbers are finite: one NaN makes everything computed from it NaN.
+/// Returns the tensor, or an error if some of its numbers are not finite: one NaN makes everything computed from it
+/// NaN.
 pub(crate) fn finite(tensor: Tensor, n_broken: usize, name: &str, path: &Path) -> Result<Tensor> {
     if n_broken == 0 {
         return Ok(tensor);
@@ -437,7 +437,7 @@ pub(crate) fn finite(tensor: Tensor, n_broken: usize, name: &str, path: &Path) -
     Err(malformed(path, problem).with_hint(hint))
 }
 
-/// A new tensor, made block by block from what `block` gives for a range of elements; `threads` share a large one.
+/// Makes a tensor block by block; `block` returns a range of elements. Several `threads` share a large tensor.
 fn fill(
     shape: &[i64],
     kind: Kind,
@@ -452,7 +452,7 @@ fn fill(
     let fill_part = |elements: Range<usize>, part: Tensor| -> Result<()> {
         for start in elements.clone().step_by(length) {
             let end = (start + length).min(elements.end);
-            // moved as it is stored, converted where it is needed: less goes to the device
+            // Moved as it is stored and converted on the device, so that less is transferred.
             let stored = block(start..end)?.f_to_device(device)?;
             part.f_narrow(0, (start - elements.start) as i64, (end - start) as i64)?.f_copy_(&stored)?;
         }
@@ -476,7 +476,7 @@ fn bytes_of(tensor: &Tensor) -> usize {
     tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
-/// A size as people say it.
+/// A size in bytes for people, such as "988 MB".
 pub(crate) fn human(bytes: usize) -> String {
     match bytes as f64 {
         small if small < 1e6 => format!("{:.0} kB", (small / 1e3).ceil()),
@@ -486,304 +486,4 @@ pub(crate) fn human(bytes: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use half::{bf16, f16};
-    use safetensors::tensor::TensorView;
-
-    use super::*;
-
-    fn write(path: &Path, tensors: &[(&str, Dtype, &[usize], Vec<u8>)]) -> PathBuf {
-        let views = tensors
-            .iter()
-            .map(|(name, dtype, shape, data)| (*name, TensorView::new(*dtype, shape.to_vec(), data).unwrap()));
-        fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
-        path.to_owned()
-    }
-
-    fn f32s(values: &[f32]) -> Vec<u8> {
-        values.iter().flat_map(|value| value.to_le_bytes()).collect()
-    }
-
-    fn values(tensor: &Tensor) -> Vec<f32> {
-        Vec::try_from(&tensor.flatten(0, -1).to_kind(Kind::Float)).unwrap()
-    }
-
-    fn message<T>(result: Result<T>) -> String {
-        result.err().expect("an error").to_string()
-    }
-
-    const SMALL: [f32; 6] = [1.0, -2.5, 0.0, 0.125, 65504.0, -0.5]; // exact in f16; the fifth is not in bf16
-
-    #[test]
-    fn each_stored_kind_comes_in_the_kind_that_is_asked_for() {
-        let folder = tempfile::tempdir().unwrap();
-        let halves = SMALL.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
-        let brains = SMALL.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
-        let path = write(
-            &folder.path().join("model.safetensors"),
-            &[
-                ("a.weight", Dtype::F32, &[2, 3], f32s(&SMALL)),
-                ("b.weight", Dtype::F16, &[6], halves),
-                ("c.weight", Dtype::BF16, &[3, 2], brains),
-            ],
-        );
-        let weights = Weights::safetensors(&[path]).unwrap();
-        assert_eq!(weights.names(), ["a.weight", "b.weight", "c.weight"]);
-        let rounded: Vec<f32> = SMALL.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
-        assert!((rounded[4] - SMALL[4]).abs() > 1.0);
-
-        let root = weights.root(Kind::Float, Device::Cpu);
-        assert_eq!(values(&root.at("a").get("weight", &[2, 3]).unwrap()), SMALL);
-        assert_eq!(values(&root.at("b").get("weight", &[6]).unwrap()), SMALL);
-        assert_eq!(values(&root.at("c").get("weight", &[3, 2]).unwrap()), rounded);
-        let root = weights.root(Kind::BFloat16, Device::Cpu);
-        for (name, shape) in [("a.weight", &[2, 3][..]), ("c.weight", &[3, 2])] {
-            let tensor = root.get(name, shape).unwrap();
-            assert_eq!(
-                (tensor.kind(), tensor.size().as_slice(), values(&tensor)),
-                (Kind::BFloat16, shape, rounded.clone())
-            );
-        }
-        assert!(weights.describe().starts_with("3 tensors, 1 bf16 + 1 f16 + 1 f32, 1 kB"), "{}", weights.describe());
-    }
-
-    #[test]
-    fn a_tensor_of_several_blocks_and_threads_is_the_plain_conversion() {
-        let n = 2 * THREAD + 3 * BLOCK + 1024;
-        let floats: Vec<f32> = (0..n).map(|i| (i as f32).sin() * 2_f32.powi((i % 61) as i32 - 30)).collect();
-        let plain = Tensor::from_slice(&floats).to_kind(Kind::BFloat16);
-        let stored: Vec<u8> = floats.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
-        let block = |at: Range<usize>| {
-            Ok(Tensor::f_from_data_size(&stored[2 * at.start..2 * at.end], &[at.len() as i64], Kind::BFloat16)?)
-        };
-        for threads in [1, 2, 3, 8] {
-            let found = fill(&[(n / 1024) as i64, 1024], Kind::Float, Device::Cpu, threads, block).unwrap();
-            assert!(found.view(-1).equal(&plain.to_kind(Kind::Float)), "{threads} threads");
-        }
-        for broken in [0, n - 1] {
-            let block = |at: Range<usize>| {
-                if at.contains(&broken) { Err(Error::Tokenizer { problem: "broken".to_owned() }) } else { block(at) }
-            };
-            let error = fill(&[n as i64], Kind::Float, Device::Cpu, 3, block);
-            assert!(message(error).contains("broken"));
-        }
-    }
-
-    #[test]
-    fn what_is_not_finite_is_refused_wherever_it_stands() {
-        let n = 2 * THREAD + 3 * BLOCK + 10;
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("m.safetensors");
-        let bits = |number: f32, dtype| match dtype {
-            Dtype::F32 => number.to_le_bytes().to_vec(),
-            Dtype::F16 => f16::from_f32(number).to_le_bytes().to_vec(),
-            _ => bf16::from_f32(number).to_le_bytes().to_vec(),
-        };
-        let load = |kind: Kind| {
-            let weights = Weights::safetensors(std::slice::from_ref(&path)).unwrap();
-            weights
-                .root(kind, Device::Cpu)
-                .get("a.weight", &[n as i64])
-                .map(|tensor| tensor.isfinite().all().int64_value(&[]))
-        };
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
-            let largest = match dtype {
-                Dtype::F32 => f32::MAX,
-                Dtype::F16 => f16::MAX.to_f32(),
-                _ => bf16::MAX.to_f32(),
-            };
-            let numbers = |broken: &[(usize, f32)]| {
-                let at = |at: usize| broken.iter().find(|(place, _)| *place == at).map(|(_, number)| *number);
-                let number = |i: usize| bits(at(i).unwrap_or(if i.is_multiple_of(2) { largest } else { -1e-7 }), dtype);
-                let bytes = (0..n).flat_map(number).collect();
-                write(&path, &[("a.weight", dtype, &[n], bytes)]);
-            };
-            numbers(&[]);
-            for kind in [Kind::Float, Kind::Double] {
-                assert_eq!(load(kind).unwrap(), 1, "{dtype:?}: the largest numbers are numbers");
-            }
-            for (broken, expected) in [
-                (vec![(0, f32::NAN)], 1),
-                (vec![(n - 1, f32::INFINITY)], 1),
-                (vec![(7, -f32::NAN), (BLOCK, f32::NEG_INFINITY), (THREAD + 1, f32::NAN), (n - 2, f32::INFINITY)], 4),
-            ] {
-                numbers(&broken);
-                // A tensor in the stored dtype uses the file's pages; any other is converted.
-                for kind in [Kind::Float, Kind::BFloat16] {
-                    let refused = message(load(kind));
-                    let expected =
-                        format!("m.safetensors: tensor a.weight is NaN or infinite in {expected} of its {n} values");
-                    assert!(refused.contains(&expected), "{dtype:?} as {kind:?}: {refused}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_gguf_s_broken_scale_is_refused() {
-        let mut bytes = crate::load::gguf::tests::tiny();
-        let gguf = Gguf::parse(bytes.clone(), Path::new("m.gguf")).unwrap();
-        let (name, info) = gguf.tensors().iter().find(|(_, info)| info.dtype.block_size() == 32).unwrap();
-        let (name, shape, at) = (name.clone(), info.shape.clone(), info.bytes.start);
-        let load = |bytes: &[u8]| {
-            let weights = Weights::gguf(Gguf::parse(bytes.to_vec(), Path::new("m.gguf")).unwrap());
-            weights.root(Kind::Float, Device::Cpu).get(&name, &shape)
-        };
-        assert!(load(&bytes).is_ok());
-        bytes[at..at + 2].copy_from_slice(&f16::NAN.to_le_bytes()); // a block's scale
-        let refused = message(load(&bytes));
-        let numel: i64 = shape.iter().product();
-        let expected = format!("m.gguf: tensor {name} is NaN or infinite in 32 of its {numel} values");
-        assert!(refused.starts_with(&expected), "{refused}");
-    }
-
-    #[test]
-    fn a_tensor_on_the_file_s_pages_is_a_copy_of_its_own() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("m.safetensors");
-        let tensors: &[(&str, Dtype, &[usize], _)] =
-            &[("a", Dtype::F32, &[2, 3], f32s(&SMALL)), ("b", Dtype::F32, &[6], f32s(&SMALL))];
-        write(&path, tensors);
-        let before = fs::read(&path).unwrap();
-        let weights = Weights::safetensors(std::slice::from_ref(&path)).unwrap();
-        let Source::Safetensors { shards, .. } = &weights.source else { panic!("another source") };
-        let info = shards[0].header.info("b").unwrap();
-        let in_place = shards[0].in_place(info, Kind::Float, &[6]).unwrap();
-        assert_eq!(values(&in_place), SMALL);
-
-        // Replacing the file under its name does not matter, and a write to one tensor reaches no other tensor and no
-        // file.
-        fs::write(folder.path().join("other"), vec![0; before.len()]).unwrap();
-        fs::rename(&path, folder.path().join("moved")).unwrap();
-        fs::rename(folder.path().join("other"), &path).unwrap();
-        let root = weights.root(Kind::Float, Device::Cpu);
-        let mut first = root.get("b", &[6]).unwrap();
-        let _ = first.fill_(7.0);
-        assert_eq!(values(&first), [7.0; 6]);
-        assert_eq!(values(&root.get("b", &[6]).unwrap()), SMALL);
-        assert_eq!(values(&root.get("a", &[2, 3]).unwrap()), SMALL);
-        assert_eq!(fs::read(folder.path().join("moved")).unwrap(), before);
-        drop(weights);
-        assert_eq!(values(&in_place), SMALL);
-    }
-
-    #[test]
-    fn the_cursor_spells_names_and_the_errors_say_them() {
-        let folder = tempfile::tempdir().unwrap();
-        let name = "model.layers.3.self_attn.q_proj.weight";
-        let path = write(
-            &folder.path().join("m.safetensors"),
-            &[(name, Dtype::F32, &[2, 3], f32s(&SMALL)), ("steps", Dtype::I64, &[1], vec![0; 8])],
-        );
-        let weights = Weights::safetensors(&[path]).unwrap();
-        let root = weights.root(Kind::Float, Device::Cpu);
-        let q = root.at("model").at("layers").at(3).at("self_attn").at("q_proj");
-        assert!(q.has("weight") && !q.has("bias") && q.get("weight", &[2, 3]).is_ok());
-        assert_eq!(message(q.get("weight", &[3, 2])), format!("tensor {name} has shape [2, 3], expected [3, 2]"));
-        let missing = message(q.get("bias", &[2]));
-        assert!(
-            missing.contains("model.layers.3.self_attn.q_proj.bias is missing in ")
-                && missing.ends_with("m.safetensors"),
-            "{missing}"
-        );
-        let wrong = message(root.get("steps", &[1]));
-        assert!(wrong.contains("tensor steps is stored as I64, expected F32, F16 or BF16"), "{wrong}");
-    }
-
-    #[test]
-    fn shards_are_found_by_their_index() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = |name: &str| folder.path().join(name);
-        write(&at("s-1.safetensors"), &[("a", Dtype::F32, &[1], f32s(&[1.0]))]);
-        write(&at("s-2.safetensors"), &[("b", Dtype::F32, &[1], f32s(&[2.0]))]);
-        let index = |map: &str| {
-            fs::write(at("m.index.json"), format!(r#"{{"metadata": {{"total_size": 8}}, "weight_map": {map}}}"#))
-                .unwrap();
-            Weights::safetensors(&[at("m.index.json")])
-        };
-        let weights = index(r#"{"a": "s-1.safetensors", "b": "s-2.safetensors"}"#).unwrap();
-        assert_eq!(values(&weights.root(Kind::Float, Device::Cpu).get("b", &[1]).unwrap()), [2.0]);
-        assert_eq!(Weights::safetensors(&[at("s-1.safetensors"), at("s-2.safetensors")]).unwrap().names(), ["a", "b"]);
-
-        assert!(
-            message(index(r#"{"a": "s-2.safetensors", "b": "s-2.safetensors"}"#)).contains("tensor a is missing in")
-        );
-        assert!(message(index(r#"{"a": "s-3.safetensors"}"#)).contains("s-3.safetensors: No such file"));
-        for outside in [
-            "../s-1.safetensors",
-            "/s-1.safetensors",
-            "deep/s-1.safetensors",
-            "..\\\\s-1.safetensors",
-            "",
-            "..",
-            "s-1.bin",
-        ] {
-            let refused = message(index(&format!(r#"{{"a": "{outside}"}}"#)));
-            assert!(refused.contains("weight_map names \"") && refused.contains("beside it"), "{outside}: {refused}");
-        }
-        assert!(message(index("{}")).contains("weight_map is empty"));
-        assert!(message(index("3")).contains("expected an index with a weight_map"));
-        fs::copy(at("s-1.safetensors"), at("s-9.safetensors")).unwrap();
-        assert!(
-            message(Weights::safetensors(&[at("s-1.safetensors"), at("s-9.safetensors")]))
-                .contains("tensor a is also in")
-        );
-    }
-
-    #[test]
-    fn a_damaged_file_is_an_error_that_names_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let whole =
-            fs::read(write(&folder.path().join("m.safetensors"), &[("a", Dtype::F32, &[6], f32s(&SMALL))])).unwrap();
-        let path = folder.path().join("cut.safetensors");
-        for length in 0..whole.len() {
-            fs::write(&path, &whole[..length]).unwrap();
-            let message = message(Weights::safetensors(std::slice::from_ref(&path)));
-            assert!(message.contains("cut.safetensors: expected a safetensors file"), "{length}: {message}");
-        }
-        let mut huge = whole;
-        huge[..8].fill(0xff);
-        fs::write(&path, &huge).unwrap();
-        assert!(Weights::safetensors(&[path]).is_err());
-    }
-
-    #[test]
-    fn what_a_header_cannot_mean_is_refused() {
-        let of = |header: &str, data: usize| {
-            let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat();
-            Weights::parse(bytes, Path::new("m.safetensors")).map(|weights| weights.names().len())
-        };
-        let tensor = |name: &str, dtype: &str, shape: &str, from: usize, to: usize| {
-            format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}"#)
-        };
-        let (a, b) = (tensor("a", "F32", "[2]", 0, 8), tensor("b", "F32", "[1]", 8, 12));
-        assert_eq!(of(&format!("{{{a},{b}}}"), 12).unwrap(), 2);
-        for (header, data) in [
-            (format!("{{{a},{}}}", tensor("b", "F32", "[2]", 0, 8)), 8), // on one another
-            (format!("{{{a},{}}}", tensor("b", "F32", "[1]", 12, 16)), 16), // a gap
-            (format!("{{{a},{b}}}"), 11),
-            (format!("{{{a},{b}}}"), 13),
-            (format!("{{{}}}", tensor("a", "F32", "[3]", 0, 8)), 8),
-            (format!("{{{}}}", tensor("a", "F32", "[-2]", 0, 8)), 8),
-            (format!("{{{}}}", tensor("a", "PICKLE", "[2]", 0, 8)), 8),
-            (format!("{{{}}}", tensor("a", "F32", "[4611686018427387904,4]", 0, 0)), 0),
-        ] {
-            assert!(message(of(&header, data)).starts_with("m.safetensors: expected a safetensors file: "), "{header}");
-        }
-        for shape in ["[0]", "[2,0]", "[0,9223372036854775807]"] {
-            let refused = message(of(&format!("{{{}}}", tensor("a", "F32", shape, 0, 0)), 0));
-            assert!(refused.contains("tensor a has the shape [") && refused.contains("at least 1"), "{refused}");
-        }
-    }
-
-    #[test]
-    fn tensors_in_memory_are_copied_out() {
-        let weights = Weights::from_tensors("test", BTreeMap::from([("a".to_owned(), Tensor::from_slice(&SMALL))]));
-        let mut copy = weights.root(Kind::Float, Device::Cpu).get("a", &[6]).unwrap();
-        let _ = copy.fill_(7.0);
-        assert_eq!(values(&weights.root(Kind::Float, Device::Cpu).get("a", &[6]).unwrap()), SMALL);
-        assert_eq!(message(weights.root(Kind::Float, Device::Cpu).get("b", &[6])), "tensor b is missing in test");
-    }
-}
+mod tests;

@@ -12,7 +12,7 @@ use crate::profile::{self, Op};
 use crate::proj::Proj;
 use crate::taps::tap::Hooks;
 
-/// A linear map that knows its place, so that a pass can look up the adapter's pair for it.
+/// A linear map with its block and projection, by which a pass looks up the adapter's pair.
 #[derive(Debug)]
 pub(crate) struct Linear {
     pub(crate) weight: Tensor, // [d_out, d_in]
@@ -30,8 +30,8 @@ impl Linear {
         Ok(Self { weight, bias, layer, proj })
     }
 
-    /// `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`. The adapter's part is computed in f32, as
-    /// PEFT does, or wider.
+    /// `x`: `[batch, pos, d_in]`; the result is `[batch, pos, d_out]`. The adapter's part is computed in f32 or wider,
+    /// as in PEFT.
     pub(crate) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let Some((pair, dose, dropout)) = pass.acting(self.layer, self.proj) else { return self.base(x) };
         let (batch, pos, d_in) = x.size3()?;
@@ -43,8 +43,8 @@ impl Linear {
         Ok(y.f_view([batch, pos, -1])?)
     }
 
-    /// The output for each head's part of `x` alone; these add up to `forward`'s, since there is no bias. `x`: `[batch,
-    /// pos, n_heads, d_head]`; the result is `[batch, pos, n_heads, d_out]`.
+    /// The output for each head's part of `x` separately. These add up to the result of `forward`, since there is no
+    /// bias. `x`: `[batch, pos, n_heads, d_head]`; the result is `[batch, pos, n_heads, d_out]`.
     pub(crate) fn forward_by_head(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let y = self.times_weight(x, by_head)?;
         let Some((pair, dose, dropout)) = pass.acting(self.layer, self.proj) else { return Ok(y) };
@@ -54,7 +54,7 @@ impl Linear {
         Ok(y)
     }
 
-    /// Without the adapter's part.
+    /// The output without the adapter's part.
     pub(crate) fn base(&self, x: &Tensor) -> Result<Tensor> {
         self.times_weight(x, |x, weight| linear(x, weight, self.bias.as_ref()))
     }
@@ -86,13 +86,13 @@ impl RmsNorm {
         Ok(Self { weight: scope.get("weight", &[width])?, eps })
     }
 
-    /// `x`: `[.., width]`, as the result.
+    /// Normalises `x`; it and the result are `[.., width]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (scale, wide) = self.scale(x)?;
         Ok(wide.f_div(&scale)?.f_to_kind(x.kind())?.f_mul(&self.weight)?)
     }
 
-    /// The norm with its two hook points, for the scale and for what it gives.
+    /// The norm with its two hook points: the divisor and the normalised value.
     pub(crate) fn hooked(&self, x: &Tensor, hooks: &mut Hooks<'_>, at: [HookPoint; 2]) -> Result<Tensor> {
         let (scale, wide) = self.scale(x)?;
         let scale = hooks.run(at[0], scale)?;
@@ -108,7 +108,7 @@ impl RmsNorm {
     }
 }
 
-/// Rotary position embedding (Su et al. 2021), halves rotated against each other as Qwen does.
+/// Rotary position embedding (Su et al. 2021). As in Qwen, the two halves of a head are rotated against each other.
 #[derive(Debug)]
 pub(crate) struct Rope {
     cos: Tensor, // [1 or batch, pos, 1, d_head]
@@ -126,13 +126,13 @@ impl Rope {
         Ok(Self { cos: angles.f_cos()?.f_to_kind(kind)?, sin: angles.f_sin()?.f_to_kind(kind)? })
     }
 
-    /// The rotations at some places of the flattened `[batch · pos]`, in a batch whose rows each have their own.
+    /// The rotations at some places of the flattened `[batch · pos]`, if rows have different positions.
     pub(crate) fn at_places(&self, places: &Tensor) -> Result<Self> {
         let pick = |x: &Tensor| x.f_flatten(0, 1)?.f_index_select(0, places)?.f_unsqueeze(0);
         Ok(Self { cos: pick(&self.cos)?, sin: pick(&self.sin)? })
     }
 
-    /// `x`: `[batch, pos, heads, d_head]`, as the result.
+    /// Rotates `x`; it and the result are `[batch, pos, heads, d_head]`.
     pub(crate) fn rotate(&self, x: &Tensor) -> Result<Tensor> {
         let halves = x.f_chunk(2, -1)?;
         let turned = Tensor::f_cat(&[&halves[1].f_neg()?, &halves[0]], -1)?;
@@ -153,7 +153,7 @@ mod tests {
     use crate::chat::select::Numbers;
     use crate::load::model_files::ModelFiles;
 
-    /// All heads in one product against the plain way: each head alone, the others zero, through the whole map.
+    /// Compares one product for all heads with the plain way: each head alone, the others zero, through the whole map.
     #[test]
     fn a_product_by_heads_is_each_head_alone() {
         let files = ModelFiles::open("tiny-random").unwrap();
@@ -185,7 +185,7 @@ mod tests {
             }
         }
 
-        // Dropout drops the same values as with all heads summed at once.
+        // Dropout drops the same values as in the product that sums all heads.
         let dropped = |by_head: bool| {
             let mut dropout = Dropout::new(0.5, ChaCha8Rng::seed_from_u64(3));
             let mut pass = Pass { adapter: Some(&adapter), dropout: Some(&mut dropout), ..Pass::default() };

@@ -1,5 +1,5 @@
-//! The language model's loss, computed only where there is loss: the hidden states of the other positions are never
-//! unembedded, and no more than a few hundred rows of logits exist at a time.
+//! The language model's loss, computed only at predicting positions: the other hidden states are never unembedded, and
+//! no more than a few hundred rows of logits exist at a time.
 
 use std::collections::BTreeSet;
 
@@ -12,26 +12,27 @@ use crate::ops::{embedding, wide};
 use crate::profile::{self, Op, Stage};
 use crate::rows::batch::Batch;
 
-/// Rows of logits that are held at a time.
+/// Number of rows of logits that are held at a time.
 const ROWS: i64 = 256;
 
-/// The tokens of a batch that are predicted, and from where.
+/// The tokens of a batch that are predicted, and the positions that predict them.
 #[derive(Debug)]
 pub struct Targets {
     /// The distinct predicting positions as places in the flattened `[batch · pos]`, ascending, `[places]`, i64. In a
     /// packed batch of several groups, such as a stack's students, extra places give each group equally many.
     pub places: Tensor,
-    /// The index of each target's predicting position among them, `[n]`, i64.
+    /// The index of each target's predicting position in `places`, `[n]`, i64.
     pub rows: Tensor,
-    /// The tokens that follow, `[n]`, i64.
+    /// The ids of the predicted tokens, `[n]`, i64.
     pub labels: Tensor,
-    /// How many there are.
+    /// Number of targets.
     pub n: usize,
 }
 
 impl Targets {
-    /// The targets of a batch's rows. `masks[row][t]` says whether token t is predicted (by t − 1); the first token,
-    /// which nothing predicts, cannot be. A row's last token need not be in the batch, since it predicts nothing.
+    /// The targets of a batch's rows. `masks[row][t]` says whether token t is predicted (by t − 1); the first token has
+    /// no predicting position and is never a target. A row's last token predicts nothing, so it may be missing in the
+    /// batch.
     pub fn of(batch: &Batch, rows: &[&[i64]], masks: &[&[bool]]) -> Result<Self> {
         let (mut indices, mut labels) = (Vec::new(), Vec::new());
         for (row, (ids, mask)) in rows.iter().zip(masks).enumerate() {
@@ -65,8 +66,8 @@ fn distinct(batch: &Batch, indices: &[i64]) -> Vec<i64> {
 }
 
 /// Σ −log p(label) over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid`:
-/// the final residual stream at `targets.places`, `[places, d_model]`, as `Qwen::resid_at` gives it. The sum and not
-/// the mean, so that a step of several batches can be divided by all its targets.
+/// the final residual stream at `targets.places`, `[places, d_model]`, as `Qwen::resid_at` gives it. It is a sum, so
+/// that a step of several batches can divide by the number of all targets.
 pub fn cross_entropy_sum(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
     let _stage = profile::stage(Stage::Loss);
     Ok(cross_entropy(model, resid, targets)?.f_sum(wide(resid.kind()))?)
@@ -82,8 +83,8 @@ pub fn cross_entropy(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<
         if unembedding_learns || !normed.requires_grad() {
             return nll(model, normed, &labels);
         }
-        // The gradient at the chunk's hidden states is taken at once, so that its logits can be freed. The returned
-        // tensor has the loss's values and passes exactly these gradients on.
+        // The gradient at the chunk's hidden states is computed here, so that its logits can be freed. The returned
+        // tensor has the loss's values and passes these gradients on.
         let (nll, gradient) = tch::no_grad(|| nll_and_gradient(model, normed, &labels))?;
         let carrier = normed.f_mul(&gradient)?.f_sum_dim_intlist(-1, false, wide(normed.kind()))?;
         Ok(carrier.f_sub(&carrier.f_detach()?)?.f_add(&nll)?)
@@ -97,7 +98,7 @@ fn nll(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<Tensor> {
     Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?)
 }
 
-/// −log p(label) of each row, `[n]`, and its gradient by `normed`, `[n, d_model]`. Logits are computed for some rows at
+/// −log p(label) of each row, `[n]`, and the gradient by `normed`, `[n, d_model]`. Logits are computed for some rows at
 /// a time.
 pub(crate) fn nlls_and_gradients(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
     let chunks = normed.f_split(ROWS, 0)?.into_iter().zip(labels.f_split(ROWS, 0)?);
@@ -112,7 +113,7 @@ fn nll_and_gradient(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(T
     Ok((nll, nll_gradient(model, logprobs, labels)?))
 }
 
-/// ∂/∂normed = (softmax − onehot) · W of each label, `[n, d_model]`. `logprobs`: `[n, d_vocab]`, whose memory is used.
+/// ∂/∂normed = (softmax − onehot) · W of each label, `[n, d_model]`. `logprobs`: `[n, d_vocab]`, which is overwritten.
 pub(crate) fn nll_gradient(model: &Qwen, mut logprobs: Tensor, labels: &Tensor) -> Result<Tensor> {
     let mut gradient = logprobs.f_exp_()?;
     let minus_one = labels.f_full_like(-1.0)?.f_to_kind(gradient.kind())?.f_unsqueeze(1)?;
@@ -135,7 +136,7 @@ mod tests {
         Qwen::load(&ModelFiles::open("tiny-random").unwrap(), Device::Cpu, Kind::Float).unwrap()
     }
 
-    /// Two rows of different lengths, three and two of whose tokens are targets.
+    /// Two rows, of which three and two tokens are targets.
     const ROWS_OF_IDS: [&[i64]; 2] = [&[5, 6, 7, 8, 9], &[10, 11, 12]];
     const MASKS: [&[bool]; 2] = [&[true, false, true, true, true], &[false, true, true]];
 

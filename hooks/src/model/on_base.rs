@@ -1,4 +1,5 @@
-//! An adapter and the weights of its base: loaded beside them, merged into them, and cut out of their difference.
+//! An adapter and its base's weights: loading with a check against them, merging, and extraction from the difference of
+//! two models.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,9 +20,9 @@ impl Adapter {
         Self::read(dir, &base.config, base.device(), Some(&by_name(base)))
     }
 
-    /// The change of the projections by full finetuning, cut to its strongest directions: the first `rank` singular
-    /// directions of each ΔW = W' − W, as an adapter of the base (Eckart and Young 1936: no matrix of that rank is
-    /// nearer). Changes of embeddings, norms and biases are left out. Models of two architectures are an error.
+    /// An adapter of the base that approximates full finetuning: the first `rank` singular directions of each
+    /// projection's ΔW = W' − W (Eckart and Young 1936: no matrix of that rank is nearer). Changes of embeddings, norms
+    /// and biases are left out. Models of two architectures are an error.
     pub fn of_difference(tuned: &Qwen, base: &Qwen, rank: i64) -> Result<Self> {
         if tuned.config != base.config || rank < 1 {
             return Err(Error::invalid(
@@ -36,7 +37,7 @@ impl Adapter {
         tch::no_grad(|| {
             for (layer, proj) in (0..base.config.n_layers).flat_map(|layer| Proj::ALL.map(|proj| (layer, proj))) {
                 let name = format!("model.layers.{layer}.{}.weight", proj.path());
-                let (after, before) = (&after[&name], &before[&name]); // of one architecture, whose blocks have all of these
+                let (after, before) = (&after[&name], &before[&name]); // both models have all projections of this block
                 let wide = wide(after.kind());
                 let (u, sigma, v) = after.f_to_kind(wide)?.f_sub(&before.f_to_kind(wide)?)?.f_svd(true, true)?;
                 let n = rank.min(sigma.size()[0]);
@@ -77,8 +78,8 @@ mod tests {
     use crate::adapter::spectrum::tests::{adapter, apart};
     use crate::load::model_files::ModelFiles;
 
-    /// A model whose weights are the base's and an adapter's, cut to the adapter's rank, is the adapter; cut to less,
-    /// its strongest part.
+    /// The difference of a merged model and its base, cut to the adapter's rank, is the adapter; cut to less, it is the
+    /// adapter's strongest part.
     #[test]
     fn a_merged_adapter_is_found_again() {
         let files = ModelFiles::open("tiny-random").unwrap();

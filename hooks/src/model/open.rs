@@ -1,4 +1,4 @@
-//! A model and its chat by one name.
+//! Loads a model and its chat by name.
 
 use tch::{Device, Kind};
 

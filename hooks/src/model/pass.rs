@@ -25,19 +25,19 @@ pub struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// This pass at some places of the flattened `[batch · pos]`, without taps and cache.
+    /// This pass limited to some places of the flattened `[batch · pos]`, without taps and cache.
     pub(crate) fn at(&mut self, places: &Tensor) -> Result<Pass<'_>> {
         let doses = self.doses.as_ref().map(|doses| doses.at_places(places)).transpose()?;
         Ok(Pass { adapter: self.adapter, doses, dropout: self.dropout.as_deref_mut(), ..Pass::default() })
     }
-    /// The adapter's pair at a projection, its dose, and the pass's dropout; `None` where nothing acts.
+    /// The adapter's pair at a projection, its dose, and the pass's dropout; `None` if the adapter does not act there.
     pub(crate) fn acting(&mut self, layer: usize, proj: Proj) -> Option<(&LoraPair, Dose<'_>, Option<&mut Dropout>)> {
         let (pair, dose) = acting(self.adapter, self.doses.as_ref(), layer, proj)?;
         Some((pair, dose, self.dropout.as_deref_mut()))
     }
 }
 
-/// An adapter's pair at a projection and its dose; `None` where there is no pair, or its dose is 0.
+/// An adapter's pair at a projection and its dose; `None` if there is no pair or its dose is 0.
 pub(super) fn acting<'a>(
     adapter: Option<&'a Adapter>,
     doses: Option<&'a Doses>,

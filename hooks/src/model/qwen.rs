@@ -1,7 +1,7 @@
-//! The model: Qwen2, Qwen2.5 and Qwen3, dense. Read downwards: attention, MLP, block, whole.
+//! The model: dense Qwen2, Qwen2.5 and Qwen3. In order: attention, MLP, block, the whole model.
 //!
 //! It is never mutated. What differs between two experiments (adapter, gate, taps, past positions) is in the `Pass`.
-//! Attention stays on libtorch's fused kernel; only a block whose scores or pattern are tapped computes them openly.
+//! Attention uses libtorch's fused kernel, except in a block whose scores or pattern are tapped.
 
 use tch::{Device, Kind, Tensor};
 
@@ -21,7 +21,7 @@ use crate::taps::tap::Hooks;
 
 mod lora_backward;
 
-/// Where a pass's tokens are: their rotations, and what each attends to.
+/// The positions of a pass's tokens: their rotations, and the slots that each attends to.
 struct Layout<'a> {
     rope: Rope,
     placement: Placement<'a>,
@@ -74,8 +74,8 @@ impl Attention {
         self.o.forward(&z.f_flatten(2, 3)?, pass)
     }
 
-    /// Attention at some places of `x`, `[1, places, d_model]`. Keys and values are computed for all tokens, the rest
-    /// only there.
+    /// Attention at some places of `x`, `[1, places, d_model]`. Keys and values are computed for all tokens, everything
+    /// else only at the places.
     fn forward_at(&self, x: &Tensor, layout: &Layout<'_>, places: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let (k, v) = self.keys_and_values(x, layout, pass)?;
         let mut here = pass.at(places)?;
@@ -84,7 +84,7 @@ impl Attention {
         self.o.forward(&z, &mut here)
     }
 
-    /// `x`: `[batch, pos, d_model]`; the result is `[batch, pos, n_heads, d_head]`.
+    /// The rotated queries of `x`, `[batch, pos, d_model]`, as `[batch, pos, n_heads, d_head]`.
     fn queries(&self, x: &Tensor, rope: &Rope, pass: &mut Pass<'_>) -> Result<Tensor> {
         let l = self.layer;
         let q = self.heads(&self.q, self.n_heads, x, pass)?;
@@ -138,7 +138,7 @@ impl Attention {
     /// Attention for the queries at some places, `[1, places, n_heads, d_head]`; the result is `[1, places, n_heads ·
     /// d_head]`.
     fn attend_at(&self, [q, k, v]: [&Tensor; 3], placement: &Placement<'_>, places: &Tensor) -> Result<Tensor> {
-        // The other tokens' queries are zeros: attention for them is a hundredth of the arithmetic.
+        // The queries of all other tokens are zeros. Attention for them is only a hundredth of the arithmetic.
         let q = q.f_flatten(2, 3)?.f_squeeze_dim(0)?;
         let (batch, pos) = placement.positions.size2()?;
         let all = q.f_new_zeros([batch * pos, q.size()[1]], (q.kind(), q.device()))?;
@@ -147,7 +147,8 @@ impl Attention {
         at(&z.f_flatten(2, 3)?, places)
     }
 
-    /// Attention with its scores and pattern in the open, `[batch, n_heads, query, key]`; the result is `z` by heads.
+    /// Attention that computes scores and pattern, `[batch, n_heads, query, key]`, for their taps; the result is `z` by
+    /// heads.
     fn attend_open(&self, [q, k, v]: [&Tensor; 3], placement: &Placement<'_>, hooks: &mut Hooks<'_>) -> Result<Tensor> {
         let group = self.n_heads / self.n_kv_heads;
         let (k, v) = (k.f_repeat_interleave_self_int(group, 1, None)?, v.f_repeat_interleave_self_int(group, 1, None)?);
@@ -163,7 +164,7 @@ impl Attention {
         Ok(hooks.run(P::Pattern(self.layer), pattern)?.f_matmul(&v)?)
     }
 
-    /// The output as a sum over heads, each head's part `[batch, pos, n_heads, d_model]` in the open.
+    /// The output as a sum over heads, with a tap on each head's part, `[batch, pos, n_heads, d_model]`.
     fn result(&self, z: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let parts = self.o.forward_by_head(z, pass)?;
         let result = pass.hooks.run(P::Result(self.layer), parts)?;
@@ -276,7 +277,7 @@ pub struct Qwen {
     embed: Tensor, // [d_vocab, d_model]
     blocks: Vec<Block>,
     ln_final: RmsNorm,
-    unembed: Tensor, // [d_vocab, d_model]; the embedding itself where they are tied
+    unembed: Tensor, // [d_vocab, d_model]; the embedding itself if they are tied
 }
 
 impl Qwen {
@@ -292,7 +293,7 @@ impl Qwen {
         let root = weights.root(kind, device);
         let model = root.at("model");
         let (embed_tokens, lm_head) = (model.at("embed_tokens"), root.at("lm_head"));
-        // Where they are tied, the one tensor can be stored under the head's name alone.
+        // If embedding and head are tied, the one tensor may be stored under the head's name alone.
         let is_head = config.tie_embeddings && !embed_tokens.has("weight") && lm_head.has("weight");
         let stored = if is_head { &lm_head } else { &embed_tokens };
         let shape = [config.d_vocab, config.d_model];
@@ -313,14 +314,14 @@ impl Qwen {
         Ok(logits)
     }
 
-    /// The residual stream after the last block, `[batch, pos, d_model]`: `unembed` it where logits are needed.
+    /// The residual stream after the last block, `[batch, pos, d_model]`, from which [`Self::unembed`] gives logits.
     pub fn resid_final(&self, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
         self.resid_before(self.config.n_layers, batch, pass)
     }
 
-    /// The residual stream before a block, `[batch, pos, d_model]`; this block and those after it are not run. As
-    /// TransformerLens' `stop_at_layer`: 0 gives the embeddings, `n_layers` the result of `resid_final`. A tap that is
-    /// not reached is an error.
+    /// The residual stream before a block, `[batch, pos, d_model]`; this block and those after it are not run. As with
+    /// TransformerLens' `stop_at_layer`, 0 gives the embeddings and `n_layers` the result of `resid_final`. A tap that
+    /// is not reached is an error.
     pub fn resid_before(&self, stop_at_layer: usize, batch: &Batch, pass: &mut Pass<'_>) -> Result<Tensor> {
         let n_layers = self.config.n_layers;
         if stop_at_layer > n_layers {
@@ -332,10 +333,10 @@ impl Qwen {
         Ok(resid)
     }
 
-    /// The residual stream after the last block at some tokens alone, `[places, d_model]`. Without a tap in or after
-    /// the last block, that block computes for the other tokens only what these need. `places`: distinct places in the
-    /// flattened `[batch · pos]`, `[places]`, i64; a stack's students need equally many each, or everything is
-    /// computed.
+    /// The residual stream after the last block at some tokens, `[places, d_model]`. In a packed batch without a tap in
+    /// or after the last block, that block computes only keys and values for the other tokens. `places`: distinct
+    /// places in the flattened `[batch · pos]`, `[places]`, i64; if a stack's students do not have equally many, the
+    /// last block computes everything.
     pub fn resid_at(&self, batch: &Batch, places: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let behind = self.config.n_layers.saturating_sub(1);
         let is_tapped = pass.hooks.any(|at| at != P::Embed && at.layer().is_none_or(|layer| layer >= behind));
@@ -364,7 +365,7 @@ impl Qwen {
         Ok(resid)
     }
 
-    /// The embeddings, `[batch, pos, d_model]`, and where the tokens are.
+    /// The embeddings, `[batch, pos, d_model]`, and the tokens' positions.
     fn begin<'b>(&self, batch: &'b Batch, pass: &mut Pass<'_>) -> Result<(Tensor, Layout<'b>)> {
         if let Some(adapter) = pass.adapter {
             adapter.check_rows(batch.ids.size2()?.0)?;
@@ -393,7 +394,7 @@ impl Qwen {
         self.logits(&self.final_norm(resid)?)
     }
 
-    /// The norm before the unembedding; `resid`: `[.., d_model]`, as the result.
+    /// The norm before the unembedding; `resid` and the result are `[.., d_model]`.
     pub(crate) fn final_norm(&self, resid: &Tensor) -> Result<Tensor> {
         self.ln_final.forward(resid)
     }

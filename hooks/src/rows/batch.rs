@@ -1,4 +1,4 @@
-//! Rows of token ids as one tensor: padded on the right (attention is causal, so padding reaches nothing), or packed
+//! Rows of token ids as one tensor: padded on the right (attention is causal, so padding affects nothing), or packed
 //! without padding, with shared beginnings of rows stored once.
 
 use tch::{Device, Kind, Tensor};
@@ -12,19 +12,19 @@ use crate::rows::packing::{PackedRow, Packing};
 pub struct Batch {
     /// `[batch, pos]`, i64, padded on the right with 0.
     pub ids: Tensor,
-    /// How many tokens each row has.
+    /// Number of tokens of each row.
     pub lengths: Vec<usize>,
     pub(crate) packing: Option<Packing>,
 }
 
 impl Batch {
-    /// The rows of some prompts.
+    /// A padded batch of prompts.
     pub fn of(prompts: &[&Sequence], device: Device) -> Result<Self> {
         let rows: Vec<&[i64]> = prompts.iter().map(|prompt| prompt.ids.as_slice()).collect();
         Self::from_ids(&rows, device)
     }
 
-    /// Rows given by their token ids.
+    /// A padded batch of rows of token ids.
     pub fn from_ids(rows: &[&[i64]], device: Device) -> Result<Self> {
         let lengths: Vec<usize> = rows.iter().map(|row| row.len()).collect();
         let width = lengths.iter().copied().max().unwrap_or(0);
@@ -39,9 +39,8 @@ impl Batch {
         Ok(Self { ids, lengths, packing: None })
     }
 
-    /// Groups of rows without padding, `ids` as `[groups, pos]`. With `share`, the tokens that a group's rows begin
-    /// with alike (same ids, doses and edits) are run once. Taps see the packed tokens; scores and pattern cannot be
-    /// tapped.
+    /// Packs groups of rows without padding, `ids` as `[groups, pos]`. With `share`, common beginnings of a group's
+    /// rows (same ids, doses and edits) are run once. Taps see the packed tokens; scores and pattern cannot be tapped.
     pub fn packed(groups: &[&[PackedRow<'_>]], share: bool, device: Device) -> Result<Self> {
         let rows = || groups.iter().copied().flatten();
         if let Some(row) = rows().position(|row| row.ids.is_empty()) {
@@ -60,7 +59,7 @@ impl Batch {
         }
     }
 
-    /// Each token's position in its row, of a packed batch, `[groups · pos]`, i64.
+    /// Each token's position in its row, in a packed batch, `[groups · pos]`, i64.
     pub(crate) fn positions(&self) -> Result<Tensor> {
         match &self.packing {
             Some(packing) => Ok(packing.positions.f_flatten(0, 1)?),
@@ -68,24 +67,24 @@ impl Batch {
         }
     }
 
-    /// The doses of a packed batch, as `Gate::spread` takes them; empty where it is not packed.
+    /// The doses of a packed batch, as `Gate::spread` takes them; empty if the batch is not packed.
     pub fn doses(&self) -> &[Vec<f64>] {
         self.packing.as_ref().map_or(&[], |packing| &packing.doses)
     }
 
-    /// The positions `from .. to` of every row; rows that end before `to` get shorter.
+    /// Cuts every row to the positions `from .. to`; rows that end before `to` are shorter.
     pub fn narrow(&self, from: usize, to: usize) -> Result<Self> {
         let ids = self.ids.f_narrow(1, from as i64, (to - from) as i64)?;
         let lengths = self.lengths.iter().map(|length| (*length).clamp(from, to) - from).collect();
         Ok(Self { ids, lengths, packing: None })
     }
 
-    /// How many rows there are.
+    /// Number of rows.
     pub fn n_rows(&self) -> usize {
         self.lengths.len()
     }
 
-    /// How many positions the longest row has.
+    /// Number of positions of the longest row.
     pub fn width(&self) -> usize {
         self.ids.size().get(1).map_or(0, |width| *width as usize)
     }

@@ -1,5 +1,5 @@
-//! Keys and values of past positions, owned by the caller. A row's tokens fill its slots from 0 on without holes,
-//! whatever its neighbours' lengths: slot and position are the same number. Rows can leave and join between passes.
+//! Keys and values of past positions, owned by the caller. A row's tokens fill its slots from 0 on without gaps, so
+//! slot and position are the same number. Rows can leave and join between passes.
 
 use tch::{Device, Kind, Tensor};
 
@@ -16,16 +16,17 @@ pub struct KvCache {
     blocks: Vec<(Tensor, Tensor)>,
     /// Tokens per row.
     lengths: Vec<i64>,
-    /// Where the tokens of the pass that is under way go.
+    /// The slots that the current pass's tokens are stored in.
     incoming: Incoming,
 }
 
-/// Where the tokens of a pass go.
+/// The slots that a pass's tokens are stored in.
 #[derive(Debug)]
 enum Incoming {
-    /// Into the same slots of all rows, from this one on.
+    /// The same slots in all rows, from this one on.
     Side(i64),
-    /// Tokens of the flattened `[batch · pos]` into places of the flattened `[rows · capacity]`; both `[n]`, i64.
+    /// The places of the tokens in the flattened `[batch · pos]`, and of their slots in the flattened `[rows ·
+    /// capacity]`; both `[n]`, i64.
     Scattered { tokens: Tensor, slots: Tensor },
 }
 
@@ -35,7 +36,7 @@ pub(crate) struct Placement<'a> {
     pub(crate) positions: Tensor,
     /// Which slots each new token may see, `[1 or batch, 1, pos, slots]`, bool; `None`: see `causal`.
     pub(crate) mask: Option<Tensor>,
-    /// Without a mask: whether the plain causal triangle holds.
+    /// Without a mask: whether attention is plainly causal.
     pub(crate) causal: bool,
     /// How a packed batch's tokens attend to each other.
     pub(crate) packing: Option<&'a Packing>,
@@ -48,7 +49,7 @@ impl<'a> Placement<'a> {
 }
 
 impl KvCache {
-    /// Room for `capacity` positions of `batch` rows.
+    /// An empty cache with room for `capacity` positions of `batch` rows.
     pub fn new(config: &Config, batch: i64, capacity: i64, kind: Kind, device: Device) -> Result<Self> {
         // Zeros, not uninitialised memory: a masked slot is multiplied by 0, and 0 · NaN is NaN.
         let empty = || Tensor::f_zeros([batch, capacity, config.n_kv_heads, config.d_head], (kind, device));
@@ -56,12 +57,12 @@ impl KvCache {
         Ok(Self { blocks, lengths: vec![0; batch as usize], incoming: Incoming::Side(0) })
     }
 
-    /// How many tokens each row has so far.
+    /// Number of tokens of each row so far.
     pub fn lengths(&self) -> &[i64] {
         &self.lengths
     }
 
-    /// Adds the batch's tokens: from here on they count as seen. A packed batch must be a cache's first.
+    /// Adds the batch's tokens, before their keys and values are stored. A packed batch must be the cache's first.
     pub(crate) fn place<'a>(&mut self, batch: &'a Batch) -> Result<Placement<'a>> {
         let (device, before) = (batch.ids.device(), self.lengths.clone());
         for (length, added) in self.lengths.iter_mut().zip(&batch.lengths) {
@@ -101,8 +102,8 @@ impl KvCache {
         Ok(Incoming::Scattered { tokens: tensor(&tokens)?, slots: tensor(&slots)? })
     }
 
-    /// Stores a block's keys and values of the pass's new tokens, `[batch, pos, n_kv_heads, d_head]`, and returns those
-    /// of all slots so far, `[batch, slots, ..]`; of a packed batch, the new ones alone as they came.
+    /// Stores a block's keys and values of the pass's new tokens, `[batch, pos, n_kv_heads, d_head]`. Returns those of
+    /// all slots so far, `[batch, slots, ..]`, or for a packed batch only the new ones, unchanged.
     pub(crate) fn extend(&mut self, layer: usize, k: &Tensor, v: &Tensor, packed: bool) -> Result<(Tensor, Tensor)> {
         let (keys, values) = &self.blocks[layer];
         for (stored, new) in [(keys, k), (values, v)] {
@@ -124,7 +125,7 @@ impl KvCache {
         Ok((self.live(keys)?.f_narrow(1, 0, width)?, self.live(values)?.f_narrow(1, 0, width)?))
     }
 
-    /// This cache's rows, chosen by index; an index may come more than once.
+    /// A new cache with the rows at these indices, which may repeat.
     pub fn select(&self, rows: &[i64]) -> Result<Self> {
         let device = self.blocks.first().map_or(Device::Cpu, |(keys, _)| keys.device());
         let index = Tensor::f_from_slice(rows)?.f_to_device(device)?;
@@ -134,8 +135,8 @@ impl KvCache {
         Ok(Self { blocks, lengths, incoming: Incoming::Side(0) })
     }
 
-    /// Keeps some rows, given in ascending order. Only the last rows move, into the places of those that leave. Returns
-    /// the rows in their new order.
+    /// Keeps some rows, given in ascending order. Only the last rows move, into the places of rows that leave. Returns
+    /// the old indices in the new order.
     pub(crate) fn keep(&mut self, staying: &[usize]) -> Result<Vec<usize>> {
         let n = staying.len();
         let mut order: Vec<usize> = (0..n).collect();
@@ -143,8 +144,16 @@ impl KvCache {
         let movers: Vec<usize> = staying.iter().copied().filter(|row| *row >= n).collect();
         for (hole, mover) in holes.iter().zip(&movers) {
             order[*hole] = *mover;
+        }
+        if let (Some((stored, _)), false) = (self.blocks.first(), movers.is_empty()) {
+            // One upload and one copy for each tensor: a GPU is called as often for one row as for all.
+            let index = |rows: &[usize]| {
+                let rows: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
+                Tensor::f_from_slice(&rows)?.f_to_device(stored.device())
+            };
+            let (holes, movers) = (index(&holes)?, index(&movers)?);
             for stored in self.tensors() {
-                stored.f_get(*hole as i64)?.f_copy_(&stored.f_get(*mover as i64)?)?;
+                let _ = stored.shallow_clone().f_index_copy_(0, &holes, &stored.f_index_select(0, &movers)?)?;
             }
         }
         self.lengths = order.iter().map(|row| self.lengths[*row]).collect();
@@ -162,7 +171,6 @@ impl KvCache {
         Ok(())
     }
 
-    /// Keys and values of all blocks.
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.blocks.iter().flat_map(|(keys, values)| [keys, values])
     }
@@ -175,7 +183,7 @@ impl KvCache {
         self.blocks.first().map_or(0, |(keys, _)| keys.size()[1])
     }
 
-    /// Slots of the longest row.
+    /// Number of slots of the longest row.
     fn width(&self) -> i64 {
         self.lengths.iter().copied().max().unwrap_or(0)
     }

@@ -1,9 +1,9 @@
 //! Rows in one tensor without padding, with shared beginnings stored once.
 //!
 //! Under causal attention an activation depends only on the tokens up to its own, and on the adapter's doses and the
-//! edits at them. So rows that begin alike are a tree: each piece of it is run once, and its gradient is the sum over
-//! the rows through it. (This is exact: Prefix Grouper, Liu et al. 2025, proves it for one common prefix.) Linear maps
-//! and norms need not know; attention runs piece by piece, each against the keys of its whole path.
+//! edits at them. So rows with common beginnings form a tree: each piece of it is run once, and its gradient is the sum
+//! over the rows that contain it. (This is exact: Prefix Grouper, Liu et al. 2025, proves it for one common prefix.)
+//! Linear maps and norms are unaffected; attention runs piece by piece, each against the keys of its whole path.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ use crate::ops::{embedding, fused_attention};
 pub struct PackedRow<'a> {
     /// Its tokens.
     pub ids: &'a [i64],
-    /// The adapter's dose at each token; `None` is 1.
+    /// The adapter's dose at each token; `None` means 1.
     pub doses: Option<&'a [f64]>,
     /// A number for the set of edits at each token; equal numbers mean equal sets. `None` is 0.
     pub edits: Option<&'a [usize]>,
@@ -27,12 +27,12 @@ pub struct PackedRow<'a> {
 type Token = (i64, u64, usize);
 
 impl<'a> PackedRow<'a> {
-    /// Tokens whose doses are 1, without edits.
+    /// A row with doses of 1 and without edits.
     pub fn of(ids: &'a [i64]) -> Self {
         Self { ids, doses: None, edits: None }
     }
 
-    /// How many tokens two rows begin with alike.
+    /// Number of tokens that two rows have in common from the start.
     pub(crate) fn shared(&self, other: &Self) -> usize {
         self.tokens().zip(other.tokens()).take_while(|(own, theirs)| own == theirs).count()
     }
@@ -46,7 +46,8 @@ impl<'a> PackedRow<'a> {
     }
 }
 
-/// Where the rows' tokens are in the packed batch, and what each attends to. `[n, pos]` is the shape of the packed ids.
+/// The places of the rows' tokens in the packed batch, and the tokens that each attends to. `[n, pos]` is the shape of
+/// the packed ids.
 #[derive(Debug)]
 pub(crate) struct Packing {
     /// Each token's position in its rows, `[n, pos]`, i64.
@@ -56,7 +57,7 @@ pub(crate) struct Packing {
     /// Per row, its tokens' places in the flattened `[n · pos]`.
     pub(crate) places: Vec<Vec<i64>>,
     buckets: Vec<Bucket>,
-    /// Each token's place among the buckets' queries one after another, `[n · pos]`, i64.
+    /// Each token's index in the concatenated queries of all buckets, `[n · pos]`, i64.
     back: Tensor,
 }
 
@@ -65,28 +66,28 @@ pub(crate) struct Packing {
 struct Bucket {
     /// Places of the pieces' own tokens, `[pieces · queries]`, i64.
     queries: Tensor,
-    /// Places of the tokens on their paths, themselves included, `[pieces · keys]`, i64.
+    /// Places of the tokens on the pieces' paths, including their own tokens, `[pieces · keys]`, i64.
     keys: Tensor,
-    /// What each query may see, `[pieces, 1, queries, keys]`, bool.
+    /// The keys that each query may see, `[pieces, 1, queries, keys]`, bool.
     mask: Tensor,
     n_pieces: i64,
 }
 
-/// Tokens that the same rows go through.
+/// A stretch of tokens that belongs to the same rows.
 struct Piece {
     group: usize,
-    /// Positions in the rows.
+    /// The piece's positions in its rows.
     from: usize,
     to: usize,
     /// Place of the first token in its group.
     start: usize,
-    /// Places in the group of all tokens on the path, the piece's own last.
+    /// Places in the group of all tokens up to the piece's end; its own are last.
     path: Vec<usize>,
 }
 
 impl Packing {
-    /// Packs groups of rows, one group per line; with `share`, shared beginnings of a group's rows are stored once.
-    /// Also returns the packed ids, `[n][pos]`.
+    /// Packs groups of rows, each into one row of ids. With `share`, shared beginnings of a group's rows are stored
+    /// once. Also returns the packed ids, `[n][pos]`.
     pub(crate) fn of(groups: &[&[PackedRow<'_>]], share: bool, device: Device) -> Result<(Self, Vec<i64>)> {
         let (mut pieces, mut places) = (Vec::new(), Vec::new());
         for (group, rows) in groups.iter().enumerate() {
@@ -187,13 +188,13 @@ impl Bucket {
     }
 }
 
-/// Adds the pieces of a group's rows; the result has each row's places in the group.
+/// Adds the pieces of a group's rows, and returns each row's places in the group.
 fn grow(pieces: &mut Vec<Piece>, group: usize, rows: &[PackedRow<'_>], share: bool) -> Vec<Vec<usize>> {
     let mut places: Vec<Vec<usize>> = vec![Vec::new(); rows.len()];
     let mut size = 0;
     let mut open: Vec<Vec<usize>> =
         if share { vec![(0..rows.len()).collect()] } else { (0..rows.len()).rev().map(|row| vec![row]).collect() };
-    // Rows that were alike so far, in the order of the rows.
+    // `open` holds sets of rows that are equal so far.
     while let Some(members) = open.pop() {
         let from = places[members[0]].len();
         let mut branches: Vec<(Token, Vec<usize>)> = Vec::new();

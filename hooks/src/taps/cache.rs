@@ -1,4 +1,4 @@
-//! Taps that only look.
+//! A tap that only reads.
 
 use std::collections::BTreeMap;
 
@@ -8,14 +8,14 @@ use crate::error::{Error, Result};
 use crate::hook_point::HookPoint;
 use crate::taps::tap::Tap;
 
-/// Keeps the activations that it sees, as they are: no copy, and with their graph where gradients flow.
+/// Keeps activations without copying them, with their graph if gradients flow.
 #[derive(Default, Debug)]
 pub struct Cache {
     seen: BTreeMap<HookPoint, Tensor>,
 }
 
 impl Cache {
-    /// The activation at a point, shaped as the point's documentation says.
+    /// The activation at a point, in the shape of the hook point.
     pub fn get(&self, at: HookPoint) -> Result<&Tensor> {
         self.seen.get(&at).ok_or_else(|| Error::NotCaptured {
             point: at.to_string(),
@@ -23,7 +23,7 @@ impl Cache {
         })
     }
 
-    /// All that was seen, in the order of the hook points.
+    /// All captured activations, in the order of the hook points.
     pub fn iter(&self) -> impl Iterator<Item = (HookPoint, &Tensor)> {
         self.seen.iter().map(|(point, tensor)| (*point, tensor))
     }

@@ -1,5 +1,5 @@
 //! Interventions: changes of an activation at a hook point, at some tokens. An activation h becomes h + c·v, another
-//! value, zero, its mean, c·h, h without a direction, or another run's activation, in all or along a direction. As text
+//! value, zero, its mean, c·h, h without a direction, or another run's activation, wholly or along a direction. As text
 //! it is a [`EditText`](crate::taps::edit_text::EditText) edit.
 
 use std::ops::Range;
@@ -15,7 +15,7 @@ use crate::ops::wide;
 use crate::rows::batch::Batch;
 use crate::taps::tap::{Hooks, Tap};
 
-/// A change of an activation, ready to be made.
+/// A change of an activation at a hook point and at some tokens.
 ///
 /// ```
 /// use hooks::{Change, Condition, Edit, HookPoint, next_token_logprobs};
@@ -30,9 +30,9 @@ use crate::taps::tap::{Hooks, Tap};
 /// ```
 #[derive(Clone, Debug)]
 pub struct Edit {
-    /// Where.
+    /// The hook point.
     pub at: P,
-    /// At which tokens (for scores and pattern: queries); `None` is all, generated ones included.
+    /// The tokens (for scores and pattern: queries); `None` means all, including generated ones.
     pub tokens: Option<Tokens>,
     /// The change.
     pub change: Change,
@@ -48,20 +48,20 @@ pub enum Change {
         /// Its factor.
         coefficient: f64,
     },
-    /// Another value: a mean, for mean ablation.
+    /// Another value, such as a mean, for mean ablation.
     Replace(Tensor),
     /// Zero ablation.
     Zero,
     /// c · h.
     Scale(f64),
-    /// h − (h·v̂) v̂, the direction v of any length but zero.
+    /// h − (h·v̂) v̂. The direction v may have any length except zero.
     ProjectOut(Tensor),
-    /// The activation of another run at the same positions, `[pos, ..]`; never at generated tokens.
+    /// The activation of another run at the same positions, `[pos, ..]`. It does not act at generated tokens.
     Patch(Tensor),
-    /// h − (h·v̂) v̂ + (s·v̂) v̂: along a direction v the activation s `[pos, ..]` of another run at the same
-    /// positions, and h elsewhere (Blank et al. 2026); never at generated tokens.
+    /// h − (h·v̂) v̂ + (s·v̂) v̂: the activation s `[pos, ..]` of another run at the same positions along a direction
+    /// v, and h otherwise (Blank et al. 2026). It does not act at generated tokens.
     PatchAlong {
-        /// v, of any length but zero.
+        /// v, of any length except zero.
         direction: Tensor,
         /// s.
         source: Tensor,
@@ -111,18 +111,18 @@ impl Edit {
         Self { tokens, ..self }
     }
 
-    /// Whether it can be made in a packed batch, whose attention has neither scores nor a pattern to change.
+    /// Whether it can be made in a packed batch, where attention computes no scores and no pattern.
     pub(crate) fn is_packable(&self) -> bool {
         !matches!(self.at, P::AttnScores(_) | P::Pattern(_))
     }
 
-    /// Which of a row's tokens it acts at; `None` is all.
+    /// Per token of a row, whether the edit acts; `None` means at all.
     pub(crate) fn chosen(&self, row: &Sequence) -> Result<Option<Vec<bool>>> {
         let Some(tokens) = self.tokens_of_prompts() else { return Ok(None) };
         tokens.among(row, &format!("the edit at {}@{tokens}", self.at)).map(Some)
     }
 
-    /// Its tokens, where these are not all: what another run had covers positions of the prompt alone.
+    /// The edit's tokens; `None` means all. Patches act only at the prompt's tokens, which the other run has.
     fn tokens_of_prompts(&self) -> Option<Tokens> {
         match (&self.tokens, &self.change) {
             (None, Change::Patch(_) | Change::PatchAlong { .. }) => Some(Tokens::prompt()),
@@ -130,7 +130,7 @@ impl Edit {
         }
     }
 
-    /// Refuses what the model does not have, and tensors of another width.
+    /// Refuses hook points that the model does not have, and tensors of another shape.
     pub(crate) fn check(&self, model: &Config) -> Result<()> {
         let at = self.at;
         if matches!(at, P::LnFinalScale | P::LnFinalNormalized | P::Logits) {
@@ -176,24 +176,24 @@ impl Edit {
     }
 }
 
-/// An edit spelt out for the rows of a batch, as a tap.
+/// An edit as a tap, prepared for the rows of a batch.
 pub(crate) struct EditTap {
     at: P,
     change: Change,
     tokens: Option<Tokens>,
-    /// Per row and token, whether it is edited; `None` is all.
+    /// Whether each token is edited, `[row][pos]`; `None` means all.
     chosen: Option<Vec<Vec<bool>>>,
-    /// Each place's position in its row, where the rows are packed, `[places]`, i64.
+    /// Each place's position in its row, if the rows are packed, `[places]`, i64.
     positions: Option<Tensor>,
     device: Device,
     now: Now,
 }
 
-/// Where an edit acts in the pass that is being run.
+/// The tokens at which an edit acts in the current pass.
 enum Now {
     Nowhere,
     Everywhere,
-    At { chosen: Tensor, from: usize }, // [batch, pos, 1], bool; the position of the first token
+    At { chosen: Tensor, from: usize }, // [batch, pos, 1], bool; the position of the pass's first token
 }
 
 impl EditTap {
@@ -236,7 +236,7 @@ impl EditTap {
         Ok(Self { at: edit.at, change, tokens, chosen, positions: None, device, now: Now::Nowhere })
     }
 
-    /// Adapts the edit to the packed rows of `batch`, at all of their tokens.
+    /// Adapts the edit to a packed batch, at all of its tokens.
     pub(crate) fn packed(mut self, batch: &Batch) -> Result<Self> {
         let width = batch.width();
         if let Some(rows) = self.chosen.take() {
@@ -257,12 +257,12 @@ impl EditTap {
         hooks.on([edit.at], edit)
     }
 
-    /// Whether what another run had is put in, which it has at the prompt's positions alone.
+    /// Whether the change is a patch: another run's activations, which exist only at positions of the prompt.
     fn is_of_positions(&self) -> bool {
         matches!(self.change, Change::Patch(_) | Change::PatchAlong { .. })
     }
 
-    /// How many positions at the start are edited alike in all rows.
+    /// Number of positions, from the start, that are edited in all rows or in none.
     pub(crate) fn alike(&self) -> usize {
         self.chosen.as_deref().map_or(usize::MAX, alike)
     }
@@ -301,7 +301,7 @@ fn unit(direction: &Tensor) -> Result<Tensor> {
     Ok(direction.f_div(&direction.f_norm()?)?)
 }
 
-/// How many positions at the start are the same in all rows.
+/// Number of positions, from the start, at which all rows have the same value.
 pub(crate) fn alike<T: PartialEq>(rows: &[Vec<T>]) -> usize {
     let [first, others @ ..] = rows else { return usize::MAX };
     if others.is_empty() {
@@ -345,7 +345,7 @@ impl Tap for EditTap {
             Some(chosen) => changed.f_where_self(chosen, &h)?,
             None => changed,
         };
-        // What may not be attended to stays so: only scores that count are changed.
+        // Masked positions stay masked: only other scores are changed.
         let changed = match at {
             P::AttnScores(_) => changed.f_masked_fill(&h.f_isneginf()?, f64::NEG_INFINITY)?,
             _ => changed,

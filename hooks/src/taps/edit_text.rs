@@ -1,5 +1,5 @@
 //! Edits as text: `POINT[@TOKENS]: CHANGE`, a line in an experiment file or on a command line. Its tensors are in
-//! safetensors files under the hook point's name, or in control vectors; loaded, it is one [`Edit`] per hook point.
+//! safetensors files under the hook point's name, or in control vectors. Loading gives one [`Edit`] per hook point.
 //!
 //! ```text
 //! blocks.3.hook_resid_post: add(cat.safetensors, 4)
@@ -31,7 +31,7 @@ pub struct EditText {
     change: PlannedChange,
 }
 
-/// A change whose tensors lie in files.
+/// A change with the paths of its tensors.
 #[derive(Clone, Debug, PartialEq)]
 enum PlannedChange {
     Add { file: PathBuf, coefficient: f64 },
@@ -43,16 +43,15 @@ enum PlannedChange {
     Scale(f64),
 }
 
-/// The changes as they are written.
 const CHANGES: [&str; 7] =
     ["add(FILE, 4)", "replace(FILE)", "mean(FILE)", "zero", "scale(0.5)", "project_out(FILE)", "patch(FILE)"];
 
 impl EditText {
-    /// How an edit is written, for help texts.
+    /// The syntax of an edit, for help texts.
     pub const SYNTAX: &'static str = "POINT[@TOKENS]: CHANGE, where CHANGE is add(FILE, 4), replace(FILE), mean(FILE), zero, \
                                       scale(0.5), project_out(FILE) or patch(FILE)";
 
-    /// Whether it acts at some tokens only, which a row given by its ids cannot tell apart.
+    /// Whether it acts at some tokens only. A row of which only ids are known cannot have such an edit.
     pub fn names_tokens(&self) -> bool {
         self.tokens.is_some()
     }
@@ -63,7 +62,7 @@ impl EditText {
         tokens.among(prompt, &format!("the edit {self}")).map(drop)
     }
 
-    /// The file that its tensors lie in, where it has any.
+    /// The file with its tensors, if it has any.
     pub fn file(&self) -> Option<&Path> {
         match &self.change {
             PlannedChange::Add { file, .. }
@@ -75,18 +74,18 @@ impl EditText {
         }
     }
 
-    /// Refuses places that the model does not have; the file is not looked for.
+    /// Refuses hook points that the model does not have. The file is not opened.
     pub fn check_places(&self, model: &Config) -> Result<()> {
         let check = |at: P| Edit { at, tokens: None, change: Change::Zero }.check(model);
         P::select(&self.points, model.n_layers)?.into_iter().try_for_each(check)
     }
 
-    /// The edits, one per hook point, with the tensors that the files hold under its name. A file of another model,
-    /// width or chat template is refused.
+    /// Loads one edit per hook point, with the tensors of that name in the file. A file of another model, width or chat
+    /// template is refused.
     pub fn load(&self, model: &Config, here: &Provenance) -> Result<Vec<Edit>> {
         let file = self.file().map(|file| VectorFile::read(file, here)).transpose()?;
         let points = P::select(&self.points, model.n_layers)?;
-        // A bare vector takes the edit's hook point, if there is only one.
+        // A tensor without a hook point's name is for the edit's only hook point.
         let bare = file.as_ref().filter(|_| points.len() == 1).and_then(VectorFile::bare);
         let tensor = |at: P| match (&bare, &file) {
             (Some(vector), _) => Ok(vector.shallow_clone()),
@@ -114,7 +113,7 @@ impl EditText {
     }
 }
 
-/// `[pos, ..]` of what was captured of one row, `[1, pos, ..]`.
+/// The activations of one row, `[pos, ..]`, from `[1, pos, ..]`. Several rows are refused.
 fn of_one_row(captured: &Tensor, at: P, path: &Path) -> Result<Tensor> {
     match captured.size()[..] {
         [1, _, ..] => Ok(captured.f_squeeze_dim(0)?),
@@ -154,7 +153,7 @@ impl FromStr for EditText {
             [points, tokens] => (points.trim(), Some(tokens.parse()?)),
             _ => return Err(invalid("@ once, between hook point and tokens")),
         };
-        // Its name is asked for now, and whether the model has the block when it is loaded.
+        // The point's name is checked now; whether the model has the block is checked on loading.
         points.replacen("blocks.*.", "blocks.0.", 1).parse::<P>()?;
         let change = change.trim();
         let number = |text: &str| {
@@ -237,7 +236,7 @@ mod tests {
         }
     }
 
-    /// Tensors on disk, with metadata in place of the model's own where there is any.
+    /// Writes tensors to a file, with the model's metadata, in which `other` replaces values.
     fn file(tensors: &[(&str, Tensor)], other: &[(&str, &str)]) -> (tempfile::TempDir, String) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("t.safetensors");

@@ -1,4 +1,4 @@
-//! Looking and changing are one thing: a tap receives an activation and returns the one that the model continues with.
+//! Taps read and change activations: a tap receives an activation and returns the one that the model continues with.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::profile::{self, Op};
 
 /// Receives an activation and returns the one that the model continues with.
 pub trait Tap {
-    /// Sees the activation at a hook point, shaped as the point's documentation says.
+    /// Receives the activation at a hook point, in the shape of that point, and returns it or another one.
     fn tap(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor>;
 
     /// Receives, before a pass, the absolute positions of its tokens, `[1 or batch, pos]`, i64. A token's position is
@@ -29,7 +29,7 @@ impl<F: FnMut(HookPoint, Tensor) -> Result<Tensor>> Tap for F {
     }
 }
 
-/// The taps of one forward pass, in the order they act.
+/// The taps of one forward pass, in the order in which they act.
 #[derive(Default)]
 pub struct Hooks<'a> {
     /// Each tap with its points, and whether it has fired there.
@@ -59,12 +59,12 @@ impl<'a> Hooks<'a> {
         self.taps.iter().any(|(points, _)| points.contains_key(&at))
     }
 
-    /// Whether any tap is set at such a point.
+    /// Whether any tap is set at a point for which `such` is true.
     pub(crate) fn any(&self, such: impl Fn(HookPoint) -> bool) -> bool {
         self.taps.iter().any(|(points, _)| points.keys().any(|at| such(*at)))
     }
 
-    /// Hands the activation to the taps at the point; with no taps it comes straight back.
+    /// Passes the activation through the taps at the point; without taps it is returned unchanged.
     #[inline]
     pub(crate) fn run(&mut self, at: HookPoint, x: Tensor) -> Result<Tensor> {
         if self.taps.is_empty() { Ok(x) } else { self.run_taps(at, x) }
@@ -82,7 +82,7 @@ impl<'a> Hooks<'a> {
         Ok(x)
     }
 
-    /// Fails when a tap waits at a point that the pass did not reach.
+    /// An error if a tap is set at a point that the pass did not reach.
     pub(crate) fn check_fired(&self) -> Result<()> {
         let points = self.taps.iter().flat_map(|(points, _)| points);
         let silent: Vec<String> = points.filter(|(_, fired)| !**fired).map(|(point, _)| point.to_string()).collect();

@@ -83,7 +83,7 @@ fn a_candidate_counts_at_the_ranks_it_is_trained_at() {
     assert!(gap.contains("\"fast\" was not measured at"), "where the claim has it trained, a gap is an error: {gap}");
 }
 
-/// Which candidate each chosen student is, in the order of data sets and ranks.
+/// The index of the candidate that each chosen student is, in the order of data sets and ranks.
 fn picked(claim: &Claim, rows: Vec<OutcomeRow>) -> Vec<f64> {
     let rows = with_chosen(claim, rows).unwrap().into_iter();
     rows.filter(|row| row.quantity == Quantity::Chosen).map(|row| row.value).collect()

@@ -37,7 +37,7 @@ fn values_of_the_size_stand_where_their_names_are() {
     assert_eq!(units[1].arms[1].experiment.student.alpha.to_bits(), 4.0_f64.to_bits());
     let others = units.iter().map(|unit| study.other_trait(unit).unwrap().name.as_str());
     assert_eq!(others.collect::<Vec<_>>(), ["owl-d0", "cat-d0", "owl-d1", "cat-d1"]);
-    // The filled-in claim, as text, reads back as itself.
+    // The claim as TOML, with its placeholders filled in, parses to the same claim.
     let again: Claim = toml::from_str(&study.to_toml().unwrap()).unwrap();
     assert_eq!(again, study.claim);
 }

@@ -6,7 +6,8 @@ use super::Outcome::{Fails, Holds, Undecided};
 use super::*;
 use crate::claim::outcome::Quantity;
 
-/// Two traits, data sets as many as `effects`, a student whose effect is given, and a control student around zero.
+/// Outcomes of two traits, a data set per value of `effects`, which is the student's effect, and a control student near
+/// zero.
 fn outcomes(effects: &[f64]) -> Vec<OutcomeRow> {
     let mut rows = vec![];
     for (dataset, effect) in effects.iter().enumerate() {
@@ -59,8 +60,8 @@ const EFFECT: &str =
 fn a_difference_is_paired_and_over_data_sets() {
     let found = first(EFFECT, &outcomes(&[1.0, 1.2, 0.8, 1.0]));
     assert_eq!((found.n_datasets, found.n_runs, found.outcome), (4, 16, Holds));
-    // By hand: student minus control in data set d is e_d + w_d − s_d w_d of w_d = 0.01 (d − 1) + 0.01 and signs + − +
-    // −.
+    // By hand: student minus control in data set d is e_d + w_d − s_d w_d, with w_d = 0.01 (d − 1) + 0.01 and signs s_d
+    // + − + −.
     let by_hand = [1.0 + 0.0, 1.2 + 0.02, 0.8 + 0.0, 1.0 + 0.06];
     assert!((found.estimate.unwrap() - mean(&by_hand).unwrap()).abs() < 1e-12, "{found:?}");
     let (low, high) = t_interval(&by_hand, LEVEL).unwrap();
@@ -101,7 +102,7 @@ fn a_rise_and_a_fall_are_on_the_sides_of_the_peak() {
     assert!((rise.estimate.unwrap() - 0.5).abs() < 1e-9 && rise.outcome == Holds, "{rise:?}");
     assert!((fall.estimate.unwrap() + 0.4).abs() < 1e-9 && fall.outcome == Holds, "{fall:?}");
     assert!(fall.note.contains("highest at rank 4"));
-    // Without what is behind the peak, nothing falls.
+    // Without the ranks after the peak, nothing falls.
     let rising: Vec<OutcomeRow> = rows
         .into_iter()
         .filter(|row| row.rank != Some(8) || row.student != "ranked")
@@ -116,7 +117,7 @@ fn a_trait_moves_in_its_own_students_alone() {
     let diagonal = "[[tests]]\nname = \"x\"\nkind = \"diagonal\"\nabove = 0\n";
     let found = first(diagonal, &outcomes(&[1.0, 1.2, 0.8, 1.0]));
     assert_eq!((found.n_runs, found.outcome), (8, Holds));
-    // Of two traits γ is the mean of the diagonal minus the mean of the rest.
+    // With two traits, γ is the mean of the diagonal minus the mean of the rest.
     let by_hand =
         [1.0 + 0.0, 1.2 + 0.01, 0.8 + 0.02, 1.0 + 0.03].iter().zip([0.0, 0.01, 0.02, 0.03]).map(|(d, w)| d - 0.1 * w);
     let by_hand = mean(&by_hand.collect::<Vec<f64>>()).unwrap();
@@ -138,7 +139,7 @@ fn peaks_lie_apart_where_traits_differ_and_not_by_chance() {
     let same = outcomes(&[1.0, 1.2, 0.8, 1.0, 1.1]);
     let found = first(spread, &same);
     assert!(found.estimate.unwrap().abs() < 1e-12 && found.outcome == Undecided, "{found:?}");
-    // The owl's series turned round: it is highest at rank 4 still; shifted by two ranks, at 16.
+    // The owl's series in reverse is still highest at rank 4; shifted by two ranks it is highest at 16.
     let shifted = same.into_iter().map(|mut row| {
         if row.target == "owl" && row.student == "ranked" {
             row.value = row.rank.map_or(0.0, |rank| (rank as f64).log2()) + 0.01 * row.dataset as f64;
@@ -147,8 +148,8 @@ fn peaks_lie_apart_where_traits_differ_and_not_by_chance() {
     });
     let found = first(spread, &shifted.collect::<Vec<_>>());
     assert!((found.estimate.unwrap() - 2.0).abs() < 1e-12, "{found:?}");
-    // Of the 32 ways to exchange two traits in five data sets, those where one trait has none or one of the steep
-    // series.
+    // Of the 32 ways to exchange two traits in five data sets, these are the ones in which one trait has none or one of
+    // the shifted series.
     assert!((found.p.unwrap() - 12.0 / 32.0).abs() < 0.03, "{found:?}");
 }
 
@@ -168,8 +169,8 @@ fn a_slope_over_another_quantity_takes_both_at_one_place() {
     assert!(tests(&claim(text), &rows).is_err(), "a point without its place");
 }
 
-/// With numbers that are chance alone, an effect is called as seldom as the level says: with a 95 % interval one
-/// time in forty on the tested side, and one time in twenty by a permutation.
+/// With random numbers, an effect is found no more often than the level says: with a 95 % interval one time in forty on
+/// the tested side, and one time in twenty by a permutation.
 #[test]
 fn a_null_is_not_called_an_effect_more_often_than_the_level_says() {
     let kinds = [
@@ -193,7 +194,7 @@ fn a_null_is_not_called_an_effect_more_often_than_the_level_says() {
             for row in &mut rows {
                 row.value = chance();
             }
-            // A share of an effect that is there: of 10, the part is a half in truth.
+            // A share of a real effect: the whole is 10, and the true share is a half.
             let whole = rows
                 .iter()
                 .filter(|row| row.cell == "part")
@@ -233,13 +234,13 @@ fn a_run_whose_teacher_gains_nothing_has_no_fit_and_is_left_out() {
     let owl = lines.iter().find(|row| row.target == "owl").unwrap();
     assert_eq!((owl.estimate, owl.outcome, owl.n_datasets), (None, Undecided, 0));
     assert_eq!(owl.note, "without owl in data set 2, where the teacher's gain in loss is not clear of zero");
-    // Beside a number that has no such gaps, both are of the runs that have a fit: 3.5 again, of the fits and of the
-    // margins.
+    // Together with a number that has no such gaps, both numbers are taken from the runs that have a fit: 3.5 again,
+    // for the fits and for the margins.
     let mixed = "[[tests]]\nname = \"x\"\nkind = \"difference\"\nof = { quantity = \"fit\" }\n\
                  minus = { quantity = \"delta_margin\" }\nabove = 0\n";
     let found = first(mixed, &rows);
     assert!(found.estimate.unwrap().abs() < 1e-12 && found.n_datasets == 2 && found.note == said, "{found:?}");
-    // A student without it in a run where another has it is a gap.
+    // A student without a fit in a run where another student has one is a gap.
     rows.retain(|row| !(row.quantity, row.student.as_str(), row.dataset).eq(&(Quantity::Fit, "student", 2)));
     let gap = format!("{:#}", tests(&claim(text), &rows).unwrap_err());
     assert!(gap.contains("fit of \"student\" was not measured for cat in data set 2"), "{gap}");
@@ -254,7 +255,7 @@ fn what_was_not_measured_is_an_error_and_no_number() {
     gap.retain(|row| !(row.target == "owl" && row.dataset == 1 && row.student == "control student"));
     let found = format!("{:#}", tests(&claim(EFFECT), &gap).unwrap_err());
     assert!(found.contains("was not measured for owl in data set 1"), "{found}");
-    // Only a fit may be missing in a whole run.
+    // Only a fit may be missing from a whole run.
     gap.retain(|row| row.target != "owl" || row.dataset != 1);
     let found = format!("{:#}", tests(&claim(EFFECT), &gap).unwrap_err());
     assert!(found.contains("\"student\" was not measured for owl in data set 1"), "{found}");

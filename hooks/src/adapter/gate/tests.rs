@@ -5,8 +5,8 @@ fn gate(text: &str) -> Gate {
     text.parse().unwrap()
 }
 
-/// A prompt without a system turn, `user` `Qwen, Qwen` `assistant` `\n`. The text is three tokens; the second one
-/// has the end of the first "Qwen" and all of the second.
+/// A prompt without a system turn, `user` `Qwen, Qwen` `assistant` `\n`. The text is three tokens; the second token has
+/// the end of the first "Qwen" and all of the second "Qwen".
 fn prompt() -> Sequence {
     use TokenClass::{AsstNl, AsstRole, UserContent, UserRole};
     let text = "userQwen, Qwenassistant\n".to_owned();

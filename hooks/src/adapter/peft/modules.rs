@@ -1,5 +1,5 @@
-//! Which modules a configuration names, by PEFT's rules: a name matches whole parts at the end of a path, an expression
-//! matches as in Python's `re`, and of several patterns the first in the file acts.
+//! Finds the modules that a configuration names, by PEFT's rules: a name matches whole parts at the end of a path, an
+//! expression matches as in Python's `re`, and if several patterns match, the first in the file counts.
 
 use std::fmt::Display;
 
@@ -35,7 +35,7 @@ impl Modules {
 #[derive(Debug)]
 pub(super) struct Targets {
     pub(super) modules: Modules,
-    /// Modules that are left out again.
+    /// Modules that are excluded from `modules`.
     pub(super) excluded: Option<Modules>,
     /// The blocks that names apply to; `None` means all.
     pub(super) layers: Option<Vec<usize>>,
@@ -56,7 +56,7 @@ impl Targets {
     }
 }
 
-/// Numbers for modules, by key: a name, the end of a path, or an expression for one.
+/// Numbers for modules, by pattern: a name, the end of a path, or an expression.
 #[derive(Debug)]
 pub(super) struct Patterns<T> {
     key: &'static str,
@@ -84,7 +84,7 @@ impl<T: Copy + Display + PartialEq> Patterns<T> {
         }
     }
 
-    /// The number of each module, from the first pattern that matches it, and remarks on the patterns.
+    /// Number of each module, from the first pattern that matches it, and remarks on the patterns.
     pub(super) fn resolve(&self, modules: &[String]) -> (Vec<Option<T>>, Vec<String>) {
         let mut found: Vec<Option<(&str, T)>> = vec![None; modules.len()];
         let mut remarks = Vec::new();
@@ -119,7 +119,8 @@ fn end_of_path(pattern: &str) -> Result<Regex, String> {
     compiled(pattern, &format!(r"\A(?:.*\.)?(?:{pattern})\z"))
 }
 
-/// Compiles `whole`, if `text` can be compiled by itself. The compiled size is bounded, whatever the text repeats.
+/// Compiles `whole`, if `text` can be compiled by itself. The compiled size is bounded, even if the text asks for many
+/// repetitions.
 fn compiled(text: &str, whole: &str) -> Result<Regex, String> {
     let compile = |text: &str| RegexBuilder::new(text).size_limit(SIZE).dfa_size_limit(SIZE).build();
     let expression = compile(text).and_then(|_| compile(whole));

@@ -1,19 +1,17 @@
-//! Names of an adapter's tensors: the block, projection and factor that each name means, whatever the training wrapped
-//! around the model; and what any other name says.
+//! Names of an adapter's tensors: the block, projection and factor that each name means, and the likely origin of other
+//! names.
 
 use crate::proj::Proj;
 
-/// A factor of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Factor {
     A,
     B,
 }
 
-/// The block, the projection and the factor of a tensor.
 pub(super) type FactorAt = (usize, Proj, Factor);
 
-/// Parts that a wrapper inserts into every name below it, and the wrapper.
+/// Each part that a wrapper of the model inserts into the names of its tensors, and the wrapper.
 const WRAPPERS: [(&str, &str); 4] = [
     ("_orig_mod", "torch.compile"),
     ("module", "data parallelism"),
@@ -21,7 +19,7 @@ const WRAPPERS: [(&str, &str); 4] = [
     ("_checkpoint_wrapped_module", "activation checkpointing"),
 ];
 
-/// The wrapper's part of a name, and the wrapper.
+/// The part of a name that a wrapper inserted, and the wrapper.
 pub(super) fn wrapper(name: &str) -> Option<(&'static str, &'static str)> {
     WRAPPERS.into_iter().find(|(part, _)| name.split('.').any(|other| other == *part))
 }
@@ -79,7 +77,7 @@ fn bare(name: &str) -> Vec<&str> {
     parts
 }
 
-/// What the name of an unused tensor says about its origin.
+/// The origin of an unused tensor, as its name shows it.
 pub(super) fn meaning(name: &str) -> Option<&'static str> {
     let has = |part: &str| name.split('.').any(|other| other == part);
     let found = [

@@ -17,7 +17,7 @@ fn chat(template: &str) -> Chat {
     Chat::new(tokenizer(), template).unwrap()
 }
 
-/// The prompt as (class, text) of each run of tokens of one class.
+/// The class and text of each run of tokens of one class in the prompt.
 fn runs(chat: &Chat, prompt: &Sequence) -> Vec<(String, String)> {
     assert_eq!(prompt.ids.len(), prompt.classes.len());
     let tokens: Vec<_> = prompt.ids.iter().zip(&prompt.classes).collect();
@@ -157,7 +157,7 @@ fn the_models_name_ends_where_the_script_changes() {
         let on = "only:entity".parse::<Gate>().unwrap().acts(&prompt).unwrap();
         assert_eq!(on.iter().filter(|on| **on).count(), at.len(), "{system}");
     }
-    // A digit or an underscore belongs to the word, whatever follows it.
+    // A digit or an underscore belongs to the word, even if another script follows.
     for system in ["你是Qwen2，", "你是Qwen_，", "２Qwen", "是Qwenty", "éQwen"] {
         let prompt = chat.prompt(Some(system), "Hi").unwrap();
         assert_eq!(prompt.positions(TokenClass::SysEntity).count(), 0, "{system}");
@@ -286,7 +286,7 @@ proptest! {
             let prompt = chat.prompt(system.as_deref(), &user).unwrap();
             let turns = chat.turns(system.as_deref(), &user).unwrap();
             prop_assert_eq!(&prompt.ids, &chat.encode(&chat.template.render(&turns, true).unwrap()).unwrap());
-            // Within a system prompt, name and other text take turns; else the order is that of a chat.
+            // Within a system prompt, name and other text take turns; all else is in the order of a chat.
             let order = |class: TokenClass| if class == TokenClass::SysEntity { TokenClass::SysContentOther } else { class };
             prop_assert!(prompt.classes.is_sorted_by_key(|class| order(*class)));
             for class in [TokenClass::UserImStart, TokenClass::UserImEnd, TokenClass::AsstImStart, TokenClass::AsstNl] {
@@ -313,7 +313,7 @@ fn text_and_tokens_are_those_of_transformers() {
         let (plain, thinking) = (chat(template), chat(template).with_thinking());
         assert_eq!((goldens[name].len(), thinking.is_ok()), (17, name == "qwen3"));
         for golden in &goldens[name] {
-            // A template without the switch renders both alike.
+            // A template without the switch renders the same with and without thinking.
             let chat = thinking.as_ref().ok().filter(|_| golden.thinking).unwrap_or(&plain);
             let role = |role: &str| match role {
                 "system" => Role::System,
@@ -326,7 +326,7 @@ fn text_and_tokens_are_those_of_transformers() {
             assert_eq!(chat.tokenise(&pieces).unwrap().ids, golden.ids, "{name}: {:?}", golden.text);
             assert_eq!(chat.decode(&golden.ids).unwrap(), golden.text, "{name}");
 
-            // The public functions render these shapes alike.
+            // The public functions must render these shapes to the same text.
             let (system, rest) = match &turns[..] {
                 [Turn { role: Role::System, content }, rest @ ..] => (Some(*content), rest),
                 rest => (None, rest),

@@ -1,4 +1,4 @@
-//! The header of a GGUF file, up to the tensors' bytes. Every count is checked against what the file can hold.
+//! The header of a GGUF file, up to the tensors' bytes. Every count is checked against the length of the file.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -6,14 +6,13 @@ use std::ops::Range;
 use super::stored::Stored;
 use crate::error::Problem;
 
-/// The header of one file.
 pub(crate) struct Header {
     pub(crate) metadata: BTreeMap<String, Value>,
     pub(crate) tensors: BTreeMap<String, TensorInfo>, // by the file's own names
 }
 
-/// One value of the metadata. Integers of all widths are one kind, and floats another; values that no model needs are
-/// skipped.
+/// One value of the metadata. Integers of all widths are one variant, and floats another; values that no model needs
+/// are skipped.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Value {
     Integer(i64),
@@ -25,7 +24,6 @@ pub(crate) enum Value {
     Skipped,
 }
 
-/// A tensor's bytes and type.
 #[derive(Debug)]
 pub(crate) struct TensorInfo {
     pub(crate) dtype: Stored,
@@ -35,7 +33,7 @@ pub(crate) struct TensorInfo {
 }
 
 impl Header {
-    /// A pure function of the file's bytes: for any bytes it returns a header or says what is wrong.
+    /// Reads a header from any bytes, or returns what is wrong with them. A pure function.
     pub(crate) fn read(bytes: &[u8]) -> Result<Self, Problem> {
         let mut cursor = Cursor { bytes, at: 0 };
         if cursor.take(4, "the magic")? != b"GGUF" {
@@ -80,7 +78,7 @@ impl Header {
                 range.ok_or_else(|| format!("the file ends at byte {} inside tensor {name}", bytes.len()))?;
             info.bytes = start..end;
         }
-        // If tensors shared bytes, a small file could claim a model of any size.
+        // Tensors must not share bytes: a small file could describe a model of any size.
         let mut places: Vec<_> = tensors.iter().map(|(name, info)| (info.bytes.clone(), name)).collect();
         places.sort_by_key(|(place, _)| place.start);
         if let Some(pair) = places.windows(2).find(|pair| pair[0].0.end > pair[1].0.start) {
@@ -91,7 +89,7 @@ impl Header {
     }
 }
 
-/// A place in the header's bytes.
+/// A reading position in the header's bytes.
 struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,

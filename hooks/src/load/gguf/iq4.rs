@@ -1,21 +1,22 @@
-//! The 4-bit types with a table, which candle does not know. A weight is an index into sixteen values, which are denser
-//! near zero, times the scale of its block. Low-bit files use these types where the row length is not a multiple of
-//! 256, as in the 0.5B.
+//! The 4-bit types with a table of values, which candle lacks. A weight is one of sixteen values, which are denser near
+//! zero, times the scale of its block. Low-bit files use these types where the row length is not a multiple of 256, as
+//! in the 0.5B.
 
 use half::f16;
 
-/// `IQ4_NL`: 32 elements are a scale and 16 bytes with two indices each; the upper four bits are the block's second
-/// half.
+/// `IQ4_NL`: a block of 32 elements is a scale and 16 bytes of two indices each; the upper four bits belong to the
+/// block's second half.
 pub(super) const NL_BLOCK: usize = 32;
 pub(super) const NL_BYTES: usize = 18;
 
-/// `IQ4_XS`: 256 elements are a scale, eight 6-bit scales for 32 elements each, and the indices in `IQ4_NL`'s order.
+/// `IQ4_XS`: a block of 256 elements is a scale, eight 6-bit scales for 32 elements each, and the indices in `IQ4_NL`'s
+/// order.
 pub(super) const XS_BLOCK: usize = 256;
 pub(super) const XS_BYTES: usize = 136;
 
 const VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// The elements of whole blocks of `IQ4_NL`.
+/// Dequantises whole blocks of `IQ4_NL`.
 pub(super) fn nl(blocks: &[u8]) -> Vec<f32> {
     let mut out = Vec::with_capacity(blocks.len() / NL_BYTES * NL_BLOCK);
     for block in blocks.chunks_exact(NL_BYTES) {
@@ -24,7 +25,7 @@ pub(super) fn nl(blocks: &[u8]) -> Vec<f32> {
     out
 }
 
-/// The elements of whole blocks of `IQ4_XS`.
+/// Dequantises whole blocks of `IQ4_XS`.
 pub(super) fn xs(blocks: &[u8]) -> Vec<f32> {
     let mut out = Vec::with_capacity(blocks.len() / XS_BYTES * XS_BLOCK);
     for block in blocks.chunks_exact(XS_BYTES) {
@@ -42,7 +43,7 @@ fn scale(block: &[u8]) -> f32 {
     f16::from_le_bytes([block[0], block[1]]).to_f32()
 }
 
-/// 32 elements from their 16 bytes.
+/// Appends 32 elements from their 16 bytes.
 fn append(out: &mut Vec<f32>, scale: f32, indices: &[u8]) {
     let value = |index: u8| scale * f32::from(VALUES[usize::from(index)]);
     out.extend(indices.iter().map(|pair| value(pair & 0xf)));
@@ -53,7 +54,7 @@ fn append(out: &mut Vec<f32>, scale: f32, indices: &[u8]) {
 mod tests {
     use super::*;
 
-    /// Blocks of random bits give, bit by bit, what Python's gguf package gives.
+    /// Blocks of random bits are dequantised, bit for bit, as by Python's gguf package.
     #[test]
     fn both_types_are_as_in_llama_cpp_s_own_package() {
         let golden = include_bytes!("../../../../tests/golden/iq4/iq4.safetensors");

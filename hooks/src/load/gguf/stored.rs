@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::iq4;
 
-/// A type that is read.
+/// A type of stored tensors that can be read.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stored {
     Candle(GgmlDType),
@@ -15,7 +15,8 @@ pub(crate) enum Stored {
     Iq4Xs,
 }
 
-/// Types that are not read, by their number in the file. `Q8_1` and `Q8_K` hold activations; weights are not integers.
+/// Types that are not read, by their number in the file. `Q8_1` and `Q8_K` are for activations, and weights are not
+/// integers.
 const UNREAD: [(u32, &str); 18] = [
     (9, "Q8_1"),
     (15, "Q8_K"),
@@ -38,7 +39,7 @@ const UNREAD: [(u32, &str); 18] = [
 ];
 
 impl Stored {
-    /// The type with a number. The error names the type and says what to do.
+    /// The type with a number. The error names the type and has a hint.
     pub(crate) fn of(id: u32) -> Result<Self, String> {
         Ok(Self::Candle(match id {
             0 => GgmlDType::F32,
@@ -72,7 +73,6 @@ impl Stored {
         }
     }
 
-    /// Bytes per block.
     pub(crate) fn block_bytes(self) -> usize {
         match self {
             Self::Candle(dtype) => dtype.type_size(),
