@@ -1,4 +1,5 @@
-//! The doses of an adapter: a gate's factors on its output, by token, block and projection.
+//! The doses of an adapter: a gate's factors g in s · B (g ⊙ A x), by token, block and projection. `LoraPair::scaled`
+//! multiplies by them.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

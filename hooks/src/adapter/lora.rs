@@ -1,5 +1,5 @@
-//! Low-rank adapters (Hu et al. 2021): h = W x + s · B (g ⊙ A x), with s = α/r (rsLoRA: α/√r) and g the gate: 1 where
-//! the adapter acts and 0 elsewhere. Adapters are looked up during a pass, never attached to the model.
+//! Low-rank adapters (Hu et al. 2021): h = W x + s · B (g ⊙ A x), with s = α/r (rsLoRA: α/√r) and g the gate's dose at
+//! the token, 1 without a gate. Adapters are looked up during a pass, never attached to the model.
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
