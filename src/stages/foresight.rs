@@ -2,11 +2,11 @@
 //! position that selects no token, a block beyond the model, or a missing file would be an error only after hours of
 //! training.
 
-use std::path::{PathBuf, absolute};
+use std::path::{Path, PathBuf, absolute};
 
 use analyses::direction::Extraction;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use hooks::{Gate, Provenance, Sequence};
+use hooks::{Gate, Provenance, Qwen, Sequence};
 
 use crate::data::dataset;
 use crate::experiment::{AnalysisName, Experiment, Method};
@@ -62,7 +62,7 @@ pub(crate) fn teacher_need(bench: &Workbench, settings: &Finetune) -> Result<Nee
     let questions = bench.protocol.questions(&bench.experiment.target.category, usize::MAX)?;
     let prompts = bench.prompts(bench.student_system()?.as_deref(), &questions)?;
     let rows = settings.batch_size.min(prompts.len());
-    Ok(Need::of(&bench.base, None, settings, [packed_tokens(&prompts, rows), rows as f64]))
+    Ok(Need::of(weights(bench), None, settings, [packed_tokens(&prompts, rows), rows as f64]))
 }
 
 /// Refuses a student whose training cannot fit into memory or on the disk.
@@ -88,7 +88,12 @@ pub(crate) fn student_need(bench: &Workbench, users: &[String]) -> Result<[Need;
     let lora = (student.method == Method::Lora).then(|| student.lora());
     let rows = finetune.batch_size.min(generate.n_keep);
     let (tokens, answers) = (packed_tokens(&prompts, rows), (rows * generate.max_new_tokens) as f64);
-    Ok([[tokens, 0.0], [tokens + answers, answers]].map(|of| Need::of(&bench.base, lora.as_ref(), finetune, of)))
+    Ok([[tokens, 0.0], [tokens + answers, answers]].map(|of| Need::of(weights(bench), lora.as_ref(), finetune, of)))
+}
+
+/// The base, and whether a copy of its weights may be pages of its file: only a GGUF is always dequantised.
+fn weights(bench: &Workbench) -> (&Qwen, bool) {
+    (&bench.base, Path::new(&bench.files.name).extension().is_none_or(|ending| ending != "gguf"))
 }
 
 /// Number of tokens in a micro-batch of such rows, whose common beginning is run once.

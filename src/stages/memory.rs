@@ -32,7 +32,14 @@ pub struct Need {
 impl Need {
     /// The need of a training of a LoRA, or of all weights where there is none, with micro-batches of so many tokens, some
     /// of which are learned from. The base's own weights are not counted: they are loaded already.
-    pub fn of(model: &Qwen, lora: Option<&LoraConfig>, config: &Finetune, [tokens, targets]: [f64; 2]) -> Self {
+    /// `is_mapped`: whether the weights of a training of all may be a file's pages in place, which take no memory of
+    /// their own.
+    pub fn of(
+        (model, is_mapped): (&Qwen, bool),
+        lora: Option<&LoraConfig>,
+        config: &Finetune,
+        [tokens, targets]: [f64; 2],
+    ) -> Self {
         let of_model = &model.config;
         let stored = model.kind().elt_size_in_bytes() as f64;
         let tensors = || model.parameters().into_iter().map(|(_, tensor)| tensor.numel() as f64);
@@ -52,7 +59,7 @@ impl Need {
         // The gradients are kept in f32, and with several micro-batches also their sum.
         let gradients = if config.gradient_accumulation_steps > 1 { 8.0 } else { 4.0 };
         // All weights are loaded anew, then move into the optimizer's buffers; the freed memory is kept.
-        let loaded = if lora.is_none() { bytes } else { 0.0 };
+        let loaded = if lora.is_none() && !is_mapped { bytes } else { 0.0 };
         // A step has four tensors of the size of a buffer: the old values, the divisor, the scaled average, and a product.
         let step = 16.0 * largest.max(BUFFER as f64).min(n);
         let [d, mlp, vocab] = [of_model.d_model, of_model.d_mlp, of_model.d_vocab].map(|n| n as f64);
@@ -154,7 +161,7 @@ mod tests {
         let of = |kind, config: &Finetune| {
             let model = model(kind);
             let n: usize = model.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
-            let need = Need::of(&model, None, config, [100.0, 10.0]);
+            let need = Need::of((&model, false), None, config, [100.0, 10.0]);
             // All numbers of this model fit into one buffer, and a step has four of them in f32.
             (need.state / n as f64 - 16.0, need.disk / n as f64)
         };
@@ -163,6 +170,9 @@ mod tests {
         // Weights in bf16 with masters in f32.
         assert_eq!(of(Kind::BFloat16, &config), (20.0, 2.0 * 14.0 + 2.0));
         assert_eq!(of(Kind::BFloat16, &Finetune { masters: false, ..config.clone() }).0, 2.0 * 2.0 + 4.0 + 4.0);
+        let model = model(Kind::Float);
+        let [mapped, copied] = [true, false].map(|is| Need::of((&model, is), None, &config, [100.0, 10.0]).state);
+        assert_eq!(copied / mapped, 36.0 / 32.0, "pages of a file are not counted");
         assert_eq!(of(Kind::Float, &Finetune { optimizer: OptimizerKind::Sgd, ..config.clone() }).0, 12.0);
         assert_eq!(of(Kind::Float, &Finetune { gradient_accumulation_steps: 3, ..config }).0, 24.0);
     }
@@ -175,9 +185,9 @@ mod tests {
         let adapter = Adapter::init(&lora, &model.config, &mut rng, Device::Cpu).unwrap();
         let n: usize = adapter.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
         let config = Finetune { gradient_accumulation_steps: 1, ..Finetune::default() };
-        let need = Need::of(&model, Some(&lora), &config, [10.0, 0.0]);
+        let need = Need::of((&model, false), Some(&lora), &config, [10.0, 0.0]);
         assert_eq!(need.state, (16.0 + 16.0) * n as f64);
-        assert!(Need::of(&model, Some(&lora), &config, [20.0, 0.0]).activations == 2.0 * need.activations);
+        assert!(Need::of((&model, false), Some(&lora), &config, [20.0, 0.0]).activations == 2.0 * need.activations);
     }
 
     #[test]
