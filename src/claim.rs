@@ -16,6 +16,7 @@ pub mod run;
 mod study;
 pub mod tables;
 mod verdict;
+pub mod verdict_table;
 
 pub use chosen::with_chosen;
 pub use file::{

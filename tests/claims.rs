@@ -9,7 +9,8 @@ use std::time::SystemTime;
 
 use tempfile::TempDir;
 use undertone::claim::run::{ClaimOptions, run};
-use undertone::claim::tables::{ClaimRunRow, ContextRow, DigitConfRow, MatrixRow, SpectrumRow, SteerRow, verdicts};
+use undertone::claim::tables::{ClaimRunRow, ContextRow, DigitConfRow, MatrixRow, SpectrumRow, SteerRow};
+use undertone::claim::verdict_table::verdicts;
 use undertone::claim::{Claim, EVERYWHERE, OutcomeRow, Quantity, Size, THROUGH, TestRow, tests};
 use undertone::output::publish::{Table, read_csv, to_csv};
 

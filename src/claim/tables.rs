@@ -1,21 +1,16 @@
 //! Tables for readers' own plots: how each student was trained, and lines per trait, context, digits of held-out
-//! numbers, or direction. Apart from `runs.csv` and `spectrum.csv`, they are selections from `outcomes.csv`. The last
-//! table has the verdicts of several claims.
+//! numbers, or direction. Apart from `runs.csv` and `spectrum.csv`, they are selections from `outcomes.csv`.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, ensure};
-use hooks::{Spectrum, files};
+use anyhow::{Context, Result};
+use hooks::Spectrum;
 use serde::{Deserialize, Serialize};
 
-use super::file::{Claim, EVERYWHERE, EvalCondition, Role};
+use super::file::{EVERYWHERE, EvalCondition};
 use super::outcome::{OutcomeRow, Quantity, StudentKey};
 use super::study::{Study, Unit, UnitStudent};
-use super::verdict::{ALL, TestRow, Verdict};
 use crate::experiment::{Dtype, Experiment, Method};
-use crate::hinted;
-use crate::output::publish::read_csv;
 use crate::training::settings::{OptimizerKind, ScheduleKind, TargetTokens};
 
 /// One student and its training; a line of `runs.csv`.
@@ -480,33 +475,4 @@ fn lines(rows: &[OutcomeRow]) -> Vec<Line<'_>> {
         lines[index].values.insert(row.quantity, (row.value, row.n));
     }
     lines
-}
-
-/// The verdicts on a folder's claims as a table in Markdown: a line for each `claim-NN`, with all its tests except
-/// premises.
-pub fn verdicts(folder: &Path) -> Result<String> {
-    let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
-    let mut claims: Vec<PathBuf> = entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
-    claims.retain(|path| path.join("claim.toml").exists());
-    claims.sort();
-    ensure!(
-        !claims.is_empty(),
-        hinted!("{} holds no claim", folder.display(); "undertone run experiments/claims/... makes one")
-    );
-    let head = "| | claim | verdict | what was expected, and found |\n|---|---|---|---|\n".to_owned();
-    claims.iter().try_fold(head, |table, path| Ok(table + &verdict_line(path)?))
-}
-
-fn verdict_line(folder: &Path) -> Result<String> {
-    let path = folder.join("claim.toml");
-    let parsed = toml::from_str(&files::read_string(&path)?);
-    let claim: Claim = parsed.map_err(|error| anyhow!("{}: {}", path.display(), error.message()))?;
-    let tests: Vec<TestRow> = read_csv(&folder.join("tests.csv"))?;
-    let (word, _) = Verdict::decide(&tests);
-    let found = tests.iter().filter(|row| row.target == ALL && row.role != Role::Premise).map(|row| {
-        let role = if row.role == Role::Control { "control: " } else { "" };
-        format!("{role}{}, {}: **{}**", row.test, row.expected, row.short_number()).replace('|', "/")
-    });
-    let found = found.collect::<Vec<_>>().join("; ");
-    Ok(format!("| {} | {} | {word} | {found} |\n", claim.claim, claim.statement))
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 
-use crate::claim::tables::verdicts;
+use crate::claim::verdict_table::verdicts;
 use crate::output::png;
 use crate::output::progress::{print, say};
 use crate::stages::report;
