@@ -206,3 +206,17 @@ fn training(bench: &Workbench, users: &[String]) -> Result<()> {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_common_beginning_of_a_micro_batch_is_counted_once() {
+        let rows = [Sequence::of_ids(vec![1, 2, 3, 4]), Sequence::of_ids(vec![1, 2, 5])];
+        // Two shared tokens, and on average one and a half of its own in each of ten rows.
+        assert!((packed_tokens(&rows, 10) - 17.0).abs() < 1e-12);
+        assert!(packed_tokens(&rows[..1], 10) <= 4.0, "equal rows are run once");
+        assert!(packed_tokens(&[], 10) <= 0.0);
+    }
+}
