@@ -22,6 +22,8 @@ use crate::compare::{
     BACKWARD, EXACT, F32_LEAVES, FORWARD, Tolerance, Truth, assert_all_close, assert_close, difference, folder, tensors,
 };
 
+mod bf16;
+
 const CASES: [&str; 4] = ["qwen2", "qwen3", "variants/qwen2_untied", "variants/qwen3_tied"];
 
 /// The completion that the golden losses are taken over: the last tokens of each row.

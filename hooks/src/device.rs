@@ -97,6 +97,17 @@ fn dlopen(name: &str) -> std::result::Result<(), String> {
     }
 }
 
+/// The address of a function in the libraries that the process has loaded, if one of them has it.
+#[expect(unsafe_code, reason = "the loader's own interface")]
+pub(crate) fn symbol(name: &CStr) -> Option<*mut c_void> {
+    unsafe extern "C" {
+        fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
+    }
+    // SAFETY: `name` is a C string that outlives the call; no handle means all libraries in their order.
+    let found = unsafe { dlsym(std::ptr::null_mut(), name.as_ptr()) };
+    (!found.is_null()).then_some(found)
+}
+
 /// Makes the process keep memory that it frees. A training step allocates thousands of tensors of megabytes; if their
 /// memory goes back to the system, clearing its pages again takes a CPU as long as the computation (a quarter of a step
 /// of the 0.5B). Call this first in a program. Without the GNU C library it has no effect.

@@ -30,6 +30,7 @@ pub mod config;
 pub mod device;
 pub mod error;
 pub mod hook_point;
+mod mixed;
 pub mod mkl;
 mod ops;
 pub mod profile;

@@ -4,6 +4,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::mixed;
 use crate::profile::{self, Op};
 
 /// `x Wᵀ + b`. `x`: `[.., d_in]`, the result is `[.., d_out]`.
@@ -14,11 +15,16 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     const FEW_ROWS: i64 = 32;
     let mut shape = x.size();
     let rows: i64 = shape[..shape.len() - 1].iter().product();
-    if x.device() != Device::Cpu || !(2..=FEW_ROWS).contains(&rows) {
+    let is_mixed = mixed::is_meant(weight);
+    if !is_mixed && (x.device() != Device::Cpu || !(2..=FEW_ROWS).contains(&rows)) {
         return Ok(x.f_linear(weight, bias)?);
     }
-    let flat = x.f_reshape([rows, -1])?;
-    let y = weight.f_matmul(&flat.f_transpose(0, 1)?)?.f_transpose(0, 1)?.f_contiguous()?;
+    let flat = x.f_reshape([rows, weight.size2()?.1])?;
+    let y = if is_mixed {
+        mixed::matmul(&flat, &weight.f_transpose(0, 1)?)?
+    } else {
+        weight.f_matmul(&flat.f_transpose(0, 1)?)?.f_transpose(0, 1)?.f_contiguous()?
+    };
     let y = match bias {
         Some(bias) => y.f_add(bias)?,
         None => y,
@@ -63,10 +69,32 @@ fn without_groups([q, k, v]: [&Tensor; 3], mask: &Tensor, causal: bool) -> Resul
     Ok(attend(q, &spread(k)?, &spread(v)?)?)
 }
 
+/// `x z`; on a CPU f32 if one of them is bf16. If only one of them has a dimension of losses, parts or students before
+/// the matrix, these share the other.
+pub(crate) fn matmul(x: &Tensor, z: &Tensor) -> Result<Tensor> {
+    if mixed::is_meant(x) || mixed::is_meant(z) {
+        return mixed::matmul(x, z);
+    }
+    if x.dim() <= z.dim() {
+        return Ok(x.f_matmul(z)?);
+    }
+    Ok(x.f_bmm(&z.f_unsqueeze(0)?.f_expand([x.size()[0], -1, -1], false)?)?)
+}
+
+/// Adds [`matmul`]'s result to y, in place. `y` is contiguous.
+pub(crate) fn add_matmul(y: &mut Tensor, x: &Tensor, z: &Tensor) -> Result<()> {
+    if mixed::is_meant(x) || mixed::is_meant(z) {
+        return mixed::add_matmul(y, x, z);
+    }
+    let _ = if y.dim() == 2 { y.f_addmm_(x, z)? } else { y.f_baddbmm_(x, z)? };
+    Ok(())
+}
+
 /// Each head's part of `x Wᵀ`, computed in one product. `x`: `[batch, pos, n_heads, d_head]`, `weight`: `[d_out,
 /// n_heads · d_head]`; the result is `[batch, pos, n_heads, d_out]`.
 pub(crate) fn by_head(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (batch, pos, n_heads, d_head) = x.size4()?;
+    let weight = weight.f_to_kind(x.kind())?;
     let x = x.f_reshape([batch * pos, n_heads, d_head])?.f_transpose(0, 1)?;
     let weight = weight.f_view([-1, n_heads, d_head])?.f_permute([1, 2, 0])?; // [n_heads, d_head, d_out]
     Ok(x.f_bmm(&weight)?.f_transpose(0, 1)?.f_reshape([batch, pos, n_heads, -1])?)

@@ -76,7 +76,8 @@ impl<'a> Condition<'a> {
 
     /// The taps of the edits, for rows that are packed.
     pub(crate) fn taps(&self, rows: &[&Sequence], batch: &Batch, model: &Qwen) -> Result<Vec<EditTap>> {
-        let tap = |edit| EditTap::new(edit, rows, &model.config, model.device(), model.kind())?.packed(batch);
+        let tap =
+            |edit| EditTap::new(edit, rows, &model.config, model.device(), model.activation_kind())?.packed(batch);
         self.edits.iter().map(tap).collect()
     }
 
@@ -90,7 +91,8 @@ impl<'a> Condition<'a> {
         let shared = doses.as_deref().map_or(usize::MAX, edit::alike);
         let doses = doses.map(|doses| gate.spread(&doses, device)).transpose()?;
         let adapter = self.adapter.filter(|_| !gate.is_nowhere());
-        let edits = self.edits.iter().map(|edit| EditTap::new(edit, rows, &model.config, device, model.kind()));
+        let edits =
+            self.edits.iter().map(|edit| EditTap::new(edit, rows, &model.config, device, model.activation_kind()));
         let edits = edits.collect::<Result<Vec<_>>>()?;
         let shared = edits.iter().map(EditTap::alike).fold(shared, usize::min);
         Ok(Prepared { adapter, gate, doses, edits, tap, shared })

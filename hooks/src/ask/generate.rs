@@ -171,7 +171,7 @@ fn answer_all<'p, 'a: 'p>(
     let slots = sampling.batch.min(prompts.len());
     let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
     let capacity = (longest + sampling.max_new_tokens) as i64;
-    let mut cache = KvCache::new(&model.config, slots as i64, capacity, model.kind(), model.device())?;
+    let mut cache = KvCache::new(&model.config, slots as i64, capacity, model.activation_kind(), model.device())?;
     let _ = cache.keep(&[])?;
     let mut prepared: Option<Prepared<'p>> = None;
 

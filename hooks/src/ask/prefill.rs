@@ -206,7 +206,7 @@ impl BatchGroup<'_, '_> {
         let (batch, gate, mut taps) = self.batch(model, cases, members)?;
         let capacity = members.iter().map(|member| cases[member.case].0.ids.len()).max().unwrap_or(0);
         let rows = members.len() as i64;
-        let cache = || KvCache::new(&model.config, rows, capacity as i64, model.kind(), model.device());
+        let cache = || KvCache::new(&model.config, rows, capacity as i64, model.activation_kind(), model.device());
         let mut cache = keep.then(cache).transpose()?;
         let hooks = taps.iter_mut().fold(Hooks::default(), EditTap::hook);
         let mut pass = Pass { adapter: self.adapter, doses: gate, hooks, kv_cache: cache.as_mut(), dropout: None };
@@ -239,7 +239,7 @@ pub(crate) fn prefill_padded<'p, 'a: 'p>(
     let batch = Batch::of(rows, device)?;
     let mut prepared = condition.prepare(rows, model, tap)?;
     let width = batch.width();
-    let new_cache = |n: usize| KvCache::new(&model.config, n as i64, width as i64, model.kind(), device);
+    let new_cache = |n: usize| KvCache::new(&model.config, n as i64, width as i64, model.activation_kind(), device);
     let offset = worth_it(shared_start(rows).min(prepared.shared));
     let (mut cache, rest) = if offset == 0 {
         (new_cache(rows.len())?, batch)

@@ -8,7 +8,7 @@ use tch::Tensor;
 use crate::adapter::stack::equally_many;
 use crate::error::{Error, Result};
 use crate::model::qwen::Qwen;
-use crate::ops::{embedding, wide};
+use crate::ops::{embedding, matmul, wide};
 use crate::profile::{self, Op, Stage};
 use crate::rows::batch::Batch;
 
@@ -119,9 +119,9 @@ pub(crate) fn nll_gradient(model: &Qwen, mut logprobs: Tensor, labels: &Tensor) 
     let minus_one = labels.f_full_like(-1.0)?.f_to_kind(gradient.kind())?.f_unsqueeze(1)?;
     let _ = gradient.f_scatter_add_(1, &labels.f_unsqueeze(1)?, &minus_one)?;
     let span = profile::op(Op::Head);
-    let gradient = gradient.f_to_kind(model.kind())?;
+    let gradient = gradient.f_to_kind(model.activation_kind())?;
     span.flops(|| Ok((2.0 * gradient.numel() as f64 * model.config.d_model as f64, 0.0)))?;
-    Ok(gradient.f_matmul(model.head())?)
+    matmul(&gradient, model.head())
 }
 
 #[cfg(test)]

@@ -384,8 +384,9 @@ impl Qwen {
         );
         self.config.check_context("row", lengths, 0)?;
         pass.hooks.place(&placement.positions)?;
-        let rope = Rope::at(&placement.positions, &self.config, self.kind())?;
-        let embedded = Tensor::f_embedding(&self.embed, &batch.ids, -1, false, false)?;
+        let kind = self.activation_kind();
+        let rope = Rope::at(&placement.positions, &self.config, kind)?;
+        let embedded = Tensor::f_embedding(&self.embed, &batch.ids, -1, false, false)?.f_to_kind(kind)?;
         Ok((pass.hooks.run(P::Embed, embedded)?, Layout { rope, placement }))
     }
 
@@ -425,6 +426,12 @@ impl Qwen {
     /// The precision of the weights.
     pub fn kind(&self) -> Kind {
         self.embed.kind()
+    }
+
+    /// The precision of the activations and logits. On a CPU it is f32 or wider for any weights: only the inputs of a
+    /// product with weights in bf16 are rounded.
+    pub fn activation_kind(&self) -> Kind {
+        if self.device() == Device::Cpu { wide(self.kind()) } else { self.kind() }
     }
 
     /// Every weight under its Hugging Face name. They share storage with the model.

@@ -11,7 +11,7 @@
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{Attention, Block, Layout, Mlp, Qwen};
 use crate::adapter::dose::{Dose, Doses};
@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::model::layers::{Linear, RmsNorm, Rope};
 use crate::model::loss::{Targets, nll_gradient, nlls_and_gradients};
 use crate::model::pass::{Pass, acting};
-use crate::ops::{embedding, wide};
+use crate::ops::{add_matmul, embedding, matmul, wide};
 use crate::profile::{self, Op, Stage};
 use crate::proj::Proj;
 use crate::rows::batch::Batch;
@@ -343,19 +343,16 @@ fn flat(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_flatten(0, -2)?)
 }
 
-/// The product x z. If only x has a dimension of losses, they share z; if only z has a dimension of parts, they share
-/// x.
-fn product(x: &Tensor, z: &Tensor) -> Result<Tensor> {
-    if x.dim() <= z.dim() {
-        return Ok(x.f_matmul(z)?);
-    }
-    Ok(x.f_bmm(&z.f_unsqueeze(0)?.f_expand([x.size()[0], -1, -1], false)?)?)
+/// The activation as a product with `linear`'s weight takes it: on a CPU rounded, if the weight is bf16. All maps of a
+/// block take the same kind, so an activation is rounded once, and kept so.
+fn taken(x: &Tensor, linear: &Linear) -> Result<Tensor> {
+    Ok(x.f_to_kind(linear.weight.kind())?)
 }
 
-/// Adds x z to y, in place.
-fn add_product(y: &mut Tensor, x: &Tensor, z: &Tensor) -> Result<()> {
-    let _ = if x.dim() == 2 { y.f_addmm_(x, z)? } else { y.f_baddbmm_(x, z)? };
-    Ok(())
+/// The kind of the factors A and B in products with `x`, [`taken`] by a linear map. These products are in f32 or wider, but
+/// on a CPU a product of bf16 numbers is f32 itself.
+fn kind_of_factors(x: &Tensor) -> Kind {
+    if x.device() == Device::Cpu { x.kind() } else { wide(x.kind()) }
 }
 
 /// A linear map with the tensors that its backward pass needs besides the input.
@@ -365,18 +362,18 @@ struct KeptLinear<'m> {
 }
 
 impl<'m> KeptLinear<'m> {
-    /// `x`: `[tokens, d_in]`, the result is `[tokens, d_out]`.
+    /// `x`: `[tokens, d_in]`, [`taken`] by the map; the result is `[tokens, d_out]`.
     fn forward(linear: &'m Linear, x: &Tensor, lora: Lora<'m>) -> Result<(Self, Tensor)> {
         let mut y = linear.base(x)?;
-        let wide = wide(x.kind());
+        let (wide, kind) = (wide(x.kind()), kind_of_factors(x));
         let Some(acting) = lora.at(linear.layer, linear.proj) else { return Ok((Self { linear, acting: None }, y)) };
         let acting = Acting::of(acting, lora.parts, wide)?;
         let span = profile::op(Op::Lora);
         let pair = acting.pair;
-        let (a, b) = (pair.a.f_to_kind(wide)?.f_transpose(-2, -1)?, pair.b.f_to_kind(wide)?.f_transpose(-2, -1)?);
-        let bottleneck = acting.scale(pair.by_student(&x.f_to_kind(wide)?)?.f_matmul(&a)?)?;
+        let (a, b) = (pair.a.f_to_kind(kind)?.f_transpose(-2, -1)?, pair.b.f_to_kind(kind)?.f_transpose(-2, -1)?);
+        let bottleneck = acting.scale(matmul(&pair.by_student(&x.f_to_kind(kind)?)?, &a)?)?;
         if y.kind() == wide {
-            add_product(&mut pair.by_student(&y)?, &bottleneck, &b)?;
+            add_matmul(&mut pair.by_student(&y)?, &bottleneck, &b)?;
         } else {
             let part = bottleneck.f_matmul(&b)?.f_view(y.size().as_slice())?;
             y = y.f_add(&part)?.f_to_kind(x.kind())?;
@@ -400,28 +397,32 @@ impl<'m> KeptLinear<'m> {
         found: &mut Found,
     ) -> Result<Option<Tensor>> {
         let mut at_x = into;
+        let weight = &self.linear.weight;
+        let at_y = at_y.f_to_kind(weight.kind())?;
         if wanted {
             let span = profile::op(Op::Projections);
-            let weight = &self.linear.weight;
             at_x = Some(match at_x {
-                Some(mut at_x) => at_x.f_addmm_(at_y, weight)?,
-                None => at_y.f_mm(weight)?,
+                Some(mut at_x) => {
+                    add_matmul(&mut at_x, &at_y, weight)?;
+                    at_x
+                }
+                None => matmul(&at_y, weight)?,
             });
             span.flops(|| Ok((2.0 * at_y.numel() as f64 * weight.size2()?.1 as f64, 0.0)))?;
         }
         let Some((acting, bottleneck)) = &self.acting else { return Ok(at_x) };
         let span = profile::op(Op::Lora);
-        let (pair, wide) = (acting.pair, bottleneck.kind());
-        let (a, b, x) = (pair.a.f_to_kind(wide)?, pair.b.f_to_kind(wide)?, x.f_to_kind(wide)?);
+        let (pair, wide, kind) = (acting.pair, bottleneck.kind(), kind_of_factors(x));
+        let (a, b, x) = (pair.a.f_to_kind(kind)?, pair.b.f_to_kind(kind)?, x.f_to_kind(kind)?);
         let tokens = x.size()[0];
-        let at_y = by_loss(&pair.by_student(&at_y.f_to_kind(wide)?)?, tokens)?;
-        let at_b = product(&at_y.f_transpose(-2, -1)?, &acting.by_part(bottleneck)?)?;
-        let at_bottleneck = acting.scale(at_y.f_matmul(&b)?)?;
-        let at_a = product(&acting.by_part(&at_bottleneck)?.f_transpose(-2, -1)?, &pair.by_student(&x)?)?;
+        let at_y = by_loss(&pair.by_student(&at_y.f_to_kind(kind)?)?, tokens)?;
+        let at_b = matmul(&at_y.f_transpose(-2, -1)?, &acting.by_part(bottleneck)?)?;
+        let at_bottleneck = acting.scale(matmul(&at_y, &b)?)?;
+        let at_a = matmul(&acting.by_part(&at_bottleneck)?.f_transpose(-2, -1)?, &pair.by_student(&x)?)?;
         if let Some(at_x) = &mut at_x {
             let at_bottleneck = if a.dim() == 2 { flat(&at_bottleneck)? } else { at_bottleneck };
             if at_x.kind() == wide {
-                add_product(&mut pair.by_student(at_x)?, &at_bottleneck, &a)?;
+                add_matmul(&mut pair.by_student(at_x)?, &at_bottleneck, &a)?;
             } else {
                 let part = at_bottleneck.f_matmul(&a)?.f_view(at_x.size().as_slice())?;
                 let _ = at_x.f_add_(&part.f_to_kind(at_x.kind())?)?;
@@ -430,7 +431,7 @@ impl<'m> KeptLinear<'m> {
         // The products for the gradients of B and the bottleneck, then of A and, if wanted, x.
         span.flops(|| {
             let (rank, d_in) = (b.size().last().copied().unwrap_or(0), a.size().last().copied().unwrap_or(0));
-            let tokens = at_y.numel() as f64 / self.linear.weight.size2()?.0 as f64;
+            let tokens = at_y.numel() as f64 / weight.size2()?.0 as f64;
             let sides = if wanted { 4.0 } else { 2.0 };
             Ok((4.0 * at_y.numel() as f64 * rank as f64 + sides * tokens * (rank * d_in) as f64, 0.0))
         })?;
@@ -484,11 +485,12 @@ impl<'m> KeptAttention<'m> {
     /// `x`: `[tokens, d_model]`; the result is `[tokens, d_model]`, or `[places, d_model]`.
     fn forward(
         attention: &'m Attention,
-        x: Tensor,
+        x: &Tensor,
         layout: &Layout<'_>,
         places: Option<&Tensor>,
         (lora, lora_at): (Lora<'m>, Lora<'m>),
     ) -> Result<(Self, Tensor)> {
+        let x = taken(x, &attention.q)?;
         let x_of_q = places.map_or_else(|| Ok(x.shallow_clone()), |places| embedding(&x, places))?;
         let (q, of_q) = KeptLinear::forward(&attention.q, &x_of_q, lora_at)?;
         let (k, of_k) = KeptLinear::forward(&attention.k, &x, lora)?;
@@ -496,7 +498,7 @@ impl<'m> KeptAttention<'m> {
         let inputs =
             [of_q.f_set_requires_grad(true)?, of_k.f_set_requires_grad(true)?, of_v.f_set_requires_grad(true)?];
         let z = tch::with_grad(|| attention.mix(&inputs, layout, places))?;
-        let (o, out) = KeptLinear::forward(&attention.o, &z.f_detach()?, lora_at)?;
+        let (o, out) = KeptLinear::forward(&attention.o, &taken(&z.f_detach()?, &attention.o)?, lora_at)?;
         let places = places.map(Tensor::shallow_clone);
         Ok((Self { attention, q, k, v, o, inputs, x, x_of_q, z, places }, out))
     }
@@ -519,7 +521,8 @@ impl<'m> KeptAttention<'m> {
         found: &mut Found,
     ) -> Result<Option<Tensor>> {
         let before = wanted || [&self.q, &self.k, &self.v].into_iter().any(KeptLinear::acts);
-        let Some(at_z) = self.o.backward(at_out, &self.z.f_detach()?, before, None, found)? else { return Ok(None) };
+        let z = taken(&self.z.f_detach()?, self.o.linear)?;
+        let Some(at_z) = self.o.backward(at_out, &z, before, None, found)? else { return Ok(None) };
         let [at_q, at_k, at_v] = self.at_inputs(&at_z, copies)?;
         let at_x = self.k.backward(&at_k, &self.x, wanted, None, found)?;
         let at_x = self.v.backward(&at_v, &self.x, wanted, at_x, found)?;
@@ -586,10 +589,12 @@ struct KeptMlp<'m> {
 }
 
 impl<'m> KeptMlp<'m> {
-    fn forward(mlp: &'m Mlp, x: Tensor, lora: Lora<'m>) -> Result<(Self, Tensor)> {
+    fn forward(mlp: &'m Mlp, x: &Tensor, lora: Lora<'m>) -> Result<(Self, Tensor)> {
+        let x = taken(x, &mlp.gate)?;
         let (gate, pre) = KeptLinear::forward(&mlp.gate, &x, lora)?;
         let (up, linear) = KeptLinear::forward(&mlp.up, &x, lora)?;
-        let post = pre.f_silu()?.f_mul_(&linear)?;
+        let post = taken(&pre.f_silu()?.f_mul_(&linear)?, &mlp.down)?;
+        let (pre, linear) = (taken(&pre, &mlp.down)?, taken(&linear, &mlp.down)?);
         let (down, out) = KeptLinear::forward(&mlp.down, &post, lora)?;
         Ok((Self { gate, up, down, x, pre, linear, post }, out))
     }
@@ -599,6 +604,7 @@ impl<'m> KeptMlp<'m> {
         let Self { gate, up, down, x, pre, linear, post } = self;
         let before = wanted || gate.acts() || up.acts();
         let Some(at_post) = down.backward(at_out, post, before, None, found)? else { return Ok(None) };
+        let (pre, linear) = (&pre.f_to_kind(at_post.kind())?, &linear.f_to_kind(at_post.kind())?);
         let mut at_post = by_loss(&at_post, x.size()[0])?;
         let at_linear = at_post.f_mul(&pre.f_silu()?)?;
         let at_silu = at_post.f_mul_(linear)?;
@@ -627,13 +633,13 @@ impl Block {
         (lora, lora_at): (Lora<'m>, Lora<'m>),
     ) -> Result<(KeptBlock<'m>, Tensor)> {
         let (ln1, normed) = KeptNorm::forward(&self.ln1, resid_pre)?;
-        let (attention, out) = KeptAttention::forward(&self.attention, normed, layout, places, (lora, lora_at))?;
+        let (attention, out) = KeptAttention::forward(&self.attention, &normed, layout, places, (lora, lora_at))?;
         let resid_mid = match places {
             Some(places) => embedding(resid_pre, places)?.f_add_(&out)?,
             None => out.f_add(resid_pre)?,
         };
         let (ln2, normed) = KeptNorm::forward(&self.ln2, &resid_mid)?;
-        let (mlp, mut out) = KeptMlp::forward(&self.mlp, normed, lora_at)?;
+        let (mlp, mut out) = KeptMlp::forward(&self.mlp, &normed, lora_at)?;
         let resid_post = out.f_add_(&resid_mid)?;
         Ok((KeptBlock { ln1, attention, ln2, mlp }, resid_post))
     }
