@@ -409,5 +409,9 @@ mod tests {
         assert!(settings.run(&subject, &mut |_| ()).unwrap().iter().all(|row| row.cos_teacher.is_none()));
         let nowhere = Direction { positions: vec!["class:gen".parse().unwrap()], n_prompts: 3 };
         assert!(nowhere.run(&subject, &mut |_| ()).unwrap_err().to_string().contains("class:gen"));
+        for (n_prompts, positions, setting) in [(0, vec![Extraction::All], "n_prompts"), (3, vec![], "positions")] {
+            let error = Direction { positions, n_prompts }.run(&subject, &mut |_| ()).unwrap_err().to_string();
+            assert!(error.contains(setting), "{error}");
+        }
     }
 }

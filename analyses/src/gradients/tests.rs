@@ -127,6 +127,12 @@ fn the_adapter_asks_for_no_gradient_afterwards() {
     }
     let reading = Gradients::reading(&exactly);
     assert!(reading.contains("the difference is within two standard errors"), "{reading}");
+    // Each group has its own mean and number of tokens; a group of one token has no standard error.
+    let three = exactly.iter().chain(&exactly[3..]);
+    let reading = Gradients::reading(&three.cloned().collect::<Vec<_>>());
+    assert!(reading.contains("(1.0000 and 3.0000, 2 and 3 tokens"), "{reading}");
+    let reading = Gradients::reading(&exactly[1..3]);
+    assert!(reading.contains("the difference is within two standard errors"), "{reading}");
     // The figure's points are the means of their own model, group and block.
     for panel in report::layer_panels(&rows) {
         for (line, group) in panel.lines.iter().zip(GROUPS) {
@@ -135,6 +141,10 @@ fn the_adapter_asks_for_no_gradient_afterwards() {
                 let here = of.filter(|row| row.group == group && row.layer == Some(point.x as usize));
                 let norms: Vec<f64> = here.filter_map(|row| row.lora_grad_norm).collect();
                 assert!((point.y - crate::stats::mean(&norms).unwrap()).abs() < 1e-12, "{} {group}", panel.y_label);
+                if let Some((low, high)) = point.interval {
+                    let around = (low + high) / 2.0 - point.y;
+                    assert!(low <= point.y && around.abs() < 1e-12, "{low} {} {high}", point.y);
+                }
             }
         }
     }

@@ -371,7 +371,18 @@ impl Dropout {
 
 #[cfg(test)]
 mod tests {
+    use rand::SeedableRng;
+
     use super::*;
+
+    #[test]
+    fn dropout_keeps_the_expectation() {
+        let ones = Tensor::ones([100, 100], (Kind::Float, Device::Cpu));
+        let dropped = Dropout::new(0.2, ChaCha8Rng::seed_from_u64(5)).apply(&ones, None).unwrap();
+        let n_kept = dropped.count_nonzero(None).int64_value(&[]);
+        assert!((7800..8200).contains(&n_kept), "{n_kept} of 10000, with a standard deviation of 40");
+        assert!((dropped.max().double_value(&[]) - 1.25).abs() < 1e-6);
+    }
 
     #[test]
     fn the_scaling_counts_in_what_f32_can_hold() {

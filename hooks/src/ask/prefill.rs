@@ -295,6 +295,8 @@ fn padded_batches(rows: &[&Sequence], budget: usize) -> Vec<Vec<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hook_point::HookPoint;
+    use crate::taps::edit::Change;
 
     #[test]
     fn a_batch_holds_as_many_distinct_tokens_as_its_budget_allows() {
@@ -314,6 +316,22 @@ mod tests {
         assert_eq!(sizes(43), [9, 1]);
         assert_eq!(sizes(44), [10]);
         assert_eq!(sizes(1), [1; 10], "a row that is longer than the budget is run alone");
+    }
+
+    #[test]
+    fn conditions_share_a_pass_if_neither_has_edits() {
+        let prompt = Sequence { ids: vec![1, 2, 3], ..Sequence::default() };
+        let edit = Edit { at: HookPoint::ResidPost(0), tokens: None, change: Change::Scale(0.5) };
+        let (plain, other) = (Condition::default(), Condition::default());
+        let edited = Condition { edits: vec![edit], ..Condition::default() };
+        let n_groups = |conditions: [&Condition<'_>; 2]| {
+            let cases: Vec<Case<'_, '_>> = conditions.iter().map(|condition| (&prompt, *condition)).collect();
+            batch_groups(&cases, &[0, 1]).unwrap().len()
+        };
+        assert_eq!(
+            [[&plain, &other], [&plain, &edited], [&edited, &plain], [&edited, &edited]].map(n_groups),
+            [1, 2, 2, 1]
+        );
     }
 
     #[test]
