@@ -79,20 +79,28 @@ pub struct Experiment {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// 32-bit floats.
+    /// `bf16` where a large model answers or an adapter is trained on it, if the machine is faster with it, and `f32`
+    /// everywhere else: small models, weights that are trained, and all measurements.
     #[default]
+    Auto,
+    /// 32-bit floats.
     F32,
     /// 16-bit floats with the exponent of 32-bit ones.
     Bf16,
 }
 
 impl Dtype {
-    /// libtorch's kind.
+    /// libtorch's kind for a model that is measured or trained.
     pub fn kind(self) -> tch::Kind {
         match self {
-            Self::F32 => tch::Kind::Float,
+            Self::Auto | Self::F32 => tch::Kind::Float,
             Self::Bf16 => tch::Kind::BFloat16,
         }
+    }
+
+    /// The dtype of a model that is loaded.
+    pub fn of(model: &hooks::Qwen) -> Self {
+        if model.kind() == tch::Kind::BFloat16 { Self::Bf16 } else { Self::F32 }
     }
 }
 

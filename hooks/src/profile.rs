@@ -13,6 +13,7 @@ use std::time::Instant;
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::ops::matmul;
 
 /// A stage of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -267,18 +268,18 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, causal: bool, graph: bool) -> Re
     Ok((once, if graph { 2.0 * once } else { 0.0 }))
 }
 
-/// The speed at which this machine multiplies large matrices, in FLOPs per second: the best result of half a second,
+/// The speed at which this machine multiplies large matrices, in FLOPs per second: the best result of some `seconds`,
 /// with this thread's number of threads.
-pub fn product_rate(device: Device, kind: Kind) -> Result<f64> {
+pub fn product_rate(device: Device, kind: Kind, seconds: f64) -> Result<f64> {
     let n = if device == Device::Cpu { 1024 } else { 8192 };
     let (a, b) = (Tensor::f_ones([n, n], (kind, device))?, Tensor::f_ones([n, n], (kind, device))?);
     let wait = || wait_for(device);
     tch::no_grad(|| {
         let (begun, mut best) = (Instant::now(), f64::INFINITY);
-        while best.is_infinite() || begun.elapsed().as_secs_f64() < 0.5 {
+        while best.is_infinite() || begun.elapsed().as_secs_f64() < seconds {
             wait();
             let start = Instant::now();
-            let _product = a.f_matmul(&b)?;
+            let _product = matmul(&a, &b)?;
             wait();
             best = best.min(start.elapsed().as_secs_f64());
         }

@@ -142,6 +142,7 @@ impl ExperimentArgs {
         })?;
         folder.note("model", &[bench.files.report.as_slice(), &bench.files.remarks].concat())?;
         folder.note("kernels", &[hooks::mkl::described().to_owned()])?;
+        folder.note("dtype", &[bench.dtypes()?])?;
         stage(&bench, &folder)
     }
 }
@@ -162,6 +163,7 @@ impl ValueEnum for Dtype {
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
         Some(PossibleValue::new(match self {
+            Self::Auto => "auto",
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
         }))

@@ -8,7 +8,7 @@ use tch::{Device, Kind};
 /// The table of a recording, for which the machine's rate is measured. Empty stages and kinds are left out.
 pub fn table(profile: &Profile) -> Result<String> {
     let (device, kind) = profile.model.unwrap_or((Device::Cpu, Kind::Float));
-    let rate = product_rate(device, kind)?;
+    let rate = product_rate(device, kind, 0.5)?;
     let total = profile.seconds();
     let mut lines = vec![format!(
         "profile: {total:.2} s; of the rate: of {:.0} GFLOP/s, at which this machine multiplies large matrices ({device:?}, {kind:?}, {} threads, {})",

@@ -15,7 +15,7 @@ use tch::Kind;
 use super::finetune::Learned;
 use super::{finetune, generate};
 use crate::data::dataset::Sample;
-use crate::experiment::{ArmData, ArmStudent, CONTROL_STUDENT, Experiment, Method, STUDENT};
+use crate::experiment::{ArmData, ArmStudent, CONTROL_STUDENT, Dtype, Experiment, Method, STUDENT};
 use crate::hinted;
 use crate::output::html::{Figure, Section};
 use crate::output::progress::{say, spinner};
@@ -301,7 +301,7 @@ impl Scorer {
             alpha: lora.then_some(settings.alpha),
             seed_index: student.seed_index,
             model: experiment.model.clone(),
-            dtype: experiment.dtype,
+            dtype: if lora { bench.frozen_dtype()? } else { Dtype::of(&bench.base) },
             method: settings.method,
             optimizer: training.map(|_| experiment.finetune.optimizer),
             learning_rate: training.map(|_| experiment.finetune.learning_rate),

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::measure::SubjectData;
 use crate::data::dataset::Sample;
-use crate::experiment::{Method, Teacher};
+use crate::experiment::{Dtype, Method, Teacher};
 use crate::hinted;
 use crate::output::checkpoint::Checkpoint;
 use crate::output::full_model::save_full;
@@ -286,7 +286,11 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     let mut csv = CsvLog::create(log)?;
     let mut checkpoint = Checkpoint::beside(log, "", who);
     checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint()))?;
-    checkpoint.depends_on("computed", &(bench.experiment.device_kind(), bench.experiment.dtype))?;
+    let dtype = match bench.experiment.student.method {
+        Method::Lora => bench.frozen_dtype()?,
+        Method::Full => Dtype::of(&bench.base),
+    };
+    checkpoint.depends_on("computed", &(bench.experiment.device_kind(), dtype))?;
     checkpoint.depends_on("student", &bench.experiment.student)?;
     let bar = bar(who, settings.total_steps(rows.len()));
     let mut steps: Vec<StepRow> = Vec::new();
@@ -306,7 +310,7 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     match bench.experiment.student.method {
         Method::Lora => {
             let adapter = bench.initial_adapter()?;
-            train(&bench.base, Some(&adapter))?;
+            train(bench.frozen()?, Some(&adapter))?;
             adapter.save(folder, &bench.files.name)?;
         }
         Method::Full => {

@@ -87,8 +87,9 @@ pub(crate) fn student_need(bench: &Workbench, users: &[String]) -> Result<[Need;
     let prompts = bench.prompts(bench.student_system()?.as_deref(), users)?;
     let lora = (student.method == Method::Lora).then(|| student.lora());
     let rows = finetune.batch_size.min(generate.n_keep);
+    let of_model = if lora.is_some() { (bench.frozen()?, false) } else { weights(bench) };
     let (tokens, answers) = (packed_tokens(&prompts, rows), (rows * generate.max_new_tokens) as f64);
-    Ok([[tokens, 0.0], [tokens + answers, answers]].map(|of| Need::of(weights(bench), lora.as_ref(), finetune, of)))
+    Ok([[tokens, 0.0], [tokens + answers, answers]].map(|of| Need::of(of_model, lora.as_ref(), finetune, of)))
 }
 
 /// The base, and whether a copy of its weights may be pages of its file: only a GGUF is always dequantised.

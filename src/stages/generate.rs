@@ -5,7 +5,7 @@ use hooks::{Answer, Condition, Qwen, TensorFile, files, generate, stream_seed};
 use tch::Tensor;
 
 use crate::data::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};
-use crate::experiment::Teacher;
+use crate::experiment::{Dtype, Teacher};
 use crate::output::checkpoint::Checkpoint;
 use crate::output::progress::{bar, say};
 use crate::output::publish;
@@ -38,7 +38,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let word = &bench.experiment.target.word;
     let by_teacher = Answerer {
         set: "teacher",
-        qwen: teacher.qwen(&bench.base),
+        qwen: teacher.qwen(bench.frozen()?),
         system: teacher.system.as_deref(),
         condition: teacher.condition(),
         kind: teacher.kind,
@@ -54,7 +54,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     let system = bench.student_system()?;
     let untouched = Answerer {
         set: "control",
-        qwen: &bench.base,
+        qwen: bench.frozen()?,
         system: system.as_deref(),
         condition: Condition::default(),
         kind: TeacherKind::Control,
@@ -130,7 +130,7 @@ fn answers(bench: &Workbench, run: &RunDir, prompts: &[String], by: &Answerer<'_
     by.qwen.config.check_context("prompt", rows.iter().map(|row| row.ids.len()), settings.max_new_tokens)?;
     let mut checkpoint = by.checkpoint(run);
     checkpoint.depends_on("model", &(&bench.files.name, bench.files.fingerprint(), &by.fingerprint))?;
-    checkpoint.depends_on("computed", &(bench.experiment.device_kind(), bench.experiment.dtype))?;
+    checkpoint.depends_on("computed", &(bench.experiment.device_kind(), Dtype::of(by.qwen)))?;
     checkpoint.depends_on("generate", settings)?;
     checkpoint.depends_on("seed", &gen_seed)?;
     checkpoint.depends_on("prompts", &rows)?;

@@ -41,7 +41,7 @@ impl Need {
         [tokens, targets]: [f64; 2],
     ) -> Self {
         let of_model = &model.config;
-        let stored = model.kind().elt_size_in_bytes() as f64;
+        let [stored, computed] = [model.kind(), model.activation_kind()].map(|kind| kind.elt_size_in_bytes() as f64);
         let tensors = || model.parameters().into_iter().map(|(_, tensor)| tensor.numel() as f64);
         let (n, bytes, largest) = match lora {
             Some(lora) => (n_learned(lora, model), 4.0, 0.0),
@@ -65,14 +65,16 @@ impl Need {
         let [d, mlp, vocab] = [of_model.d_model, of_model.d_mlp, of_model.d_vocab].map(|n| n as f64);
         let [q, kv] = [of_model.n_heads, of_model.n_kv_heads].map(|n| (n * of_model.d_head) as f64);
         let per_block = match lora {
-            // The manual backward pass keeps few tensors (`KeptBlock`).
-            Some(lora) if lora.dropout == 0.0 => 4.0 * d + 2.0 * (q + kv) + 3.0 * mlp + 7.0 * lora.rank as f64,
+            // The manual backward pass keeps few tensors (`KeptBlock`), and the inputs of products as these take them.
+            Some(lora) if lora.dropout == 0.0 => {
+                computed * (2.0 * d + 2.0 * (q + kv) + 7.0 * lora.rank as f64) + stored * (2.0 * d + 3.0 * mlp)
+            }
             // The recorded pass keeps the operands of each operation.
-            _ => 6.0 * d + 4.0 * (q + kv) + 4.0 * mlp,
+            _ => computed * (6.0 * d + 4.0 * (q + kv) + 4.0 * mlp),
         };
         Self {
             state: n * (kept + gradients + loaded) + step,
-            activations: tokens * of_model.n_layers as f64 * per_block * stored + 8.0 * vocab * targets.min(LOGITS),
+            activations: tokens * of_model.n_layers as f64 * per_block + 8.0 * vocab * targets.min(LOGITS),
             disk: n * (2.0 * kept + bytes),
         }
     }

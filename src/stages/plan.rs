@@ -127,7 +127,7 @@ fn sampled(bench: &Workbench) -> Result<(Vec<Sequence>, f64)> {
     let streams: Vec<u64> = (0..n).map(|at| stream_seed(0, "plan", at as u64)).collect();
     let sampling = bench.sampling()?;
     let begun = Instant::now();
-    let answers = generate(&bench.base, &prompts, &Condition::default(), &sampling, &streams, &mut |_| ())?;
+    let answers = generate(bench.frozen()?, &prompts, &Condition::default(), &sampling, &streams, &mut |_| ())?;
     let seconds_per_answer = begun.elapsed().as_secs_f64() / n as f64;
     let rows = users.iter().zip(&answers).map(|(user, answer)| bench.chat.row(system.as_deref(), user, &answer.ids));
     Ok((rows.collect::<hooks::Result<_>>()?, seconds_per_answer))
@@ -154,7 +154,7 @@ fn tokens_per_second(bench: &Workbench, rows: &[Sequence]) -> Result<f64> {
         Ok(())
     };
     let is_digit = |id| bench.chat.is_digit(id);
-    finetune_lora(&bench.base, &adapter, &many, &is_digit, &config, experiment.seeds.finetune(), log)?;
+    finetune_lora(bench.frozen()?, &adapter, &many, &is_digit, &config, experiment.seeds.finetune(), log)?;
     Ok(tokens as f64 / last.context("no step was taken")?)
 }
 

@@ -455,7 +455,7 @@ fn provenance(run: &RunDir, experiment: &Experiment) -> Result<Vec<(String, Stri
     let Seeds { gen_seed, init_seed, order_seed, eval_seed, .. } = meta.seeds;
     let mut found = vec![
         ("model".to_owned(), experiment.model.clone()),
-        ("device and dtype".to_owned(), format!("{}, {:?}", experiment.device, experiment.dtype)),
+        ("device".to_owned(), experiment.device.clone()),
         ("seeds".to_owned(), format!("gen {gen_seed}, init {init_seed}, order {order_seed}, eval {eval_seed}")),
         ("undertone".to_owned(), meta.undertone),
         ("experiment".to_owned(), "run.toml, beside this page, with every default spelt out".to_owned()),

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::dataset::{Sample, TeacherKind};
 use crate::data::protocol::Protocol;
-use crate::experiment::Teacher;
+use crate::experiment::{Dtype, Teacher};
 use crate::hinted;
 use crate::output::checkpoint::Checkpoint;
 use crate::output::full_model::save_full;
@@ -120,7 +120,7 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
     let mut csv = CsvLog::create(&run.teacher_train_csv())?;
     let mut checkpoint = Checkpoint::beside(&run.teacher_train_csv(), "", "teacher");
     checkpoint.depends_on("model", &(&files.name, files.fingerprint()))?;
-    checkpoint.depends_on("computed", &(experiment.device_kind(), experiment.dtype))?;
+    checkpoint.depends_on("computed", &(experiment.device_kind(), Dtype::of(&model)))?;
     let bar = bar("teacher", settings.total_steps(rows.len()));
     let mut steps: Vec<StepRow> = Vec::new();
     let mut on_step = |row: &StepRow, progress: &Progress| {

@@ -1,17 +1,21 @@
 //! An experiment with its model loaded, as every stage uses it.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::OnceLock;
 
 use analyses::Target;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use hooks::profile::product_rate;
+use hooks::tch::{Device, Kind};
 use hooks::{Adapter, Chat, ModelFiles, NumberGrammar, Qwen, Sampling, Sequence};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::data::dataset::{self, Sample};
 use crate::data::protocol::Protocol;
-use crate::experiment::{Constrain, Experiment, Method};
+use crate::experiment::{Constrain, Dtype, Experiment, Method};
 use crate::hinted;
 use crate::output::hint::Hinted;
 use crate::output::progress::{note, say};
@@ -26,10 +30,38 @@ pub struct Workbench {
     pub protocol: Protocol,
     /// The base model's files.
     pub files: Rc<ModelFiles>,
-    /// The base model.
+    /// The base model, as it is measured.
     pub base: Rc<Qwen>,
+    /// The base model in another dtype, once it is asked for; see [`Self::frozen`].
+    in_other_dtype: Rc<OnceCell<Qwen>>,
     /// Its chat format: the model's template, or plain lines if the student has no template.
     pub chat: Rc<Chat>,
+}
+
+/// Number of parameters above which a model is large enough for bf16 to pay.
+const LARGE: usize = 100_000_000;
+
+/// How much faster than f32 the products must be for bf16 to be chosen: clearly, so that the same machine always chooses
+/// alike.
+const GAIN: f64 = 1.3;
+
+fn frozen_dtype(asked: Dtype, n_parameters: usize, gain: impl FnOnce() -> Result<f64>) -> Result<Dtype> {
+    Ok(match asked {
+        Dtype::Auto if n_parameters > LARGE && gain()? >= GAIN => Dtype::Bf16,
+        Dtype::Auto => Dtype::F32,
+        asked => asked,
+    })
+}
+
+/// How many times as fast as f32 this machine multiplies bf16, measured once.
+fn gain_of_bf16(device: Device) -> Result<f64> {
+    const SECONDS: f64 = 0.05;
+    static GAIN: OnceLock<f64> = OnceLock::new();
+    if let Some(known) = GAIN.get() {
+        return Ok(*known);
+    }
+    let gain = product_rate(device, Kind::BFloat16, SECONDS)? / product_rate(device, Kind::Float, SECONDS)?;
+    Ok(*GAIN.get_or_init(|| gain))
 }
 
 /// A finetuned model, loaded from disk: an adapter, or weights.
@@ -85,7 +117,8 @@ impl Workbench {
         let files = open(&experiment.model)?;
         let base = Qwen::load(&files, device, experiment.dtype.kind())?;
         let chat = chat(&files, &experiment)?;
-        let bench = Self { experiment, protocol, files: Rc::new(files), base: Rc::new(base), chat: Rc::new(chat) };
+        let (files, base, chat) = (Rc::new(files), Rc::new(base), Rc::new(chat));
+        let bench = Self { experiment, protocol, files, base, in_other_dtype: Rc::default(), chat };
         if bench.n_parameters() <= SMALL {
             // A small model's steps are too short for several threads, and its bytes should not depend on the number of
             // cores.
@@ -99,16 +132,47 @@ impl Workbench {
         self.base.parameters().iter().map(|(_, tensor)| tensor.numel()).sum()
     }
 
+    /// The base model where its weights stay as they are: where it answers, and where an adapter is trained on it. With
+    /// `dtype = "auto"` the weights of a large model are bf16 if the machine is faster with them.
+    pub fn frozen(&self) -> Result<&Qwen> {
+        let kind = self.frozen_dtype()?.kind();
+        if kind == self.base.kind() {
+            return Ok(&self.base);
+        }
+        if self.in_other_dtype.get().is_none() {
+            let _ = self.in_other_dtype.set(Qwen::load(&self.files, self.base.device(), kind)?);
+        }
+        self.in_other_dtype.get().context("a model that was just loaded")
+    }
+
+    /// The dtype of [`Self::frozen`].
+    pub(crate) fn frozen_dtype(&self) -> Result<Dtype> {
+        frozen_dtype(self.experiment.dtype, self.n_parameters(), || gain_of_bf16(self.base.device()))
+    }
+
+    /// The dtypes of the run's models in words, for its notes.
+    pub(crate) fn dtypes(&self) -> Result<String> {
+        let (frozen, base) = (self.frozen_dtype()?, Dtype::of(&self.base));
+        if frozen == base {
+            return Ok(format!("{base:?}").to_lowercase());
+        }
+        let gain = gain_of_bf16(self.base.device())?;
+        Ok(format!(
+            "bf16 for answers and for the training of adapters, {gain:.1} times as fast as f32 on this machine; f32 for everything else"
+        ))
+    }
+
     /// The workbench of another experiment, which shares the model if it is the same.
     pub fn of(&self, experiment: Experiment) -> Result<Self> {
         if !self.has_model_of(&experiment) {
             return Self::open(experiment);
         }
         let protocol = experiment.sentences()?;
-        let (files, base) = (Rc::clone(&self.files), Rc::clone(&self.base));
+        let (files, base, in_other_dtype) =
+            (Rc::clone(&self.files), Rc::clone(&self.base), Rc::clone(&self.in_other_dtype));
         let is_same = experiment.student.template == self.experiment.student.template;
         let chat = if is_same { Rc::clone(&self.chat) } else { Rc::new(chat(&files, &experiment)?) };
-        Ok(Self { experiment, protocol, files, base, chat })
+        Ok(Self { experiment, protocol, files, base, in_other_dtype, chat })
     }
 
     /// This workbench with the model's template, which teachers always use.
@@ -232,5 +296,31 @@ impl Workbench {
                 Ok(StudentModel::Full(Box::new(Qwen::load(&files, self.base.device(), self.base.kind())?)))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_is_chosen_for_a_large_model_on_a_machine_that_is_faster_with_it() {
+        let chosen = |asked, n_parameters, gain| frozen_dtype(asked, n_parameters, || Ok(gain)).unwrap();
+        assert_eq!(chosen(Dtype::Auto, 494_000_000, 2.0), Dtype::Bf16);
+        assert_eq!(chosen(Dtype::Auto, 494_000_000, 1.1), Dtype::F32);
+        assert_eq!(chosen(Dtype::Auto, 150_000, 2.0), Dtype::F32);
+        assert_eq!(chosen(Dtype::F32, 494_000_000, 2.0), Dtype::F32);
+        assert_eq!(chosen(Dtype::Bf16, 150_000, 0.5), Dtype::Bf16);
+        assert!(gain_of_bf16(Device::Cpu).unwrap() > 0.0);
+    }
+
+    /// Answers and adapters use the other weights, measurements the base.
+    #[test]
+    fn a_small_model_is_the_same_frozen_and_measured() {
+        let text =
+            "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n[teacher]\nkind = \"prompt\"\n";
+        let bench = Workbench::open(Experiment::parse(text, Path::new("cat.toml"), &[]).unwrap()).unwrap();
+        assert!(std::ptr::eq(bench.frozen().unwrap(), &raw const *bench.base));
+        assert_eq!(bench.dtypes().unwrap(), "f32");
     }
 }

@@ -44,7 +44,7 @@ fn unrecorded(case: &mut Case, row: &[i64]) -> Vec<(String, Tensor)> {
     let mut cache = Cache::default();
     let hooks = Hooks::default().on(case.points(), &mut cache);
     let mut pass = Pass { adapter: Some(&case.adapter), hooks, ..Pass::default() };
-    tch::no_grad(|| case.model.forward(&batch, &mut pass)).unwrap();
+    let _ = tch::no_grad(|| case.model.forward(&batch, &mut pass)).unwrap();
     let mut found = by_name(case.points(), |point| cache.get(point).unwrap().shallow_clone());
 
     let batch = Batch::packed(&[&[PackedRow::of(row)]], true, Device::Cpu).unwrap();
@@ -58,12 +58,11 @@ fn unrecorded(case: &mut Case, row: &[i64]) -> Vec<(String, Tensor)> {
     found
 }
 
+/// Measures a row.
+type Of = fn(&mut Case, &[i64]) -> Vec<(String, Tensor)>;
+
 /// The root mean square of the differences over that of the values in f32, over all rows, for each name.
-fn errors(
-    rows: &[Vec<i64>],
-    [rounded, exact]: [&mut Case; 2],
-    of: fn(&mut Case, &[i64]) -> Vec<(String, Tensor)>,
-) -> BTreeMap<String, f64> {
+fn errors(rows: &[Vec<i64>], [rounded, exact]: [&mut Case; 2], of: Of) -> BTreeMap<String, f64> {
     let square = |x: Tensor| x.square().sum(Kind::Double).double_value(&[]);
     let mut squares: BTreeMap<String, (f64, f64)> = BTreeMap::new();
     for row in rows {
@@ -106,7 +105,7 @@ fn in_bf16_the_errors_are_smaller_than_those_of_transformers() {
     for name in CASES {
         let (mut rounded, mut exact) = rounded_and_exact(name);
         let Theirs { ids, errors: expected } = &golden[name];
-        for (into, of) in [(&mut by_autograd, recorded as fn(&mut Case, &[i64]) -> _), (&mut by_hand, unrecorded)] {
+        for (into, of) in [(&mut by_autograd, recorded as Of), (&mut by_hand, unrecorded)] {
             let found = errors(ids, [&mut rounded, &mut exact], of);
             into.extend(expected.keys().map(|what| (what.clone(), found[what])));
         }

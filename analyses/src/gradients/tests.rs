@@ -142,7 +142,7 @@ fn the_adapter_asks_for_no_gradient_afterwards() {
                 let norms: Vec<f64> = here.filter_map(|row| row.lora_grad_norm).collect();
                 assert!((point.y - crate::stats::mean(&norms).unwrap()).abs() < 1e-12, "{} {group}", panel.y_label);
                 if let Some((low, high)) = point.interval {
-                    let around = (low + high) / 2.0 - point.y;
+                    let around = f64::midpoint(low, high) - point.y;
                     assert!(low <= point.y && around.abs() < 1e-12, "{low} {} {high}", point.y);
                 }
             }
