@@ -182,9 +182,12 @@ def train(bench):
     ours, peer = bench.open(bench.args.model)
     request = lambda turn: {"do": "train", "rows": {"numbers": {"first": 8 * turn, "n": 8}}, "rank": 8, "steps": 2}  # noqa: E731
     mine, theirs = bench.turns([(ours, request), (peer, request)])
+    # In bf16 PEFT adds the adapter's part to outputs that it rounds to bf16, which swallows most of a small first update: its
+    # second loss lies between its first one and that of f32. So only the first step is the same.
+    steps = None if bench.args.dtype == "f32" else 1
     for a, b in zip(mine, theirs):
-        agree("train: the losses of two steps", a["losses"], b["losses"], bench.args.tolerance)
-        agree("train: the gradient's norms", a["grad_norms"], b["grad_norms"], 10 * bench.args.tolerance)
+        agree("train: the losses of two steps", a["losses"][:steps], b["losses"][:steps], bench.args.tolerance)
+        agree("train: the gradient's norms", a["grad_norms"][:steps], b["grad_norms"][:steps], 10 * bench.args.tolerance)
         if not min(a["grad_norms"] + b["grad_norms"]) > 0:
             raise Disagree(f"train: a gradient is zero, which is no training: {a['grad_norms']} and {b['grad_norms']}")
     floors = []
