@@ -10,7 +10,7 @@ use tch::Kind;
 
 use crate::Analysis;
 use crate::divergence::tokens::{
-    DIVERGENCE, Token, argmax_in_longer_row, at_each, counterfactual_argmax, most_likely, number_places,
+    DIVERGENCE, Token, argmax_in_longer_rows, at_each, counterfactual_argmax, most_likely, number_places,
 };
 use crate::error::{Error, Result};
 use crate::plot::{Bar, BarChart, Svg, bars};
@@ -161,25 +161,25 @@ impl Analysis for Divergence {
     fn run(&self, subject: &Subject<'_>, progress: &mut dyn FnMut(&str)) -> Result<Vec<DivergenceRow>> {
         let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: Self::NAME })?;
         let n = subject.number_rows(Self::NAME, self.n_rows)?.len();
+        let paired = (0..n).map(|row| subject.paired_row(row, system)).collect::<Result<Vec<_>>>()?;
+        let (in_teacher, in_student): (Vec<Sequence>, Vec<Sequence>) = paired.into_iter().unzip();
+        let by_others = counterfactual_argmax(subject, n)?;
+        let again = self.self_check.then(|| argmax_in_longer_rows(teacher, &in_teacher, subject.chat)).transpose()?;
         let mut rows = Vec::new();
-        for row_id in 0..n {
+        for (row_id, (in_teacher, in_student)) in in_teacher.iter().zip(&in_student).enumerate() {
             progress(&format!("divergence: row {} of {n}", row_id + 1));
-            let (in_teacher, in_student) = subject.paired_row(row_id, system)?;
             if in_student.completion.is_empty() {
                 continue;
             }
             let labels = &in_student.ids[in_student.completion.clone()];
-            let by_teacher = Reading::of(teacher, &in_teacher, labels, None)?;
-            let read = |model: Tuned<'_>| Reading::of(model, &in_student, labels, Some(&by_teacher.argmax));
+            let by_teacher = Reading::of(teacher, in_teacher, labels, None)?;
+            let read = |model: Tuned<'_>| Reading::of(model, in_student, labels, Some(&by_teacher.argmax));
             let (by_base, by_student) = (read(subject.base())?, read(subject.student)?);
-            let by_others = counterfactual_argmax(subject, row_id)?;
             let by_control = subject.control.map(read).transpose()?;
-            let again =
-                self.self_check.then(|| argmax_in_longer_row(teacher, &in_teacher, subject.chat)).transpose()?;
             let places = number_places(labels, subject.chat)?;
             for (k, id) in labels.iter().enumerate() {
                 let (argmax_teacher, argmax_default) = (by_teacher.argmax[k], by_base.argmax[k]);
-                let counterfactuals = by_others.iter().map(|other| other[k]).collect();
+                let counterfactuals = by_others.iter().map(|other| other[row_id][k]).collect();
                 let token = Token { id: *id, teacher: argmax_teacher, base: argmax_default, counterfactuals };
                 let (is_digit, nief) = (subject.chat.is_digit(*id), token.is(Definition::Nief, subject.chat));
                 rows.push(DivergenceRow {
@@ -203,7 +203,7 @@ impl Analysis for Divergence {
                     digit_strict: token.is(Definition::DigitStrict, subject.chat),
                     schrodi: token.is(Definition::Schrodi, subject.chat),
                     n_disagree: token.n_disagree(),
-                    self_div: again.as_ref().map(|again| again[k] != argmax_teacher),
+                    self_div: again.as_ref().map(|again| again[row_id][k] != argmax_teacher),
                     logp_student: by_student.logp[k],
                     argmax_student: by_student.argmax[k],
                     p_student_of_teacher: by_student.p_of[k],

@@ -117,7 +117,9 @@ pub use ask::condition::{Condition, run_rows_with_hooks, run_with_hooks};
 pub use ask::generate::{Answer, NumberGrammar, Sampling, generate, generate_with_hooks, stream_seed};
 pub use ask::gradient::{self, gradients};
 pub use ask::prefill::Case;
-pub use ask::score::{completion_logits, completion_logprobs, each_next_token, next_token_logprobs, resid_post};
+pub use ask::score::{
+    completion_argmax, completion_logits, completion_logprobs, each_next_token, next_token_logprobs, resid_post,
+};
 pub use chat::chat::{Chat, TokenInfo};
 pub use chat::select::Tokens;
 pub use chat::tokens::{LossMask, Selection, Sequence, TokenClass};

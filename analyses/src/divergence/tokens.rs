@@ -1,7 +1,7 @@
 //! Divergence tokens: tokens of a completion that the teacher would have written and another model would not, by each
 //! published definition. A student can learn from these alone.
 
-use hooks::{Chat, Sequence, completion_logits};
+use hooks::{Chat, Sequence, completion_argmax};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -83,45 +83,50 @@ fn each_token(
 ) -> Result<Vec<Vec<bool>>> {
     let (teacher, system) = subject.teacher().ok_or(Error::NeedsTeacher { analysis: DIVERGENCE })?;
     let n = subject.number_rows(DIVERGENCE, n_rows)?.len();
-    let of_row = |row: usize| {
-        let (in_teacher, in_student) = subject.paired_row(row, system)?;
-        if in_student.completion.is_empty() {
-            return Ok(Vec::new());
-        }
-        let (by_teacher, by_base) = (argmax(teacher, &in_teacher)?, argmax(subject.base(), &in_student)?);
-        let by_others = counterfactual_argmax(subject, row)?;
-        let again =
-            if self_check { argmax_in_longer_row(teacher, &in_teacher, subject.chat)? } else { by_teacher.clone() };
-        let labels = &in_student.ids[in_student.completion.clone()];
-        let of_token = |(k, id): (usize, &i64)| {
-            let counterfactuals = by_others.iter().map(|other| other[k]).collect();
-            let token = Token { id: *id, teacher: by_teacher[k], base: by_base[k], counterfactuals };
-            by_teacher[k] == again[k] && holds(&token)
-        };
-        Ok(labels.iter().enumerate().map(of_token).collect())
+    let rows = (0..n).map(|row| subject.paired_row(row, system)).collect::<Result<Vec<_>>>()?;
+    let (in_teacher, in_student): (Vec<Sequence>, Vec<Sequence>) = rows.into_iter().unzip();
+    let (by_teacher, by_base) = (argmax(teacher, &in_teacher)?, argmax(subject.base(), &in_student)?);
+    let by_others = counterfactual_argmax(subject, n)?;
+    let again = self_check.then(|| argmax_in_longer_rows(teacher, &in_teacher, subject.chat)).transpose()?;
+    let of_token = |row: usize, k: usize, id: i64| {
+        let counterfactuals = by_others.iter().map(|other| other[row][k]).collect();
+        let token = Token { id, teacher: by_teacher[row][k], base: by_base[row][k], counterfactuals };
+        again.as_ref().is_none_or(|again| again[row][k] == token.teacher) && holds(&token)
     };
-    (0..n).map(of_row).collect()
+    let of_row = |(row, tokens): (usize, &Sequence)| {
+        let labels = &tokens.ids[tokens.completion.clone()];
+        labels.iter().enumerate().map(|(k, id)| of_token(row, k, *id)).collect()
+    };
+    Ok(in_student.iter().enumerate().map(of_row).collect())
 }
 
-/// A model's most likely token at each place of a row's completion.
-fn argmax(model: Tuned<'_>, row: &Sequence) -> Result<Vec<i64>> {
-    most_likely(&completion_logits(model.qwen, row, &model.condition())?)
+/// A model's most likely token at each place of each row's completion.
+fn argmax(model: Tuned<'_>, rows: &[Sequence]) -> Result<Vec<Vec<i64>>> {
+    Ok(completion_argmax(model.qwen, rows, &model.condition())?)
 }
 
-/// The base's most likely tokens at a row's completion under each counterfactual teacher's prompt.
-pub(crate) fn counterfactual_argmax(subject: &Subject<'_>, row: usize) -> Result<Vec<Vec<i64>>> {
-    let of_system = |system: &String| argmax(subject.base(), &subject.paired_row(row, Some(system))?.0);
+/// For each counterfactual teacher's prompt, the base's most likely tokens at the completions of the first rows.
+pub(crate) fn counterfactual_argmax(subject: &Subject<'_>, n_rows: usize) -> Result<Vec<Vec<Vec<i64>>>> {
+    let of_system = |system: &String| {
+        let row = |row: usize| Ok(subject.paired_row(row, Some(system))?.0);
+        argmax(subject.base(), &(0..n_rows).map(row).collect::<Result<Vec<_>>>()?)
+    };
     subject.counterfactual_systems.iter().map(of_system).collect()
 }
 
-/// The teacher's most likely tokens if the row is two tokens longer, so that kernels for other shapes compute the same
+/// The teacher's most likely tokens if each row is two tokens longer, so that kernels for other shapes compute the same
 /// formulas.
-pub(crate) fn argmax_in_longer_row(teacher: Tuned<'_>, row: &Sequence, chat: &Chat) -> Result<Vec<i64>> {
-    let mut ids = row.ids[row.completion.clone()].to_vec();
-    let n = ids.len();
-    ids.extend([chat.end_of_turn(); 2]);
-    let logits = completion_logits(teacher.qwen, &row.with_completion(&ids), &teacher.condition())?;
-    Ok(most_likely(&logits)?.into_iter().take(n).collect())
+pub(crate) fn argmax_in_longer_rows(teacher: Tuned<'_>, rows: &[Sequence], chat: &Chat) -> Result<Vec<Vec<i64>>> {
+    let longer = |row: &Sequence| {
+        let mut ids = row.ids[row.completion.clone()].to_vec();
+        ids.extend([chat.end_of_turn(); 2]);
+        row.with_completion(&ids)
+    };
+    let mut found = argmax(teacher, &rows.iter().map(longer).collect::<Vec<_>>())?;
+    for (found, row) in found.iter_mut().zip(rows) {
+        found.truncate(row.completion.len());
+    }
+    Ok(found)
 }
 
 /// The most likely token at each place, of logits or log-probabilities `[pos, d_vocab]`.

@@ -73,15 +73,44 @@ pub(crate) fn not_a_number() -> Error {
 /// # Ok::<(), hooks::Error>(())
 /// ```
 pub fn completion_logprobs(model: &Qwen, rows: &[Sequence], condition: &Condition<'_>) -> Result<Vec<Vec<f32>>> {
+    of_completions(model, rows, condition, &label_logprobs)
+}
+
+/// The most likely token in the place of every token of each row's completion, given all tokens before it.
+pub fn completion_argmax(model: &Qwen, rows: &[Sequence], condition: &Condition<'_>) -> Result<Vec<Vec<i64>>> {
+    of_completions(model, rows, condition, &|logits, _| {
+        let (largest, at) = logits.f_max_dim(-1, false)?;
+        are_numbers(&largest)?;
+        Ok(Vec::try_from(&at.f_to_device(Device::Cpu)?)?)
+    })
+}
+
+/// Reads logits `[n, d_vocab]` in the places of some tokens.
+type Read<'r, T> = &'r dyn Fn(&Tensor, &[i64]) -> Result<Vec<T>>;
+
+/// What `read` gives for each token of each row's completion. `read` gets logits `[n, d_vocab]`, in f32 and on the model's
+/// device, and the tokens in whose places they are.
+fn of_completions<T: Clone>(
+    model: &Qwen,
+    rows: &[Sequence],
+    condition: &Condition<'_>,
+    read: Read<'_, T>,
+) -> Result<Vec<Vec<T>>> {
     let asked: Vec<usize> = (0..rows.len()).filter(|row| !rows[*row].completion.is_empty()).collect();
     let cases: Vec<Case<'_, '_>> = asked.iter().map(|row| (&rows[*row], condition)).collect();
-    let mut found: Vec<Vec<f32>> = vec![Vec::new(); rows.len()];
+    let mut found = vec![Vec::new(); rows.len()];
     let mut read_batch = |prefilled: Prefilled| -> Result<()> {
+        let _stage = profile::stage(Stage::Loss);
         let of = |case: &usize| &rows[asked[*case]].ids[rows[asked[*case]].completion.clone()];
         let labels: Vec<i64> = prefilled.cases.iter().flat_map(|case| of(case).to_vec()).collect();
-        let mut logprobs = label_logprobs(model, &prefilled.read()?, &labels)?.into_iter();
+        let mut all = Vec::with_capacity(labels.len());
+        let resid = prefilled.read()?.f_split(LOGIT_ROWS, 0)?;
+        for (resid, labels) in resid.iter().zip(labels.chunks(LOGIT_ROWS as usize)) {
+            all.extend(read(&model.unembed(resid)?.f_to_kind(Kind::Float)?, labels)?);
+        }
+        let mut all = all.into_iter();
         for case in &prefilled.cases {
-            found[asked[*case]] = logprobs.by_ref().take(of(case).len()).collect();
+            found[asked[*case]] = all.by_ref().take(of(case).len()).collect();
         }
         Ok(())
     };
@@ -89,19 +118,13 @@ pub fn completion_logprobs(model: &Qwen, rows: &[Sequence], condition: &Conditio
     Ok(found)
 }
 
-/// log p(label) from residual rows `[n, d_model]`, a few rows of logits at a time.
-fn label_logprobs(model: &Qwen, resid: &Tensor, labels: &[i64]) -> Result<Vec<f32>> {
-    let _stage = profile::stage(Stage::Loss);
-    let mut found = Vec::with_capacity(labels.len());
-    for (resid, labels) in resid.f_split(LOGIT_ROWS, 0)?.iter().zip(labels.chunks(LOGIT_ROWS as usize)) {
-        let logits = model.unembed(resid)?.f_to_kind(Kind::Float)?;
-        let index = Tensor::f_from_slice(labels)?.f_to_device(logits.device())?;
-        let chosen = logits.f_gather(1, &index.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
-        let logprobs = chosen.f_sub(&logits.f_logsumexp([1], false)?)?.f_to_device(Device::Cpu)?;
-        are_numbers(&logprobs)?;
-        found.extend(Vec::<f32>::try_from(&logprobs)?);
-    }
-    Ok(found)
+/// log p(label), from logits `[n, d_vocab]`.
+fn label_logprobs(logits: &Tensor, labels: &[i64]) -> Result<Vec<f32>> {
+    let index = Tensor::f_from_slice(labels)?.f_to_device(logits.device())?;
+    let chosen = logits.f_gather(1, &index.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
+    let logprobs = chosen.f_sub(&logits.f_logsumexp([1], false)?)?.f_to_device(Device::Cpu)?;
+    are_numbers(&logprobs)?;
+    Ok(Vec::try_from(&logprobs)?)
 }
 
 /// The logits that predict each token of a row's completion, `[n_completion, d_vocab]`; row k predicts its token k.

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use crate::ask::condition::run_with_hooks;
 use crate::ask::generate::generate_with_hooks;
 use crate::ask::gradient::{at_points, gradients};
-use crate::ask::score::{completion_logprobs, next_token_logprobs, resid_post};
+use crate::ask::score::{completion_argmax, completion_logprobs, next_token_logprobs, resid_post};
 use crate::laws::model_laws::{
     SUM_ORDER, answers, assert_each_is_alone, exact, exact_model, greedy, max_diff, plain, prompts, recomputed, seen,
     with_edit, world,
@@ -600,7 +600,9 @@ fn a_score_that_is_not_a_number_is_an_error() {
     let error = next_token_logprobs(&model, &prompts(&chat)[..1], &condition).unwrap_err().to_string();
     assert!(error.contains("expected numbers"), "{error}");
     let row = chat.row(None, "Go on", &chat.encode("480").unwrap()).unwrap();
-    let error = completion_logprobs(&model, &[row], &condition).unwrap_err().to_string();
+    let error = completion_logprobs(&model, std::slice::from_ref(&row), &condition).unwrap_err().to_string();
+    assert!(error.contains("expected numbers"), "{error}");
+    let error = completion_argmax(&model, &[row], &condition).unwrap_err().to_string();
     assert!(error.contains("expected numbers"), "{error}");
 }
 

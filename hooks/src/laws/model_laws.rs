@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use crate::ask::condition::run_with_hooks;
 use crate::ask::generate::{Answer, Sampling, generate, stream_seed};
 use crate::ask::gradient::gradients;
-use crate::ask::score::{completion_logprobs, next_token_logprobs, resid_post};
+use crate::ask::score::{completion_argmax, completion_logprobs, next_token_logprobs, resid_post};
 use crate::model::loss::{Targets, cross_entropy_sum};
 use crate::rows::packing::PackedRow;
 use crate::taps::cache::Cache;
@@ -128,13 +128,15 @@ fn a_batch_of_unequal_prompts_is_each_alone() {
 }
 
 #[test]
-fn the_log_probabilities_of_a_completion_are_those_of_the_whole_row() {
+fn log_probabilities_and_argmax_of_a_completion_are_those_of_the_whole_row() {
     let (model, chat, adapter) = world();
     let answer = chat.encode("480, 12, 7").unwrap();
     let rows: Vec<Sequence> =
         ["Go on: 1, 2", "More, please, than only 3!"].map(|user| chat.row(None, user, &answer).unwrap()).into();
-    let found = completion_logprobs(&model, &rows, &Condition::adapted(&adapter)).unwrap();
-    for (row, found) in rows.iter().zip(found) {
+    let condition = Condition::adapted(&adapter);
+    let found = completion_logprobs(&model, &rows, &condition).unwrap();
+    let most_likely = completion_argmax(&model, &rows, &condition).unwrap();
+    for ((row, found), most_likely) in rows.iter().zip(found).zip(most_likely) {
         let logprobs = plain(&model, row, Some(&adapter)).log_softmax(-1, Kind::Float);
         let expected = row.completion.clone().map(|at| logprobs.double_value(&[at as i64 - 1, row.ids[at]]));
         let expected: Vec<f64> = expected.collect();
@@ -142,6 +144,8 @@ fn the_log_probabilities_of_a_completion_are_those_of_the_whole_row() {
         for (found, expected) in found.iter().zip(&expected) {
             assert!((f64::from(*found) - expected).abs() < SUM_ORDER, "{found} {expected}");
         }
+        let before = logprobs.narrow(0, row.completion.start as i64 - 1, row.completion.len() as i64);
+        assert_eq!(most_likely, Vec::<i64>::try_from(before.argmax(-1, false)).unwrap());
     }
 }
 
