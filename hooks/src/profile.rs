@@ -13,7 +13,7 @@ use std::time::Instant;
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::ops::matmul;
+use crate::mixed;
 
 /// A stage of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -279,7 +279,7 @@ pub fn product_rate(device: Device, kind: Kind, seconds: f64) -> Result<f64> {
         while best.is_infinite() || begun.elapsed().as_secs_f64() < seconds {
             wait();
             let start = Instant::now();
-            let _product = matmul(&a, &b)?;
+            let _product = if mixed::is_meant(&a) { mixed::matmul(&a, &b)? } else { a.f_matmul(&b)? };
             wait();
             best = best.min(start.elapsed().as_secs_f64());
         }
