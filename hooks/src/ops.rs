@@ -106,6 +106,11 @@ pub(crate) fn wide(kind: Kind) -> Kind {
     if kind == Kind::Double { kind } else { Kind::Float }
 }
 
+/// `x` in a precision; itself if it is in it already, without a call of libtorch's conversion.
+pub(crate) fn of_kind(x: &Tensor, kind: Kind) -> Result<Tensor> {
+    Ok(if x.kind() == kind { x.shallow_clone() } else { x.f_to_kind(kind)? })
+}
+
 /// Rows by index. `index_select` gives the same, but its backward pass adds row by row in one thread on a CPU.
 pub(crate) fn embedding(rows: &Tensor, index: &Tensor) -> Result<Tensor> {
     Ok(Tensor::f_embedding(rows, index, -1, false, false)?)

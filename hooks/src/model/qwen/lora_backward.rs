@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::model::layers::{Linear, RmsNorm, Rope};
 use crate::model::loss::{Targets, nll_gradient, nlls_and_gradients};
 use crate::model::pass::{Pass, acting};
-use crate::ops::{add_matmul, embedding, matmul, wide};
+use crate::ops::{add_matmul, embedding, matmul, of_kind, wide};
 use crate::profile::{self, Op, Stage};
 use crate::proj::Proj;
 use crate::rows::batch::Batch;
@@ -346,7 +346,7 @@ fn flat(x: &Tensor) -> Result<Tensor> {
 /// The activation as a product with `linear`'s weight takes it: on a CPU rounded, if the weight is bf16. All maps of a
 /// block take the same kind, so an activation is rounded once, and kept so.
 fn taken(x: &Tensor, linear: &Linear) -> Result<Tensor> {
-    Ok(x.f_to_kind(linear.weight.kind())?)
+    of_kind(x, linear.weight.kind())
 }
 
 /// The kind of the factors A and B in products with `x`, [`taken`] by a linear map. These products are in f32 or wider, but
@@ -370,8 +370,8 @@ impl<'m> KeptLinear<'m> {
         let acting = Acting::of(acting, lora.parts, wide)?;
         let span = profile::op(Op::Lora);
         let pair = acting.pair;
-        let (a, b) = (pair.a.f_to_kind(kind)?.f_transpose(-2, -1)?, pair.b.f_to_kind(kind)?.f_transpose(-2, -1)?);
-        let bottleneck = acting.scale(matmul(&pair.by_student(&x.f_to_kind(kind)?)?, &a)?)?;
+        let (a, b) = (of_kind(&pair.a, kind)?.f_transpose(-2, -1)?, of_kind(&pair.b, kind)?.f_transpose(-2, -1)?);
+        let bottleneck = acting.scale(matmul(&pair.by_student(&of_kind(x, kind)?)?, &a)?)?;
         if y.kind() == wide {
             add_matmul(&mut pair.by_student(&y)?, &bottleneck, &b)?;
         } else {
@@ -398,7 +398,7 @@ impl<'m> KeptLinear<'m> {
     ) -> Result<Option<Tensor>> {
         let mut at_x = into;
         let weight = &self.linear.weight;
-        let at_y = at_y.f_to_kind(weight.kind())?;
+        let at_y = of_kind(at_y, weight.kind())?;
         if wanted {
             let span = profile::op(Op::Projections);
             at_x = Some(match at_x {
@@ -413,9 +413,9 @@ impl<'m> KeptLinear<'m> {
         let Some((acting, bottleneck)) = &self.acting else { return Ok(at_x) };
         let span = profile::op(Op::Lora);
         let (pair, wide, kind) = (acting.pair, bottleneck.kind(), kind_of_factors(x));
-        let (a, b, x) = (pair.a.f_to_kind(kind)?, pair.b.f_to_kind(kind)?, x.f_to_kind(kind)?);
+        let (a, b, x) = (of_kind(&pair.a, kind)?, of_kind(&pair.b, kind)?, of_kind(x, kind)?);
         let tokens = x.size()[0];
-        let at_y = by_loss(&pair.by_student(&at_y.f_to_kind(kind)?)?, tokens)?;
+        let at_y = by_loss(&pair.by_student(&of_kind(&at_y, kind)?)?, tokens)?;
         let at_b = matmul(&at_y.f_transpose(-2, -1)?, &acting.by_part(bottleneck)?)?;
         let at_bottleneck = acting.scale(matmul(&at_y, &b)?)?;
         let at_a = matmul(&acting.by_part(&at_bottleneck)?.f_transpose(-2, -1)?, &pair.by_student(&x)?)?;
@@ -436,7 +436,7 @@ impl<'m> KeptLinear<'m> {
             Ok((4.0 * at_y.numel() as f64 * rank as f64 + sides * tokens * (rank * d_in) as f64, 0.0))
         })?;
         let kind = pair.a.kind();
-        found.insert((self.linear.layer, self.linear.proj), (at_a.f_to_kind(kind)?, at_b.f_to_kind(kind)?));
+        found.insert((self.linear.layer, self.linear.proj), (of_kind(&at_a, kind)?, of_kind(&at_b, kind)?));
         Ok(at_x)
     }
 }
@@ -604,7 +604,7 @@ impl<'m> KeptMlp<'m> {
         let Self { gate, up, down, x, pre, linear, post } = self;
         let before = wanted || gate.acts() || up.acts();
         let Some(at_post) = down.backward(at_out, post, before, None, found)? else { return Ok(None) };
-        let (pre, linear) = (&pre.f_to_kind(at_post.kind())?, &linear.f_to_kind(at_post.kind())?);
+        let (pre, linear) = (&of_kind(pre, at_post.kind())?, &of_kind(linear, at_post.kind())?);
         let mut at_post = by_loss(&at_post, x.size()[0])?;
         let at_linear = at_post.f_mul(&pre.f_silu()?)?;
         let at_silu = at_post.f_mul_(linear)?;
