@@ -44,9 +44,12 @@ fn rounded(x: &Tensor) -> Result<Tensor> {
 /// MKL's function, if the process has it and autograd records none of the tensors.
 fn gemm_for(tensors: &[&Tensor]) -> Option<Gemm> {
     static FOUND: OnceLock<Option<Gemm>> = OnceLock::new();
-    // Without autograd, as in `no_grad`, an alias of a tensor asks for no gradient.
-    let is_recorded = |tensor: &&Tensor| tensor.requires_grad() && tensor.alias().requires_grad();
-    FOUND.get_or_init(Gemm::find).filter(|_| !tensors.iter().any(is_recorded))
+    FOUND.get_or_init(Gemm::find).filter(|_| !tensors.iter().any(|tensor| is_recorded(tensor)))
+}
+
+/// Whether autograd records what is done with a tensor. Without it, as in `no_grad`, an alias asks for no gradient.
+pub(crate) fn is_recorded(tensor: &Tensor) -> bool {
+    tensor.requires_grad() && tensor.alias().requires_grad()
 }
 
 type Cblas = unsafe extern "C" fn(

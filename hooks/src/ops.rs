@@ -35,6 +35,21 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     Ok(y.f_view(shape.as_slice())?)
 }
 
+/// The logits `h Wᵀ`: `h` is `[.., d_model]`, the unembedding W `[d_vocab, d_model]`. A GPU's product of bf16 numbers would
+/// round them to bf16, whose spacing is 0.125 between 16 and 32, so it is asked for f32 unless autograd records.
+pub(crate) fn logits(h: &Tensor, unembed: &Tensor) -> Result<Tensor> {
+    if h.device() == Device::Cpu || h.kind() != Kind::BFloat16 || mixed::is_recorded(h) || mixed::is_recorded(unembed) {
+        return linear(h, unembed, None);
+    }
+    let (d_vocab, d_model) = unembed.size2()?;
+    let mut shape = h.size();
+    let product = h.f_reshape([-1, d_model])?.f_mm_dtype(&unembed.f_transpose(0, 1)?, Kind::Float)?;
+    if let Some(width) = shape.last_mut() {
+        *width = d_vocab;
+    }
+    Ok(product.f_view(shape.as_slice())?)
+}
+
 /// `softmax(q kᵀ / √d_head) v` by libtorch's fused kernel. `q` and the result: `[batch, n_heads, pos, d_head]`; `k` and
 /// `v`: `[batch, n_kv_heads, slots, d_head]`; `mask`: which query sees which slot, bool, in the shape of the scores.
 pub(crate) fn fused_attention([q, k, v]: [&Tensor; 3], mask: Option<&Tensor>, causal: bool) -> Result<Tensor> {

@@ -12,7 +12,7 @@ use crate::load::model_files::ModelFiles;
 use crate::load::weights::{Scope, Weights};
 use crate::model::layers::{Linear, RmsNorm, Rope};
 use crate::model::pass::Pass;
-use crate::ops::{embedding, fused_attention, linear, wide};
+use crate::ops::{embedding, fused_attention, logits, wide};
 use crate::profile::{self, Op, Stage};
 use crate::proj::Proj;
 use crate::rows::batch::Batch;
@@ -403,7 +403,7 @@ impl Qwen {
     /// The unembedding alone; `normed`: `[.., d_model]`, the result is `[.., d_vocab]`.
     pub(crate) fn logits(&self, normed: &Tensor) -> Result<Tensor> {
         let span = profile::op(Op::Head);
-        let logits = linear(normed, &self.unembed, None)?;
+        let logits = logits(normed, &self.unembed)?;
         span.flops(|| profile::product(normed, &self.unembed, logits.requires_grad()))?;
         Ok(logits)
     }
