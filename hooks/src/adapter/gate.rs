@@ -146,8 +146,8 @@ impl Gate {
         self.region().and_then(|region| region.tokens.as_ref()).is_some_and(Tokens::names_generated)
     }
 
-    /// The policy for generated tokens, as tables spell it: `named` if the gate names them, `on` or `off` if its region
-    /// has no tokens or `not(..)`, and otherwise `same_as_unselected`.
+    /// The policy for generated tokens, as tables spell it: `named` if the gate names them, `on` or `off` if it selects
+    /// tokens by `not(..)` or selects only blocks or projections, and otherwise `same_as_unselected`.
     pub fn decode_policy(&self) -> &'static str {
         let unselected = self
             .region()
