@@ -68,9 +68,12 @@ bench: setup model ## undertone beside PEFT, transformers and TransformerLens (a
 	$(CARGO) build --release --workspace
 	$(PYTHON) benchmarks/bench.py $(BENCH)
 
-bench-cuda: setup ## the same on a GPU in bf16, with random weights where there is no model; not run yet
+bench-cuda: setup ## nine minutes on a GPU: is it right, and how fast; target/cuda is all that another machine needs; not run on a GPU yet
 	$(CARGO) build --release --workspace
-	$(PYTHON) benchmarks/bench.py --device cuda --dtype bf16 $(BENCH)
+	mkdir -p target/cuda
+	for binary in undertone undertone-benchmarks; do strip -o target/cuda/$$binary target/release/$$binary; done
+	cp scripts/check_cuda.py benchmarks/peer.py target/cuda/
+	$(PYTHON) target/cuda/check_cuda.py --binaries target/cuda $(BENCH)
 
 fuzz: setup ## every reader of files under libFuzzer, FUZZ_SECONDS each (450); prints a table
 	$(PYTHON) scripts/fuzz.py --seconds $(FUZZ_SECONDS)

@@ -130,13 +130,26 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// The Euclidean norm of all gradients together, a scalar in f32.
+    /// The Euclidean norm of all gradients together, a scalar in f32. The squares are summed in parts: one f32 sum of nine
+    /// million numbers makes the norm too small by 4e-4.
     pub fn norm(&self) -> Result<Tensor> {
-        let norms = self.flat.iter().map(|flat| Ok(flat.f_norm()?)).collect::<Result<Vec<_>>>()?;
-        if let [norm] = norms.as_slice() {
-            return Ok(norm.shallow_clone());
+        const PART: i64 = 1 << 16;
+        let mut norms = vec![];
+        for flat in &self.flat {
+            let in_parts = flat.numel() as i64 / PART * PART;
+            let rest = flat.f_narrow(0, in_parts, flat.numel() as i64 - in_parts)?;
+            if in_parts > 0 {
+                let parts = flat.f_narrow(0, 0, in_parts)?.f_view([-1, PART])?;
+                norms.push(parts.f_norm_scalaropt_dim(2, [1_i64].as_slice(), false)?);
+            }
+            if rest.numel() > 0 {
+                norms.push(rest.f_norm()?.f_view([1])?);
+            }
         }
-        Ok(Tensor::f_stack(&norms, 0)?.f_norm()?)
+        match norms.as_slice() {
+            [norm] if norm.numel() == 1 => Ok(norm.f_squeeze()?),
+            norms => Ok(Tensor::f_cat(norms, 0)?.f_norm()?),
+        }
     }
 
     /// Scales the gradients to `max_norm` if their norm, `norm`, is above it: the factor is `max_norm` / (norm + 1e-6)

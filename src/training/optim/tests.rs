@@ -1,3 +1,6 @@
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
 use super::*;
 
 const ADAMW: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
@@ -138,4 +141,18 @@ fn schedules_are_those_of_hugging_face() {
     assert_eq!(factors(ScheduleKind::Cosine, 2), [0.0, 0.5, 1.0, 0.5, 0.0]);
     assert_eq!(factors(ScheduleKind::Cosine, 0), [1.0, 0.9755, 0.9045, 0.3455, 0.0]);
     assert_eq!(factors(ScheduleKind::Constant, 2), [0.0, 0.5, 1.0, 1.0, 1.0]);
+}
+
+/// libtorch adds up millions of squares in one f32, whose last digits are then lost.
+#[test]
+fn the_norm_of_millions_of_gradients_is_that_in_f64() {
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    let numbers: Vec<f32> = (0..4_400_000).map(|_| rng.random_range(0.0..1.0)).collect();
+    let exact = numbers.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    let flat = Tensor::from_slice(&numbers);
+    let norm = |flat: Vec<Tensor>| Gradients { flat }.norm().unwrap().double_value(&[]) / exact - 1.0;
+    assert!(norm(vec![flat.shallow_clone()]).abs() < 2e-6, "one buffer: {}", norm(vec![flat.shallow_clone()]));
+    assert!(norm(flat.split(3_000_001, 0)).abs() < 2e-6, "two buffers");
+    let few = Tensor::from_slice(&[3.0_f32, 4.0]);
+    assert!((Gradients { flat: vec![few] }.norm().unwrap().double_value(&[]) - 5.0).abs() < 1e-6);
 }
