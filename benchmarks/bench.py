@@ -182,8 +182,8 @@ def train(bench):
     ours, peer = bench.open(bench.args.model)
     request = lambda turn: {"do": "train", "rows": {"numbers": {"first": 8 * turn, "n": 8}}, "rank": 8, "steps": 2}  # noqa: E731
     mine, theirs = bench.turns([(ours, request), (peer, request)])
-    # In bf16 PEFT adds the adapter's part to outputs that it rounds to bf16, which swallows most of a small first update: its
-    # second loss lies between its first one and that of f32. So only the first step is the same.
+    # In bf16 the peer's second loss was seen between its first one and that of f32, which is ours. The likely cause, not proven:
+    # PEFT adds the adapter's part to outputs that it rounds to bf16, which swallows much of a small first update.
     steps = None if bench.args.dtype == "f32" else 1
     for a, b in zip(mine, theirs):
         agree("train: the losses of two steps", a["losses"][:steps], b["losses"][:steps], bench.args.tolerance)

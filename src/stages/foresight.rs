@@ -28,11 +28,15 @@ pub fn foreseen(bench: Workbench, run: &RunDir) -> Result<Workbench> {
     questions(&bench)?;
     directions(&bench, &users)?;
     training(&bench, &users)?;
-    let free = Free::here(run.root(), bench.base.device());
-    teacher_fits(&bench, run, &free)?;
     let logs = [run.train_csv(), run.control_train_csv()];
     let is_left = |log: &PathBuf| run.forced() || !RunDir::stage_done(log);
-    if logs[..=usize::from(bench.experiment.student.control)].iter().any(is_left) {
+    let trains = logs[..=usize::from(bench.experiment.student.control)].iter().any(is_left);
+    if trains {
+        bench.frozen()?; // before the free memory is measured, of which a second copy of the weights takes a part
+    }
+    let free = Free::here(run.root(), bench.base.device());
+    teacher_fits(&bench, run, &free)?;
+    if trains {
         student_fits(&bench, &users, &free)?;
     }
     // An arm with another model is checked when that model is loaded.

@@ -297,12 +297,10 @@ def same(ours, theirs, name: str) -> None:
 
 
 @torch.no_grad()
-def check_opened(model, ids, found: dict) -> None:
-    """Holds what was found in the open against the untouched model: what it returns, and each input and output of a module that
-    hooks/HOOKS.md says a hook point is."""
-    base, inputs, outputs = bare(model), {}, {}
-    handles = []
-    for name, module in base.named_modules():
+def with_modules(model, ids):
+    """The model's result with attentions and hidden states, and each module's input and output by its name."""
+    inputs, outputs, handles = {}, {}, []
+    for name, module in bare(model).named_modules():
 
         def hook(module, args, kwargs, out, name=name):
             inputs[name] = args[0] if args else kwargs.get("hidden_states")
@@ -312,6 +310,15 @@ def check_opened(model, ids, found: dict) -> None:
     result = model(input_ids=ids, output_attentions=True, output_hidden_states=True)
     for handle in handles:
         handle.remove()
+    return result, inputs, outputs
+
+
+@torch.no_grad()
+def check_opened(model, ids, found: dict) -> None:
+    """Holds what was found in the open against the untouched model: what it returns, and each input and output of a module that
+    hooks/HOOKS.md says a hook point is."""
+    base = bare(model)
+    result, inputs, outputs = with_modules(model, ids)
 
     checked = 0
     said = re.findall(r"^\| `([^`]+)` .*?\| `([\w.{}\[\]]+)`(?: (input|output))? \|", HOOKS.read_text(), re.M)

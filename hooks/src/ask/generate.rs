@@ -2,9 +2,9 @@
 //! files ask for them.
 //!
 //! Every answer draws from a separate random stream, so that repeated prompts give distinct samples and an answer does
-//! not depend on its neighbours in the batch, except through the order of sums. That changes a token where two are nearly
-//! as likely: hardly ever in f32, sometimes on a GPU in bf16. Shared beginnings of prompts are run once. When answers end, the next
-//! prompts take their places in the batch.
+//! not depend on its neighbours in the batch, except through the order of sums. That changes a token where two are
+//! nearly as likely: hardly ever in f32, sometimes on a GPU in bf16. Shared beginnings of prompts are run once. When
+//! answers end, the next prompts take their places in the batch.
 
 use std::collections::BTreeMap;
 

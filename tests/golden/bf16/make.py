@@ -30,26 +30,14 @@ def student(folder: Path, dtype: torch.dtype):
 
 def activations(model, ids) -> dict:
     """The hook points of one row that hooks/HOOKS.md gives a module or the attentions for."""
-    base, inputs, outputs = golden.bare(model), {}, {}
-    handles = []
-    for name, module in base.named_modules():
-
-        def hook(module, args, kwargs, out, name=name):
-            inputs[name] = args[0] if args else kwargs.get("hidden_states")
-            outputs[name] = out[0] if isinstance(out, tuple) else out
-
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
-    with torch.no_grad():
-        attentions = model(input_ids=ids, output_attentions=True).attentions
-    for handle in handles:
-        handle.remove()
-    found = {}
+    base, found = golden.bare(model), {}
+    result, inputs, outputs = golden.with_modules(model, ids)
     said = re.findall(r"^\| `([^`]+)` .*?\| `([\w.{}\[\]]+)`(?: (input|output))? \|", golden.HOOKS.read_text(), re.M)
     for name, module, what in said:
         for layer in range(base.config.num_hidden_layers if "{l}" in name else 1):
             at = module.replace("{l}", str(layer))
             if not what:
-                found[name.replace("{l}", str(layer))] = attentions[layer]
+                found[name.replace("{l}", str(layer))] = result.attentions[layer]
             elif at in outputs:  # Qwen2 has no norms of queries and keys
                 found[name.replace("{l}", str(layer))] = {"input": inputs, "output": outputs}[what][at]
     return found
