@@ -151,6 +151,7 @@ pub use taps::tap::{Hooks, Tap};
 #[cfg(test)]
 #[allow(clippy::float_cmp)]
 mod laws {
+    mod edit_laws;
     pub(crate) mod gate_laws;
     pub(crate) mod model_laws;
 }

@@ -12,6 +12,7 @@ use crate::ask::score::{completion_argmax, completion_logprobs, next_token_logpr
 use crate::model::loss::{Targets, cross_entropy_sum};
 use crate::rows::packing::PackedRow;
 use crate::taps::cache::Cache;
+use crate::taps::edit::Change;
 use crate::{
     Adapter, Batch, Chat, Condition, Doses, Edit, Gate, HookPoint, Hooks, LoraConfig, ModelFiles, Pass, Qwen, Sequence,
     TokenClass,
@@ -60,6 +61,11 @@ pub(crate) fn max_diff(a: &Tensor, b: &Tensor) -> f64 {
 pub(crate) fn plain(model: &Qwen, prompt: &Sequence, adapter: Option<&Adapter>) -> Tensor {
     let batch = Batch::of(&[prompt], Device::Cpu).unwrap();
     model.forward(&batch, &mut Pass { adapter, ..Pass::default() }).unwrap().squeeze_dim(0)
+}
+
+/// An edit made from its parts. An empty `tokens` means all tokens.
+pub(crate) fn edit_at(at: HookPoint, tokens: &str, change: Change) -> Edit {
+    Edit { at, tokens: (!tokens.is_empty()).then(|| tokens.parse().unwrap()), change }
 }
 
 pub(crate) fn with_edit(edit: Edit) -> Condition<'static> {
