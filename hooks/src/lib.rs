@@ -1,5 +1,4 @@
-//! One Qwen whose activations you can read and change: load it, run it, tap it, adapt it, gate the adapter token by
-//! token.
+//! One Qwen whose activations you can read and change: load it, run it, tap it, adapt it, gate its adapter by token.
 //!
 //! The model is never mutated. Base, student, student with the adapter only at "Qwen", steered base: these differ only
 //! in a small value that is passed to the forward pass.

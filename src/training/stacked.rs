@@ -1,9 +1,8 @@
 //! Trains several students in one pass: variants of a LoRA on one model, in rank, seed, learning rate, gate or data.
 //!
 //! A step runs the next rows of all students at once, each through its own adapter (`Adapter::stacked`). One backward
-//! pass gives each student the gradient of its own loss, since no other loss depends on its tensors. Everything else is
-//! separate for each student: rows and their order, loss, clipping, optimizer, schedule, end, log and checkpoint. So a
-//! student trains as it would alone, up to the order of sums.
+//! pass gives each student the gradient of its own loss. Rows and their order, loss, clipping, optimizer, schedule,
+//! end, log and checkpoint are each student's own. So a student trains as it would alone, up to the order of sums.
 //!
 //! Students share calls, not arithmetic: a student costs less if a step has few tokens, up to a few hundred for a small
 //! model on a CPU, and as much as alone if it has many.

@@ -1,5 +1,6 @@
-//! The doses of an adapter: a gate's factors g in s · B (g ⊙ A x), by token, block and projection. `LoraPair::scaled`
-//! multiplies by them.
+//! The doses of an adapter: a gate's factors g in s · B (g ⊙ A x), by token, block and projection. Two functions
+//! multiply by them: `LoraPair::scaled` (`adapter/lora.rs`), and `Acting::scale` (`model/qwen/lora_backward.rs`) in
+//! passes whose gradients are computed by hand, as in training.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

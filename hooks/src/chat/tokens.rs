@@ -13,8 +13,8 @@ use serde_with::{DeserializeFromStr, SerializeDisplay};
 
 use crate::error::{Error, Result};
 
-/// The purpose of a token of a rendered chat. A new class also needs its place in `ALL`, `is_template` and the unions of
-/// [`Selection`] below, and `chat/pieces.rs` must give it to tokens.
+/// The purpose of a token of a rendered chat. CONTRIBUTING.md, "How to add a class of tokens", lists all places that a
+/// new class needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, SerializeDisplay, DeserializeFromStr)]
 pub enum TokenClass {
     /// `<|im_start|>` of the system turn.

@@ -2,8 +2,7 @@
 //!
 //! Training needs only losses and their gradients at the adapter's tensors. A manual pass keeps fewer tensors per
 //! block, adds gradients in place, and makes about half as many calls. libtorch's gradients are used only for attention
-//! between projections and output, a hundredth of the arithmetic. Passes with taps, edits or dropout use the recorded
-//! graph.
+//! between projections and output, a hundredth of the arithmetic. Taps, edits and dropout need the recorded graph.
 //!
 //! One forward pass can carry many backward passes at once. Gradients have the shape `[tokens, width]`, or for several
 //! losses `[losses · tokens, width]`, loss by loss. Tensors kept from the forward pass are always `[tokens, width]`.
