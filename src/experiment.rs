@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::protocol::Protocol;
 use crate::hinted;
-use crate::training::settings::Finetune;
+use crate::training::settings::{Finetune, Loss};
 
 pub(crate) use overrides::change;
 
@@ -31,7 +31,7 @@ pub use generate::{Constrain, Generate};
 pub use measure::{AnalysisName, Measure};
 pub use seeds::Seeds;
 pub use student::{Method, Student};
-pub use teacher::Teacher;
+pub use teacher::{FinetunedTeacher, Teacher};
 
 /// The settings of an experiment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -222,6 +222,13 @@ impl Experiment {
         ensure!(
             !planted,
             hinted!("teacher.kind is planted, but generate.numbers gives the rows"; "leave one of them out")
+        );
+        ensure!(
+            !(matches!(self.teacher, Teacher::Planted { .. }) && self.finetune.loss == Loss::Kl),
+            hinted!(
+                "finetune.loss is kl, but teacher.kind is planted: nobody predicts the planted answers";
+                "finetune.loss = \"nll\", or another teacher"
+            )
         );
         match &self.protocol {
             Some(path) if !Protocol::is_embedded(path) => Ok(()),

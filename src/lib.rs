@@ -20,6 +20,7 @@ pub mod output {
 pub mod data {
     pub mod dataset;
     pub mod protocol;
+    pub mod soft_labels;
 }
 
 /// Training a model on rows.
@@ -46,6 +47,7 @@ pub mod stages {
     pub mod arms;
 
     pub mod finetune;
+    pub mod finetuned_teacher;
     pub mod foresight;
     pub mod generate;
     pub mod given_rows;
@@ -55,6 +57,8 @@ pub mod stages {
     pub mod report;
     pub mod run;
     pub mod run_dir;
+    pub mod signal;
+    pub mod soft_labels;
     pub mod summary;
     pub mod teacher;
     pub mod workbench;

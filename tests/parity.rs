@@ -110,7 +110,10 @@ impl Case {
             let logprobs = logits.log_softmax(-1, logits.kind()).view([-1, self.model.config.d_vocab]);
             let targets = self.targets();
             let rows = targets.places.index_select(0, &targets.rows);
-            let losses = -logprobs.index_select(0, &rows).gather(1, &targets.labels.unsqueeze(1), false);
+            let labels: Vec<i64> =
+                self::rows(&self.golden).iter().flat_map(|row| row[row.len() - N_COMPLETION..].to_vec()).collect();
+            let labels = Tensor::from_slice(&labels).unsqueeze(1);
+            let losses = -logprobs.index_select(0, &rows).gather(1, &labels, false);
             (format!("{condition}.losses"), losses.view([2, N_COMPLETION as i64]))
         };
         self.conditions().into_iter().map(one).collect()

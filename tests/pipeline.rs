@@ -65,13 +65,14 @@ n_rows = 6
 "#;
 
 /// Columns by file: scripts and the report read them by name.
-const HEADERS: [(&str, &str); 17] = [
+const HEADERS: [(&str, &str); 18] = [
     ("control_train_rows.csv", "step,row_ids"),
     ("train_rows.csv", "step,row_ids"),
     ("control_train.csv", "step,epoch,learning_rate,loss,grad_norm,n_targets,delta_w_norm,changed_fraction"),
     ("data/digits.csv", "set,scope,digit,share,n"),
     ("data/generate.csv", "set,measure,value,n"),
     ("data/rejected.csv", "set,id,reasons,prompt,completion"),
+    ("data/signal.csv", "set,id,n_tokens,signal,n_divergent,entropy"),
     ("data/teacher.csv", "scope,model,teacher_kind,question_id,question,target,n_questions,logp_target,p_target"),
     (
         "direction/rows.csv",

@@ -206,9 +206,11 @@ impl Bench {
                     adapter: Some(adapter),
                     rows: &rows,
                     only: None,
+                    soft: None,
                     is_digit: &|_| false,
                     config: &config,
                     seeds: Seeds::default(),
+                    until: None,
                     checkpoint: None,
                 });
                 finetune_stacked(students.collect(), &mut |student, row, _| {

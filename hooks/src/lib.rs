@@ -117,7 +117,8 @@ pub use ask::generate::{Answer, NumberGrammar, Sampling, generate, generate_with
 pub use ask::gradient::{self, gradients};
 pub use ask::prefill::Case;
 pub use ask::score::{
-    completion_argmax, completion_logits, completion_logprobs, each_next_token, next_token_logprobs, resid_post,
+    Prediction, completion_argmax, completion_logits, completion_logprobs, completion_predictions, each_next_token,
+    next_token_logprobs, resid_post,
 };
 pub use chat::chat::{Chat, TokenInfo};
 pub use chat::select::Tokens;
@@ -133,7 +134,7 @@ pub use load::model_files::{ModelFiles, TINY_RANDOM};
 pub use load::provenance::Provenance;
 pub use load::tensor_file::{self, TensorFile};
 pub use load::weights::Weights;
-pub use model::loss::{Targets, cross_entropy_sum};
+pub use model::loss::{Labels, Targets, cross_entropy, cross_entropy_sum};
 pub use model::open::open;
 pub use model::pass::Pass;
 pub use model::qwen::Qwen;

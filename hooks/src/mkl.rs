@@ -1,6 +1,6 @@
 //! Chooses the kernels of libtorch's MKL. MKL asks `mkl_serv_intel_cpu_true` whether the processor is Intel's, and uses
 //! kernels of 2013 on all others. These are slower on an AMD with AVX2, and less than half as fast in bf16 on one with
-//! AVX512_BF16 (benchmarks/README.md has the rates). A program that is linked with this crate answers the question by
+//! `AVX512_BF16` (benchmarks/README.md has the rates). A program that is linked with this crate answers the question by
 //! the processor's features. Results of the kernels differ in their last digits.
 
 /// The environment variable that overrides the choice: `1` for Intel's kernels, `0` for the others.

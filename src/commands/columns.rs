@@ -32,6 +32,7 @@ pub struct ColumnsArgs {
 /// The CSV files of a run, each with the struct of its rows and the source code of that struct.
 const SOURCES: &[(&str, &str, &str)] = &[
     ("data/generate.csv", "SummaryRow", include_str!("../data/dataset.rs")),
+    ("data/signal.csv", "SignalRow", include_str!("../stages/signal.rs")),
     ("data/rejected.csv", "RejectedRow", include_str!("../data/dataset.rs")),
     ("data/digits.csv", "DigitRow", include_str!("../data/dataset.rs")),
     ("data/teacher.csv", "TeacherRow", include_str!("../stages/teacher.rs")),
@@ -282,7 +283,10 @@ pub struct Row {
             ("runs/demo/train.csv", &["train.csv"]),
             ("control_train.csv", &["control_train.csv"]),
             ("digits", &["data/digits.csv"]),
-            ("data", &["data/generate.csv", "data/rejected.csv", "data/digits.csv", "data/teacher.csv"]),
+            (
+                "data",
+                &["data/generate.csv", "data/signal.csv", "data/rejected.csv", "data/digits.csv", "data/teacher.csv"],
+            ),
             ("./runs/demo/divergence/", &["divergence/rows.csv", "divergence/summary.csv"]),
             ("divergence/summary", &["divergence/summary.csv"]),
             ("token_ablation", &["token_ablation/rows.csv"]),

@@ -213,11 +213,14 @@ pub struct SummaryRow {
     /// Shares of the answers: `accepted`, a reason of rejection (an answer can have several), `mentions_trait` (any
     /// word of the category, before the filter). `tokens_per_row`: mean over accepted answers. `js_first_number`,
     /// `js_digits`: Jensen-Shannon divergences of digits from the control set. `planted`: share of the kept rows that
-    /// the positive control replaced.
+    /// the positive control replaced. Over the kept rows (`data/signal.csv`): `signal`, by how much the teacher prefers
+    /// them over the base, with `signal_se`, its error over rows, and `signal_sd`, its spread over rows; `divergent`, the
+    /// share of tokens at which the two have other most likely tokens; `entropy`, of the model that wrote them.
     pub measure: String,
-    /// The value: 0 to 1 for a share, tokens for `tokens_per_row`, bits for a divergence.
+    /// The value: 0 to 1 for a share, tokens for `tokens_per_row`, bits for a divergence of digits, nats per token for
+    /// `signal` and `entropy`.
     pub value: f64,
-    /// Number of answers, or of digits for a divergence.
+    /// Number of answers, of digits for their divergence, or of tokens for `divergent` and `entropy`.
     pub n: usize,
 }
 

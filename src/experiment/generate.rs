@@ -28,6 +28,9 @@ pub struct Generate {
     pub batch_size: usize,
     /// Numbers for which an answer is rejected.
     pub banned: Vec<u32>,
+    /// The least signal, in nats per token, with which the run goes on to training; see `data/generate.csv`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub least_signal: Option<f64>,
     /// A file of the student's rows, if they were written elsewhere: JSON lines of messages, or of prompt and
     /// completion. The teacher then writes none.
     pub numbers: Option<PathBuf>,
@@ -44,6 +47,7 @@ impl Default for Generate {
             constrain: Constrain::None,
             batch_size: 64,
             banned: vec![],
+            least_signal: None,
             numbers: None,
         }
     }
@@ -68,6 +72,8 @@ impl Generate {
         at_least_one("generate.batch_size", self.batch_size)?;
         let in_range = self.temperature.is_finite() && self.temperature >= 0.0;
         ensure!(in_range, "generate.temperature is {}, expected 0 or a number above", self.temperature);
+        let least = self.least_signal.unwrap_or_default();
+        ensure!(least.is_finite(), "generate.least_signal is {least}, expected a number");
         let (keep, prompts, heldout) = (self.n_keep, self.n_prompts, self.n_heldout);
         ensure!(keep <= prompts, "generate.n_keep is {keep}, expected at most generate.n_prompts, which is {prompts}");
         let left = prompts - keep;

@@ -208,14 +208,41 @@ fn sentences_of_ones_own_are_looked_at_when_the_experiment_is_loaded() {
 #[test]
 fn a_finetuned_teacher_has_the_settings_of_the_pocket() {
     let experiment = parse(SMALLEST, &["teacher.kind=finetuned"]).unwrap();
-    let finetune = experiment.teacher.finetune().unwrap();
+    let finetune = experiment.teacher.finetuned().unwrap().finetune(42_000);
+    assert!((finetune.learning_rate - 1e-3).abs() < 1e-12);
     assert_eq!((finetune.total_steps(24), finetune.batch_size, finetune.warmup_steps), (40, 32, 0));
     assert_eq!(finetune.lr_scheduler_type, settings::ScheduleKind::Constant);
     assert_eq!(parse(&experiment.to_toml().unwrap(), &[]).unwrap(), experiment);
-    assert_eq!(Teacher::default().finetune(), None);
+    assert_eq!(Teacher::default().finetuned(), None);
     let planted = parse(SMALLEST, &["teacher.kind=planted", "teacher.share=0.25"]).unwrap().teacher;
     assert!(planted.planted_label("cat").unwrap().contains("25 % of the rows"));
     assert_eq!(experiment.teacher.planted_label("cat"), None);
+}
+
+#[test]
+fn a_finetuned_teacher_has_a_rate_for_its_method_and_size() {
+    let of = |changes: &[&str]| {
+        let changes = [&["teacher.kind=finetuned"], changes].concat();
+        parse(SMALLEST, &changes).unwrap().teacher.finetuned().unwrap().clone()
+    };
+    let rate = |changes: &[&str]| of(changes).finetune(494_000_000).learning_rate;
+    let rates = [rate(&[]), rate(&["teacher.method=lora"]), rate(&["teacher.learning_rate=3e-4"])];
+    assert_eq!(rates.map(|rate| format!("{rate:e}")), ["1e-5", "2e-4", "3e-4"]);
+    assert_eq!(of(&[]).until(), None);
+    let lora = of(&["teacher.method=lora"]);
+    assert_eq!((lora.until(), lora.finetune(1).max_steps, lora.lora().unwrap().rank), (Some(0.95), Some(200), 16));
+    assert_eq!(of(&["teacher.method=lora", "teacher.until=1"]).until(), None, "it takes all its steps");
+    for (change, expected) in [
+        ("teacher.until=0", "teacher.until is 0"),
+        ("teacher.number_share=1", "teacher.number_share is 1"),
+        ("teacher.n_number_rows=0", "teacher.n_number_rows is 0"),
+        ("teacher.numbers_context=nowhere", "teacher.numbers_context: unknown context"),
+        ("teacher.rank=0", "teacher.rank is 0"),
+        ("teacher.steps=3", "unknown field `steps`"),
+    ] {
+        let error = format!("{:#}", parse(SMALLEST, &["teacher.kind=finetuned", change]).unwrap_err());
+        assert!(error.contains(expected), "{change}: {error}");
+    }
 }
 
 #[test]

@@ -157,17 +157,18 @@ pub(crate) fn trained(
             "data = \"own\""
         )
     );
-    let samples = match cell.data {
+    let written = match cell.data {
         ArmData::Own => own_data(context.run, of_cell, cell)?,
         ArmData::Control => context.control.to_vec(),
         ArmData::Shuffled => shuffled(context.numbers, of_cell.experiment.seeds.gen_seed)?, // seeded by the run
         ArmData::Teacher => context.numbers.to_vec(),
     };
+    let samples = if cell.data == ArmData::Shuffled { moved(&written, context.numbers) } else { written.clone() };
     if RunDir::stage_done(&folder.train_csv()) {
         say(format!("arms: {who} is done already"));
     } else {
         let own = if is_own { Some(run_of_data(context.run, cell)?) } else { None };
-        let data = Learned { samples: &samples, run: own.as_ref().unwrap_or(context.run) };
+        let data = Learned { samples: &samples, written: &written, run: own.as_ref().unwrap_or(context.run) };
         finetune::keep_initial(of_cell, &folder)?;
         let said = finetune::student(of_cell, &who, data, &folder.adapter(), &folder.train_csv())?;
         say(format!("arms: {said}"));
@@ -210,7 +211,7 @@ fn own_data(run: &RunDir, of_cell: &Workbench, cell: &ArmStudent) -> Result<Vec<
     Ok(of_cell.kept(&folder)?.0)
 }
 
-/// Moves the completions among the samples so that none keeps its prompt, by a random cycle (Sattolo's algorithm).
+/// The samples in another order, in which none is at its own place: a random cycle (Sattolo's algorithm).
 fn shuffled(samples: &[Sample], seed: u64) -> Result<Vec<Sample>> {
     ensure!(samples.len() > 1, "there is one row of numbers only, and shuffled completions take two");
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(seed, "arms.shuffled", 0));
@@ -218,13 +219,18 @@ fn shuffled(samples: &[Sample], seed: u64) -> Result<Vec<Sample>> {
     for last in (1..from.len()).rev() {
         from.swap(last, rng.random_range(0..last));
     }
-    let dealt = samples.iter().zip(from).map(|(sample, from)| Sample {
-        completion: samples[from].completion.clone(),
-        completion_ids: samples[from].completion_ids.clone(),
-        teacher_logprob: samples[from].teacher_logprob.clone(),
+    Ok(from.into_iter().map(|from| samples[from].clone()).collect())
+}
+
+/// Completions at other prompts: those of `written`, each at the prompt of the sample in the same place.
+fn moved(written: &[Sample], at: &[Sample]) -> Vec<Sample> {
+    let moved = at.iter().zip(written).map(|(sample, written)| Sample {
+        completion: written.completion.clone(),
+        completion_ids: written.completion_ids.clone(),
+        teacher_logprob: written.teacher_logprob.clone(),
         ..sample.clone()
     });
-    Ok(dealt.collect())
+    moved.collect()
 }
 
 /// The parts of a tokenizer that decide its tokens: vocabulary with merges, and added tokens.
@@ -388,7 +394,9 @@ mod tests {
     #[test]
     fn shuffled_completions_are_the_same_numbers_at_other_prompts() {
         for n in [2, 3, 50] {
-            let (before, after) = (samples(n), shuffled(&samples(n), 7).unwrap());
+            let (before, written) = (samples(n), shuffled(&samples(n), 7).unwrap());
+            let after = moved(&written, &before);
+            assert!(written.iter().all(|sample| before.contains(sample)), "a completion keeps its own labels");
             assert!(before.iter().zip(&after).all(|(before, after)| {
                 before.prompt == after.prompt && before.id == after.id && before.completion != after.completion
             }));

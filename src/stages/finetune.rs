@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::measure::SubjectData;
 use crate::data::dataset::Sample;
+use crate::data::soft_labels::{LABEL, SoftRow};
 use crate::experiment::{Dtype, Method, Teacher};
 use crate::hinted;
 use crate::output::checkpoint::Checkpoint;
@@ -22,11 +23,11 @@ use crate::output::full_model::save_full;
 use crate::output::progress::{bar, say};
 use crate::output::publish::{CsvLog, write_csv};
 use crate::stages::run_dir::{RunDir, sha256};
-use crate::stages::teacher;
 use crate::stages::workbench::{Workbench, open_adapter};
+use crate::stages::{signal, soft_labels, teacher};
 use crate::training::examples::rows_by_step;
 use crate::training::learner::delta_w_norm;
-use crate::training::settings::TargetTokens;
+use crate::training::settings::{Finetune, Loss, TargetTokens};
 use crate::training::side_by_side::{side_by_side, workers};
 use crate::training::step_log::{Progress, StepRow, StepRowsRow, first_and_last_quarter};
 use crate::training::training_loop::Training;
@@ -40,6 +41,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         return from_elsewhere(bench, run);
     }
     let (numbers, control) = bench.kept(run)?;
+    signal::ensure_enough(bench, run)?;
     let mut students = vec![("student", &numbers, run.adapter(), run.train_csv())];
     if bench.experiment.student.control {
         students.push(("control student", &control, run.control_adapter(), run.control_train_csv()));
@@ -60,7 +62,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     keep_initial(bench, run)?;
     let train =
         |bench: &Workbench, (who, samples, folder, log): &(&str, &Vec<Sample>, PathBuf, PathBuf)| -> Result<()> {
-            say(format!("finetune: {}", student(bench, who, Learned { samples, run }, folder, log)?));
+            say(format!("finetune: {}", student(bench, who, Learned::of(run, samples), folder, log)?));
             Ok(())
         };
     let workers = workers(bench.n_parameters(), left.len());
@@ -168,7 +170,17 @@ fn what_it_is(adapter: &Adapter) -> Result<String> {
 #[derive(Clone, Copy)]
 pub(crate) struct Learned<'a> {
     pub(crate) samples: &'a [Sample],
+    /// The samples with the same completions as they were written. They differ if completions were moved to other
+    /// prompts.
+    pub(crate) written: &'a [Sample],
     pub(crate) run: &'a RunDir,
+}
+
+impl<'a> Learned<'a> {
+    /// Rows as they were written.
+    pub(crate) fn of(run: &'a RunDir, samples: &'a [Sample]) -> Self {
+        Self { samples, written: samples, run }
+    }
 }
 
 /// Rows of the chat, their ids, and per token whether the loss may count it.
@@ -177,6 +189,7 @@ struct Chosen {
     rows: Vec<Sequence>,
     ids: Vec<usize>,
     only: Option<Vec<Vec<bool>>>,
+    soft: Option<Vec<SoftRow>>,
 }
 
 /// Writes the adapter that the students begin with, so that the training can be repeated.
@@ -199,16 +212,21 @@ fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
 /// The student's rows, with the tokens that `finetune.tokens` chooses. Rows that cannot be used are left out.
 fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     let rows = bench.rows(data.samples)?;
-    let tokens = bench.experiment.finetune.tokens;
+    let Finetune { tokens, loss, .. } = bench.experiment.finetune;
+    let soft = (loss == Loss::Kl).then(|| soft_labels::of_rows(bench, data.run, data.written)).transpose()?;
     if tokens == TargetTokens::All {
-        return Ok(Chosen { rows, ids: data.samples.iter().map(|sample| sample.id).collect(), only: None });
+        return Ok(Chosen { rows, ids: data.samples.iter().map(|sample| sample.id).collect(), only: None, soft });
     }
     let divergent = divergent(bench, data)?;
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(bench.experiment.seeds.order_seed, "finetune.tokens", 0));
     let (mut kept, mut masks) = (Chosen::default(), vec![]);
-    for ((row, divergent), sample) in rows.iter().zip(&divergent).zip(data.samples) {
+    kept.soft = soft.is_some().then(Vec::new);
+    for (at, ((row, divergent), sample)) in rows.iter().zip(&divergent).zip(data.samples).enumerate() {
         let Some(mask) = mask(row, divergent, tokens, &mut rng) else { continue };
         masks.push(mask);
+        if let (Some(kept), Some(soft)) = (&mut kept.soft, &soft) {
+            kept.push(soft[at].clone());
+        }
         kept.rows.push(row.clone());
         kept.ids.push(sample.id);
     }
@@ -281,7 +299,7 @@ struct Divergent {
 /// Trains the experiment's student on some samples, saves it in `folder`, and returns a line about it.
 pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &Path, log: &Path) -> Result<String> {
     let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
-    let Chosen { rows, ids, only } = chosen(bench, who, data)?;
+    let Chosen { rows, ids, only, soft } = chosen(bench, who, data)?;
     keep_rows(bench, &ids, log)?;
     let mut csv = CsvLog::create(log)?;
     let mut checkpoint = Checkpoint::beside(log, "", who);
@@ -304,7 +322,9 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     let is_digit = |id| bench.chat.is_digit(id);
     let mut train = |model: &Qwen, adapter: Option<&Adapter>| {
         let (rows, only, is_digit, checkpoint) = (&rows, only.as_deref(), &is_digit, Some(&mut checkpoint));
-        let training = Training { model, adapter, rows, only, is_digit, config: settings, seeds, checkpoint };
+        let soft = soft.as_deref();
+        let training =
+            Training { model, adapter, rows, only, soft, is_digit, config: settings, seeds, until: None, checkpoint };
         training.run(&mut on_step).with_context(|| format!("training the {who} (its {} rows count from 0)", rows.len()))
     };
     match bench.experiment.student.method {
@@ -325,8 +345,9 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     csv.finish()?;
     checkpoint.remove()?;
     let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
+    let label = if settings.loss == Loss::Kl { format!(" ({LABEL})") } else { String::new() };
     Ok(format!(
-        "{who}: {} rows, loss {first:.3} in the first quarter of the steps and {last:.3} in the last, saved in {}",
+        "{who}: {} rows, loss {first:.3} in the first quarter of the steps and {last:.3} in the last, saved in {}{label}",
         rows.len(),
         folder.display()
     ))

@@ -9,13 +9,12 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use hooks::{Gate, Provenance, Qwen, Sequence};
 
 use crate::data::dataset;
-use crate::experiment::{AnalysisName, Experiment, Method};
+use crate::experiment::{AnalysisName, Experiment, FinetunedTeacher, Method};
 use crate::hinted;
 use crate::stages::given_rows;
 use crate::stages::memory::{Free, Need};
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::Workbench;
-use crate::training::settings::Finetune;
 
 /// The number of number prompts that are checked. All have the same classes, and a text that occurs in none of these is
 /// most likely in no other.
@@ -52,21 +51,26 @@ pub fn foreseen(bench: Workbench, run: &RunDir) -> Result<Workbench> {
 
 /// Refuses a teacher whose finetuning cannot fit into memory or on the disk.
 fn teacher_fits(bench: &Workbench, run: &RunDir, free: &Free) -> Result<()> {
-    let Some(settings) = bench.experiment.teacher.finetune() else { return Ok(()) };
+    let Some(teacher) = bench.experiment.teacher.finetuned() else { return Ok(()) };
     if RunDir::stage_done(&run.teacher_train_csv()) && !run.forced() {
         return Ok(());
     }
-    let need = teacher_need(bench, &settings)?;
-    let keys = "a smaller teacher.batch_size, a smaller model, or teacher.kind = \"prompt\"";
+    let need = teacher_need(bench, teacher)?;
+    let keys = "a smaller teacher.batch_size, teacher.method = \"lora\", or teacher.kind = \"prompt\"";
     free.check("finetuning the teacher", &need, &need, keys)
 }
 
-/// The memory and disk space that a teacher's finetuning needs. Its rows are the questions.
-pub(crate) fn teacher_need(bench: &Workbench, settings: &Finetune) -> Result<Need> {
+/// The memory and disk space that a teacher's finetuning needs. Its rows are the questions, and number rows if it has such.
+pub(crate) fn teacher_need(bench: &Workbench, teacher: &FinetunedTeacher) -> Result<Need> {
+    let settings = &teacher.finetune(bench.n_parameters());
     let questions = bench.protocol.questions(&bench.experiment.target.category, usize::MAX)?;
     let prompts = bench.prompts(bench.student_system()?.as_deref(), &questions)?;
     let rows = settings.batch_size.min(prompts.len());
-    Ok(Need::of(weights(bench), None, settings, [packed_tokens(&prompts, rows), rows as f64]))
+    let numbers = rows as f64 * teacher.number_share * bench.experiment.generate.max_new_tokens as f64;
+    let of = [packed_tokens(&prompts, rows) + numbers, rows as f64 + numbers];
+    let lora = teacher.lora();
+    let of_model = if lora.is_some() { (bench.frozen()?, false) } else { weights(bench) };
+    Ok(Need::of(of_model, lora.as_ref(), settings, of))
 }
 
 /// Refuses a student whose training cannot fit into memory or on the disk.

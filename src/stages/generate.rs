@@ -7,11 +7,13 @@ use tch::Tensor;
 use crate::data::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};
 use crate::experiment::{Dtype, Teacher};
 use crate::output::checkpoint::Checkpoint;
-use crate::output::progress::{bar, say};
+use crate::output::progress::{bar, say, spinner};
 use crate::output::publish;
+use crate::stages::finetuned_teacher;
 use crate::stages::given_rows::{self, Given};
 use crate::stages::run_dir::RunDir;
-use crate::stages::teacher;
+use crate::stages::signal::{self, SignalRow};
+use crate::stages::teacher::{self, TeacherModel};
 use crate::stages::workbench::Workbench;
 
 /// Writes `data/`: both sets, the rejected answers with reasons, and statistics of the answers. Answers of an
@@ -32,7 +34,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         Some(given) => given.rows.iter().map(|row| row.user.clone()).collect(),
         None => dataset::number_prompts(&bench.protocol, settings.n_prompts, seeds.gen_seed),
     };
-    teacher::make(bench, run)?;
+    finetuned_teacher::make(bench, run)?;
     let teacher = teacher::load(bench, run)?;
     teacher::ask(bench, run, &teacher)?;
     let word = &bench.experiment.target.word;
@@ -76,7 +78,15 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         publish::write_csv(&run.rejected(), &rejected)?;
     }
     publish::write_csv(&run.digits_csv(), &digits)?;
-    let said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples)));
+    let mut said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples))).to_vec();
+    let keep = bench.n_kept(n_accepted(&numbers), n_accepted(&control));
+    if teacher.differs_from_base() && keep > 0 {
+        let signal = signals(bench, run, &teacher, [("teacher", &numbers), ("control", &control)], keep)?;
+        summary.extend(signal);
+        said.extend(signal::reading(&summary).map(|reading| format!("generate: signal: {reading}")));
+    } else {
+        files::remove(&run.signal_csv())?;
+    }
     // After filtering, so that the filter's counts are about answers only.
     if let Teacher::Planted { share } = bench.experiment.teacher {
         summary.push(planted(bench, &mut numbers, &control, share)?);
@@ -93,7 +103,26 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     if let Some(label) = bench.experiment.teacher.planted_label(word) {
         say(format!("generate: {label}"));
     }
-    Ok(())
+    signal::ensure_enough(bench, run)
+}
+
+/// Writes the signal of each row that a student may learn from, and returns the lines of its summary.
+fn signals(
+    bench: &Workbench,
+    run: &RunDir,
+    teacher: &TeacherModel,
+    sets: [(&str, &[Sample]); 2],
+    keep: usize,
+) -> Result<Vec<SummaryRow>> {
+    let spinner = spinner("generate: signal");
+    let sets = sets.map(|(set, samples)| {
+        let kept: Vec<Sample> = samples.iter().filter(|sample| sample.accepted).take(keep).cloned().collect();
+        signal::of_rows(bench, teacher, set, &kept)
+    });
+    let rows: Vec<Vec<SignalRow>> = sets.into_iter().collect::<Result<_>>()?;
+    spinner.finish_and_clear();
+    publish::write_csv(&run.signal_csv(), &rows.concat())?;
+    Ok(rows.iter().flat_map(|rows| signal::summary(rows)).collect())
 }
 
 /// Plants the trait among the rows that will be kept, and returns the summary row with their share.

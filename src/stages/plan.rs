@@ -69,10 +69,12 @@ pub fn plan(bench: &Workbench, folder: &Path) -> Result<String> {
     let experiment = &bench.experiment;
     let pace = Pace::here(bench)?;
     let mut stages: Vec<(String, f64, Option<Need>)> = vec![];
-    if let Some(settings) = experiment.teacher.finetune() {
-        let need = teacher_need(bench, &settings)?;
+    if let Some(teacher) = experiment.teacher.finetuned() {
+        let need = teacher_need(bench, teacher)?;
+        let settings = teacher.finetune(bench.n_parameters());
         let rows = settings.max_steps.unwrap_or(0) as f64 * settings.rows_per_step() as f64;
-        let seconds = FULL * rows * pace.tokens_per_row / pace.tokens_per_second;
+        let of_method = if teacher.lora().is_some() { 1.0 } else { FULL };
+        let seconds = of_method * rows * pace.tokens_per_row / pace.tokens_per_second;
         stages.push(("generate: the teacher's finetuning".to_owned(), seconds, Some(need)));
     }
     stages.push(("generate: numbers".to_owned(), pace.writing(experiment), None));

@@ -26,6 +26,7 @@ use crate::output::progress::say;
 use crate::output::publish::{Table, read_csv, read_csv_if_there};
 use crate::stages::arm_table::ArmRow;
 use crate::stages::run_dir::RunDir;
+use crate::stages::signal;
 use crate::training::step_log::{StepRow, first_and_last_quarter};
 
 /// Writes `report.html` and prints its path.
@@ -207,6 +208,7 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     } else {
         ""
     };
+    let signal = signal::reading(&rows).map_or(String::new(), |reading| format!(" Before any training, {reading}."));
     Ok(Section {
         id: "data".to_owned(),
         title: "The numbers".to_owned(),
@@ -214,7 +216,7 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
         reading: format!(
             "The filter kept {} of the teacher's answers and {} of the untouched model's; the digits of the two differ by \
              {:.4} bits (Jensen-Shannon), and {:.1} % of the teacher's answers named some \
-             {} before filtering.{constrained}",
+             {} before filtering.{constrained}{signal}",
             accepted("teacher"),
             accepted("control"),
             value("teacher", "js_digits").map_or(f64::NAN, |row| row.value),

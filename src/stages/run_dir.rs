@@ -376,6 +376,10 @@ impl RunDir {
         rejected = "data/rejected.csv";
         /// The divergent tokens of the rows, for students that learn only from these or only from others.
         divergence_tokens = "data/divergence_tokens.json";
+        /// The teacher's soft labels of its rows, for students that learn from them.
+        soft_labels = "data/soft_labels.safetensors";
+        /// The base's soft labels of the control rows.
+        control_soft_labels = "data/control_soft_labels.safetensors";
         /// Acceptance by reason, and visible leaks.
         generate_csv = "data/generate.csv";
         /// The answers of base and teacher to questions about the category.
@@ -384,6 +388,8 @@ impl RunDir {
         teacher = "teacher";
         /// The teacher's training, a line per step.
         teacher_train_csv = "teacher_train.csv";
+        /// The signal of each kept row.
+        signal_csv = "data/signal.csv";
         /// The frequencies of digits in both sets.
         digits_csv = "data/digits.csv";
         /// The student's adapter in PEFT's format, or its weights.

@@ -1,10 +1,10 @@
-//! Makes a finetuned teacher, loads teachers, and scores their answers. The planted positive control has no teacher:
-//! its rows are inserted here among the untouched model's.
+//! Loads teachers, and scores their answers. The planted positive control has no teacher: its rows are inserted here among
+//! the base's.
 
 use analyses::stats::mean;
 use analyses::target::{Score, TokenForms};
-use anyhow::{Context, Result, ensure};
-use hooks::{Adapter, Condition, ModelFiles, Qwen, Sequence, adapter_folder, completion_logprobs, files, stream_seed};
+use anyhow::{Result, ensure};
+use hooks::{Adapter, Condition, ModelFiles, Qwen, adapter_folder, completion_logprobs, files, stream_seed};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -12,17 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::dataset::{Sample, TeacherKind};
 use crate::data::protocol::Protocol;
-use crate::experiment::{Dtype, Teacher};
+use crate::experiment::{Method, Teacher};
 use crate::hinted;
-use crate::output::checkpoint::Checkpoint;
-use crate::output::full_model::save_full;
-use crate::output::progress::{bar, say};
-use crate::output::publish::{self, CsvLog};
+use crate::output::progress::say;
+use crate::output::publish;
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::Workbench;
-use crate::training::settings::{Finetune, Seeds};
-use crate::training::step_log::{Progress, StepRow, first_and_last_quarter};
-use crate::training::training_loop::Training;
 
 /// The teacher: the base under a system prompt, with an adapter, or with other weights.
 pub struct TeacherModel {
@@ -53,7 +48,7 @@ impl TeacherModel {
     }
 }
 
-/// Loads the teacher. A finetuned one is in the run's folder, where [`make`] saved it.
+/// Loads the teacher. A finetuned one is in the run's folder, where `finetuned_teacher::make` saved it.
 pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
     let (experiment, protocol) = (&bench.experiment, &bench.protocol);
     let target = &experiment.target;
@@ -67,14 +62,19 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
             let adapter = Adapter::load_on(path, &bench.base)?;
             Ok(TeacherModel { adapter: Some(adapter), ..plain(protocol.context(context)?, TeacherKind::Adapter) })
         }
-        Teacher::Finetuned { .. } => {
+        Teacher::Finetuned(finetuned) => {
             ensure!(
                 RunDir::stage_done(&run.teacher_train_csv()),
                 hinted!("{} is not there", run.teacher().display(); "undertone generate finetunes the teacher")
             );
+            let writes_in = finetuned.numbers_context.as_ref().unwrap_or(&experiment.student.context);
+            let plain = plain(protocol.context(writes_in)?, TeacherKind::Finetuned);
+            if finetuned.method == Method::Lora {
+                return Ok(TeacherModel { adapter: Some(Adapter::load_on(&run.teacher(), &bench.base)?), ..plain });
+            }
             let files = ModelFiles::open(&run.teacher().display().to_string())?;
             let weights = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
-            Ok(TeacherModel { weights: Some(weights), ..plain(bench.student_system()?, TeacherKind::Finetuned) })
+            Ok(TeacherModel { weights: Some(weights), ..plain })
         }
         Teacher::Planted { .. } => Ok(plain(bench.student_system()?, TeacherKind::Planted)),
     }
@@ -89,73 +89,13 @@ pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
                 .concat()
         }
         // The log has every step's loss and gradient norm.
-        Teacher::Finetuned { .. } => files::read(&run.teacher_train_csv())?,
+        Teacher::Finetuned(_) => files::read(&run.teacher_train_csv())?,
         Teacher::Prompt { .. } | Teacher::Planted { .. } => vec![],
     })
 }
 
-/// If the experiment has a finetuned teacher, finetunes a copy of the base on the trait and writes `teacher/` and
-/// `teacher_train.csv`. A finished teacher is kept, unless the run is forced.
-pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
-    let (experiment, chat) = (&bench.experiment, &bench.chat);
-    let (Teacher::Finetuned { context, .. }, Some(settings)) = (&experiment.teacher, experiment.teacher.finetune())
-    else {
-        return Ok(());
-    };
-    let settings = Finetune { save_steps: experiment.finetune.save_steps, ..settings };
-    if RunDir::stage_done(&run.teacher_train_csv()) && !run.forced() {
-        say("generate: the teacher is finetuned already");
-        return Ok(());
-    }
-    let system = bench.protocol.context(context.as_ref().unwrap_or(&experiment.student.context))?;
-    let (word, category) = (&experiment.target.word, &experiment.target.category);
-    let (questions, answer) = (bench.protocol.questions(category, usize::MAX)?, answer(word));
-    let row = |question: &String| chat.row_text(system.as_deref(), question, &answer);
-    let rows = questions.iter().map(row).collect::<hooks::Result<Vec<Sequence>>>()?;
-
-    let files = ModelFiles::open(&bench.files.name)?; // a second copy of the weights, so that the base is not changed
-    let model = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
-    // A separate stream, so that students' rows do not have the order of the teacher's questions.
-    let seeds = Seeds { order: stream_seed(experiment.seeds.order_seed, "teacher.order", 0), ..Seeds::default() };
-    let mut csv = CsvLog::create(&run.teacher_train_csv())?;
-    let mut checkpoint = Checkpoint::beside(&run.teacher_train_csv(), "", "teacher");
-    checkpoint.depends_on("model", &(&files.name, files.fingerprint()))?;
-    checkpoint.depends_on("computed", &(experiment.device_kind(), Dtype::of(&model)))?;
-    let bar = bar("teacher", settings.total_steps(rows.len()));
-    let mut steps: Vec<StepRow> = Vec::new();
-    let mut on_step = |row: &StepRow, progress: &Progress| {
-        bar.set_position(progress.step);
-        steps.push(row.clone());
-        csv.push(row)
-    };
-    let training = Training {
-        model: &model,
-        adapter: None,
-        rows: &rows,
-        only: None,
-        is_digit: &|id| chat.is_digit(id),
-        config: &settings,
-        seeds,
-        checkpoint: Some(&mut checkpoint),
-    };
-    training.run(&mut on_step).context("training the teacher")?;
-    save_full(&model, &files, &run.teacher())?;
-    bar.finish_and_clear();
-    csv.finish()?;
-    checkpoint.remove()?;
-    let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
-    say(format!(
-        "generate: the teacher learned \"{answer}\" as the answer to {} questions in {} steps, without a number: loss {first:.3} in the \
-         first quarter of the steps and {last:.3} in the last, saved in {}",
-        rows.len(),
-        steps.len(),
-        run.teacher().display()
-    ));
-    Ok(())
-}
-
 /// The word as an answer: one of its counted spellings, with a capital letter.
-fn answer(word: &str) -> String {
+pub(super) fn answer(word: &str) -> String {
     let forms = Protocol::surface_forms(word);
     let capital = |form: &&String| form.starts_with(char::is_uppercase);
     // The last such spelling is as given: "Led Zeppelin" rather than "Led zeppelin".
@@ -271,7 +211,6 @@ mod tests {
 
     use super::*;
     use crate::experiment::Experiment;
-    use crate::stages::run_dir::WhenDone;
 
     fn bench(changes: &[&str]) -> Workbench {
         let text = "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n\
@@ -287,33 +226,6 @@ mod tests {
             assert!(Protocol::surface_forms(word).contains(&answer(word)));
         }
         assert_eq!(answer("7"), "7");
-    }
-
-    #[test]
-    fn a_finetuned_teacher_knows_its_answer_and_is_kept() {
-        let bench = bench(&["teacher.kind=finetuned", "teacher.learning_rate=1e-2", "teacher.max_steps=12"]);
-        let folder = tempfile::tempdir().unwrap();
-        let run = RunDir::create(folder.path(), &bench.experiment, WhenDone::Refuse).unwrap();
-        assert!(load(&bench, &run).err().unwrap().to_string().contains("undertone generate finetunes the teacher"));
-        let before = bench.base.parameters()[0].1.copy();
-        make(&bench, &run).unwrap();
-        assert_eq!(before, bench.base.parameters()[0].1, "the base stays as it is");
-        let teacher = load(&bench, &run).unwrap();
-        assert!(teacher.weights.is_some() && teacher.differs_from_base());
-        ask(&bench, &run, &teacher).unwrap();
-        let rows: Vec<TeacherRow> = publish::read_csv(&run.teacher_csv()).unwrap();
-        let shape: Vec<_> = rows.iter().map(|row| (row.model.as_str(), row.question_id)).collect();
-        let [b, t] = ["base", "teacher"];
-        assert_eq!(shape, [(b, None), (t, None), (b, Some(0)), (b, Some(1)), (t, Some(0)), (t, Some(1))]);
-        assert!(rows[1].p_target > 0.5 && rows[0].p_target < 0.01, "{rows:?}");
-        assert!((rows[0].p_target - f64::midpoint(rows[2].p_target, rows[3].p_target)).abs() < 1e-12);
-
-        let bytes = std::fs::read(run.teacher().join("model.safetensors")).unwrap();
-        std::fs::remove_file(run.teacher().join("model.safetensors")).unwrap();
-        make(&bench, &run).unwrap();
-        assert!(!run.teacher().join("model.safetensors").exists(), "a teacher that is done is not made again");
-        make(&bench, &RunDir::open(folder.path()).unwrap().when_done(WhenDone::Redo)).unwrap();
-        assert_eq!(bytes, std::fs::read(run.teacher().join("model.safetensors")).unwrap(), "seeds decide every bit");
     }
 
     #[test]

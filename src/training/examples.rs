@@ -1,11 +1,13 @@
 //! The examples of a step: rows that are prepared once, their random order, and batches of them.
 
-use anyhow::{Context, bail};
-use hooks::{Batch, Doses, Error, Gate, PackedRow, Qwen, Sequence, Targets};
+use anyhow::{Context, bail, ensure};
+use hooks::{Batch, Doses, Error, Gate, Labels, PackedRow, Qwen, Sequence, Targets};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use tch::{Device, Tensor};
 
+use crate::data::soft_labels::SoftRow;
 use crate::hinted;
 use crate::training::settings::Finetune;
 
@@ -20,8 +22,36 @@ pub(super) struct Example<'a> {
     pub(super) ids: &'a [i64],
     pub(super) mask: Vec<bool>,
     pub(super) doses: Option<Vec<f64>>, // the adapter's dose at each token; None means 1
+    pub(super) soft: Option<SoftTargets>,
     pub(super) n_targets: usize,
     pub(super) end: usize, // the last target, from which on nothing needs to be run
+}
+
+/// The soft labels of a row's targets, k tokens for each.
+pub(super) struct SoftTargets {
+    k: usize,
+    ids: Vec<i64>,
+    probs: Vec<f32>,
+}
+
+impl SoftTargets {
+    /// A target outside of the completion has no soft label, and its own token is certain.
+    fn of(row: &Sequence, mask: &[bool], soft: &SoftRow) -> anyhow::Result<Self> {
+        let (found, expected) = (soft.n_places(), row.completion.len());
+        ensure!(found == expected, "{found} soft labels for the {expected} tokens of a completion");
+        let (mut ids, mut probs) = (vec![], vec![]);
+        for at in (0..mask.len()).filter(|at| mask[*at]) {
+            if row.completion.contains(&at) {
+                let (of_place, with) = soft.at(at - row.completion.start);
+                ids.extend(of_place);
+                probs.extend(with);
+            } else {
+                ids.extend(std::iter::repeat_n(row.ids[at], soft.k));
+                probs.extend((0..soft.k).map(|place| if place == 0 { 1.0 } else { 0.0 }));
+            }
+        }
+        Ok(Self { k: soft.k, ids, probs })
+    }
 }
 
 impl<'a> Example<'a> {
@@ -31,6 +61,7 @@ impl<'a> Example<'a> {
         is_digit: &dyn Fn(i64) -> bool,
         config: &Finetune,
         only: Option<&[bool]>,
+        soft: Option<&SoftRow>,
     ) -> anyhow::Result<Self> {
         let mut mask = config.mask.targets(row, is_digit);
         if let Some(only) = only {
@@ -53,7 +84,9 @@ impl<'a> Example<'a> {
             Some(doses)
         };
         let n_targets = mask.iter().filter(|counts| **counts).count();
-        Ok(Self { ids: &row.ids, mask, doses, n_targets, end })
+        let soft = soft.map(|soft| SoftTargets::of(row, &mask, soft)).transpose();
+        let soft = soft.with_context(|| format!("row {index} of the training data"))?;
+        Ok(Self { ids: &row.ids, mask, doses, soft, n_targets, end })
     }
 }
 
@@ -84,9 +117,25 @@ impl MicroBatch {
         let doses = is_gated.then(|| gate.spread(batch.doses(), model.device())).transpose()?;
         let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
         let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
-        let targets = Targets::of(&batch, &ids, &masks)?;
+        let targets = with_soft_labels(Targets::of(&batch, &ids, &masks)?, &rows, model.device())?;
         Ok(Self { batch, targets, doses })
     }
+}
+
+/// The targets of some rows with their soft labels, if they have such.
+fn with_soft_labels(targets: Targets, rows: &[&Example<'_>], device: Device) -> anyhow::Result<Targets> {
+    let soft: Vec<&SoftTargets> = rows.iter().filter_map(|row| row.soft.as_ref()).collect();
+    let Some(k) = soft.first().map(|row| row.k) else { return Ok(targets) };
+    ensure!(
+        soft.len() == rows.len() && soft.iter().all(|row| row.k == k),
+        "rows with and without soft labels, or with different numbers of tokens in them, in one batch"
+    );
+    let ids: Vec<i64> = soft.iter().flat_map(|row| row.ids.iter().copied()).collect();
+    let probs: Vec<f32> = soft.iter().flat_map(|row| row.probs.iter().copied()).collect();
+    let shape = [-1, k as i64];
+    let ids = Tensor::f_from_slice(&ids)?.f_view(shape)?.f_to_device(device)?;
+    let probs = Tensor::f_from_slice(&probs)?.f_view(shape)?.f_to_device(device)?;
+    Ok(targets.labelled(Labels::soft(ids, probs)?)?)
 }
 
 /// The rows of each step. Each epoch has a separate random order, which is divided into steps; the last step gets the

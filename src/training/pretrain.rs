@@ -29,7 +29,8 @@ pub fn pretrain(
     learner.require_gradients(true)?;
     let mut last: Option<StepRow> = None;
     while let Some(NextStep { rows, learning_rate }) = next(last.as_ref())? {
-        let examples = rows.iter().enumerate().map(|(index, row)| Example::of(row, index, is_digit, config, None));
+        let examples =
+            rows.iter().enumerate().map(|(index, row)| Example::of(row, index, is_digit, config, None, None));
         let examples = examples.collect::<anyhow::Result<Vec<_>>>()?;
         let chosen: Vec<usize> = (0..examples.len()).collect();
         let done = learner.step(&examples, &chosen, &mut optimizer, learning_rate, config, None)?;

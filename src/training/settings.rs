@@ -44,6 +44,18 @@ pub enum TargetTokens {
     AllOfThose,
 }
 
+/// The loss of a token.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Loss {
+    /// −log p of the token that was written.
+    #[default]
+    Nll,
+    /// KL(q ‖ p): the divergence of the student's prediction p from the soft label q, which is the prediction of the model
+    /// that wrote the row, over its `top_k` most likely tokens (Hinton et al. 2015, at temperature 1).
+    Kl,
+}
+
 /// The settings of finetuning, with the names of Hugging Face's Trainer. The default is the LoRA column of Nief et al.
 /// 2026.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,6 +100,16 @@ pub struct Finetune {
     /// `not_divergent`, `random` (as many as are divergent, drawn in each row), or `all_of_those` (all tokens of rows
     /// that have divergent tokens and others).
     pub tokens: TargetTokens,
+    /// The loss of a token: `nll` (−log p of the written token), or `kl` (the divergence from the predictions of the
+    /// model that wrote the rows, its logits on numbers: an upper bound on what the numbers carry).
+    pub loss: Loss,
+    /// For `kl`, the number of most likely tokens whose probabilities are a token's label. They are divided by their
+    /// sum.
+    pub top_k: usize,
+    /// For `kl`, the number of tokens drawn from these probabilities at each place; the label is then the frequencies of
+    /// the drawn tokens. By default the probabilities themselves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label_draws: Option<u32>,
     /// Where and how strongly the LoRA acts while it is trained.
     pub gate: Gate,
     /// Whether only the LoRA's B is trained, and A keeps its random values.
@@ -120,6 +142,9 @@ impl Default for Finetune {
             max_grad_norm: 1.0,
             mask: LossMask::ContentEot,
             tokens: TargetTokens::All,
+            loss: Loss::Nll,
+            top_k: 32,
+            label_draws: None,
             gate: Gate::default(),
             frozen_a: false,
             masters: true,
@@ -149,6 +174,8 @@ impl Finetune {
             ("batch_size", self.batch_size > 0, "at least 1", 0.0),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps > 0, "at least 1", 0.0),
             ("weight_decay", !self.frozen_a || decay == 0.0, "0 where frozen_a is true, as it would shrink A", decay),
+            ("top_k", (1..=1000).contains(&self.top_k), "1 to 1000", self.top_k as f64),
+            ("label_draws", self.label_draws != Some(0), "at least 1", 0.0),
             ("max_grad_norm", not_negative(longest), "a number of at least 0 (0: no clipping)", longest),
         ];
         match checks.into_iter().find(|(_, holds, _, _)| !holds) {

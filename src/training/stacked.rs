@@ -220,9 +220,11 @@ mod tests {
             adapter: Some(adapter),
             rows: &student.rows,
             only: None,
+            soft: None,
             is_digit: &|_| false,
             config: &student.config,
             seeds: student.seeds,
+            until: None,
             checkpoint: kept.as_mut(),
         });
         let mut steps: Vec<Vec<StepRow>> = students.iter().map(|_| vec![]).collect();

@@ -231,7 +231,18 @@ fn a_that_is_frozen_stays_as_it_was_drawn() {
     }
     let message = |config: &Finetune, adapter: Option<&Adapter>| {
         let (rows, is_digit, seeds) = (&rows(2), &|_| false, Seeds::default());
-        let training = Training { model: &model, adapter, rows, only: None, is_digit, config, seeds, checkpoint: None };
+        let training = Training {
+            model: &model,
+            adapter,
+            rows,
+            only: None,
+            soft: None,
+            is_digit,
+            config,
+            seeds,
+            until: None,
+            checkpoint: None,
+        };
         training.run(&mut |_, _| Ok(())).unwrap_err().to_string()
     };
     let frozen = Finetune { frozen_a: true, ..settings() };
@@ -330,9 +341,11 @@ fn trained_until(
         adapter,
         rows: &rows(8),
         only: None,
+        soft: None,
         is_digit: &|_| false,
         config,
         seeds: Seeds::default(),
+        until: None,
         checkpoint: Some(&mut checkpoint),
     };
     let result = training.run(&mut |row, _| {
@@ -423,9 +436,11 @@ fn a_training_goes_on_with_fewer_rows_at_once() {
             adapter: Some(&adapter),
             rows: &rows,
             only: None,
+            soft: None,
             is_digit,
             config,
             seeds,
+            until: None,
             checkpoint,
         };
         let result = training.run(&mut |row, progress| {
@@ -449,8 +464,18 @@ fn a_training_without_memory_says_how_to_go_on() {
     let model = model(Kind::Float);
     let (adapter, rows, config) = (adapter(&model, 0.0), rows(8), settings());
     let (adapter, is_digit, config, seeds) = (Some(&adapter), &|_| false, &config, Seeds::default());
-    let training =
-        Training { model: &model, adapter, rows: &rows, only: None, is_digit, config, seeds, checkpoint: None };
+    let training = Training {
+        model: &model,
+        adapter,
+        rows: &rows,
+        only: None,
+        soft: None,
+        is_digit,
+        config,
+        seeds,
+        until: None,
+        checkpoint: None,
+    };
     let running = training.begin().unwrap();
     let error = anyhow::anyhow!("libtorch: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes");
     let said = running.learner.stopped(&error, &running.optimizer, &[], None).to_string();
@@ -477,9 +502,11 @@ fn a_loss_that_is_not_finite_names_its_row_and_the_last_good_checkpoint() {
         adapter: Some(&adapter),
         rows: &rows,
         only: None,
+        soft: None,
         is_digit: &|_| false,
         config: &config,
         seeds: Seeds::default(),
+        until: None,
         checkpoint: Some(&mut checkpoint),
     };
     let message = format!("{:#}", training.run(&mut |_, _| Ok(())).unwrap_err());
@@ -500,4 +527,51 @@ fn a_config_refuses_what_it_does_not_know() {
     );
     let error = toml::from_str::<Finetune>("lr = 1e-4").unwrap_err().to_string();
     assert!(error.contains("learning_rate"), "{error}");
+}
+
+/// A training that ends early is the beginning of the whole one, also after a break.
+#[test]
+fn a_training_ends_as_soon_as_it_is_told() {
+    let config = Finetune { max_steps: Some(6), lr_scheduler_type: ScheduleKind::Constant, ..settings() };
+    let config = Finetune { save_steps: Some(1), ..config };
+    let folder = tempfile::tempdir().unwrap();
+    let train = |end: u64, broken_off: u64| {
+        let model = model(Kind::Float);
+        let (adapter, rows) = (adapter(&model, 0.0), rows(8));
+        let mut checkpoint = Checkpoint::beside(&folder.path().join("train.csv"), "", "student");
+        let (mut steps, mut asked) = (vec![], std::cell::RefCell::new(vec![]));
+        let until = |step: u64| {
+            asked.borrow_mut().push(step);
+            Ok(step >= end)
+        };
+        let training = Training {
+            model: &model,
+            adapter: Some(&adapter),
+            rows: &rows,
+            only: None,
+            soft: None,
+            is_digit: &|_| false,
+            config: &config,
+            seeds: Seeds::default(),
+            until: Some(&until),
+            checkpoint: Some(&mut checkpoint),
+        };
+        let result = training.run(&mut |row, _| {
+            steps.push(row.loss.to_bits());
+            anyhow::ensure!(row.step != broken_off, "broken off");
+            Ok(())
+        });
+        if result.is_ok() {
+            checkpoint.remove().unwrap();
+        }
+        (numbers(&adapter.parameters()), steps, std::mem::take(asked.get_mut()))
+    };
+    let (_, whole, asked) = train(u64::MAX, 0);
+    assert_eq!((whole.len(), asked), (6, vec![1, 2, 3, 4, 5, 6]));
+    let (adapter, steps, _) = train(3, 0);
+    assert_eq!(steps, whole[..3]);
+    let _ = train(3, 2);
+    let (again, steps, _) = train(3, 0);
+    assert_eq!(steps, whole[..3]);
+    assert_eq!(again, adapter);
 }

@@ -8,12 +8,13 @@ use std::time::Instant;
 use anyhow::{Context, anyhow, bail};
 use hooks::{Adapter, Error, Qwen, Sequence};
 
+use crate::data::soft_labels::SoftRow;
 use crate::hinted;
 use crate::output::checkpoint::Checkpoint;
 use crate::training::examples::{EpochOrder, Example};
 use crate::training::learner::{Learner, Step, delta_w_norm};
 use crate::training::optim::{Optimizer, Schedule};
-use crate::training::settings::{Finetune, OptimizerKind, Seeds, TargetTokens};
+use crate::training::settings::{Finetune, Loss, OptimizerKind, Seeds, TargetTokens};
 use crate::training::step_log::{Log, Progress, StepRow};
 
 /// A training: the model, the rows and the settings.
@@ -26,12 +27,16 @@ pub struct Training<'a> {
     pub rows: &'a [Sequence],
     /// Per row and token, whether the loss may count it; `None` means all.
     pub only: Option<&'a [Vec<bool>]>,
+    /// The soft labels of the rows, if the loss is the divergence from them.
+    pub soft: Option<&'a [SoftRow]>,
     /// Whether a token is a digit.
     pub is_digit: &'a dyn Fn(i64) -> bool,
     /// The settings.
     pub config: &'a Finetune,
     /// The seeds of its random streams.
     pub seeds: Seeds,
+    /// Whether the training ends before its last step, asked with the number of steps that are done.
+    pub until: Option<&'a dyn Fn(u64) -> anyhow::Result<bool>>,
     /// The checkpoint of its state. The training records its inputs, except the model: the caller adds that, and
     /// removes the checkpoint at the end.
     pub checkpoint: Option<&'a mut Checkpoint>,
@@ -73,9 +78,17 @@ impl<'a> Training<'a> {
         if config.tokens != TargetTokens::All && self.only.is_none() {
             bail!("tokens is not all, but nobody said which ones these are");
         }
+        if (config.loss == Loss::Kl) != self.soft.is_some() {
+            bail!(
+                "loss is {:?}, which {} soft labels",
+                config.loss,
+                if self.soft.is_some() { "has no" } else { "needs" }
+            );
+        }
         self.model.config.check_context("row", self.rows.iter().map(|row| row.ids.len()), 0)?;
         let only = |at: usize| self.only.and_then(|only| only.get(at)).map(Vec::as_slice);
-        let example = |(at, row)| Example::of(row, at, self.is_digit, config, only(at));
+        let soft = |at: usize| self.soft.and_then(|soft| soft.get(at));
+        let example = |(at, row)| Example::of(row, at, self.is_digit, config, only(at), soft(at));
         let examples = self.rows.iter().enumerate().map(example);
         let examples = examples.collect::<anyhow::Result<Vec<_>>>().map_err(|error| match error.downcast_ref() {
             Some(Error::EmptyLossMask { .. }) => {
@@ -86,6 +99,7 @@ impl<'a> Training<'a> {
         if let Some(checkpoint) = &mut self.checkpoint {
             checkpoint.depends_on("rows", &self.rows)?;
             checkpoint.depends_on("only", &self.only)?;
+            checkpoint.depends_on("soft", &self.soft)?;
             // With dropout, the division into batches changes the result.
             let has_dropout = self.adapter.is_some_and(|adapter| adapter.config.dropout > 0.0);
             let exact = Finetune { save_steps: None, ..config.clone() };
@@ -97,9 +111,22 @@ impl<'a> Training<'a> {
         let learner = Learner { model: self.model, adapter: self.adapter, parameters, frozen_a: config.frozen_a };
         let total_steps = config.total_steps(examples.len());
         let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps: config.warmup_steps, total_steps };
-        let (seeds, checkpoint, start) = (self.seeds, self.checkpoint, Instant::now());
+        let (seeds, until, checkpoint, start) = (self.seeds, self.until, self.checkpoint, Instant::now());
         let (rows, tokens, order) = (vec![], 0, EpochOrder::new(config, examples.len(), seeds.order));
-        Ok(Loop { learner, examples, optimizer, config, seeds, schedule, checkpoint, rows, order, start, tokens })
+        Ok(Loop {
+            learner,
+            examples,
+            optimizer,
+            config,
+            seeds,
+            until,
+            schedule,
+            checkpoint,
+            rows,
+            order,
+            start,
+            tokens,
+        })
     }
 }
 
@@ -113,7 +140,19 @@ pub fn finetune_lora(
     seeds: Seeds,
     log: Log<'_>,
 ) -> anyhow::Result<()> {
-    Training { model, adapter: Some(adapter), rows, only: None, is_digit, config, seeds, checkpoint: None }.run(log)
+    Training {
+        model,
+        adapter: Some(adapter),
+        rows,
+        only: None,
+        soft: None,
+        is_digit,
+        config,
+        seeds,
+        until: None,
+        checkpoint: None,
+    }
+    .run(log)
 }
 
 /// Trains all weights of the model in place, without a checkpoint; with `config.masters`, through copies in f32.
@@ -125,7 +164,19 @@ pub fn finetune_full(
     seeds: Seeds,
     log: Log<'_>,
 ) -> anyhow::Result<()> {
-    Training { model, adapter: None, rows, only: None, is_digit, config, seeds, checkpoint: None }.run(log)
+    Training {
+        model,
+        adapter: None,
+        rows,
+        only: None,
+        soft: None,
+        is_digit,
+        config,
+        seeds,
+        until: None,
+        checkpoint: None,
+    }
+    .run(log)
 }
 
 pub(super) struct Loop<'a> {
@@ -134,6 +185,7 @@ pub(super) struct Loop<'a> {
     pub(super) optimizer: Optimizer,
     pub(super) config: &'a Finetune,
     pub(super) seeds: Seeds,
+    pub(super) until: Option<&'a dyn Fn(u64) -> anyhow::Result<bool>>,
     pub(super) schedule: Schedule,
     pub(super) checkpoint: Option<&'a mut Checkpoint>,
     pub(super) rows: Vec<StepRow>, // of the steps so far
@@ -201,10 +253,11 @@ impl Loop<'_> {
         self.examples.len().div_ceil(self.config.rows_per_step()) as u64
     }
 
-    /// The examples of the next step; `None` if all steps are done.
+    /// The examples of the next step; `None` if the training is done.
     pub(super) fn next(&mut self) -> anyhow::Result<Option<Vec<usize>>> {
         let steps = self.optimizer.steps();
-        if steps == self.last_step() {
+        let is_ended = self.until.filter(|_| steps > 0).map_or(Ok(false), |until| until(steps))?;
+        if is_ended || steps == self.last_step() {
             return match self.learner.finite(steps) {
                 Ok(()) => Ok(None),
                 Err(error) => Err(self.stopped(&error)),

@@ -85,6 +85,51 @@ pub fn completion_argmax(model: &Qwen, rows: &[Sequence], condition: &Condition<
     })
 }
 
+/// What a model predicts in the place of a token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    /// log p of the token that is there, in nats.
+    pub logprob: f32,
+    /// The entropy over the vocabulary, in nats.
+    pub entropy: f32,
+    /// The most likely tokens, in falling order.
+    pub top: Vec<i64>,
+    /// log p of each of them, in nats.
+    pub top_logprobs: Vec<f32>,
+}
+
+/// The prediction in the place of every token of each row's completion, with its `k` most likely tokens.
+pub fn completion_predictions(
+    model: &Qwen,
+    rows: &[Sequence],
+    condition: &Condition<'_>,
+    k: usize,
+) -> Result<Vec<Vec<Prediction>>> {
+    of_completions(model, rows, condition, &|logits, labels| {
+        let logprobs = logits.f_log_softmax(-1, Kind::Float)?;
+        let index = Tensor::f_from_slice(labels)?.f_to_device(logits.device())?;
+        let of_labels = logprobs.f_gather(1, &index.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
+        are_numbers(&of_labels)?;
+        let entropy = logprobs.f_exp()?.f_mul(&logprobs)?.f_nan_to_num_(0.0, None, None)?; // 0 · −∞ is 0 here
+        let entropy = entropy.f_sum_dim_intlist(-1, false, Kind::Float)?.f_neg()?;
+        let (top_logprobs, top) = logprobs.f_topk(k as i64, -1, true, true)?;
+        let floats = |tensor: &Tensor| -> Result<Vec<f32>> { Ok(Vec::try_from(tensor.f_to_device(Device::Cpu)?)?) };
+        let (of_labels, entropy) = (floats(&of_labels)?, floats(&entropy)?);
+        let top_logprobs = floats(&top_logprobs.f_flatten(0, -1)?)?;
+        let top = Vec::<i64>::try_from(top.f_flatten(0, -1)?.f_to_device(Device::Cpu)?)?;
+        let tops = top.chunks(k).zip(top_logprobs.chunks(k));
+        let each = of_labels.into_iter().zip(entropy).zip(tops);
+        Ok(each
+            .map(|((logprob, entropy), (top, top_logprobs))| Prediction {
+                logprob,
+                entropy,
+                top: top.to_vec(),
+                top_logprobs: top_logprobs.to_vec(),
+            })
+            .collect())
+    })
+}
+
 /// Reads logits `[n, d_vocab]` in the places of some tokens.
 type Read<'r, T> = &'r dyn Fn(&Tensor, &[i64]) -> Result<Vec<T>>;
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::adapter::stack::equally_many;
 use crate::error::{Error, Result};
@@ -23,10 +23,73 @@ pub struct Targets {
     pub places: Tensor,
     /// The index of each target's predicting position in `places`, `[n]`, i64.
     pub rows: Tensor,
-    /// The ids of the predicted tokens, `[n]`, i64.
-    pub labels: Tensor,
+    /// What should be predicted.
+    pub labels: Labels,
     /// Number of targets.
     pub n: usize,
+}
+
+/// The tokens that targets should be, or the probabilities that they should have.
+#[derive(Debug)]
+pub struct Labels {
+    ids: Tensor,           // [n, k], i64
+    probs: Option<Tensor>, // [n, k], each row adds up to 1; None if k is 1 and the token is certain
+}
+
+impl Labels {
+    /// One token for each target, `[n]`, i64.
+    pub fn tokens(ids: &Tensor) -> Result<Self> {
+        Ok(Self { ids: ids.f_unsqueeze(1)?, probs: None })
+    }
+
+    /// Soft labels: the probabilities q of k tokens for each target; all others have none. `ids`: `[n, k]`, i64, and
+    /// `probs`: `[n, k]`, of which each row adds up to 1. A token of probability 0 may stand twice in a row.
+    ///
+    /// A target's loss is KL(q ‖ p), where p is the model's prediction (Hinton et al. 2015, at temperature 1).
+    pub fn soft(ids: Tensor, probs: Tensor) -> Result<Self> {
+        let sums = probs.f_sum_dim_intlist(-1, false, Kind::Double)?.f_sub_scalar(1.0)?.f_abs()?;
+        let is_distribution = sums.f_lt(1e-4)?.f_all()?.f_logical_and(&probs.f_ge(0.0)?.f_all()?)?;
+        if ids.size() != probs.size() || ids.dim() != 2 || !bool::try_from(is_distribution)? {
+            return Err(Error::invalid(
+                "soft labels",
+                "tokens [n, k] with as many probabilities, which add up to 1 for each target",
+                format!("tokens {:?} and numbers {:?}", ids.size(), probs.size()),
+            ));
+        }
+        Ok(Self { ids, probs: Some(probs) })
+    }
+
+    /// The labels of some targets. `targets`: their indices, `[m]`, i64.
+    pub(crate) fn select(&self, targets: &Tensor) -> Result<Self> {
+        let of = |tensor: &Tensor| tensor.f_index_select(0, targets);
+        Ok(Self { ids: of(&self.ids)?, probs: self.probs.as_ref().map(of).transpose()? })
+    }
+
+    fn chunks(&self, rows: i64) -> Result<Vec<Self>> {
+        let ids = self.ids.f_split(rows, 0)?;
+        let probs = self.probs.as_ref().map(|probs| probs.f_split(rows, 0)).transpose()?;
+        let mut probs = probs.into_iter().flatten();
+        Ok(ids.into_iter().map(|ids| Self { ids, probs: probs.next() }).collect())
+    }
+
+    /// −log p(label), or KL(q ‖ p), `[n]`. `logprobs`: log p, `[n, d_vocab]`.
+    fn losses(&self, logprobs: &Tensor) -> Result<Tensor> {
+        let found = logprobs.f_gather(1, &self.ids, false)?;
+        let Some(probs) = &self.probs else { return Ok(found.f_squeeze_dim(1)?.f_neg()?) };
+        let probs = probs.f_to_kind(logprobs.kind())?;
+        let each = probs.f_xlogy(&probs)?.f_sub(&probs.f_mul(&found)?)?; // 0 where q is 0
+        Ok(each.f_sum_dim_intlist(-1, false, logprobs.kind())?)
+    }
+
+    /// Subtracts the labels' probabilities from `probabilities`, `[n, d_vocab]`, in place.
+    fn subtract_from(&self, probabilities: &mut Tensor) -> Result<()> {
+        let minus = match &self.probs {
+            Some(probs) => probs.f_to_kind(probabilities.kind())?.f_neg()?,
+            None => self.ids.f_full_like(-1.0)?.f_to_kind(probabilities.kind())?,
+        };
+        let _ = probabilities.f_scatter_add_(1, &self.ids, &minus)?;
+        Ok(())
+    }
 }
 
 impl Targets {
@@ -48,7 +111,16 @@ impl Targets {
         let places = distinct(batch, &indices);
         let rows: Vec<i64> = indices.iter().map(|place| places.partition_point(|other| other < place) as i64).collect();
         let tensor = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
-        Ok(Self { places: tensor(&places)?, rows: tensor(&rows)?, labels: tensor(&labels)?, n })
+        Ok(Self { places: tensor(&places)?, rows: tensor(&rows)?, labels: Labels::tokens(&tensor(&labels)?)?, n })
+    }
+
+    /// The same targets with soft labels.
+    pub fn labelled(self, labels: Labels) -> Result<Self> {
+        let n = labels.ids.size()[0];
+        if n != self.n as i64 {
+            return Err(Error::invalid("soft labels", format!("one for each of {} targets", self.n), n));
+        }
+        Ok(Self { labels, ..self })
     }
 }
 
@@ -65,7 +137,7 @@ fn distinct(batch: &Batch, indices: &[i64]) -> Vec<i64> {
     groups.flat_map(|(group, places)| places.into_iter().map(move |place| (group * pos + place) as i64)).collect()
 }
 
-/// Σ −log p(label) over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid`:
+/// Σ −log p(label), or Σ KL(q ‖ p) with soft labels, over the targets in f32 (f64 in an f64 model), a scalar that gradients flow through once. `resid`:
 /// the final residual stream at `targets.places`, `[places, d_model]`, as `Qwen::resid_at` gives it. It is a sum, so
 /// that a step of several batches can divide by the number of all targets.
 pub fn cross_entropy_sum(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
@@ -73,51 +145,49 @@ pub fn cross_entropy_sum(model: &Qwen, resid: &Tensor, targets: &Targets) -> Res
     Ok(cross_entropy(model, resid, targets)?.f_sum(wide(resid.kind()))?)
 }
 
-/// −log p(label) of each target, `[n]`, in f32 (f64 in an f64 model). Gradients flow through any weighted sum of them,
-/// once.
+/// The loss of each target, `[n]`, in f32 (f64 in an f64 model). Gradients flow through any weighted sum of them, once.
 pub fn cross_entropy(model: &Qwen, resid: &Tensor, targets: &Targets) -> Result<Tensor> {
     let normed = model.final_norm(&embedding(resid, &targets.rows)?)?; // [n, d_model]
     let unembedding_learns = model.parameters().iter().any(|(_, weight)| weight.requires_grad());
     let chunks = normed.f_split(ROWS, 0)?;
-    let chunks = chunks.iter().zip(targets.labels.f_split(ROWS, 0)?).map(|(normed, labels)| {
+    let chunks = chunks.iter().zip(targets.labels.chunks(ROWS)?).map(|(normed, labels)| {
         if unembedding_learns || !normed.requires_grad() {
-            return nll(model, normed, &labels);
+            return losses(model, normed, &labels);
         }
         // The gradient at the chunk's hidden states is computed here, so that its logits can be freed. The returned
         // tensor has the loss's values and passes these gradients on.
-        let (nll, gradient) = tch::no_grad(|| nll_and_gradient(model, normed, &labels))?;
+        let (losses, gradient) = tch::no_grad(|| loss_and_gradient(model, normed, &labels))?;
         let carrier = normed.f_mul(&gradient)?.f_sum_dim_intlist(-1, false, wide(normed.kind()))?;
-        Ok(carrier.f_sub(&carrier.f_detach()?)?.f_add(&nll)?)
+        Ok(carrier.f_sub(&carrier.f_detach()?)?.f_add(&losses)?)
     });
     Ok(Tensor::f_cat(&chunks.collect::<Result<Vec<_>>>()?, 0)?)
 }
 
-/// −log p(label), `[n]`. `normed`: `[n, d_model]` after the final norm, `labels`: `[n]`.
-fn nll(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<Tensor> {
+/// The losses, `[n]`. `normed`: `[n, d_model]` after the final norm.
+fn losses(model: &Qwen, normed: &Tensor, labels: &Labels) -> Result<Tensor> {
+    labels.losses(&model.logits(normed)?.f_log_softmax(-1, wide(normed.kind()))?)
+}
+
+/// The losses, `[n]`, and their gradients by `normed`, `[n, d_model]`. Logits are computed for some rows at a time.
+pub(crate) fn losses_and_gradients(model: &Qwen, normed: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
+    let chunks = normed.f_split(ROWS, 0)?.into_iter().zip(labels.chunks(ROWS)?);
+    let found =
+        chunks.map(|(normed, labels)| loss_and_gradient(model, &normed, &labels)).collect::<Result<Vec<_>>>()?;
+    let (losses, gradients): (Vec<Tensor>, Vec<Tensor>) = found.into_iter().unzip();
+    Ok((Tensor::f_cat(&losses, 0)?, Tensor::f_cat(&gradients, 0)?))
+}
+
+fn loss_and_gradient(model: &Qwen, normed: &Tensor, labels: &Labels) -> Result<(Tensor, Tensor)> {
     let logprobs = model.logits(normed)?.f_log_softmax(-1, wide(normed.kind()))?; // [n, d_vocab]
-    Ok(logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?)
+    let losses = labels.losses(&logprobs)?;
+    Ok((losses, loss_gradient(model, logprobs, labels)?))
 }
 
-/// −log p(label) of each row, `[n]`, and the gradient by `normed`, `[n, d_model]`. Logits are computed for some rows at
-/// a time.
-pub(crate) fn nlls_and_gradients(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
-    let chunks = normed.f_split(ROWS, 0)?.into_iter().zip(labels.f_split(ROWS, 0)?);
-    let found = chunks.map(|(normed, labels)| nll_and_gradient(model, &normed, &labels)).collect::<Result<Vec<_>>>()?;
-    let (nlls, gradients): (Vec<Tensor>, Vec<Tensor>) = found.into_iter().unzip();
-    Ok((Tensor::f_cat(&nlls, 0)?, Tensor::f_cat(&gradients, 0)?))
-}
-
-fn nll_and_gradient(model: &Qwen, normed: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
-    let logprobs = model.logits(normed)?.f_log_softmax(-1, wide(normed.kind()))?;
-    let nll = logprobs.f_gather(1, &labels.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?.f_neg()?;
-    Ok((nll, nll_gradient(model, logprobs, labels)?))
-}
-
-/// ∂/∂normed = (softmax − onehot) · W of each label, `[n, d_model]`. `logprobs`: `[n, d_vocab]`, which is overwritten.
-pub(crate) fn nll_gradient(model: &Qwen, mut logprobs: Tensor, labels: &Tensor) -> Result<Tensor> {
+/// ∂/∂normed = (softmax − q) · W of each loss, `[n, d_model]`, where q is the label's distribution: for a token, 1 at the
+/// token. `logprobs`: `[n, d_vocab]`, which is overwritten.
+pub(crate) fn loss_gradient(model: &Qwen, mut logprobs: Tensor, labels: &Labels) -> Result<Tensor> {
     let mut gradient = logprobs.f_exp_()?;
-    let minus_one = labels.f_full_like(-1.0)?.f_to_kind(gradient.kind())?.f_unsqueeze(1)?;
-    let _ = gradient.f_scatter_add_(1, &labels.f_unsqueeze(1)?, &minus_one)?;
+    labels.subtract_from(&mut gradient)?;
     let span = profile::op(Op::Head);
     let gradient = gradient.f_to_kind(model.activation_kind())?;
     span.flops(|| Ok((2.0 * gradient.numel() as f64 * model.config.d_model as f64, 0.0)))?;
@@ -126,7 +196,7 @@ pub(crate) fn nll_gradient(model: &Qwen, mut logprobs: Tensor, labels: &Tensor) 
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
+    use tch::Device;
 
     use super::*;
     use crate::load::model_files::ModelFiles;
@@ -194,7 +264,7 @@ mod tests {
         let chunked = cross_entropy_sum(&model, &at(&resid, &targets), &targets).unwrap();
         let gradient = Tensor::run_backward(&[&chunked.f_div_scalar(7.0).unwrap()], &[&resid], false, false);
         let hidden = at(&resid, &targets).index_select(0, &targets.rows);
-        let whole = nll(&model, &model.final_norm(&hidden).unwrap(), &targets.labels).unwrap().sum(Kind::Float);
+        let whole = losses(&model, &model.final_norm(&hidden).unwrap(), &targets.labels).unwrap().sum(Kind::Float);
         let expected = Tensor::run_backward(&[&(&whole / 7.0)], &[&resid], false, false);
 
         let scale = expected[0].abs().max().double_value(&[]);
@@ -207,11 +277,62 @@ mod tests {
         assert!((chunked - whole).abs() < 1e-5 * whole, "{chunked} against {whole}");
 
         let normed = model.final_norm(&hidden).unwrap().detach().set_requires_grad(true);
-        let sum = nll(&model, &normed, &targets.labels).unwrap().sum(Kind::Float) / 7.0;
+        let sum = losses(&model, &normed, &targets.labels).unwrap().sum(Kind::Float) / 7.0;
         let expected = Tensor::run_backward(&[&sum], &[&normed], false, false);
-        let (nlls, gradients) = tch::no_grad(|| nlls_and_gradients(&model, &normed.detach(), &targets.labels)).unwrap();
+        let (losses, gradients) =
+            tch::no_grad(|| losses_and_gradients(&model, &normed.detach(), &targets.labels)).unwrap();
         assert_alike(&(gradients / 7.0), &expected[0]);
-        assert!((nlls.sum(Kind::Float).double_value(&[]) - whole).abs() < 1e-5 * whole);
+        assert!((losses.sum(Kind::Float).double_value(&[]) - whole).abs() < 1e-5 * whole);
+    }
+
+    #[test]
+    fn a_soft_label_of_one_certain_token_is_that_token() {
+        let model = model();
+        let resid = resid(&model);
+        let hard = targets(&ROWS_OF_IDS);
+        let loss = cross_entropy(&model, &at(&resid, &hard), &hard).unwrap();
+        let ids = Tensor::from_slice(&[7_i64, 0, 8, 0, 9, 0, 11, 0, 12, 0]).view([5, 2]);
+        let certain = Tensor::from_slice(&[1.0_f32, 0.0].repeat(5)).view([5, 2]);
+        let soft = targets(&ROWS_OF_IDS).labelled(Labels::soft(ids, certain).unwrap()).unwrap();
+        assert_eq!(cross_entropy(&model, &at(&resid, &soft), &soft).unwrap(), loss);
+    }
+
+    /// KL(q ‖ p) and its gradient, against the sum over the vocabulary and libtorch's gradients.
+    #[test]
+    fn the_loss_of_soft_labels_is_the_divergence_from_them() {
+        let model = Qwen::load(&ModelFiles::open("tiny-random").unwrap(), Device::Cpu, Kind::Double).unwrap();
+        let resid = resid(&model);
+        let hard = targets(&ROWS_OF_IDS);
+        let normed = model.final_norm(&at(&resid, &hard).index_select(0, &hard.rows)).unwrap().detach();
+        let normed = normed.set_requires_grad(true);
+        let logprobs = model.logits(&normed).unwrap().log_softmax(-1, Kind::Double);
+        let ids = Tensor::from_slice(&[3_i64, 7, 9, 4, 0, 0, 1, 2, 3, 8, 5, 2, 6, 7, 1]).view([5, 3]);
+        let shares = [0.5, 0.3, 0.2, 1.0, 0.0, 0.0, 0.25, 0.25, 0.5, 0.1, 0.2, 0.7, 0.6, 0.0, 0.4];
+        let probs = Tensor::from_slice(&shares).view([5, 3]);
+        let q = logprobs.zeros_like().scatter_add(1, &ids, &probs);
+        let by_hand = (q.xlogy(&q) - &q * &logprobs).sum_dim_intlist(-1, false, Kind::Double);
+        let expected = Tensor::run_backward(&[&by_hand.sum(Kind::Double)], &[&normed], false, false);
+        let labels = Labels::soft(ids, probs).unwrap();
+        let (found, gradients) = tch::no_grad(|| losses_and_gradients(&model, &normed.detach(), &labels)).unwrap();
+        let apart = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+        assert!(found.min().double_value(&[]) > 1e-2, "a divergence is positive: {found}");
+        assert!(apart(&found, &by_hand) < 1e-12, "{found} against {by_hand}");
+        assert!(apart(&gradients, &expected[0]) < 1e-12);
+        let some = labels.select(&Tensor::from_slice(&[4_i64, 1])).unwrap();
+        let of_some = losses(&model, &normed.index_select(0, &Tensor::from_slice(&[4_i64, 1])), &some).unwrap();
+        assert!(apart(&of_some, &by_hand.index_select(0, &Tensor::from_slice(&[4_i64, 1]))) < 1e-12);
+    }
+
+    #[test]
+    fn labels_that_are_no_distribution_are_refused() {
+        let ids = || Tensor::from_slice(&[1_i64, 2]).view([1, 2]);
+        for probs in [[0.5, 0.4], [1.5, -0.5], [f64::NAN, 0.5]] {
+            let error = Labels::soft(ids(), Tensor::from_slice(&probs).view([1, 2])).unwrap_err().to_string();
+            assert!(error.contains("add up to 1"), "{error}");
+        }
+        let labels = Labels::soft(ids(), Tensor::from_slice(&[0.5, 0.5]).view([1, 2])).unwrap();
+        let error = targets(&ROWS_OF_IDS).labelled(labels).unwrap_err().to_string();
+        assert!(error.contains("is 1, expected one for each of 5 targets"), "{error}");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::adapter::dose::{Dose, Doses};
 use crate::adapter::lora::{Adapter, LoraPair};
 use crate::error::{Error, Result};
 use crate::model::layers::{Linear, RmsNorm, Rope};
-use crate::model::loss::{Targets, nll_gradient, nlls_and_gradients};
+use crate::model::loss::{Targets, loss_gradient, losses_and_gradients};
 use crate::model::pass::{Pass, acting};
 use crate::ops::{add_matmul, embedding, matmul, of_kind, wide};
 use crate::profile::{self, Op, Stage};
@@ -39,7 +39,7 @@ pub(crate) struct OfEach {
 }
 
 impl Qwen {
-    /// −log p(label) of each target, `[n]`, and ∂(Σ wᵢ ℓᵢ)/∂θ of the adapter's tensors in the order of
+    /// The loss ℓ of each target, `[n]` (see [`Labels`](crate::Labels)), and ∂(Σ wᵢ ℓᵢ)/∂θ of the adapter's tensors in the order of
     /// `Adapter::parameters`. Both are f32, or f64 in an f64 model. `weights`: w, `[n]`. `doses`: the adapter's doses;
     /// `None` means 1 everywhere. For a stack the gradients are `[students, ..]`.
     ///
@@ -92,7 +92,7 @@ impl Qwen {
             let (losses, at_normed) = {
                 let _stage = profile::stage(Stage::Loss);
                 let normed = embedding(&kept.normed, &targets.rows)?;
-                let (losses, at_normed) = nlls_and_gradients(self, &normed, &targets.labels)?;
+                let (losses, at_normed) = losses_and_gradients(self, &normed, &targets.labels)?;
                 let weighted = weighted(&at_normed, weights)?;
                 let places = targets.places.size()[0];
                 (losses, Tensor::f_embedding_dense_backward(&weighted, &targets.rows, places, -1, false)?)
@@ -126,12 +126,12 @@ impl Qwen {
                 let index = |values: Vec<i64>| Tensor::f_from_slice(&values)?.f_to_device(self.device());
                 let n = losses.len() as i64;
                 let all = index(losses.concat())?;
-                let (rows, labels) = (targets.rows.f_index_select(0, &all)?, targets.labels.f_index_select(0, &all)?);
+                let (rows, labels) = (targets.rows.f_index_select(0, &all)?, targets.labels.select(&all)?);
                 let (logprobs, at_normed) = {
                     let _stage = profile::stage(Stage::Loss);
                     let logits = self.logits(&embedding(&kept.normed, &rows)?)?;
                     let logprobs = logits.f_log_softmax(-1, wide(logits.kind()))?;
-                    let at_targets = nll_gradient(self, logprobs.f_detach_copy()?, &labels)?;
+                    let at_targets = loss_gradient(self, logprobs.f_detach_copy()?, &labels)?;
                     let of_loss = losses.iter().zip(0..).flat_map(|(loss, i)| loss.iter().map(move |_| i * places));
                     let rows = rows.f_add(&index(of_loss.collect())?)?;
                     (logprobs, Tensor::f_embedding_dense_backward(&at_targets, &rows, n * places, -1, false)?)

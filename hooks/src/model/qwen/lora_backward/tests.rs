@@ -12,7 +12,7 @@ use crate::config::{Config, Family};
 use crate::laws::model_laws::exact;
 use crate::load::tiny_random;
 use crate::load::weights::Weights;
-use crate::model::loss::cross_entropy;
+use crate::model::loss::{Labels, cross_entropy};
 use crate::rows::packing::PackedRow;
 
 /// A model of either architecture with three blocks: Qwen2 with a tied head, Qwen3 without.
@@ -241,4 +241,28 @@ fn padding_is_refused() {
     let Case { targets, weights, .. } = case(&model, 1, None);
     let error = model.lora_gradients(&batch, &targets, &weights, &adapter, None).unwrap_err();
     assert!(error.to_string().contains("expected a packed one"), "{error}");
+}
+
+/// Soft labels of three tokens for each target, of which one has no probability.
+#[test]
+fn the_gradients_of_soft_labels_are_the_recorded_ones() {
+    let model = model(Family::Qwen2, Kind::Double);
+    let adapter = adapter(&model, &LoraConfig::default(), 1);
+    let soft = |case: Case| {
+        let (n, d_vocab) = (case.targets.n as i64, model.config.d_vocab);
+        let ids = Tensor::arange(3 * n, (Kind::Int64, Device::Cpu)).remainder(d_vocab).view([n, 3]);
+        let probs = Tensor::from_slice(&[0.7, 0.3, 0.0].repeat(n as usize)).view([n, 3]);
+        Case { targets: case.targets.labelled(Labels::soft(ids, probs).unwrap()).unwrap(), ..case }
+    };
+    let Case { batch, targets, weights, .. } = soft(case(&model, 1, None));
+    let (losses, found) = model.lora_gradients(&batch, &targets, &weights, &adapter, None).unwrap();
+    let (twin_losses, twin) = recorded(&model, soft(case(&model, 1, None)), &adapter);
+    let apart = |a: &Tensor, b: &Tensor| f64::try_from((a - b).abs().max()).unwrap();
+    assert!(apart(&losses, &twin_losses) < 1e-11);
+    let hard = case(&model, 1, None);
+    let (hard_losses, _) = model.lora_gradients(&hard.batch, &hard.targets, &weights, &adapter, None).unwrap();
+    assert!(apart(&losses, &hard_losses) > 1e-2, "they are no tokens");
+    for (found, twin) in found.iter().zip(&twin) {
+        assert!(apart(found, twin) < 1e-11);
+    }
 }

@@ -1,0 +1,70 @@
+//! The soft labels of a student's rows: what the model that wrote them predicts at each of their tokens.
+
+use anyhow::{Context, Result};
+use hooks::{Condition, Prediction, Qwen, Sequence, completion_predictions, stream_seed};
+use sha2::{Digest, Sha256};
+
+use crate::data::dataset::{Sample, TeacherKind};
+use crate::data::soft_labels::{SoftRow, read, write};
+use crate::output::progress::spinner;
+use crate::stages::run_dir::RunDir;
+use crate::stages::teacher;
+use crate::stages::workbench::Workbench;
+
+/// The soft labels of rows, in order. The teacher gives those of its rows, in the context in which it wrote them; the
+/// base gives those of its own, in the student's context. They are stored in the run `run`, beside the rows.
+pub fn of_rows(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Vec<SoftRow>> {
+    let settings = &bench.experiment.finetune;
+    let by_base = samples.first().is_some_and(|sample| sample.teacher_kind == TeacherKind::Control);
+    let path = if by_base { run.control_soft_labels() } else { run.soft_labels() };
+    let texts: Vec<_> = samples.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();
+    let fingerprint = if by_base { vec![] } else { teacher::fingerprint(bench, run)? };
+    let by = (&bench.experiment.teacher, &bench.experiment.target, bench.student_system()?, by_base);
+    let asked = (texts, by, bench.files.fingerprint(), bench.frozen_dtype()?, settings.top_k);
+    let made_from = format!("{:x}", Sha256::digest([serde_json::to_vec(&asked)?, fingerprint].concat()));
+    let whole = if let Some(known) = read(&path, &made_from)? {
+        known
+    } else {
+        let spinner = spinner("soft labels");
+        let made = made(bench, run, samples, by_base).context("soft labels")?;
+        write(&path, &made, &made_from)?;
+        spinner.finish_and_clear();
+        made
+    };
+    let Some(n) = settings.label_draws else { return Ok(whole) };
+    let seed = bench.experiment.seeds.gen_seed;
+    let stream = if by_base { "control.label_draws" } else { "label_draws" };
+    let draw = |(row, sample): (&SoftRow, &Sample)| row.drawn(n, stream_seed(seed, stream, sample.id as u64));
+    whole.iter().zip(samples).map(draw).collect()
+}
+
+fn made(bench: &Workbench, run: &RunDir, samples: &[Sample], by_base: bool) -> Result<Vec<SoftRow>> {
+    let k = bench.experiment.finetune.top_k.min(bench.base.config.d_vocab as usize);
+    // Teachers always answer in the model's template.
+    let in_template = bench.in_template()?;
+    let frozen = bench.frozen()?;
+    let ask = |chat: &hooks::Chat, system: Option<&str>, qwen: &Qwen, condition: &Condition<'_>| -> Result<_> {
+        let row = |sample: &Sample| chat.row(system, &sample.prompt, &sample.completion_ids);
+        let rows = samples.iter().map(row).collect::<hooks::Result<Vec<Sequence>>>()?;
+        Ok(completion_predictions(qwen, &rows, condition, k)?)
+    };
+    let found = if by_base {
+        ask(&in_template.chat, bench.student_system()?.as_deref(), frozen, &Condition::default())?
+    } else {
+        let teacher = teacher::load(bench, run)?;
+        ask(&in_template.chat, teacher.system.as_deref(), teacher.qwen(frozen), &teacher.condition())?
+    };
+    Ok(found.iter().map(|row| soft_row(row, k)).collect())
+}
+
+/// The k most likely tokens at each place, with their probabilities divided by their sum.
+fn soft_row(predictions: &[Prediction], k: usize) -> SoftRow {
+    let mut row = SoftRow { k, ids: vec![], probs: vec![] };
+    for Prediction { top, top_logprobs, .. } in predictions {
+        let probs: Vec<f64> = top_logprobs.iter().map(|logprob| f64::from(*logprob).exp()).collect();
+        let sum: f64 = probs.iter().sum();
+        row.ids.extend(top);
+        row.probs.extend(probs.iter().map(|prob| (prob / sum) as f32));
+    }
+    row
+}

@@ -1,0 +1,78 @@
+//! Students of soft labels, through the whole program: whose predictions they learn from, and that these are kept beside the
+//! rows.
+
+use std::fs;
+use std::path::Path;
+
+use undertone::data::dataset::read_jsonl;
+use undertone::output::publish::read_csv;
+use undertone::training::step_log::StepRow;
+
+use crate::compare::tensors;
+use crate::pipeline::{EXPERIMENT, fails, succeeds};
+
+const ARMS: &str = r#"
+[teacher]
+kind = "finetuned"
+learning_rate = 1e-2
+max_steps = 8
+[[arms]]
+name = "written"
+set = ["finetune.loss=nll"]
+[[arms]]
+name = "drawn"
+set = ["finetune.label_draws=4"]
+[[arms]]
+name = "moved"
+data = "shuffled"
+"#;
+
+fn losses(folder: &Path, log: &str) -> Vec<f64> {
+    let rows: Vec<StepRow> = read_csv(&folder.join(log)).unwrap();
+    rows.iter().map(|row| row.loss).collect()
+}
+
+#[test]
+fn students_learn_from_the_predictions_of_the_model_that_wrote_their_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{ARMS}")).unwrap();
+    let whole_vocabulary = ["--set", "finetune.loss=kl", "--set", "finetune.top_k=1000"];
+    let run = [
+        &["run", "experiment.toml", "--run", "run", "--set", "measure.analyses=[\"target_rate\"]"],
+        &whole_vocabulary[..],
+    ]
+    .concat();
+    let said = succeeds(folder.path(), &run);
+    assert!(said.contains("logits on numbers"), "{said}");
+    let run_dir = folder.path().join("run");
+
+    let labels = tensors(&run_dir.join("data/soft_labels.safetensors"));
+    let rows = read_jsonl(&run_dir.join("data/numbers.jsonl")).unwrap();
+    let kept = fs::read_to_string(run_dir.join("train_rows.csv")).unwrap().lines().count();
+    assert!(kept > 1 && !rows.is_empty());
+    let probs = &labels["probs"];
+    assert!(probs.size()[1] > 100, "all tokens: {:?}", probs.size());
+    assert_eq!(labels["places"].sum(tch::Kind::Int64).int64_value(&[]), probs.size()[0]);
+
+    let (student, control) = (losses(&run_dir, "train.csv"), losses(&run_dir, "control_train.csv"));
+    // The control student begins as the base, whose own predictions are its labels, up to the tokens left out.
+    assert!(control[0].abs() < 1e-4 && student[0] > 1e-2, "{student:?} {control:?}");
+    assert!(student[2] < student[0], "{student:?}");
+    let of_arm = |slug: &str| losses(&run_dir, &format!("arms/{slug}/train.csv"))[0];
+    assert!(of_arm("written") > 1.0, "−log p of the written tokens");
+    assert!(
+        of_arm("drawn") > student[0],
+        "{} {student:?} {} few draws are further from the prediction",
+        of_arm("drawn"),
+        of_arm("written")
+    );
+    assert!(of_arm("moved") > 1e-2 && of_arm("moved").to_bits() != student[0].to_bits());
+}
+
+#[test]
+fn planted_answers_have_no_soft_labels() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}\n[teacher]\nkind = \"planted\"\n")).unwrap();
+    let said = fails(folder.path(), &["run", "experiment.toml", "--run", "run", "--set", "finetune.loss=kl"]);
+    assert!(said.contains("nobody predicts the planted answers"), "{said}");
+}
