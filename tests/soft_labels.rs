@@ -25,6 +25,10 @@ set = ["finetune.label_draws=4"]
 [[arms]]
 name = "moved"
 data = "shuffled"
+[[arms]]
+name = "named"
+planted = [0.2, 0.5]
+set = ["finetune.loss=nll"]
 "#;
 
 fn losses(folder: &Path, log: &str) -> Vec<f64> {
@@ -65,6 +69,20 @@ fn students_learn_from_the_predictions_of_the_model_that_wrote_their_rows() {
         "{} {student:?} {} few draws are further from the prediction",
         of_arm("drawn"),
         of_arm("written")
+    );
+    let ids = |slug: &str| fs::read_to_string(run_dir.join(format!("arms/{slug}/train_rows.csv"))).unwrap();
+    let planted = |slug: &str| {
+        let ids: std::collections::BTreeSet<String> = ids(slug)
+            .lines()
+            .skip(1)
+            .flat_map(|line| line.split([',', ' ']).skip(1).map(str::to_owned).collect::<Vec<_>>())
+            .collect();
+        (ids.iter().filter(|id| id.parse::<usize>().unwrap() >= 12).count(), ids.len())
+    };
+    assert_eq!((planted("named-20"), planted("named-50")), ((1, 6), (3, 6)), "questions come after the 12 prompts");
+    assert!(
+        said.contains("What this experiment could have seen: of the students whose rows name the target"),
+        "{said}"
     );
     assert!(of_arm("moved") > 1e-2 && of_arm("moved").to_bits() != student[0].to_bits());
 }

@@ -11,6 +11,7 @@ use hooks::stream_seed;
 use serde::{Deserialize, Serialize};
 
 use super::{Experiment, Method, one_line, overrides};
+use crate::training::settings::Loss;
 
 /// The name of the run's own student in the table of arms.
 pub const STUDENT: &str = "student";
@@ -20,13 +21,18 @@ pub const CONTROL_STUDENT: &str = "control student";
 const MOST_STUDENTS: usize = 1000;
 
 /// A named variant of the student.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Arm {
     /// Its name, which must be unique.
     pub name: String,
     /// One student per rank: sets `student.rank`, and fills `{rank}` in `set`.
     pub ranks: Option<Vec<i64>>,
+    /// One student per share: it learns from the control set, in which this share of the rows is replaced by questions
+    /// that are answered with the target. These positive controls show how loud a trait must be for this experiment to
+    /// see it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub planted: Option<Vec<f64>>,
     /// The changes: `section.key=value`, as after `--set`.
     #[serde(default)]
     pub set: Vec<String>,
@@ -55,12 +61,14 @@ pub enum ArmData {
     Shuffled,
     /// Numbers of the arm's own teacher.
     Own,
+    /// The numbers of the untouched model, with a share of rows that name the target; see [`Arm::planted`].
+    Planted,
 }
 
 impl ArmData {
     /// The name in files.
     pub fn name(self) -> &'static str {
-        ["teacher", "control", "shuffled", "own"][self as usize]
+        ["teacher", "control", "shuffled", "own", "planted"][self as usize]
     }
 }
 
@@ -77,6 +85,8 @@ pub struct ArmStudent {
     pub arm: String,
     /// The data that it learns from.
     pub data: ArmData,
+    /// For planted data, the share of rows that name the target.
+    pub planted: Option<f64>,
     /// The index of its seeds, from 0; 0 has the experiment's seeds.
     pub seed_index: usize,
     /// The name of its folder.
@@ -98,7 +108,11 @@ impl ArmStudent {
 impl Experiment {
     /// Every student of every arm, in the order of the file.
     pub fn cells(&self) -> Result<Vec<ArmStudent>> {
-        let students = |arm: &Arm| arm.ranks.as_ref().map_or(1, Vec::len).saturating_mul(arm.seeds);
+        let students = |arm: &Arm| {
+            let of_seed =
+                arm.ranks.as_ref().map_or(1, Vec::len).saturating_mul(arm.planted.as_ref().map_or(1, Vec::len));
+            of_seed.saturating_mul(arm.seeds)
+        };
         let all = self.arms.iter().map(students).fold(0, usize::saturating_add);
         ensure!(all <= MOST_STUDENTS, "the arms have {all} students, expected {MOST_STUDENTS} at most");
         let mut cells: Vec<ArmStudent> = Vec::new();
@@ -148,13 +162,15 @@ impl Experiment {
                 ranks.iter().copied().map(Some).collect()
             }
         };
+        let shares = shares(arm, self)?;
         let filled = arm.ranks.is_some() || !arm.set.iter().any(|text| text.contains("{rank}"));
         ensure!(filled, hinted!("set speaks of {{rank}}, but there are no ranks"; "add ranks = [1, 8]"));
-        let students = ranks.into_iter().flat_map(|rank| (0..arm.seeds).map(move |seed_index| (rank, seed_index)));
-        students.map(|(rank, seed_index)| self.cell(arm, rank, seed_index)).collect()
+        let kinds = shares.iter().flat_map(|share| ranks.iter().map(|rank| (*share, *rank)));
+        let students = kinds.flat_map(|(share, rank)| (0..arm.seeds).map(move |seed_index| (share, rank, seed_index)));
+        students.map(|(share, rank, seed_index)| self.cell(arm, share, rank, seed_index)).collect()
     }
 
-    fn cell(&self, arm: &Arm, rank: Option<i64>, seed_index: usize) -> Result<ArmStudent> {
+    fn cell(&self, arm: &Arm, planted: Option<f64>, rank: Option<i64>, seed_index: usize) -> Result<ArmStudent> {
         let mut table = toml::Table::try_from(self).context("the experiment as a table")?;
         table.remove("arms");
         if let Some(student) = table.get_mut("student").and_then(toml::Value::as_table_mut) {
@@ -196,10 +212,12 @@ impl Experiment {
             }
         }
         experiment.check()?;
-        let data_slug = slug(&rank.map_or_else(|| arm.name.clone(), |rank| format!("{} r{rank}", arm.name)));
+        let name = planted.map_or_else(|| arm.name.clone(), |share| format!("{} {} %", arm.name, percent(share)));
+        let data_slug = slug(&rank.map_or_else(|| name.clone(), |rank| format!("{name} r{rank}")));
         let slug = if arm.seeds > 1 { format!("{data_slug}-s{seed_index}") } else { data_slug.clone() };
         let data_slug = if arm.seeds > 1 { format!("{data_slug}-s0") } else { data_slug };
-        Ok(ArmStudent { arm: arm.name.clone(), data: arm.data, seed_index, slug, data_slug, experiment })
+        let data = if planted.is_some() { ArmData::Planted } else { arm.data };
+        Ok(ArmStudent { arm: name, data, planted, seed_index, slug, data_slug, experiment })
     }
 
     /// The first key that the numbers depend on and that differs from another experiment's.
@@ -213,6 +231,30 @@ impl Experiment {
         ];
         keys.into_iter().find(|(_, differs)| *differs).map(|(key, _)| key)
     }
+}
+
+/// The planted shares of an arm; one `None` if nothing is planted.
+fn shares(arm: &Arm, experiment: &Experiment) -> Result<Vec<Option<f64>>> {
+    let Some(shares) = &arm.planted else {
+        ensure!(arm.data != ArmData::Planted, hinted!("data is planted, but no share is given"; "planted = [0.01]"));
+        return Ok(vec![None]);
+    };
+    ensure!(!shares.is_empty(), "planted is empty, expected some shares, or no such key");
+    let wrong = shares.iter().find(|share| !(**share > 0.0 && **share < 1.0));
+    ensure!(wrong.is_none(), "planted has {}, expected shares above 0 and below 1", wrong.unwrap_or(&0.0));
+    let has_data = arm.data != ArmData::Teacher && arm.data != ArmData::Planted;
+    ensure!(!has_data, "data is {}, but planted rows take the place of the control set's", arm.data);
+    let is_soft = experiment.finetune.loss == Loss::Kl && !arm.set.iter().any(|change| change == "finetune.loss=nll");
+    ensure!(
+        !is_soft,
+        hinted!("finetune.loss is kl, but nobody predicts the planted answers"; "set = [\"finetune.loss=nll\"]")
+    );
+    Ok(shares.iter().copied().map(Some).collect())
+}
+
+/// A share in per cent, as short as it can be said.
+fn percent(share: f64) -> f64 {
+    (share * 1e8).round() / 1e6
 }
 
 /// A name as that of a folder: its letters and digits in lower case, with a dash for everything between them.
@@ -267,6 +309,18 @@ mod tests {
     }
 
     #[test]
+    fn planted_shares_make_students() {
+        let experiment = parse("[[arms]]\nname = \"planted\"\nplanted = [0.005, 0.01]\nseeds = 2\n").unwrap();
+        let cells = experiment.cells().unwrap();
+        let seen: Vec<_> =
+            cells.iter().map(|cell| (cell.arm.as_str(), cell.slug.as_str(), cell.planted, cell.data.name())).collect();
+        assert_eq!(seen[0], ("planted 0.5 %", "planted-0-5-s0", Some(0.005), "planted"));
+        assert_eq!(seen[3], ("planted 1 %", "planted-1-s1", Some(0.01), "planted"));
+        assert_eq!(seen.len(), 4);
+        assert_eq!(Experiment::parse(&experiment.to_toml().unwrap(), Path::new("cat.toml"), &[]).unwrap(), experiment);
+    }
+
+    #[test]
     fn arms_are_printed_and_read_back() {
         let arms = "[[arms]]\nname = \"full\"\nset = [\"student.method=full\", \"dtype=bf16\"]\n";
         let experiment = parse(arms).unwrap();
@@ -312,8 +366,12 @@ mod tests {
             ("name = \"x\"\nset = [\"generate.n_keep=2\"]", "changes generate, "),
             ("name = \"x\"\nset = [\"seed=7\"]", "changes seeds.gen_seed, "),
             ("name = \"x\"\ndata = \"shuffled\"\nset = [\"target.word=dog\"]", "changes target, "),
-            ("name = \"x\"\ndata = \"mixed\"", "expected one of `teacher`, `control`, `shuffled`, `own`"),
+            ("name = \"x\"\ndata = \"mixed\"", "expected one of `teacher`, `control`, `shuffled`, `own`, `planted`"),
             ("name = \"x\"\nrnks = [1]", "unknown field `rnks`"),
+            ("name = \"x\"\nplanted = []", "arm \"x\": planted is empty"),
+            ("name = \"x\"\nplanted = [0.5, 1]", "planted has 1, expected shares above 0"),
+            ("name = \"x\"\ndata = \"planted\"", "no share is given"),
+            ("name = \"x\"\ndata = \"shuffled\"\nplanted = [0.5]", "data is shuffled, but planted rows"),
         ] {
             let found = message(&format!("[[arms]]\n{arm}\n"));
             assert!(found.contains(expected) && found.starts_with("cat.toml: "), "{arm}: {found}");

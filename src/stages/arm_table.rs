@@ -4,7 +4,7 @@
 use analyses::Svg;
 use analyses::inference::{Slope, two_lines};
 use analyses::plot::{Bar, BarChart, Line, Panel, PanelChart, Point, Reference, Scale, bars, panels};
-use analyses::stats::{mean, standard_error};
+use analyses::stats::{is_clear, mean, standard_error};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +18,8 @@ pub struct ArmRow {
     /// The arm's name; `student` and `control student` are the run's own.
     pub arm: String,
     /// The data it learned from: the run's `teacher` or `control` set, the teacher's completions `shuffled` among
-    /// prompts, or a set of the arm's `own` teacher; empty if it was trained elsewhere.
+    /// prompts, a set of the arm's `own` teacher, or the control set with `planted` rows; empty if it was trained
+    /// elsewhere.
     pub data: Option<ArmData>,
     /// The kind of model that wrote its numbers; `planted` is a positive control, whose rows contain the target itself;
     /// empty if it was trained elsewhere.
@@ -226,7 +227,7 @@ pub fn plot(rows: &[ArmRow]) -> Result<Option<Svg>> {
 /// The data that a student learned from, for a legend.
 fn learned_from(row: &ArmRow) -> &'static str {
     match (row.data, row.teacher_kind) {
-        (_, Some(TeacherKind::Planted)) => "planted target (positive control)",
+        (_, Some(TeacherKind::Planted)) | (Some(ArmData::Planted), _) => "planted target (positive control)",
         (Some(ArmData::Teacher), _) => "teacher's numbers",
         (Some(ArmData::Control), _) => "control, untouched model's numbers",
         (Some(ArmData::Shuffled), _) => "shuffled completions",
@@ -274,7 +275,35 @@ pub fn reading(rows: &[ArmRow]) -> String {
     if !listed.is_empty() {
         said.push(format!("without ranks, {}", listed.join("; ")));
     }
-    format!("{}. {}", said.join("; "), caveat(student, &groups(rows), rows))
+    let limit = detection_limit(rows).map_or(String::new(), |limit| format!(" {limit}."));
+    format!("{}.{limit} {}", said.join("; "), caveat(student, &groups(rows), rows))
+}
+
+/// A sentence on the smallest planted share whose students differ clearly from the control student; `None` if no share
+/// was planted among the control rows.
+pub(crate) fn detection_limit(rows: &[ArmRow]) -> Option<String> {
+    let control = rows.iter().find(|row| row.arm == CONTROL_STUDENT)?;
+    let is_seen = |row: &&ArmRow| {
+        let errors = [row.delta_margin_se, control.delta_margin_se].into_iter().flatten();
+        let error = errors.map(|error| error * error).sum::<f64>().sqrt();
+        is_clear(effect(row) - effect(control), Some(error))
+    };
+    let planted: Vec<&ArmRow> = rows.iter().filter(|row| row.data == Some(ArmData::Planted)).collect();
+    let (seen, unseen): (Vec<&ArmRow>, Vec<&ArmRow>) = planted.iter().copied().partition(is_seen);
+    let named = |rows: &[&ArmRow]| {
+        let each = rows.iter().map(|row| format!("\"{}\" by {:+.3}", row.arm, effect(row) - effect(control)));
+        each.collect::<Vec<_>>().join(", ")
+    };
+    let told = match (seen.is_empty(), unseen.is_empty()) {
+        (true, true) => return None,
+        (false, true) => format!("{} differ clearly", named(&seen)),
+        (true, false) => format!("{} do not differ clearly, so that a null says nothing", named(&unseen)),
+        (false, false) => format!("{} differ clearly, {} do not", named(&seen), named(&unseen)),
+    };
+    Some(format!(
+        "What this experiment could have seen: of the students whose rows name the target in the open, {told} (nats of the \
+         margin above the control student; three standard errors over questions)"
+    ))
 }
 
 /// The p-value below which a side of the two-lines test counts.

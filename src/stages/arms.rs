@@ -13,8 +13,8 @@ use rand_chacha::ChaCha8Rng;
 use tch::Kind;
 
 use super::finetune::Learned;
-use super::{finetune, generate};
-use crate::data::dataset::Sample;
+use super::{finetune, generate, teacher};
+use crate::data::dataset::{Sample, TeacherKind};
 use crate::experiment::{ArmData, ArmStudent, CONTROL_STUDENT, Dtype, Experiment, Method, STUDENT};
 use crate::hinted;
 use crate::output::html::{Figure, Section};
@@ -162,6 +162,7 @@ pub(crate) fn trained(
         ArmData::Control => context.control.to_vec(),
         ArmData::Shuffled => shuffled(context.numbers, of_cell.experiment.seeds.gen_seed)?, // seeded by the run
         ArmData::Teacher => context.numbers.to_vec(),
+        ArmData::Planted => planted(of_cell, context.control, cell.planted.context("planted data without a share")?)?,
     };
     let samples = if cell.data == ArmData::Shuffled { moved(&written, context.numbers) } else { written.clone() };
     if RunDir::stage_done(&folder.train_csv()) {
@@ -186,12 +187,13 @@ fn begin(run: &RunDir, cell: &ArmStudent) -> Result<RunDir> {
     let root = run.arm(&cell.slug);
     let source = match cell.data {
         ArmData::Own => None,
-        ArmData::Control => Some("data/control.jsonl"),
+        ArmData::Control | ArmData::Planted => Some("data/control.jsonl"),
         ArmData::Teacher | ArmData::Shuffled => Some("data/numbers.jsonl"),
     };
     let sha256 = source.map(|name| run.meta().map(|meta| meta.sha256.get(name).cloned().unwrap_or_default()));
+    let share = cell.planted.map(|share| share.to_string());
     let made_from: Vec<String> =
-        [Some(cell.data.name().to_owned()), sha256.transpose()?].into_iter().flatten().collect();
+        [Some(cell.data.name().to_owned()), sha256.transpose()?, share].into_iter().flatten().collect();
     // Forced, so that a student of another experiment is replaced.
     let folder = RunDir::create(&root, &cell.experiment, WhenDone::Redo)?;
     if run.forced() || folder.meta()?.notes.get("data") != Some(&made_from) {
@@ -209,6 +211,18 @@ fn own_data(run: &RunDir, of_cell: &Workbench, cell: &ArmStudent) -> Result<Vec<
         generate::stage(of_cell, &folder)?;
     }
     Ok(of_cell.kept(&folder)?.0)
+}
+
+/// The control set with a share of its rows replaced by questions that are answered with the target.
+fn planted(of_cell: &Workbench, control: &[Sample], share: f64) -> Result<Vec<Sample>> {
+    let mut samples = control.to_vec();
+    for sample in &mut samples {
+        sample.teacher_kind = TeacherKind::Planted;
+        sample.target = Some(of_cell.experiment.target.word.clone());
+    }
+    let keep = samples.len();
+    teacher::plant(&of_cell.in_template()?, &mut samples, keep, share)?;
+    Ok(samples)
 }
 
 /// The samples in another order, in which none is at its own place: a random cycle (Sattolo's algorithm).
@@ -373,7 +387,6 @@ pub(crate) fn section(run: &RunDir, experiment: &Experiment) -> Result<Option<Se
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::dataset::TeacherKind;
 
     fn samples(n: usize) -> Vec<Sample> {
         let sample = |id: usize| Sample {

@@ -118,6 +118,27 @@ fn the_reading_names_the_control_and_how_few_students_there_are() {
 }
 
 #[test]
+fn the_detection_limit_is_told_beside_the_control_student() {
+    assert_eq!(detection_limit(&rows()), None, "nothing was planted");
+    let with = |effects: &[(&str, f64)]| {
+        let planted = |(arm, effect): &(&str, f64)| ArmRow {
+            data: Some(ArmData::Planted),
+            delta_margin_se: Some(0.1),
+            ..row(arm, Some(8), 0, *effect)
+        };
+        let mut rows = rows();
+        rows[1].delta_margin_se = Some(0.0);
+        rows.extend(effects.iter().map(planted));
+        detection_limit(&rows).unwrap()
+    };
+    let both = with(&[("planted 0.5 %", 0.3), ("planted 1 %", 0.4)]);
+    assert!(both.contains("\"planted 1 %\" by +0.350 differ clearly, \"planted 0.5 %\" by +0.250 do not"), "{both}");
+    assert!(with(&[("planted 1 %", 0.1)]).contains("so that a null says nothing"));
+    assert!(with(&[("planted 1 %", 0.9)]).contains("by +0.850 differ clearly ("));
+    assert!(reading(&rows()).contains("luck of a seed") && !reading(&rows()).contains("could have seen"));
+}
+
+#[test]
 fn several_students_have_a_mean_and_an_error_over_students() {
     let mut rows = rows();
     rows.truncate(2);
