@@ -239,7 +239,7 @@ impl KeptBucket {
     /// The result is z, shaped as q.
     fn forward(inputs: [Tensor; 3], bias: &Tensor, scale: f64) -> Result<(Self, Tensor)> {
         let is_plain = bias.device() == Device::Cpu && bias.size4()?.3 <= FEW_KEYS;
-        if is_plain { Self::plain(inputs, bias) } else { Self::fused(inputs, bias, scale) }
+        if is_plain { Self::plain(inputs, bias) } else { Self::fused(&inputs, bias, scale) }
     }
 
     fn plain(inputs: [Tensor; 3], bias: &Tensor) -> Result<(Self, Tensor)> {
@@ -254,7 +254,7 @@ impl KeptBucket {
         Ok((Self { inputs, by: By::Pattern(pattern) }, z))
     }
 
-    fn fused(inputs: [Tensor; 3], bias: &Tensor, scale: f64) -> Result<(Self, Tensor)> {
+    fn fused(inputs: &[Tensor; 3], bias: &Tensor, scale: f64) -> Result<(Self, Tensor)> {
         let leaf = |x: &Tensor| x.f_detach()?.f_set_requires_grad(true);
         let inputs = [leaf(&inputs[0])?, leaf(&inputs[1])?, leaf(&inputs[2])?];
         let z =
@@ -270,8 +270,8 @@ impl KeptBucket {
         Ok(Self::forward([copied(q)?, copied(k)?, copied(v)?], bias, scale)?.0)
     }
 
-    /// The gradients at q, k and v from that at z. With the pattern P = softmax(S) and ∂P = ∂z vᵀ: ∂v = Pᵀ ∂z, ∂S = P ⊙
-    /// (∂P − Σ_keys P ⊙ ∂P), ∂q = ∂S k, ∂k = ∂Sᵀ q. The products add up the heads that share a key.
+    /// The gradients at q, k and v from that at z. With the pattern `P = softmax(S)` and `∂P = ∂z vᵀ` they are `∂S k`, `∂Sᵀ
+    /// q` and `Pᵀ ∂z`, where `∂S = P ⊙ (∂P − Σ P ⊙ ∂P)`, summed over keys. The products add up the heads that share keys.
     fn backward(&self, at_z: &Tensor) -> Result<[Tensor; 3]> {
         let pattern = match &self.by {
             By::Pattern(pattern) => pattern,
@@ -332,7 +332,7 @@ mod tests {
             Tensor::from_slice(&[0.0, 0.0, 0.0, f64::NEG_INFINITY, f64::NEG_INFINITY]).expand([2, 1, 3, 5], false);
         let inputs = || [q.shallow_clone(), k.shallow_clone(), v.shallow_clone()];
         let (plain, z) = KeptBucket::plain(inputs(), &bias).unwrap();
-        let (fused, twin) = KeptBucket::fused(inputs(), &bias, 1.0).unwrap();
+        let (fused, twin) = KeptBucket::fused(&inputs(), &bias, 1.0).unwrap();
         assert!(matches!((&plain.by, &fused.by), (By::Pattern(_), By::Graph(_))));
         assert_alike(&[z], &[twin], "z");
         let at_z = numbers(&[2, 6, 3, 4], 0.3);
