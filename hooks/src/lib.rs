@@ -64,6 +64,7 @@ pub mod chat {
 /// Rows in one pass: padded or packed, and the keys and values of past positions.
 pub mod rows {
     pub mod batch;
+    pub(crate) mod gather;
     pub mod kv_cache;
     pub mod packing;
 }

@@ -50,17 +50,23 @@ pub(crate) fn logits(h: &Tensor, unembed: &Tensor) -> Result<Tensor> {
     Ok(product.f_view(shape.as_slice())?)
 }
 
-/// `softmax(q kᵀ / √d_head) v` by libtorch's fused kernel. `q` and the result: `[batch, n_heads, pos, d_head]`; `k` and
-/// `v`: `[batch, n_kv_heads, slots, d_head]`; `mask`: which query sees which slot, bool, in the shape of the scores.
-pub(crate) fn fused_attention([q, k, v]: [&Tensor; 3], mask: Option<&Tensor>, causal: bool) -> Result<Tensor> {
+/// `softmax(s q kᵀ) v` by libtorch's fused kernel; `scale`: s, or 1 / √d by the width d of a head. `q` and the result:
+/// `[batch, n_heads, pos, d_head]`; `k` and `v`: `[batch, n_kv_heads, slots, d_head]`; `mask`: which query sees which
+/// slot, bool, or what is added to the scores, in their shape.
+pub(crate) fn fused_attention(
+    [q, k, v]: [&Tensor; 3],
+    mask: Option<&Tensor>,
+    causal: bool,
+    scale: Option<f64>,
+) -> Result<Tensor> {
     let span = profile::op(Op::Attention);
     let groups = q.size4()?.1 / k.size4()?.1;
     let attend = |q: &Tensor, k: &Tensor, v: &Tensor, grouped| {
-        Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, grouped)
+        Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale, grouped)
     };
     let z = match mask {
         // A GPU's kernels take a mask or grouped heads, but not both.
-        Some(mask) if groups > 1 && q.device() != Device::Cpu => without_groups([q, k, v], mask, causal)?,
+        Some(mask) if groups > 1 && q.device() != Device::Cpu => without_groups([q, k, v], mask, causal, scale)?,
         _ => attend(q, k, v, groups != 1)?,
     };
     span.flops(|| profile::attention(q, k, causal, z.requires_grad()))?;
@@ -70,11 +76,11 @@ pub(crate) fn fused_attention([q, k, v]: [&Tensor; 3], mask: Option<&Tensor>, ca
 /// [`fused_attention`] of grouped heads for kernels that know no groups. The keys and values of many rows would be spread
 /// over the heads at each answered token; where each row has one query, the heads of a group take the place of its
 /// queries instead. `mask`: the same for all heads, `[batch, 1, pos, slots]`.
-fn without_groups([q, k, v]: [&Tensor; 3], mask: &Tensor, causal: bool) -> Result<Tensor> {
+fn without_groups([q, k, v]: [&Tensor; 3], mask: &Tensor, causal: bool, scale: Option<f64>) -> Result<Tensor> {
     let ((batch, n_heads, pos, d_head), n_kv_heads) = (q.size4()?, k.size4()?.1);
     let groups = n_heads / n_kv_heads;
     let attend = |q: &Tensor, k: &Tensor, v: &Tensor| {
-        Tensor::f_scaled_dot_product_attention(q, k, v, Some(mask), 0.0, causal, None, false)
+        Tensor::f_scaled_dot_product_attention(q, k, v, Some(mask), 0.0, causal, scale, false)
     };
     if pos == 1 {
         let z = attend(&q.f_reshape([batch, n_kv_heads, groups, d_head])?, k, v)?;
@@ -147,8 +153,8 @@ mod tests {
             let (q, k, v) = (numbers(&[2, 6, pos, 4], 1.3), numbers(&[2, 2, 5, 4], 0.7), numbers(&[2, 2, 5, 4], 2.1));
             let mask = Tensor::from_slice(&[true, true, false, true, true, true, false, true, true, true]);
             let mask = mask.view([2, 1, 1, 5]).expand([2, 1, pos, 5], false);
-            let expected = fused_attention([&q, &k, &v], Some(&mask), false).unwrap();
-            let found = without_groups([&q, &k, &v], &mask, false).unwrap();
+            let expected = fused_attention([&q, &k, &v], Some(&mask), false, None).unwrap();
+            let found = without_groups([&q, &k, &v], &mask, false, None).unwrap();
             assert_eq!(found.size(), expected.size());
             assert!((found - expected).abs().max().double_value(&[]) < 1e-12, "{pos} queries");
         }

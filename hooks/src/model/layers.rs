@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::hook_point::HookPoint;
 use crate::load::weights::Scope;
 use crate::model::pass::Pass;
-use crate::ops::{by_head, linear, wide};
+use crate::ops::{by_head, linear, of_kind, wide};
 use crate::profile::{self, Op};
 use crate::proj::Proj;
 use crate::taps::tap::Hooks;
@@ -102,7 +102,7 @@ impl RmsNorm {
 
     /// The divisor `[.., 1]` and `x`, both in f32 or wider.
     pub(crate) fn scale(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        let wide = x.f_to_kind(wide(x.kind()))?;
+        let wide = of_kind(x, wide(x.kind()))?;
         let mean = wide.f_square()?.f_mean_dim(-1, true, wide.kind())?;
         Ok((mean.f_add_scalar(self.eps)?.f_sqrt()?, wide))
     }
@@ -130,6 +130,17 @@ impl Rope {
     pub(crate) fn at_places(&self, places: &Tensor) -> Result<Self> {
         let pick = |x: &Tensor| x.f_flatten(0, 1)?.f_index_select(0, places)?.f_unsqueeze(0);
         Ok(Self { cos: pick(&self.cos)?, sin: pick(&self.sin)? })
+    }
+
+    /// The cosines and sines of all rows' tokens, `[batch · pos, 1, d_head]`, the sines negative in a head's first half.
+    pub(crate) fn signed(&self) -> Result<(Tensor, Tensor)> {
+        let halves = self.sin.f_flatten(0, 1)?.f_chunk(2, -1)?;
+        Ok((self.cos.f_flatten(0, 1)?, Tensor::f_cat(&[&halves[0].f_neg()?, &halves[1]], -1)?))
+    }
+
+    /// The precision of the rotations.
+    pub(crate) fn kind(&self) -> Kind {
+        self.cos.kind()
     }
 
     /// Rotates `x`; it and the result are `[batch, pos, heads, d_head]`.

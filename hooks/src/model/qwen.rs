@@ -19,6 +19,7 @@ use crate::rows::batch::Batch;
 use crate::rows::kv_cache::Placement;
 use crate::taps::tap::Hooks;
 
+mod kept;
 mod lora_backward;
 
 /// The positions of a pass's tokens: their rotations, and the slots that each attends to.
@@ -130,7 +131,7 @@ impl Attention {
             span.flops(|| profile::attention(&q, &k, placement.mask.is_none() && placement.causal, z.requires_grad()))?;
             z
         } else {
-            fused_attention([&q, &k, &v], placement.mask.as_ref(), placement.mask.is_none() && placement.causal)?
+            fused_attention([&q, &k, &v], placement.mask.as_ref(), placement.mask.is_none() && placement.causal, None)?
         };
         Ok(z.f_transpose(1, 2)?)
     }

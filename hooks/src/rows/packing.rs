@@ -5,6 +5,7 @@
 //! over the rows that contain it. (This is exact: Prefix Grouper, Liu et al. 2025, proves it for one common prefix.)
 //! Linear maps and norms are unaffected; attention runs piece by piece, each against the keys of its whole path.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
@@ -56,6 +57,14 @@ pub(crate) struct Packing {
     pub(crate) doses: Vec<Vec<f64>>,
     /// Per row, its tokens' places in the flattened `[n · pos]`.
     pub(crate) places: Vec<Vec<i64>>,
+    pub(super) pieces: Vec<Piece>,
+    /// Made when a pass first attends with libtorch's kernel, since a backward pass by hand has its own.
+    buckets: OnceCell<Buckets>,
+}
+
+/// The pieces in buckets of similar length.
+#[derive(Debug)]
+struct Buckets {
     buckets: Vec<Bucket>,
     /// Each token's index in the concatenated queries of all buckets, `[n · pos]`, i64.
     back: Tensor,
@@ -74,15 +83,16 @@ struct Bucket {
 }
 
 /// A stretch of tokens that belongs to the same rows.
-struct Piece {
-    group: usize,
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) group: usize,
     /// The piece's positions in its rows.
-    from: usize,
-    to: usize,
+    pub(super) from: usize,
+    pub(super) to: usize,
     /// Place of the first token in its group.
-    start: usize,
+    pub(super) start: usize,
     /// Places in the group of all tokens up to the piece's end; its own are last.
-    path: Vec<usize>,
+    pub(super) path: Vec<usize>,
 }
 
 impl Packing {
@@ -93,10 +103,7 @@ impl Packing {
         for (group, rows) in groups.iter().enumerate() {
             places.push(grow(&mut pieces, group, rows, share));
         }
-        let size = |group: usize| -> usize {
-            pieces.iter().filter(|piece: &&Piece| piece.group == group).map(|piece| piece.to - piece.from).sum()
-        };
-        let pos = (0..groups.len()).map(size).max().unwrap_or(0);
+        let pos = sizes(&pieces, groups.len()).into_iter().max().unwrap_or(0);
 
         let mut ids = vec![0; groups.len() * pos];
         let mut positions = vec![0; groups.len() * pos];
@@ -111,11 +118,56 @@ impl Packing {
             }
         }
 
+        let in_flat =
+            |group: usize, places: Vec<usize>| places.into_iter().map(|at| (group * pos + at) as i64).collect();
+        let places = places.into_iter().enumerate();
+        let places = places.flat_map(|(group, rows)| rows.into_iter().map(move |row| in_flat(group, row))).collect();
+        let positions = Tensor::f_from_slice(&positions)?.f_view([groups.len() as i64, pos as i64])?;
+        let positions = positions.f_to_device(device)?;
+        Ok((Self { positions, doses, places, pieces, buckets: OnceCell::new() }, ids))
+    }
+
+    /// Causal attention within each row. `q`: `[n, pos, n_heads, d_head]`, `k` and `v`: `[n, pos, n_kv_heads, d_head]`;
+    /// the result is shaped as `q`.
+    pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (_, _, n_heads, d_head) = q.size4()?;
+        let Buckets { buckets, back } = if let Some(made) = self.buckets.get() {
+            made
+        } else {
+            let made = Buckets::of(&self.pieces, &self.positions)?;
+            self.buckets.get_or_init(|| made)
+        };
+        let mut found = Vec::new();
+        for Bucket { queries, keys, mask, n_pieces } in buckets {
+            let heads = |x: &Tensor, at: &Tensor| -> Result<Tensor> {
+                let n = x.size4()?.2;
+                Ok(take(x, at)?.f_view([*n_pieces, -1, n, d_head])?.f_transpose(1, 2)?)
+            };
+            let (q, k, v) = (heads(q, queries)?, heads(k, keys)?, heads(v, keys)?);
+            let z = fused_attention([&q, &k, &v], Some(mask), false, None)?;
+            found.push(z.f_transpose(1, 2)?.f_reshape([-1, n_heads * d_head])?);
+        }
+        let found = if found.len() == 1 { found.remove(0) } else { Tensor::f_cat(&found, 0)? };
+        Ok(embedding(&found, back)?.f_view_as(q)?)
+    }
+}
+
+/// Tokens of `[n, pos, heads, d_head]` by their places, `[places, heads · d_head]`.
+fn take(x: &Tensor, places: &Tensor) -> Result<Tensor> {
+    let (n, pos, heads, d_head) = x.size4()?;
+    embedding(&x.f_reshape([n * pos, heads * d_head])?, places)
+}
+
+impl Buckets {
+    /// `positions`: `[n, pos]`.
+    fn of(pieces: &[Piece], positions: &Tensor) -> Result<Self> {
+        let ((n, pos), device) = (positions.size2()?, positions.device());
+        let (n, pos) = (n as usize, pos as usize);
         let mut by_length: BTreeMap<usize, Vec<&Piece>> = BTreeMap::new();
-        for piece in &pieces {
+        for piece in pieces {
             by_length.entry((piece.to - piece.from).next_power_of_two()).or_default().push(piece);
         }
-        let (mut buckets, mut back, mut before) = (Vec::new(), vec![0; groups.len() * pos], 0);
+        let (mut buckets, mut back, mut before) = (Vec::new(), vec![0; n * pos], 0);
         for pieces in by_length.into_values() {
             let queries = pieces.iter().map(|piece| piece.to - piece.from).max().unwrap_or(0);
             for (at, piece) in pieces.iter().enumerate() {
@@ -126,43 +178,21 @@ impl Packing {
             before += pieces.len() * queries;
             buckets.push(Bucket::of(&pieces, queries, pos, device)?);
         }
-        for (group, back) in back.chunks_mut(pos.max(1)).enumerate() {
+        for (back, size) in back.chunks_mut(pos.max(1)).zip(sizes(pieces, n)) {
             let first = back[0];
-            back[size(group)..].fill(first);
+            back[size..].fill(first);
         }
-
-        let in_flat =
-            |group: usize, places: Vec<usize>| places.into_iter().map(|at| (group * pos + at) as i64).collect();
-        let places = places.into_iter().enumerate();
-        let places = places.flat_map(|(group, rows)| rows.into_iter().map(move |row| in_flat(group, row))).collect();
-        let line = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(device)?) };
-        let positions = line(&positions)?.f_view([groups.len() as i64, pos as i64])?;
-        Ok((Self { positions, doses, places, buckets, back: line(&back)? }, ids))
-    }
-
-    /// Causal attention within each row. `q`: `[n, pos, n_heads, d_head]`, `k` and `v`: `[n, pos, n_kv_heads, d_head]`;
-    /// the result is shaped as `q`.
-    pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (_, _, n_heads, d_head) = q.size4()?;
-        let mut found = Vec::new();
-        for Bucket { queries, keys, mask, n_pieces } in &self.buckets {
-            let heads = |x: &Tensor, at: &Tensor| -> Result<Tensor> {
-                let n = x.size4()?.2;
-                Ok(take(x, at)?.f_view([*n_pieces, -1, n, d_head])?.f_transpose(1, 2)?)
-            };
-            let (q, k, v) = (heads(q, queries)?, heads(k, keys)?, heads(v, keys)?);
-            let z = fused_attention([&q, &k, &v], Some(mask), false)?;
-            found.push(z.f_transpose(1, 2)?.f_reshape([-1, n_heads * d_head])?);
-        }
-        let found = if found.len() == 1 { found.remove(0) } else { Tensor::f_cat(&found, 0)? };
-        Ok(embedding(&found, &self.back)?.f_view_as(q)?)
+        Ok(Self { buckets, back: Tensor::f_from_slice(&back)?.f_to_device(device)? })
     }
 }
 
-/// Tokens of `[n, pos, heads, d_head]` by their places, `[places, heads · d_head]`.
-fn take(x: &Tensor, places: &Tensor) -> Result<Tensor> {
-    let (n, pos, heads, d_head) = x.size4()?;
-    embedding(&x.f_reshape([n * pos, heads * d_head])?, places)
+/// Number of tokens of each group.
+fn sizes(pieces: &[Piece], n_groups: usize) -> Vec<usize> {
+    let mut sizes = vec![0; n_groups];
+    for piece in pieces {
+        sizes[piece.group] += piece.to - piece.from;
+    }
+    sizes
 }
 
 impl Bucket {

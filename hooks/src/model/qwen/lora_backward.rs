@@ -1,8 +1,7 @@
 //! The gradients of a LoRA by a manual backward pass, block by block, instead of libtorch's recorded graph.
 //!
 //! Training needs only losses and their gradients at the adapter's tensors. A manual pass keeps fewer tensors per
-//! block, adds gradients in place, and makes about half as many calls. libtorch's gradients are used only for attention
-//! between projections and output, a hundredth of the arithmetic. Taps, edits and dropout need the recorded graph.
+//! block, adds gradients in place, and makes about half as many calls. Taps, edits and dropout need the recorded graph.
 //!
 //! One forward pass can carry many backward passes at once. Gradients have the shape `[tokens, width]`, or for several
 //! losses `[losses · tokens, width]`, loss by loss. Tensors kept from the forward pass are always `[tokens, width]`.
@@ -12,18 +11,18 @@ use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
+use super::kept::{Around, KeptMix, KeptNorm, by_loss, flat};
 use super::{Attention, Block, Layout, Mlp, Qwen};
 use crate::adapter::dose::{Dose, Doses};
 use crate::adapter::lora::{Adapter, LoraPair};
 use crate::error::{Error, Result};
-use crate::model::layers::{Linear, RmsNorm, Rope};
+use crate::model::layers::Linear;
 use crate::model::loss::{Targets, loss_gradient, losses_and_gradients};
 use crate::model::pass::{Pass, acting};
 use crate::ops::{add_matmul, embedding, matmul, of_kind, wide};
 use crate::profile::{self, Op, Stage};
 use crate::proj::Proj;
 use crate::rows::batch::Batch;
-use crate::taps::tap::Hooks;
 
 /// The gradients at each pair's A and B; for several losses `[losses, ..]`.
 type Found = BTreeMap<(usize, Proj), (Tensor, Tensor)>;
@@ -99,7 +98,7 @@ impl Qwen {
             };
             let at_top = kept.ln_final.backward(&at_normed)?;
             let mut found = Found::new();
-            backward(kept.blocks.into_iter(), at_top, None, &mut found, &mut |_| ())?;
+            backward(kept.blocks.into_iter(), at_top, &kept.tokens, &mut found, &mut |_| ())?;
             let n_parts = lora.parts.map(|parts| parts.size()[0]);
             let found = lora.adapter.map_or_else(|| Ok(vec![]), |adapter| in_order(found, adapter, n_parts))?;
             Ok((losses, found))
@@ -140,11 +139,11 @@ impl Qwen {
                 let (_, layout) = self.begin(&batch, &mut Pass::default())?;
                 let starts = Tensor::f_arange(n, (Kind::Int64, self.device()))?.f_mul_scalar(pos)?.f_unsqueeze(1)?;
                 let of_copies = starts.f_add(&targets.places.f_unsqueeze(0)?)?.f_flatten(0, 1)?;
-                let copies = Copies { n, layout, places: of_copies };
+                let copies = Tokens { copies: Some(n), ..Tokens::of(self, &layout, &of_copies)? };
                 let (mut found, mut resid_post) = (Found::new(), vec![]);
                 let at_top = kept.ln_final.backward(&at_normed)?;
                 let mut seen = |at: &Tensor| resid_post.push(at.shallow_clone());
-                backward(kept.blocks.iter(), at_top, Some(&copies), &mut found, &mut seen)?;
+                backward(kept.blocks.iter(), at_top, &copies, &mut found, &mut seen)?;
                 resid_post.reverse();
                 let by_loss = resid_post.iter().map(|at| Ok(at.f_view([n, -1, self.config.d_model])?));
                 let adapter = adapter.map_or_else(|| Ok(vec![]), |adapter| in_order(found, adapter, Some(n)))?;
@@ -183,6 +182,7 @@ fn in_order(mut found: Found, adapter: &Adapter, n: Option<i64>) -> Result<Vec<T
 struct KeptPass<'m> {
     /// The blocks from the first one that needs gradients.
     blocks: Vec<KeptBlock<'m>>,
+    tokens: Tokens,
     ln_final: KeptNorm<'m>,
     normed: Tensor, // [places, d_model]
 }
@@ -199,9 +199,6 @@ impl<'m> KeptPass<'m> {
         from: Option<usize>,
     ) -> Result<Self> {
         let _stage = profile::stage(Stage::Forward);
-        if batch.packing.is_none() {
-            return Err(Error::invalid("the batch of a backward pass by hand", "a packed one", "one with padding"));
-        }
         let (mut resid, layout) = model.begin(batch, &mut Pass { adapter: lora.adapter, ..Pass::default() })?;
         let acts = |block: &Block| Proj::ALL.into_iter().any(|proj| lora.at(block.layer, proj).is_some());
         let last = model.blocks.len().saturating_sub(1);
@@ -211,24 +208,51 @@ impl<'m> KeptPass<'m> {
             resid = block.forward(resid, &layout, &mut Pass::default())?;
         }
         let mut resid = resid.f_flatten(0, 1)?;
-        let mut blocks = vec![];
+        let (mut blocks, tokens) = (vec![], Tokens::of(model, &layout, places)?);
         for block in above {
             let is_last = block.layer == last;
             let lora_at = if is_last { at.of(lora) } else { lora };
-            let (block, out) = block.forward_kept(&resid, &layout, is_last.then_some(places), (lora, lora_at))?;
+            let (block, out) = block.forward_kept(&resid, &tokens.at(is_last), (lora, lora_at))?;
             blocks.push(block);
             resid = out;
         }
         let (ln_final, normed) = KeptNorm::forward(&model.ln_final, &resid)?;
-        Ok(Self { blocks, ln_final, normed })
+        Ok(Self { blocks, tokens, ln_final, normed })
     }
 }
 
-/// A copy of the row for each loss, for the backward pass of attention.
-struct Copies<'b> {
-    n: i64,
-    layout: Layout<'b>,
-    places: Tensor, // the places in all copies
+/// The tokens of a pass. The last block runs only some places.
+struct Tokens {
+    all: Around,
+    last: Around,
+    places: Tensor,
+    /// For several losses: the tokens are those of as many copies of the one row.
+    copies: Option<i64>,
+}
+
+/// The tokens of a block, and the places that it runs if it is the last.
+struct At<'t> {
+    around: &'t Around,
+    places: Option<&'t Tensor>,
+    copies: Option<i64>,
+}
+
+impl Tokens {
+    fn of(model: &Qwen, layout: &Layout<'_>, places: &Tensor) -> Result<Self> {
+        let packing = layout.placement.packing.ok_or_else(not_packed)?;
+        let all = Around::of(&model.config, &layout.rope, packing)?;
+        let last = all.at_places(&layout.rope, packing, places)?;
+        Ok(Self { all, last, places: places.shallow_clone(), copies: None })
+    }
+
+    fn at(&self, is_last: bool) -> At<'_> {
+        let (around, places) = if is_last { (&self.last, Some(&self.places)) } else { (&self.all, None) };
+        At { around, places, copies: self.copies }
+    }
+}
+
+fn not_packed() -> Error {
+    Error::invalid("the batch of a backward pass by hand", "a packed one", "one with padding")
 }
 
 /// Runs backward through some blocks, from the gradient at the top, `[losses · places, d_model]`. `seen` is called with
@@ -236,14 +260,15 @@ struct Copies<'b> {
 fn backward<'m, B: Borrow<KeptBlock<'m>>>(
     blocks: impl DoubleEndedIterator<Item = B> + ExactSizeIterator,
     mut at_top: Tensor,
-    copies: Option<&Copies<'_>>,
+    tokens: &Tokens,
     found: &mut Found,
     seen: &mut dyn FnMut(&Tensor),
 ) -> Result<()> {
     let _stage = profile::stage(Stage::Backward);
     for (below, block) in blocks.enumerate().rev() {
         seen(&at_top);
-        match block.borrow().backward(&at_top, below > 0, copies, found)? {
+        let block = block.borrow();
+        match block.backward(&at_top, below > 0, &tokens.at(block.is_last), found)? {
             Some(gradient) => at_top = gradient,
             None => break,
         }
@@ -328,20 +353,6 @@ impl<'m> Acting<'m> {
     }
 }
 
-/// Reshapes a gradient of several losses, `[losses · tokens, width]`, to `[losses, tokens, width]`. That of one loss
-/// and that of a stack are returned as they are.
-fn by_loss(at: &Tensor, tokens: i64) -> Result<Tensor> {
-    if at.dim() > 2 || at.size()[0] == tokens {
-        return Ok(at.shallow_clone());
-    }
-    Ok(at.f_view([-1, tokens, at.size()[1]])?)
-}
-
-/// Flattens `[.., width]` to `[all, width]`.
-fn flat(x: &Tensor) -> Result<Tensor> {
-    Ok(x.f_flatten(0, -2)?)
-}
-
 /// The activation as a product with `linear`'s weight takes it: on a CPU rounded, if the weight is bf16. All maps of a
 /// block take the same kind, so an activation is rounded once, and kept so.
 fn taken(x: &Tensor, linear: &Linear) -> Result<Tensor> {
@@ -352,6 +363,11 @@ fn taken(x: &Tensor, linear: &Linear) -> Result<Tensor> {
 /// on a CPU a product of bf16 numbers is f32 itself.
 fn kind_of_factors(x: &Tensor) -> Kind {
     if x.device() == Device::Cpu { x.kind() } else { wide(x.kind()) }
+}
+
+/// [`matmul`] of `x` with a z of few columns, as `(zᵀ xᵀ)ᵀ`: of 8 columns, this takes a CPU half the time.
+fn few_columns(x: &Tensor, z: &Tensor) -> Result<Tensor> {
+    Ok(matmul(&z.f_transpose(-2, -1)?, &x.f_transpose(-2, -1)?)?.f_transpose(-2, -1)?)
 }
 
 /// A linear map with the tensors that its backward pass needs besides the input.
@@ -370,7 +386,7 @@ impl<'m> KeptLinear<'m> {
         let span = profile::op(Op::Lora);
         let pair = acting.pair;
         let (a, b) = (of_kind(&pair.a, kind)?.f_transpose(-2, -1)?, of_kind(&pair.b, kind)?.f_transpose(-2, -1)?);
-        let bottleneck = acting.scale(matmul(&pair.by_student(&of_kind(x, kind)?)?, &a)?)?;
+        let bottleneck = acting.scale(few_columns(&pair.by_student(&of_kind(x, kind)?)?, &a)?)?;
         if y.kind() == wide {
             add_matmul(&mut pair.by_student(&y)?, &bottleneck, &b)?;
         } else {
@@ -415,8 +431,8 @@ impl<'m> KeptLinear<'m> {
         let (a, b, x) = (of_kind(&pair.a, kind)?, of_kind(&pair.b, kind)?, of_kind(x, kind)?);
         let tokens = x.size()[0];
         let at_y = by_loss(&pair.by_student(&of_kind(&at_y, kind)?)?, tokens)?;
-        let at_b = matmul(&at_y.f_transpose(-2, -1)?, &acting.by_part(bottleneck)?)?;
-        let at_bottleneck = acting.scale(matmul(&at_y, &b)?)?;
+        let at_b = few_columns(&at_y.f_transpose(-2, -1)?, &acting.by_part(bottleneck)?)?;
+        let at_bottleneck = acting.scale(few_columns(&at_y, &b)?)?;
         let at_a = matmul(&acting.by_part(&at_bottleneck)?.f_transpose(-2, -1)?, &pair.by_student(&x)?)?;
         if let Some(at_x) = &mut at_x {
             let at_bottleneck = if a.dim() == 2 { flat(&at_bottleneck)? } else { at_bottleneck };
@@ -440,44 +456,16 @@ impl<'m> KeptLinear<'m> {
     }
 }
 
-/// A norm with the normalised input, x / √(mean(x²) + eps), and the divisor, both in f32 or wider.
-struct KeptNorm<'m> {
-    norm: &'m RmsNorm,
-    normalized: Tensor, // [tokens, width]
-    scale: Tensor,      // [tokens, 1]
-}
-
-impl<'m> KeptNorm<'m> {
-    fn forward(norm: &'m RmsNorm, x: &Tensor) -> Result<(Self, Tensor)> {
-        let (scale, wide) = norm.scale(x)?;
-        let normalized = wide.f_div(&scale)?;
-        let y = normalized.f_to_kind(x.kind())?.f_mul(&norm.weight)?;
-        Ok((Self { norm, normalized, scale }, y))
-    }
-
-    /// ∂/∂x from ∂/∂y: with n = x / scale and g = ∂/∂y ⊙ weight it is (g − n · mean(g ⊙ n)) / scale.
-    fn backward(&self, at_y: &Tensor) -> Result<Tensor> {
-        let at_y = by_loss(at_y, self.scale.size()[0])?;
-        let at_n = at_y.f_mul(&self.norm.weight)?.f_to_kind(self.normalized.kind())?;
-        let mean = at_n.f_mul(&self.normalized)?.f_mean_dim(-1, true, at_n.kind())?;
-        let at_x = at_n.f_addcmul(&self.normalized, &mean.f_neg()?)?.f_div_(&self.scale)?;
-        flat(&at_x.f_to_kind(at_y.kind())?)
-    }
-}
-
-/// Attention with its input `x` and the heads' outputs `z`, which have libtorch's graph back to queries, keys and
-/// values.
+/// Attention with its input `x` and the heads' outputs `z`.
 struct KeptAttention<'m> {
-    attention: &'m Attention,
     q: KeptLinear<'m>,
     k: KeptLinear<'m>,
     v: KeptLinear<'m>,
     o: KeptLinear<'m>,
-    inputs: [Tensor; 3], // q, k, v after the projections, [tokens, heads · d_head]
-    x: Tensor,           // [tokens, d_model]
-    x_of_q: Tensor,      // x, only at the places if there are some
-    z: Tensor,           // [places or tokens, n_heads · d_head]
-    places: Option<Tensor>,
+    mix: KeptMix<'m>,
+    x: Tensor,      // [tokens, d_model]
+    x_of_q: Tensor, // x, only at the places if there are some
+    z: Tensor,      // [places or tokens, n_heads · d_head]
 }
 
 impl<'m> KeptAttention<'m> {
@@ -485,94 +473,38 @@ impl<'m> KeptAttention<'m> {
     fn forward(
         attention: &'m Attention,
         x: &Tensor,
-        layout: &Layout<'_>,
-        places: Option<&Tensor>,
+        at: &At<'_>,
         (lora, lora_at): (Lora<'m>, Lora<'m>),
     ) -> Result<(Self, Tensor)> {
         let x = taken(x, &attention.q)?;
-        let x_of_q = places.map_or_else(|| Ok(x.shallow_clone()), |places| embedding(&x, places))?;
+        let x_of_q = at.places.map_or_else(|| Ok(x.shallow_clone()), |places| embedding(&x, places))?;
         let (q, of_q) = KeptLinear::forward(&attention.q, &x_of_q, lora_at)?;
         let (k, of_k) = KeptLinear::forward(&attention.k, &x, lora)?;
         let (v, of_v) = KeptLinear::forward(&attention.v, &x, lora)?;
-        let inputs =
-            [of_q.f_set_requires_grad(true)?, of_k.f_set_requires_grad(true)?, of_v.f_set_requires_grad(true)?];
-        let z = tch::with_grad(|| attention.mix(&inputs, layout, places))?;
-        let (o, out) = KeptLinear::forward(&attention.o, &taken(&z.f_detach()?, &attention.o)?, lora_at)?;
-        let places = places.map(Tensor::shallow_clone);
-        Ok((Self { attention, q, k, v, o, inputs, x, x_of_q, z, places }, out))
+        let norms = [attention.q_norm.as_ref(), attention.k_norm.as_ref()];
+        let (mix, z) = KeptMix::forward([&of_q, &of_k, &of_v], norms, at.around)?;
+        let z = taken(&z, &attention.o)?;
+        let (o, out) = KeptLinear::forward(&attention.o, &z, lora_at)?;
+        Ok((Self { q, k, v, o, mix, x, x_of_q, z }, out))
     }
 
     fn acts(&self) -> bool {
         [&self.q, &self.k, &self.v, &self.o].into_iter().any(KeptLinear::acts)
     }
 
-    /// The places, in all losses' copies if there are copies.
-    fn places<'p>(&'p self, copies: Option<&'p Copies<'_>>) -> Option<&'p Tensor> {
-        self.places.as_ref().map(|places| copies.map_or(places, |copies| &copies.places))
-    }
-
     /// Returns ∂/∂x if it is wanted.
-    fn backward(
-        &self,
-        at_out: &Tensor,
-        wanted: bool,
-        copies: Option<&Copies<'_>>,
-        found: &mut Found,
-    ) -> Result<Option<Tensor>> {
+    fn backward(&self, at_out: &Tensor, wanted: bool, at: &At<'_>, found: &mut Found) -> Result<Option<Tensor>> {
         let before = wanted || [&self.q, &self.k, &self.v].into_iter().any(KeptLinear::acts);
-        let z = taken(&self.z.f_detach()?, self.o.linear)?;
-        let Some(at_z) = self.o.backward(at_out, &z, before, None, found)? else { return Ok(None) };
-        let [at_q, at_k, at_v] = self.at_inputs(&at_z, copies)?;
+        let Some(at_z) = self.o.backward(at_out, &self.z, before, None, found)? else { return Ok(None) };
+        let [at_q, at_k, at_v] = self.mix.backward(&at_z, at.around, at.copies)?;
         let at_x = self.k.backward(&at_k, &self.x, wanted, None, found)?;
         let at_x = self.v.backward(&at_v, &self.x, wanted, at_x, found)?;
-        let Some(places) = self.places(copies) else {
+        let Some(places) = at.places else {
             return self.q.backward(&at_q, &self.x_of_q, wanted, at_x, found);
         };
         let of_q = self.q.backward(&at_q, &self.x_of_q, wanted, None, found)?;
         let (Some(mut at_x), Some(of_q)) = (at_x, of_q) else { return Ok(None) };
         Ok(Some(at_x.f_index_add_(0, places, &of_q)?))
-    }
-
-    /// The gradients at queries, keys and values from the gradient at z, by libtorch.
-    fn at_inputs(&self, at_z: &Tensor, copies: Option<&Copies<'_>>) -> Result<[Tensor; 3]> {
-        let _span = profile::backward();
-        let of = |z: &Tensor, inputs: &[Tensor; 3]| {
-            let scalar = z.f_mul(at_z)?.f_sum(at_z.kind())?;
-            let mut found = Tensor::f_run_backward(&[scalar], inputs, false, false)?.into_iter();
-            Ok([(); 3].map(|()| found.next().unwrap_or_else(Tensor::new)))
-        };
-        tch::with_grad(|| {
-            let Some(Copies { n, layout, .. }) = copies else { return of(&self.z, &self.inputs) };
-            let mut inputs = [(); 3].map(|()| Tensor::new());
-            for (copied, one) in inputs.iter_mut().zip(&self.inputs) {
-                *copied = one.f_detach()?.f_repeat([*n, 1])?.f_set_requires_grad(true)?;
-            }
-            of(&self.attention.mix(&inputs, layout, self.places(copies))?, &inputs)
-        })
-    }
-}
-
-impl Attention {
-    /// Runs `attend` on queries, keys and values in the projections' shape, `[places or tokens, heads · d_head]`, which
-    /// is also the result's.
-    fn mix(&self, [q, k, v]: &[Tensor; 3], layout: &Layout<'_>, places: Option<&Tensor>) -> Result<Tensor> {
-        let Layout { rope, placement } = layout;
-        let batch = placement.positions.size()[0];
-        let heads = |x: &Tensor, lines: i64, n: i64| x.f_view([lines, -1, n, self.d_head]);
-        let turned = |x: Tensor, norm: Option<&RmsNorm>, rope: &Rope| {
-            let x = norm.map_or_else(|| Ok(x.shallow_clone()), |norm| norm.forward(&x))?;
-            rope.rotate(&x)
-        };
-        let k = turned(heads(k, batch, self.n_kv_heads)?, self.k_norm.as_ref(), rope)?;
-        let v = heads(v, batch, self.n_kv_heads)?;
-        let Some(places) = places else {
-            let q = turned(heads(q, batch, self.n_heads)?, self.q_norm.as_ref(), rope)?;
-            let z = self.attend([&q, &k, &v], placement, &mut Hooks::default())?;
-            return Ok(z.f_reshape([-1, self.n_heads * self.d_head])?);
-        };
-        let q = turned(heads(q, 1, self.n_heads)?, self.q_norm.as_ref(), &rope.at_places(places)?)?;
-        let z = self.attend_at([&q, &k, &v], placement, places)?;
-        Ok(z.f_squeeze_dim(0)?)
     }
 }
 
@@ -619,6 +551,7 @@ struct KeptBlock<'m> {
     attention: KeptAttention<'m>,
     ln2: KeptNorm<'m>,
     mlp: KeptMlp<'m>,
+    is_last: bool,
 }
 
 impl Block {
@@ -627,38 +560,31 @@ impl Block {
     fn forward_kept<'m>(
         &'m self,
         resid_pre: &Tensor,
-        layout: &Layout<'_>,
-        places: Option<&Tensor>,
+        at: &At<'_>,
         (lora, lora_at): (Lora<'m>, Lora<'m>),
     ) -> Result<(KeptBlock<'m>, Tensor)> {
         let (ln1, normed) = KeptNorm::forward(&self.ln1, resid_pre)?;
-        let (attention, out) = KeptAttention::forward(&self.attention, &normed, layout, places, (lora, lora_at))?;
-        let resid_mid = match places {
+        let (attention, out) = KeptAttention::forward(&self.attention, &normed, at, (lora, lora_at))?;
+        let resid_mid = match at.places {
             Some(places) => embedding(resid_pre, places)?.f_add_(&out)?,
             None => out.f_add(resid_pre)?,
         };
         let (ln2, normed) = KeptNorm::forward(&self.ln2, &resid_mid)?;
         let (mlp, mut out) = KeptMlp::forward(&self.mlp, &normed, lora_at)?;
         let resid_post = out.f_add_(&resid_mid)?;
-        Ok((KeptBlock { ln1, attention, ln2, mlp }, resid_post))
+        Ok((KeptBlock { ln1, attention, ln2, mlp, is_last: at.places.is_some() }, resid_post))
     }
 }
 
 impl KeptBlock<'_> {
     /// Returns `∂/∂resid_pre` from `∂/∂resid_post` if gradients are needed in blocks `below`.
-    fn backward(
-        &self,
-        at_post: &Tensor,
-        below: bool,
-        copies: Option<&Copies<'_>>,
-        found: &mut Found,
-    ) -> Result<Option<Tensor>> {
-        let Self { ln1, attention, ln2, mlp } = self;
+    fn backward(&self, at_post: &Tensor, below: bool, at: &At<'_>, found: &mut Found) -> Result<Option<Tensor>> {
+        let Self { ln1, attention, ln2, mlp, .. } = self;
         let Some(at_normed) = mlp.backward(at_post, below || attention.acts(), found)? else { return Ok(None) };
         let at_mid = ln2.backward(&at_normed)?.f_add_(at_post)?;
-        let Some(at_normed) = attention.backward(&at_mid, below, copies, found)? else { return Ok(None) };
+        let Some(at_normed) = attention.backward(&at_mid, below, at, found)? else { return Ok(None) };
         let mut at_pre = ln1.backward(&at_normed)?;
-        Ok(Some(match attention.places(copies) {
+        Ok(Some(match at.places {
             Some(places) => at_pre.f_index_add_(0, places, &at_mid)?,
             None => at_pre.f_add_(&at_mid)?,
         }))
