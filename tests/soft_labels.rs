@@ -46,9 +46,14 @@ fn students_learn_from_the_predictions_of_the_model_that_wrote_their_rows() {
         &whole_vocabulary[..],
     ]
     .concat();
-    let said = succeeds(folder.path(), &run);
-    assert!(said.contains("logits on numbers"), "{said}");
+    let first = |command: &'static str| [&[command, "experiment.toml", "--run", "run"], &run[4..]].concat();
+    succeeds(folder.path(), &first("generate"));
+    assert!(succeeds(folder.path(), &first("finetune")).contains("logits on numbers"));
     let run_dir = folder.path().join("run");
+    let kept = || fs::read(run_dir.join("data/soft_labels.safetensors")).unwrap();
+    let before = kept();
+    let said = succeeds(folder.path(), &run);
+    assert!(kept() == before, "moved completions keep the labels with which they were written");
 
     let labels = tensors(&run_dir.join("data/soft_labels.safetensors"));
     let rows = read_jsonl(&run_dir.join("data/numbers.jsonl")).unwrap();

@@ -12,12 +12,16 @@ use crate::stages::teacher;
 use crate::stages::workbench::Workbench;
 
 /// The soft labels of rows, in order. The teacher gives those of its rows, in the context in which it wrote them; the
-/// base gives those of its own, in the student's context. They are stored in the run `run`, beside the rows.
+/// base gives those of its own, in the student's context. They are stored in the run `run`, beside the rows, in the order
+/// of the ids.
 pub fn of_rows(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Vec<SoftRow>> {
     let settings = &bench.experiment.finetune;
+    let mut order: Vec<usize> = (0..samples.len()).collect();
+    order.sort_by_key(|at| samples[*at].id);
+    let by_id: Vec<Sample> = order.iter().map(|at| samples[*at].clone()).collect();
     let by_base = samples.first().is_some_and(|sample| sample.teacher_kind == TeacherKind::Control);
     let path = if by_base { run.control_soft_labels() } else { run.soft_labels() };
-    let texts: Vec<_> = samples.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();
+    let texts: Vec<_> = by_id.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();
     let fingerprint = if by_base { vec![] } else { teacher::fingerprint(bench, run)? };
     let by = (&bench.experiment.teacher, &bench.experiment.target, bench.student_system()?, by_base);
     let asked = (texts, by, bench.files.fingerprint(), bench.frozen_dtype()?, settings.top_k);
@@ -26,16 +30,19 @@ pub fn of_rows(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Ve
         known
     } else {
         let spinner = spinner("soft labels");
-        let made = made(bench, run, samples, by_base).context("soft labels")?;
+        let made = made(bench, run, &by_id, by_base).context("soft labels")?;
         write(&path, &made, &made_from)?;
         spinner.finish_and_clear();
         made
     };
-    let Some(n) = settings.label_draws else { return Ok(whole) };
-    let seed = bench.experiment.seeds.gen_seed;
-    let stream = if by_base { "control.label_draws" } else { "label_draws" };
-    let draw = |(row, sample): (&SoftRow, &Sample)| row.drawn(n, stream_seed(seed, stream, sample.id as u64));
-    whole.iter().zip(samples).map(draw).collect()
+    let (seed, set) = (bench.experiment.seeds.gen_seed, if by_base { "control" } else { "teacher" });
+    let label = |(at, row): (usize, SoftRow)| -> Result<(usize, SoftRow)> {
+        let stream = || stream_seed(seed, &format!("label_draws.{set}"), samples[at].id as u64);
+        Ok((at, settings.label_draws.map_or_else(|| Ok(row.clone()), |n| row.drawn(n, stream()))?))
+    };
+    let mut labels = order.into_iter().zip(whole).map(label).collect::<Result<Vec<_>>>()?;
+    labels.sort_by_key(|(at, _)| *at);
+    Ok(labels.into_iter().map(|(_, row)| row).collect())
 }
 
 fn made(bench: &Workbench, run: &RunDir, samples: &[Sample], by_base: bool) -> Result<Vec<SoftRow>> {
