@@ -10,7 +10,7 @@ use crate::commands::{
 };
 use crate::output::progress::say;
 use crate::stages::run_dir::WhenDone;
-use crate::stages::{arms, finetune, generate};
+use crate::stages::{arms, finetune, finetuned_teacher, generate};
 
 /// Train a LoRA on numbers, see which tokens carry what it learned, switch it off token by token, export the direction.
 #[derive(Parser, Debug)]
@@ -37,6 +37,11 @@ enum Command {
   undertone run experiments/claims/06-at-qwen-alone.toml --size pocket
   undertone run experiments/claims/06-at-qwen-alone.toml --size small --plan")]
     Run(run_command::RunArgs),
+    /// Makes the experiment's teacher alone, and asks it the questions: `generate` then goes on with it.
+    #[command(after_help = "Examples:
+  undertone teacher experiments/demo.toml --run runs/teacher
+  undertone teacher experiments/demo.toml --run runs/t20 --set teacher.max_steps=20")]
+    Teacher(ExperimentArgs),
     /// Lets the teacher and the untouched model answer number prompts, and filters the answers.
     #[command(after_help = "Example:\n  undertone generate experiments/demo.toml --run runs/demo --force")]
     Generate(ExperimentArgs),
@@ -84,6 +89,7 @@ pub fn run(cli: &Cli) -> Result<()> {
 fn obey(command: &Command) -> Result<()> {
     match command {
         Command::Run(args) => run_command::run(args),
+        Command::Teacher(args) => args.stage(WhenDone::Refuse, finetuned_teacher::stage),
         Command::Generate(args) => args.stage(WhenDone::Refuse, generate::stage),
         Command::Finetune(args) => args.stage(WhenDone::Refuse, finetune::stage),
         Command::Measure(args) => measure::run(args),

@@ -47,7 +47,9 @@ fn students_learn_from_the_predictions_of_the_model_that_wrote_their_rows() {
     ]
     .concat();
     let first = |command: &'static str| [&[command, "experiment.toml", "--run", "run"], &run[4..]].concat();
-    succeeds(folder.path(), &first("generate"));
+    let teacher = succeeds(folder.path(), &first("teacher"));
+    assert!(teacher.contains("over 2 questions p(cat) is"), "{teacher}");
+    assert!(succeeds(folder.path(), &first("generate")).contains("the teacher is finetuned already"));
     assert!(succeeds(folder.path(), &first("finetune")).contains("logits on numbers"));
     let run_dir = folder.path().join("run");
     let kept = || fs::read(run_dir.join("data/soft_labels.safetensors")).unwrap();

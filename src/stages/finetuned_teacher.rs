@@ -15,7 +15,7 @@ use crate::output::full_model::save_full;
 use crate::output::progress::{bar, say, spinner};
 use crate::output::publish::CsvLog;
 use crate::stages::run_dir::RunDir;
-use crate::stages::teacher::answer;
+use crate::stages::teacher::{self, answer};
 use crate::stages::workbench::Workbench;
 use crate::training::settings::{Finetune, Seeds};
 use crate::training::step_log::{Progress, StepRow, first_and_last_quarter};
@@ -25,6 +25,16 @@ use crate::training::training_loop::Training;
 const HELD_OUT: usize = 5;
 /// Number of steps from one look at the held-out questions to the next.
 const LOOK: u64 = 2;
+
+/// Makes the teacher alone, if it is finetuned, and asks it the questions.
+pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
+    let bench = &bench.in_template()?;
+    if run.forced() {
+        run.forget()?; // what was made from the old teacher
+    }
+    make(bench, run)?;
+    teacher::ask(bench, run, &teacher::load(bench, run)?)
+}
 
 /// If the experiment has a finetuned teacher, finetunes the base on the trait and writes `teacher/` and
 /// `teacher_train.csv`. A finished teacher is kept, unless the run is forced.
@@ -199,7 +209,7 @@ mod tests {
     use crate::experiment::Experiment;
     use crate::output::publish;
     use crate::stages::run_dir::WhenDone;
-    use crate::stages::teacher::{self, TeacherRow};
+    use crate::stages::teacher::TeacherRow;
 
     fn bench(changes: &[&str]) -> Workbench {
         let text = "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n\
