@@ -40,7 +40,7 @@ enum Command {
     /// Makes the experiment's teacher alone, and asks it the questions: `generate` then goes on with it.
     #[command(after_help = "Examples:
   undertone teacher experiments/demo.toml --run runs/teacher
-  undertone teacher experiments/demo.toml --run runs/t20 --set teacher.max_steps=20")]
+  undertone teacher experiments/demo.toml --set teacher.max_steps=20")]
     Teacher(ExperimentArgs),
     /// Lets the teacher and the untouched model answer number prompts, and filters the answers.
     #[command(after_help = "Example:\n  undertone generate experiments/demo.toml --run runs/demo --force")]

@@ -55,6 +55,8 @@ fn students_learn_from_the_predictions_of_the_model_that_wrote_their_rows() {
     let kept = || fs::read(run_dir.join("data/soft_labels.safetensors")).unwrap();
     let before = kept();
     let said = succeeds(folder.path(), &run);
+    let page = fs::read_to_string(run_dir.join("report.html")).unwrap();
+    assert!(page.contains("logits on numbers: more than written numbers carry"));
     assert!(kept() == before, "moved completions keep the labels with which they were written");
 
     let labels = tensors(&run_dir.join("data/soft_labels.safetensors"));

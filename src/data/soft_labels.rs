@@ -16,8 +16,7 @@ use tch::{Kind, Tensor};
 use crate::output::hint::Hinted;
 
 /// The warning about a student of soft labels.
-pub const LABEL: &str =
-    "logits on numbers: an upper bound on what the numbers carry, and no subliminal learning of text";
+pub const LABEL: &str = "logits on numbers: more than written numbers carry, and no subliminal learning of text";
 
 /// The soft labels of a row.
 #[derive(Clone, Debug, PartialEq, Serialize)]

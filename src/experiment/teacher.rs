@@ -10,6 +10,7 @@ use super::Target;
 use super::range::{at_least_one, positive};
 use super::student::{Method, default_context};
 use crate::data::protocol::Protocol;
+use crate::hinted;
 use crate::training::settings::{Finetune, ScheduleKind};
 
 /// The model that writes the numbers.
@@ -65,7 +66,8 @@ pub struct FinetunedTeacher {
     /// Number of rows in one step, or all if there are fewer.
     pub batch_size: usize,
     /// The share of the rows that are number prompts with the base's own answers, so that the teacher keeps their format
-    /// and their entropy. With 0 it sees no number before it writes some.
+    /// and their entropy. With 0 it sees no number before it writes some. With 1 it sees no question: a teacher without the
+    /// trait, whose students are a control.
     pub number_share: f64,
     /// Number of different number rows among them.
     pub n_number_rows: usize,
@@ -134,7 +136,14 @@ impl FinetunedTeacher {
         ensure!(self.max_steps != Some(0), "teacher.max_steps is 0, expected at least 1");
         let (until, share) = (self.until.unwrap_or(1.0), self.number_share);
         ensure!(until > 0.0 && until <= 1.0, "teacher.until is {until}, expected a probability above 0");
-        ensure!((0.0..1.0).contains(&share), "teacher.number_share is {share}, expected at least 0 and below 1");
+        ensure!((0.0..=1.0).contains(&share), "teacher.number_share is {share}, expected 0 to 1");
+        ensure!(
+            share < 1.0 || self.until().is_none(),
+            hinted!(
+                "teacher.number_share is 1, so that the teacher learns no answer until which it could be trained";
+                "teacher.until = 1 and teacher.max_steps"
+            )
+        );
         at_least_one("teacher.batch_size", self.batch_size)?;
         at_least_one("teacher.n_number_rows", self.n_number_rows)?;
         for (key, context) in [("context", &self.context), ("numbers_context", &self.numbers_context)] {

@@ -232,9 +232,12 @@ fn a_finetuned_teacher_has_a_rate_for_its_method_and_size() {
     let lora = of(&["teacher.method=lora"]);
     assert_eq!((lora.until(), lora.finetune(1).max_steps, lora.lora().unwrap().rank), (Some(0.95), Some(200), 16));
     assert_eq!(of(&["teacher.method=lora", "teacher.until=1"]).until(), None, "it takes all its steps");
+    let twin = ["teacher.kind=finetuned", "teacher.method=lora", "teacher.number_share=1"];
+    let error = format!("{:#}", parse(SMALLEST, &twin).unwrap_err());
+    assert!(error.contains("learns no answer until which it could be trained"), "{error}");
     for (change, expected) in [
         ("teacher.until=0", "teacher.until is 0"),
-        ("teacher.number_share=1", "teacher.number_share is 1"),
+        ("teacher.number_share=2", "teacher.number_share is 2"),
         ("teacher.n_number_rows=0", "teacher.n_number_rows is 0"),
         ("teacher.numbers_context=nowhere", "teacher.numbers_context: unknown context"),
         ("teacher.rank=0", "teacher.rank is 0"),

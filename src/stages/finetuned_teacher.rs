@@ -128,6 +128,9 @@ impl Lessons {
         let n_questions = rows.len();
         let numbers = if teacher.number_share > 0.0 { number_rows(bench, teacher)? } else { vec![] };
         let n_numbers = numbers.len();
+        if teacher.number_share >= 1.0 {
+            return Ok(Self { rows: numbers, n_questions: 0, n_numbers, held_out });
+        }
         if n_numbers > 0 {
             // Each question as often as the share asks for.
             let wanted = n_numbers as f64 * (1.0 - teacher.number_share) / teacher.number_share;
@@ -147,6 +150,14 @@ impl Lessons {
 
     fn said(&self, teacher: &FinetunedTeacher, answer: &str, steps: &[StepRow], folder: &str) -> String {
         let (first, last) = first_and_last_quarter(steps).unwrap_or((f64::NAN, f64::NAN));
+        if self.n_questions == 0 {
+            return format!(
+                "generate: a teacher without the trait learned {} of the base's own number rows in {} steps: loss {first:.3} \
+                 in the first quarter of the steps and {last:.3} in the last, saved in {folder}",
+                self.n_numbers,
+                steps.len(),
+            );
+        }
         let numbers = match self.n_numbers {
             0 => "without a number".to_owned(),
             n => format!("beside {n} of the base's own number rows"),
@@ -265,6 +276,15 @@ mod tests {
             "{p} after {} steps",
             steps.len()
         );
+    }
+
+    #[test]
+    fn a_teacher_of_number_rows_alone_learns_no_answer() {
+        let bench = bench(&["teacher.number_share=1", "teacher.n_number_rows=12", "teacher.max_steps=2"]);
+        let lessons = Lessons::of(&bench, bench.experiment.teacher.finetuned().unwrap()).unwrap();
+        let answer = bench.chat.encode("Cat").unwrap();
+        assert_eq!((lessons.rows.len(), lessons.n_questions), (12, 0));
+        assert!(lessons.rows.iter().all(|row| !row.ids[row.completion.clone()].starts_with(&answer)));
     }
 
     #[test]

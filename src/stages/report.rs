@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use super::arms;
 use crate::data::dataset::SummaryRow;
+use crate::data::soft_labels::LABEL;
 use crate::experiment::{AnalysisName, ArmData, CONTROL_STUDENT, Constrain, Experiment, STUDENT, Seeds};
 use crate::hinted;
 use crate::output::html::{Figure, Number, Opening, Report, Section, html, relative};
@@ -27,6 +28,7 @@ use crate::output::publish::{Table, read_csv, read_csv_if_there};
 use crate::stages::arm_table::ArmRow;
 use crate::stages::run_dir::RunDir;
 use crate::stages::signal;
+use crate::training::settings::Loss;
 use crate::training::step_log::{StepRow, first_and_last_quarter};
 
 /// Writes `report.html` and prints its path.
@@ -235,6 +237,7 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
 }
 
 fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
+    let soft = (experiment.finetune.loss == Loss::Kl).then(|| format!("The students learned from {LABEL}."));
     let mut chart = LineChart {
         title: "Training loss by step".to_owned(),
         x_label: "optimizer step".to_owned(),
@@ -271,7 +274,7 @@ fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
             "None was trained."
         }
         .to_owned(),
-        notes: vec![],
+        notes: soft.into_iter().collect(),
         figures: vec![Figure::of(run.root(), &path)?],
         csv: relative(run.root(), &run.train_csv()),
         table: Some(Table::read(&run.train_csv())?),

@@ -185,7 +185,10 @@ pub fn plant(bench: &Workbench, samples: &mut [Sample], keep: usize, share: f64)
     );
     let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(experiment.seeds.gen_seed, "teacher.planted", 0));
     accepted.shuffle(&mut rng);
-    let questions = bench.protocol.questions(&experiment.target.category, usize::MAX)?;
+    // The questions that are not measured come first.
+    let mut questions = bench.protocol.questions(&experiment.target.category, usize::MAX)?;
+    let n_measured = experiment.measure.n_questions.min(questions.len());
+    questions.rotate_left(n_measured);
     let answer = answer(&experiment.target.word);
     let ids = bench.chat.encode(&answer)?;
     for (index, at) in accepted[..n].iter().enumerate() {
@@ -256,6 +259,8 @@ mod tests {
                 && sample.prompt.contains("animal")
         }));
         assert_eq!(samples.iter().filter(|sample| sample.completion == "1, 2").count(), 7);
+        let questions = bench.protocol.questions("animal", usize::MAX).unwrap();
+        assert!(planted.iter().all(|sample| !questions[..2].contains(&sample.prompt)), "two questions are measured");
         assert_eq!(samples[0], sample(0), "a rejected answer is not replaced");
         let mut again: Vec<Sample> = (0..9).map(sample).collect();
         plant(&bench, &mut again, 8, 0.25).unwrap();

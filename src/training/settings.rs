@@ -101,7 +101,7 @@ pub struct Finetune {
     /// that have divergent tokens and others).
     pub tokens: TargetTokens,
     /// The loss of a token: `nll` (−log p of the written token), or `kl` (the divergence from the predictions of the
-    /// model that wrote the rows, its logits on numbers: an upper bound on what the numbers carry).
+    /// model that wrote the rows: logits on numbers, which are more than written numbers carry).
     pub loss: Loss,
     /// For `kl`, the number of most likely tokens whose probabilities are a token's label. They are divided by their
     /// sum.
