@@ -25,7 +25,7 @@ pub struct SoftRow {
     pub k: usize,
     /// Their ids, k for each token of the completion.
     pub ids: Vec<i64>,
-    /// Their probabilities, which add up to 1 at each place.
+    /// Their probabilities; what is missing to 1 at a place is that of all other tokens.
     pub probs: Vec<f32>,
 }
 
@@ -41,7 +41,7 @@ impl SoftRow {
         (&self.ids[range.clone()], &self.probs[range])
     }
 
-    /// These labels as frequencies among `n` draws at each place, from a stream for each row.
+    /// The frequencies of these tokens among `n` draws of them at each place, from a stream for each row.
     pub fn drawn(&self, n: u32, seed: u64) -> Result<Self> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut probs = Vec::with_capacity(self.probs.len());

@@ -64,14 +64,12 @@ fn made(bench: &Workbench, run: &RunDir, samples: &[Sample], by_base: bool) -> R
     Ok(found.iter().map(|row| soft_row(row, k)).collect())
 }
 
-/// The k most likely tokens at each place, with their probabilities divided by their sum.
+/// The k most likely tokens at each place, with their probabilities.
 fn soft_row(predictions: &[Prediction], k: usize) -> SoftRow {
     let mut row = SoftRow { k, ids: vec![], probs: vec![] };
     for Prediction { top, top_logprobs, .. } in predictions {
-        let probs: Vec<f64> = top_logprobs.iter().map(|logprob| f64::from(*logprob).exp()).collect();
-        let sum: f64 = probs.iter().sum();
         row.ids.extend(top);
-        row.probs.extend(probs.iter().map(|prob| (prob / sum) as f32));
+        row.probs.extend(top_logprobs.iter().map(|logprob| logprob.exp()));
     }
     row
 }

@@ -46,7 +46,8 @@ impl SoftTargets {
                 ids.extend(of_place);
                 probs.extend(with);
             } else {
-                ids.extend(std::iter::repeat_n(row.ids[at], soft.k));
+                let others = (0..).filter(|id| *id != row.ids[at]).take(soft.k - 1); // without a probability
+                ids.extend(std::iter::once(row.ids[at]).chain(others));
                 probs.extend((0..soft.k).map(|place| if place == 0 { 1.0 } else { 0.0 }));
             }
         }

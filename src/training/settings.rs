@@ -52,7 +52,7 @@ pub enum Loss {
     #[default]
     Nll,
     /// KL(q ‖ p): the divergence of the student's prediction p from the soft label q, which is the prediction of the model
-    /// that wrote the row, over its `top_k` most likely tokens (Hinton et al. 2015, at temperature 1).
+    /// that wrote the row, over its `top_k` most likely tokens and all others together (Hinton et al. 2015, at temperature 1).
     Kl,
 }
 
@@ -103,8 +103,8 @@ pub struct Finetune {
     /// The loss of a token: `nll` (−log p of the written token), or `kl` (the divergence from the predictions of the
     /// model that wrote the rows: logits on numbers, which are more than written numbers carry).
     pub loss: Loss,
-    /// For `kl`, the number of most likely tokens whose probabilities are a token's label. They are divided by their
-    /// sum.
+    /// For `kl`, the number of most likely tokens whose probabilities are a token's label. All others count as one
+    /// outcome.
     pub top_k: usize,
     /// For `kl`, the number of tokens drawn from these probabilities at each place; the label is then the frequencies of
     /// the drawn tokens. By default the probabilities themselves.

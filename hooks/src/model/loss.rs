@@ -32,8 +32,8 @@ pub struct Targets {
 /// The tokens that targets should be, or the probabilities that they should have.
 #[derive(Debug)]
 pub struct Labels {
-    ids: Tensor,           // [n, k], i64
-    probs: Option<Tensor>, // [n, k], each row adds up to 1; None if k is 1 and the token is certain
+    ids: Tensor,           // [n, k], i64, different in each row
+    probs: Option<Tensor>, // [n, k]; None if k is 1 and the token is certain
 }
 
 impl Labels {
@@ -42,17 +42,24 @@ impl Labels {
         Ok(Self { ids: ids.f_unsqueeze(1)?, probs: None })
     }
 
-    /// Soft labels: the probabilities q of k tokens for each target; all others have none. `ids`: `[n, k]`, i64, and
-    /// `probs`: `[n, k]`, of which each row adds up to 1. A token of probability 0 may stand twice in a row.
+    /// Soft labels: the probabilities q of k tokens for each target; what is missing to 1 is that of all other tokens
+    /// together. `ids`: `[n, k]`, i64, different in each row, and `probs`: `[n, k]`.
     ///
-    /// A target's loss is KL(q ‖ p), where p is the model's prediction (Hinton et al. 2015, at temperature 1).
+    /// A target's loss is KL(q ‖ p) over these k + 1 outcomes, where p is the model's prediction (Hinton et al. 2015, at
+    /// temperature 1). It is 0 where the model predicts q.
     pub fn soft(ids: Tensor, probs: Tensor) -> Result<Self> {
-        let sums = probs.f_sum_dim_intlist(-1, false, Kind::Double)?.f_sub_scalar(1.0)?.f_abs()?;
-        let is_distribution = sums.f_lt(1e-4)?.f_all()?.f_logical_and(&probs.f_ge(0.0)?.f_all()?)?;
-        if ids.size() != probs.size() || ids.dim() != 2 || !bool::try_from(is_distribution)? {
+        let are_probabilities = || -> Result<bool> {
+            let sums = probs.f_sum_dim_intlist(-1, false, Kind::Double)?;
+            let fit = sums.f_le(1.0 + 1e-4)?.f_all()?.f_logical_and(&probs.f_ge(0.0)?.f_all()?)?;
+            let sorted = ids.f_sort(-1, false)?.0;
+            let (k, twice) = (ids.size()[1], |from| sorted.f_narrow(1, from, ids.size()[1] - 1));
+            let differ = k == 1 || !bool::try_from(twice(0)?.f_eq_tensor(&twice(1)?)?.f_any()?)?;
+            Ok(bool::try_from(fit)? && differ)
+        };
+        if ids.dim() != 2 || ids.size() != probs.size() || !are_probabilities()? {
             return Err(Error::invalid(
                 "soft labels",
-                "tokens [n, k] with as many probabilities, which add up to 1 for each target",
+                "different tokens [n, k] with as many probabilities, which add up to at most 1 for each target",
                 format!("tokens {:?} and numbers {:?}", ids.size(), probs.size()),
             ));
         }
@@ -77,19 +84,34 @@ impl Labels {
         let found = logprobs.f_gather(1, &self.ids, false)?;
         let Some(probs) = &self.probs else { return Ok(found.f_squeeze_dim(1)?.f_neg()?) };
         let probs = probs.f_to_kind(logprobs.kind())?;
+        let [q, p] = [rest(&probs)?, rest(&found.f_exp()?)?];
         let each = probs.f_xlogy(&probs)?.f_sub(&probs.f_mul(&found)?)?; // 0 where q is 0
-        Ok(each.f_sum_dim_intlist(-1, false, logprobs.kind())?)
+        let of_rest = q.f_xlogy(&q)?.f_sub(&q.f_mul(&p.f_clamp_min(SMALLEST)?.f_log()?)?)?;
+        Ok(each.f_sum_dim_intlist(-1, false, logprobs.kind())?.f_add(&of_rest.f_squeeze_dim(1)?)?)
     }
 
-    /// Subtracts the labels' probabilities from `probabilities`, `[n, d_vocab]`, in place.
-    fn subtract_from(&self, probabilities: &mut Tensor) -> Result<()> {
-        let minus = match &self.probs {
-            Some(probs) => probs.f_to_kind(probabilities.kind())?.f_neg()?,
-            None => self.ids.f_full_like(-1.0)?.f_to_kind(probabilities.kind())?,
+    /// Turns the predicted probabilities p, `[n, d_vocab]`, into the losses' gradient by the logits, in place: p − q, where
+    /// the tokens without a probability of their own share that of the rest in proportion to p.
+    fn subtract_from(&self, predicted: &mut Tensor) -> Result<()> {
+        let Some(probs) = &self.probs else {
+            let minus_one = self.ids.f_full_like(-1.0)?.f_to_kind(predicted.kind())?;
+            let _ = predicted.f_scatter_add_(1, &self.ids, &minus_one)?;
+            return Ok(());
         };
-        let _ = probabilities.f_scatter_add_(1, &self.ids, &minus)?;
+        let probs = probs.f_to_kind(predicted.kind())?;
+        let found = predicted.f_gather(1, &self.ids, false)?;
+        let kept = rest(&probs)?.f_div(&rest(&found)?.f_clamp_min(SMALLEST)?)?.f_neg()?.f_add_scalar(1.0)?;
+        let _ = predicted.f_mul_(&kept)?.f_scatter_(1, &self.ids, &found.f_sub(&probs)?)?;
         Ok(())
     }
+}
+
+/// The least probability of all other tokens together, below which f32 does not tell it from none.
+const SMALLEST: f64 = 1e-7;
+
+/// What the probabilities `[n, k]` leave to all other tokens, `[n, 1]`.
+fn rest(probs: &Tensor) -> Result<Tensor> {
+    Ok(probs.f_sum_dim_intlist(-1, true, probs.kind())?.f_neg()?.f_add_scalar(1.0)?.f_clamp_min(0.0)?)
 }
 
 impl Targets {
@@ -285,6 +307,10 @@ mod tests {
         assert!((losses.sum(Kind::Float).double_value(&[]) - whole).abs() < 1e-5 * whole);
     }
 
+    fn ids_of(labels: &Labels) -> Tensor {
+        labels.ids.shallow_clone()
+    }
+
     #[test]
     fn a_soft_label_of_one_certain_token_is_that_token() {
         let model = model();
@@ -306,11 +332,14 @@ mod tests {
         let normed = model.final_norm(&at(&resid, &hard).index_select(0, &hard.rows)).unwrap().detach();
         let normed = normed.set_requires_grad(true);
         let logprobs = model.logits(&normed).unwrap().log_softmax(-1, Kind::Double);
-        let ids = Tensor::from_slice(&[3_i64, 7, 9, 4, 0, 0, 1, 2, 3, 8, 5, 2, 6, 7, 1]).view([5, 3]);
-        let shares = [0.5, 0.3, 0.2, 1.0, 0.0, 0.0, 0.25, 0.25, 0.5, 0.1, 0.2, 0.7, 0.6, 0.0, 0.4];
+        let ids = Tensor::from_slice(&[3_i64, 7, 9, 4, 0, 5, 1, 2, 3, 8, 5, 2, 6, 7, 1]).view([5, 3]);
+        let shares = [0.5, 0.2, 0.1, 1.0, 0.0, 0.0, 0.25, 0.25, 0.5, 0.1, 0.2, 0.3, 0.6, 0.0, 0.1];
         let probs = Tensor::from_slice(&shares).view([5, 3]);
-        let q = logprobs.zeros_like().scatter_add(1, &ids, &probs);
-        let by_hand = (q.xlogy(&q) - &q * &logprobs).sum_dim_intlist(-1, false, Kind::Double);
+        // The outcomes are the three tokens and all others.
+        let named = logprobs.gather(1, &ids, false).exp();
+        let outcomes = |x: &Tensor| Tensor::cat(&[x, &(1.0 - x.sum_dim_intlist(-1, true, Kind::Double))], 1);
+        let (q, p) = (outcomes(&probs).clamp_min(0.0), outcomes(&named));
+        let by_hand = (q.xlogy(&q) - &q * p.log()).sum_dim_intlist(-1, false, Kind::Double);
         let expected = Tensor::run_backward(&[&by_hand.sum(Kind::Double)], &[&normed], false, false);
         let labels = Labels::soft(ids, probs).unwrap();
         let (found, gradients) = tch::no_grad(|| losses_and_gradients(&model, &normed.detach(), &labels)).unwrap();
@@ -318,6 +347,9 @@ mod tests {
         assert!(found.min().double_value(&[]) > 1e-2, "a divergence is positive: {found}");
         assert!(apart(&found, &by_hand) < 1e-12, "{found} against {by_hand}");
         assert!(apart(&gradients, &expected[0]) < 1e-12);
+        let own = Labels::soft(ids_of(&labels), named.detach()).unwrap();
+        let (none, nowhere) = tch::no_grad(|| losses_and_gradients(&model, &normed.detach(), &own)).unwrap();
+        assert!(none.abs().max().double_value(&[]) < 1e-12 && nowhere.abs().max().double_value(&[]) < 1e-12);
         let some = labels.select(&Tensor::from_slice(&[4_i64, 1])).unwrap();
         let of_some = losses(&model, &normed.index_select(0, &Tensor::from_slice(&[4_i64, 1])), &some).unwrap();
         assert!(apart(&of_some, &by_hand.index_select(0, &Tensor::from_slice(&[4_i64, 1]))) < 1e-12);
@@ -326,10 +358,12 @@ mod tests {
     #[test]
     fn labels_that_are_no_distribution_are_refused() {
         let ids = || Tensor::from_slice(&[1_i64, 2]).view([1, 2]);
-        for probs in [[0.5, 0.4], [1.5, -0.5], [f64::NAN, 0.5]] {
+        for probs in [[0.5, 0.6], [1.5, -0.5], [f64::NAN, 0.5]] {
             let error = Labels::soft(ids(), Tensor::from_slice(&probs).view([1, 2])).unwrap_err().to_string();
-            assert!(error.contains("add up to 1"), "{error}");
+            assert!(error.contains("add up to at most 1"), "{error}");
         }
+        let twice = Tensor::from_slice(&[2_i64, 2]).view([1, 2]);
+        assert!(Labels::soft(twice, Tensor::from_slice(&[0.5, 0.4]).view([1, 2])).is_err());
         let labels = Labels::soft(ids(), Tensor::from_slice(&[0.5, 0.5]).view([1, 2])).unwrap();
         let error = targets(&ROWS_OF_IDS).labelled(labels).unwrap_err().to_string();
         assert!(error.contains("is 1, expected one for each of 5 targets"), "{error}");
