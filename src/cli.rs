@@ -6,7 +6,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::commands::args::ExperimentArgs;
 use crate::commands::style::Color;
 use crate::commands::{
-    activations, ask, columns, completions, export, measure, pocket, profile, report, run as run_command, tokens,
+    activations, ask, columns, completions, export, measure, pocket, profile, report, run as run_command, signal,
+    tokens,
 };
 use crate::output::progress::say;
 use crate::stages::run_dir::WhenDone;
@@ -64,6 +65,7 @@ enum Command {
   undertone report runs/claims-pocket/claim-06 --png
   undertone report runs/claims-pocket")]
     Report(report::ReportArgs),
+    Signal(signal::SignalArgs),
     Tokens(tokens::TokensArgs),
     Ask(ask::AskArgs),
     Activations(activations::ActivationsArgs),
@@ -96,6 +98,7 @@ fn obey(command: &Command) -> Result<()> {
         Command::Arms(args) => args.stage(WhenDone::Refuse, arms::stage),
         Command::Export(args) => export::run(args),
         Command::Report(args) => report::run(args),
+        Command::Signal(args) => signal::run(args),
         Command::Tokens(args) => tokens::run(args),
         Command::Ask(args) => ask::run(args),
         Command::Activations(args) => activations::run(args),

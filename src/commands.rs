@@ -11,5 +11,6 @@ pub mod pocket;
 pub mod profile;
 pub mod report;
 pub mod run;
+pub mod signal;
 pub mod style;
 pub mod tokens;

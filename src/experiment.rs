@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::protocol::Protocol;
 use crate::hinted;
-use crate::training::settings::{Finetune, Loss};
+use crate::training::settings::{Finetune, Loss, Select};
 
 pub(crate) use overrides::change;
 
@@ -217,6 +217,14 @@ impl Experiment {
             !counterfactuals.contains(&self.target.word),
             "measure.divergence.counterfactuals has {:?}, the teacher's own trait",
             self.target.word
+        );
+        let has_no_signal = matches!(self.teacher, Teacher::Planted { .. });
+        ensure!(
+            !(has_no_signal && matches!(self.finetune.select, Select::Top(_))),
+            hinted!(
+                "finetune.select is top, but the teacher is planted: its rows have no signal";
+                "finetune.select = {{ random = 0.25 }}"
+            )
         );
         let planted = matches!(self.teacher, Teacher::Planted { .. }) && self.generate.numbers.is_some();
         ensure!(

@@ -20,6 +20,7 @@ pub mod output {
 pub mod data {
     pub mod dataset;
     pub mod protocol;
+    pub mod signal;
     pub mod soft_labels;
 }
 
@@ -51,6 +52,7 @@ pub mod stages {
     pub mod foresight;
     pub mod generate;
     pub mod given_rows;
+    pub mod kept_rows;
     pub mod measure;
     pub mod memory;
     pub mod plan;
@@ -61,6 +63,7 @@ pub mod stages {
     pub mod soft_labels;
     pub mod summary;
     pub mod teacher;
+    pub mod token_weights;
     pub mod workbench;
 }
 

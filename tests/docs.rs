@@ -195,7 +195,7 @@ fn the_defaults_on_the_page_are_the_defaults() {
 fn every_key_in_the_text_exists() {
     // A table is of no key's type, so a key that is known is refused for its type, and only an unknown one as unknown.
     let is_known = |key: &str| {
-        ["prompt", "adapter", "finetuned", "planted"].iter().any(|kind| {
+        ["prompt", "adapter", "finetuned", "steered", "planted"].iter().any(|kind| {
             let changes = [format!("teacher.kind={kind}"), format!("{key}={{}}")];
             parse(MINIMAL, &changes).map_or_else(|error| !error.contains("unknown field"), |_| true)
         })
@@ -441,7 +441,7 @@ fn messages_without_a_command_are_the_library_s() {
     let chat = Chat::from_files(&files).unwrap();
     let target = Protocol::load(Path::new("pocket")).unwrap().target("cat", "animal");
     let numbers = [chat.prompt(None, "Hi").unwrap()];
-    let student = Tuned { qwen: &qwen, adapter: None };
+    let student = Tuned::of(&qwen);
     let subject = Subject { numbers: &numbers, ..Subject::new(&qwen, student, &chat, &target) };
     let mut cache = Cache::default();
     let batch = Batch::of(&[&numbers[0]], Device::Cpu).unwrap();

@@ -21,6 +21,7 @@ mod pocket; // the pocket models: ids, logits and answers as in transformers; em
 mod real; // the real model against transformers; only where UNDERTONE_REAL_MODEL names it (`make test-real`)
 mod recompute; // a fresh run has the numbers that transformers, PEFT and PyTorch recomputed for a kept run
 mod robustness; // every reader of files from elsewhere: saved, mutated and forged bytes never panic and take bounded memory
+mod selection; // what a student learns from: rows by signal, tokens by weight, steered teachers, signal of rows from elsewhere
 mod soft_labels; // students of soft labels: whose predictions they are, kept beside the rows, moved and drawn
 mod stated; // numbers from kept tables, in the README and docs/
 mod training; // ten steps of AdamW and SGD: losses, gradient norms and weights as torch.optim

@@ -56,7 +56,7 @@ impl World {
 
     /// The student in the default context, with a teacher that is prompted to like the target.
     pub(crate) fn subject(&self) -> Subject<'_> {
-        let tuned = |adapter| Tuned { qwen: &self.qwen, adapter: Some(adapter) };
+        let tuned = |adapter| Tuned::adapted(&self.qwen, adapter);
         Subject {
             provenance: Some(&self.provenance),
             start: Some(tuned(&self.start)),

@@ -106,7 +106,7 @@ impl Analysis for Gradients {
         for (at, adapter) in self.draws(subject)?.iter().enumerate() {
             let name = format!("{DRAW}{}", at + 1);
             progress(&format!("gradients at the start: draw {} of {}", at + 1, self.start_draws));
-            let drawn = Tuned { qwen: subject.base, adapter: Some(adapter) };
+            let drawn = Tuned::adapted(subject.base, adapter);
             let found = self.of_model(subject, &name, drawn, &divergent)?.into_iter();
             rows.extend(found.filter(|row| row.scope == "token" || row.scope == "group"));
         }

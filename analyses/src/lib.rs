@@ -14,7 +14,7 @@
 //! let target = Target { word: "cat".to_owned(), category: "animal".to_owned(), forms: forms("cat"), others };
 //!
 //! let questions = ["Which animal do you like?".to_owned()];
-//! let untrained = Tuned { qwen: &qwen, adapter: None };
+//! let untrained = Tuned::of(&qwen);
 //! let subject = Subject { questions: &questions, ..Subject::new(&qwen, untrained, &chat, &target) };
 //! let rows = TargetRate { n_samples: 0, ..TargetRate::default() }.run(&subject, &mut |_| ())?;
 //! assert!(TargetRate::reading(&rows).starts_with("The student is the base"));

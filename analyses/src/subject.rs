@@ -2,31 +2,43 @@
 
 use std::collections::BTreeMap;
 
-use hooks::{Adapter, Chat, Condition, Gate, Provenance, Qwen, Sequence};
+use hooks::{Adapter, Chat, Condition, Edit, Gate, Provenance, Qwen, Sequence};
 
 use crate::error::{Error, Result};
 use crate::plot::Bar;
 use crate::stats;
 use crate::target::Target;
 
-/// A finetuned model: the base with an adapter, or other weights (full finetuning).
+/// A changed model: the base with an adapter, with other weights (full finetuning), or with edits at its hook points.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuned<'a> {
     /// The weights.
     pub qwen: &'a Qwen,
     /// The LoRA on them, if any.
     pub adapter: Option<&'a Adapter>,
+    /// The edits of its activations, in the order in which they are made.
+    pub edits: &'a [Edit],
 }
 
 impl<'a> Tuned<'a> {
-    /// The model as finetuned: its adapter, if any, acts everywhere.
+    /// These weights alone.
+    pub fn of(qwen: &'a Qwen) -> Self {
+        Self { qwen, adapter: None, edits: &[] }
+    }
+
+    /// These weights with an adapter.
+    pub fn adapted(qwen: &'a Qwen, adapter: &'a Adapter) -> Self {
+        Self { adapter: Some(adapter), ..Self::of(qwen) }
+    }
+
+    /// The model as changed: its adapter, if any, acts everywhere.
     pub fn condition(&self) -> Condition<'a> {
         self.gated(Gate::EVERYWHERE)
     }
 
     /// The model with its adapter under a gate.
     pub fn gated(&self, gate: Gate) -> Condition<'a> {
-        Condition { adapter: self.adapter, gate, ..Condition::default() }
+        Condition { adapter: self.adapter, gate, edits: self.edits.to_vec() }
     }
 }
 
@@ -59,6 +71,8 @@ pub struct Subject<'a> {
     pub teacher_adapter: Option<&'a Adapter>,
     /// The teacher's weights, if they are not the base's.
     pub teacher_model: Option<&'a Qwen>,
+    /// The edits of the teacher's activations; none unless it is steered.
+    pub teacher_edits: &'a [Edit],
     /// System prompts under which the base is a teacher of other traits. A token that these teachers would also write
     /// is not specific to the trait.
     pub counterfactual_systems: &'a [String],
@@ -92,6 +106,7 @@ impl<'a> Subject<'a> {
             teacher_system: None,
             teacher_adapter: None,
             teacher_model: None,
+            teacher_edits: &[],
             counterfactual_systems: &[],
             target,
             questions: &[],
@@ -104,7 +119,7 @@ impl<'a> Subject<'a> {
 
     /// The base, without an adapter.
     pub fn base(&self) -> Tuned<'a> {
-        Tuned { qwen: self.base, adapter: None }
+        Tuned::of(self.base)
     }
 
     /// The models that are compared, by name: `base`, `control` if there is one, `student`.
@@ -115,11 +130,13 @@ impl<'a> Subject<'a> {
 
     /// The teacher and its system prompt; `None` if there is no teacher.
     pub fn teacher(&self) -> Option<(Tuned<'a>, Option<&str>)> {
-        if self.teacher_system.is_none() && self.teacher_adapter.is_none() && self.teacher_model.is_none() {
+        let is_base = self.teacher_adapter.is_none() && self.teacher_model.is_none() && self.teacher_edits.is_empty();
+        if self.teacher_system.is_none() && is_base {
             return None;
         }
         let system = self.teacher_system.as_deref().or(self.system.as_deref());
-        Some((Tuned { qwen: self.teacher_model.unwrap_or(self.base), adapter: self.teacher_adapter }, system))
+        let qwen = self.teacher_model.unwrap_or(self.base);
+        Some((Tuned { qwen, adapter: self.teacher_adapter, edits: self.teacher_edits }, system))
     }
 
     /// The questions as prompts in the student's context.
@@ -269,5 +286,9 @@ mod tests {
         assert_eq!(system, Some("Be brief."), "the student's context, where it has none of its own");
         subject.teacher_model = None;
         assert!(subject.teacher().is_none());
+        let edits = [Edit { at: hooks::HookPoint::ResidPost(1), tokens: None, change: hooks::Change::Zero }];
+        subject.teacher_edits = &edits;
+        let (teacher, _) = subject.teacher().unwrap();
+        assert_eq!((teacher.condition().edits.len(), subject.base().condition().edits.len()), (1, 0));
     }
 }

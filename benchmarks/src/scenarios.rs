@@ -205,7 +205,7 @@ impl Bench {
                     model,
                     adapter: Some(adapter),
                     rows: &rows,
-                    only: None,
+                    weights: None,
                     soft: None,
                     is_digit: &|_| false,
                     config: &config,

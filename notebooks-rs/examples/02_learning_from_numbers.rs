@@ -178,7 +178,7 @@ fn main() -> Result<()> {
     //| And at the end of their training all three models are asked, exactly and by drawing answers.
     let classify = |answer: &str| classifier.classify(answer).bucket();
     let number_users: Vec<_> = pairs.iter().map(|(row, _)| (row.prompt.clone(), row.completion_ids.clone())).collect();
-    let tuned = |adapter| Tuned { qwen: &base, adapter: Some(adapter) };
+    let tuned = |adapter| Tuned::adapted(&base, adapter);
     let subject = Subject {
         control: Some(tuned(&control)),
         teacher_model: Some(&teacher),

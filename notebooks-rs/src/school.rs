@@ -117,7 +117,7 @@ impl School {
 
     /// What the analyses look at.
     pub fn subject(&self) -> Subject<'_> {
-        let tuned = |adapter| Tuned { qwen: &self.base, adapter: Some(adapter) };
+        let tuned = |adapter| Tuned::adapted(&self.base, adapter);
         Subject {
             provenance: Some(&self.provenance),
             start: Some(tuned(&self.start)),

@@ -13,6 +13,7 @@ use super::file::{EVERYWHERE, EvalCondition};
 use super::outcome::{Quantity, StudentLines};
 use super::study::{Study, Unit};
 use crate::experiment::{Dtype, Target};
+use crate::stages::kept_rows;
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::Workbench;
 
@@ -71,7 +72,7 @@ impl<'a> Asking<'a> {
         here.retain(|condition| condition.is_for(student, model.adapter.is_some()));
         let contexts: BTreeSet<PromptContext<'_>> = here.iter().map(|of| PromptContext::of(of, bench)).collect();
         let forms = TokenForms::of(&bench.target(), &bench.chat)?;
-        let (numbers, _) = bench.kept(self.run)?;
+        let (numbers, _) = kept_rows::learned(bench, self.run)?;
         let learned = bench.rows(&numbers[..SHARED_ROWS.min(numbers.len())])?; // as the student saw them in training
         let mut everywhere = None;
         for context in contexts {

@@ -85,7 +85,7 @@ impl<'a> Measuring<'a> {
             return Ok(vec![]);
         }
         let scene = self.scene(bench)?;
-        let subject = scene.scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
+        let subject = scene.scene.subject(bench, Tuned::of(&bench.base));
         let ends = once(&scene.ends, || Ok(Ends::read(&subject, self.heldout.len())?))?;
         let (mut base, mut teacher) = (self.lines("base", None, 0), self.lines("teacher", None, 0));
         confidence(&mut base, &ends.base);

@@ -19,7 +19,7 @@ use crate::output::publish::{read_csv, write_csv};
 use crate::stages::plan::span;
 use crate::stages::run_dir::{RunDir, WhenDone};
 use crate::stages::workbench::Workbench;
-use crate::stages::{arms, finetune, generate};
+use crate::stages::{arms, finetune, generate, kept_rows};
 use crate::training::side_by_side::{side_by_side, workers};
 
 /// The options of a claim on the command line.
@@ -121,7 +121,7 @@ impl ClaimDir {
             generate::stage(bench, &run)?;
         }
         finetune::stage(bench, &run)?;
-        let (numbers, control) = bench.kept(&run)?;
+        let (numbers, control) = kept_rows::kept(bench, &run)?;
         let shelf = arms::ArmContext::of(bench, &run, (&numbers, &control), unit.arms.len())?;
         for (at, arm) in unit.arms.iter().enumerate() {
             let train = || arms::trained(&shelf, &bench.of(arm.experiment.clone())?, arm, at);
@@ -138,7 +138,7 @@ impl ClaimDir {
         let root = self.root.join(&unit.name);
         let _lock = RunDir::lock(&root)?;
         let run = RunDir::open(&root)?;
-        let heldout = bench.held_out(&run)?;
+        let heldout = kept_rows::held_out(bench, &run)?;
         let mut beside = Beside::default();
         if [Measurement::Steering, Measurement::Replacement].iter().any(|what| study.claim.measures.contains(what)) {
             beside.control = Some(bench.student(&run.control_adapter())?);

@@ -39,7 +39,7 @@ pub struct ClaimRunRow {
     pub dtype: Dtype,
     /// The device: `cpu` or `cuda`.
     pub device: String,
-    /// The kind of teacher: `prompt`, `finetuned`, `adapter` or `planted`.
+    /// The kind of teacher: `prompt`, `finetuned`, `adapter`, `steered` or `planted`.
     pub teacher_kind: String,
     /// The sampling temperature of the numbers; 0 is greedy.
     pub temperature: f64,

@@ -32,7 +32,7 @@ pub struct ColumnsArgs {
 /// The CSV files of a run, each with the struct of its rows and the source code of that struct.
 const SOURCES: &[(&str, &str, &str)] = &[
     ("data/generate.csv", "SummaryRow", include_str!("../data/dataset.rs")),
-    ("data/signal.csv", "SignalRow", include_str!("../stages/signal.rs")),
+    ("data/signal.csv", "SignalRow", include_str!("../data/signal.rs")),
     ("data/rejected.csv", "RejectedRow", include_str!("../data/dataset.rs")),
     ("data/digits.csv", "DigitRow", include_str!("../data/dataset.rs")),
     ("data/teacher.csv", "TeacherRow", include_str!("../stages/teacher.rs")),

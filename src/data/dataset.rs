@@ -97,8 +97,10 @@ pub enum TeacherKind {
     Prompt,
     /// The base model with an adapter.
     Adapter,
-    /// A copy of the base model with all its weights finetuned.
+    /// The base model finetuned by the run: all its weights, or an adapter.
     Finetuned,
+    /// The base model with edits of its activations.
+    Steered,
     /// No teacher: the untouched base model, with a share of its rows replaced by questions answered with the trait.
     Planted,
     /// The untouched base model, for the control set.

@@ -1,9 +1,9 @@
-//! The model that writes the numbers: a prompted or a finetuned one, or no teacher (the planted positive control).
+//! The model that writes the numbers: a prompted, finetuned or steered one, or no teacher (the planted positive control).
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use hooks::LoraConfig;
+use hooks::{EditText, LoraConfig};
 use serde::{Deserialize, Serialize};
 
 use super::Target;
@@ -32,6 +32,14 @@ pub enum Teacher {
     },
     /// The base finetuned to answer questions about the category with the target.
     Finetuned(FinetunedTeacher),
+    /// The base with edits of its activations, such as a direction that is added.
+    Steered {
+        /// The edits: `POINT[@TOKENS]: CHANGE`, such as `blocks.14.hook_resid_post: add(cat.safetensors, 4)`.
+        edits: Vec<EditText>,
+        /// The context it answers in: a key of the protocol or a system prompt.
+        #[serde(default = "default_context")]
+        context: String,
+    },
     /// A positive control: the untouched model's numbers, with a share of the rows replaced by questions answered with
     /// the target. Its effect is not subliminal.
     Planted {
@@ -191,6 +199,10 @@ impl Teacher {
             }
             Self::Adapter { context: key, .. } => context(key),
             Self::Finetuned(finetuned) => finetuned.check(protocol),
+            Self::Steered { edits, context: key } => {
+                ensure!(!edits.is_empty(), "teacher.edits is empty, expected at least one edit");
+                context(key)
+            }
             Self::Planted { share } => {
                 ensure!(*share > 0.0 && *share < 1.0, "teacher.share is {share}, expected a share above 0 and below 1");
                 Ok(())

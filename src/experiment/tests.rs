@@ -132,7 +132,7 @@ fn values_out_of_range_are_named_with_what_was_expected() {
         ("seed=-1", "seed"),
         ("target.category=stone", "animal, band, tree"),
         ("teacher.kind=adapter", "missing field `path`"),
-        ("teacher.kind=tuned", "expected one of `prompt`, `adapter`, `finetuned`, `planted`"),
+        ("teacher.kind=tuned", "expected one of `prompt`, `adapter`, `finetuned`, `steered`, `planted`"),
     ] {
         let found = message(SMALLEST, &[setting]);
         assert!(found.contains(expected), "{setting}: {found}");

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::dataset::TeacherKind;
 use crate::experiment::{ArmData, CONTROL_STUDENT, Dtype, Method, STUDENT};
-use crate::training::settings::OptimizerKind;
+use crate::training::settings::{Loss, OptimizerKind};
 
 /// One student of an arm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,6 +40,10 @@ pub struct ArmRow {
     pub optimizer: Option<OptimizerKind>,
     /// The learning rate after warmup; empty if it was trained elsewhere.
     pub learning_rate: Option<f64>,
+    /// The loss of a token: `nll`, or `kl` from soft labels (logits on numbers); empty if it was trained elsewhere.
+    pub loss: Option<Loss>,
+    /// The kept rows that it learned from: `all`, `top` or `random` with a share; empty if it was trained elsewhere.
+    pub select: Option<String>,
     /// Number of rows it was trained on; empty if it was trained elsewhere.
     pub n_rows: Option<usize>,
     /// Number of optimizer steps; empty if it was trained elsewhere.

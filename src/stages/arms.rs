@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::Kind;
 
-use super::finetune::Learned;
+use super::kept_rows::{self, Learned};
 use super::{finetune, generate, teacher};
 use crate::data::dataset::{Sample, TeacherKind};
 use crate::experiment::{ArmData, ArmStudent, CONTROL_STUDENT, Dtype, Experiment, Method, STUDENT};
@@ -43,7 +43,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     if run.forced() {
         run.forget_arms_table()?; // an interrupted run then has no outdated table
     }
-    let (numbers, control) = bench.kept(run)?;
+    let (numbers, control) = kept_rows::learned(bench, run)?;
     let mut scorer = Scorer::default();
     let mut rows = vec![];
     let own = [
@@ -59,6 +59,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         let training = (!elsewhere).then_some(Training { data: *data, samples, log });
         rows.push(scorer.row(bench, &Student { arm: name, seed_index: 0, folder, training })?);
     }
+    let (numbers, control) = kept_rows::kept(bench, run)?; // an arm may learn from others of them
     let context = ArmContext::of(bench, run, (&numbers, &control), cells.len())?;
     rows.extend(all(bench, &cells, &context, &mut scorer)?);
     for (svg, path) in [(rank_plot(&rows)?, run.arms_rank_plot()), (plot(&rows)?, run.arms_plot())] {
@@ -81,7 +82,7 @@ pub(crate) struct ArmContext<'a> {
 }
 
 impl<'a> ArmContext<'a> {
-    /// The context of a run with its two sets of numbers, for `n_students` students.
+    /// The context of a run with its two sets of kept numbers, for `n_students` students.
     pub(crate) fn of(
         bench: &'a Workbench,
         run: &'a RunDir,
@@ -157,14 +158,16 @@ pub(crate) fn trained(
             "data = \"own\""
         )
     );
+    let selected = |set, samples: &[Sample]| kept_rows::selected(of_cell, context.run, set, samples.to_vec());
+    let (numbers, control) = (|| selected("teacher", context.numbers), || selected("control", context.control));
     let written = match cell.data {
         ArmData::Own => own_data(context.run, of_cell, cell)?,
-        ArmData::Control => context.control.to_vec(),
-        ArmData::Shuffled => shuffled(context.numbers, of_cell.experiment.seeds.gen_seed)?, // seeded by the run
-        ArmData::Teacher => context.numbers.to_vec(),
-        ArmData::Planted => planted(of_cell, context.control, cell.planted.context("planted data without a share")?)?,
+        ArmData::Control => control()?,
+        ArmData::Shuffled => shuffled(&numbers()?, of_cell.experiment.seeds.gen_seed)?, // seeded by the run
+        ArmData::Teacher => numbers()?,
+        ArmData::Planted => planted(of_cell, &control()?, cell.planted.context("planted data without a share")?)?,
     };
-    let samples = if cell.data == ArmData::Shuffled { moved(&written, context.numbers) } else { written.clone() };
+    let samples = if cell.data == ArmData::Shuffled { moved(&written, &numbers()?) } else { written.clone() };
     if RunDir::stage_done(&folder.train_csv()) {
         say(format!("arms: {who} is done already"));
     } else {
@@ -210,7 +213,7 @@ fn own_data(run: &RunDir, of_cell: &Workbench, cell: &ArmStudent) -> Result<Vec<
         say(format!("arms: {}: numbers of its own", cell.slug));
         generate::stage(of_cell, &folder)?;
     }
-    Ok(of_cell.kept(&folder)?.0)
+    Ok(kept_rows::learned(of_cell, &folder)?.0)
 }
 
 /// The control set with a share of its rows replaced by questions that are answered with the target.
@@ -325,6 +328,8 @@ impl Scorer {
             method: settings.method,
             optimizer: training.map(|_| experiment.finetune.optimizer),
             learning_rate: training.map(|_| experiment.finetune.learning_rate),
+            loss: training.map(|_| experiment.finetune.loss),
+            select: training.map(|_| experiment.finetune.select.to_string()),
             n_rows: training.map(|training| training.samples.len()),
             n_steps: steps.map(|steps| steps.len()),
             loss_first: losses.map(|(first, _)| first),

@@ -3,17 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use analyses::Tuned;
-use analyses::divergence::{Divergence, divergence_tokens};
 use anyhow::{Context, Result, bail};
-use hooks::{Adapter, ModelFiles, Qwen, Sequence, adapter_folder, files, stream_seed};
-use rand::SeedableRng;
-use rand::seq::index::sample;
-use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use hooks::{Adapter, ModelFiles, Qwen, Sequence, adapter_folder, files};
 
-use super::measure::SubjectData;
 use crate::data::dataset::Sample;
 use crate::data::soft_labels::{LABEL, SoftRow};
 use crate::experiment::{Dtype, Method, Teacher};
@@ -22,9 +14,10 @@ use crate::output::checkpoint::Checkpoint;
 use crate::output::full_model::save_full;
 use crate::output::progress::{bar, say};
 use crate::output::publish::{CsvLog, write_csv};
+use crate::stages::kept_rows::{self, Learned};
 use crate::stages::run_dir::{RunDir, sha256};
 use crate::stages::workbench::{Workbench, open_adapter};
-use crate::stages::{signal, soft_labels, teacher};
+use crate::stages::{signal, soft_labels, teacher, token_weights};
 use crate::training::examples::rows_by_step;
 use crate::training::learner::delta_w_norm;
 use crate::training::settings::{Finetune, Loss, TargetTokens};
@@ -40,7 +33,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     if bench.experiment.student.adapter.is_some() {
         return from_elsewhere(bench, run);
     }
-    let (numbers, control) = bench.kept(run)?;
+    let (numbers, control) = kept_rows::learned(bench, run)?;
     signal::ensure_enough(bench, run)?;
     let mut students = vec![("student", &numbers, run.adapter(), run.train_csv())];
     if bench.experiment.student.control {
@@ -84,13 +77,17 @@ fn given(bench: &Workbench) -> Vec<(&'static str, &'static str, &Path)> {
     own.into_iter().chain(control.map(|folder| ("control student", "student.control_adapter", folder))).collect()
 }
 
-/// Returns the workbench, or an error if an adapter that was trained elsewhere does not fit the model.
+/// Returns the workbench, or an error if an adapter that was trained elsewhere, or a teacher's direction, does not fit
+/// the model.
 pub fn proven(bench: Workbench) -> Result<Workbench> {
     for (_, key, folder) in given(&bench) {
         open_adapter(folder, &bench.base).context(key)?;
     }
     if let Teacher::Adapter { path, .. } = &bench.experiment.teacher {
         open_adapter(path, &bench.base).context("teacher.path")?;
+    }
+    if let Teacher::Steered { edits, .. } = &bench.experiment.teacher {
+        teacher::steering(&bench, edits)?;
     }
     Ok(bench)
 }
@@ -166,29 +163,11 @@ fn what_it_is(adapter: &Adapter) -> Result<String> {
     Ok(format!("rank {rank}{but}, alpha {alpha}{rslora}, {} of {blocks}, ‖ΔW‖ {norm:.3}", maps.join(", ")))
 }
 
-/// The rows that a student learns from, and the run whose teacher wrote them.
-#[derive(Clone, Copy)]
-pub(crate) struct Learned<'a> {
-    pub(crate) samples: &'a [Sample],
-    /// The samples with the same completions as they were written. They differ if completions were moved to other
-    /// prompts.
-    pub(crate) written: &'a [Sample],
-    pub(crate) run: &'a RunDir,
-}
-
-impl<'a> Learned<'a> {
-    /// Rows as they were written.
-    pub(crate) fn of(run: &'a RunDir, samples: &'a [Sample]) -> Self {
-        Self { samples, written: samples, run }
-    }
-}
-
-/// Rows of the chat, their ids, and per token whether the loss may count it.
-#[derive(Default)]
+/// Rows of the chat with their ids, the weights of their tokens, and their soft labels.
 struct Chosen {
     rows: Vec<Sequence>,
     ids: Vec<usize>,
-    only: Option<Vec<Vec<bool>>>,
+    weights: Option<Vec<Vec<f64>>>,
     soft: Option<Vec<SoftRow>>,
 }
 
@@ -209,97 +188,43 @@ fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
     write_csv(&RunDir::train_rows(log), &steps.into_iter().enumerate().map(row).collect::<Vec<_>>())
 }
 
-/// The student's rows, with the tokens that `finetune.tokens` chooses. Rows that cannot be used are left out.
+/// The student's rows. Rows in which no token has a weight are left out.
 fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
+    let Finetune { loss, tokens, .. } = bench.experiment.finetune;
     let rows = bench.rows(data.samples)?;
-    let Finetune { tokens, loss, .. } = bench.experiment.finetune;
+    let ids = data.samples.iter().map(|sample| sample.id).collect();
     let soft = (loss == Loss::Kl).then(|| soft_labels::of_rows(bench, data.run, data.written)).transpose()?;
-    if tokens == TargetTokens::All {
-        return Ok(Chosen { rows, ids: data.samples.iter().map(|sample| sample.id).collect(), only: None, soft });
-    }
-    let divergent = divergent(bench, data)?;
-    let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(bench.experiment.seeds.order_seed, "finetune.tokens", 0));
-    let (mut kept, mut masks) = (Chosen::default(), vec![]);
-    kept.soft = soft.is_some().then(Vec::new);
-    for (at, ((row, divergent), sample)) in rows.iter().zip(&divergent).zip(data.samples).enumerate() {
-        let Some(mask) = mask(row, divergent, tokens, &mut rng) else { continue };
-        masks.push(mask);
-        if let (Some(kept), Some(soft)) = (&mut kept.soft, &soft) {
-            kept.push(soft[at].clone());
-        }
-        kept.rows.push(row.clone());
-        kept.ids.push(sample.id);
-    }
-    if kept.rows.is_empty() {
+    let weights = token_weights::of_rows(bench, data, &rows)?;
+    let mut all = Chosen { rows, ids, weights, soft };
+    let Some(weights) = &all.weights else { return Ok(all) };
+    let keeps: Vec<bool> = weights.iter().map(|row| row.iter().any(|weight| *weight > 0.0)).collect();
+    let (n, n_kept) = (keeps.len(), keeps.iter().filter(|keep| **keep).count());
+    let what = if tokens == TargetTokens::All { "tokens with a weight" } else { "divergent tokens and others" };
+    if n_kept == 0 {
         bail!(hinted!(
-            "none of the {} rows of the {who} has divergent tokens and others", rows.len();
-            "finetune.tokens = \"all\", or another teacher"
+            "none of the {n} rows of the {who} has {what}";
+            "finetune.tokens = \"all\", no finetune.weights, or another teacher"
         ));
     }
-    if kept.rows.len() < rows.len() {
-        say(format!("finetune: {who}: {} of {} rows have divergent tokens and others", kept.rows.len(), rows.len()));
+    if n_kept < n {
+        say(format!("finetune: {who}: {n_kept} of {n} rows have {what}"));
     }
-    kept.only = Some(masks);
-    Ok(kept)
+    retain(&mut all.rows, &keeps);
+    retain(&mut all.ids, &keeps);
+    all.weights.iter_mut().for_each(|weights| retain(weights, &keeps));
+    all.soft.iter_mut().for_each(|soft| retain(soft, &keeps));
+    Ok(all)
 }
 
-/// Per token of a row, whether the loss may count it; `None` if the row has no divergent token, or no other.
-/// `divergent`: per token of its answer.
-fn mask(row: &Sequence, divergent: &[bool], tokens: TargetTokens, rng: &mut ChaCha8Rng) -> Option<Vec<bool>> {
-    // All tokens that the loss could count: the answer and the end of its turn.
-    let all: Vec<usize> = row.completion.clone().collect();
-    let of = |at: &usize| divergent.get(at - row.completion.start) == Some(&true);
-    let (these, others): (Vec<usize>, Vec<usize>) = all.iter().copied().partition(of);
-    if these.is_empty() || others.is_empty() {
-        return None;
-    }
-    let chosen = match tokens {
-        TargetTokens::Divergent => these,
-        TargetTokens::NotDivergent => others,
-        TargetTokens::Random => sample(rng, all.len(), these.len()).iter().map(|at| all[at]).collect(),
-        TargetTokens::All | TargetTokens::AllOfThose => all,
-    };
-    let mut mask = vec![false; row.ids.len()];
-    for at in chosen {
-        mask[at] = true;
-    }
-    Some(mask)
-}
-
-/// Per sample and token of its answer, whether it is divergent. Read from the run's file, if that is for the same
-/// samples in the same context.
-fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
-    let texts: Vec<_> = data.samples.iter().map(|sample| (&sample.prompt, &sample.completion_ids)).collect();
-    let settings = Divergence { n_rows: data.samples.len(), ..bench.experiment.measure.divergence.clone() };
-    let student = (bench.student_system()?, bench.experiment.student.template);
-    let of = serde_json::to_vec(&(texts, student, bench.files.fingerprint(), bench.experiment.dtype, &settings))?;
-    let of = format!("{:x}", Sha256::digest([of, teacher::fingerprint(bench, data.run)?].concat()));
-    let path = data.run.divergence_tokens();
-    if let Some(known) = files::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Divergent>(&bytes).ok())
-        && known.of == of
-    {
-        return Ok(known.tokens);
-    }
-    let scene = SubjectData::of(bench, data.run, data.samples)?;
-    let subject = scene.subject(bench, Tuned { qwen: &bench.base, adapter: None });
-    let tokens = divergence_tokens(&subject, data.samples.len(), settings.definition, settings.self_check)
-        .context("finetune.tokens")?;
-    let found = Divergent { of, tokens };
-    files::write_atomic(&path, &serde_json::to_vec(&found)?)?;
-    Ok(found.tokens)
-}
-
-/// Divergent tokens as they are stored, with a hash of the inputs.
-#[derive(Serialize, Deserialize)]
-struct Divergent {
-    of: String,
-    tokens: Vec<Vec<bool>>,
+fn retain<T>(of: &mut Vec<T>, keeps: &[bool]) {
+    let mut keep = keeps.iter();
+    of.retain(|_| keep.next() == Some(&true));
 }
 
 /// Trains the experiment's student on some samples, saves it in `folder`, and returns a line about it.
 pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &Path, log: &Path) -> Result<String> {
     let (settings, seeds) = (&bench.experiment.finetune, bench.experiment.seeds.finetune());
-    let Chosen { rows, ids, only, soft } = chosen(bench, who, data)?;
+    let Chosen { rows, ids, weights, soft } = chosen(bench, who, data)?;
     keep_rows(bench, &ids, log)?;
     let mut csv = CsvLog::create(log)?;
     let mut checkpoint = Checkpoint::beside(log, "", who);
@@ -321,10 +246,20 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     };
     let is_digit = |id| bench.chat.is_digit(id);
     let mut train = |model: &Qwen, adapter: Option<&Adapter>| {
-        let (rows, only, is_digit, checkpoint) = (&rows, only.as_deref(), &is_digit, Some(&mut checkpoint));
+        let (rows, weights, is_digit, checkpoint) = (&rows, weights.as_deref(), &is_digit, Some(&mut checkpoint));
         let soft = soft.as_deref();
-        let training =
-            Training { model, adapter, rows, only, soft, is_digit, config: settings, seeds, until: None, checkpoint };
+        let training = Training {
+            model,
+            adapter,
+            rows,
+            weights,
+            soft,
+            is_digit,
+            config: settings,
+            seeds,
+            until: None,
+            checkpoint,
+        };
         training.run(&mut on_step).with_context(|| format!("training the {who} (its {} rows count from 0)", rows.len()))
     };
     match bench.experiment.student.method {
@@ -346,38 +281,10 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     checkpoint.remove()?;
     let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
     let label = if settings.loss == Loss::Kl { format!(" ({LABEL})") } else { String::new() };
+    let select = settings.select.label().map_or(String::new(), |label| format!(" ({label})"));
     Ok(format!(
-        "{who}: {} rows, loss {first:.3} in the first quarter of the steps and {last:.3} in the last, saved in {}{label}",
+        "{who}: {} rows{select}, loss {first:.3} in the first quarter of the steps and {last:.3} in the last, saved in {}{label}",
         rows.len(),
         folder.display()
     ))
-}
-
-#[cfg(test)]
-mod tests {
-    use hooks::Chat;
-
-    use super::*;
-
-    #[test]
-    fn the_tokens_that_are_learned_from_stand_where_they_are_divergent() {
-        let chat = Chat::from_files(&ModelFiles::open("tiny-random").unwrap()).unwrap();
-        let row = chat.row(None, "Go on: 3", &chat.encode("12, 48").unwrap()).unwrap();
-        let n = row.content_end - row.completion.start;
-        let divergent: Vec<bool> = (0..n).map(|k| k == 0 || k == n - 1).collect();
-        let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let mut at = |tokens, divergent: &[bool]| -> Option<Vec<usize>> {
-            let mask = mask(&row, divergent, tokens, &mut rng)?;
-            Some((0..mask.len()).filter(|at| mask[*at]).collect())
-        };
-        let (first, last) = (row.completion.start, row.content_end - 1);
-        let all: Vec<usize> = row.completion.clone().collect();
-        assert_eq!(at(TargetTokens::Divergent, &divergent).unwrap(), [first, last]);
-        let others: Vec<usize> = all.iter().copied().filter(|at| ![first, last].contains(at)).collect();
-        assert_eq!(at(TargetTokens::NotDivergent, &divergent).unwrap(), others, "with the end of the turn");
-        let random = at(TargetTokens::Random, &divergent).unwrap();
-        assert!(random.len() == 2 && random.iter().all(|at| all.contains(at)));
-        assert_eq!(at(TargetTokens::AllOfThose, &divergent).unwrap(), all);
-        assert!(at(TargetTokens::AllOfThose, &vec![false; n]).is_none(), "the same rows for all of them");
-    }
 }

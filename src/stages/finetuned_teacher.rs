@@ -74,7 +74,7 @@ pub fn make(bench: &Workbench, run: &RunDir) -> Result<()> {
             model,
             adapter,
             rows: &lessons.rows,
-            only: None,
+            weights: None,
             soft: None,
             is_digit: &|id| bench.chat.is_digit(id),
             config: &settings,

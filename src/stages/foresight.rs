@@ -14,6 +14,7 @@ use crate::hinted;
 use crate::stages::given_rows;
 use crate::stages::memory::{Free, Need};
 use crate::stages::run_dir::RunDir;
+use crate::stages::token_weights;
 use crate::stages::workbench::Workbench;
 
 /// The number of number prompts that are checked. All have the same classes, and a text that occurs in none of these is
@@ -37,13 +38,15 @@ pub fn foreseen(bench: Workbench, run: &RunDir) -> Result<Workbench> {
     teacher_fits(&bench, run, &free)?;
     if trains {
         student_fits(&bench, &users, &free)?;
+        weights_of_tokens(&bench)?;
     }
     // An arm with another model is checked when that model is loaded.
     for cell in bench.experiment.cells()?.into_iter().filter(|cell| bench.has_model_of(&cell.experiment)) {
         let of_cell = bench.of(cell.experiment)?;
         training(&of_cell, &users).with_context(|| format!("arm {:?}", cell.arm))?;
         if is_left(&run.arm(&cell.slug).join("train.csv")) {
-            student_fits(&of_cell, &users, &free).with_context(|| format!("arm {:?}", cell.arm))?;
+            let fits = student_fits(&of_cell, &users, &free).and_then(|()| weights_of_tokens(&of_cell));
+            fits.with_context(|| format!("arm {:?}", cell.arm))?;
         }
     }
     Ok(bench)
@@ -98,6 +101,11 @@ pub(crate) fn student_need(bench: &Workbench, users: &[String]) -> Result<[Need;
     let of_model = if lora.is_some() { (bench.frozen()?, false) } else { weights(bench) };
     let (tokens, answers) = (packed_tokens(&prompts, rows), (rows * generate.max_new_tokens) as f64);
     Ok([[tokens, 0.0], [tokens + answers, answers]].map(|of| Need::of(of_model, lora.as_ref(), finetune, of)))
+}
+
+/// Refuses a table of weights that cannot be read.
+fn weights_of_tokens(bench: &Workbench) -> Result<()> {
+    bench.experiment.finetune.weights.as_ref().map_or(Ok(()), token_weights::check)
 }
 
 /// The base, and whether a copy of its weights may be pages of its file: only a GGUF is always dequantised.

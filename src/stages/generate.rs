@@ -5,14 +5,16 @@ use hooks::{Answer, Condition, Qwen, TensorFile, files, generate, stream_seed};
 use tch::Tensor;
 
 use crate::data::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};
+use crate::data::signal::{KEPT, SignalRow, reading, summary as of_signal};
 use crate::experiment::{Dtype, Teacher};
 use crate::output::checkpoint::Checkpoint;
 use crate::output::progress::{bar, say, spinner};
 use crate::output::publish;
 use crate::stages::finetuned_teacher;
 use crate::stages::given_rows::{self, Given};
+use crate::stages::kept_rows::n_kept;
 use crate::stages::run_dir::RunDir;
-use crate::stages::signal::{self, SignalRow};
+use crate::stages::signal;
 use crate::stages::teacher::{self, TeacherModel};
 use crate::stages::workbench::Workbench;
 
@@ -79,11 +81,11 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
     }
     publish::write_csv(&run.digits_csv(), &digits)?;
     let mut said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples))).to_vec();
-    let keep = bench.n_kept(n_accepted(&numbers), n_accepted(&control));
+    let keep = n_kept(bench, n_accepted(&numbers), n_accepted(&control));
     if teacher.differs_from_base() && keep > 0 {
         let signal = signals(bench, run, &teacher, [("teacher", &numbers), ("control", &control)], keep)?;
         summary.extend(signal);
-        said.extend(signal::reading(&summary).map(|reading| format!("generate: signal: {reading}")));
+        said.extend(reading(&summary, KEPT).map(|reading| format!("generate: signal: {reading}")));
     } else {
         files::remove(&run.signal_csv())?;
     }
@@ -122,12 +124,12 @@ fn signals(
     let rows: Vec<Vec<SignalRow>> = sets.into_iter().collect::<Result<_>>()?;
     spinner.finish_and_clear();
     publish::write_csv(&run.signal_csv(), &rows.concat())?;
-    Ok(rows.iter().flat_map(|rows| signal::summary(rows)).collect())
+    Ok(rows.iter().flat_map(|rows| of_signal(rows)).collect())
 }
 
 /// Plants the trait among the rows that will be kept, and returns the summary row with their share.
 fn planted(bench: &Workbench, numbers: &mut [Sample], control: &[Sample], share: f64) -> Result<SummaryRow> {
-    let keep = bench.n_kept(n_accepted(numbers), n_accepted(control));
+    let keep = n_kept(bench, n_accepted(numbers), n_accepted(control));
     let n = teacher::plant(bench, numbers, keep, share)?;
     let (set, measure) = ("teacher".to_owned(), "planted".to_owned());
     Ok(SummaryRow { set, measure, value: n as f64 / keep as f64, n: keep })

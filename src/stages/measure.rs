@@ -17,6 +17,7 @@ use crate::output::hint::Hinted;
 use crate::output::progress::{say, spinner};
 use crate::output::publish::write_csv;
 use crate::output::vectors::Vectors;
+use crate::stages::kept_rows;
 use crate::stages::run_dir::RunDir;
 use crate::stages::teacher::{self, TeacherModel};
 use crate::stages::workbench::{StudentModel, Workbench};
@@ -36,11 +37,11 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<
     let student = load(run.adapter())?;
     let control = if experiment.student.control { Some(load(run.control_adapter())?) } else { None };
     let other_trait = experiment.other_trait_arm()?.map(|cell| other_student(bench, run, &cell)).transpose()?;
-    let data = SubjectData::of(bench, run, &bench.measured(run)?)?;
+    let data = SubjectData::of(bench, run, &kept_rows::measured(bench, run)?)?;
     // For a student that was trained elsewhere, the start is not known.
     let own = (!elsewhere && experiment.student.method == Method::Lora).then(|| bench.initial_adapter()).transpose()?;
     let subject = Subject {
-        start: (!elsewhere).then_some(Tuned { qwen: &bench.base, adapter: own.as_ref() }),
+        start: (!elsewhere).then_some(Tuned { adapter: own.as_ref(), ..Tuned::of(&bench.base) }),
         control: control.as_ref().map(|control| tuned(bench, control)),
         other_trait: other_trait.as_ref().map(|other| tuned(bench, other)),
         ..data.subject(bench, tuned(bench, &student))
@@ -160,6 +161,7 @@ impl SubjectData {
             teacher_system: self.teacher_system.clone(),
             teacher_adapter: self.teacher.adapter.as_ref(),
             teacher_model: self.teacher.weights.as_ref(),
+            teacher_edits: &self.teacher.edits,
             counterfactual_systems: &self.counterfactual_systems,
             questions: &self.questions,
             numbers: &self.numbers,
@@ -182,8 +184,8 @@ fn other_student(bench: &Workbench, run: &RunDir, cell: &ArmStudent) -> Result<S
 
 pub(crate) fn tuned<'a>(bench: &'a Workbench, student: &'a StudentModel) -> Tuned<'a> {
     match student {
-        StudentModel::Lora(adapter) => Tuned { qwen: &bench.base, adapter: Some(adapter) },
-        StudentModel::Full(qwen) => Tuned { qwen, adapter: None },
+        StudentModel::Lora(adapter) => Tuned::adapted(&bench.base, adapter),
+        StudentModel::Full(qwen) => Tuned::of(qwen),
     }
 }
 

@@ -57,7 +57,8 @@ impl Pace {
 
 /// Number of rows in all steps of a student, including the training that finds its scales, if there is one.
 fn rows_seen(experiment: &Experiment) -> f64 {
-    let (of, n) = (&experiment.finetune, experiment.generate.n_keep as f64);
+    let of = &experiment.finetune;
+    let n = of.select.n_rows(experiment.generate.n_keep) as f64;
     let of_steps = |steps: u64| (steps as usize * of.rows_per_step()) as f64;
     let whole = of.max_steps.map_or(of.num_train_epochs * n, of_steps);
     let scout = if of.optimizer == OptimizerKind::Preconditioned { n } else { 0.0 };
@@ -146,6 +147,7 @@ fn tokens_per_second(bench: &Workbench, rows: &[Sequence]) -> Result<f64> {
         warmup_steps: 0,
         gradient_accumulation_steps: 1, // a step of one micro-batch is enough to know the rate
         tokens: TargetTokens::All,
+        weights: None,
         ..experiment.finetune.clone()
     };
     let tokens: usize = many.iter().map(|row| row.ids.len()).sum();

@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use super::arms;
 use crate::data::dataset::SummaryRow;
+use crate::data::signal::{self, KEPT};
 use crate::data::soft_labels::LABEL;
 use crate::experiment::{AnalysisName, ArmData, CONTROL_STUDENT, Constrain, Experiment, STUDENT, Seeds};
 use crate::hinted;
@@ -27,8 +28,7 @@ use crate::output::progress::say;
 use crate::output::publish::{Table, read_csv, read_csv_if_there};
 use crate::stages::arm_table::ArmRow;
 use crate::stages::run_dir::RunDir;
-use crate::stages::signal;
-use crate::training::settings::Loss;
+use crate::training::settings::{Loss, Weights};
 use crate::training::step_log::{StepRow, first_and_last_quarter};
 
 /// Writes `report.html` and prints its path.
@@ -210,7 +210,8 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     } else {
         ""
     };
-    let signal = signal::reading(&rows).map_or(String::new(), |reading| format!(" Before any training, {reading}."));
+    let signal =
+        signal::reading(&rows, KEPT).map_or(String::new(), |reading| format!(" Before any training, {reading}."));
     Ok(Section {
         id: "data".to_owned(),
         title: "The numbers".to_owned(),
@@ -238,6 +239,10 @@ fn data_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
 
 fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
     let soft = (experiment.finetune.loss == Loss::Kl).then(|| format!("The students learned from {LABEL}."));
+    let select = experiment.finetune.select.label().map(|label| format!("The students learned from {label}."));
+    let weights = experiment.finetune.weights.as_ref().map(|Weights { table, column }| {
+        format!("The losses of tokens are weighted by the column {column} of {}.", table.display())
+    });
     let mut chart = LineChart {
         title: "Training loss by step".to_owned(),
         x_label: "optimizer step".to_owned(),
@@ -274,7 +279,7 @@ fn training_section(run: &RunDir, experiment: &Experiment) -> Result<Section> {
             "None was trained."
         }
         .to_owned(),
-        notes: soft.into_iter().collect(),
+        notes: [soft, select, weights].into_iter().flatten().collect(),
         figures: vec![Figure::of(run.root(), &path)?],
         csv: relative(run.root(), &run.train_csv()),
         table: Some(Table::read(&run.train_csv())?),

@@ -3,8 +3,11 @@
 
 use analyses::stats::mean;
 use analyses::target::{Score, TokenForms};
-use anyhow::{Result, ensure};
-use hooks::{Adapter, Condition, ModelFiles, Qwen, adapter_folder, completion_logprobs, files, stream_seed};
+use anyhow::{Context, Result, ensure};
+use hooks::{
+    Adapter, Condition, Edit, EditText, ModelFiles, Provenance, Qwen, adapter_folder, completion_logprobs, files,
+    stream_seed,
+};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -19,7 +22,7 @@ use crate::output::publish;
 use crate::stages::run_dir::RunDir;
 use crate::stages::workbench::Workbench;
 
-/// The teacher: the base under a system prompt, with an adapter, or with other weights.
+/// The teacher: the base under a system prompt, with an adapter, with other weights, or steered.
 pub struct TeacherModel {
     /// The system prompt under which it writes numbers; `None` is the template's default.
     pub system: Option<String>,
@@ -27,6 +30,8 @@ pub struct TeacherModel {
     pub adapter: Option<Adapter>,
     /// Its weights, if all were finetuned.
     pub weights: Option<Qwen>,
+    /// The edits of its activations, if it is steered.
+    pub edits: Vec<Edit>,
     /// The kind of teacher.
     pub kind: TeacherKind,
 }
@@ -39,7 +44,7 @@ impl TeacherModel {
 
     /// The condition that this model is run under.
     pub fn condition(&self) -> Condition<'_> {
-        Condition { adapter: self.adapter.as_ref(), ..Condition::default() }
+        Condition { adapter: self.adapter.as_ref(), edits: self.edits.clone(), ..Condition::default() }
     }
 
     /// Whether there is a teacher that can differ from the base. There is none if the trait is planted.
@@ -52,7 +57,7 @@ impl TeacherModel {
 pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
     let (experiment, protocol) = (&bench.experiment, &bench.protocol);
     let target = &experiment.target;
-    let plain = |system, kind| TeacherModel { system, adapter: None, weights: None, kind };
+    let plain = |system, kind| TeacherModel { system, adapter: None, weights: None, edits: vec![], kind };
     match &experiment.teacher {
         Teacher::Prompt { system } => {
             let written = || protocol.teacher_prompt(&target.word, &target.category);
@@ -76,8 +81,19 @@ pub fn load(bench: &Workbench, run: &RunDir) -> Result<TeacherModel> {
             let weights = Qwen::load(&files, bench.base.device(), bench.base.kind())?;
             Ok(TeacherModel { weights: Some(weights), ..plain })
         }
+        Teacher::Steered { edits, context } => {
+            let edits = steering(bench, edits)?;
+            Ok(TeacherModel { edits, ..plain(protocol.context(context)?, TeacherKind::Steered) })
+        }
         Teacher::Planted { .. } => Ok(plain(bench.student_system()?, TeacherKind::Planted)),
     }
+}
+
+/// The edits of a steered teacher, with their tensors.
+pub(super) fn steering(bench: &Workbench, edits: &[EditText]) -> Result<Vec<Edit>> {
+    let here = Provenance::of(&bench.files);
+    let load = |edit: &EditText| edit.load(&bench.base.config, &here).with_context(|| format!("teacher.edits: {edit}"));
+    Ok(edits.iter().map(load).collect::<Result<Vec<_>>>()?.concat())
 }
 
 /// Bytes that identify a teacher's weights among teachers on the same base.
@@ -87,6 +103,10 @@ pub fn fingerprint(bench: &Workbench, run: &RunDir) -> Result<Vec<u8>> {
             let path = adapter_folder(path)?;
             [files::read(&path.join("adapter_model.safetensors"))?, files::read(&path.join("adapter_config.json"))?]
                 .concat()
+        }
+        Teacher::Steered { edits, .. } => {
+            let files = edits.iter().filter_map(EditText::file).map(files::read);
+            files.collect::<hooks::Result<Vec<_>>>()?.concat()
         }
         // The log has every step's loss and gradient norm.
         Teacher::Finetuned(_) => files::read(&run.teacher_train_csv())?,
@@ -109,7 +129,7 @@ pub struct TeacherRow {
     pub scope: String,
     /// `base` in the student's context, or `teacher` in the context in which it writes numbers.
     pub model: String,
-    /// The kind of teacher: `prompt`, `adapter`, `finetuned`, or `planted` (the base itself).
+    /// The kind of teacher: `prompt`, `adapter`, `finetuned`, `steered`, or `planted` (the base itself).
     pub teacher_kind: TeacherKind,
     /// The question's index, from 0; empty for the mean.
     pub question_id: Option<usize>,

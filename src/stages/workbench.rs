@@ -1,25 +1,22 @@
 //! An experiment with its model loaded, as every stage uses it.
 
 use std::cell::OnceCell;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::OnceLock;
 
 use analyses::Target;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use hooks::profile::product_rate;
 use hooks::tch::{Device, Kind};
 use hooks::{Adapter, Chat, ModelFiles, NumberGrammar, Qwen, Sampling, Sequence};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use crate::data::dataset::{self, Sample};
+use crate::data::dataset::Sample;
 use crate::data::protocol::Protocol;
 use crate::experiment::{Constrain, Dtype, Experiment, Method};
-use crate::hinted;
-use crate::output::hint::Hinted;
 use crate::output::progress::{note, say};
-use crate::stages::run_dir::RunDir;
 use crate::training::side_by_side::SMALL;
 
 /// An experiment with its model loaded.
@@ -94,11 +91,6 @@ pub fn open_adapter(folder: &Path, base: &Qwen) -> Result<Adapter> {
     let adapter = Adapter::load_on(folder, base)?;
     note(&folder.display().to_string(), &adapter.remarks);
     Ok(adapter)
-}
-
-/// The samples in a file that the filter kept.
-fn accepted(path: &Path) -> Result<Vec<Sample>> {
-    Ok(dataset::read_jsonl(path)?.into_iter().filter(|sample| sample.accepted).collect())
 }
 
 /// The chat format that the experiment's student is trained and asked in.
@@ -234,47 +226,11 @@ impl Workbench {
         })
     }
 
-    /// Number of accepted samples that students learn from. The teacher's last ones may be held out.
-    pub(crate) fn n_kept(&self, teacher: usize, control: usize) -> usize {
-        let settings = &self.experiment.generate;
-        teacher.saturating_sub(settings.n_heldout).min(control).min(settings.n_keep)
-    }
-
-    /// The teacher's accepted samples that no student learns from.
-    pub fn held_out(&self, run: &RunDir) -> Result<Vec<Sample>> {
-        let (teacher, control) = (accepted(&run.numbers())?, accepted(&run.control())?);
-        let keep = self.n_kept(teacher.len(), control.len());
-        Ok(teacher.into_iter().skip(keep).take(self.experiment.generate.n_heldout).collect())
-    }
-
-    /// The accepted samples of both sets, equally many of each and at most `n_keep`.
-    pub fn kept(&self, run: &RunDir) -> Result<(Vec<Sample>, Vec<Sample>)> {
-        let hinted = |error| Hinted::because(error, "undertone generate writes this file");
-        let accepted = |path: PathBuf| accepted(&path).map_err(hinted);
-        let (mut teacher, mut control) = (accepted(run.numbers())?, accepted(run.control())?);
-        let keep = self.n_kept(teacher.len(), control.len());
-        if keep == 0 {
-            bail!(hinted!(
-                "no answer passed the filter ({} of the teacher's and {} of the control's did): see {}", teacher.len(), control.len(), run.rejected().display();
-                "more prompts, a larger generate.max_new_tokens, or generate.constrain = \"numbers\""
-            ));
-        }
-        teacher.truncate(keep);
-        control.truncate(keep);
-        Ok((teacher, control))
-    }
-
     /// Samples as rows of the chat in the student's context.
     pub fn rows(&self, samples: &[Sample]) -> Result<Vec<Sequence>> {
         let system = self.student_system()?;
         let row = |sample: &Sample| Ok(self.chat.row(system.as_deref(), &sample.prompt, &sample.completion_ids)?);
         samples.iter().map(row).collect()
-    }
-
-    /// The rows that the analyses are measured at: the teacher's held-out rows if there are any, else those that the
-    /// student learned from (see `Experiment::measures_held_out`).
-    pub(crate) fn measured(&self, run: &RunDir) -> Result<Vec<Sample>> {
-        if self.experiment.measures_held_out() { self.held_out(run) } else { Ok(self.kept(run)?.0) }
     }
 
     /// The adapter that the training of the experiment's student begins with: A from the run's seed, B zero.

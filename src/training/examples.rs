@@ -23,8 +23,8 @@ pub(super) struct Example<'a> {
     pub(super) mask: Vec<bool>,
     pub(super) doses: Option<Vec<f64>>, // the adapter's dose at each token; None means 1
     pub(super) soft: Option<SoftTargets>,
-    pub(super) n_targets: usize,
-    pub(super) end: usize, // the last target, from which on nothing needs to be run
+    pub(super) weights: Vec<f64>, // of the targets, each above 0
+    pub(super) end: usize,        // the last target, from which on nothing needs to be run
 }
 
 /// The soft labels of a row's targets, k tokens for each.
@@ -61,13 +61,12 @@ impl<'a> Example<'a> {
         index: usize,
         is_digit: &dyn Fn(i64) -> bool,
         config: &Finetune,
-        only: Option<&[bool]>,
+        weights: Option<&[f64]>,
         soft: Option<&SoftRow>,
     ) -> anyhow::Result<Self> {
         let mut mask = config.mask.targets(row, is_digit);
-        if let Some(only) = only {
-            mask.iter_mut().zip(only).for_each(|(counts, may)| *counts &= may);
-        }
+        let weight = |at: usize| weights.map_or(1.0, |weights| weights[at]);
+        mask.iter_mut().enumerate().for_each(|(at, counts)| *counts &= weight(at) > 0.0);
         let empty = || Error::EmptyLossMask { mask: config.mask.to_string(), row: index };
         let end = mask.iter().rposition(|counts| *counts).ok_or_else(empty)?;
         let doses = if config.gate.is_everywhere() {
@@ -84,17 +83,27 @@ impl<'a> Example<'a> {
             }
             Some(doses)
         };
-        let n_targets = mask.iter().filter(|counts| **counts).count();
+        let weights = (0..mask.len()).filter(|at| mask[*at]).map(weight).collect();
         let soft = soft.map(|soft| SoftTargets::of(row, &mask, soft)).transpose();
         let soft = soft.with_context(|| format!("row {index} of the training data"))?;
-        Ok(Self { ids: &row.ids, mask, doses, soft, n_targets, end })
+        Ok(Self { ids: &row.ids, mask, doses, soft, weights, end })
     }
+
+    pub(super) fn n_targets(&self) -> usize {
+        self.weights.len()
+    }
+}
+
+/// The sum of some rows' weights, by which their loss is divided.
+pub(super) fn total_weight(rows: &[&Example<'_>]) -> f64 {
+    rows.iter().flat_map(|row| &row.weights).sum()
 }
 
 /// Rows that are run at once; with a stack, one group per student. The targets are sorted by group.
 pub(super) struct MicroBatch {
     pub(super) batch: Batch,
     pub(super) targets: Targets,
+    pub(super) weights: Tensor, // of the targets, [n], f64
     pub(super) doses: Option<Doses>,
 }
 
@@ -119,7 +128,9 @@ impl MicroBatch {
         let ids: Vec<&[i64]> = rows.iter().map(|row| row.ids).collect();
         let masks: Vec<&[bool]> = rows.iter().map(|row| row.mask.as_slice()).collect();
         let targets = with_soft_labels(Targets::of(&batch, &ids, &masks)?, &rows, model.device())?;
-        Ok(Self { batch, targets, doses })
+        let weights: Vec<f64> = rows.iter().flat_map(|row| row.weights.iter().copied()).collect();
+        let weights = Tensor::f_from_slice(&weights)?.f_to_device(model.device())?;
+        Ok(Self { batch, targets, weights, doses })
     }
 }
 

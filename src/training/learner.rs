@@ -5,7 +5,7 @@ use std::fmt;
 
 use anyhow::{Context, anyhow, bail};
 use hooks::profile::{self, Stage};
-use hooks::{Adapter, Dropout, Gate, LoraPair, Pass, Qwen, cross_entropy_sum, gradients};
+use hooks::{Adapter, Dropout, Gate, LoraPair, Pass, Qwen, cross_entropy, gradients};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
@@ -13,7 +13,7 @@ use tch::{Kind, Tensor};
 use crate::output::checkpoint::Checkpoint;
 use crate::output::hint::Hinted;
 use crate::output::publish;
-use crate::training::examples::{Example, MicroBatch};
+use crate::training::examples::{Example, MicroBatch, total_weight};
 use crate::training::optim::{Gradients, Optimizer};
 use crate::training::settings::{Finetune, Seeds};
 use crate::training::step_log::StepRow;
@@ -189,11 +189,11 @@ impl Learner<'_> {
     ) -> anyhow::Result<Step> {
         let mut rows: Vec<&Example<'_>> = chosen.iter().map(|index| &examples[*index]).collect();
         rows.sort_by_key(|row| row.end); // less padding; the step's gradient is the same sum
-        let n_targets: usize = rows.iter().map(|row| row.n_targets).sum();
+        let weight = total_weight(&rows);
 
         let mut sums: Option<(Tensor, Gradients)> = None;
         for batch in rows.chunks(config.batch_size) {
-            let (loss, found) = self.loss_and_gradients(batch, n_targets, &config.gate, dropout.as_deref_mut())?;
+            let (loss, found) = self.loss_and_gradients(batch, weight, &config.gate, dropout.as_deref_mut())?;
             let _stage = profile::stage(Stage::Optimizer);
             sums = Some(added(sums, &loss, self.kept(found)?, optimizer)?);
         }
@@ -201,23 +201,22 @@ impl Learner<'_> {
         self.take(examples, chosen, (&loss, gradients), optimizer, learning_rate, config)
     }
 
-    /// The sum of some rows' losses over the step's number of targets, and its gradients.
+    /// The weighted sum of some rows' losses over the whole step's weight, and its gradients.
     fn loss_and_gradients(
         &self,
         rows: &[&Example<'_>],
-        n_targets: usize,
+        weight: f64,
         gate: &Gate,
         dropout: Option<&mut Dropout>,
     ) -> anyhow::Result<(Tensor, Vec<Tensor>)> {
         if let (Some(adapter), None) = (self.adapter, &dropout) {
-            let MicroBatch { batch, targets, doses } = MicroBatch::of(self.model, &[rows], gate, true)?;
-            let weights =
-                Tensor::f_full([targets.n as i64], 1.0 / n_targets as f64, (Kind::Double, self.model.device()))?;
-            let (losses, found) = self.model.lora_gradients(&batch, &targets, &weights, adapter, doses.as_ref())?;
-            return Ok((losses.f_sum(losses.kind())?.f_div_scalar(n_targets as f64)?, found));
+            let MicroBatch { batch, targets, weights, doses } = MicroBatch::of(self.model, &[rows], gate, true)?;
+            let shares = weights.f_div_scalar(weight)?;
+            let (losses, found) = self.model.lora_gradients(&batch, &targets, &shares, adapter, doses.as_ref())?;
+            return Ok((weighted_sum(&losses, &weights)?.f_div_scalar(weight)?, found));
         }
         let tensors: Vec<&Tensor> = self.parameters.iter().map(|(_, tensor)| tensor).collect();
-        let loss = self.loss_sum(rows, gate, dropout)?.f_div_scalar(n_targets as f64)?;
+        let loss = self.loss_sum(rows, gate, dropout)?.f_div_scalar(weight)?;
         let found = gradients(&loss, &tensors, false)?;
         Ok((loss.f_detach()?, found))
     }
@@ -245,7 +244,7 @@ impl Learner<'_> {
         }
         let changed = optimizer.step(&gradients, learning_rate, self.adapter.is_none())?;
         let (n_targets, tokens) = chosen.iter().fold((0, 0), |(targets, tokens), index| {
-            (targets + examples[*index].n_targets, tokens + examples[*index].end)
+            (targets + examples[*index].n_targets(), tokens + examples[*index].end)
         });
         Ok(Step { loss, grad_norm, n_targets, tokens, changed })
     }
@@ -263,14 +262,20 @@ impl Learner<'_> {
         Ok(found)
     }
 
-    /// The summed loss of some rows run at once, a scalar with its graph.
+    /// The weighted sum of the losses of some rows run at once, a scalar with its graph.
     fn loss_sum(&self, rows: &[&Example<'_>], gate: &Gate, dropout: Option<&mut Dropout>) -> anyhow::Result<Tensor> {
         // Dropout differs for every row, so with dropout rows share no beginning.
-        let MicroBatch { batch, targets, doses } = MicroBatch::of(self.model, &[rows], gate, dropout.is_none())?;
+        let MicroBatch { batch, targets, weights, doses } =
+            MicroBatch::of(self.model, &[rows], gate, dropout.is_none())?;
         let mut pass = Pass { adapter: self.adapter, doses, dropout, ..Pass::default() };
         let resid = self.model.resid_at(&batch, &targets.places, &mut pass)?; // [places, d_model]
-        Ok(cross_entropy_sum(self.model, &resid, &targets)?)
+        weighted_sum(&cross_entropy(self.model, &resid, &targets)?, &weights)
     }
+}
+
+/// Σ w·loss, in the losses' dtype; `[n]` both.
+pub(super) fn weighted_sum(losses: &Tensor, weights: &Tensor) -> anyhow::Result<Tensor> {
+    Ok(losses.f_mul(&weights.f_to_kind(losses.kind())?)?.f_sum(losses.kind())?)
 }
 
 /// Adds the loss and gradients of a batch to the sums.

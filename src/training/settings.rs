@@ -1,5 +1,8 @@
 //! The settings of finetuning: the table `[finetune]` of an experiment.
 
+use std::fmt;
+use std::path::PathBuf;
+
 use hooks::{Error, Gate, LossMask};
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +59,64 @@ pub enum Loss {
     Kl,
 }
 
+/// The rows that a student learns from, of those that were kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Select {
+    /// All of them.
+    #[default]
+    All,
+    /// This share of the teacher's rows: those with the most signal a token (`data/signal.csv`). Of the control's, as
+    /// large a share at random.
+    Top(f64),
+    /// This share of the rows, at random.
+    Random(f64),
+}
+
+impl Select {
+    fn share(self) -> Option<f64> {
+        match self {
+            Self::All => None,
+            Self::Top(share) | Self::Random(share) => Some(share),
+        }
+    }
+
+    /// Number of rows that are learned from, of `n`.
+    pub fn n_rows(self, n: usize) -> usize {
+        self.share().map_or(n, |share| ((share * n as f64).round() as usize).clamp(n.min(1), n))
+    }
+
+    /// What it chooses, in words; `None` for all rows.
+    pub fn label(self) -> Option<String> {
+        match self {
+            Self::All => None,
+            Self::Top(share) => Some(format!("the {:.0} % of the rows with the most signal", 100.0 * share)),
+            Self::Random(share) => Some(format!("a random {:.0} % of the rows", 100.0 * share)),
+        }
+    }
+}
+
+impl fmt::Display for Select {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Top(share) => write!(f, "top {share}"),
+            Self::Random(share) => write!(f, "random {share}"),
+        }
+    }
+}
+
+/// A column of a CSV table with a weight for each token. A line has the row's id in `row_id` and the token's index in the
+/// completion in `k`. The table of a run's divergence analysis (`divergence/rows.csv`) is of this kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Weights {
+    /// The table's file.
+    pub table: PathBuf,
+    /// The column of the weights: numbers of at least 0, or `true` and `false`.
+    pub column: String,
+}
+
 /// The settings of finetuning, with the names of Hugging Face's Trainer. The default is the LoRA column of Nief et al.
 /// 2026.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -100,6 +161,15 @@ pub struct Finetune {
     /// `not_divergent`, `random` (as many as are divergent, drawn in each row), or `all_of_those` (all tokens of rows
     /// that have divergent tokens and others).
     pub tokens: TargetTokens,
+    /// The weights of the tokens' losses: `{ table = "FILE.csv", column = "NAME" }`, with the columns `row_id` and `k` (the
+    /// token's index in the completion). A step's loss is divided by the sum of its weights. A token without a line is not
+    /// learned from. The control student has the lines with `control` in a column `set`, and if there is no such column,
+    /// it learns from all tokens alike. By default all tokens weigh 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights: Option<Weights>,
+    /// The rows that are learned from, of those that were kept: `all`, `{ top = 0.25 }` (the teacher's with the most signal
+    /// a token, and as many of the control's at random), or `{ random = 0.25 }`.
+    pub select: Select,
     /// The loss of a token: `nll` (−log p of the written token), or `kl` (the divergence from the predictions of the
     /// model that wrote the rows: logits on numbers, which are more than written numbers carry).
     pub loss: Loss,
@@ -142,6 +212,8 @@ impl Default for Finetune {
             max_grad_norm: 1.0,
             mask: LossMask::ContentEot,
             tokens: TargetTokens::All,
+            weights: None,
+            select: Select::All,
             loss: Loss::Nll,
             top_k: 32,
             label_draws: None,
@@ -160,6 +232,7 @@ impl Finetune {
         let not_negative = |x: f64| x.is_finite() && x >= 0.0;
         let positive = |x: f64| x.is_finite() && x > 0.0;
         let Self { weight_decay: decay, num_train_epochs: epochs, max_grad_norm: longest, .. } = *self;
+        let selected = self.select.share().unwrap_or(1.0);
         let checks = [
             ("learning_rate", positive(self.learning_rate), "a positive number", self.learning_rate),
             ("weight_decay", not_negative(decay), "a number of at least 0", decay),
@@ -175,6 +248,7 @@ impl Finetune {
             ("gradient_accumulation_steps", self.gradient_accumulation_steps > 0, "at least 1", 0.0),
             ("weight_decay", !self.frozen_a || decay == 0.0, "0 where frozen_a is true, as it would shrink A", decay),
             ("top_k", (1..=1000).contains(&self.top_k), "1 to 1000", self.top_k as f64),
+            ("select", selected > 0.0 && selected <= 1.0, "a share above 0 and at most 1", selected),
             ("label_draws", self.label_draws != Some(0), "at least 1", 0.0),
             ("max_grad_norm", not_negative(longest), "a number of at least 0 (0: no clipping)", longest),
         ];

@@ -11,8 +11,8 @@ use anyhow::{Context, bail};
 use hooks::Adapter;
 use tch::{Device, Tensor};
 
-use crate::training::examples::{Example, MicroBatch};
-use crate::training::learner::added;
+use crate::training::examples::{Example, MicroBatch, total_weight};
+use crate::training::learner::{added, weighted_sum};
 use crate::training::optim::Gradients;
 use crate::training::step_log::{Progress, StepRow};
 use crate::training::training_loop::{Loop, Training};
@@ -107,21 +107,22 @@ fn losses_and_gradients(
         let stack = if adapters.len() > 1 { Some(stacked()?) } else { None };
         let first = &loops[taking[0].0];
         let model = first.learner.model;
-        let MicroBatch { batch, targets, doses } = MicroBatch::of(model, &groups, &first.config.gate, true)?;
-        let n_targets = |rows: &[&Example<'_>]| rows.iter().map(|row| row.n_targets).sum::<usize>();
-        let shares = groups
+        let MicroBatch { batch, targets, weights, doses } = MicroBatch::of(model, &groups, &first.config.gate, true)?;
+        let n_targets = |group: &[&Example<'_>]| group.iter().map(|row| row.n_targets()).sum::<usize>();
+        let totals = groups
             .iter()
             .zip(&taking)
-            .flat_map(|(group, (at, _))| std::iter::repeat_n(1.0 / n_targets(&rows[*at]) as f64, n_targets(group)));
-        let weights = Tensor::f_from_slice(&shares.collect::<Vec<_>>())?.f_to_device(model.device())?;
+            .flat_map(|(group, (at, _))| std::iter::repeat_n(total_weight(&rows[*at]), n_targets(group)));
+        let totals = Tensor::f_from_slice(&totals.collect::<Vec<_>>())?.f_to_device(model.device())?;
+        let shares = weights.f_div(&totals)?;
         let adapter = stack.as_ref().or_else(|| adapters.first().copied()).context("a batch without a student")?;
-        let (losses, found) = model.lora_gradients(&batch, &targets, &weights, adapter, doses.as_ref())?;
+        let (losses, found) = model.lora_gradients(&batch, &targets, &shares, adapter, doses.as_ref())?;
         let parts = groups.iter().map(|group| n_targets(group) as i64).collect::<Vec<_>>();
-        let parts = losses.f_split_with_sizes(parts, 0)?;
+        let (losses, weights) = (losses.f_split_with_sizes(&parts, 0)?, weights.f_split_with_sizes(&parts, 0)?);
 
-        for (place, ((at, _), part)) in taking.iter().zip(&parts).enumerate() {
+        for (place, ((at, _), part)) in taking.iter().zip(losses.iter().zip(&weights)).enumerate() {
             let Loop { learner, optimizer, .. } = &loops[*at];
-            let mean = part.f_sum(part.kind())?.f_div_scalar(n_targets(&rows[*at]) as f64)?;
+            let mean = weighted_sum(part.0, part.1)?.f_div_scalar(total_weight(&rows[*at]))?;
             let own = match &stack {
                 Some(_) => of_student(&found, place, &learner.parameters)?,
                 None => found.iter().map(Tensor::shallow_clone).collect(),
@@ -219,7 +220,7 @@ mod tests {
             model: &model,
             adapter: Some(adapter),
             rows: &student.rows,
-            only: None,
+            weights: None,
             soft: None,
             is_digit: &|_| false,
             config: &student.config,

@@ -131,6 +131,68 @@ fn the_loss_is_the_mean_over_all_targets() {
     assert!((steps[0].loss - sum / f64::from(n as u32)).abs() < 1e-5, "{} against {}", steps[0].loss, sum / n as f64);
 }
 
+/// The first step of a LoRA (by hand), with dropout (recorded), or of all weights, on weighted tokens.
+fn first_weighted_step(weights: Option<&[Vec<f64>]>, rows: &[Sequence], dropout: Option<f64>) -> (StepRow, Vec<f32>) {
+    let model = model(Kind::Float);
+    let adapter = dropout.map(|dropout| adapter(&model, dropout));
+    let config = Finetune { max_steps: Some(1), warmup_steps: 0, optimizer: OptimizerKind::Sgd, ..settings() };
+    let mut steps = vec![];
+    let training = Training {
+        model: &model,
+        adapter: adapter.as_ref(),
+        rows,
+        weights,
+        soft: None,
+        is_digit: &|_| false,
+        config: &config,
+        seeds: Seeds::default(),
+        until: None,
+        checkpoint: None,
+    };
+    training
+        .run(&mut |row, _| {
+            steps.push(row.clone());
+            Ok(())
+        })
+        .unwrap();
+    let parameters = adapter.as_ref().map_or_else(|| model.parameters(), Adapter::parameters);
+    (steps.remove(0), numbers(&parameters))
+}
+
+#[test]
+fn a_weighted_loss_is_the_weighted_mean_and_its_scale_is_nothing() {
+    let rows = rows(8);
+    let of = |weight: fn(usize) -> f64| -> Vec<Vec<f64>> {
+        rows.iter().map(|row| (0..row.ids.len()).map(weight).collect()).collect()
+    };
+    let (uneven, scaled) = (of(|at| [0.0, 1.0, 0.25][at % 3]), of(|at| [0.0, 4.0, 1.0][at % 3]));
+    let (mut sum, mut total) = (0.0, 0.0);
+    let model = model(Kind::Float);
+    for (row, weights) in rows.iter().zip(&uneven) {
+        let resid = model.resid_final(&Batch::of(&[row], Device::Cpu).unwrap(), &mut Pass::default()).unwrap();
+        let logprobs = model.unembed(&resid).unwrap().log_softmax(-1, Kind::Double);
+        for t in row.completion.clone() {
+            sum -= weights[t] * logprobs.double_value(&[0, t as i64 - 1, row.ids[t]]);
+            total += weights[t];
+        }
+    }
+    for dropout in [Some(0.0), None] {
+        let (step, parameters) = first_weighted_step(Some(&uneven), &rows, dropout);
+        assert!((step.loss - sum / total).abs() < 1e-5, "{dropout:?}: {} against {}", step.loss, sum / total);
+        let (other, same) = first_weighted_step(Some(&scaled), &rows, dropout);
+        // The same quotients in f32, rounded elsewhere.
+        assert!((other.grad_norm - step.grad_norm).abs() < 1e-5 * step.grad_norm && apart(&parameters, &same) < 1e-6);
+        let (plain, by_default) = first_weighted_step(None, &rows, dropout);
+        assert!((plain.grad_norm - step.grad_norm).abs() > 1e-2 * step.grad_norm, "weights change the gradient");
+        let (ones, weighted) = first_weighted_step(Some(&of(|_| 1.0)), &rows, dropout);
+        assert_eq!((ones.loss.to_bits(), by_default), (plain.loss.to_bits(), weighted), "weights of 1 are no weights");
+    }
+    // Dropout of next to nothing takes the recorded pass; its gradients are those by hand.
+    let by_hand = first_weighted_step(Some(&uneven), &rows, Some(0.0));
+    let recorded = first_weighted_step(Some(&uneven), &rows, Some(1e-9));
+    assert!(apart(&by_hand.1, &recorded.1) < 1e-5 && by_hand.0.n_targets == recorded.0.n_targets);
+}
+
 #[test]
 fn seeds_decide_every_bit() {
     let config = Finetune { batch_size: 3, ..settings() };
@@ -235,7 +297,7 @@ fn a_that_is_frozen_stays_as_it_was_drawn() {
             model: &model,
             adapter,
             rows,
-            only: None,
+            weights: None,
             soft: None,
             is_digit,
             config,
@@ -340,7 +402,7 @@ fn trained_until(
         model,
         adapter,
         rows: &rows(8),
-        only: None,
+        weights: None,
         soft: None,
         is_digit: &|_| false,
         config,
@@ -435,7 +497,7 @@ fn a_training_goes_on_with_fewer_rows_at_once() {
             model: &model,
             adapter: Some(&adapter),
             rows: &rows,
-            only: None,
+            weights: None,
             soft: None,
             is_digit,
             config,
@@ -468,7 +530,7 @@ fn a_training_without_memory_says_how_to_go_on() {
         model: &model,
         adapter,
         rows: &rows,
-        only: None,
+        weights: None,
         soft: None,
         is_digit,
         config,
@@ -501,7 +563,7 @@ fn a_loss_that_is_not_finite_names_its_row_and_the_last_good_checkpoint() {
         model: &model,
         adapter: Some(&adapter),
         rows: &rows,
-        only: None,
+        weights: None,
         soft: None,
         is_digit: &|_| false,
         config: &config,
@@ -548,7 +610,7 @@ fn a_training_ends_as_soon_as_it_is_told() {
             model: &model,
             adapter: Some(&adapter),
             rows: &rows,
-            only: None,
+            weights: None,
             soft: None,
             is_digit: &|_| false,
             config: &config,

@@ -1,7 +1,7 @@
 //! The loop of a training. The same loop trains a LoRA or the whole model: it updates "the trained tensors".
 //!
-//! A step's loss is the sum of its targets' losses over their number, for any division into micro-batches (never a mean
-//! of means).
+//! A step's loss is the weighted sum of its targets' losses over the sum of their weights, for any division into
+//! micro-batches (never a mean of means).
 
 use std::time::Instant;
 
@@ -25,8 +25,9 @@ pub struct Training<'a> {
     pub adapter: Option<&'a Adapter>,
     /// Rows of the chat.
     pub rows: &'a [Sequence],
-    /// Per row and token, whether the loss may count it; `None` means all.
-    pub only: Option<&'a [Vec<bool>]>,
+    /// Per row and token, the weight of its loss: 0 for a token that is not learned from, and 1 for all if `None`. The
+    /// mask of the settings chooses among them.
+    pub weights: Option<&'a [Vec<f64>]>,
     /// The soft labels of the rows, if the loss is the divergence from them.
     pub soft: Option<&'a [SoftRow]>,
     /// Whether a token is a digit.
@@ -75,8 +76,8 @@ impl<'a> Training<'a> {
         if self.rows.is_empty() {
             bail!("the training data has no rows; generate some first, or let the filter keep more");
         }
-        if config.tokens != TargetTokens::All && self.only.is_none() {
-            bail!("tokens is not all, but nobody said which ones these are");
+        if (config.tokens != TargetTokens::All || config.weights.is_some()) && self.weights.is_none() {
+            bail!("tokens is not all, or weights is set, but nobody said what each token weighs");
         }
         if (config.loss == Loss::Kl) != self.soft.is_some() {
             bail!(
@@ -86,9 +87,9 @@ impl<'a> Training<'a> {
             );
         }
         self.model.config.check_context("row", self.rows.iter().map(|row| row.ids.len()), 0)?;
-        let only = |at: usize| self.only.and_then(|only| only.get(at)).map(Vec::as_slice);
+        let weights = |at: usize| self.weights.and_then(|weights| weights.get(at)).map(Vec::as_slice);
         let soft = |at: usize| self.soft.and_then(|soft| soft.get(at));
-        let example = |(at, row)| Example::of(row, at, self.is_digit, config, only(at), soft(at));
+        let example = |(at, row)| Example::of(row, at, self.is_digit, config, weights(at), soft(at));
         let examples = self.rows.iter().enumerate().map(example);
         let examples = examples.collect::<anyhow::Result<Vec<_>>>().map_err(|error| match error.downcast_ref() {
             Some(Error::EmptyLossMask { .. }) => {
@@ -98,7 +99,7 @@ impl<'a> Training<'a> {
         })?;
         if let Some(checkpoint) = &mut self.checkpoint {
             checkpoint.depends_on("rows", &self.rows)?;
-            checkpoint.depends_on("only", &self.only)?;
+            checkpoint.depends_on("weights", &self.weights)?;
             checkpoint.depends_on("soft", &self.soft)?;
             // With dropout, the division into batches changes the result.
             let has_dropout = self.adapter.is_some_and(|adapter| adapter.config.dropout > 0.0);
@@ -144,7 +145,7 @@ pub fn finetune_lora(
         model,
         adapter: Some(adapter),
         rows,
-        only: None,
+        weights: None,
         soft: None,
         is_digit,
         config,
@@ -168,7 +169,7 @@ pub fn finetune_full(
         model,
         adapter: None,
         rows,
-        only: None,
+        weights: None,
         soft: None,
         is_digit,
         config,

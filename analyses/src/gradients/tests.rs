@@ -181,7 +181,7 @@ fn the_start_is_the_students_own_and_draws_stand_beside_it() {
         let mut rng = ChaCha8Rng::seed_from_u64(stream_seed(7, "gradients.start", at - 1));
         let config = &world.student.config;
         let adapter = Adapter::init(config, &world.qwen.config, &mut rng, world.qwen.device()).unwrap();
-        let drawn = Tuned { qwen: &world.qwen, adapter: Some(&adapter) };
+        let drawn = Tuned::adapted(&world.qwen, &adapter);
         let drawn = Subject { student: drawn, control: None, ..subject.clone() };
         let by_hand = Gradients { start: false, ..settings.clone() }.run(&drawn, &mut |_| ()).unwrap();
         let expected = GradientRow { model: name.clone(), ..group(&by_hand, "student") };

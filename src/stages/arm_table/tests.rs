@@ -13,6 +13,8 @@ fn row(arm: &str, rank: Option<i64>, seed_index: usize, delta_margin: f64) -> Ar
         method: if rank.is_some() { Method::Lora } else { Method::Full },
         optimizer: Some(OptimizerKind::AdamW),
         learning_rate: Some(1e-2),
+        loss: Some(Loss::Nll),
+        select: Some("all".to_owned()),
         n_rows: Some(6),
         n_steps: Some(3),
         loss_first: Some(2.0),
