@@ -53,6 +53,7 @@ pub mod stages {
     pub mod generate;
     pub mod given_rows;
     pub mod kept_rows;
+    pub mod ledger;
     pub mod measure;
     pub mod memory;
     pub mod plan;
@@ -61,6 +62,7 @@ pub mod stages {
     pub mod run_dir;
     pub mod signal;
     pub mod soft_labels;
+    pub mod subject_data;
     pub mod summary;
     pub mod teacher;
     pub mod token_weights;

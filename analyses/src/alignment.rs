@@ -47,7 +47,7 @@ impl Part {
         }
     }
 
-    fn of(class: TokenClass) -> Self {
+    pub(crate) fn of(class: TokenClass) -> Self {
         match class {
             TokenClass::SysEntity => Self::Entity,
             TokenClass::SysContentOther => Self::System,
@@ -272,7 +272,8 @@ fn sum_by_part(
         let masks: Vec<&[bool]> = some.iter().map(|(_, mask, _)| mask.as_slice()).collect();
         let targets = Targets::of(&batch, &ids, &masks)?;
         let ones = Tensor::f_ones([targets.n as i64], (Kind::Double, model.device()))?;
-        let parts = parts(&batch, some)?.f_to_device(model.device())?;
+        let ends: Vec<(&Sequence, usize)> = some.iter().map(|(row, _, end)| (*row, *end)).collect();
+        let parts = in_parts(&batch, &ends)?.f_to_device(model.device())?;
         let gradients = model.lora_gradients_by_part(&batch, &targets, &ones, adapter, &parts)?;
         n += targets.n;
         add(&mut sums, gradients)?;
@@ -287,12 +288,12 @@ fn sum_by_part(
     Ok((sums, n))
 }
 
-/// The part of each position of a packed batch, `[part, pos]`. (A common beginning of rows is in the batch once, and
-/// its tokens have the same class in all rows.)
-fn parts(batch: &Batch, rows: &[(&Sequence, &Vec<bool>, usize)]) -> Result<Tensor> {
+/// The part of each position of a packed batch, `[part, pos]`. `rows`: each with the number of its tokens that are in the
+/// batch. (A common beginning of rows is in the batch once, and its tokens have the same class in all rows.)
+pub(crate) fn in_parts(batch: &Batch, rows: &[(&Sequence, usize)]) -> Result<Tensor> {
     let pos = batch.ids.numel();
     let mut flat = vec![0.0_f32; Part::ALL.len() * pos];
-    for (row, (prompt, _, end)) in rows.iter().enumerate() {
+    for (row, (prompt, end)) in rows.iter().enumerate() {
         for (at, class) in prompt.classes[..*end].iter().enumerate() {
             let part = Part::ALL.iter().position(|part| *part == Part::of(*class)).unwrap_or_default();
             flat[part * pos + batch.place(row, at) as usize] = 1.0;

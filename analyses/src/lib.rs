@@ -31,6 +31,7 @@ mod fixture;
 pub mod gradients;
 pub mod inference;
 pub mod interventions;
+pub mod ledger;
 pub mod plot;
 pub mod position_scan;
 pub mod stats;

@@ -80,6 +80,16 @@ impl TokenForms {
         Ok(Self { members, prefixes: prefixes.into_iter().collect() })
     }
 
+    /// The forms of each member as token ids; the target is first.
+    pub(crate) fn members(&self) -> &[Vec<Vec<i64>>] {
+        &self.members
+    }
+
+    /// All proper beginnings of forms as token ids; the empty one is first.
+    pub(crate) fn prefixes(&self) -> &[Vec<i64>] {
+        &self.prefixes
+    }
+
     /// Scores the answer to one prompt.
     pub fn score(&self, model: &Qwen, prompt: &Sequence, condition: &Condition<'_>) -> Result<Score> {
         Ok(self.scores(model, std::slice::from_ref(prompt), condition)?[0])

@@ -25,8 +25,9 @@ use crate::data::dataset::Sample;
 use crate::hinted;
 use crate::output::progress::say;
 use crate::output::publish::read_csv;
-use crate::stages::measure::{SubjectData, tuned};
+use crate::stages::measure::tuned;
 use crate::stages::run_dir::RunDir;
+use crate::stages::subject_data::SubjectData;
 use crate::stages::workbench::{StudentModel, Workbench};
 use crate::training::step_log::{StepRow, first_and_last_quarter};
 

@@ -7,6 +7,7 @@ use analyses::direction::Direction;
 use analyses::divergence::Divergence;
 use analyses::gradients::Gradients;
 use analyses::interventions::Interventions;
+use analyses::ledger::Ledger;
 use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::TargetRate;
@@ -47,12 +48,15 @@ pub struct Measure {
     pub divergence: Divergence,
     /// Settings of the gradients.
     pub gradients: Gradients,
+    /// Settings of the ledger.
+    pub ledger: Ledger,
 }
 
 impl Default for Measure {
     fn default() -> Self {
         Self {
-            analyses: AnalysisName::ALL.to_vec(),
+            // The ledger takes several trainings' time.
+            analyses: AnalysisName::ALL.into_iter().filter(|name| *name != AnalysisName::Ledger).collect(),
             context: None,
             n_questions: 50,
             numbers_prefix: false,
@@ -65,6 +69,7 @@ impl Default for Measure {
             interventions: Interventions::default(),
             divergence: Divergence::default(),
             gradients: Gradients::default(),
+            ledger: Ledger::default(),
         }
     }
 }
@@ -89,11 +94,13 @@ pub enum AnalysisName {
     Divergence,
     /// Gradient norms at divergent and other digits.
     Gradients,
+    /// The change of the trait, booked to the tokens that were learned from. It repeats the training.
+    Ledger,
 }
 
 impl AnalysisName {
     /// All analyses, in the order in which they run.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::TargetRate,
         Self::TokenAblation,
         Self::PositionScan,
@@ -102,6 +109,7 @@ impl AnalysisName {
         Self::Interventions,
         Self::Divergence,
         Self::Gradients,
+        Self::Ledger,
     ];
 
     /// The name as configs and commands spell it.
@@ -115,6 +123,7 @@ impl AnalysisName {
             "interventions",
             "divergence",
             "gradients",
+            "ledger",
         ][self as usize]
     }
 }

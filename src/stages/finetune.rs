@@ -164,11 +164,11 @@ fn what_it_is(adapter: &Adapter) -> Result<String> {
 }
 
 /// Rows of the chat with their ids, the weights of their tokens, and their soft labels.
-struct Chosen {
-    rows: Vec<Sequence>,
-    ids: Vec<usize>,
-    weights: Option<Vec<Vec<f64>>>,
-    soft: Option<Vec<SoftRow>>,
+pub(super) struct Chosen {
+    pub(super) rows: Vec<Sequence>,
+    pub(super) ids: Vec<usize>,
+    pub(super) weights: Option<Vec<Vec<f64>>>,
+    pub(super) soft: Option<Vec<SoftRow>>,
 }
 
 /// Writes the adapter that the students begin with, so that the training can be repeated.
@@ -189,7 +189,7 @@ fn keep_rows(bench: &Workbench, ids: &[usize], log: &Path) -> Result<()> {
 }
 
 /// The student's rows. Rows in which no token has a weight are left out.
-fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
+pub(super) fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<Chosen> {
     let Finetune { loss, tokens, .. } = bench.experiment.finetune;
     let rows = bench.rows(data.samples)?;
     let ids = data.samples.iter().map(|sample| sample.id).collect();

@@ -8,6 +8,7 @@ use analyses::direction::Direction;
 use analyses::divergence::{Divergence, DivergenceSummaryRow};
 use analyses::gradients::Gradients;
 use analyses::interventions::Interventions;
+use analyses::ledger::LedgerRow;
 use analyses::plot::{Bar, BarChart, Line, LineChart, Point, Reference, bars, lines};
 use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
@@ -17,7 +18,7 @@ use anyhow::{Context, Result, ensure};
 use hooks::{TINY_RANDOM, files};
 use serde::Serialize;
 
-use super::arms;
+use super::{arms, ledger};
 use crate::data::dataset::SummaryRow;
 use crate::data::signal::{self, KEPT};
 use crate::data::soft_labels::LABEL;
@@ -93,6 +94,7 @@ fn sections(run: &RunDir, experiment: &Experiment) -> Result<Vec<Section>> {
                 AnalysisName::Interventions => analysis_section::<Interventions>(run, name)?,
                 AnalysisName::Divergence => divergence_section(run)?,
                 AnalysisName::Gradients => analysis_section::<Gradients>(run, name)?,
+                AnalysisName::Ledger => ledger_section(run)?,
             });
         }
     }
@@ -360,6 +362,32 @@ fn divergence_section(run: &RunDir) -> Result<Section> {
     Ok(section)
 }
 
+/// The section on the ledger, by group of tokens.
+fn ledger_section(run: &RunDir) -> Result<Section> {
+    let name = AnalysisName::Ledger;
+    let rows: Vec<LedgerRow> = read_csv(&run.rows(name))?;
+    let plots = ["steps", "confidence", "parts", "matrices"].map(|which| run.more_plot(name, which));
+    let figures = plots.iter().filter(|plot| plot.exists()).map(|plot| Figure::of(run.root(), plot));
+    let trained = RunDir::stage_done(&run.control_train_csv());
+    Ok(Section {
+        id: name.to_string(),
+        title: title(name).to_owned(),
+        question: "Which tokens moved the trait, through which positions and matrices?".to_owned(),
+        reading: analyses::ledger::report::reading(&rows),
+        control: control(name, trained),
+        notes: vec![
+            ledger::TABLES.to_owned(),
+            "The books account for the path that was taken, with the optimizer's scales as they were. They do not say what \
+             would have happened without a token."
+                .to_owned(),
+        ],
+        figures: figures.collect::<hooks::Result<_>>()?,
+        csv: relative(run.root(), &run.rows(name)),
+        table: Some(Table::read(&run.rows(name))?),
+        settings: files::read_string(&run.settings(name))?,
+    })
+}
+
 fn title(name: AnalysisName) -> &'static str {
     match name {
         AnalysisName::TargetRate => "The effect",
@@ -370,6 +398,7 @@ fn title(name: AnalysisName) -> &'static str {
         AnalysisName::Interventions => "Interventions",
         AnalysisName::Divergence => "Divergent digits",
         AnalysisName::Gradients => "Gradients at divergent digits",
+        AnalysisName::Ledger => "The ledger",
     }
 }
 
@@ -397,6 +426,7 @@ fn control(name: AnalysisName, trained: bool) -> String {
             "The student before its training (start: its own first A; start_draw: others that might have been drawn)",
             "the control student at the same tokens",
         ),
+        AnalysisName::Ledger => ("The residual, which the books miss", "the control student's books"),
     };
     if trained { format!("{always}; {student}.") } else { format!("{always}; no control student was trained.") }
 }
@@ -455,7 +485,7 @@ fn notes(name: AnalysisName, rows_from: &str) -> Vec<String> {
             rows_from,
             "One random direction is no null: what chance does is their mean and spread, and the learned direction's place among them.",
         ],
-        AnalysisName::Interventions => &[],
+        AnalysisName::Interventions | AnalysisName::Ledger => &[],
     };
     notes.iter().map(|note| (*note).to_owned()).collect()
 }

@@ -430,7 +430,9 @@ impl RunDir {
 
     /// The rows of an analysis.
     pub fn rows(&self, name: AnalysisName) -> PathBuf {
-        self.analysis(name).join("rows.csv")
+        // The ledger has several tables, of which this is the shortest.
+        let file = if name == AnalysisName::Ledger { "summary.csv" } else { "rows.csv" };
+        self.analysis(name).join(file)
     }
 
     /// The plot of an analysis.

@@ -17,7 +17,7 @@ use crate::hinted;
 use crate::output::progress::say;
 use crate::output::publish::Table;
 use crate::stages::kept_rows::Learned;
-use crate::stages::measure::SubjectData;
+use crate::stages::subject_data::SubjectData;
 use crate::stages::teacher;
 use crate::stages::workbench::Workbench;
 use crate::training::settings::{TargetTokens, Weights};

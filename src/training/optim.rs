@@ -399,6 +399,41 @@ impl Optimizer {
         Ok(())
     }
 
+    /// The factors D by which the last step multiplied the averaged gradient of each element, besides the learning rate,
+    /// shaped as the tensors: 1 / (√v̂ + ε) for `AdamW`. `None` if there are none, as for SGD. An error for rules whose
+    /// step is not such a product.
+    pub fn scales(&self) -> Result<Option<Vec<Tensor>>> {
+        let of_buffer = |v: &Tensor| -> Result<Tensor> {
+            let v = v.f_to_kind(Kind::Double)?;
+            Ok(match self.rule {
+                Rule::AdamW { beta2, epsilon, .. } => {
+                    let corrected = v.f_div_scalar(1.0 - beta2.powf(self.steps as f64))?;
+                    corrected.f_sqrt()?.f_add_scalar(epsilon)?.f_reciprocal()?
+                }
+                Rule::RmsProp { epsilon, .. } => v.f_sqrt()?.f_add_scalar(epsilon)?.f_reciprocal()?,
+                _ => v.f_add_scalar(SCALE_EPSILON)?.f_rsqrt()?,
+            })
+        };
+        match self.rule {
+            Rule::Sgd { .. } => return Ok(None),
+            Rule::SignSgd { .. } | Rule::Muon { .. } => {
+                return Err(Error::invalid("the optimizer", "one whose step is linear in its gradients", "another"));
+            }
+            Rule::AdamW { .. } | Rule::RmsProp { .. } | Rule::Preconditioned { .. } => {}
+        }
+        let mut scales = Vec::new();
+        for buffer in &self.buffers {
+            let flat = of_buffer(buffer.second.as_ref().ok_or_else(stateless)?)?;
+            let mut from = 0;
+            for (_, shape) in &buffer.members {
+                let n = shape.iter().product();
+                scales.push(flat.f_narrow(0, from, n)?.f_view(shape.as_slice())?);
+                from += n;
+            }
+        }
+        Ok(Some(scales))
+    }
+
     /// Number of steps taken.
     pub fn steps(&self) -> u64 {
         self.steps

@@ -281,7 +281,8 @@ impl Finetune {
         self.stop_after_steps.unwrap_or(u64::MAX).min(self.total_steps(n_rows))
     }
 
-    pub(super) fn rule(&self) -> Rule {
+    /// The rule by which a gradient becomes a step.
+    pub fn rule(&self) -> Rule {
         self.rule_of(self.optimizer)
     }
 

@@ -43,12 +43,34 @@ pub struct Training<'a> {
     pub checkpoint: Option<&'a mut Checkpoint>,
 }
 
+/// What an optimizer step did.
+pub struct Taken<'t> {
+    /// The step's rows, by index.
+    pub rows: &'t [usize],
+    /// Its learning rate.
+    pub learning_rate: f64,
+    /// Norm of its gradient before clipping.
+    pub grad_norm: f64,
+    /// The trained tensors after it.
+    pub parameters: &'t [(String, tch::Tensor)],
+    /// The optimizer after it.
+    pub optimizer: &'t Optimizer,
+}
+
+/// Called after each step.
+pub type Recorder<'r> = &'r mut dyn FnMut(&Taken<'_>) -> anyhow::Result<()>;
+
 impl<'a> Training<'a> {
     /// Trains from the beginning, or continues from the checkpoint. The result is the same, to the last bit.
     pub fn run(self, log: Log<'_>) -> anyhow::Result<()> {
+        self.recorded(log, &mut |_| Ok(()))
+    }
+
+    /// Trains as [`Self::run`]. After each step `record` is called with what it did.
+    pub fn recorded(self, log: Log<'_>, record: Recorder<'_>) -> anyhow::Result<()> {
         let mut running = self.begin()?;
         running.learner.require_gradients(true)?;
-        let result = running.run(log);
+        let result = running.run(log, record);
         running.learner.require_gradients(false)?;
         result
     }
@@ -196,14 +218,17 @@ pub(super) struct Loop<'a> {
 }
 
 impl Loop<'_> {
-    fn run(&mut self, log: Log<'_>) -> anyhow::Result<()> {
+    fn run(&mut self, log: Log<'_>, record: Recorder<'_>) -> anyhow::Result<()> {
         self.resume(log)?;
         while let Some(chosen) = self.next()? {
             let (learning_rate, steps) = (self.learning_rate(), self.optimizer.steps());
             let mut dropout = self.learner.dropout(self.seeds, steps);
             let Self { learner, examples, optimizer, config, .. } = self;
             let done = learner.step(examples, &chosen, optimizer, learning_rate, config, dropout.as_mut());
+            let grad_norm = done.as_ref().map_or(f64::NAN, |step| step.grad_norm);
             self.after(learning_rate, done, log)?;
+            let (parameters, optimizer) = (self.learner.parameters.as_slice(), &self.optimizer);
+            record(&Taken { rows: &chosen, learning_rate, grad_norm, parameters, optimizer })?;
         }
         Ok(())
     }

@@ -169,10 +169,8 @@ fn positions_are_in_the_part_that_their_gate_chooses() {
     let end = |row: &Sequence| row.ids.len() - 1;
     let packed: Vec<PackedRow<'_>> = rows.iter().map(|row| PackedRow::of(&row.ids[..end(row)])).collect();
     let batch = Batch::packed(&[&packed], true, world.qwen.device()).unwrap();
-    let masks: Vec<Vec<bool>> = rows.iter().map(|row| vec![true; row.ids.len()]).collect();
-    let some: Vec<(&Sequence, &Vec<bool>, usize)> =
-        rows.iter().zip(&masks).map(|(row, mask)| (row, mask, end(row))).collect();
-    let found = parts(&batch, &some).unwrap();
+    let ends: Vec<(&Sequence, usize)> = rows.iter().map(|row| (row, end(row))).collect();
+    let found = in_parts(&batch, &ends).unwrap();
     for (at, part) in Part::ALL.into_iter().enumerate() {
         let gate: Gate = format!("only:{}", part.name()).parse().unwrap();
         for (row, prompt) in rows.iter().enumerate() {

@@ -266,6 +266,23 @@ impl Adapter {
         Ok(rotated)
     }
 
+    /// The same adapter with other values of its tensors, in the order and shapes of [`Self::parameters`], in any float
+    /// dtype: another point of its training, or a step aside from it. A stack is refused.
+    pub fn with_values(&self, values: &[Tensor]) -> Result<Self> {
+        let own = self.parameters();
+        let (expected, found): (Vec<_>, Vec<_>) =
+            (own.iter().map(|(_, tensor)| tensor.size()).collect(), values.iter().map(Tensor::size).collect());
+        if expected != found || self.n_stacked().is_some() {
+            return Err(Error::invalid("an adapter's values", format!("{expected:?}"), format!("{found:?}")));
+        }
+        let mut other = Self::empty(self.config.clone(), self.n_layers());
+        for ((layer, proj, pair), values) in self.pairs().zip(values.chunks(2)) {
+            let (a, b) = (values[0].shallow_clone(), values[1].shallow_clone());
+            other.set(layer, proj, LoraPair { a, b, scaling: pair.scaling, scalings: None });
+        }
+        Ok(other)
+    }
+
     pub(crate) fn empty(config: LoraConfig, n_layers: usize) -> Self {
         Self { config, remarks: vec![], pairs: (0..n_layers).map(|_| [const { None }; 7]).collect() }
     }

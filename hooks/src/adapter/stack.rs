@@ -180,7 +180,7 @@ mod tests {
         let (model, ..) = world();
         assert_each_is_as_alone(&model, &students(&model), SUM_ORDER);
         let model = exact_model();
-        let students: Vec<Adapter> = students(&model).iter().map(|student| exact(&model, student)).collect();
+        let students: Vec<Adapter> = students(&model).iter().map(exact).collect();
         assert_each_is_as_alone(&model, &students, 1e-12);
     }
 

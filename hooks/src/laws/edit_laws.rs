@@ -23,7 +23,7 @@ fn rows_that_begin_alike_are_each_alone_under_edits_of_every_kind() {
     each_is_alone_under_edits(&model, &chat, &adapter, SUM_ORDER);
     // In f64 the order of sums has no visible effect.
     let exact_model = exact_model();
-    each_is_alone_under_edits(&exact_model, &chat, &exact(&exact_model, &adapter), HANDED_ON_AS_F32);
+    each_is_alone_under_edits(&exact_model, &chat, &exact(&adapter), HANDED_ON_AS_F32);
 }
 
 /// Half a unit in the last place of an f32, the kind in which an f64 model's results are returned.

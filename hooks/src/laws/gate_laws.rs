@@ -245,7 +245,7 @@ fn the_gradients_of_single_tokens_add_up_to_the_whole() {
 fn the_gradients_of_a_gated_lora_are_finite_differences() {
     let (_, chat, adapter) = world();
     let model = exact_model();
-    let exact = exact(&model, &adapter);
+    let exact = exact(&adapter);
     let row = chat.row(None, "Go on: 1, 2", &chat.encode("480").unwrap()).unwrap();
     for text in ["everywhere", "except:entity*0.5", "only:user+gen*layers(0)*modules(v,down)*-2"] {
         let gate = gate(&chat, text);
@@ -285,7 +285,7 @@ fn the_gradients_of_a_gated_lora_are_finite_differences() {
 fn the_dose_has_a_gradient() {
     let (_, chat, adapter) = world();
     let model = exact_model();
-    let adapter = exact(&model, &adapter);
+    let adapter = exact(&adapter);
     let row = chat.row(None, "Go on: 1, 2", &chat.encode("480").unwrap()).unwrap();
     let loss = |doses: Tensor| loss_under(&model, &row, &adapter, Doses::of_tokens(doses));
     let doses = Tensor::full([1, row.ids.len() as i64, 1], 0.5, (Kind::Double, Device::Cpu)).set_requires_grad(true);
@@ -319,7 +319,7 @@ fn a_gate_that_hits_nothing_of_the_adapter_is_an_error() {
 fn merged_weights_are_the_adapter() {
     let (_, chat, adapter) = world();
     let model = exact_model();
-    let adapter = part(&model, &exact(&model, &adapter), |_, proj| if proj == Proj::V { 0.0 } else { 1.7 });
+    let adapter = part(&model, &exact(&adapter), |_, proj| if proj == Proj::V { 0.0 } else { 1.7 });
     let prompt = &prompts(&chat)[0];
     let merged = model.merged(&adapter).unwrap();
     let apart = max_diff(&plain(&merged, prompt, None), &plain(&model, prompt, Some(&adapter)));

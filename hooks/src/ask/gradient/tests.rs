@@ -40,7 +40,7 @@ fn the_gradients_of_losses_are_those_of_each_alone() {
     let (model, chat, adapter) = world();
     let (exact_model, row) =
         (exact_model(), chat.row(None, "Go on: 1, 2", &chat.encode("480, 12, 7").unwrap()).unwrap());
-    let exact = exact(&exact_model, &adapter);
+    let exact = exact(&adapter);
     let mut losses: Vec<Vec<usize>> = (0..row.completion.len()).map(|k| vec![k]).collect();
     losses.push(vec![3, 0, 1]);
     for (model, adapter, tolerance) in [(&model, &adapter, 1e-4), (&exact_model, &exact, 1e-11)] {
@@ -89,7 +89,7 @@ fn the_gradients_of_losses_are_those_of_each_alone() {
 #[test]
 fn a_parts_gradient_is_the_sum_over_its_positions() {
     let (model, (_, chat, adapter)) = (exact_model(), world());
-    let adapter = exact(&model, &adapter);
+    let adapter = exact(&adapter);
     let row = chat.row(None, "Go on: 1, 2", &chat.encode("480, 12, 7").unwrap()).unwrap();
     let n_tokens = row.ids.len();
     // Parts take turns, so that each has positions of the prompt and of the completion.

@@ -37,7 +37,7 @@ fn adapter(model: &Qwen, config: &LoraConfig, seed: u64) -> Adapter {
         let values: Vec<f32> = (0..pair.b.numel()).map(|_| rng.random_range(-0.2..0.2)).collect();
         pair.b.shallow_clone().copy_(&Tensor::from_slice(&values).view_as(&pair.b));
     }
-    if model.kind() == Kind::Double { exact(model, &adapter) } else { adapter }
+    if model.kind() == Kind::Double { exact(&adapter) } else { adapter }
 }
 
 /// Rows with common beginnings and different lengths, and the first token that each row's loss counts.

@@ -1,0 +1,330 @@
+//! The books of short trainings of a tiny model in f64, against gradients by autograd and the definition's double sum.
+
+use hooks::{Adapter, Batch, Condition, ModelFiles, Pass, Qwen, Sequence, gradients};
+use tch::{Device, Kind, Tensor};
+
+use super::measure::Asked;
+use super::*;
+use crate::fixture::World;
+use crate::subject::Tuned;
+
+struct Training {
+    world: World,
+    qwen: Qwen,
+    like: Adapter,
+}
+
+impl Training {
+    fn new() -> Self {
+        let world = World::new();
+        let qwen = Qwen::load(&ModelFiles::open("tiny-random").unwrap(), Device::Cpu, Kind::Double).unwrap();
+        let values = |adapter: &Adapter| -> Vec<Tensor> {
+            adapter.parameters().iter().map(|(_, tensor)| tensor.to_kind(Kind::Double)).collect()
+        };
+        // A small B, so that A has a gradient from the first step on.
+        let values: Vec<Tensor> = values(&world.start)
+            .iter()
+            .zip(values(&world.student))
+            .map(|(start, student)| start + 0.1 * (student - start))
+            .collect();
+        let like = world.start.with_values(&values).unwrap();
+        Self { world, qwen, like }
+    }
+
+    fn subject(&self) -> Subject<'_> {
+        Subject { base: &self.qwen, student: Tuned::of(&self.qwen), ..self.world.subject() }
+    }
+
+    fn rows(&self) -> Vec<LearnedRow> {
+        let subject = self.subject();
+        let (_, system) = subject.teacher().unwrap();
+        let row = |(id, row): (usize, &Sequence)| LearnedRow {
+            id: 10 + id,
+            row: row.clone(),
+            in_teacher: Some(
+                subject.chat.row(system, &subject.number_users[id].0, &subject.number_users[id].1).unwrap(),
+            ),
+            weights: (0..row.ids.len())
+                .map(|at| if row.completion.contains(&at) { [1.0, 0.5][at % 2] } else { 0.0 })
+                .collect(),
+        };
+        self.world.numbers.iter().enumerate().map(row).collect()
+    }
+
+    /// The weighted mean loss of some rows, with its graph.
+    fn loss(&self, adapter: &Adapter, rows: &[LearnedRow], chosen: &[usize]) -> Tensor {
+        let (mut sum, mut total) = (Tensor::from(0.0_f64), 0.0);
+        for row in chosen.iter().map(|row| &rows[*row]) {
+            let logprobs = self.logprobs(adapter, &row.row);
+            for at in (0..row.weights.len()).filter(|at| row.weights[*at] > 0.0) {
+                sum -= row.weights[at] * logprobs.get(at as i64 - 1).get(row.row.ids[at]);
+                total += row.weights[at];
+            }
+        }
+        sum / total
+    }
+
+    fn logprobs(&self, adapter: &Adapter, row: &Sequence) -> Tensor {
+        let batch = Batch::of(&[row], Device::Cpu).unwrap();
+        let logits = self.qwen.forward(&batch, &mut Pass { adapter: Some(adapter), ..Pass::default() }).unwrap();
+        logits.get(0).log_softmax(-1, Kind::Double)
+    }
+
+    /// The mean margin over the questions, with its graph.
+    fn margin(&self, adapter: &Adapter) -> Tensor {
+        let subject = self.subject();
+        let forms = TokenForms::of(subject.target, subject.chat).unwrap();
+        let questions = subject.question_prompts(NAME).unwrap();
+        let of_question = |question: &Sequence| {
+            let logp = |form: &Vec<i64>| -> Tensor {
+                let logprobs = self.logprobs(adapter, &question.with_completion(form));
+                let from = question.ids.len() as i64 - 1;
+                (0..form.len()).map(|k| logprobs.get(from + k as i64).get(form[k])).sum::<Tensor>()
+            };
+            let all = |members: &[Vec<Vec<i64>>]| {
+                Tensor::stack(&members.iter().flatten().map(logp).collect::<Vec<_>>(), 0).logsumexp([0], false)
+            };
+            let members = forms.members();
+            all(&members[..1]) - all(&members[1..]) + ((members.len() - 1) as f64).ln()
+        };
+        questions.iter().map(of_question).sum::<Tensor>() / questions.len() as f64
+    }
+
+    fn gradient(&self, values: &[Tensor], of: impl Fn(&Adapter) -> Tensor) -> Vec<Tensor> {
+        let leaves: Vec<Tensor> = values.iter().map(|value| value.detach().copy().set_requires_grad(true)).collect();
+        let adapter = self.like.with_values(&leaves).unwrap();
+        gradients(&of(&adapter), &leaves, false).unwrap().iter().map(Tensor::detach).collect()
+    }
+
+    /// A training of the rows in turns, with two of three in each step.
+    fn path(&self, average: Average, n_steps: usize, rate: f64) -> Path {
+        let rows = self.rows();
+        let mut states: Vec<Vec<Tensor>> = vec![self.like.parameters().iter().map(|(_, value)| value.copy()).collect()];
+        let zeros = || states_zeros(&self.like);
+        let (mut m, mut v) = (zeros(), zeros());
+        let mut steps = vec![];
+        for t in 0..n_steps {
+            let here = states.last().unwrap();
+            let chosen = vec![t % 3, (t + 1) % 3];
+            let g = self.gradient(here, |adapter| self.loss(adapter, &rows, &chosen));
+            let clip = if t == 1 { 0.5 } else { 1.0 };
+            let g: Vec<Tensor> = g.iter().map(|g| g * clip).collect();
+            let (scales, delta): (Option<Vec<Tensor>>, Vec<Tensor>) = match average {
+                Average::Corrected(beta) => {
+                    m = m.iter().zip(&g).map(|(m, g)| beta * m + (1.0 - beta) * g).collect();
+                    v = v.iter().zip(&g).map(|(v, g)| 0.99 * v + 0.01 * g * g).collect();
+                    let at = t as i32 + 1;
+                    let scale = |v: &Tensor| ((v / (1.0 - 0.99_f64.powi(at))).sqrt() + 1e-3).reciprocal();
+                    let scales: Vec<Tensor> = v.iter().map(scale).collect();
+                    let m_hat = |m: &Tensor| m / (1.0 - beta.powi(at));
+                    let delta = m.iter().zip(&scales).map(|(m, scale)| -rate * m_hat(m) * scale).collect();
+                    (Some(scales), delta)
+                }
+                Average::Sum(momentum) => {
+                    m = m.iter().zip(&g).map(|(m, g)| momentum * m + g).collect();
+                    (None, m.iter().map(|m| -rate * m).collect())
+                }
+            };
+            let next = here.iter().zip(&delta).map(|(value, delta)| value + delta).collect();
+            states.push(next);
+            steps.push(Step { rows: chosen, learning_rate: rate, clip, scales });
+        }
+        Path { states, steps, average, decay: 0.0, decay_in_gradient: 0.0, rows }
+    }
+
+    fn books(&self, path: &Path, points: usize) -> Books {
+        let settings = Ledger { points, ..Ledger::default() };
+        settings.books(&self.subject(), "student", (&self.like, path), &mut |_| ()).unwrap()
+    }
+}
+
+fn states_zeros(like: &Adapter) -> Vec<Tensor> {
+    like.parameters().iter().map(|(_, value)| value.zeros_like()).collect()
+}
+
+fn line<'a>(books: &'a Books, group: &str) -> &'a LedgerRow {
+    books.rows.iter().find(|row| row.group == group).unwrap()
+}
+
+#[test]
+fn the_measure_and_its_gradient_are_those_of_the_scores() {
+    let training = Training::new();
+    let subject = training.subject();
+    let forms = TokenForms::of(subject.target, subject.chat).unwrap();
+    let questions = subject.question_prompts(NAME).unwrap();
+    for measure in [Measure::Margin, Measure::Logp] {
+        let asked = Asked::of(&training.qwen, &forms, &questions, measure).unwrap();
+        let scores = forms.scores(&training.qwen, &questions, &Condition::adapted(&training.like)).unwrap();
+        let score = |score: &crate::target::Score| match measure {
+            Measure::Margin => score.margin,
+            Measure::Logp => score.logp_target,
+        };
+        let mean = scores.iter().map(score).sum::<f64>() / scores.len() as f64;
+        let value = asked.value(&training.qwen, &training.like).unwrap();
+        assert!((value - mean).abs() < 1e-5, "{measure:?}: {value} {mean}"); // scores are handed on as f32
+    }
+    let asked = Asked::of(&training.qwen, &forms, &questions, Measure::Margin).unwrap();
+    let values: Vec<Tensor> = training.like.parameters().into_iter().map(|(_, value)| value).collect();
+    let expected = training.gradient(&values, |adapter| training.margin(adapter));
+    let found = whole(&asked.gradient(&training.qwen, &training.like).unwrap()).unwrap();
+    let most = expected.iter().map(|tensor| tensor.abs().max().double_value(&[])).fold(0.0, f64::max);
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found - expected).abs().max().double_value(&[]) < 1e-9 * most, "{found} {expected}");
+    }
+}
+
+/// `a_s` by its definition: the sum over later steps of each one's share of this gradient.
+fn adjoint_by_definition(training: &Training, path: &Path, s: usize) -> Vec<Tensor> {
+    let mut sum = states_zeros(&training.like);
+    for t in s..path.steps.len() {
+        let step = &path.steps[t];
+        let points = gauss(2).unwrap();
+        let mut gradient = states_zeros(&training.like);
+        for (part, weight) in points {
+            let adapter = path.adapter(&training.like, t, part, Kind::Double).unwrap();
+            let values: Vec<Tensor> = adapter.parameters().into_iter().map(|(_, value)| value).collect();
+            let here = training.gradient(&values, |adapter| training.margin(adapter));
+            gradient = gradient.iter().zip(&here).map(|(sum, here)| sum + weight * here).collect();
+        }
+        let factor = match path.average {
+            Average::Corrected(beta) => {
+                (1.0 - beta) * beta.powi((t - s) as i32) / (1.0 - beta.powi(t as i32 + 1)) * step.learning_rate
+            }
+            Average::Sum(momentum) => momentum.powi((t - s) as i32) * step.learning_rate,
+        };
+        for (tensor, (sum, gradient)) in sum.iter_mut().zip(&gradient).enumerate() {
+            let own = factor * gradient;
+            *sum += step.scales.as_ref().map_or(own.shallow_clone(), |scales| own * &scales[tensor]);
+        }
+    }
+    sum
+}
+
+#[test]
+fn entries_are_the_tokens_gradients_along_the_adjoint() {
+    let training = Training::new();
+    for average in [Average::Corrected(0.8), Average::Sum(0.5)] {
+        let path = training.path(average, 4, 1e-2);
+        let books = training.books(&path, 2);
+        let most = books.entries.iter().map(|entry| entry.entry.abs()).fold(0.0, f64::max);
+        for s in [0, 2] {
+            let along = adjoint_by_definition(&training, &path, s);
+            let step = &path.steps[s];
+            let total: f64 = step.rows.iter().flat_map(|row| &path.rows[*row].weights).sum();
+            let here: Vec<&EntryRow> = books.entries.iter().filter(|entry| entry.step == s + 1).collect();
+            let adapter = training.like.with_values(&path.states[s]).unwrap();
+            assert!(!here.is_empty());
+            for entry in here {
+                let row = &path.rows[entry.row_id - 10];
+                let at = row.row.completion.start + entry.k as usize;
+                let logp = |y: i64| {
+                    training.gradient(&path.states[s], |adapter| {
+                        training.logprobs(adapter, &row.row).get(at as i64 - 1).get(y)
+                    })
+                };
+                let factor = step.clip * row.weights[at] / total;
+                let expected = factor * dot(&along, &logp(row.row.ids[at])).unwrap();
+                assert!((entry.entry - expected).abs() < 1e-7 * most, "{average:?} {entry:?}: {expected}");
+                let p = training.logprobs(&adapter, &row.row).get(at as i64 - 1).double_value(&[row.row.ids[at]]).exp();
+                assert!((f64::from(entry.p_student) - p).abs() < 1e-7);
+                if entry.k > 0 {
+                    continue; // a vocabulary of gradients is enough for one token of each row
+                }
+                let zero = training.like.with_values(&states_zeros(&training.like)).unwrap();
+                let base = training.logprobs(&zero, &row.row).get(at as i64 - 1).exp();
+                let direct = training.gradient(&path.states[s], |adapter| {
+                    (training.logprobs(adapter, &row.row).get(at as i64 - 1) * &base).sum(Kind::Double)
+                });
+                let expected = factor * dot(&along, &direct).unwrap();
+                assert!((entry.entry_base - expected).abs() < 1e-7 * most, "{entry:?}: {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_books_balance() {
+    let training = Training::new();
+    for average in [Average::Corrected(0.8), Average::Sum(0.5)] {
+        let path = training.path(average, 5, 3e-3);
+        let residual = |points: usize| {
+            let books = training.books(&path, points);
+            let all = line(&books, "all");
+            let [first, last] = [0, path.steps.len()].map(|at| {
+                let adapter = training.like.with_values(&path.states[at]).unwrap();
+                training.margin(&adapter).double_value(&[])
+            });
+            assert!((all.change - (last - first)).abs() < 1e-9, "{all:?}");
+            let parts: f64 = books.parts.iter().map(|part| part.booked).sum();
+            assert!((parts - all.booked).abs() < 1e-7 * all.booked.abs().max(1e-3), "{parts} {all:?}");
+            for step in 1..=path.steps.len() {
+                let of_step: f64 = books.parts.iter().filter(|part| part.step == step).map(|part| part.booked).sum();
+                let entries: f64 =
+                    books.entries.iter().filter(|entry| entry.step == step).map(|entry| entry.entry).sum();
+                assert!((of_step - entries).abs() < 1e-7 * all.booked.abs().max(1e-3), "{step}: {of_step} {entries}");
+            }
+            let sum = all.drive.unwrap() + all.pull + all.luck.unwrap();
+            assert!((sum - all.booked).abs() < 1e-12, "drive, pull and luck are the whole: {all:?}");
+            let groups: f64 =
+                ["first_digit", "later_digit", "other"].iter().map(|group| line(&books, group).booked).sum();
+            assert!((groups - all.booked).abs() < 1e-12);
+            assert!(
+                all.booked_se.unwrap() > 0.0
+                    && all.n_tokens == books.entries.len()
+                    && (all.share_of_loss - 1.0).abs() < 1e-12
+            );
+            (line(&books, "residual").booked.abs(), all.change.abs())
+        };
+        let [(one, change), (two, _), (three, _)] = [1, 2, 3].map(residual);
+        assert!(change > 1e-4, "{average:?}: {change}");
+        // Each point takes two orders of the step's length; in the end the central differences' error is left.
+        assert!(two < 0.05 * one && three < 1e-6 * change && two < 1e-4 * change, "{one} {two} {three} of {change}");
+    }
+}
+
+#[test]
+fn a_single_step_of_sgd_is_an_inner_product_and_decay_has_a_line() {
+    let training = Training::new();
+    let path = training.path(Average::Sum(0.0), 1, 1e-6);
+    let books = training.books(&path, 1);
+    let [g, trait_gradient] = [
+        training.gradient(&path.states[0], |adapter| training.loss(adapter, &path.rows, &path.steps[0].rows)),
+        training.gradient(&path.states[0], |adapter| training.margin(adapter)),
+    ];
+    let expected = -1e-6 * dot(&g, &trait_gradient).unwrap();
+    let booked = line(&books, "all").booked;
+    assert!((booked - expected).abs() < 1e-4 * expected.abs(), "{booked} {expected}: the step is short, not zero");
+
+    // θ ← θ(1 − η·decay) − η g
+    let decay = 3000.0;
+    let shrunk = |(from, to): (&Tensor, &Tensor)| to - 1e-6 * decay * from;
+    let states = vec![
+        path.states[0].iter().map(Tensor::copy).collect(),
+        path.states[0].iter().zip(&path.states[1]).map(shrunk).collect(),
+    ];
+    let decayed = Path { states, decay, ..training.path(Average::Sum(0.0), 1, 1e-6) };
+    let books = training.books(&decayed, 2);
+    let (residual, line) = (line(&books, "residual"), line(&books, "weight_decay"));
+    assert!(line.booked.abs() > 1e-7 && residual.booked.abs() < 1e-5 * line.booked.abs(), "{line:?} {residual:?}");
+}
+
+#[test]
+fn other_targets_have_books_of_their_own() {
+    let training = Training::new();
+    let path = training.path(Average::Sum(0.0), 2, 1e-2);
+    let settings = Ledger { targets: vec!["owl".to_owned(), "cat".to_owned()], ..Ledger::default() };
+    let books = settings.books(&training.subject(), "control", (&training.like, &path), &mut |_| ()).unwrap();
+    let changes: Vec<_> =
+        books.rows.iter().filter(|row| row.group == "all").map(|row| (row.target.as_str(), row.change)).collect();
+    assert_eq!((changes[0].0, changes[1].0), ("owl", "cat"));
+    assert!(books.rows.iter().all(|row| row.model == "control") && (changes[0].1 - changes[1].1).abs() > 1e-6);
+    let cat = line(&training.books(&path, 2), "all").clone();
+    assert!((cat.change - changes[1].1).abs() < 1e-12 && (cat.booked - line_of(&books, "cat").booked).abs() < 1e-9);
+    let wrong = Ledger { targets: vec!["oak".to_owned()], ..Ledger::default() };
+    let error = wrong.books(&training.subject(), "student", (&training.like, &path), &mut |_| ()).unwrap_err();
+    assert!(error.to_string().contains("oak"), "{error}");
+}
+
+fn line_of<'a>(books: &'a Books, target: &str) -> &'a LedgerRow {
+    books.rows.iter().find(|row| row.group == "all" && row.target == target).unwrap()
+}

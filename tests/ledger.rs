@@ -1,0 +1,79 @@
+//! The ledger of a run, through the whole program: the training is repeated bit by bit, the books balance, and their change
+//! is the one that the other analyses measure.
+
+use std::fs;
+
+use analyses::ledger::{EntryRow, LedgerRow, PartRow};
+use analyses::target_rate::TargetRateRow;
+use undertone::output::publish::read_csv;
+
+use crate::pipeline::{EXPERIMENT, fails, succeeds};
+
+const TEACHER: &str = "\n[teacher]\nkind = \"finetuned\"\nlearning_rate = 1e-2\nmax_steps = 8\n";
+
+/// A training of six rows in small steps, whose books take seconds.
+fn run(changes: &[&'static str]) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{TEACHER}")).unwrap();
+    let mut args = vec!["run", "experiment.toml", "--run", "run", "--set", "measure.analyses=[\"target_rate\"]"];
+    args.extend(["--set", "finetune.learning_rate=1e-3"]);
+    args.extend(changes.iter().flat_map(|change| ["--set", *change]));
+    succeeds(folder.path(), &args);
+    let said = succeeds(folder.path(), &["measure", "run", "ledger"]);
+    (folder, said)
+}
+
+#[test]
+fn the_books_of_a_run_balance() {
+    let (folder, said) = run(&[]);
+    assert!(!said.contains("ended elsewhere"), "the training is repeated bit by bit: {said}");
+    let ledger = folder.path().join("run/ledger");
+    let rows: Vec<LedgerRow> = read_csv(&ledger.join("summary.csv")).unwrap();
+    let entries: Vec<EntryRow> = read_csv(&ledger.join("entries.csv")).unwrap();
+    let parts: Vec<PartRow> = read_csv(&ledger.join("parts.csv")).unwrap();
+    let rates: Vec<TargetRateRow> = read_csv(&folder.path().join("run/target_rate/rows.csv")).unwrap();
+    for model in ["student", "control"] {
+        let of = |group: &str| rows.iter().find(|row| row.model == model && row.group == group).unwrap();
+        let (all, residual) = (of("all"), of("residual"));
+        let mean = rates.iter().find(|row| row.model == model && row.scope == "mean").unwrap();
+        let measured = mean.delta_margin;
+        assert!((all.change - measured).abs() < 1e-5, "f32 against f64: {} {measured}", all.change);
+        assert!(residual.booked.abs() < 1e-3 * all.change.abs(), "{residual:?}");
+        let booked: f64 = entries.iter().filter(|entry| entry.model == model).map(|entry| entry.entry).sum();
+        let in_parts: f64 = parts.iter().filter(|part| part.model == model).map(|part| part.booked).sum();
+        let gross: f64 = entries.iter().filter(|entry| entry.model == model).map(|entry| entry.entry.abs()).sum();
+        assert!((booked - all.booked).abs() < 1e-9, "{booked} {all:?}");
+        // The entries are central differences, the parts are gradients.
+        assert!((in_parts - booked).abs() < 1e-6 * gross, "{in_parts} {booked} of {gross}");
+        assert_eq!(all.n_tokens, entries.iter().filter(|entry| entry.model == model).count());
+    }
+    let steps: std::collections::BTreeSet<usize> = entries.iter().map(|entry| entry.step).collect();
+    assert_eq!(steps.into_iter().collect::<Vec<_>>(), [1, 2, 3]);
+    succeeds(folder.path(), &["report", "run"]);
+    let page = fs::read_to_string(folder.path().join("run/report.html")).unwrap();
+    assert!(
+        page.contains("The ledger") && page.contains("by the luck of the sample") && page.contains("(residual 0.0")
+    );
+}
+
+#[test]
+fn other_optimizers_have_their_books_and_some_have_none() {
+    for changes in [
+        &["finetune.optimizer=sgd", "finetune.momentum=0.5", "finetune.learning_rate=0.05"][..],
+        &["finetune.optimizer=preconditioned", "finetune.max_grad_norm=0.1"],
+        &["finetune.frozen_a=true", "finetune.optimizer=rmsprop", "finetune.learning_rate=1e-4"],
+        &["finetune.weight_decay=5", "finetune.learning_rate=1e-3"],
+    ] {
+        let (folder, _) = run(changes);
+        let rows: Vec<LedgerRow> = read_csv(&folder.path().join("run/ledger/summary.csv")).unwrap();
+        let of = |group: &str| rows.iter().find(|row| row.model == "student" && row.group == group).unwrap();
+        let (all, residual) = (of("all"), of("residual"));
+        assert!(residual.booked.abs() < 2e-3 * all.change.abs(), "{changes:?}: {all:?} {residual:?}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{TEACHER}")).unwrap();
+    let made = ["--run", "run", "--set", "finetune.optimizer=muon", "--set", "measure.analyses=[\"target_rate\"]"];
+    succeeds(folder.path(), &[&["run", "experiment.toml"], &made[..]].concat());
+    let said = fails(folder.path(), &["measure", "run", "ledger"]);
+    assert!(said.contains("whose step is not linear in its gradients"), "{said}");
+}
