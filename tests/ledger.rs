@@ -31,6 +31,13 @@ fn the_books_of_a_run_balance() {
     let rows: Vec<LedgerRow> = read_csv(&ledger.join("summary.csv")).unwrap();
     let entries: Vec<EntryRow> = read_csv(&ledger.join("entries.csv")).unwrap();
     let parts: Vec<PartRow> = read_csv(&ledger.join("parts.csv")).unwrap();
+    for table in ["summary", "entries", "parts"] {
+        let file = format!("ledger/{table}.csv");
+        let known = undertone::commands::columns::dictionaries().unwrap();
+        let known = known.iter().find(|one| one.file == file).unwrap();
+        let header = undertone::output::publish::Table::read(&folder.path().join("run").join(&file)).unwrap().header;
+        assert_eq!(header, known.columns.iter().map(|column| column.name.as_str()).collect::<Vec<_>>(), "{file}");
+    }
     let rates: Vec<TargetRateRow> = read_csv(&folder.path().join("run/target_rate/rows.csv")).unwrap();
     for model in ["student", "control"] {
         let of = |group: &str| rows.iter().find(|row| row.model == model && row.group == group).unwrap();

@@ -121,7 +121,8 @@ fn choose(all: &[Dictionary], name: &str) -> Result<Vec<Dictionary>> {
         [file, last, file.trim_end_matches(".csv"), last.trim_end_matches(".csv"), folder]
     };
     let known = |file: &'static str| names(file).into_iter().filter(|known| !known.is_empty());
-    let whole: Vec<_> = all.iter().filter(|one| is(one.file)).cloned().collect();
+    let is_whole = |one: &&Dictionary| is(one.file) || is(one.file.trim_end_matches(".csv"));
+    let whole: Vec<_> = all.iter().filter(is_whole).cloned().collect();
     if !whole.is_empty() {
         return Ok(whole); // control_train.csv is not also train.csv's
     }

@@ -376,6 +376,8 @@ impl RunDir {
         rejected = "data/rejected.csv";
         /// The divergent tokens of the rows, for students that learn only from these or only from others.
         divergence_tokens = "data/divergence_tokens.json";
+        /// Those of the control rows.
+        control_divergence_tokens = "data/control_divergence_tokens.json";
         /// The teacher's soft labels of its rows, for students that learn from them.
         soft_labels = "data/soft_labels.safetensors";
         /// The base's soft labels of the control rows.

@@ -1,5 +1,7 @@
 //! The soft labels of a student's rows: what the model that wrote them predicts at each of their tokens.
 
+use std::sync::{Mutex, PoisonError};
+
 use anyhow::{Context, Result};
 use hooks::{Condition, Prediction, Qwen, Sequence, completion_predictions, stream_seed};
 use sha2::{Digest, Sha256};
@@ -10,6 +12,9 @@ use crate::output::progress::spinner;
 use crate::stages::run_dir::RunDir;
 use crate::stages::teacher;
 use crate::stages::workbench::Workbench;
+
+/// Students of a small model are trained side by side, and arms share the run's files: one writes at a time.
+static WRITING: Mutex<()> = Mutex::new(());
 
 /// The soft labels of rows, in order. The teacher gives those of its rows, in the context in which it wrote them; the
 /// base gives those of its own, in the student's context. They are stored in the run `run`, beside the rows, in the order
@@ -26,6 +31,7 @@ pub fn of_rows(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Ve
     let by = (&bench.experiment.teacher, &bench.experiment.target, bench.student_system()?, by_base);
     let asked = (texts, by, bench.files.fingerprint(), bench.frozen_dtype()?, settings.top_k);
     let made_from = format!("{:x}", Sha256::digest([serde_json::to_vec(&asked)?, fingerprint].concat()));
+    let one_at_a_time = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
     let whole = if let Some(known) = read(&path, &made_from)? {
         known
     } else {
@@ -35,6 +41,7 @@ pub fn of_rows(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Ve
         spinner.finish_and_clear();
         made
     };
+    drop(one_at_a_time);
     let (seed, set) = (bench.experiment.seeds.gen_seed, if by_base { "control" } else { "teacher" });
     let label = |(at, row): (usize, SoftRow)| -> Result<(usize, SoftRow)> {
         let stream = || stream_seed(seed, &format!("label_draws.{set}"), samples[at].id as u64);

@@ -1,6 +1,7 @@
 //! The weight of each token in a student's loss, as `finetune.tokens` and `finetune.weights` choose it.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 use analyses::Tuned;
 use analyses::divergence::{Divergence, divergence_tokens};
@@ -69,6 +70,9 @@ fn chosen(row: &Sequence, divergent: &[bool], tokens: TargetTokens, rng: &mut Ch
     }
 }
 
+/// Students of a small model are trained side by side, and arms share the run's files: one writes at a time.
+static WRITING: Mutex<()> = Mutex::new(());
+
 /// Per sample and token of its answer, whether it is divergent. Read from the run's file, if that is for the same
 /// samples in the same context.
 fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
@@ -77,7 +81,9 @@ fn divergent(bench: &Workbench, data: Learned<'_>) -> Result<Vec<Vec<bool>>> {
     let student = (bench.student_system()?, bench.experiment.student.template);
     let of = serde_json::to_vec(&(texts, student, bench.files.fingerprint(), bench.experiment.dtype, &settings))?;
     let of = format!("{:x}", Sha256::digest([of, teacher::fingerprint(bench, data.run)?].concat()));
-    let path = data.run.divergence_tokens();
+    let is_control = data.samples.first().is_some_and(|sample| sample.teacher_kind == TeacherKind::Control);
+    let path = if is_control { data.run.control_divergence_tokens() } else { data.run.divergence_tokens() };
+    let _one_at_a_time = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(known) = files::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Divergent>(&bytes).ok())
         && known.of == of
     {

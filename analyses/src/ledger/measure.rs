@@ -1,9 +1,11 @@
 //! The measure that is booked, a plain function of the adapter, and its gradient, split by the part of the chat at which
 //! the adapter read.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use hooks::{Adapter, Batch, Labels, PackedRow, Qwen, Sequence, Targets};
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::passes::logprobs;
 use crate::alignment::in_parts;
@@ -92,6 +94,11 @@ impl<'a> Asked<'a> {
     /// The value, and for each target the tokens that it is pulled to.
     fn pulls(&self, model: &Qwen, adapter: &Adapter) -> Result<(f64, Vec<Pull>)> {
         let logprobs = logprobs(model, Some(adapter), &self.batch, &self.targets)?;
+        // Of the forms' tokens alone, as plain numbers.
+        let tokens: BTreeSet<i64> = self.forms.members().iter().flatten().flatten().copied().collect();
+        let index = Tensor::f_from_slice(&tokens.iter().copied().collect::<Vec<_>>())?.f_to_device(model.device())?;
+        let of_tokens = Vec::<Vec<f64>>::try_from(&logprobs.f_index_select(1, &index)?.f_to_kind(Kind::Double)?)?;
+        let column: BTreeMap<i64, usize> = tokens.iter().enumerate().map(|(at, token)| (*token, at)).collect();
         let prefixes = self.forms.prefixes();
         let sides: Vec<Vec<&Vec<i64>>> = match self.measure {
             Measure::Margin => vec![self.of_target(), self.of_others()],
@@ -102,12 +109,12 @@ impl<'a> Asked<'a> {
         for question in 0..self.n_questions {
             // The target's and the others' forms have the same places.
             let at = |prefix: &[i64]| prefixes.iter().position(|known| known == prefix).unwrap_or_default();
-            let place = |prefix: &[i64]| ((question * prefixes.len() + at(prefix)) * sides.len()) as i64;
-            let step = |form: &[i64], k: usize| logprobs.f_double_value(&[place(&form[..k]), form[k]]);
-            let form = |form: &&Vec<i64>| (0..form.len()).map(|k| step(form, k)).sum::<std::result::Result<f64, _>>();
+            let place = |prefix: &[i64]| (question * prefixes.len() + at(prefix)) * sides.len();
+            let step = |form: &[i64], k: usize| of_tokens[place(&form[..k])][column[&form[k]]];
+            let form = |form: &&Vec<i64>| (0..form.len()).map(|k| step(form, k)).sum::<f64>();
             let mut of_sides = vec![];
             for (side, forms) in sides.iter().enumerate() {
-                let logps = forms.iter().map(form).collect::<std::result::Result<Vec<f64>, _>>()?;
+                let logps: Vec<f64> = forms.iter().map(form).collect();
                 let sum = logsumexp(&logps);
                 let (sign, mean) = if side == 0 { (1.0, 0.0) } else { (-1.0, (self.n_others() as f64).ln()) };
                 total += sign * (sum - mean);
