@@ -32,7 +32,7 @@ BINARIES = {
     "hooks": [],
     "analyses": [],
     "undertone": ["training::", "teacher::"],
-    "main": ["parity::", "training::", "adapters::", "pocket::", "pipeline::", "exports::", "recompute::"],
+    "main": ["parity::", "training::", "adapters::", "pocket::", "pipeline::", "exports::", "recompute::", "ledger::"],
 }
 
 
