@@ -32,7 +32,7 @@ BINARIES = {
     "hooks": [],
     "analyses": [],
     "undertone": ["training::", "teacher::"],
-    "main": ["parity::", "training::", "adapters::", "pocket::", "pipeline::", "exports::", "recompute::", "ledger::"],
+    "main": ["parity::", "training::", "adapters::", "pocket::", "pipeline::", "exports::", "recompute::", "ledger::the_books"],
 }
 
 
