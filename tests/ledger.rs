@@ -83,4 +83,8 @@ fn other_optimizers_have_their_books_and_some_have_none() {
     succeeds(folder.path(), &[&["run", "experiment.toml"], &made[..]].concat());
     let said = fails(folder.path(), &["measure", "run", "ledger"]);
     assert!(said.contains("whose step is not linear in its gradients"), "{said}");
+    let early = ["--set", "measure.analyses=[\"ledger\"]", "--set", "finetune.gate=only:entity"];
+    let said = fails(folder.path(), &[&["run", "experiment.toml", "--run", "early"], &early[..]].concat());
+    assert!(said.contains("measure.analyses: finetune.gate is not everywhere"), "{said}");
+    assert!(!folder.path().join("early/data").exists(), "said before anything is made");
 }

@@ -12,6 +12,7 @@ use crate::data::dataset;
 use crate::experiment::{AnalysisName, Experiment, FinetunedTeacher, Method};
 use crate::hinted;
 use crate::stages::given_rows;
+use crate::stages::ledger;
 use crate::stages::memory::{Free, Need};
 use crate::stages::run_dir::RunDir;
 use crate::stages::token_weights;
@@ -130,6 +131,9 @@ fn places(bench: &Workbench, run: &RunDir) -> Result<()> {
         let (gates, lora) = (&measure.token_ablation.gates, student.lora());
         let checked = gates.iter().try_for_each(|gate| gate.check_planned(&lora, model.n_layers));
         checked.context("measure.token_ablation.gates")?;
+    }
+    if asks(AnalysisName::Ledger) && student.adapter.is_none() {
+        ledger::average(&bench.experiment).context("measure.analyses")?;
     }
     if asks(AnalysisName::Steering) {
         measure.steering.check(model.n_layers).map_err(|error| anyhow!("measure.{error}"))?;

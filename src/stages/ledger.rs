@@ -9,7 +9,7 @@ use hooks::tch::{Kind, Tensor};
 use hooks::{Adapter, Chat, Qwen, Sequence, files};
 
 use crate::data::dataset::Sample;
-use crate::experiment::{AnalysisName, Method};
+use crate::experiment::{AnalysisName, Experiment, Method, Teacher};
 use crate::hinted;
 use crate::output::progress::{bar, say, spinner};
 use crate::output::publish::write_csv;
@@ -62,6 +62,31 @@ pub(super) fn measure(bench: &Workbench, run: &RunDir, subject: &Subject<'_>, te
     Ok(())
 }
 
+/// How the optimizer averages gradients. Refuses a training that has no books.
+pub(super) fn average(experiment: &Experiment) -> Result<Average> {
+    let (settings, student) = (&experiment.finetune, &experiment.student);
+    let is_steered = matches!(experiment.teacher, Teacher::Steered { .. });
+    let can_be = [
+        (student.method == Method::Lora, "student.method is full, but the path that is booked is a LoRA's"),
+        (student.dropout == 0.0, "student.dropout is not 0, but the books have no dropout"),
+        (settings.gate.is_everywhere(), "finetune.gate is not everywhere, but the books are of an adapter that is"),
+        (settings.loss == Loss::Nll, "finetune.loss is kl, but entries are of written tokens"),
+        (!is_steered, "teacher.kind is steered, but expected entries are under a teacher without edits"),
+    ];
+    if let Some((_, why)) = can_be.iter().find(|(holds, _)| !holds) {
+        bail!(hinted!("{why}"; "leave ledger out of measure.analyses"));
+    }
+    match settings.rule() {
+        Rule::AdamW { beta1, .. } => Ok(Average::Corrected(beta1)),
+        Rule::Sgd { momentum, .. } => Ok(Average::Sum(momentum)),
+        Rule::RmsProp { .. } | Rule::Preconditioned { .. } => Ok(Average::Sum(0.0)),
+        Rule::SignSgd { .. } | Rule::Muon { .. } => bail!(hinted!(
+            "finetune.optimizer is {:?}, whose step is not linear in its gradients", settings.optimizer;
+            "leave ledger out of measure.analyses"
+        )),
+    }
+}
+
 /// Repeats a student's training and keeps its path.
 fn repeated(
     bench: &Workbench,
@@ -71,25 +96,8 @@ fn repeated(
     samples: &[Sample],
     folder: &Path,
 ) -> Result<path::Path> {
-    let (settings, student) = (&bench.experiment.finetune, &bench.experiment.student);
-    let can_be = [
-        (student.method == Method::Lora, "student.method is full, but the path that is booked is a LoRA's"),
-        (student.dropout == 0.0, "student.dropout is not 0, but the books have no dropout"),
-        (settings.gate.is_everywhere(), "finetune.gate is not everywhere, but the books are of an adapter that is"),
-        (settings.loss == Loss::Nll, "finetune.loss is kl, but entries are of written tokens"),
-    ];
-    if let Some((_, why)) = can_be.iter().find(|(holds, _)| !holds) {
-        bail!(hinted!("{why}"; "leave ledger out of measure.analyses"));
-    }
-    let average = match settings.rule() {
-        Rule::AdamW { beta1, .. } => Average::Corrected(beta1),
-        Rule::Sgd { momentum, .. } => Average::Sum(momentum),
-        Rule::RmsProp { .. } | Rule::Preconditioned { .. } => Average::Sum(0.0),
-        Rule::SignSgd { .. } | Rule::Muon { .. } => bail!(hinted!(
-            "finetune.optimizer is {:?}, whose step is not linear in its gradients", settings.optimizer;
-            "leave ledger out of measure.analyses"
-        )),
-    };
+    let settings = &bench.experiment.finetune;
+    let average = average(&bench.experiment)?;
     let is_decoupled = matches!(settings.rule(), Rule::AdamW { .. });
     let Chosen { rows, ids, weights, .. } = chosen(bench, who, Learned::of(run, samples))?;
     let adapter = bench.initial_adapter()?;
