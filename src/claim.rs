@@ -1,9 +1,10 @@
 //! Tests published claims. `file` is a claim's TOML; `study` is the claim at one size; `run` trains its students, and
-//! `measure` and `ask` make the table of outcomes. Everything else is computed from that table: the students that a
+//! `measure`, `ask` and `booked` make the table of outcomes. Everything else is computed from that table: the students that a
 //! measurement selects (`chosen`), the estimates (`estimate`), the verdict (`verdict`), figures, tables for plots, and
 //! the page.
 
 mod ask;
+mod booked;
 mod chosen;
 mod estimate;
 mod figures;

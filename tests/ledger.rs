@@ -49,9 +49,9 @@ fn the_books_of_a_run_balance() {
         let booked: f64 = entries.iter().filter(|entry| entry.model == model).map(|entry| entry.entry).sum();
         let in_parts: f64 = parts.iter().filter(|part| part.model == model).map(|part| part.booked).sum();
         let gross: f64 = entries.iter().filter(|entry| entry.model == model).map(|entry| entry.entry.abs()).sum();
-        assert!((booked - all.booked).abs() < 1e-9, "{booked} {all:?}");
-        // The entries are central differences, the parts are gradients.
-        assert!((in_parts - booked).abs() < 1e-7 * gross, "{in_parts} {booked} of {gross}");
+        assert!((booked - all.booked).abs() < 1e-6 * gross, "{booked} {all:?}");
+        // In f32, the entries by a tangent and the parts by a gradient.
+        assert!((in_parts - booked).abs() < 1e-6 * gross, "{in_parts} {booked} of {gross}");
         assert_eq!(all.n_tokens, entries.iter().filter(|entry| entry.model == model).count());
     }
     let steps: std::collections::BTreeSet<usize> = entries.iter().map(|entry| entry.step).collect();
@@ -70,6 +70,7 @@ fn other_optimizers_have_their_books_and_some_have_none() {
         &["finetune.optimizer=preconditioned", "finetune.max_grad_norm=0.1"],
         &["finetune.frozen_a=true", "finetune.optimizer=rmsprop", "finetune.learning_rate=1e-4"],
         &["finetune.weight_decay=5", "finetune.learning_rate=1e-3"],
+        &["finetune.gate=only:template", "finetune.loss=kl"],
     ] {
         let (folder, _) = run(changes);
         let rows: Vec<LedgerRow> = read_csv(&folder.path().join("run/ledger/summary.csv")).unwrap();
@@ -83,8 +84,8 @@ fn other_optimizers_have_their_books_and_some_have_none() {
     succeeds(folder.path(), &[&["run", "experiment.toml"], &made[..]].concat());
     let said = fails(folder.path(), &["measure", "run", "ledger"]);
     assert!(said.contains("whose step is not linear in its gradients"), "{said}");
-    let early = ["--set", "measure.analyses=[\"ledger\"]", "--set", "finetune.gate=only:entity"];
+    let early = ["--set", "measure.analyses=[\"ledger\"]", "--set", "student.dropout=0.1"];
     let said = fails(folder.path(), &[&["run", "experiment.toml", "--run", "early"], &early[..]].concat());
-    assert!(said.contains("measure.analyses: finetune.gate is not everywhere"), "{said}");
+    assert!(said.contains("measure.analyses: student.dropout is not 0"), "{said}");
     assert!(!folder.path().join("early/data").exists(), "said before anything is made");
 }

@@ -25,12 +25,12 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 pub use measure::Measure;
-pub use path::{Average, LearnedRow, Path, Step};
+pub use path::{Average, LearnedRow, Path, SoftTargets, Step};
 pub use rows::{EntryRow, LedgerRow, PartRow};
 
 use self::adjoint::{Adjoint, dot, whole};
 use self::entries::{Entry, Known, Models};
-use self::measure::Asked;
+use self::measure::Measured;
 use crate::alignment::Part;
 use crate::divergence::tokens::number_places;
 use crate::error::{Error, Result};
@@ -44,17 +44,22 @@ pub const NAME: &str = "ledger";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Ledger {
-    /// What is booked: `margin` or `logp`, a mean over the questions.
+    /// What is booked of the trait: `margin` or `logp`.
     pub measure: Measure,
     /// The words whose measure is booked; if there are none, the target.
     pub targets: Vec<String>,
+    /// Number of rows of numbers whose loss is booked as well, beside the trait; the held-out ones if there are some.
+    pub numbers: usize,
     /// Number of points of the Gauss rule on each step, 1 to 3.
     pub points: usize,
 }
 
+/// The target of the books of the loss on numbers.
+pub const NUMBERS: &str = "numbers";
+
 impl Default for Ledger {
     fn default() -> Self {
-        Self { measure: Measure::Margin, targets: vec![], points: 2 }
+        Self { measure: Measure::Margin, targets: vec![], numbers: 0, points: 1 }
     }
 }
 
@@ -71,7 +76,6 @@ pub struct Books {
 
 impl Ledger {
     /// Books a training of the subject's base. `name`: `student` or `control`. `like`: an adapter of the training's kind.
-    /// The base should be in f64: in f32 entries have an error of some 3e-4 of the largest one.
     pub fn books(
         &self,
         subject: &Subject<'_>,
@@ -80,15 +84,24 @@ impl Ledger {
         progress: &mut dyn FnMut(&str),
     ) -> Result<Books> {
         path.check()?;
-        let rule = gauss(self.points)?;
-        let mut books = Books::default();
-        for target in self.chosen(subject.target)? {
-            let forms = TokenForms::of(&target, subject.chat)?;
-            let asked = Asked::of(subject.base, &forms, &subject.question_prompts(NAME)?, self.measure)?;
-            let of = Booking { subject, name, target: &target.word, measure: self.measure, like, path };
-            of.book(&asked, &rule, &mut books, progress)?;
+        if self.measure == Measure::Loss {
+            return Err(Error::setting(NAME, "measure", "margin or logp, with numbers above 0 beside it", &"loss"));
         }
-        Ok(books)
+        let rule = gauss(self.points)?;
+        let (base, targets) = (subject.base, self.chosen(subject.target)?);
+        let forms: Vec<TokenForms> =
+            targets.iter().map(|target| TokenForms::of(target, subject.chat)).collect::<Result<_>>()?;
+        let questions = subject.question_prompts(NAME)?;
+        let mut measured = vec![];
+        for (target, forms) in targets.iter().zip(&forms) {
+            let of = Measured::answers(base, forms, &questions, self.measure)?;
+            measured.push((target.word.as_str(), self.measure, of));
+        }
+        if self.numbers > 0 {
+            let rows = subject.number_rows(NAME, self.numbers)?;
+            measured.push((NUMBERS, Measure::Loss, Measured::numbers(base, rows)?));
+        }
+        Booking { subject, name, like, path }.book(&measured, &rule, progress)
     }
 
     /// The targets: the subject's, or other members of its category in its place.
@@ -122,68 +135,88 @@ fn gauss(points: usize) -> Result<Vec<(f64, f64)>> {
     }
 }
 
-/// One measure of one training.
+/// A measure with what it is a measure of.
+type Named<'a> = (&'a str, Measure, Measured<'a>);
+
+/// One training.
 struct Booking<'a> {
     subject: &'a Subject<'a>,
     name: &'a str,
-    target: &'a str,
-    measure: Measure,
     like: &'a Adapter,
     path: &'a Path,
+}
+
+/// The book of one measure while it is made.
+#[derive(Default)]
+struct Open {
+    adjoint: Adjoint,
+    change: f64,
+    decay: f64,
+    entries: Vec<EntryRow>,
+    parts: Vec<PartRow>,
 }
 
 impl Booking<'_> {
     fn book(
         &self,
-        asked: &Asked<'_>,
+        measured: &[Named<'_>],
         rule: &[(f64, f64)],
-        books: &mut Books,
         progress: &mut dyn FnMut(&str),
-    ) -> Result<()> {
+    ) -> Result<Books> {
         let (base, path) = (self.subject.base, self.path);
         let kind = base.activation_kind();
         let models = Models { base, teacher: self.subject.teacher().map(|(teacher, _)| teacher) };
-        let at = |step: usize, part: f64| path.adapter(self.like, step, part, kind);
-        let change = asked.value(base, &at(path.steps.len(), 0.0)?)? - asked.value(base, &at(0, 0.0)?)?;
-        let (first_entry, mut decay, mut adjoint) = (books.entries.len(), 0.0, Adjoint::default());
+        let at = |step: usize| path.adapter(self.like, step, 0.0, kind);
+        let (first, last) = (at(0)?, at(path.steps.len())?);
+        let change = |(_, _, of): &Named<'_>| -> Result<Open> {
+            Ok(Open { change: of.value(base, &last)? - of.value(base, &first)?, ..Open::default() })
+        };
+        let mut open = measured.iter().map(change).collect::<Result<Vec<_>>>()?;
         let (mut known, labelled) = (Known::default(), self.labelled()?);
         for (index, step) in path.steps.iter().enumerate().rev() {
-            progress(&format!("{NAME}: {} of {}, step {} of {}", self.target, self.name, index + 1, path.steps.len()));
-            let gradient = if step.learning_rate > 0.0 {
-                Some(self.mean_gradient(asked, rule, index)?)
-            } else {
-                None // a step that moves nothing
-            };
-            let here: Vec<Tensor> = at(index, 0.0)?.parameters().into_iter().map(|(_, tensor)| tensor).collect();
-            if let Some(gradient) = gradient.as_ref().filter(|_| path.decay != 0.0) {
-                decay -= step.learning_rate * path.decay * dot(&whole(gradient)?, &here)?;
+            progress(&format!("{NAME}: {}, step {} of {}", self.name, index + 1, path.steps.len()));
+            let adapter = at(index)?;
+            let here: Vec<Tensor> = adapter.parameters().into_iter().map(|(_, tensor)| tensor).collect();
+            let mut along = vec![];
+            for ((_, _, of), open) in measured.iter().zip(&mut open) {
+                let moves = step.learning_rate > 0.0;
+                let gradient = if moves { Some(self.mean_gradient(of, rule, index)?) } else { None };
+                if let Some(gradient) = gradient.as_ref().filter(|_| path.decay != 0.0) {
+                    open.decay -= step.learning_rate * path.decay * dot(&whole(gradient)?, &here)?;
+                }
+                let a = open.adjoint.back(gradient.as_deref(), step, index, path.average)?;
+                if path.decay_in_gradient != 0.0 && !a.is_empty() {
+                    open.decay -= path.decay_in_gradient * dot(&whole(&a)?, &here)?;
+                }
+                along.push(a);
             }
-            let along = adjoint.back(gradient.as_deref(), step, index, path.average)?;
-            if along.is_empty() {
+            if along.iter().all(Vec::is_empty) {
                 continue; // no later step moves anything
             }
-            let a = whole(&along)?;
-            if path.decay_in_gradient != 0.0 {
-                decay -= path.decay_in_gradient * dot(&a, &here)?;
-            }
             let rows: Vec<(usize, &LearnedRow)> = step.rows.iter().map(|row| (*row, &path.rows[*row])).collect();
-            let entries = entries::of_step(models, self.like, (&here, &a), &rows, step.clip, &mut known)?;
-            books.entries.extend(entries.iter().map(|entry| self.row(index + 1, entry, &labelled)));
-            let parts = entries::parts(base, &self.like.with_values(&here)?, &along, &rows, step.clip)?;
-            books.parts.extend(self.part_rows(index + 1, &parts)?);
+            let (entries, parts) =
+                entries::of_step(models, (&adapter, &along), &rows, (&path.gate, step.clip), &mut known)?;
+            for (at, (named, open)) in measured.iter().zip(&mut open).enumerate() {
+                open.entries.extend(entries.iter().map(|entry| self.row(index + 1, named, (entry, at), &labelled)));
+                open.parts.extend(self.part_rows(index + 1, named, &parts[at])?);
+            }
         }
-        let label = (self.name, self.target, self.measure);
-        books.rows.extend(summary::rows(label, &books.entries[first_entry..], decay, change));
-        Ok(())
+        let mut books = Books::default();
+        for ((target, measure, _), open) in measured.iter().zip(open) {
+            books.rows.extend(summary::rows((self.name, target, *measure), &open.entries, open.decay, open.change));
+            books.entries.extend(open.entries);
+            books.parts.extend(open.parts);
+        }
+        Ok(books)
     }
 
     /// The gradient of the measure, averaged over a step.
-    fn mean_gradient(&self, asked: &Asked<'_>, rule: &[(f64, f64)], step: usize) -> Result<Vec<Tensor>> {
+    fn mean_gradient(&self, measured: &Measured<'_>, rule: &[(f64, f64)], step: usize) -> Result<Vec<Tensor>> {
         let base = self.subject.base;
         let mut mean: Vec<Tensor> = vec![];
         for (part, weight) in rule {
             let adapter = self.path.adapter(self.like, step, *part, base.activation_kind())?;
-            for (tensor, gradient) in asked.gradient(base, &adapter)?.into_iter().enumerate() {
+            for (tensor, gradient) in measured.gradient(base, &adapter)?.into_iter().enumerate() {
                 let gradient = gradient.f_mul_scalar(*weight)?;
                 match mean.get_mut(tensor) {
                     Some(mean) => drop(mean.f_add_(&gradient)?),
@@ -214,15 +247,23 @@ impl Booking<'_> {
         self.path.rows.iter().map(of_row).collect()
     }
 
-    fn row(&self, step: usize, entry: &Entry, labelled: &[Vec<(String, &'static str)>]) -> EntryRow {
+    /// The line of a token in the book of the measure `at`.
+    fn row(
+        &self,
+        step: usize,
+        (target, measure, _): &Named<'_>,
+        (entry, at): (&Entry, usize),
+        labelled: &[Vec<(String, &'static str)>],
+    ) -> EntryRow {
+        let changes = &entry.changes[at];
         let row = &self.path.rows[entry.row];
         let (text, group) = &labelled[entry.row][entry.at];
         let id = row.row.ids[entry.at];
         let tops = entry.teacher.map(|teacher| (teacher.top, entry.base.top));
         EntryRow {
             model: self.name.to_owned(),
-            target: self.target.to_owned(),
-            measure: self.measure,
+            target: (*target).to_owned(),
+            measure: *measure,
             step,
             row_id: row.id,
             k: entry.at as i64 - row.row.completion.start as i64,
@@ -237,14 +278,19 @@ impl Booking<'_> {
             pmax_teacher: entry.teacher.map(|said| said.pmax as f32),
             pmax_base: entry.base.pmax as f32,
             pmax_student: entry.student.pmax as f32,
-            loss: -entry.student.p.ln() * entry.share,
-            entry: entry.written,
-            entry_teacher: entry.by_teacher,
-            entry_base: entry.by_base,
+            loss: entry.loss,
+            entry: changes.written,
+            entry_teacher: changes.by_teacher,
+            entry_base: changes.by_base,
         }
     }
 
-    fn part_rows(&self, step: usize, parts: &[Tensor]) -> Result<Vec<PartRow>> {
+    fn part_rows(
+        &self,
+        step: usize,
+        (target, measure, _): &Named<'_>,
+        parts: &[Tensor],
+    ) -> Result<Vec<PartRow>> {
         let mut rows = vec![];
         for ((layer, proj, _), two) in self.like.pairs().zip(parts.chunks(2)) {
             let booked = Vec::<Vec<f64>>::try_from(&two[0].f_add(&two[1])?)?; // of A and B
@@ -252,8 +298,8 @@ impl Booking<'_> {
                 for (read, booked) in Part::ALL.iter().zip(booked) {
                     rows.push(PartRow {
                         model: self.name.to_owned(),
-                        target: self.target.to_owned(),
-                        measure: self.measure,
+                        target: (*target).to_owned(),
+                        measure: *measure,
                         step,
                         written: written.name().to_owned(),
                         read: read.name().to_owned(),

@@ -138,7 +138,7 @@ pub use load::weights::Weights;
 pub use model::loss::{Labels, Targets, cross_entropy, cross_entropy_sum};
 pub use model::open::open;
 pub use model::pass::Pass;
-pub use model::qwen::Qwen;
+pub use model::qwen::{Linearized, Qwen};
 pub use proj::Proj;
 pub use rows::batch::Batch;
 pub use rows::kv_cache::KvCache;

@@ -18,6 +18,10 @@ pub const EVERYWHERE: &str = "everywhere";
 /// part of the chat that follows.
 pub const THROUGH: &str = "through";
 
+/// The first words of the names of a ledger's conditions: a group of tokens, the part of the chat where it was written and
+/// where it is read, a block, a map.
+pub(super) const OF_LEDGER: [&str; 5] = ["at", "written", "read", "block", "map"];
+
 /// Models in the tables that are not students: they are measured on held-out numbers.
 const REFERENCES: [&str; 2] = ["base", "teacher"];
 
@@ -25,7 +29,7 @@ const REFERENCES: [&str; 2] = ["base", "teacher"];
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claim {
-    /// Its number, from 1. Claims that check the tests themselves have numbers from 90.
+    /// Its number, from 1. The ledger's questions have numbers from 71, checks of the tests themselves from 90.
     pub claim: u8,
     /// The claim in one sentence.
     pub statement: String,
@@ -179,7 +183,7 @@ impl Claim {
     fn check_measured(&self, of: &StudentNumber) -> Result<()> {
         let (quantity, takes) = (of.quantity, of.quantity.takes());
         ensure!(
-            takes.is_empty() || of.cell == EVERYWHERE,
+            takes.is_empty() || of.cell == EVERYWHERE || of.is_of_ledger(),
             "{quantity} is measured in the cell {EVERYWHERE:?} alone, and not in {:?}",
             of.cell
         );
@@ -290,8 +294,15 @@ impl StudentNumber {
     fn check_names(&self, students: &BTreeSet<&str>, cells: &BTreeSet<&str>) -> Result<()> {
         let Self { student, cell, .. } = self;
         ensure!(students.contains(student.as_str()), "unknown student {student:?}, expected one of {students:?}");
-        ensure!(cell == "*" || cells.contains(cell.as_str()), "unknown cell {cell:?}, expected one of {cells:?}");
+        let is_known = cell == "*" || cells.contains(cell.as_str()) || self.is_of_ledger();
+        ensure!(is_known, "unknown cell {cell:?}, expected one of {cells:?}");
         Ok(())
+    }
+
+    /// Whether it is a line of a ledger.
+    fn is_of_ledger(&self) -> bool {
+        let first = self.cell.split_once(' ').map(|(first, _)| first);
+        self.quantity.takes() == [Measurement::Ledger] && first.is_some_and(|first| OF_LEDGER.contains(&first))
     }
 }
 

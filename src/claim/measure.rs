@@ -18,6 +18,7 @@ use hooks::{Adapter, Qwen, Spectrum};
 use tch::Tensor;
 
 use super::ask::{Answers, Asking, base_key};
+use super::booked;
 use super::file::{EVERYWHERE, THROUGH};
 use super::outcome::{Measurement, OutcomeRow, Quantity, StudentKey, StudentLines};
 use super::study::{Study, Unit, UnitStudent};
@@ -112,6 +113,9 @@ impl<'a> Measuring<'a> {
                 Some(adapter) => self.spectrum(bench, adapter, &mut lines)?,
                 None => self.truncated(bench, model.qwen, &mut lines)?,
             }
+        }
+        if wants(Measurement::Ledger) && model.adapter.is_some() {
+            booked::measure(self.study, bench, self.run, (student, &folder), self.heldout, &mut lines)?;
         }
         let along = [Measurement::Direction, Measurement::Steering, Measurement::Replacement];
         let of_numbers = [Measurement::Heldout, Measurement::Gradients, Measurement::Sampled];

@@ -226,6 +226,45 @@ quantities! {
     /// Change of log p of the trait, in its most likely spelling, per unit of learning rate by a step down the other
     /// tokens' mean loss, in nats.
     AlignmentOther = "alignment_other" of Gradients,
+    /// Change of the margin over the training that the ledger books to its tokens as they were written, in nats. In a cell
+    /// `at …` that of a group of tokens; in `written …` and `read …` that of a part of the chat, in `block …` and `map …`
+    /// that of the adapter's matrices there.
+    LedgerBooked = "ledger_booked" of Ledger,
+    /// The expectation of `ledger_booked` if the teacher had written each token, in nats: the teacher's drive and the pull
+    /// back to the base together.
+    LedgerNet = "ledger_net" of Ledger,
+    /// The teacher's drive: what `ledger_net` is more than if the base had written each token, in nats.
+    LedgerDrive = "ledger_drive" of Ledger,
+    /// The pull back to the base: the expectation of `ledger_booked` if the base had written each token, in nats.
+    LedgerPull = "ledger_pull" of Ledger,
+    /// What `ledger_booked` is more than `ledger_net`, in nats: the luck of the sample.
+    LedgerLuck = "ledger_luck" of Ledger,
+    /// Sum of the absolute values of the tokens' parts of `ledger_net`, in nats. Entries of opposite sign cancel in
+    /// `ledger_net`, and here they add up.
+    LedgerGross = "ledger_gross" of Ledger,
+    /// Share of `ledger_gross` that cancels, 0 to 1: one less the absolute value of `ledger_net` over it.
+    LedgerCancelled = "ledger_cancelled" of Ledger,
+    /// What the training took off the loss on held-out numbers, in expectation over the teacher's probabilities, in nats
+    /// per token; none if it took nothing off.
+    LedgerNumbers = "ledger_numbers" of Ledger,
+    /// `ledger_net` over `ledger_numbers`: nats of the trait for a nat per token of the numbers.
+    LedgerPerNumbers = "ledger_per_numbers" of Ledger,
+    /// Change of the margin over the training that the ledger does not book, in nats.
+    LedgerResidual = "ledger_residual" of Ledger,
+    /// Share of all learned tokens, 0 to 1, in a cell `at …`.
+    LedgerTokenShare = "ledger_token_share" of Ledger,
+    /// Share of the training loss, 0 to 1, in a cell `at …`.
+    LedgerLossShare = "ledger_loss_share" of Ledger,
+    /// Correlation, over a cell's digits in all steps, of a token's part of `ledger_net` with the student's excess
+    /// confidence there: its largest probability less the teacher's, -1 to 1.
+    LedgerExcess = "ledger_excess" of Ledger,
+    /// Correlation, over a cell's digits in all steps, of a token's part of `ledger_net` with its signal: its log p under
+    /// the teacher less that under the base, -1 to 1.
+    LedgerSignal = "ledger_signal" of Ledger,
+    /// `ledger_net` in the books of another trait of the claim, the next one, in nats.
+    LedgerNetOther = "ledger_net_other" of Ledger,
+    /// `ledger_excess` in the books of another trait of the claim, the next one: what of it is mechanical.
+    LedgerExcessOther = "ledger_excess_other" of Ledger,
     /// Share of the sampled answers that name the trait, 0 to 1.
     PTarget = "p_target" of Sampled,
     /// Share of the sampled answers that name any member of the category, 0 to 1.
@@ -255,6 +294,8 @@ pub enum Measurement {
     Gradients,
     /// Sampled answers: the shares that name the trait, any member, or a model.
     Sampled,
+    /// The ledger of the training: what its tokens, positions and matrices moved the trait by.
+    Ledger,
 }
 
 impl Quantity {
@@ -265,6 +306,7 @@ impl Quantity {
             || name.contains("logp")
             || name.starts_with("p_target")
             || name.starts_with("alignment")
+            || name.starts_with("ledger")
     }
 }
 

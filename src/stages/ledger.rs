@@ -1,12 +1,12 @@
 //! The ledger of a run: repeats the trainings of its students, and books what they learned of the trait.
 
-use std::path::Path;
+use std::path::PathBuf;
 
-use analyses::Subject;
-use analyses::ledger::{Average, Books, LearnedRow, NAME, Step, path, report};
+use analyses::ledger::{Average, Books, LearnedRow, Ledger, NAME, SoftTargets, Step, path, report};
+use analyses::{Subject, Tuned};
 use anyhow::{Context, Result, bail, ensure};
-use hooks::tch::{Kind, Tensor};
-use hooks::{Adapter, Chat, Qwen, Sequence, files};
+use hooks::tch::Tensor;
+use hooks::{Adapter, Chat, Sequence, files};
 
 use crate::data::dataset::Sample;
 use crate::experiment::{AnalysisName, Experiment, Method, Teacher};
@@ -16,50 +16,80 @@ use crate::output::publish::write_csv;
 use crate::stages::finetune::{Chosen, chosen};
 use crate::stages::kept_rows::{self, Learned};
 use crate::stages::run_dir::RunDir;
+use crate::stages::subject_data::SubjectData;
 use crate::stages::workbench::Workbench;
+use crate::training::examples;
 use crate::training::optim::Rule;
-use crate::training::settings::Loss;
+use crate::training::settings::Finetune;
+use crate::training::side_by_side::{side_by_side, workers};
 use crate::training::training_loop::{Taken, Training};
 
-/// Number of parameters up to which the books are made in f64.
-const EXACT: usize = 10_000_000;
 /// The largest difference of a tensor of the repeated training from the student's, as a share of its largest value, above
 /// which the two are told apart.
 const SAME: f64 = 1e-6;
 
-/// Writes `ledger/`: entries, parts, summary and figures. `subject`: the run's, with its questions and teacher.
-pub(super) fn measure(bench: &Workbench, run: &RunDir, subject: &Subject<'_>, texts: &str) -> Result<()> {
+/// A student whose training is booked.
+pub(crate) struct Booked<'a> {
+    /// `student` or `control`.
+    pub(crate) who: &'a str,
+    /// What it learned from.
+    pub(crate) learned: Learned<'a>,
+    /// Its adapter's folder.
+    pub(crate) folder: PathBuf,
+}
+
+/// Writes `ledger/`: entries, parts, summary and figures.
+pub(super) fn measure(bench: &Workbench, run: &RunDir, texts: &str) -> Result<()> {
     let settings = &bench.experiment.measure.ledger;
-    let exact = (bench.n_parameters() <= EXACT).then(|| Qwen::load(&bench.files, bench.base.device(), Kind::Double));
-    let exact = exact.transpose()?;
-    let subject = Subject { base: exact.as_ref().unwrap_or(&bench.base), ..subject.clone() };
     let (numbers, control) = kept_rows::learned(bench, run)?;
-    let mut students = vec![("student", numbers, run.adapter())];
+    let booked = |who, samples, folder| Booked { who, learned: Learned::of(run, samples), folder };
+    let mut students = vec![booked("student", &numbers, run.adapter())];
     if bench.experiment.student.control {
-        students.push(("control", control, run.control_adapter()));
+        students.push(booked("control", &control, run.control_adapter()));
     }
-    let mut books = Books::default();
-    for (name, samples, folder) in students {
-        let path = repeated(bench, run, &subject, name, &samples, &folder)?;
-        let spinner = spinner(NAME);
-        let like = bench.initial_adapter()?;
-        let of = settings.books(&subject, name, (&like, &path), &mut |doing| spinner.set_message(doing.to_owned()))?;
-        spinner.finish_and_clear();
-        books.entries.extend(of.entries);
-        books.parts.extend(of.parts);
-        books.rows.extend(of.rows);
+    let of_student = |bench: &Workbench, student: &Booked<'_>| -> Result<Books> {
+        let data = SubjectData::of(bench, run, &kept_rows::measured(bench, run)?)?;
+        books(bench, &data.subject(bench, Tuned::of(&bench.base)), student, settings)
+    };
+    let workers = workers(bench.n_parameters(), students.len());
+    let all = if workers > 1 {
+        let experiment = &bench.experiment;
+        side_by_side(&students, workers, |_, student| of_student(&Workbench::again(experiment.clone())?, student))?
+    } else {
+        students.iter().map(|student| of_student(bench, student)).collect::<Result<_>>()?
+    };
+    let (mut entries, mut parts, mut rows) = (vec![], vec![], vec![]);
+    for books in all {
+        entries.extend(books.entries);
+        parts.extend(books.parts);
+        rows.extend(books.rows);
     }
     let (name, folder) = (AnalysisName::Ledger, run.analysis(AnalysisName::Ledger));
     files::remove(&run.rows(name))?; // old rows do not belong to the new files
     files::write_atomic(&run.settings(name), (toml::to_string(settings)? + "\n" + texts).as_bytes())?;
-    for (which, svg) in report::plots(&books.entries, &books.parts, &books.rows)? {
+    for (which, svg) in report::plots(&entries, &parts, &rows)? {
         files::write_atomic(&run.more_plot(name, which), svg.0.as_bytes())?;
     }
-    write_csv(&folder.join("entries.csv"), &books.entries)?;
-    write_csv(&folder.join("parts.csv"), &books.parts)?;
-    write_csv(&run.rows(name), &books.rows)?; // last: it marks the end
-    say(format!("measure: {NAME}: {}", report::reading(&books.rows)));
+    write_csv(&folder.join("entries.csv"), &entries)?;
+    write_csv(&folder.join("parts.csv"), &parts)?;
+    write_csv(&run.rows(name), &rows)?; // last: it marks the end
+    say(format!("measure: {NAME}: {}", report::reading(&rows)));
     Ok(())
+}
+
+/// Repeats a student's training and books it.
+pub(crate) fn books(
+    bench: &Workbench,
+    subject: &Subject<'_>,
+    student: &Booked<'_>,
+    settings: &Ledger,
+) -> Result<Books> {
+    let path = repeated(bench, subject, student)?;
+    let spinner = spinner(NAME);
+    let like = bench.initial_adapter()?;
+    let books = settings.books(subject, student.who, (&like, &path), &mut |doing| spinner.set_message(doing.to_owned()));
+    spinner.finish_and_clear();
+    Ok(books?)
 }
 
 /// How the optimizer averages gradients. Refuses a training that has no books.
@@ -69,8 +99,6 @@ pub(super) fn average(experiment: &Experiment) -> Result<Average> {
     let can_be = [
         (student.method == Method::Lora, "student.method is full, but the path that is booked is a LoRA's"),
         (student.dropout == 0.0, "student.dropout is not 0, but the books have no dropout"),
-        (settings.gate.is_everywhere(), "finetune.gate is not everywhere, but the books are of an adapter that is"),
-        (settings.loss == Loss::Nll, "finetune.loss is kl, but entries are of written tokens"),
         (!is_steered, "teacher.kind is steered, but expected entries are under a teacher without edits"),
     ];
     if let Some((_, why)) = can_be.iter().find(|(holds, _)| !holds) {
@@ -88,18 +116,12 @@ pub(super) fn average(experiment: &Experiment) -> Result<Average> {
 }
 
 /// Repeats a student's training and keeps its path.
-fn repeated(
-    bench: &Workbench,
-    run: &RunDir,
-    subject: &Subject<'_>,
-    who: &str,
-    samples: &[Sample],
-    folder: &Path,
-) -> Result<path::Path> {
+fn repeated(bench: &Workbench, subject: &Subject<'_>, student: &Booked<'_>) -> Result<path::Path> {
     let settings = &bench.experiment.finetune;
     let average = average(&bench.experiment)?;
     let is_decoupled = matches!(settings.rule(), Rule::AdamW { .. });
-    let Chosen { rows, ids, weights, .. } = chosen(bench, who, Learned::of(run, samples))?;
+    let who = student.who;
+    let chosen = chosen(bench, who, student.learned)?;
     let adapter = bench.initial_adapter()?;
     let values = |parameters: &[(String, Tensor)]| -> Result<Vec<Tensor>> {
         Ok(parameters.iter().map(|(_, tensor)| tensor.f_detach_copy()).collect::<std::result::Result<_, _>>()?)
@@ -128,13 +150,13 @@ fn repeated(
         steps.push(Step { rows: taken.rows.to_vec(), learning_rate: taken.learning_rate, clip, scales });
         Ok(())
     };
-    let bar = bar(&format!("{NAME}: the {who}'s training again"), settings.total_steps(rows.len()));
+    let bar = bar(&format!("{NAME}: the {who}'s training again"), settings.total_steps(chosen.rows.len()));
     let training = Training {
         model: bench.frozen()?,
         adapter: Some(&adapter),
-        rows: &rows,
-        weights: weights.as_deref(),
-        soft: None,
+        rows: &chosen.rows,
+        weights: chosen.weights.as_deref(),
+        soft: chosen.soft.as_deref(),
         is_digit: &|id| bench.chat.is_digit(id),
         config: settings,
         seeds: bench.experiment.seeds.finetune(),
@@ -150,11 +172,11 @@ fn repeated(
     );
     recorded.with_context(|| format!("training the {who} again"))?;
     bar.finish_and_clear();
-    is_the_students(&adapter, &Adapter::load_on(folder, &bench.base)?, who)?;
-    let learned = learned_rows(bench, subject, samples, &rows, &ids, weights.as_deref())?;
+    is_the_students(&adapter, &Adapter::load_on(&student.folder, &bench.base)?, who)?;
+    let rows = learned_rows(bench, subject, student.learned.samples, &chosen)?;
     let [decay, decay_in_gradient] =
         if is_decoupled { [settings.weight_decay, 0.0] } else { [0.0, settings.weight_decay] };
-    Ok(path::Path { states, steps, average, decay, decay_in_gradient, rows: learned })
+    Ok(path::Path { states, steps, average, decay, decay_in_gradient, rows, gate: settings.gate.clone() })
 }
 
 /// Says if the repeated training did not end where the student's did, as on another machine.
@@ -185,25 +207,27 @@ fn learned_rows(
     bench: &Workbench,
     subject: &Subject<'_>,
     samples: &[Sample],
-    rows: &[Sequence],
-    ids: &[usize],
-    weights: Option<&[Vec<f64>]>,
+    chosen: &Chosen,
 ) -> Result<Vec<LearnedRow>> {
-    let mask = bench.experiment.finetune.mask;
+    let Finetune { mask, gate, .. } = &bench.experiment.finetune;
     let in_template = bench.in_template()?; // in which teachers write
     let chat: &Chat = &in_template.chat;
     let row = |(at, (row, id)): (usize, (&Sequence, &usize))| -> Result<LearnedRow> {
         let is_target = mask.targets(row, |id| bench.chat.is_digit(id));
-        let weight = |at_token: usize| weights.map_or(1.0, |weights| weights[at][at_token]);
-        let weights = is_target.iter().enumerate().map(|(at, is_target)| if *is_target { weight(at) } else { 0.0 });
+        let weight = |at_token: usize| chosen.weights.as_ref().map_or(1.0, |weights| weights[at][at_token]);
+        let weights: Vec<f64> = (0..is_target.len()).map(|at| if is_target[at] { weight(at) } else { 0.0 }).collect();
         let sample = samples.iter().find(|sample| sample.id == *id).context("a row without a sample")?;
         let in_teacher = subject
             .teacher()
             .map(|(_, system)| chat.row(system, &sample.prompt, &sample.completion_ids))
             .transpose()?;
-        Ok(LearnedRow { id: *id, row: row.clone(), in_teacher, weights: weights.collect() })
+        let doses = if gate.is_everywhere() { None } else { Some(gate.doses(row)?) };
+        let learned: Vec<bool> = weights.iter().map(|weight| *weight > 0.0).collect();
+        let soft = chosen.soft.as_ref().map(|soft| examples::SoftTargets::of(row, &learned, &soft[at])).transpose()?;
+        let soft = soft.map(|examples::SoftTargets { k, ids, probs }| SoftTargets { k, ids, probs });
+        Ok(LearnedRow { id: *id, row: row.clone(), in_teacher, weights, doses, soft })
     };
-    rows.iter().zip(ids).enumerate().map(row).collect()
+    chosen.rows.iter().zip(&chosen.ids).enumerate().map(row).collect()
 }
 
 /// The files of the run that hold the books, for its report.

@@ -107,7 +107,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<
                     measured => measured,
                 }
             }
-            AnalysisName::Ledger => ledger::measure(bench, run, &measuring.subject, &measuring.texts),
+            AnalysisName::Ledger => ledger::measure(bench, run, &measuring.texts),
         }
         .with_context(|| format!("measuring {name}"))?;
     }

@@ -28,15 +28,15 @@ pub(super) struct Example<'a> {
 }
 
 /// The soft labels of a row's targets, k tokens for each.
-pub(super) struct SoftTargets {
-    k: usize,
-    ids: Vec<i64>,
-    probs: Vec<f32>,
+pub(crate) struct SoftTargets {
+    pub(crate) k: usize,
+    pub(crate) ids: Vec<i64>,
+    pub(crate) probs: Vec<f32>,
 }
 
 impl SoftTargets {
     /// A target outside of the completion has no soft label, and its own token is certain.
-    fn of(row: &Sequence, mask: &[bool], soft: &SoftRow) -> anyhow::Result<Self> {
+    pub(crate) fn of(row: &Sequence, mask: &[bool], soft: &SoftRow) -> anyhow::Result<Self> {
         let (found, expected) = (soft.n_places(), row.completion.len());
         ensure!(found == expected, "{found} soft labels for the {expected} tokens of a completion");
         let (mut ids, mut probs) = (vec![], vec![]);

@@ -1,6 +1,6 @@
 //! The path of a LoRA through its training: its tensors after each step, and how each step was made from gradients.
 
-use hooks::{Adapter, Sequence};
+use hooks::{Adapter, Gate, Sequence};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -16,6 +16,21 @@ pub struct LearnedRow {
     pub in_teacher: Option<Sequence>,
     /// The weight of each token's loss, `[pos]`; 0 if it was not learned from.
     pub weights: Vec<f64>,
+    /// The adapter's dose at each token, `[pos]`, where a gate acts in the training; `None` is 1.
+    pub doses: Option<Vec<f64>>,
+    /// The soft labels of the tokens that were learned from, if these were not learned as they are written.
+    pub soft: Option<SoftTargets>,
+}
+
+/// The soft labels of a row's tokens (see [`hooks::Labels::soft`]).
+#[derive(Clone, Debug)]
+pub struct SoftTargets {
+    /// Number of tokens that have a probability at each place.
+    pub k: usize,
+    /// Their ids, k for each place.
+    pub ids: Vec<i64>,
+    /// Their probabilities.
+    pub probs: Vec<f32>,
 }
 
 /// An optimizer step θ ← θ(1 − η·decay) − η D ∘ m, where m is an average of clipped gradients.
@@ -56,6 +71,8 @@ pub struct Path {
     pub decay_in_gradient: f64,
     /// The rows.
     pub rows: Vec<LearnedRow>,
+    /// Where the adapter acts in the training.
+    pub gate: Gate,
 }
 
 impl Path {

@@ -54,6 +54,7 @@ fn name(measure: Measure) -> &'static str {
     match measure {
         Measure::Margin => "margin",
         Measure::Logp => "log p",
+        Measure::Loss => "loss",
     }
 }
 

@@ -1,9 +1,20 @@
 //! The tables of the ledger.
 
 use hooks::Proj;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::measure::Measure;
+
+/// A number of a table with many lines, with the digits of an f32.
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's form
+fn as_f32<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f32(*value as f32)
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, clippy::ref_option)] // serde's form
+fn as_f32_if_there<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.map(|value| value as f32).serialize(serializer)
+}
 
 /// A token of a training step and the change of the measure that is booked to it, to first order along the path that was
 /// taken.
@@ -44,13 +55,17 @@ pub struct EntryRow {
     pub pmax_base: f32,
     /// The student's largest probability before the step.
     pub pmax_student: f32,
-    /// −log p of the token under the student before the step, times its share of the step's loss, in nats.
+    /// The token's loss under the student before the step, times its share of the step's loss, in nats.
+    #[serde(serialize_with = "as_f32")]
     pub loss: f64,
-    /// The change of the measure that is booked to the token as it was written, in nats.
+    /// The change of the measure that is booked to the token as it was written, or to its soft label, in nats.
+    #[serde(serialize_with = "as_f32")]
     pub entry: f64,
     /// The entry's expectation if the teacher had written the token; empty without a teacher.
+    #[serde(serialize_with = "as_f32_if_there")]
     pub entry_teacher: Option<f64>,
     /// The entry's expectation if the base had written the token.
+    #[serde(serialize_with = "as_f32")]
     pub entry_base: f64,
 }
 

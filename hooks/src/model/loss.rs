@@ -79,8 +79,8 @@ impl Labels {
         Ok(ids.into_iter().map(|ids| Self { ids, probs: probs.next() }).collect())
     }
 
-    /// −log p(label), or KL(q ‖ p), `[n]`. `logprobs`: log p, `[n, d_vocab]`.
-    fn losses(&self, logprobs: &Tensor) -> Result<Tensor> {
+    /// The loss of each target, −log p(label) or KL(q ‖ p), `[n]`. `logprobs`: log p, `[n, d_vocab]`.
+    pub fn losses(&self, logprobs: &Tensor) -> Result<Tensor> {
         let found = logprobs.f_gather(1, &self.ids, false)?;
         let Some(probs) = &self.probs else { return Ok(found.f_squeeze_dim(1)?.f_neg()?) };
         let probs = probs.f_to_kind(logprobs.kind())?;
@@ -88,6 +88,13 @@ impl Labels {
         let each = probs.f_xlogy(&probs)?.f_sub(&probs.f_mul(&found)?)?; // 0 where q is 0
         let of_rest = q.f_xlogy(&q)?.f_sub(&q.f_mul(&p.f_clamp_min(SMALLEST)?.f_log()?)?)?;
         Ok(each.f_sum_dim_intlist(-1, false, logprobs.kind())?.f_add(&of_rest.f_squeeze_dim(1)?)?)
+    }
+
+    /// The losses' gradient by the logits, p − q, `[n, d_vocab]` (see [`Self::soft`]). `predicted`: p, `[n, d_vocab]`.
+    pub fn gradient(&self, predicted: &Tensor) -> Result<Tensor> {
+        let mut gradient = predicted.f_detach_copy()?;
+        self.subtract_from(&mut gradient)?;
+        Ok(gradient)
     }
 
     /// Turns the predicted probabilities p, `[n, d_vocab]`, into the losses' gradient by the logits, in place: p − q, where

@@ -38,12 +38,12 @@ impl Pass<'_> {
 }
 
 /// An adapter's pair at a projection and its dose; `None` if there is no pair or its dose is 0.
-pub(super) fn acting<'a>(
+pub(super) fn acting<'a, 'd>(
     adapter: Option<&'a Adapter>,
-    doses: Option<&'a Doses>,
+    doses: Option<&'d Doses>,
     layer: usize,
     proj: Proj,
-) -> Option<(&'a LoraPair, Dose<'a>)> {
+) -> Option<(&'a LoraPair, Dose<'d>)> {
     let pair = adapter?.pair(layer, proj)?;
     let dose = doses.map_or(Dose::Uniform(1.0), |doses| doses.at(layer, proj));
     (!matches!(dose, Dose::Uniform(0.0))).then_some((pair, dose))

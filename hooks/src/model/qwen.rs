@@ -22,6 +22,8 @@ use crate::taps::tap::Hooks;
 mod kept;
 mod lora_backward;
 
+pub use lora_backward::Linearized;
+
 /// The positions of a pass's tokens: their rotations, and the slots that each attends to.
 struct Layout<'a> {
     rope: Rope,

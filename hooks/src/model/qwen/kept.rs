@@ -53,6 +53,13 @@ impl<'m> KeptNorm<'m> {
         let at_x = at_n.f_addcmul(&self.normalized, &mean.f_neg()?)?.f_div_(&self.scale)?;
         flat(&of_kind(&at_x, at_y.kind())?)
     }
+
+    /// dy from dx: with n = x / scale it is weight ⊙ (dx − n · mean(dx ⊙ n)) / scale.
+    pub(super) fn tangent(&self, dx: &Tensor) -> Result<Tensor> {
+        let dx = of_kind(dx, self.normalized.kind())?;
+        let mean = dx.f_mul(&self.normalized)?.f_mean_dim(-1, true, dx.kind())?;
+        Ok(dx.f_addcmul(&self.normalized, &mean.f_neg()?)?.f_div_(&self.scale)?.f_mul(&self.norm.weight)?)
+    }
 }
 
 /// The rotation of each token's heads, times a factor: `x ⊙ cos + swapped(x) ⊙ sin`, where the halves of a head are
@@ -207,6 +214,26 @@ impl<'m> KeptMix<'m> {
             before(&v, &None, *n_kv_heads)?,
         ])
     }
+
+    /// dz from the tangents of queries, keys and values, all in the shapes of `forward`.
+    pub(super) fn tangent(&self, [dq, dk, dv]: [&Tensor; 3], around: &Around) -> Result<Tensor> {
+        let Around { rows, shape: [.., d_head], .. } = around;
+        let normed = |dx: &Tensor, norm: &Option<KeptNorm<'_>>| -> Result<Tensor> {
+            let dx = dx.f_view([-1, *d_head])?;
+            norm.as_ref().map_or_else(|| Ok(dx.shallow_clone()), |norm| norm.tangent(&dx))
+        };
+        let shape = dq.size();
+        let dq = around.queries(&rows.queries.take(&around.q.forward(&normed(dq, &self.q_norm)?)?)?)?;
+        let dk = around.keys(&rows.keys.take(&around.k.forward(&normed(dk, &self.k_norm)?)?)?)?;
+        let dv = around.keys(&rows.keys.take(&normed(dv, &None)?)?)?;
+        let mut found = vec![];
+        for ((kept, bucket), (dq, (dk, dv))) in
+            self.buckets.iter().zip(&rows.buckets).zip(dq.into_iter().zip(dk.into_iter().zip(dv)))
+        {
+            found.push(kept.tangent(&[dq, dk, dv], &bucket.bias, around.scale)?);
+        }
+        Ok(rows.back.take(&joined(&found)?)?.f_view(shape.as_slice())?)
+    }
 }
 
 /// Buckets' tensors by heads as one, `[all, d_head]`.
@@ -244,12 +271,8 @@ impl KeptBucket {
 
     fn plain(inputs: [Tensor; 3], bias: &Tensor) -> Result<(Self, Tensor)> {
         let span = profile::op(Op::Attention);
-        let [q, k, v] = by_kv_head(&inputs)?;
-        let (pieces, n_heads, queries, _) = inputs[0].size4()?;
-        let scores = q.f_bmm(&k.f_transpose(1, 2)?)?;
-        let _ = scores.f_view([pieces, n_heads, queries, -1])?.f_add_(bias)?;
-        let pattern = scores.f_softmax(-1, scores.kind())?;
-        let z = pattern.f_bmm(&v)?;
+        let pattern = pattern(&inputs, bias, 1.0)?;
+        let z = pattern.f_bmm(&by_kv_head(&inputs)?[2])?;
         span.flops(|| profile::attention(&inputs[0], &inputs[1], false, false))?;
         Ok((Self { inputs, by: By::Pattern(pattern) }, z))
     }
@@ -288,6 +311,34 @@ impl KeptBucket {
         span.flops(|| Ok((2.0 * once()?.0, 0.0)))?;
         Ok([at_q, at_k, at_v])
     }
+
+    /// dz from dq, dk and dv: with the pattern `P = softmax(S)` it is `dP v + P dv`, where `dS = s (dq kᵀ + q dkᵀ)` and `dP =
+    /// P ⊙ (dS − Σ P ⊙ dS)`, summed over keys. The result is shaped as q.
+    fn tangent(&self, tangents: &[Tensor; 3], bias: &Tensor, scale: f64) -> Result<Tensor> {
+        let span = profile::op(Op::Attention);
+        let (pattern, scale) = match &self.by {
+            By::Pattern(pattern) => (pattern.shallow_clone(), 1.0), // its queries are scaled
+            By::Graph(_) => (pattern(&self.inputs, bias, scale)?, scale),
+        };
+        let ([q, k, v], [dq, dk, dv]) = (by_kv_head(&self.inputs)?, by_kv_head(tangents)?);
+        let mut at_scores = dq.f_bmm(&k.f_transpose(1, 2)?)?.f_baddbmm_(&q, &dk.f_transpose(1, 2)?)?;
+        let at_scores = at_scores.f_mul_scalar_(scale)?;
+        let at_pattern = Tensor::f_internal_softmax_backward_data(&at_scores, &pattern, -1, pattern.kind())?;
+        let z = at_pattern.f_bmm(&v)?.f_baddbmm_(&pattern, &dv)?.f_view_as(&self.inputs[0])?;
+        let once = || profile::attention(&self.inputs[0], &self.inputs[1], false, false);
+        span.flops(|| Ok((2.0 * once()?.0, 0.0)))?;
+        Ok(z)
+    }
+}
+
+/// softmax(s q kᵀ + bias), `[pieces · n_kv_heads, group · queries, keys]`.
+fn pattern(inputs: &[Tensor; 3], bias: &Tensor, scale: f64) -> Result<Tensor> {
+    let [q, k, _] = by_kv_head(inputs)?;
+    let (pieces, n_heads, queries, _) = inputs[0].size4()?;
+    let scores = q.f_bmm(&k.f_transpose(1, 2)?)?;
+    let scores = if scale == 1.0 { scores } else { scores.f_mul_scalar(scale)? };
+    let _ = scores.f_view([pieces, n_heads, queries, -1])?.f_add_(bias)?;
+    Ok(scores.f_softmax(-1, scores.kind())?)
 }
 
 /// q as `[pieces · n_kv_heads, group · queries, d_head]`, k and v as `[pieces · n_kv_heads, keys, d_head]`: the heads
@@ -338,6 +389,14 @@ mod tests {
         let at_z = numbers(&[2, 6, 3, 4], 0.3);
         assert_alike(&plain.backward(&at_z).unwrap(), &fused.backward(&at_z).unwrap(), "gradients");
         let (copies, at_z) = (bias.repeat([3, 1, 1, 1]), numbers(&[6, 6, 3, 4], 0.3));
+        let tangents = || [numbers(&[2, 6, 3, 4], 0.9), numbers(&[2, 2, 5, 4], 1.1), numbers(&[2, 2, 5, 4], 0.4)];
+        let tangent = |kept: &KeptBucket| tch::no_grad(|| kept.tangent(&tangents(), &bias, 1.0).unwrap());
+        assert_alike(&[tangent(&plain)], &[tangent(&fused)], "tangents");
+        let (halved, _) = KeptBucket::fused(&inputs(), &bias, 0.5).unwrap();
+        let scaled = KeptBucket::plain([&q * 0.5, k.shallow_clone(), v.shallow_clone()], &bias).unwrap().0;
+        let [dq, dk, dv] = tangents();
+        let expected = scaled.tangent(&[dq * 0.5, dk, dv], &bias, 1.0).unwrap();
+        assert_alike(&[tch::no_grad(|| halved.tangent(&tangents(), &bias, 0.5).unwrap())], &[expected], "scaled tangents");
         let of_copies = |kept: &KeptBucket| kept.copied(3, &copies, 1.0).unwrap().backward(&at_z).unwrap();
         assert_alike(&of_copies(&plain), &of_copies(&fused), "gradients of copies");
     }

@@ -66,14 +66,7 @@ impl Qwen {
         adapter: &Adapter,
         parts: &Tensor,
     ) -> Result<Vec<Tensor>> {
-        let expected = [parts.size()[0], batch.ids.numel() as i64];
-        if parts.size() != expected || adapter.n_stacked().is_some() {
-            return Err(Error::invalid(
-                "the parts of a gradient",
-                format!("of one adapter, {expected:?}"),
-                format!("{:?}, {} adapters", parts.size(), adapter.n_stacked().unwrap_or(1)),
-            ));
-        }
+        check_parts(batch, adapter, Some(parts))?;
         let lora = Lora { adapter: Some(adapter), doses: None, parts: Some(parts) };
         Ok(self.gradients_in_parts(batch, targets, weights, lora)?.1)
     }
@@ -83,7 +76,7 @@ impl Qwen {
         batch: &Batch,
         targets: &Targets,
         weights: &Tensor,
-        lora: Lora<'_>,
+        lora: Lora<'_, '_>,
     ) -> Result<(Tensor, Vec<Tensor>)> {
         tch::no_grad(|| {
             let at = LoraAt::places(lora, &targets.places)?;
@@ -154,6 +147,19 @@ impl Qwen {
     }
 }
 
+/// Refuses parts of another batch, and derivatives of a stack.
+fn check_parts(batch: &Batch, adapter: &Adapter, parts: Option<&Tensor>) -> Result<()> {
+    let of_batch = |parts: &Tensor| parts.size() == [parts.size()[0], batch.ids.numel() as i64];
+    if parts.is_none_or(of_batch) && adapter.n_stacked().is_none() {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "the parts of a gradient",
+        format!("of one adapter, [parts, {}]", batch.ids.numel()),
+        format!("{:?}, {} adapters", parts.map(Tensor::size), adapter.n_stacked().unwrap_or(1)),
+    ))
+}
+
 /// Rows `[n, d]` times weights `[n]`, rounded once. A mean's weight 1/n in bf16 would be wrong by up to 0.4 %, by the same
 /// factor at every target.
 fn weighted(rows: &Tensor, weights: &Tensor) -> Result<Tensor> {
@@ -194,8 +200,8 @@ impl<'m> KeptPass<'m> {
         model: &'m Qwen,
         batch: &Batch,
         places: &Tensor,
-        lora: Lora<'m>,
-        at: &'m LoraAt,
+        lora: Lora<'m, '_>,
+        at: &LoraAt,
         from: Option<usize>,
     ) -> Result<Self> {
         let _stage = profile::stage(Stage::Forward);
@@ -278,10 +284,10 @@ fn backward<'m, B: Borrow<KeptBlock<'m>>>(
 
 /// The adapter, if there is one, its doses, and the parts of the positions that get separate gradients.
 #[derive(Clone, Copy)]
-struct Lora<'m> {
+struct Lora<'m, 'd> {
     adapter: Option<&'m Adapter>,
-    doses: Option<&'m Doses>,
-    parts: Option<&'m Tensor>, // [parts, tokens]
+    doses: Option<&'d Doses>,
+    parts: Option<&'d Tensor>, // [parts, tokens]
 }
 
 /// The doses and parts at some places only.
@@ -291,21 +297,21 @@ struct LoraAt {
 }
 
 impl LoraAt {
-    fn places(lora: Lora<'_>, places: &Tensor) -> Result<Self> {
+    fn places(lora: Lora<'_, '_>, places: &Tensor) -> Result<Self> {
         Ok(Self {
             doses: lora.doses.map(|doses| doses.at_places(places)).transpose()?,
             parts: lora.parts.map(|parts| parts.f_index_select(1, places)).transpose()?,
         })
     }
 
-    fn of<'m>(&'m self, lora: Lora<'m>) -> Lora<'m> {
-        Lora { doses: self.doses.as_ref(), parts: self.parts.as_ref(), ..lora }
+    fn of<'m, 'd>(&'d self, lora: Lora<'m, '_>) -> Lora<'m, 'd> {
+        Lora { adapter: lora.adapter, doses: self.doses.as_ref(), parts: self.parts.as_ref() }
     }
 }
 
-impl<'m> Lora<'m> {
+impl<'m, 'd> Lora<'m, 'd> {
     /// The pair of a projection and its dose, unless the dose is zero.
-    fn at(self, layer: usize, proj: Proj) -> Option<(&'m LoraPair, Dose<'m>)> {
+    fn at(self, layer: usize, proj: Proj) -> Option<(&'m LoraPair, Dose<'d>)> {
         acting(self.adapter, self.doses, layer, proj)
     }
 }
@@ -378,7 +384,7 @@ struct KeptLinear<'m> {
 
 impl<'m> KeptLinear<'m> {
     /// `x`: `[tokens, d_in]`, [`taken`] by the map; the result is `[tokens, d_out]`.
-    fn forward(linear: &'m Linear, x: &Tensor, lora: Lora<'m>) -> Result<(Self, Tensor)> {
+    fn forward(linear: &'m Linear, x: &Tensor, lora: Lora<'m, '_>) -> Result<(Self, Tensor)> {
         let mut y = linear.base(x)?;
         let (wide, kind) = (wide(x.kind()), kind_of_factors(x));
         let Some(acting) = lora.at(linear.layer, linear.proj) else { return Ok((Self { linear, acting: None }, y)) };
@@ -474,7 +480,7 @@ impl<'m> KeptAttention<'m> {
         attention: &'m Attention,
         x: &Tensor,
         at: &At<'_>,
-        (lora, lora_at): (Lora<'m>, Lora<'m>),
+        (lora, lora_at): (Lora<'m, '_>, Lora<'m, '_>),
     ) -> Result<(Self, Tensor)> {
         let x = taken(x, &attention.q)?;
         let x_of_q = at.places.map_or_else(|| Ok(x.shallow_clone()), |places| embedding(&x, places))?;
@@ -520,7 +526,7 @@ struct KeptMlp<'m> {
 }
 
 impl<'m> KeptMlp<'m> {
-    fn forward(mlp: &'m Mlp, x: &Tensor, lora: Lora<'m>) -> Result<(Self, Tensor)> {
+    fn forward(mlp: &'m Mlp, x: &Tensor, lora: Lora<'m, '_>) -> Result<(Self, Tensor)> {
         let x = taken(x, &mlp.gate)?;
         let (gate, pre) = KeptLinear::forward(&mlp.gate, &x, lora)?;
         let (up, linear) = KeptLinear::forward(&mlp.up, &x, lora)?;
@@ -561,7 +567,7 @@ impl Block {
         &'m self,
         resid_pre: &Tensor,
         at: &At<'_>,
-        (lora, lora_at): (Lora<'m>, Lora<'m>),
+        (lora, lora_at): (Lora<'m, '_>, Lora<'m, '_>),
     ) -> Result<(KeptBlock<'m>, Tensor)> {
         let (ln1, normed) = KeptNorm::forward(&self.ln1, resid_pre)?;
         let (attention, out) = KeptAttention::forward(&self.attention, &normed, at, (lora, lora_at))?;
@@ -590,6 +596,10 @@ impl KeptBlock<'_> {
         }))
     }
 }
+
+mod linearized;
+
+pub use linearized::Linearized;
 
 #[cfg(test)]
 mod tests;

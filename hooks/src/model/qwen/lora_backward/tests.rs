@@ -16,7 +16,7 @@ use crate::model::loss::{Labels, cross_entropy};
 use crate::rows::packing::PackedRow;
 
 /// A model of either architecture with three blocks: Qwen2 with a tied head, Qwen3 without.
-fn model(family: Family, kind: Kind) -> Qwen {
+pub(super) fn model(family: Family, kind: Kind) -> Qwen {
     let (qwen3, config) = (family == Family::Qwen3, tiny_random::config(300));
     let config = Config { family, n_layers: 3, qkv_bias: !qwen3, qk_norm: qwen3, tie_embeddings: !qwen3, ..config };
     let mut weights = tiny_random::weights(&config).unwrap();
@@ -30,7 +30,7 @@ fn model(family: Family, kind: Kind) -> Qwen {
 }
 
 /// An adapter with a random B, in f64 for an f64 model, else in f32.
-fn adapter(model: &Qwen, config: &LoraConfig, seed: u64) -> Adapter {
+pub(super) fn adapter(model: &Qwen, config: &LoraConfig, seed: u64) -> Adapter {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let adapter = Adapter::init(config, &model.config, &mut rng, Device::Cpu).unwrap();
     for (_, _, pair) in adapter.pairs() {
@@ -49,15 +49,15 @@ fn losses_of(rows: usize) -> Vec<Vec<bool>> {
     (0..rows).map(|row| (0..ROWS[row].len()).map(|t| t >= FROM[row] && (row != 0 || t != 7)).collect()).collect()
 }
 
-struct Case {
-    batch: Batch,
-    targets: Targets,
-    weights: Tensor,
-    doses: Option<Doses>,
+pub(super) struct Case {
+    pub(super) batch: Batch,
+    pub(super) targets: Targets,
+    pub(super) weights: Tensor,
+    pub(super) doses: Option<Doses>,
 }
 
 /// The rows in groups; with a gate, tokens have different doses.
-fn case(model: &Qwen, groups: usize, gate: Option<&dyn Fn(Tensor) -> Doses>) -> Case {
+pub(super) fn case(model: &Qwen, groups: usize, gate: Option<&dyn Fn(Tensor) -> Doses>) -> Case {
     let doses: Vec<Vec<f64>> =
         ROWS.iter().map(|ids| (0..ids.len()).map(|t| [1.0, 0.0, -0.5, 1.0, 2.0][t % 5]).collect()).collect();
     let rows = ROWS.iter().zip(&doses).map(|(ids, doses)| {
@@ -116,7 +116,7 @@ fn assert_alike(
     }
 }
 
-fn gates() -> Vec<Box<dyn Fn(Tensor) -> Doses>> {
+pub(super) fn gates() -> Vec<Box<dyn Fn(Tensor) -> Doses>> {
     let cell = |layers: &'static str, modules: &'static [Proj], elsewhere: f64| {
         move |tokens: Tensor| Doses {
             layers: Some(Numbers::parse(layers, "the layers").unwrap()),
