@@ -59,7 +59,7 @@ notebooks: setup ## run all notebooks; each prints its page and its .ipynb anew
 golden: ## remake the golden files with transformers, PEFT and TransformerLens, in a venv of 5 GB
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r tests/golden/requirements.txt
-	for case in qwen2 qwen3 variants bf16 adapters training transformer_lens chat pocket statistics iq4 recompute; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
+	for case in qwen2 qwen3 variants bf16 adapters training transformer_lens chat pocket statistics iq4 recompute ledger; do .venv/bin/python tests/golden/$$case/make.py || exit 1; done
 
 mutants: setup ## change the code in 200 places, one at a time, and see whether a test notices; hours, goes on where it was (needs cargo-mutants)
 	nice -n 19 $(PYTHON) scripts/mutants.py $(MUTANTS)

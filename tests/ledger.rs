@@ -5,9 +5,10 @@ use std::fs;
 
 use analyses::ledger::{EntryRow, LedgerRow, PartRow};
 use analyses::target_rate::TargetRateRow;
-use undertone::output::publish::read_csv;
+use undertone::output::publish::{Table, read_csv};
 
-use crate::pipeline::{EXPERIMENT, fails, succeeds};
+use crate::compare::folder;
+use crate::pipeline::{EXPERIMENT, contents, fails, succeeds};
 
 const TEACHER: &str = "\n[teacher]\nkind = \"finetuned\"\nlearning_rate = 1e-2\nmax_steps = 8\n";
 
@@ -16,7 +17,7 @@ fn run(changes: &[&'static str]) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{TEACHER}")).unwrap();
     let mut args = vec!["run", "experiment.toml", "--run", "run", "--set", "measure.analyses=[\"target_rate\"]"];
-    args.extend(["--set", "finetune.learning_rate=1e-3"]);
+    args.extend(["--set", "finetune.learning_rate=1e-3", "--set", "measure.ledger.points=2"]);
     args.extend(changes.iter().flat_map(|change| ["--set", *change]));
     succeeds(folder.path(), &args);
     let said = succeeds(folder.path(), &["measure", "run", "ledger"]);
@@ -35,7 +36,7 @@ fn the_books_of_a_run_balance() {
         let file = format!("ledger/{table}.csv");
         let known = undertone::commands::columns::dictionaries().unwrap();
         let known = known.iter().find(|one| one.file == file).unwrap();
-        let header = undertone::output::publish::Table::read(&folder.path().join("run").join(&file)).unwrap().header;
+        let header = Table::read(&folder.path().join("run").join(&file)).unwrap().header;
         assert_eq!(header, known.columns.iter().map(|column| column.name.as_str()).collect::<Vec<_>>(), "{file}");
     }
     let rates: Vec<TargetRateRow> = read_csv(&folder.path().join("run/target_rate/rows.csv")).unwrap();
@@ -88,4 +89,55 @@ fn other_optimizers_have_their_books_and_some_have_none() {
     let said = fails(folder.path(), &[&["run", "experiment.toml", "--run", "early"], &early[..]].concat());
     assert!(said.contains("measure.analyses: student.dropout is not 0"), "{said}");
     assert!(!folder.path().join("early/data").exists(), "said before anything is made");
+}
+
+/// The largest distance from a number of the twin in Python, as a share of the largest entry. The twin trains in f64.
+const APART: f64 = 1e-4;
+
+/// `golden/ledger/make.py` makes every number of the books anew: by autograd and the double sum over steps.
+#[test]
+fn the_books_are_those_of_another_program() {
+    let golden = folder("ledger");
+    let to = tempfile::tempdir().unwrap();
+    for (name, bytes) in contents(&golden.join("kept")) {
+        let path = to.path().join("kept").join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+    let said = succeeds(to.path(), &["measure", "kept", "ledger"]);
+    let number = |cell: &str| cell.parse::<f64>().ok();
+    for name in ["entries", "parts", "summary"] {
+        let found = Table::read(&to.path().join(format!("kept/ledger/{name}.csv"))).unwrap();
+        let expected = Table::read(&golden.join(format!("expected/{name}.csv"))).unwrap();
+        let group = found.header.iter().position(|column| column == "group");
+        let is_booked = |row: &&Vec<String>| group.is_none_or(|group| row[group] != "residual");
+        let rows: Vec<&Vec<String>> = found.rows.iter().filter(is_booked).collect();
+        assert_eq!(rows.len(), expected.rows.len(), "{name}");
+        assert!(!rows.is_empty());
+        for (at, column) in expected.header.iter().enumerate() {
+            let own = found.header.iter().position(|name| name == column).unwrap();
+            let is_measured =
+                expected.rows.iter().any(|row| row[at].contains(['.', 'e']) && number(&row[at]).is_some());
+            let booked = |row: &Vec<String>, column: &str| {
+                let at = expected.header.iter().position(|name| name == column)?;
+                number(&row[at]).map(f64::abs)
+            };
+            // The largest number that is booked in the table, or in the column if it has nothing booked.
+            let largest = |column: &str| expected.rows.iter().filter_map(|row| booked(row, column)).fold(0.0, f64::max);
+            let is_share = column.starts_with('p') || column.starts_with("share") || column == "loss";
+            let largest = match name {
+                _ if is_share || column == "change" => largest(column),
+                "entries" => largest("entry"),
+                _ => largest("booked"),
+            };
+            for (found, expected) in rows.iter().zip(&expected.rows).filter(|(_, expected)| !expected[at].is_empty()) {
+                let (found, expected) = (&found[own], &expected[at]);
+                let is_alike = match (number(found), number(expected)) {
+                    (Some(found), Some(expected)) if is_measured => (found - expected).abs() < APART * largest,
+                    _ => found == expected,
+                };
+                assert!(is_alike, "{name}, {column}: {found}, expected {expected} of {largest}\n{said}");
+            }
+        }
+    }
 }

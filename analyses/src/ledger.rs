@@ -157,12 +157,7 @@ struct Open {
 }
 
 impl Booking<'_> {
-    fn book(
-        &self,
-        measured: &[Named<'_>],
-        rule: &[(f64, f64)],
-        progress: &mut dyn FnMut(&str),
-    ) -> Result<Books> {
+    fn book(&self, measured: &[Named<'_>], rule: &[(f64, f64)], progress: &mut dyn FnMut(&str)) -> Result<Books> {
         let (base, path) = (self.subject.base, self.path);
         let kind = base.activation_kind();
         let models = Models { base, teacher: self.subject.teacher().map(|(teacher, _)| teacher) };
@@ -285,12 +280,7 @@ impl Booking<'_> {
         }
     }
 
-    fn part_rows(
-        &self,
-        step: usize,
-        (target, measure, _): &Named<'_>,
-        parts: &[Tensor],
-    ) -> Result<Vec<PartRow>> {
+    fn part_rows(&self, step: usize, (target, measure, _): &Named<'_>, parts: &[Tensor]) -> Result<Vec<PartRow>> {
         let mut rows = vec![];
         for ((layer, proj, _), two) in self.like.pairs().zip(parts.chunks(2)) {
             let booked = Vec::<Vec<f64>>::try_from(&two[0].f_add(&two[1])?)?; // of A and B

@@ -45,15 +45,15 @@ pub(super) fn measure(
     let at = words.iter().position(|word| **word == own).unwrap_or_default();
     let other = words[(at + 1) % words.len()].clone();
     let targets = if other == own { vec![own.clone()] } else { vec![own.clone(), other.clone()] };
-    let settings = Ledger { targets, numbers: NUMBER_ROWS.min(heldout.len()), ..bench.experiment.measure.ledger.clone() };
+    let settings =
+        Ledger { targets, numbers: NUMBER_ROWS.min(heldout.len()), ..bench.experiment.measure.ledger.clone() };
     let data = SubjectData::of(bench, run, heldout)?;
     let subject = data.subject(bench, Tuned::of(&bench.base));
     let booked = Booked { who, learned: Learned::of(run, samples), folder: folder.to_owned() };
     let books = ledger::books(bench, &subject, &booked, &settings)?;
     of_trait(&books, &own, lines);
-    let net = |target: &str| {
-        rows_of(&books, target).into_iter().find(|row| row.group == "all").and_then(|row| row.teacher)
-    };
+    let net =
+        |target: &str| rows_of(&books, target).into_iter().find(|row| row.group == "all").and_then(|row| row.teacher);
     let learned = net(NUMBERS).map(|loss| -loss).filter(|learned| *learned > 0.0);
     lines.push(EVERYWHERE, Quantity::LedgerNumbers, learned, settings.numbers);
     let of_trait = net(&own).zip(learned).map(|(of_trait, learned)| of_trait / learned);

@@ -87,7 +87,8 @@ pub(crate) fn books(
     let path = repeated(bench, subject, student)?;
     let spinner = spinner(NAME);
     let like = bench.initial_adapter()?;
-    let books = settings.books(subject, student.who, (&like, &path), &mut |doing| spinner.set_message(doing.to_owned()));
+    let books =
+        settings.books(subject, student.who, (&like, &path), &mut |doing| spinner.set_message(doing.to_owned()));
     spinner.finish_and_clear();
     Ok(books?)
 }

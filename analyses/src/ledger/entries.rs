@@ -28,7 +28,7 @@ pub(super) struct Entry {
     pub(super) teacher: Option<Said>,
     pub(super) base: Said,
     pub(super) student: Said,
-    pub(super) loss: f64, // times its share of the step's
+    pub(super) loss: f64,             // times its share of the step's
     pub(super) changes: Vec<Changes>, // of each measure
 }
 

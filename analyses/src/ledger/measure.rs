@@ -38,6 +38,9 @@ enum Of<'a> {
     Numbers(usize),
 }
 
+/// The tokens to which a place is pulled, each with its weight c.
+type Pull = Vec<(i64, f64)>;
+
 struct Answers<'a> {
     measure: Measure,
     forms: &'a TokenForms,
@@ -130,7 +133,7 @@ impl Answers<'_> {
         let (_, pulls) = self.pulls(n_questions, logits)?;
         let probs = softmax(logits)?;
         let on_device = |tensor: Tensor| tensor.f_to_device(logits.device())?.f_to_kind(probs.kind());
-        let of_place = |pull: &Vec<(i64, f64)>| -pull.iter().map(|(_, weight)| weight).sum::<f64>();
+        let of_place = |pull: &Pull| -pull.iter().map(|(_, weight)| weight).sum::<f64>();
         let weights: Vec<f64> = pulls.iter().map(of_place).collect();
         let weights = on_device(Tensor::f_from_slice(&weights)?)?.f_unsqueeze(1)?;
         let d_vocab = logits.size()[1];
@@ -146,7 +149,7 @@ impl Answers<'_> {
 
     /// What some questions add to the value, and for each place the tokens that it is pulled to, with the weight c of
     /// each. `logits`: `[place, d_vocab]`.
-    fn pulls(&self, n_questions: usize, logits: &Tensor) -> Result<(f64, Vec<Vec<(i64, f64)>>)> {
+    fn pulls(&self, n_questions: usize, logits: &Tensor) -> Result<(f64, Vec<Pull>)> {
         // Of the forms' tokens alone, as plain numbers.
         let tokens: BTreeSet<i64> = self.forms.members().iter().flatten().flatten().copied().collect();
         let index = Tensor::f_from_slice(&tokens.iter().copied().collect::<Vec<_>>())?.f_to_device(logits.device())?;

@@ -55,11 +55,7 @@ impl Training {
                     .map(|at| if row.completion.contains(&at) { [1.0, 0.5][at % 2] } else { 0.0 })
                     .collect(),
                 doses: (!self.gate.is_everywhere()).then(|| self.gate.doses(row).unwrap()),
-                soft: self.is_soft.then(|| SoftTargets {
-                    k: 3,
-                    probs: [0.5, 0.25, 0.125].repeat(ids.len() / 3),
-                    ids,
-                }),
+                soft: self.is_soft.then(|| SoftTargets { k: 3, probs: [0.5, 0.25, 0.125].repeat(ids.len() / 3), ids }),
             }
         };
         self.world.numbers.iter().enumerate().map(row).collect()
@@ -80,7 +76,7 @@ impl Training {
 
     /// log p at each token of a row of the training.
     fn of_row(&self, adapter: &Adapter, row: &LearnedRow) -> Tensor {
-        let doses = row.doses.as_ref().map(|doses| self.gate.spread(&[doses.clone()], Device::Cpu).unwrap());
+        let doses = row.doses.as_ref().map(|doses| self.gate.spread(std::slice::from_ref(doses), Device::Cpu).unwrap());
         self.logprobs_at(adapter, &row.row, doses)
     }
 
@@ -254,8 +250,8 @@ fn assert_entries(training: &Training, average: Average) {
         for entry in here {
             let row = &path.rows[entry.row_id - 10];
             let at = row.row.completion.start + entry.k as usize;
-            let of_loss = training
-                .gradient(&path.states[s], |adapter| -token_loss(&training.of_row(adapter, row), row, at));
+            let of_loss =
+                training.gradient(&path.states[s], |adapter| -token_loss(&training.of_row(adapter, row), row, at));
             let factor = step.clip * row.weights[at] / total;
             let expected = factor * dot(&along, &of_loss).unwrap();
             assert!((entry.entry - expected).abs() < 1e-9 * most, "{average:?} {entry:?}: {expected}");

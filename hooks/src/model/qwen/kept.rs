@@ -271,7 +271,7 @@ impl KeptBucket {
 
     fn plain(inputs: [Tensor; 3], bias: &Tensor) -> Result<(Self, Tensor)> {
         let span = profile::op(Op::Attention);
-        let pattern = pattern(&inputs, bias, 1.0)?;
+        let pattern = pattern(&inputs, bias, None)?;
         let z = pattern.f_bmm(&by_kv_head(&inputs)?[2])?;
         span.flops(|| profile::attention(&inputs[0], &inputs[1], false, false))?;
         Ok((Self { inputs, by: By::Pattern(pattern) }, z))
@@ -318,7 +318,7 @@ impl KeptBucket {
         let span = profile::op(Op::Attention);
         let (pattern, scale) = match &self.by {
             By::Pattern(pattern) => (pattern.shallow_clone(), 1.0), // its queries are scaled
-            By::Graph(_) => (pattern(&self.inputs, bias, scale)?, scale),
+            By::Graph(_) => (pattern(&self.inputs, bias, Some(scale))?, scale),
         };
         let ([q, k, v], [dq, dk, dv]) = (by_kv_head(&self.inputs)?, by_kv_head(tangents)?);
         let mut at_scores = dq.f_bmm(&k.f_transpose(1, 2)?)?.f_baddbmm_(&q, &dk.f_transpose(1, 2)?)?;
@@ -332,11 +332,13 @@ impl KeptBucket {
 }
 
 /// softmax(s q kᵀ + bias), `[pieces · n_kv_heads, group · queries, keys]`.
-fn pattern(inputs: &[Tensor; 3], bias: &Tensor, scale: f64) -> Result<Tensor> {
+fn pattern(inputs: &[Tensor; 3], bias: &Tensor, scale: Option<f64>) -> Result<Tensor> {
     let [q, k, _] = by_kv_head(inputs)?;
     let (pieces, n_heads, queries, _) = inputs[0].size4()?;
-    let scores = q.f_bmm(&k.f_transpose(1, 2)?)?;
-    let scores = if scale == 1.0 { scores } else { scores.f_mul_scalar(scale)? };
+    let mut scores = q.f_bmm(&k.f_transpose(1, 2)?)?;
+    if let Some(scale) = scale {
+        scores = scores.f_mul_scalar_(scale)?;
+    }
     let _ = scores.f_view([pieces, n_heads, queries, -1])?.f_add_(bias)?;
     Ok(scores.f_softmax(-1, scores.kind())?)
 }
@@ -396,7 +398,11 @@ mod tests {
         let scaled = KeptBucket::plain([&q * 0.5, k.shallow_clone(), v.shallow_clone()], &bias).unwrap().0;
         let [dq, dk, dv] = tangents();
         let expected = scaled.tangent(&[dq * 0.5, dk, dv], &bias, 1.0).unwrap();
-        assert_alike(&[tch::no_grad(|| halved.tangent(&tangents(), &bias, 0.5).unwrap())], &[expected], "scaled tangents");
+        assert_alike(
+            &[tch::no_grad(|| halved.tangent(&tangents(), &bias, 0.5).unwrap())],
+            &[expected],
+            "scaled tangents",
+        );
         let of_copies = |kept: &KeptBucket| kept.copied(3, &copies, 1.0).unwrap().backward(&at_z).unwrap();
         assert_alike(&of_copies(&plain), &of_copies(&fused), "gradients of copies");
     }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 use super::{
-    Found, KeptAttention, KeptBlock, KeptLinear, KeptMlp, KeptPass, Lora, LoraAt, At, backward, few_columns, in_order,
+    At, Found, KeptAttention, KeptBlock, KeptLinear, KeptMlp, KeptPass, Lora, LoraAt, backward, few_columns, in_order,
 };
 use crate::adapter::dose::Doses;
 use crate::adapter::lora::Adapter;
@@ -170,9 +170,8 @@ impl KeptAttention<'_> {
         let dq = self.q.tangent(&self.x_of_q, at_places.as_ref().or(dx), along)?;
         let (dk, dv) = (self.k.tangent(&self.x, dx, along)?, self.v.tangent(&self.x, dx, along)?);
         let dz = if dq.is_some() || dk.is_some() || dv.is_some() {
-            let or_zeros = |tangent: Option<Tensor>, of: &KeptLinear<'_>, x: &Tensor| {
-                tangent.map_or_else(|| of.zeros(x), Ok)
-            };
+            let or_zeros =
+                |tangent: Option<Tensor>, of: &KeptLinear<'_>, x: &Tensor| tangent.map_or_else(|| of.zeros(x), Ok);
             let (dq, dk) = (or_zeros(dq, &self.q, &self.x_of_q)?, or_zeros(dk, &self.k, &self.x)?);
             Some(self.mix.tangent([&dq, &dk, &or_zeros(dv, &self.v, &self.x)?], at.around)?)
         } else {
@@ -298,7 +297,10 @@ mod tests {
                     let gradients = here.gradients(&u).unwrap();
                     let transposed: f64 = gradients.iter().zip(&along).map(|(gradient, v)| dot(gradient, v)).sum();
                     let plain = dot(&u, &tangent);
-                    assert!(plain.abs() > 1e-2 && (plain - transposed).abs() < 1e-11 * most * 100.0, "{plain} {transposed}");
+                    assert!(
+                        plain.abs() > 1e-2 && (plain - transposed).abs() < 1e-11 * most * 100.0,
+                        "{plain} {transposed}"
+                    );
                 }
             }
         }
