@@ -58,8 +58,8 @@ source = "nobody"
 decisive_control = "the control student"
 targets = [{ word = "cat", category = "animal" }, { word = "owl", category = "animal" }]
 datasets = 2
-measures = ["matrix", "heldout", "direction", "steering", "replacement", "gradients", "sampled", "spectrum"]
-measured_on = { replacement = ["student"], spectrum = ["student", "alpha = rank", "all weights"] }
+measures = ["matrix", "heldout", "direction", "steering", "replacement", "gradients", "sampled", "spectrum", "ledger"]
+measured_on = { replacement = ["student"], ledger = ["student", "control student"], spectrum = ["student", "alpha = rank", "all weights"] }
 
 [[students]]
 name = "alpha = rank"
@@ -115,6 +115,13 @@ name = "slope"
 kind = "slope"
 of = { student = "alpha = rank", quantity = "overconfidence" }
 over = "log2_rank"
+above = 0
+
+[[tests]]
+name = "same digits"
+kind = "difference"
+of = { quantity = "ledger_net", cell = "at same_digit" }
+minus = { student = "control student", quantity = "ledger_net", cell = "at same_digit" }
 above = 0
 
 [[tests]]
@@ -292,6 +299,47 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     let (whole, parts) = (aligned("student", true), aligned("student", false));
     assert!(whole != 0.0 && (whole - parts).abs() < 1e-4 * whole.abs().max(1e-3), "{whole} {parts}");
 
+    // What a ledger books to groups of tokens, to parts of the chat, blocks and maps is each time all of it.
+    for student in ["student", "control student"] {
+        let sum = |quantity: Quantity, belongs: &dyn Fn(&str) -> bool| -> f64 {
+            let of = outcomes.iter().filter(|row| row.student == student && row.quantity == quantity);
+            of.filter(|row| (&row.target[..], row.dataset) == ("owl", 1) && belongs(&row.cell))
+                .map(|row| row.value)
+                .sum()
+        };
+        let everywhere = |quantity| sum(quantity, &|cell| cell == EVERYWHERE);
+        let booked = everywhere(Quantity::LedgerBooked);
+        let tokens = ["at first_digit", "at later_digit", "at other"];
+        let gross = everywhere(Quantity::LedgerGross) + booked.abs();
+        for cells in [
+            sum(Quantity::LedgerBooked, &|cell| tokens.contains(&cell)),
+            sum(Quantity::LedgerBooked, &|cell| cell.starts_with("written ")),
+            sum(Quantity::LedgerBooked, &|cell| cell.starts_with("read ")),
+            sum(Quantity::LedgerBooked, &|cell| cell.starts_with("block ")),
+            sum(Quantity::LedgerBooked, &|cell| cell.starts_with("map ")),
+            everywhere(Quantity::LedgerNet) + everywhere(Quantity::LedgerLuck),
+        ] {
+            assert!(gross > 0.0 && (cells - booked).abs() < 1e-4 * gross, "{student}: {cells} {booked} of {gross}");
+        }
+        let change = sum(Quantity::DeltaMargin, &|cell| cell == EVERYWHERE);
+        let evaluated: f64 = outcomes
+            .iter()
+            .filter(|row| row.student == student && (&row.target[..], &row.evaluated[..]) == ("owl", "cat"))
+            .filter(|row| row.dataset == 1 && row.quantity == Quantity::DeltaMargin && row.cell == EVERYWHERE)
+            .map(|row| row.value)
+            .sum();
+        let missed = change - evaluated - booked - everywhere(Quantity::LedgerResidual);
+        assert!(missed.abs() < 1e-4, "{student}: {missed}");
+        let [drive, pull] = [Quantity::LedgerDrive, Quantity::LedgerPull].map(everywhere);
+        let by_author = if student == "student" { drive + pull } else { pull };
+        assert!(
+            (by_author - everywhere(Quantity::LedgerNet)).abs() < 1e-9,
+            "the base wrote the control student's rows"
+        );
+        assert_eq!(of(student, EVERYWHERE, Quantity::LedgerNetOther).len(), 4);
+        assert_eq!(of(student, EVERYWHERE, Quantity::LedgerDrive).len(), if student == "student" { 4 } else { 0 });
+    }
+
     let header = |name: &str| Table::read(&claim.join(name)).unwrap().header;
     for one in undertone::commands::columns::dictionaries().unwrap() {
         let Some(file) = one.file.strip_prefix("claim/") else { continue };
@@ -326,6 +374,31 @@ fn a_claim_runs_to_its_verdict_and_goes_on() {
     assert_eq!(changed(&adapter), before[0]);
     let tests: Vec<TestRow> = read_csv(&root.join("claim-07/tests.csv")).unwrap();
     assert!(tests.iter().all(|row| row.low.is_none()), "one data set has no interval");
+}
+
+#[test]
+fn a_cell_that_no_ledger_has_is_refused_before_anything_is_trained() {
+    let (folder, path) = begun();
+    let root = folder.path().join("runs");
+    for (from, to, said) in [
+        ("cell = \"at same_digit\" }\nminus", "cell = \"at same_digits\" }\nminus", "unknown cell \"at same_digits\""),
+        (
+            "\"ledger_net\", cell = \"at same_digit\" }\nminus",
+            "\"ledger_gross\", cell = \"at same_digit\" }\nminus",
+            "unknown cell",
+        ),
+        (
+            "\"ledger_net\", cell = \"at same_digit\" }\nminus",
+            "\"ledger_excess\" }\nminus",
+            "booked to groups of tokens",
+        ),
+    ] {
+        assert!(CLAIM.contains(from), "{from}");
+        fs::write(&path, CLAIM.replace(from, to)).unwrap();
+        let error = format!("{:#}", ask(&path, &root).unwrap_err());
+        assert!(error.contains(said) && error.contains("same digits"), "{error}");
+    }
+    assert!(!root.exists());
 }
 
 #[test]

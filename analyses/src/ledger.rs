@@ -20,9 +20,9 @@ pub mod report;
 mod rows;
 mod summary;
 
-use hooks::{Adapter, Sequence};
+use hooks::{Adapter, Qwen, Sequence};
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 pub use measure::Measure;
 pub use path::{Average, LearnedRow, Path, SoftTargets, Step};
@@ -46,7 +46,8 @@ pub const NAME: &str = "ledger";
 pub struct Ledger {
     /// What is booked of the trait: `margin` or `logp`.
     pub measure: Measure,
-    /// The words whose measure is booked; if there are none, the target.
+    /// The words whose measure is booked; if there are none, the target. The margin of another word leaves the subject's
+    /// target out, since it would fall if the target alone rose.
     pub targets: Vec<String>,
     /// Number of rows of numbers whose loss is booked as well, beside the trait; the held-out ones if there are some.
     pub numbers: usize,
@@ -104,7 +105,7 @@ impl Ledger {
         Booking { subject, name, like, path }.book(&measured, &rule, progress)
     }
 
-    /// The targets: the subject's, or other members of its category in its place.
+    /// The targets: the subject's, or other members of its category, each against all the rest but the subject's.
     fn chosen(&self, own: &Target) -> Result<Vec<Target>> {
         if self.targets.is_empty() {
             return Ok(vec![own.clone()]);
@@ -117,7 +118,7 @@ impl Ledger {
             let at = members.iter().position(|(member, _)| member == word).ok_or_else(|| {
                 Error::setting(NAME, "targets", &format!("members of the category {}", own.category), word)
             })?;
-            let (word, forms) = std::mem::replace(&mut members[at], (own.word.clone(), own.forms.clone()));
+            let (word, forms) = members.remove(at);
             Ok(Target { word, forms, others: members, category: own.category.clone() })
         };
         self.targets.iter().map(of).collect()
@@ -133,6 +134,11 @@ fn gauss(points: usize) -> Result<Vec<(f64, f64)>> {
         3 => Ok(vec![(0.5 - three, 5.0 / 18.0), (0.5, 4.0 / 9.0), (0.5 + three, 5.0 / 18.0)]),
         _ => Err(Error::setting(NAME, "points", "1 to 3", &points)),
     }
+}
+
+/// The precision of an adapter on its path: never bf16, in which a step is lost.
+fn precision(base: &Qwen) -> Kind {
+    if base.activation_kind() == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
 /// A measure with what it is a measure of.
@@ -159,9 +165,8 @@ struct Open {
 impl Booking<'_> {
     fn book(&self, measured: &[Named<'_>], rule: &[(f64, f64)], progress: &mut dyn FnMut(&str)) -> Result<Books> {
         let (base, path) = (self.subject.base, self.path);
-        let kind = base.activation_kind();
         let models = Models { base, teacher: self.subject.teacher().map(|(teacher, _)| teacher) };
-        let at = |step: usize| path.adapter(self.like, step, 0.0, kind);
+        let at = |step: usize| path.adapter(self.like, step, 0.0, precision(base));
         let (first, last) = (at(0)?, at(path.steps.len())?);
         let change = |(_, _, of): &Named<'_>| -> Result<Open> {
             Ok(Open { change: of.value(base, &last)? - of.value(base, &first)?, ..Open::default() })
@@ -198,7 +203,8 @@ impl Booking<'_> {
         }
         let mut books = Books::default();
         for ((target, measure, _), open) in measured.iter().zip(open) {
-            books.rows.extend(summary::rows((self.name, target, *measure), &open.entries, open.decay, open.change));
+            let label = (self.name, *target, *measure);
+            books.rows.extend(summary::rows(label, path.by_teacher, &open.entries, (open.decay, open.change)));
             books.entries.extend(open.entries);
             books.parts.extend(open.parts);
         }
@@ -210,7 +216,7 @@ impl Booking<'_> {
         let base = self.subject.base;
         let mut mean: Vec<Tensor> = vec![];
         for (part, weight) in rule {
-            let adapter = self.path.adapter(self.like, step, *part, base.activation_kind())?;
+            let adapter = self.path.adapter(self.like, step, *part, precision(base))?;
             for (tensor, gradient) in measured.gradient(base, &adapter)?.into_iter().enumerate() {
                 let gradient = gradient.f_mul_scalar(*weight)?;
                 match mean.get_mut(tensor) {

@@ -18,10 +18,6 @@ pub const EVERYWHERE: &str = "everywhere";
 /// part of the chat that follows.
 pub const THROUGH: &str = "through";
 
-/// The first words of the names of a ledger's conditions: a group of tokens, the part of the chat where it was written and
-/// where it is read, a block, a map.
-pub(super) const OF_LEDGER: [&str; 5] = ["at", "written", "read", "block", "map"];
-
 /// Models in the tables that are not students: they are measured on held-out numbers.
 const REFERENCES: [&str; 2] = ["base", "teacher"];
 
@@ -182,8 +178,14 @@ impl Claim {
     /// Refuses a number that the claim does not measure. That of a chosen student must be measured on each candidate.
     fn check_measured(&self, of: &StudentNumber) -> Result<()> {
         let (quantity, takes) = (of.quantity, of.quantity.takes());
+        let is_booked = quantity.is_booked_in(&of.cell);
         ensure!(
-            takes.is_empty() || of.cell == EVERYWHERE || of.is_of_ledger(),
+            is_booked || !quantity.is_of_groups_alone(),
+            "{quantity} is booked to groups of tokens, and not in the cell {:?}; hint: cell = \"at divergent_digit\"",
+            of.cell
+        );
+        ensure!(
+            takes.is_empty() || of.cell == EVERYWHERE || is_booked,
             "{quantity} is measured in the cell {EVERYWHERE:?} alone, and not in {:?}",
             of.cell
         );
@@ -294,15 +296,9 @@ impl StudentNumber {
     fn check_names(&self, students: &BTreeSet<&str>, cells: &BTreeSet<&str>) -> Result<()> {
         let Self { student, cell, .. } = self;
         ensure!(students.contains(student.as_str()), "unknown student {student:?}, expected one of {students:?}");
-        let is_known = cell == "*" || cells.contains(cell.as_str()) || self.is_of_ledger();
+        let is_known = cell == "*" || cells.contains(cell.as_str()) || self.quantity.is_booked_in(cell);
         ensure!(is_known, "unknown cell {cell:?}, expected one of {cells:?}");
         Ok(())
-    }
-
-    /// Whether it is a line of a ledger.
-    fn is_of_ledger(&self) -> bool {
-        let first = self.cell.split_once(' ').map(|(first, _)| first);
-        self.quantity.takes() == [Measurement::Ledger] && first.is_some_and(|first| OF_LEDGER.contains(&first))
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use analyses::alignment::Part;
+use hooks::Proj;
 use serde::{Deserialize, Serialize};
 
 /// One number of one student.
@@ -230,10 +232,12 @@ quantities! {
     /// `at …` that of a group of tokens; in `written …` and `read …` that of a part of the chat, in `block …` and `map …`
     /// that of the adapter's matrices there.
     LedgerBooked = "ledger_booked" of Ledger,
-    /// The expectation of `ledger_booked` if the teacher had written each token, in nats: the teacher's drive and the pull
-    /// back to the base together.
+    /// The expectation of `ledger_booked` over what the writer of the rows would have written at each token, in nats. The
+    /// teacher wrote the student's: the teacher's drive and the pull back to the base together. The base wrote the control
+    /// student's.
     LedgerNet = "ledger_net" of Ledger,
-    /// The teacher's drive: what `ledger_net` is more than if the base had written each token, in nats.
+    /// The teacher's drive: what `ledger_net` is more than if the base had written each token, in nats; none of a control
+    /// student.
     LedgerDrive = "ledger_drive" of Ledger,
     /// The pull back to the base: the expectation of `ledger_booked` if the base had written each token, in nats.
     LedgerPull = "ledger_pull" of Ledger,
@@ -261,9 +265,10 @@ quantities! {
     /// Correlation, over a cell's digits in all steps, of a token's part of `ledger_net` with its signal: its log p under
     /// the teacher less that under the base, -1 to 1.
     LedgerSignal = "ledger_signal" of Ledger,
-    /// `ledger_net` in the books of another trait of the claim, the next one, in nats.
+    /// `ledger_net` in the books of another trait of the same category, the claim's next one if it has one, in nats. Its
+    /// margin leaves the student's own trait out.
     LedgerNetOther = "ledger_net_other" of Ledger,
-    /// `ledger_excess` in the books of another trait of the claim, the next one: what of it is mechanical.
+    /// `ledger_excess` in the books of that other trait: what of it is mechanical.
     LedgerExcessOther = "ledger_excess_other" of Ledger,
     /// Share of the sampled answers that name the trait, 0 to 1.
     PTarget = "p_target" of Sampled,
@@ -298,7 +303,44 @@ pub enum Measurement {
     Ledger,
 }
 
+/// The first words of the names of a ledger's conditions: a group of tokens, the part of the chat where it was written and
+/// where it is read, a block, a map.
+const OF_TOKENS: &str = "at";
+const OF_PARTS: [&str; 4] = ["written", "read", "block", "map"];
+
 impl Quantity {
+    /// Whether a ledger has the quantity in a condition, besides `everywhere`.
+    pub(super) fn is_booked_in(self, cell: &str) -> bool {
+        let Some((first, rest)) = cell.split_once(' ') else { return false };
+        let is_digit = ["divergent_digit", "same_digit"].contains(&rest);
+        let is_group = is_digit || ["first_digit", "later_digit", "other"].contains(&rest);
+        match self {
+            Self::LedgerBooked if OF_PARTS.contains(&first) => match first {
+                "block" => rest.parse::<usize>().is_ok(),
+                "map" => Proj::ALL.iter().any(|proj| proj.name() == rest),
+                _ => Part::ALL.iter().any(|part| part.name() == rest),
+            },
+            Self::LedgerBooked | Self::LedgerNet | Self::LedgerDrive | Self::LedgerPull | Self::LedgerLuck => {
+                first == OF_TOKENS && is_group
+            }
+            Self::LedgerTokenShare | Self::LedgerLossShare => first == OF_TOKENS && is_group,
+            Self::LedgerExcess | Self::LedgerExcessOther | Self::LedgerSignal => first == OF_TOKENS && is_digit,
+            _ => false,
+        }
+    }
+
+    /// Whether a ledger has the quantity in such conditions alone.
+    pub(super) fn is_of_groups_alone(self) -> bool {
+        let of_groups = [
+            Self::LedgerTokenShare,
+            Self::LedgerLossShare,
+            Self::LedgerExcess,
+            Self::LedgerExcessOther,
+            Self::LedgerSignal,
+        ];
+        of_groups.contains(&self)
+    }
+
     /// Whether it measures the trait.
     pub fn speaks_of_the_trait(self) -> bool {
         let name = self.name();

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use analyses::ledger::{Average, Books, LearnedRow, Ledger, NAME, SoftTargets, Step, path, report};
+use analyses::ledger::{Average, Books, LearnedRow, Ledger, Measure, NAME, SoftTargets, Step, path, report};
 use analyses::{Subject, Tuned};
 use anyhow::{Context, Result, bail, ensure};
 use hooks::tch::Tensor;
@@ -24,6 +24,10 @@ use crate::training::settings::Finetune;
 use crate::training::side_by_side::{side_by_side, workers};
 use crate::training::training_loop::{Taken, Training};
 
+/// The control student in the tables; the base wrote its rows.
+pub(crate) const CONTROL: &str = "control";
+/// The share of a change that the books may miss without a word.
+const NOT_BOOKED: f64 = 0.02;
 /// The largest difference of a tensor of the repeated training from the student's, as a share of its largest value, above
 /// which the two are told apart.
 const SAME: f64 = 1e-6;
@@ -45,7 +49,7 @@ pub(super) fn measure(bench: &Workbench, run: &RunDir, texts: &str) -> Result<()
     let booked = |who, samples, folder| Booked { who, learned: Learned::of(run, samples), folder };
     let mut students = vec![booked("student", &numbers, run.adapter())];
     if bench.experiment.student.control {
-        students.push(booked("control", &control, run.control_adapter()));
+        students.push(booked(CONTROL, &control, run.control_adapter()));
     }
     let of_student = |bench: &Workbench, student: &Booked<'_>| -> Result<Books> {
         let data = SubjectData::of(bench, run, &kept_rows::measured(bench, run)?)?;
@@ -74,6 +78,14 @@ pub(super) fn measure(bench: &Workbench, run: &RunDir, texts: &str) -> Result<()
     write_csv(&folder.join("parts.csv"), &parts)?;
     write_csv(&run.rows(name), &rows)?; // last: it marks the end
     say(format!("measure: {NAME}: {}", report::reading(&rows)));
+    let most = rows.iter().filter(|row| row.group == "residual").map(|row| (row.booked / row.change).abs());
+    let most = most.fold(0.0, f64::max);
+    if most > NOT_BOOKED && settings.points < 3 {
+        say(format!(
+            "measure: {NAME}: {:.0} % of a change are not booked; hint: measure.ledger.points = 3",
+            100.0 * most
+        ));
+    }
     Ok(())
 }
 
@@ -104,6 +116,11 @@ pub(super) fn average(experiment: &Experiment) -> Result<Average> {
     ];
     if let Some((_, why)) = can_be.iter().find(|(holds, _)| !holds) {
         bail!(hinted!("{why}"; "leave ledger out of measure.analyses"));
+    }
+    if experiment.measure.ledger.measure == Measure::Loss {
+        bail!(
+            hinted!("measure.ledger.measure is loss, expected margin or logp"; "measure.ledger.numbers = 64 books the loss beside it")
+        );
     }
     match settings.rule() {
         Rule::AdamW { beta1, .. } => Ok(Average::Corrected(beta1)),
@@ -177,7 +194,8 @@ fn repeated(bench: &Workbench, subject: &Subject<'_>, student: &Booked<'_>) -> R
     let rows = learned_rows(bench, subject, student.learned.samples, &chosen)?;
     let [decay, decay_in_gradient] =
         if is_decoupled { [settings.weight_decay, 0.0] } else { [0.0, settings.weight_decay] };
-    Ok(path::Path { states, steps, average, decay, decay_in_gradient, rows, gate: settings.gate.clone() })
+    let (by_teacher, gate) = (who != CONTROL, settings.gate.clone());
+    Ok(path::Path { states, steps, average, decay, decay_in_gradient, rows, by_teacher, gate })
 }
 
 /// Says if the repeated training did not end where the student's did, as on another machine.

@@ -205,16 +205,16 @@ impl Known {
         let base = Predicted::of(probabilities(models.base, None, lot)?, &labels)?;
         let teacher = models.teacher.map(|teacher| teacher_probabilities(teacher, &learned)).transpose()?.flatten();
         let teacher = teacher.map(|probs| Predicted::of(probs, &labels)).transpose()?;
-        let size = base.probs.numel() + teacher.as_ref().map_or(0, |teacher| teacher.probs.numel());
-        if size <= self.room {
-            self.room -= size;
-            let mut from = 0;
-            for (index, row) in rows {
-                let n = row.weights.iter().filter(|weight| **weight > 0.0).count();
+        let mut from = 0;
+        for (index, row) in rows {
+            let n = row.weights.iter().filter(|weight| **weight > 0.0).count();
+            let size = n * base.probs.size()[1] as usize * if teacher.is_some() { 2 } else { 1 };
+            if size <= self.room && !self.by_row.contains_key(index) {
+                self.room -= size;
                 let of_teacher = teacher.as_ref().map(|teacher| teacher.some(from, n)).transpose()?;
                 self.by_row.insert(*index, (base.some(from, n)?, of_teacher));
-                from += n;
             }
+            from += n;
         }
         Ok((base, teacher))
     }

@@ -71,6 +71,8 @@ pub struct Path {
     pub decay_in_gradient: f64,
     /// The rows.
     pub rows: Vec<LearnedRow>,
+    /// Whether the teacher wrote the rows; else the base did.
+    pub by_teacher: bool,
     /// Where the adapter acts in the training.
     pub gate: Gate,
 }

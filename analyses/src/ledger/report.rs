@@ -61,7 +61,7 @@ fn name(measure: Measure) -> &'static str {
 /// The residual as a share of the change.
 fn residual(rows: &[LedgerRow], model: &str, target: &str) -> String {
     let found = rows.iter().find(|row| row.model == model && row.target == target && row.group == "residual");
-    found.map_or("unknown".to_owned(), |row| format!("{:.2} %", 100.0 * (row.booked / row.change).abs()))
+    found.map_or("unknown".to_owned(), |row| format!("{:.1} %", 100.0 * (row.booked / row.change).abs()))
 }
 
 /// Σ booked, `[rows][columns]`.
@@ -161,16 +161,23 @@ pub fn reading(rows: &[LedgerRow]) -> String {
             all.change,
             residual(rows, &all.model, &all.target)
         );
-        if let (Some(drive), Some(luck)) = (all.drive, all.luck) {
-            let _ = write!(
-                said,
-                ": {} by the teacher's drive, {} by the pull back to the base and {} by the luck of the sample",
-                signed(drive, all.drive_se),
-                signed(all.pull, all.pull_se),
-                signed(luck, all.luck_se)
-            );
+        let pull = signed(all.pull, all.pull_se);
+        let luck = all.luck.map(|luck| signed(luck, all.luck_se));
+        match (all.drive, luck) {
+            (Some(drive), Some(luck)) => {
+                let drive = signed(drive, all.drive_se);
+                let _ = write!(
+                    said,
+                    ": {drive} by the teacher's drive, {pull} by the pull back to the base and {luck} by the luck of the sample"
+                );
+            }
+            (None, Some(luck)) => {
+                let _ =
+                    write!(said, ": {pull} by the base, which wrote its numbers, and {luck} by the luck of the sample");
+            }
+            _ => {}
         }
-        if let Some(divergent) = find("divergent_digit")
+        if let Some(divergent) = find("divergent_digit").filter(|_| all.drive.is_some())
             && let Some(teacher) = divergent.teacher
         {
             let _ = write!(

@@ -22,9 +22,9 @@ fn as_f32_if_there<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<
 pub struct EntryRow {
     /// `student` or `control`.
     pub model: String,
-    /// The word whose measure is booked.
+    /// The word whose measure is booked; `numbers` for the loss on numbers.
     pub target: String,
-    /// `margin` or `logp`.
+    /// `margin` or `logp`; `loss` for that on numbers.
     pub measure: Measure,
     /// The optimizer step, from 1.
     pub step: usize,
@@ -74,9 +74,9 @@ pub struct EntryRow {
 pub struct PartRow {
     /// `student` or `control`.
     pub model: String,
-    /// The word whose measure is booked.
+    /// The word whose measure is booked; `numbers` for the loss on numbers.
     pub target: String,
-    /// `margin` or `logp`.
+    /// `margin` or `logp`; `loss` for that on numbers.
     pub measure: Measure,
     /// The optimizer step, from 1.
     pub step: usize,
@@ -98,9 +98,9 @@ pub struct PartRow {
 pub struct LedgerRow {
     /// `student` or `control`.
     pub model: String,
-    /// The word whose measure is booked.
+    /// The word whose measure is booked; `numbers` for the loss on numbers.
     pub target: String,
-    /// `margin` or `logp`.
+    /// `margin` or `logp`; `loss` for that on numbers.
     pub measure: Measure,
     /// `all`, `first_digit`, `later_digit` and `other` tokens; `divergent_digit` and `same_digit` (whether the most likely
     /// tokens of teacher and base differ); `weight_decay`; `residual`: what all lines together miss of the change.
@@ -123,11 +123,12 @@ pub struct LedgerRow {
     pub pull: f64,
     /// Its standard error over rows, in nats.
     pub pull_se: Option<f64>,
-    /// `teacher` − `pull`, in nats: the teacher's drive.
+    /// `teacher` − `pull`, in nats: the teacher's drive; empty for rows that the base wrote.
     pub drive: Option<f64>,
     /// Its standard error over rows, in nats.
     pub drive_se: Option<f64>,
-    /// `booked` − `teacher`, in nats: the luck of the sample.
+    /// `booked` less its expectation under the model that wrote the rows, which is `teacher`, or `pull` for rows that the
+    /// base wrote, in nats: the luck of the sample.
     pub luck: Option<f64>,
     /// Its standard error over rows, in nats.
     pub luck_se: Option<f64>,

@@ -17,13 +17,13 @@ const GROUPS: [Group; 6] = [
     ("same_digit", |entry| entry.nief == Some(false) && entry.group != "other"),
 ];
 
-/// The lines of a measure's books. `entries`: all of the training; `decay`: what weight decay changed; `change`: the
-/// measured change.
+/// The lines of a measure's books. `by_teacher`: whether the teacher wrote the rows; `entries`: all of the training;
+/// `decay`: what weight decay changed; `change`: the measured change.
 pub(super) fn rows(
     (model, target, measure): (&str, &str, Measure),
+    by_teacher: bool,
     entries: &[EntryRow],
-    decay: f64,
-    change: f64,
+    (decay, change): (f64, f64),
 ) -> Vec<LedgerRow> {
     let n_rows = entries.iter().map(|entry| entry.row_id).collect::<std::collections::BTreeSet<_>>().len();
     let loss: f64 = entries.iter().map(|entry| entry.loss).sum();
@@ -68,8 +68,9 @@ pub(super) fn rows(
         let (booked, booked_se) = sum(&|entry| Some(entry.entry))?;
         let (pull, pull_se) = sum(&|entry| Some(entry.entry_base))?;
         let teacher = sum(&|entry| entry.entry_teacher);
-        let drive = sum(&|entry| Some(entry.entry_teacher? - entry.entry_base));
-        let luck = sum(&|entry| Some(entry.entry - entry.entry_teacher?));
+        let drive = sum(&|entry| Some(entry.entry_teacher.filter(|_| by_teacher)? - entry.entry_base));
+        let expected = |entry: &EntryRow| if by_teacher { entry.entry_teacher } else { Some(entry.entry_base) };
+        let luck = sum(&|entry| Some(entry.entry - expected(entry)?));
         Some(LedgerRow {
             n_tokens: chosen.len(),
             share: chosen.len() as f64 / entries.len() as f64,

@@ -149,7 +149,16 @@ impl Training {
             states.push(next);
             steps.push(Step { rows: chosen, learning_rate: rate, clip, scales });
         }
-        Path { states, steps, average, decay: 0.0, decay_in_gradient: 0.0, rows, gate: self.gate.clone() }
+        Path {
+            states,
+            steps,
+            average,
+            decay: 0.0,
+            decay_in_gradient: 0.0,
+            rows,
+            by_teacher: true,
+            gate: self.gate.clone(),
+        }
     }
 
     fn books(&self, path: &Path, points: usize) -> Books {

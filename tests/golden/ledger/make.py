@@ -268,9 +268,12 @@ def summary(who, word, entries, decay, change):
             "booked": of(chosen, lambda entry: entry["entry"]),
             "teacher": of(chosen, lambda entry: entry["entry_teacher"]),
             "pull": of(chosen, lambda entry: entry["entry_base"]),
-            "drive": of(chosen, lambda entry: entry["entry_teacher"] - entry["entry_base"]),
-            "luck": of(chosen, lambda entry: entry["entry"] - entry["entry_teacher"]),
         }
+        if who == "student":  # the teacher wrote its rows
+            found["drive"] = of(chosen, lambda entry: entry["entry_teacher"] - entry["entry_base"])
+            found["luck"] = of(chosen, lambda entry: entry["entry"] - entry["entry_teacher"])
+        else:
+            found["luck"] = of(chosen, lambda entry: entry["entry"] - entry["entry_base"])
         yield {
             "model": who, "target": word, "group": group, "n_tokens": len(chosen), "share": len(chosen) / len(entries),
             "share_of_loss": sum(entry["loss"] for entry in chosen) / sum(entry["loss"] for entry in entries),
@@ -315,13 +318,14 @@ def main():
             writer.writeheader()
             writer.writerows({column: written(value) for column, value in row.items()} for row in ordered)
         for column in columns:
-            pairs = [(row[column], kept_row[column]) for row, kept_row in zip(ordered, kept) if column in row]
-            if isinstance(pairs[0][0], float):
-                largest = max(abs(ours) for ours, _ in pairs)
-                apart = max(abs(ours - float(theirs)) for ours, theirs in pairs)
-                print(f"{name} {column}: {apart / largest:.1e} of {largest:.1e}")
-            else:
-                assert all(written(ours) == theirs for ours, theirs in pairs), f"{name} {column}"
+            for word in words:
+                rows = [(row, kept_row) for row, kept_row in zip(ordered, kept) if column in row and row["target"] == word]
+                pairs = [(row[column], kept_row[column]) for row, kept_row in rows]
+                if isinstance(pairs[0][0], float):
+                    apart = max(abs(ours - float(theirs)) for ours, theirs in pairs)
+                    print(f"{name} {column} of {word}: {apart:.1e} of {max(abs(ours) for ours, _ in pairs):.1e}")
+                else:
+                    assert all(written(ours) == theirs for ours, theirs in pairs), f"{name} {column}"
 
 
 def written(value):

@@ -316,11 +316,13 @@ impl KeptBucket {
     /// P ⊙ (dS − Σ P ⊙ dS)`, summed over keys. The result is shaped as q.
     fn tangent(&self, tangents: &[Tensor; 3], bias: &Tensor, scale: f64) -> Result<Tensor> {
         let span = profile::op(Op::Attention);
+        let wide = |x: &Tensor| of_kind(x, tangents[0].kind());
+        let inputs = [wide(&self.inputs[0])?, wide(&self.inputs[1])?, wide(&self.inputs[2])?];
         let (pattern, scale) = match &self.by {
-            By::Pattern(pattern) => (pattern.shallow_clone(), 1.0), // its queries are scaled
-            By::Graph(_) => (pattern(&self.inputs, bias, Some(scale))?, scale),
+            By::Pattern(pattern) => (wide(pattern)?, 1.0), // its queries are scaled
+            By::Graph(_) => (pattern(&inputs, &wide(bias)?, Some(scale))?, scale),
         };
-        let ([q, k, v], [dq, dk, dv]) = (by_kv_head(&self.inputs)?, by_kv_head(tangents)?);
+        let ([q, k, v], [dq, dk, dv]) = (by_kv_head(&inputs)?, by_kv_head(tangents)?);
         let mut at_scores = dq.f_bmm(&k.f_transpose(1, 2)?)?.f_baddbmm_(&q, &dk.f_transpose(1, 2)?)?;
         let at_scores = at_scores.f_mul_scalar_(scale)?;
         let at_pattern = Tensor::f_internal_softmax_backward_data(&at_scores, &pattern, -1, pattern.kind())?;
