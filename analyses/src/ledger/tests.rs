@@ -425,3 +425,44 @@ fn the_loss_on_numbers_has_a_book_beside_the_traits() {
 fn line_of<'a>(books: &'a Books, target: &str) -> &'a LedgerRow {
     books.rows.iter().find(|row| row.group == "all" && row.target == target).unwrap()
 }
+
+/// The worked example of docs/ledger.md: a model of one number, and a student of six tokens.
+#[test]
+fn the_six_tokens_on_the_page_have_these_entries() {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let (rate, tokens) = (0.5, [[7, 7, 9], [7, 9, 7]]);
+    let is_seven = |token: i32| f64::from(u8::from(token == 7));
+    let mut thetas = vec![0.0];
+    for row in tokens {
+        let here = thetas[thetas.len() - 1];
+        let gradient = row.iter().map(|token| sigmoid(here) - is_seven(*token)).sum::<f64>() / 3.0;
+        thetas.push(here - rate * gradient);
+    }
+    let mut adjoint = Adjoint::default();
+    let mut lines = vec![];
+    let mut all = [0.0; 4];
+    for (at, row) in tokens.iter().enumerate().rev() {
+        let (from, to) = (thetas[at], thetas[at + 1]);
+        let mean: f64 = gauss(2).unwrap().iter().map(|(u, w)| w * (1.0 - sigmoid(from + u * (to - from)))).sum();
+        let step = Step { rows: vec![0], learning_rate: rate, clip: 1.0, scales: None };
+        let gradient = [Tensor::from_slice(&[mean]).view([1, 1])]; // read at one part
+        let along = adjoint.back(Some(&gradient), &step, at, Average::Sum(0.0)).unwrap();
+        let a = whole(&along).unwrap()[0].double_value(&[0]);
+        for token in row.iter().rev() {
+            let expected = |q: f64| a / 3.0 * (q - sigmoid(from));
+            let (entry, teacher, pull) = (expected(is_seven(*token)), expected(0.7), expected(0.5));
+            let line = [entry, teacher - pull, pull, entry - teacher];
+            all.iter_mut().zip(line).for_each(|(sum, value)| *sum += value);
+            lines.push((format!("{} | {token}", at + 1), line));
+        }
+    }
+    let change = sigmoid(thetas[2]).ln() - sigmoid(thetas[0]).ln();
+    assert!((all[0] - change).abs() < 1e-6 && (all[1] + all[2] + all[3] - all[0]).abs() < 1e-12, "{all:?} {change}");
+    lines.reverse();
+    lines.push(("all | ".to_owned(), all));
+    let cells = |line: [f64; 4]| line.map(|value| format!("{value:+.4}")).join(" | ");
+    let table: Vec<String> = lines.into_iter().map(|(label, line)| format!("| {label} | {} |", cells(line))).collect();
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/ledger.md")).unwrap();
+    let table = table.join("\n").replace("all |  |", "all | |").replace("-0.0000", "+0.0000");
+    assert!(page.contains(&table), "docs/ledger.md does not have\n{table}");
+}
