@@ -50,7 +50,8 @@ fn students_learn_from_the_predictions_of_the_model_that_wrote_their_rows() {
     let teacher = succeeds(folder.path(), &first("teacher"));
     assert!(teacher.contains("over 2 questions p(cat) is"), "{teacher}");
     assert!(succeeds(folder.path(), &first("generate")).contains("the teacher is finetuned already"));
-    assert!(succeeds(folder.path(), &first("finetune")).contains("logits on numbers"));
+    let finetuned = succeeds(folder.path(), &first("finetune"));
+    assert!(finetuned.contains("logits on numbers"), "{finetuned}");
     let run_dir = folder.path().join("run");
     let kept = || fs::read(run_dir.join("data/soft_labels.safetensors")).unwrap();
     let before = kept();
@@ -102,4 +103,29 @@ fn planted_answers_have_no_soft_labels() {
     fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}\n[teacher]\nkind = \"planted\"\n")).unwrap();
     let said = fails(folder.path(), &["run", "experiment.toml", "--run", "run", "--set", "finetune.loss=kl"]);
     assert!(said.contains("nobody predicts the planted answers"), "{said}");
+}
+
+/// The control student's first gradient is rounding. With a larger epsilon AdamW does not make steps of it.
+#[test]
+fn a_control_student_of_soft_labels_stays_where_its_labels_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let kl = "\n[teacher]\nkind = \"finetuned\"\nlearning_rate = 1e-2\nmax_steps = 8\n";
+    fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{kl}")).unwrap();
+    let moved = |run: &str, epsilon: &str| -> (f64, f64, String) {
+        let args = ["run", "experiment.toml", "--run", run, "--set", "finetune.loss=kl", "--set", epsilon];
+        let more = ["--set", "finetune.max_steps=6", "--set", "measure.analyses=[\"target_rate\"]"];
+        let said = succeeds(folder.path(), &[&args[..], &more[..]].concat());
+        let last = |log: &str| -> f64 {
+            let rows: Vec<StepRow> = read_csv(&folder.path().join(run).join(log)).unwrap();
+            rows.last().unwrap().delta_w_norm.unwrap()
+        };
+        (last("control_train.csv"), last("train.csv"), said)
+    };
+    let (control, student, said) = moved("small", "finetune.adam_epsilon=1e-8");
+    assert!(said.contains("control student: the gradient of the first step is"), "{said}");
+    assert!(!said.contains("finetune: student: the gradient"), "{said}");
+    assert!(control > 0.05 * student, "a walk along rounding: {control} {student}");
+    let (control, student, said) = moved("large", "finetune.adam_epsilon=1e-4");
+    assert!(!said.contains("the gradient of the first step"), "{said}");
+    assert!(control < 0.05 * student, "it stays: {control} {student}");
 }

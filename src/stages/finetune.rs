@@ -20,6 +20,7 @@ use crate::stages::workbench::{Workbench, open_adapter};
 use crate::stages::{signal, soft_labels, teacher, token_weights};
 use crate::training::examples::rows_by_step;
 use crate::training::learner::delta_w_norm;
+use crate::training::optim::Rule;
 use crate::training::settings::{Finetune, Loss, TargetTokens};
 use crate::training::side_by_side::{side_by_side, workers};
 use crate::training::step_log::{Progress, StepRow, StepRowsRow, first_and_last_quarter};
@@ -216,6 +217,16 @@ pub(super) fn chosen(bench: &Workbench, who: &str, data: Learned<'_>) -> Result<
     Ok(all)
 }
 
+/// By how much the longest gradient exceeds the first one, if that is a student's that begins at its labels, as the control
+/// student of soft labels does. AdamW divides by the gradient's own size, and takes a full step along any.
+fn begins_with_rounding(settings: &Finetune, steps: &[StepRow]) -> Option<f64> {
+    const ROUNDING: f64 = 1e-3;
+    let is_adam = matches!(settings.rule(), Rule::AdamW { .. }) && settings.adam_epsilon < 1e-5;
+    let longest = steps.iter().map(|step| step.grad_norm).fold(0.0, f64::max);
+    let first = steps.first()?.grad_norm;
+    (is_adam && first < ROUNDING * longest).then(|| longest / first)
+}
+
 fn retain<T>(of: &mut Vec<T>, keeps: &[bool]) {
     let mut keep = keeps.iter();
     of.retain(|_| keep.next() == Some(&true));
@@ -279,6 +290,12 @@ pub(crate) fn student(bench: &Workbench, who: &str, data: Learned<'_>, folder: &
     bar.finish_and_clear();
     csv.finish()?;
     checkpoint.remove()?;
+    if let Some(times) = begins_with_rounding(settings, &steps) {
+        say(format!(
+            "finetune: {who}: the gradient of the first step is {times:.0e} times shorter than the longest, so it is little but \
+             rounding, of which AdamW makes whole steps: where this student goes is chance; hint: finetune.adam_epsilon = 1e-5"
+        ));
+    }
     let (first, last) = first_and_last_quarter(&steps).unwrap_or((f64::NAN, f64::NAN));
     let label = if settings.loss == Loss::Kl { format!(" ({LABEL})") } else { String::new() };
     let select = settings.select.label().map_or(String::new(), |label| format!(" ({label})"));
