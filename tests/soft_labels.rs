@@ -105,27 +105,20 @@ fn planted_answers_have_no_soft_labels() {
     assert!(said.contains("nobody predicts the planted answers"), "{said}");
 }
 
-/// The control student's first gradient is rounding. With a larger epsilon AdamW does not make steps of it.
+/// The control student's first gradient is rounding, of which AdamW makes whole steps.
 #[test]
-fn a_control_student_of_soft_labels_stays_where_its_labels_are() {
+fn a_control_student_that_begins_at_its_labels_is_told_of() {
     let folder = tempfile::tempdir().unwrap();
     let kl = "\n[teacher]\nkind = \"finetuned\"\nlearning_rate = 1e-2\nmax_steps = 8\n";
     fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{kl}")).unwrap();
-    let moved = |run: &str, epsilon: &str| -> (f64, f64, String) {
-        let args = ["run", "experiment.toml", "--run", run, "--set", "finetune.loss=kl", "--set", epsilon];
-        let more = ["--set", "finetune.max_steps=6", "--set", "measure.analyses=[\"target_rate\"]"];
-        let said = succeeds(folder.path(), &[&args[..], &more[..]].concat());
-        let last = |log: &str| -> f64 {
-            let rows: Vec<StepRow> = read_csv(&folder.path().join(run).join(log)).unwrap();
-            rows.last().unwrap().delta_w_norm.unwrap()
-        };
-        (last("control_train.csv"), last("train.csv"), said)
-    };
-    let (control, student, said) = moved("small", "finetune.adam_epsilon=1e-8");
-    assert!(said.contains("control student: the gradient of the first step is"), "{said}");
+    let args = ["run", "experiment.toml", "--run", "run", "--set", "finetune.loss=kl", "--set", "finetune.max_steps=6"];
+    let said = succeeds(folder.path(), &[&args[..], &["--set", "measure.analyses=[\"target_rate\"]"]].concat());
+    assert!(said.contains("finetune: control student: the gradient of the first step is"), "{said}");
     assert!(!said.contains("finetune: student: the gradient"), "{said}");
-    assert!(control > 0.05 * student, "a walk along rounding: {control} {student}");
-    let (control, student, said) = moved("large", "finetune.adam_epsilon=1e-4");
-    assert!(!said.contains("the gradient of the first step"), "{said}");
-    assert!(control < 0.05 * student, "it stays: {control} {student}");
+    let moved = |log: &str| -> f64 {
+        let rows: Vec<StepRow> = read_csv(&folder.path().join("run").join(log)).unwrap();
+        rows.last().unwrap().delta_w_norm.unwrap()
+    };
+    let (control, student) = (moved("control_train.csv"), moved("train.csv"));
+    assert!(control > 0.05 * student, "a walk: {control} {student}");
 }
