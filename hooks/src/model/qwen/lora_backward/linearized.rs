@@ -233,14 +233,10 @@ impl KeptLinear<'_> {
 mod tests {
     use tch::{Device, Kind};
 
-    use super::super::tests::{adapter, case, gates, model};
+    use super::super::tests::{adapter, case, configs, gates, model};
     use super::*;
     use crate::adapter::lora::LoraConfig;
     use crate::config::Family;
-
-    fn some(modules: &[Proj], layers: Option<Vec<usize>>) -> LoraConfig {
-        LoraConfig { rank: 3, alpha: 5.0, target_modules: modules.to_vec(), layers, ..LoraConfig::default() }
-    }
 
     /// Numbers that differ, in the shapes of an adapter's tensors.
     fn direction(adapter: &Adapter) -> Vec<Tensor> {
@@ -260,13 +256,7 @@ mod tests {
     /// (Jᵀ u) · v`.
     #[test]
     fn the_tangent_is_the_difference_quotient_and_the_gradients_transpose() {
-        let configs = [
-            some(&Proj::ALL, None),
-            some(&[Proj::V, Proj::Down], Some(vec![1])),
-            some(&[Proj::O], Some(vec![2])),
-            some(&[Proj::Gate, Proj::Up], Some(vec![0])),
-            some(&[Proj::Q, Proj::K], Some(vec![0, 2])),
-        ];
+        let configs = configs();
         for family in [Family::Qwen2, Family::Qwen3] {
             let model = model(family, Kind::Double);
             for (seed, config) in configs.iter().enumerate() {

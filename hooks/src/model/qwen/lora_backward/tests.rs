@@ -133,8 +133,8 @@ pub(super) fn gates() -> Vec<Box<dyn Fn(Tensor) -> Doses>> {
     ]
 }
 
-#[test]
-fn manual_gradients_are_the_recorded_ones() {
+/// Adapters at all maps, and at some maps of some blocks.
+pub(super) fn configs() -> [LoraConfig; 6] {
     let some = |modules: &[Proj], layers: Option<Vec<usize>>| LoraConfig {
         rank: 3,
         alpha: 5.0,
@@ -142,14 +142,19 @@ fn manual_gradients_are_the_recorded_ones() {
         layers,
         ..LoraConfig::default()
     };
-    let configs = [
+    [
         some(&Proj::ALL, None),
         some(&[Proj::V, Proj::Down], Some(vec![1])),
         some(&[Proj::O], Some(vec![2])),
         some(&[Proj::Gate, Proj::Up], Some(vec![0])),
         some(&[Proj::Q, Proj::K], Some(vec![0, 2])),
         some(&[Proj::Down], Some(vec![2])),
-    ];
+    ]
+}
+
+#[test]
+fn manual_gradients_are_the_recorded_ones() {
+    let configs = configs();
     for (family, kind, tolerance) in
         [(Family::Qwen2, Kind::Double, 1e-11), (Family::Qwen3, Kind::Double, 1e-11), (Family::Qwen2, Kind::Float, 1e-4)]
     {
