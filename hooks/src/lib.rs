@@ -34,6 +34,7 @@ pub mod mkl;
 mod ops;
 pub mod profile;
 pub mod proj;
+mod threads;
 
 /// Reading a model's files, and writing files.
 pub mod load {
@@ -90,6 +91,7 @@ pub mod taps {
 
 /// The model: layers, blocks, loss, and the backward pass of a LoRA.
 pub mod model {
+    pub(crate) mod gated;
     pub(crate) mod layers;
     pub mod loss;
     mod on_base;

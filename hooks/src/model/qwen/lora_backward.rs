@@ -16,6 +16,7 @@ use super::{Attention, Block, Layout, Mlp, Qwen};
 use crate::adapter::dose::{Dose, Doses};
 use crate::adapter::lora::{Adapter, LoraPair};
 use crate::error::{Error, Result};
+use crate::model::gated;
 use crate::model::layers::Linear;
 use crate::model::loss::{Targets, loss_gradient, losses_and_gradients};
 use crate::model::pass::{Pass, acting};
@@ -530,8 +531,7 @@ impl<'m> KeptMlp<'m> {
         let x = taken(x, &mlp.gate)?;
         let (gate, pre) = KeptLinear::forward(&mlp.gate, &x, lora)?;
         let (up, linear) = KeptLinear::forward(&mlp.up, &x, lora)?;
-        let post = taken(&pre.f_silu()?.f_mul_(&linear)?, &mlp.down)?;
-        let (pre, linear) = (taken(&pre, &mlp.down)?, taken(&linear, &mlp.down)?);
+        let [post, pre, linear] = gated::product(&pre, &linear, mlp.down.weight.kind())?;
         let (down, out) = KeptLinear::forward(&mlp.down, &post, lora)?;
         Ok((Self { gate, up, down, x, pre, linear, post }, out))
     }
@@ -541,11 +541,8 @@ impl<'m> KeptMlp<'m> {
         let Self { gate, up, down, x, pre, linear, post } = self;
         let before = wanted || gate.acts() || up.acts();
         let Some(at_post) = down.backward(at_out, post, before, None, found)? else { return Ok(None) };
-        let (pre, linear) = (&of_kind(pre, at_post.kind())?, &of_kind(linear, at_post.kind())?);
-        let mut at_post = by_loss(&at_post, x.size()[0])?;
-        let at_linear = at_post.f_mul(&pre.f_silu()?)?;
-        let at_silu = at_post.f_mul_(linear)?;
-        let at_pre = pre.f_silu_backward_grad_input(&at_silu, &at_silu)?; // in place
+        let at_post = by_loss(&at_post, x.size()[0])?;
+        let [at_pre, at_linear] = gated::backward(at_post, pre, linear)?;
         let at_x = gate.backward(&flat(&at_pre)?, x, wanted, None, found)?;
         up.backward(&flat(&at_linear)?, x, wanted, at_x, found)
     }
