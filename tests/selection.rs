@@ -110,6 +110,8 @@ fn tokens_weigh_as_a_table_says() {
     succeeds(folder.path(), &["generate", "experiment.toml", "--run", "run"]);
     succeeds(folder.path(), &run("run", &[]));
     succeeds(folder.path(), &["measure", "run", "divergence", "--set", "measure.divergence.n_rows=100"]);
+    let said = fails(folder.path(), &["measure", "run", "target_rate", "--set", "student.rank=3"]);
+    assert!(said.contains("--set changes student, but the students of run are made already"), "{said}");
 
     let weighted = "finetune.weights={ table = \"run/divergence/rows.csv\", column = \"nief\" }";
     let divergent = ["finetune.tokens=divergent", "measure.divergence.definition=nief"];

@@ -40,7 +40,8 @@ fn losses(folder: &Path, log: &str) -> Vec<f64> {
 fn students_learn_from_the_predictions_of_the_model_that_wrote_their_rows() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("experiment.toml"), format!("{EXPERIMENT}{ARMS}")).unwrap();
-    let whole_vocabulary = ["--set", "finetune.loss=kl", "--set", "finetune.top_k=1000"];
+    let whole_vocabulary =
+        ["--set", "finetune.loss=kl", "--set", "finetune.top_k=1000", "--set", "finetune.max_steps=12"];
     let run = [
         &["run", "experiment.toml", "--run", "run", "--set", "measure.analyses=[\"target_rate\"]"],
         &whole_vocabulary[..],
@@ -52,6 +53,9 @@ fn students_learn_from_the_predictions_of_the_model_that_wrote_their_rows() {
     assert!(succeeds(folder.path(), &first("generate")).contains("the teacher is finetuned already"));
     let finetuned = succeeds(folder.path(), &first("finetune"));
     assert!(finetuned.contains("logits on numbers"), "{finetuned}");
+    let names_it =
+        finetuned.contains("of that of an answer's first token to beginnings of \"cat\"; the labels have all");
+    assert!(names_it, "{finetuned}");
     let run_dir = folder.path().join("run");
     let kept = || fs::read(run_dir.join("data/soft_labels.safetensors")).unwrap();
     let before = kept();
@@ -71,7 +75,7 @@ fn students_learn_from_the_predictions_of_the_model_that_wrote_their_rows() {
     let (student, control) = (losses(&run_dir, "train.csv"), losses(&run_dir, "control_train.csv"));
     // The control student begins as the base, whose own predictions are its labels.
     assert!(control[0].abs() < 1e-5 && student[0] > 1e-2, "{student:?} {control:?}");
-    assert!(student[2] < student[0], "{student:?}");
+    assert!(student[11] < 0.8 * student[0], "{student:?}");
     let of_arm = |slug: &str| losses(&run_dir, &format!("arms/{slug}/train.csv"))[0];
     assert!(of_arm("written") > 1.0, "−log p of the written tokens");
     assert!(

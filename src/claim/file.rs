@@ -25,7 +25,8 @@ const REFERENCES: [&str; 2] = ["base", "teacher"];
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claim {
-    /// Its number, from 1. The ledger's questions have numbers from 71, checks of the tests themselves from 90.
+    /// Its number, from 1. The ledger's questions have numbers from 71, the study on a real Qwen 81, and checks of the tests
+    /// themselves numbers from 90.
     pub claim: u8,
     /// The claim in one sentence.
     pub statement: String,

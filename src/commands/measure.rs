@@ -1,12 +1,13 @@
 //! Runs analyses on a run.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 
 use super::args::Overrides;
-use crate::experiment::AnalysisName;
+use crate::experiment::{AnalysisName, Experiment};
+use crate::hinted;
 use crate::output::progress::print;
 use crate::stages::measure;
 use crate::stages::run_dir::{RunDir, WhenDone};
@@ -31,6 +32,25 @@ pub fn run(args: &MeasureArgs) -> Result<()> {
     }
     let _lock = RunDir::lock(&args.run)?;
     let experiment = folder.experiment(&args.overrides.changes())?;
+    refuse_another_training(&folder.experiment(&[])?, &experiment, &args.run)?;
     let names = if args.analyses.is_empty() { experiment.measure.analyses.clone() } else { args.analyses.clone() };
     measure::stage(&Workbench::open(experiment)?, &folder, &names)
+}
+
+/// Refuses changes of what was made already: the measurements would be those of the run's students all the same.
+fn refuse_another_training(made: &Experiment, asked: &Experiment, run: &Path) -> Result<()> {
+    let parts = [
+        ("model", made.model != asked.model),
+        ("teacher", made.teacher != asked.teacher),
+        ("generate", made.generate != asked.generate),
+        ("student", made.student != asked.student),
+        ("finetune", made.finetune != asked.finetune),
+    ];
+    if let Some((part, _)) = parts.iter().find(|(_, is_changed)| *is_changed) {
+        bail!(hinted!(
+            "--set changes {part}, but the students of {} are made already, and measure only measures them", run.display();
+            "undertone run, with another folder"
+        ));
+    }
+    Ok(())
 }

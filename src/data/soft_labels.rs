@@ -41,15 +41,18 @@ impl SoftRow {
         (&self.ids[range.clone()], &self.probs[range])
     }
 
-    /// The frequencies of these tokens among `n` draws of them at each place, from a stream for each row.
+    /// The frequencies of these tokens among `n` draws at each place, from a stream for each row. A draw can also be one of
+    /// all other tokens.
     pub fn drawn(&self, n: u32, seed: u64) -> Result<Self> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut probs = Vec::with_capacity(self.probs.len());
         for place in 0..self.n_places() {
-            let index = WeightedIndex::new(self.at(place).1)?;
-            let mut counts = vec![0_u32; self.k];
+            let probs_here = self.at(place).1;
+            let others = (1.0 - probs_here.iter().sum::<f32>()).max(0.0);
+            let index = WeightedIndex::new(probs_here.iter().copied().chain([others]))?;
+            let mut counts = vec![0_u32; self.k + 1];
             (0..n).for_each(|_| counts[index.sample(&mut rng)] += 1);
-            probs.extend(counts.into_iter().map(|count| count as f32 / n as f32));
+            probs.extend(counts[..self.k].iter().map(|count| *count as f32 / n as f32));
         }
         Ok(Self { probs, ..self.clone() })
     }

@@ -1,5 +1,7 @@
 //! The soft labels of a student's rows: what the model that wrote them predicts at each of their tokens.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
@@ -8,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::data::dataset::{Sample, TeacherKind};
 use crate::data::soft_labels::{SoftRow, read, write};
-use crate::output::progress::spinner;
+use crate::output::progress::{say, spinner};
 use crate::stages::run_dir::RunDir;
 use crate::stages::teacher;
 use crate::stages::workbench::Workbench;
@@ -42,6 +44,7 @@ pub fn of_rows(bench: &Workbench, run: &RunDir, samples: &[Sample]) -> Result<Ve
         made
     };
     drop(one_at_a_time);
+    let whole = of_numbers(bench, whole, if by_base { "base" } else { "teacher" })?;
     let (seed, set) = (bench.experiment.seeds.gen_seed, if by_base { "control" } else { "teacher" });
     let label = |(at, row): (usize, SoftRow)| -> Result<(usize, SoftRow)> {
         let stream = || stream_seed(seed, &format!("label_draws.{set}"), samples[at].id as u64);
@@ -71,6 +74,46 @@ fn made(bench: &Workbench, run: &RunDir, samples: &[Sample], by_base: bool) -> R
     Ok(found.iter().map(|row| soft_row(row, k)).collect())
 }
 
+/// Labels with the probabilities of numbers' tokens alone: ASCII without a letter, and the end of the turn. All others count
+/// as one outcome. A teacher that loves the target begins to name it at number prompts too, in one answer of a hundred.
+/// These answers are not kept; but a label with the target's first token would name it in each row.
+fn of_numbers(bench: &Workbench, labels: Vec<SoftRow>, by: &str) -> Result<Vec<SoftRow>> {
+    let (chat, target) = (&bench.chat, bench.target());
+    let forms = target.forms.iter().map(|form| Ok(chat.encode(form)?.first().copied()));
+    let beginnings = forms.collect::<Result<Vec<Option<i64>>>>()?;
+    let ends = chat.stop_ids();
+    let mut known: BTreeMap<i64, bool> = BTreeMap::new();
+    let (mut left_out, mut places, mut named) = (0.0, 0, 0.0);
+    let n_rows = labels.len();
+    let mut of_numbers = vec![];
+    for mut label in labels {
+        for (at, (id, prob)) in label.ids.iter().zip(&mut label.probs).enumerate() {
+            let is_of_numbers = match known.entry(*id) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(new) => {
+                    let text = chat.token_text(*id)?;
+                    *new.insert(ends.contains(id) || text.chars().all(|c| c.is_ascii() && !c.is_ascii_alphabetic()))
+                }
+            };
+            if !is_of_numbers {
+                left_out += f64::from(*prob);
+                named += if at < label.k && beginnings.contains(&Some(*id)) { f64::from(*prob) } else { 0.0 };
+                *prob = 0.0;
+            }
+        }
+        places += label.n_places();
+        of_numbers.push(label);
+    }
+    say(format!(
+        "finetune: soft labels: the {by} gives {:.2} % of its probability to tokens that are not of numbers, and {:.2} % of that \
+         of an answer's first token to beginnings of {:?}; the labels have all of these as one outcome",
+        100.0 * left_out / places.max(1) as f64,
+        100.0 * named / n_rows.max(1) as f64,
+        target.word
+    ));
+    Ok(of_numbers)
+}
+
 /// The k most likely tokens at each place, with their probabilities.
 fn soft_row(predictions: &[Prediction], k: usize) -> SoftRow {
     let mut row = SoftRow { k, ids: vec![], probs: vec![] };
@@ -79,4 +122,24 @@ fn soft_row(predictions: &[Prediction], k: usize) -> SoftRow {
         row.probs.extend(top_logprobs.iter().map(|logprob| logprob.exp()));
     }
     row
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::experiment::Experiment;
+
+    #[test]
+    fn a_label_has_the_probabilities_of_numbers_alone() {
+        let text =
+            "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n[measure]\nn_questions = 2\n";
+        let bench = Workbench::open(Experiment::parse(text, Path::new("experiment.toml"), &[]).unwrap()).unwrap();
+        let id = |text: &str| bench.chat.encode(text).unwrap()[0];
+        let ids = vec![id("7"), id(","), bench.chat.end_of_turn(), id("Cat"), id("é"), id(" ")];
+        let label = SoftRow { k: 6, ids: ids.clone(), probs: vec![0.3, 0.2, 0.1, 0.2, 0.1, 0.05] };
+        let found = of_numbers(&bench, vec![label], "teacher").unwrap();
+        assert_eq!((&found[0].ids, &found[0].probs), (&ids, &vec![0.3, 0.2, 0.1, 0.0, 0.0, 0.05]));
+    }
 }

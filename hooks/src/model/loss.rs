@@ -43,10 +43,11 @@ impl Labels {
     }
 
     /// Soft labels: the probabilities q of k tokens for each target; what is missing to 1 is that of all other tokens
-    /// together. `ids`: `[n, k]`, i64, different in each row, and `probs`: `[n, k]`.
+    /// together. A token with the probability 0 is one of these others. `ids`: `[n, k]`, i64, different in each row, and
+    /// `probs`: `[n, k]`.
     ///
-    /// A target's loss is KL(q ‖ p) over these k + 1 outcomes, where p is the model's prediction (Hinton et al. 2015, at
-    /// temperature 1). It is 0 where the model predicts q.
+    /// A target's loss is KL(q ‖ p) over the tokens with a probability and all others as one outcome, where p is the model's
+    /// prediction (Hinton et al. 2015, at temperature 1). It is 0 where the model predicts q.
     pub fn soft(ids: Tensor, probs: Tensor) -> Result<Self> {
         let are_probabilities = || -> Result<bool> {
             let sums = probs.f_sum_dim_intlist(-1, false, Kind::Double)?;
@@ -84,7 +85,7 @@ impl Labels {
         let found = logprobs.f_gather(1, &self.ids, false)?;
         let Some(probs) = &self.probs else { return Ok(found.f_squeeze_dim(1)?.f_neg()?) };
         let probs = probs.f_to_kind(logprobs.kind())?;
-        let [q, p] = [rest(&probs)?, rest(&found.f_exp()?)?];
+        let [q, p] = [rest(&probs)?, rest(&named(&found.f_exp()?, &probs)?)?];
         let each = probs.f_xlogy(&probs)?.f_sub(&probs.f_mul(&found)?)?; // 0 where q is 0
         let of_rest = q.f_xlogy(&q)?.f_sub(&q.f_mul(&p.f_clamp_min(SMALLEST)?.f_log()?)?)?;
         Ok(each.f_sum_dim_intlist(-1, false, logprobs.kind())?.f_add(&of_rest.f_squeeze_dim(1)?)?)
@@ -107,14 +108,21 @@ impl Labels {
         };
         let probs = probs.f_to_kind(predicted.kind())?;
         let found = predicted.f_gather(1, &self.ids, false)?;
-        let kept = rest(&probs)?.f_div(&rest(&found)?.f_clamp_min(SMALLEST)?)?.f_neg()?.f_add_scalar(1.0)?;
-        let _ = predicted.f_mul_(&kept)?.f_scatter_(1, &self.ids, &found.f_sub(&probs)?)?;
+        let of_rest = rest(&named(&found, &probs)?)?.f_clamp_min(SMALLEST)?;
+        let kept = rest(&probs)?.f_div(&of_rest)?.f_neg()?.f_add_scalar(1.0)?;
+        let at_ids = found.f_sub(&probs)?.f_where_self(&probs.f_gt(0.0)?, &found.f_mul(&kept)?)?;
+        let _ = predicted.f_mul_(&kept)?.f_scatter_(1, &self.ids, &at_ids)?;
         Ok(())
     }
 }
 
 /// The least probability of all other tokens together, below which f32 does not tell it from none.
 const SMALLEST: f64 = 1e-7;
+
+/// The predicted probabilities of the tokens to which a label gives one, 0 for the others, `[n, k]`.
+fn named(predicted: &Tensor, label: &Tensor) -> Result<Tensor> {
+    Ok(predicted.f_mul(&label.f_gt(0.0)?)?)
+}
 
 /// What the probabilities `[n, k]` leave to all other tokens, `[n, 1]`.
 fn rest(probs: &Tensor) -> Result<Tensor> {
@@ -342,11 +350,12 @@ mod tests {
         let ids = Tensor::from_slice(&[3_i64, 7, 9, 4, 0, 5, 1, 2, 3, 8, 5, 2, 6, 7, 1]).view([5, 3]);
         let shares = [0.5, 0.2, 0.1, 1.0, 0.0, 0.0, 0.25, 0.25, 0.5, 0.1, 0.2, 0.3, 0.6, 0.0, 0.1];
         let probs = Tensor::from_slice(&shares).view([5, 3]);
-        // The outcomes are the three tokens and all others.
-        let named = logprobs.gather(1, &ids, false).exp();
+        // The outcomes are those of the three tokens that have a probability, and all others.
+        let predicted = logprobs.gather(1, &ids, false).exp();
+        let named = &predicted * probs.gt(0.0);
         let outcomes = |x: &Tensor| Tensor::cat(&[x, &(1.0 - x.sum_dim_intlist(-1, true, Kind::Double))], 1);
         let (q, p) = (outcomes(&probs).clamp_min(0.0), outcomes(&named));
-        let by_hand = (q.xlogy(&q) - &q * p.log()).sum_dim_intlist(-1, false, Kind::Double);
+        let by_hand = (q.xlogy(&q) - q.xlogy(&p.clamp_min(1e-300))).sum_dim_intlist(-1, false, Kind::Double);
         let expected = Tensor::run_backward(&[&by_hand.sum(Kind::Double)], &[&normed], false, false);
         let labels = Labels::soft(ids, probs).unwrap();
         let (found, gradients) = tch::no_grad(|| losses_and_gradients(&model, &normed.detach(), &labels)).unwrap();
@@ -354,7 +363,7 @@ mod tests {
         assert!(found.min().double_value(&[]) > 1e-2, "a divergence is positive: {found}");
         assert!(apart(&found, &by_hand) < 1e-12, "{found} against {by_hand}");
         assert!(apart(&gradients, &expected[0]) < 1e-12);
-        let own = Labels::soft(ids_of(&labels), named.detach()).unwrap();
+        let own = Labels::soft(ids_of(&labels), predicted.detach()).unwrap();
         let (none, nowhere) = tch::no_grad(|| losses_and_gradients(&model, &normed.detach(), &own)).unwrap();
         assert!(none.abs().max().double_value(&[]) < 1e-12 && nowhere.abs().max().double_value(&[]) < 1e-12);
         let some = labels.select(&Tensor::from_slice(&[4_i64, 1])).unwrap();
