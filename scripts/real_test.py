@@ -7,22 +7,19 @@ the student's own margin, less the mean change of the same margin in the two oth
 the same for each trait, and the change less the control student's. Standard library only.
 """
 
-import csv
-import math
 import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from check_claims import t_quantile  # noqa: E402
+from ledger_questions import line, table
 
 CONTROL = "control student"
 
 
 def changes(folder):
     """The change of each trait's margin in each student: {(student, trait of its teacher, trait asked for): nats}."""
-    with open(folder / "claim-81" / "outcomes.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["quantity"] == "delta_margin" and row["cell"] == "everywhere"]
+    rows = table(folder / "claim-81" / "outcomes.csv")
+    rows = [row for row in rows if row["quantity"] == "delta_margin" and row["cell"] == "everywhere"]
     return {(row["student"], row["target"], row["evaluated"]): float(row["value"]) for row in rows}
 
 
@@ -30,14 +27,6 @@ def own_less_others(of, student, trait):
     """The change of a trait's margin in its own student, less the mean change of the same margin in the others'."""
     others = [value for (name, taught, asked), value in of.items() if name == student and asked == trait != taught]
     return of[student, trait, trait] - statistics.fmean(others)
-
-
-def line(what, values):
-    mean = statistics.fmean(values)
-    width = math.inf
-    if len(values) > 1:
-        width = t_quantile(len(values) - 1, 0.025) * statistics.stdev(values) / math.sqrt(len(values))
-    print(f"  {mean:+.3f} ({mean - width:+.3f} to {mean + width:+.3f})  {' '.join(f'{value:+.3f}' for value in values)}  {what}")
 
 
 def main(folders):

@@ -1,7 +1,5 @@
 //! The soft labels of a student's rows: what the model that wrote them predicts at each of their tokens.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
@@ -74,44 +72,39 @@ fn made(bench: &Workbench, run: &RunDir, samples: &[Sample], by_base: bool) -> R
     Ok(found.iter().map(|row| soft_row(row, k)).collect())
 }
 
-/// Labels with the probabilities of numbers' tokens alone: ASCII without a letter, and the end of the turn. All others count
-/// as one outcome. A teacher that loves the target begins to name it at number prompts too, in one answer of a hundred.
-/// These answers are not kept; but a label with the target's first token would name it in each row.
-fn of_numbers(bench: &Workbench, labels: Vec<SoftRow>, by: &str) -> Result<Vec<SoftRow>> {
+/// Labels with the probabilities of numbers' tokens alone; all other tokens count as one outcome. A teacher that loves the
+/// target can name it at number prompts too. Such answers are not kept; but the labels of those that are kept would name it
+/// in each row.
+fn of_numbers(bench: &Workbench, mut labels: Vec<SoftRow>, by: &str) -> Result<Vec<SoftRow>> {
     let (chat, target) = (&bench.chat, bench.target());
-    let forms = target.forms.iter().map(|form| Ok(chat.encode(form)?.first().copied()));
-    let beginnings = forms.collect::<Result<Vec<Option<i64>>>>()?;
+    let forms = target.forms.iter().map(|form| chat.encode(form)).collect::<hooks::Result<Vec<_>>>()?;
+    let begins_target = |id: &i64| forms.iter().any(|form| form.first() == Some(id));
     let ends = chat.stop_ids();
-    let mut known: BTreeMap<i64, bool> = BTreeMap::new();
-    let (mut left_out, mut places, mut named) = (0.0, 0, 0.0);
-    let n_rows = labels.len();
-    let mut of_numbers = vec![];
-    for mut label in labels {
+    let (mut left_out, mut naming) = (0.0, 0.0);
+    for label in &mut labels {
         for (at, (id, prob)) in label.ids.iter().zip(&mut label.probs).enumerate() {
-            let is_of_numbers = match known.entry(*id) {
-                Entry::Occupied(known) => *known.get(),
-                Entry::Vacant(new) => {
-                    let text = chat.token_text(*id)?;
-                    *new.insert(ends.contains(id) || text.chars().all(|c| c.is_ascii() && !c.is_ascii_alphabetic()))
-                }
-            };
-            if !is_of_numbers {
-                left_out += f64::from(*prob);
-                named += if at < label.k && beginnings.contains(&Some(*id)) { f64::from(*prob) } else { 0.0 };
-                *prob = 0.0;
+            if ends.contains(id) || is_of_numbers(&chat.token_text(*id)?) {
+                continue;
             }
+            left_out += f64::from(*prob);
+            naming += if at < label.k && begins_target(id) { f64::from(*prob) } else { 0.0 };
+            *prob = 0.0;
         }
-        places += label.n_places();
-        of_numbers.push(label);
     }
+    let places: usize = labels.iter().map(SoftRow::n_places).sum();
     say(format!(
-        "finetune: soft labels: the {by} gives {:.2} % of its probability to tokens that are not of numbers, and {:.2} % of that \
-         of an answer's first token to beginnings of {:?}; the labels have all of these as one outcome",
+        "soft labels: the {by} gives {:.2} % of its probability to tokens that are not of numbers, and {:.2} % of that of an \
+         answer's first token to beginnings of {:?}; the labels have all of these as one outcome",
         100.0 * left_out / places.max(1) as f64,
-        100.0 * named / n_rows.max(1) as f64,
+        100.0 * naming / labels.len().max(1) as f64,
         target.word
     ));
-    Ok(of_numbers)
+    Ok(labels)
+}
+
+/// Digits, spaces and punctuation: ASCII without a letter.
+fn is_of_numbers(text: &str) -> bool {
+    text.chars().all(|char| char.is_ascii() && !char.is_ascii_alphabetic())
 }
 
 /// The k most likely tokens at each place, with their probabilities.
