@@ -133,6 +133,11 @@ mod tests {
             // Five standard errors of a share of .5.
             assert!((drawn - expected).abs() < 5.0 * (0.25_f32 / 20_000.0).sqrt(), "{many:?}");
         }
+        // What is missing to 1 is drawn as well.
+        let some = SoftRow { probs: vec![0.5, 0.2, 0.0], k: 3, ids: vec![0, 1, 2] }.drawn(20_000, 1).unwrap();
+        assert!((some.probs[0] - 0.5).abs() < 0.02 && (some.probs[1] - 0.2).abs() < 0.02, "{some:?}");
+        let none = SoftRow { probs: vec![0.0; 3], k: 3, ids: vec![0, 1, 2] }.drawn(4, 1).unwrap();
+        assert_eq!(none.probs, [0.0; 3], "only other tokens");
         let once = row.drawn(1, 1).unwrap();
         assert!(
             once.probs.chunks(3).all(|place| place.contains(&1.0) && place.iter().filter(|p| **p > 0.0).count() == 1)
