@@ -6,7 +6,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::commands::args::ExperimentArgs;
 use crate::commands::style::Color;
 use crate::commands::{
-    activations, ask, columns, completions, export, measure, pocket, profile, report, run as run_command, signal,
+    activations, ask, columns, completions, export, look, measure, pocket, profile, report, run as run_command, signal,
     tokens,
 };
 use crate::output::progress::say;
@@ -68,6 +68,7 @@ enum Command {
     Signal(signal::SignalArgs),
     Tokens(tokens::TokensArgs),
     Ask(ask::AskArgs),
+    Look(look::LookArgs),
     Activations(activations::ActivationsArgs),
     Columns(columns::ColumnsArgs),
     Completions(completions::CompletionsArgs),
@@ -101,6 +102,7 @@ fn obey(command: &Command) -> Result<()> {
         Command::Signal(args) => signal::run(args),
         Command::Tokens(args) => tokens::run(args),
         Command::Ask(args) => ask::run(args),
+        Command::Look(args) => look::run(args),
         Command::Activations(args) => activations::run(args),
         Command::Columns(args) => columns::run(args),
         Command::Completions(args) => completions::run(args, Cli::command()),

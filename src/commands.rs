@@ -6,6 +6,7 @@ pub mod ask;
 pub mod columns;
 pub mod completions;
 pub mod export;
+pub mod look;
 pub mod measure;
 pub mod pocket;
 pub mod profile;

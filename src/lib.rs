@@ -72,6 +72,8 @@ pub mod stages {
 pub mod claim;
 pub mod pocket;
 
+pub mod look;
+
 pub mod commands;
 
 pub mod cli;

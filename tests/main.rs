@@ -15,6 +15,7 @@ mod docs; // the pages for readers: experiments, commands, keys and defaults, ev
 mod exports; // the learned direction as safetensors, CSV and control-vector GGUF; steering refuses another model
 mod kill; // killed at random moments, a run ends with the bytes of an undisturbed one; full disks, read-only folders, a loss that is not finite
 mod ledger; // the ledger of a run: repeated bit by bit, it balances, for each optimizer that it takes
+mod look; // the page of a run: its numbers are those of the command that it names; other pages and names are refused
 mod own_adapter; // an adapter trained elsewhere: taken as it is, measured as a student of ours, misfits refused
 mod parity; // logits, every hook point, losses, gradients of the LoRA and the residual stream, the gate: as transformers and PEFT
 mod pipeline; // a small experiment through all stages: files, columns, same seeds and same bytes, going on, full finetuning, the report

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use hooks::{Case, Chat, Condition, Qwen, Sequence, each_next_token};
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::stats::logsumexp;
@@ -32,6 +33,25 @@ pub struct TokenForms {
     members: Vec<Vec<Vec<i64>>>,
     /// All proper beginnings of forms as token ids; the empty one is first.
     prefixes: Vec<Vec<i64>>,
+}
+
+/// How likely each member of the category is as the start of an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MemberLogps {
+    /// log p of starting the answer with any form of each member, in nats; the target is first.
+    pub logps: Vec<f64>,
+    /// The best rank in the vocabulary of a token that starts a form of the target, 1 the most likely.
+    pub first_token_rank: f64,
+}
+
+impl MemberLogps {
+    /// The target's score.
+    pub fn score(&self) -> Score {
+        let Self { logps, first_token_rank } = self;
+        let rank = 1 + logps[1..].iter().filter(|logp| **logp > logps[0]).count();
+        let first_token_rank = *first_token_rank;
+        Score { logp_target: logps[0], margin: margin(logps), rank: rank as f64, first_token_rank }
+    }
 }
 
 /// The score of the target as the start of an answer.
@@ -85,6 +105,11 @@ impl TokenForms {
         &self.members
     }
 
+    /// The tokens with which a form of the target begins.
+    pub fn first_tokens(&self) -> Vec<i64> {
+        self.members[0].iter().map(|form| form[0]).collect::<BTreeSet<i64>>().into_iter().collect()
+    }
+
     /// All proper beginnings of forms as token ids; the empty one is first.
     pub(crate) fn prefixes(&self) -> &[Vec<i64>] {
         &self.prefixes
@@ -107,6 +132,20 @@ impl TokenForms {
         prompts: &[Sequence],
         conditions: &[Condition<'_>],
     ) -> Result<Vec<Vec<Score>>> {
+        let members = self.members_under(model, prompts, conditions, &mut |_, _| Ok(()))?;
+        Ok(members.iter().map(|of| of.iter().map(MemberLogps::score).collect()).collect())
+    }
+
+    /// How likely each member is as the start of the answers to several prompts under several conditions: `[condition]
+    /// [prompt]`. `next` is called with the number of each pair, condition × `prompts.len()` + prompt, and with the
+    /// log-probabilities of the first token, `[d_vocab]`, in any order.
+    pub fn members_under(
+        &self,
+        model: &Qwen,
+        prompts: &[Sequence],
+        conditions: &[Condition<'_>],
+        next: &mut dyn FnMut(usize, &Tensor) -> hooks::Result<()>,
+    ) -> Result<Vec<Vec<MemberLogps>>> {
         let n_prefixes = self.prefixes.len();
         let with_prefix =
             |prompt: &Sequence| self.prefixes.iter().map(|prefix| prompt.with_completion(prefix)).collect();
@@ -115,7 +154,7 @@ impl TokenForms {
             conditions.iter().flat_map(|condition| rows.iter().flatten().map(move |row| (row, condition))).collect();
 
         // Only the probabilities of the forms' next tokens are kept.
-        let mut next: Vec<BTreeMap<i64, f64>> = vec![BTreeMap::new(); cases.len()];
+        let mut following: Vec<BTreeMap<i64, f64>> = vec![BTreeMap::new(); cases.len()];
         let mut first_token_ranks = vec![f64::INFINITY; cases.len()];
         each_next_token(model, &cases, &mut |case, logprobs| {
             let prefix = self.prefixes[case % n_prefixes].as_slice();
@@ -123,11 +162,12 @@ impl TokenForms {
                 self.members.iter().flatten().filter(|form| form.len() > prefix.len() && form.starts_with(prefix))
             {
                 let token = form[prefix.len()];
-                next[case].insert(token, logprobs.f_double_value(&[token])?);
+                following[case].insert(token, logprobs.f_double_value(&[token])?);
             }
             if prefix.is_empty() {
+                next(case / n_prefixes, logprobs)?;
                 for form in &self.members[0] {
-                    let above = logprobs.f_gt(next[case][&form[0]])?.f_sum(None)?.f_double_value(&[])?;
+                    let above = logprobs.f_gt(following[case][&form[0]])?.f_sum(None)?.f_double_value(&[])?;
                     first_token_ranks[case] = first_token_ranks[case].min(1.0 + above);
                 }
             }
@@ -136,17 +176,16 @@ impl TokenForms {
 
         let prefix_at: BTreeMap<&[i64], usize> =
             self.prefixes.iter().enumerate().map(|(at, prefix)| (prefix.as_slice(), at)).collect();
-        let score = |from: usize| {
-            let step = |form: &[i64], at: usize| next[from + prefix_at[&form[..at]]][&form[at]];
+        let of_row = |from: usize| {
+            let step = |form: &[i64], at: usize| following[from + prefix_at[&form[..at]]][&form[at]];
             let form_logp = |form: &Vec<i64>| (0..form.len()).map(|at| step(form, at)).sum::<f64>();
-            let logps: Vec<f64> =
-                self.members.iter().map(|forms| logsumexp(&forms.iter().map(form_logp).collect::<Vec<_>>())).collect();
-            let (logp_target, rank) = (logps[0], 1 + logps[1..].iter().filter(|logp| **logp > logps[0]).count());
+            let of_member = |forms: &Vec<Vec<i64>>| logsumexp(&forms.iter().map(form_logp).collect::<Vec<_>>());
             let first_token_rank = first_token_ranks[from + prefix_at[&[][..]]];
-            Score { logp_target, margin: margin(&logps), rank: rank as f64, first_token_rank }
+            MemberLogps { logps: self.members.iter().map(of_member).collect(), first_token_rank }
         };
         let per_condition = prompts.len() * n_prefixes;
-        let of = |at: usize| (0..prompts.len()).map(|prompt| score(at * per_condition + prompt * n_prefixes)).collect();
+        let of =
+            |at: usize| (0..prompts.len()).map(|prompt| of_row(at * per_condition + prompt * n_prefixes)).collect();
         Ok((0..conditions.len()).map(of).collect())
     }
 }

@@ -4,8 +4,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use hooks::files;
+use regex::Regex;
 use serde::Deserialize;
 use toml::{Table, Value};
 
@@ -224,16 +225,20 @@ fn fill(value: &mut Value, values: &Table) -> Result<()> {
                 *value = whole.clone();
                 return Ok(());
             }
-            for (name, with) in values {
+            // A name has no blanks, so an inline table is no name.
+            let named = Regex::new(r"\{([A-Za-z0-9_]+)\}")?;
+            for found in named.captures_iter(&text.clone()) {
+                let name = &found[1];
+                if name == "rank" {
+                    continue;
+                }
+                let with = values.get(name).with_context(|| {
+                    let known = values.keys().cloned().collect::<Vec<_>>().join(", ");
+                    format!("{text:?} has a name in braces that is none of {known}")
+                })?;
                 let with = with.as_str().map_or_else(|| with.to_string(), str::to_owned);
-                *text = text.replace(&format!("{{{name}}}"), &with);
+                *text = text.replace(&found[0], &with);
             }
-            let left = text.replace("{rank}", "");
-            ensure!(
-                !left.contains('{'),
-                "{text:?} has a name in braces that is none of {}",
-                values.keys().cloned().collect::<Vec<_>>().join(", ")
-            );
             Ok(())
         }
         Value::Array(entries) => entries.iter_mut().try_for_each(|entry| fill(entry, values)),

@@ -5,17 +5,23 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use analyses::Target;
+use analyses::target::{MemberLogps, TokenForms};
 use anstyle::{Ansi256Color, Style};
 use anyhow::{Context, Result};
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use hooks::{
-    Chat, Condition, Edit, Gate, ModelFiles, Qwen, Sampling, Sequence, generate, next_token_logprobs, stream_seed,
+    Answer, Chat, Condition, Edit, Gate, ModelFiles, Qwen, Sampling, Sequence, generate, next_token_logprobs,
+    stream_seed,
 };
+use serde_json::{Value, json};
 use unicode_width::UnicodeWidthStr;
 
 use super::args::{ConditionArgs, ModelArgs};
 use super::style::{aside, cell, columns, heading, painted, printable};
+use crate::data::protocol::Protocol;
+use crate::look::first_words::{first_words, likeliest};
 use crate::output::progress::{bar as progress_bar, note, print};
 use crate::output::vectors::Vectors;
 use crate::stages::workbench::open_model;
@@ -53,9 +59,17 @@ pub struct AskArgs {
     /// Number of most likely first tokens shown for each model; 0 shows none.
     #[arg(long, default_value_t = 5)]
     top: usize,
+    /// Words, separated by commas: prints for each the probability that the answer begins with it, in lower case or
+    /// capitalised, and the margin of the first over the others.
+    #[arg(long, value_delimiter = ',', value_name = "WORD,WORD…")]
+    words: Vec<String>,
     /// The seed of the answers.
     #[arg(long, default_value_t = 42)]
     seed: u64,
+    /// Prints everything as a line of JSON: log-probabilities of the words in nats, probabilities of the first tokens,
+    /// answers.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Prints the settings, the first tokens and the answers.
@@ -71,24 +85,11 @@ pub fn run(args: &AskArgs) -> Result<()> {
     let prompt = chat.prompt(args.system.as_deref(), &args.user)?;
     model.config.check_context("prompt", [prompt.ids.len()], args.max_new_tokens)?;
 
-    let mut page = setting(args, &prompt, &steered)?;
-    if args.top > 0 {
-        let read = |condition: &Condition<'_>| -> Result<Vec<f32>> {
-            let logprobs = next_token_logprobs(&model, std::slice::from_ref(&prompt), condition)?;
-            Ok(Vec::try_from(logprobs.f_exp()?.f_squeeze_dim(0)?)?)
-        };
-        let compared = conditions(&condition);
-        let names: Vec<&str> = compared.iter().map(|(name, _)| *name).collect();
-        let p = compared.iter().map(|(_, condition)| read(condition)).collect::<Result<Vec<_>>>()?;
-        page.push('\n');
-        page += &first_tokens(&names, &p, args.top, &|id| {
-            let text = chat.token_text(id)?;
-            // A part of a character has no text.
-            Ok(if text.contains('\u{fffd}') { format!("token {id}") } else { format!("{text:?}") })
-        })?;
+    let (names, compared): (Vec<&str>, Vec<Condition<'_>>) = conditions(&condition).into_iter().unzip();
+    let found = asked(&model, &chat, &prompt, &compared, &args.words)?;
+    if !args.json {
+        print(&(setting(args, &prompt, &steered)? + &tables(args, &chat, &names, &found)? + "\n"))?;
     }
-    page.push('\n');
-    print(&page)?;
 
     let sampling = Sampling {
         temperature: args.temperature,
@@ -103,10 +104,85 @@ pub fn run(args: &AskArgs) -> Result<()> {
     let answers =
         generate(&model, &prompts, &condition, &sampling, &streams, &mut |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
-    let text = |answer: &hooks::Answer| {
+    if args.json {
+        return print(&(in_json(args, &chat, &names, &found, &answers)?.to_string() + "\n"));
+    }
+    let text = |answer: &Answer| {
         Ok(chat.decode(&answer.ids)? + if answer.stopped { "" } else { " …" }) // cut by max_new_tokens
     };
     print(&counted(&answers.iter().map(text).collect::<Result<Vec<String>>>()?))
+}
+
+/// What a condition says first: the words, if any are asked for, and the probabilities of all tokens.
+type First = (Option<MemberLogps>, Vec<f32>);
+
+/// What each condition says first.
+fn asked(
+    model: &Qwen,
+    chat: &Chat,
+    prompt: &Sequence,
+    conditions: &[Condition<'_>],
+    words: &[String],
+) -> Result<Vec<First>> {
+    let Some((word, others)) = words.split_first() else {
+        let read = |condition: &Condition<'_>| -> Result<First> {
+            let logprobs = next_token_logprobs(model, std::slice::from_ref(prompt), condition)?;
+            Ok((None, Vec::try_from(logprobs.f_exp()?.f_squeeze_dim(0)?)?))
+        };
+        return conditions.iter().map(read).collect();
+    };
+    let others = others.iter().map(|other| (other.clone(), Protocol::surface_forms(other))).collect();
+    let (word, forms, category) = (word.clone(), Protocol::surface_forms(word), "word".to_owned());
+    let forms = TokenForms::of(&Target { word, category, forms, others }, chat).context("--words")?;
+    let found = first_words(model, &forms, prompt, conditions)?;
+    Ok(found.into_iter().map(|(members, next)| (Some(members), next)).collect())
+}
+
+/// The tables of the words and of the first tokens, each after an empty line.
+fn tables(args: &AskArgs, chat: &Chat, names: &[&str], found: &[First]) -> Result<String> {
+    let mut page = String::new();
+    let members: Vec<&MemberLogps> = found.iter().filter_map(|(members, _)| members.as_ref()).collect();
+    if !members.is_empty() {
+        let p: Vec<Vec<f32>> =
+            members.iter().map(|of| of.logps.iter().map(|logp| logp.exp() as f32).collect()).collect();
+        page.push('\n');
+        page += &likeliest_of(names, &p, "answer begins", args.words.len(), &|at| Ok(args.words[at].clone()))?;
+        let margins: Vec<String> = members.iter().map(|of| format!("{:+.4}", of.score().margin)).collect();
+        let first = &args.words[0];
+        writeln!(page, "margin of {first} over the others, in nats: {}", paired(names, &margins))?;
+    }
+    if args.top > 0 {
+        let p: Vec<Vec<f32>> = found.iter().map(|(_, next)| next.clone()).collect();
+        page.push('\n');
+        page += &likeliest_of(names, &p, "first token", args.top, &|id| {
+            let text = chat.token_text(id as i64)?;
+            // A part of a character has no text.
+            Ok(if text.contains('\u{fffd}') { format!("token {id}") } else { format!("{text:?}") })
+        })?;
+    }
+    Ok(page)
+}
+
+/// Each name with its value.
+fn paired(names: &[&str], values: &[String]) -> String {
+    names.iter().zip(values).map(|(name, value)| format!("{name} {value}")).collect::<Vec<_>>().join(", ")
+}
+
+/// Everything that the command found.
+fn in_json(args: &AskArgs, chat: &Chat, names: &[&str], found: &[First], answers: &[Answer]) -> Result<Value> {
+    let condition = |(name, (members, next)): (&&str, &First)| -> Result<Value> {
+        let token = |id: &usize| Ok(json!({ "id": id, "text": chat.token_text(*id as i64)?, "p": next[*id] }));
+        let tokens = likeliest(next, args.top).iter().map(token).collect::<Result<Vec<Value>>>()?;
+        let words = members.as_ref().map(|of| {
+            args.words.iter().cloned().zip(of.logps.iter().map(|logp| json!(logp))).collect::<serde_json::Map<_, _>>()
+        });
+        let margin = members.as_ref().map(|of| of.score().margin);
+        Ok(json!({ "name": name, "logp": words, "margin": margin, "first_tokens": tokens }))
+    };
+    let conditions = names.iter().zip(found).map(condition).collect::<Result<Vec<Value>>>()?;
+    let answer = |answer: &Answer| Ok(json!({ "text": chat.decode(&answer.ids)?, "stopped": answer.stopped }));
+    let answers = answers.iter().map(answer).collect::<Result<Vec<Value>>>()?;
+    Ok(json!({ "gate": args.with.gate.to_string(), "conditions": conditions, "answers": answers }))
 }
 
 /// The settings that the model is run with, a line for each.
@@ -169,15 +245,21 @@ fn conditions<'a>(asked: &Condition<'a>) -> Vec<(&'static str, Condition<'a>)> {
     found
 }
 
-/// A table of the most likely first tokens of each condition, from the probabilities `p[condition][token]` over the
-/// whole vocabulary. A bar shows the last condition's probability and its difference from the first's.
-fn first_tokens(names: &[&str], p: &[Vec<f32>], top: usize, text: &dyn Fn(i64) -> Result<String>) -> Result<String> {
+/// A table of what is likeliest under each condition: `p[condition][at]` are the probabilities of what `text` names. A
+/// bar shows the last condition's probability and its difference from the first's.
+fn likeliest_of(
+    names: &[&str],
+    p: &[Vec<f32>],
+    what: &str,
+    top: usize,
+    text: &dyn Fn(usize) -> Result<String>,
+) -> Result<String> {
     let (Some(base), Some(asked)) = (p.first(), p.last()) else { return Ok(String::new()) };
     let mut shown: Vec<usize> = p.iter().flat_map(|p| likeliest(p, top)).collect();
     shown.sort_unstable();
     shown.dedup();
-    shown.sort_by(|left, right| asked[*right].total_cmp(&asked[*left])); // stable: equal ones by id
-    let texts = shown.iter().map(|id| text(*id as i64)).collect::<Result<Vec<_>>>()?;
+    shown.sort_by(|left, right| asked[*right].total_cmp(&asked[*left])); // stable: equal ones in order
+    let texts = shown.iter().map(|at| text(*at)).collect::<Result<Vec<_>>>()?;
 
     let width = texts.iter().map(|text| text.width()).max().unwrap_or(0).clamp(12, 24);
     let bars = columns().saturating_sub(width + 12 * names.len() + 2).clamp(10, 40);
@@ -189,7 +271,7 @@ fn first_tokens(names: &[&str], p: &[Vec<f32>], top: usize, text: &dyn Fn(i64) -
 
     let head: Vec<String> = names.iter().map(|name| format!("{name:>10}")).collect();
     let scale = format!("0{:>1$}", short(f64::from(full)), bars - 1);
-    let mut table = heading(&format!("{:<width$}  {}", "first token", head.join("  ")));
+    let mut table = heading(&format!("{what:<width$}  {}", head.join("  ")));
     writeln!(table, "  {}", aside(&scale))?;
     for (id, text) in shown.iter().zip(&texts) {
         let compared = (p.len() > 1).then_some(base[*id] / full);
@@ -198,7 +280,7 @@ fn first_tokens(names: &[&str], p: &[Vec<f32>], top: usize, text: &dyn Fn(i64) -
     }
     let rest = |p: &Vec<f32>| {
         let shown: f64 = shown.iter().map(|id| f64::from(p[*id])).sum();
-        (p.iter().map(|p| f64::from(*p)).sum::<f64>() - shown).max(0.0)
+        (1.0 - shown).max(0.0)
     };
     writeln!(table, "{}  {}", aside(&format!("{:<width$}", "all others")), numbers(&rest))?;
     if let ([first, .., last], true) = (names, p.len() > 1) {
@@ -206,14 +288,6 @@ fn first_tokens(names: &[&str], p: &[Vec<f32>], top: usize, text: &dyn Fn(i64) -
         writeln!(table, "{both} {first} and {last}, {gained} more in {last}, {lost} less; p at temperature 1")?;
     }
     Ok(table)
-}
-
-/// The ids of the `top` largest probabilities, the largest first.
-fn likeliest(p: &[f32], top: usize) -> Vec<usize> {
-    let mut ids: Vec<usize> = (0..p.len()).collect();
-    ids.sort_by(|left, right| p[*right].total_cmp(&p[*left]));
-    ids.truncate(top);
-    ids
 }
 
 /// A probability in at most ten characters: four decimals, or a power of ten if these would be 0.
@@ -317,7 +391,8 @@ mod tests {
     fn the_table_has_the_likeliest_of_each_and_all_the_probability() {
         let base = vec![0.5, 0.2, 0.1, 0.15, 0.05];
         let asked = vec![0.25, 0.05, 0.1, 0.1, 0.5];
-        let table = first_tokens(&["base", "adapter"], &[base, asked], 2, &|id| Ok(format!("t{id}"))).unwrap();
+        let table =
+            likeliest_of(&["base", "adapter"], &[base, asked], "first token", 2, &|id| Ok(format!("t{id}"))).unwrap();
         let table = bare(&table);
         let cells: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(cells[0][..4], ["first", "token", "base", "adapter"]);

@@ -1,6 +1,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::training::settings::Select;
 
 const SIZE: &str = "[values]\ntargets = [{ word = \"cat\", category = \"animal\" }, { word = \"owl\", category = \"animal\" }]\n\
                     ranks = [1, 4]\nother = \"chatgpt\"\n[experiment]\nmodel = \"tiny-random\"\nseed = 5\n";
@@ -40,6 +41,14 @@ fn values_of_the_size_stand_where_their_names_are() {
     // The claim as TOML, with its placeholders filled in, parses to the same claim.
     let again: Claim = toml::from_str(&study.to_toml().unwrap()).unwrap();
     assert_eq!(again, study.claim);
+}
+
+#[test]
+fn an_inline_table_is_no_name() {
+    let set = "\"student.context={other}\", \"finetune.select={ random = 0.25 }\"";
+    let study = load(&CLAIM.replace("\"student.context={other}\"", set), &[]).unwrap();
+    assert_eq!(study.claim.students[0].set[2], "finetune.select={ random = 0.25 }");
+    assert_eq!(study.units[0].arms[0].experiment.finetune.select, Select::Random(0.25));
 }
 
 #[test]

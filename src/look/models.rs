@@ -1,0 +1,403 @@
+//! The models of a run, and what they say to a chat: the category's members and the first tokens of base, student,
+//! control student and the page's setting, a number for each token of the chat, and sampled answers.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use analyses::target::{MemberLogps, TokenForms};
+use anyhow::{Context, Result, ensure};
+use hooks::tch::{Device, Kind, Tensor, no_grad};
+use hooks::{
+    Adapter, Cache, Condition, Gate, HookPoint, Proj, Sampling, Selection, Sequence, TokenClass, generate, stream_seed,
+};
+use serde::{Deserialize, Serialize};
+
+use super::first_words::{first_words, likeliest};
+use super::setting::{Named, Setting, Steer};
+use crate::experiment::{CONTROL_STUDENT, Method, STUDENT};
+use crate::hinted;
+use crate::output::vectors::Vectors;
+use crate::stages::run_dir::RunDir;
+use crate::stages::workbench::Workbench;
+
+/// The models of a run, loaded when they are first asked for.
+pub struct Models {
+    bench: Workbench,
+    run: RunDir,
+    folders: Vec<(String, PathBuf)>,
+    adapters: BTreeMap<String, Rc<Adapter>>,
+    words: Vec<String>,
+    forms: TokenForms,
+    beside: Option<(Chatted, Vec<Said>)>,
+}
+
+/// What the models beside the setting depend on: the student, the system prompt and the user's text.
+type Chatted = (String, Option<String>, String);
+
+/// What the page needs to know of a run, once.
+#[derive(Serialize)]
+pub struct Described {
+    run: String,
+    model: String,
+    target: String,
+    category: String,
+    students: Vec<String>,
+    n_layers: usize,
+    modules: Vec<&'static str>,
+    /// Names that mean several classes of prompt tokens, the widest first, each with its classes.
+    unions: Vec<(&'static str, Vec<TokenClass>)>,
+    contexts: BTreeMap<String, Option<String>>,
+    default_system: Option<String>,
+    questions: Vec<String>,
+    has_direction: bool,
+}
+
+/// A chat under a setting.
+#[derive(Serialize)]
+pub struct Look {
+    tokens: Vec<ChatToken>,
+    decode_policy: &'static str,
+    generated_dose: Option<f64>,
+    words: Vec<String>,
+    models: Vec<Said>,
+    first_tokens: Vec<FirstToken>,
+    command: String,
+    experiment: String,
+}
+
+/// A token of the chat, with the factor on the adapter's output at it.
+#[derive(Serialize)]
+struct ChatToken {
+    position: usize,
+    id: i64,
+    text: String,
+    class: TokenClass,
+    dose: f64,
+}
+
+/// What a model says first.
+#[derive(Clone, Debug, Serialize)]
+pub struct Said {
+    name: String,
+    /// log p of starting the answer with each word, in nats; the target first.
+    logps: Vec<f64>,
+    /// The target's log p less the log of the others' mean probability, in nats.
+    margin: f64,
+    #[serde(skip)]
+    next: Vec<f32>,
+}
+
+/// A first token, with its probability under each model.
+#[derive(Serialize)]
+struct FirstToken {
+    id: i64,
+    text: String,
+    p: Vec<f32>,
+}
+
+/// A number for each token of a chat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantity {
+    /// The change of the margin with the adapter acting at this token alone, against the base.
+    Only,
+    /// What is left of the change of the margin with the adapter acting everywhere except at this token.
+    Except,
+    /// The norm of the gradient of the target's log-probability by the residual stream before the first block.
+    Gradient,
+    /// log p of the token under the setting, given those before it.
+    LogP,
+    /// KL(setting ‖ base) of the predictions at this token.
+    Divergence,
+}
+
+/// How answers are sampled.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Draw {
+    n: usize,
+    temperature: f64,
+    seed: u64,
+    max_new_tokens: usize,
+}
+
+/// A sampled answer.
+#[derive(Serialize)]
+pub struct Drawn {
+    text: String,
+    stopped: bool,
+}
+
+/// The most answers, and tokens of an answer, that a request may ask for.
+const MOST: usize = 256;
+
+/// Number of answers that are drawn at once, so that the page shows the first ones early.
+const AT_ONCE: usize = 4;
+
+fn unions() -> Result<Vec<(&'static str, Vec<TokenClass>)>> {
+    let mut found = vec![];
+    for name in Selection::choices().into_iter().filter(|name| name.parse::<TokenClass>().is_err()) {
+        let classes: Vec<TokenClass> = name.parse::<Selection>()?.classes().iter().copied().collect();
+        if !classes.contains(&TokenClass::Gen) {
+            found.push((name, classes));
+        }
+    }
+    found.sort_by_key(|(_, classes)| std::cmp::Reverse(classes.len()));
+    Ok(found)
+}
+
+impl Models {
+    /// Loads a run's base. Students with adapters can be shown: the student, the control student, and the arms'.
+    pub fn open(run: RunDir) -> Result<Self> {
+        let bench = Workbench::again(run.experiment(&[])?)?;
+        let template = bench.experiment.student.template;
+        ensure!(
+            template,
+            "{} has student.template = false, and only chats of a template are shown",
+            run.config().display()
+        );
+        let mut folders = vec![];
+        if bench.experiment.student.method == Method::Lora {
+            folders.push((STUDENT.to_owned(), run.adapter()));
+            folders.push((CONTROL_STUDENT.to_owned(), run.control_adapter()));
+        }
+        for cell in bench.experiment.cells()? {
+            if cell.experiment.student.method == Method::Lora && bench.has_model_of(&cell.experiment) {
+                folders.push((cell.slug.clone(), run.arm(&cell.slug).join("adapter")));
+            }
+        }
+        folders.retain(|(_, folder)| folder.exists());
+        ensure!(
+            !folders.is_empty(),
+            hinted!("{} has no student with an adapter yet", run.root().display(); "undertone run goes on with it")
+        );
+        let target = bench.target();
+        let forms = TokenForms::of(&target, &bench.chat)?;
+        let words = std::iter::once(&target.word).chain(target.others.iter().map(|(word, _)| word)).cloned().collect();
+        Ok(Self { bench, run, folders, adapters: BTreeMap::new(), words, forms, beside: None })
+    }
+
+    /// What the page shows before it asks anything.
+    pub fn described(&self) -> Result<Described> {
+        let Workbench { experiment, protocol, base, chat, .. } = &self.bench;
+        Ok(Described {
+            run: self.run.root().display().to_string(),
+            model: experiment.model.clone(),
+            target: experiment.target.word.clone(),
+            category: experiment.target.category.clone(),
+            students: self.folders.iter().map(|(name, _)| name.clone()).collect(),
+            n_layers: base.config.n_layers,
+            modules: Proj::ALL.map(|proj| proj.name().trim_end_matches("_proj")).to_vec(),
+            unions: unions()?,
+            contexts: protocol.contexts.clone(),
+            default_system: chat.default_system().map(str::to_owned),
+            questions: self.bench.questions()?,
+            has_direction: self.vectors().exists(),
+        })
+    }
+
+    /// The chat under a setting, beside the base, the student and the control student.
+    pub fn look(&mut self, setting: &Setting) -> Result<Look> {
+        let prompt = self.prompt(setting)?;
+        let adapter = self.adapter(&setting.student)?;
+        let condition = self.condition(setting, &adapter)?;
+        let doses = setting.gate.doses(&prompt)?;
+        let beside = self.beside(setting, &prompt)?;
+        let set = self.said(&prompt, vec![("this setting".to_owned(), condition)])?;
+        let models = [beside, set].concat();
+        let tokens = self.bench.chat.table(&prompt)?.into_iter().zip(doses);
+        let named = self.named(setting)?;
+        Ok(Look {
+            tokens: tokens
+                .map(|(token, dose)| ChatToken {
+                    position: token.position,
+                    id: token.id,
+                    text: token.text,
+                    class: token.class,
+                    dose,
+                })
+                .collect(),
+            decode_policy: setting.gate.decode_policy(),
+            generated_dose: setting.gate.decode_dose(),
+            words: self.words.clone(),
+            first_tokens: self.first_tokens(&models)?,
+            command: setting.command(&named)?,
+            experiment: setting.experiment(&named)?,
+            models,
+        })
+    }
+
+    /// A number for each token of the chat.
+    pub fn quantity(&mut self, setting: &Setting, what: Quantity) -> Result<Vec<f64>> {
+        let prompt = self.prompt(setting)?;
+        let adapter = self.adapter(&setting.student)?;
+        let condition = self.condition(setting, &adapter)?;
+        match what {
+            Quantity::Only | Quantity::Except => self.scan(&prompt, &condition, what),
+            Quantity::Gradient => self.gradient(&prompt, &condition),
+            Quantity::LogP => {
+                let logprobs = self.logprobs(&prompt, &condition)?;
+                let of = |at: usize| logprobs.f_double_value(&[at as i64 - 1, prompt.ids[at]]);
+                // Nothing predicts the first token.
+                Ok((0..prompt.ids.len())
+                    .map(|at| if at == 0 { Ok(f64::NAN) } else { of(at) })
+                    .collect::<Result<_, _>>()?)
+            }
+            Quantity::Divergence => {
+                let (set, base) = (self.logprobs(&prompt, &condition)?, self.logprobs(&prompt, &Condition::default())?);
+                let kl = (&set - base) * set.f_exp()?;
+                Ok(Vec::try_from(kl.f_sum_dim_intlist([-1].as_slice(), false, Kind::Double)?)?)
+            }
+        }
+    }
+
+    /// Draws answers, a few at a time; `each` is called with every one and returns whether to go on.
+    pub fn draw(&mut self, setting: &Setting, draw: &Draw, each: &mut dyn FnMut(Drawn) -> bool) -> Result<()> {
+        let Draw { n, temperature, seed, max_new_tokens } = *draw;
+        let bounded = |count: usize| (1..=MOST).contains(&count);
+        ensure!(bounded(n) && bounded(max_new_tokens), "expected 1 to {MOST} answers of 1 to {MOST} tokens");
+        ensure!(temperature.is_finite() && temperature >= 0.0, "temperature: expected 0 or a number above");
+        let prompt = self.prompt(setting)?;
+        self.bench.base.config.check_context("prompt", [prompt.ids.len()], max_new_tokens)?;
+        let adapter = self.adapter(&setting.student)?;
+        let condition = self.condition(setting, &adapter)?;
+        let chat = &self.bench.chat;
+        let sampling = Sampling { temperature, max_new_tokens, stop: chat.stop_ids(), constrain: None, batch: AT_ONCE };
+        for first in (0..n).step_by(AT_ONCE) {
+            // The random streams of `undertone ask`.
+            let streams: Vec<u64> =
+                (first..n.min(first + AT_ONCE)).map(|at| stream_seed(seed, "ask", at as u64)).collect();
+            let prompts = vec![prompt.clone(); streams.len()];
+            for answer in generate(&self.bench.base, &prompts, &condition, &sampling, &streams, &mut |_| ())? {
+                if !each(Drawn { text: chat.decode(&answer.ids)?, stopped: answer.stopped }) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn prompt(&self, setting: &Setting) -> Result<Sequence> {
+        let prompt = self.bench.chat.prompt(setting.system.as_deref(), &setting.user)?;
+        self.bench.base.config.check_context("prompt", [prompt.ids.len()], 1)?;
+        Ok(prompt)
+    }
+
+    fn folder(&self, student: &str) -> Result<&PathBuf> {
+        let known = self.folders.iter().find(|(name, _)| name == student).map(|(_, folder)| folder);
+        known.with_context(|| format!("the run has no student {student:?} with an adapter"))
+    }
+
+    fn adapter(&mut self, student: &str) -> Result<Rc<Adapter>> {
+        if let Some(known) = self.adapters.get(student) {
+            return Ok(Rc::clone(known));
+        }
+        let loaded = Rc::new(Adapter::load_on(self.folder(student)?, &self.bench.base)?);
+        self.adapters.insert(student.to_owned(), Rc::clone(&loaded));
+        Ok(loaded)
+    }
+
+    fn vectors(&self) -> PathBuf {
+        self.run.vectors().join("vectors.safetensors")
+    }
+
+    fn named(&self, setting: &Setting) -> Result<Named<'_>> {
+        let adapter = self.folder(&setting.student)?;
+        Ok(Named { model: &self.bench.experiment.model, adapter, vectors: self.vectors(), words: &self.words })
+    }
+
+    fn condition<'a>(&self, setting: &Setting, adapter: &'a Adapter) -> Result<Condition<'a>> {
+        let edits = match setting.steer {
+            Some(Steer { layer, coefficient }) => {
+                ensure!(coefficient.is_finite(), "the coefficient is {coefficient}, expected a number");
+                Vectors::read_at(&self.vectors(), layer)?.steer(coefficient, &self.bench.files)?
+            }
+            None => vec![],
+        };
+        Ok(Condition { adapter: Some(adapter), gate: setting.gate.clone(), edits })
+    }
+
+    /// The base, the student and the control student, which change with the chat alone.
+    fn beside(&mut self, setting: &Setting, prompt: &Sequence) -> Result<Vec<Said>> {
+        let of = (setting.student.clone(), setting.system.clone(), setting.user.clone());
+        if let Some((known, said)) = &self.beside
+            && *known == of
+        {
+            return Ok(said.clone());
+        }
+        let student = self.adapter(&setting.student)?;
+        let has_control = setting.student != CONTROL_STUDENT && self.folder(CONTROL_STUDENT).is_ok();
+        let control = has_control.then(|| self.adapter(CONTROL_STUDENT)).transpose()?;
+        let mut conditions =
+            vec![("base".to_owned(), Condition::default()), (setting.student.clone(), Condition::adapted(&student))];
+        conditions.extend(control.as_ref().map(|control| (CONTROL_STUDENT.to_owned(), Condition::adapted(control))));
+        let said = self.said(prompt, conditions)?;
+        self.beside = Some((of, said.clone()));
+        Ok(said)
+    }
+
+    fn said(&self, prompt: &Sequence, conditions: Vec<(String, Condition<'_>)>) -> Result<Vec<Said>> {
+        let (names, conditions): (Vec<String>, Vec<Condition<'_>>) = conditions.into_iter().unzip();
+        let found = first_words(&self.bench.base, &self.forms, prompt, &conditions)?;
+        let said = |(name, (members, next)): (String, (MemberLogps, Vec<f32>))| {
+            let margin = members.score().margin;
+            Said { name, logps: members.logps, margin, next }
+        };
+        Ok(names.into_iter().zip(found).map(said).collect())
+    }
+
+    /// The most likely first tokens of the base, the student and the setting, by the setting's probability.
+    fn first_tokens(&self, models: &[Said]) -> Result<Vec<FirstToken>> {
+        let shown = models.iter().filter(|said| said.name != CONTROL_STUDENT);
+        let mut ids: Vec<usize> = shown.flat_map(|said| likeliest(&said.next, 10)).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        if let Some(set) = models.last() {
+            ids.sort_by(|left, right| set.next[*right].total_cmp(&set.next[*left]));
+        }
+        let token = |id: usize| -> Result<FirstToken> {
+            let text = self.bench.chat.token_text(id as i64)?;
+            Ok(FirstToken { id: id as i64, text, p: models.iter().map(|said| said.next[id]).collect() })
+        };
+        ids.into_iter().map(token).collect()
+    }
+
+    /// The change of the margin from the base, with the setting's adapter acting at each token alone, or at all others.
+    fn scan(&self, prompt: &Sequence, condition: &Condition<'_>, what: Quantity) -> Result<Vec<f64>> {
+        let kind = if what == Quantity::Only { "only" } else { "except" };
+        let gates = (0..prompt.ids.len()).map(|at| format!("{kind}:positions({at})").parse::<Gate>());
+        let mut conditions = vec![Condition::default()];
+        for gate in gates {
+            conditions.push(condition.clone().gated(gate?));
+        }
+        let scores = self.forms.scores_under(&self.bench.base, std::slice::from_ref(prompt), &conditions)?;
+        let margins: Vec<f64> = scores.iter().map(|of| of[0].margin).collect();
+        Ok(margins[1..].iter().map(|margin| margin - margins[0]).collect())
+    }
+
+    /// ‖∂ log p(target's first token) / ∂ `resid_pre` of block 0‖ at each token.
+    fn gradient(&self, prompt: &Sequence, condition: &Condition<'_>) -> Result<Vec<f64>> {
+        let at = HookPoint::ResidPre(0);
+        let firsts = self.forms.first_tokens();
+        let found = hooks::gradient::at_points(&self.bench.base, prompt, condition, &[at], |logits| {
+            let logprobs = logits.f_select(1, -1)?.f_log_softmax(-1, Kind::Float)?.f_reshape([-1])?;
+            let of_target =
+                logprobs.f_index_select(0, &Tensor::f_from_slice(&firsts)?.f_to_device(logits.device())?)?;
+            Ok(of_target.f_logsumexp([0].as_slice(), false)?)
+        })?;
+        let norms = found.gradients[&at].f_to_kind(Kind::Double)?.f_square()?.f_sum_dim_intlist(
+            [-1].as_slice(),
+            false,
+            Kind::Double,
+        )?;
+        Ok(Vec::try_from(norms.f_sqrt()?.f_reshape([-1])?)?)
+    }
+
+    /// The log-probabilities of all tokens at each position, `[pos, d_vocab]`.
+    fn logprobs(&self, prompt: &Sequence, condition: &Condition<'_>) -> Result<Tensor> {
+        let mut nothing = Cache::default();
+        let logits = no_grad(|| hooks::run_with_hooks(&self.bench.base, prompt, condition, &[], &mut nothing))?;
+        Ok(logits.f_squeeze_dim(0)?.f_log_softmax(-1, Kind::Float)?.f_to_device(Device::Cpu)?)
+    }
+}
