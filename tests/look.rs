@@ -203,6 +203,34 @@ fn a_token_s_colour_is_the_measure_of_its_gate() {
     assert!(gradient.len() == only.len() && gradient.iter().all(|norm| norm.unwrap() > 0.0), "{gradient:?}");
 }
 
+/// The direction on the base is what the setting with that direction and no adapter says, and the lens of a gate of none
+/// is the base's.
+#[test]
+fn a_direction_and_the_lens_are_those_of_the_settings() {
+    let run = finished();
+    let serving = Serving::of(run.path());
+    let pushed = serving.ask(json!({ "ask": "push", "setting": setting("everywhere") }));
+    let kinds = |kind: &str| pushed.iter().filter(|row| row["kind"] == kind).count();
+    assert!(kinds("learned") > 0 && kinds("learned") == kinds("random"), "{pushed:?}");
+    for row in pushed.iter().filter(|row| row["kind"] == "learned") {
+        let mut set = setting("nowhere");
+        set["steer"] = json!({ "layer": row["layer"], "coefficient": row["coefficients"][3] });
+        let look = &serving.ask(json!({ "ask": "look", "setting": set }))[0];
+        let margin = |at: usize| look["models"][at]["margin"].as_f64().unwrap();
+        let expected = margin(3) - margin(0);
+        assert!((row["delta_margin"][3].as_f64().unwrap() - expected).abs() < 1e-5, "{row}: {expected}");
+        assert!(expected.abs() > 1e-6, "it moves something");
+    }
+    let by_block = |gate: &str| serving.ask(json!({ "ask": "by_block", "setting": setting(gate) })).remove(0);
+    let nowhere = by_block("nowhere");
+    let deltas = nowhere["delta_logp_first"].as_array().unwrap().iter().flat_map(|of| of.as_array().unwrap());
+    assert!(deltas.into_iter().all(|of| *of == 0.0));
+    assert_eq!(nowhere["models"][0]["logp_first"], nowhere["models"][2]["logp_first"]);
+    let everywhere = by_block("everywhere");
+    assert_eq!(everywhere["models"][1]["logp_first"], everywhere["models"][2]["logp_first"]);
+    assert_ne!(everywhere["models"][0]["logp_first"], everywhere["models"][2]["logp_first"]);
+}
+
 #[test]
 fn other_pages_and_other_names_are_refused() {
     let run = finished();

@@ -1,7 +1,7 @@
 //! A small experiment through all stages: what they leave, that the same seeds leave the same bytes, and that nothing
 //! finished is lost. Stages run as a user runs them, in processes of one thread each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -281,6 +281,7 @@ fn every_column_is_in_the_dictionary() {
     // tests/ledger.rs.
     found.extend(["arms/rows.csv", "teacher_train.csv"].map(str::to_owned));
     found.extend(["summary", "entries", "parts"].map(|table| format!("ledger/{table}.csv")));
+    found.push("lens/rows.csv".to_owned()); // only where it is named
     // The files of a claim are tested in tests/claims.rs.
     let of_runs = known.iter().map(|one| one.file).filter(|file| !file.starts_with("claim/"));
     let missing: Vec<_> = of_runs.filter(|file| !found.iter().any(|name| name == file)).collect();
@@ -625,6 +626,26 @@ fn nowhere_is_the_base_and_everywhere_the_student() {
     let entity = gated("student", "only:entity");
     assert_eq!(entity.n_tokens_on, Some(2.0), "Q and wen");
     assert_ne!(entity.delta_logp, Some(0.0));
+}
+
+/// The analysis that is not among the default ones: what it leaves, and that its last block is the model's answer.
+#[test]
+fn the_lens_is_measured_where_it_is_named() {
+    let folder = copy();
+    let said = succeeds(folder.path(), &["measure", ".", "lens"]);
+    assert!(said.contains("measure: lens: Read by the logit lens at the last token"), "{said}");
+    for file in ["plot.svg", "plot_tokens.svg", "plot_difference.svg", "rows.csv", "settings.toml"] {
+        assert!(folder.path().join("lens").join(file).is_file(), "{file}");
+    }
+    let mut table = csv::Reader::from_path(folder.path().join("lens/rows.csv")).unwrap();
+    let rows: Vec<analyses::lens::LensRow> = table.deserialize().map(Result::unwrap).collect();
+    let models: BTreeSet<&str> = rows.iter().map(|row| row.model.as_str()).collect();
+    assert_eq!(models, BTreeSet::from(["base", "control", "student"]));
+    assert!(rows.iter().all(|row| row.model != "base" || row.delta_logp_first == 0.0));
+    assert!(rows.iter().any(|row| row.model == "student" && row.delta_logp_first.abs() > 1e-4));
+    succeeds(folder.path(), &["report", "."]);
+    let report = fs::read_to_string(folder.path().join("report.html")).unwrap();
+    assert!(report.contains("After each block") && report.contains("plot_tokens"), "the report has it");
 }
 
 #[test]

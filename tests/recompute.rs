@@ -38,10 +38,11 @@ const NOT_MADE: [(&str, (&str, &str), &str, &str); 3] = [
 ];
 
 /// The recomputed tables, by the names of their files.
-const TABLES: [&str; 9] = [
+const TABLES: [&str; 10] = [
     "target_rate",
     "token_ablation",
     "position_scan",
+    "lens",
     "interventions",
     "direction",
     "steering",

@@ -32,6 +32,7 @@ pub mod gradients;
 pub mod inference;
 pub mod interventions;
 pub mod ledger;
+pub mod lens;
 pub mod plot;
 pub mod position_scan;
 pub mod stats;

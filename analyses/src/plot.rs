@@ -16,6 +16,8 @@ mod text;
 pub use bars::{Bar, BarChart, bars};
 pub use heatmap::{HeatMap, heatmap};
 pub use lines::{Line, LineChart, Panel, PanelChart, Point, Scale, lines, panels};
+pub(crate) use text::visible;
+
 pub use positions::{Position, PositionChart, positions};
 
 use crate::error::{Error, Result};

@@ -54,10 +54,10 @@ pub struct PositionScanRow {
 }
 
 /// A place, with the gates that act only there and everywhere except there.
-struct ScannedPlace {
-    position: Option<i64>,
-    token: String,
-    class: String,
+pub(crate) struct ScannedPlace {
+    pub(crate) position: Option<i64>,
+    pub(crate) token: String,
+    pub(crate) class: String,
     only: Gate,
     except: Gate,
 }
@@ -166,7 +166,7 @@ fn family(class: &str) -> &'static str {
 }
 
 /// The places that all prompts share, in the order of the text, and then the whole prompt.
-fn places(subject: &Subject<'_>, prompts: &[Sequence]) -> Result<Vec<ScannedPlace>> {
+pub(crate) fn places(subject: &Subject<'_>, prompts: &[Sequence]) -> Result<Vec<ScannedPlace>> {
     let first = &prompts[0];
     let shared = |same: &dyn Fn(&Sequence, usize) -> bool| {
         (0..first.ids.len())

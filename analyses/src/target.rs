@@ -105,9 +105,10 @@ impl TokenForms {
         &self.members
     }
 
-    /// The tokens with which a form of the target begins.
-    pub fn first_tokens(&self) -> Vec<i64> {
-        self.members[0].iter().map(|form| form[0]).collect::<BTreeSet<i64>>().into_iter().collect()
+    /// The tokens with which a form of each member begins; the target is first. Members can share a token.
+    pub fn first_tokens(&self) -> Vec<Vec<i64>> {
+        let of = |forms: &Vec<Vec<i64>>| forms.iter().map(|form| form[0]).collect::<BTreeSet<i64>>();
+        self.members.iter().map(|forms| of(forms).into_iter().collect()).collect()
     }
 
     /// All proper beginnings of forms as token ids; the empty one is first.
@@ -191,7 +192,7 @@ impl TokenForms {
 }
 
 /// The first log-probability minus the log of the others' mean probability: m = l₁ − logsumexp(l₂ … lₙ) + log(n − 1).
-fn margin(logps: &[f64]) -> f64 {
+pub(crate) fn margin(logps: &[f64]) -> f64 {
     logps[0] - logsumexp(&logps[1..]) + ((logps.len() - 1) as f64).ln()
 }
 

@@ -212,6 +212,23 @@ async fn answers_and_colours_come_and_nothing_is_loaded_from_elsewhere() {
         until(&client, "document.querySelector('#tokens button').title.includes(': ')").await;
         until(&client, "document.querySelectorAll('#tokens button.painted').length > 20").await;
     }
+    click(&client, "#push").await;
+    until(&client, "document.querySelectorAll('#pushed tr[data-kind=random]').length === 2").await;
+    click(&client, "#pushed tr[data-kind=learned] td:last-child button").await;
+    until(&client, "document.querySelector('#command').textContent.includes('--gate nowhere --steer')").await;
+    is_as_told(&client).await;
+    click(&client, "#steer").await;
+    click(&client, "#everywhere").await;
+    until(&client, "!document.querySelector('#command').textContent.includes('--gate')").await;
+
+    // After the last block the lens is the model: the target's forms are single tokens here.
+    click(&client, "#by-block").await;
+    until(&client, "document.querySelectorAll('#blocks tbody tr').length === 2").await;
+    let end = "const cells = document.querySelectorAll('#blocks tr[data-layer=\"1\"] td[data-logp]');
+               return Number(cells[cells.length - 1].dataset.logp);";
+    let lens = client.execute(end, vec![]).await.unwrap().as_f64().unwrap();
+    assert!((lens - words(&client).await[0].2).abs() < 1e-5, "{lens}");
+    until(&client, "document.querySelectorAll('#map td.painted').length === 2 * 34").await;
     let others = "return performance.getEntriesByType('resource').map((entry) => entry.name)
                   .filter((name) => !name.startsWith(location.origin + '/') && !name.startsWith('data:'));";
     assert_eq!(client.execute(others, vec![]).await.unwrap(), json!([]));
@@ -269,6 +286,14 @@ async fn names_contrasts_and_widths_are_right_on_every_screen() {
                           field.dispatchEvent(new Event('change'));";
             client.execute(choose, vec![]).await.unwrap();
             until(&client, "document.querySelectorAll('#tokens button.painted').length > 20").await;
+            client
+                .execute(
+                    "document.getElementById('by-block').click(); document.getElementById('push').click();",
+                    vec![],
+                )
+                .await
+                .unwrap();
+            until(&client, "document.querySelectorAll('#map td.painted, #pushed td.painted').length > 12").await;
             let wider = "return [...document.querySelectorAll('body *')].filter((of) => !of.closest('.wide, pre')
                          && of.getBoundingClientRect().right > innerWidth + 1).map((of) => of.id || of.outerHTML.slice(0, 80));";
             assert_eq!(client.execute(wider, vec![]).await.unwrap(), json!([]), "{screen:?}");

@@ -50,6 +50,7 @@ const SOURCES: &[(&str, &str, &str)] = &[
     ("divergence/rows.csv", "DivergenceRow", include_str!("../../analyses/src/divergence.rs")),
     ("divergence/summary.csv", "DivergenceSummaryRow", include_str!("../../analyses/src/divergence.rs")),
     ("gradients/rows.csv", "GradientRow", include_str!("../../analyses/src/gradients/rows.rs")),
+    ("lens/rows.csv", "LensRow", include_str!("../../analyses/src/lens.rs")),
     ("ledger/summary.csv", "LedgerRow", include_str!("../../analyses/src/ledger/rows.rs")),
     ("ledger/entries.csv", "EntryRow", include_str!("../../analyses/src/ledger/rows.rs")),
     ("ledger/parts.csv", "PartRow", include_str!("../../analyses/src/ledger/rows.rs")),

@@ -8,6 +8,7 @@ use analyses::divergence::Divergence;
 use analyses::gradients::Gradients;
 use analyses::interventions::Interventions;
 use analyses::ledger::Ledger;
+use analyses::lens::Lens;
 use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
 use analyses::target_rate::TargetRate;
@@ -48,6 +49,8 @@ pub struct Measure {
     pub divergence: Divergence,
     /// Settings of the gradients.
     pub gradients: Gradients,
+    /// Settings of the lens.
+    pub lens: Lens,
     /// Settings of the ledger.
     pub ledger: Ledger,
 }
@@ -55,8 +58,7 @@ pub struct Measure {
 impl Default for Measure {
     fn default() -> Self {
         Self {
-            // The ledger takes several trainings' time.
-            analyses: AnalysisName::ALL.into_iter().filter(|name| *name != AnalysisName::Ledger).collect(),
+            analyses: AnalysisName::ALL.into_iter().filter(|name| !name.is_asked_for()).collect(),
             context: None,
             n_questions: 50,
             numbers_prefix: false,
@@ -69,6 +71,7 @@ impl Default for Measure {
             interventions: Interventions::default(),
             divergence: Divergence::default(),
             gradients: Gradients::default(),
+            lens: Lens::default(),
             ledger: Ledger::default(),
         }
     }
@@ -94,13 +97,15 @@ pub enum AnalysisName {
     Divergence,
     /// Gradient norms at divergent and other digits.
     Gradients,
+    /// What the residual stream says after each block.
+    Lens,
     /// The change of the trait, booked to the tokens that were learned from. It repeats the training.
     Ledger,
 }
 
 impl AnalysisName {
     /// All analyses, in the order in which they run.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::TargetRate,
         Self::TokenAblation,
         Self::PositionScan,
@@ -109,6 +114,7 @@ impl AnalysisName {
         Self::Interventions,
         Self::Divergence,
         Self::Gradients,
+        Self::Lens,
         Self::Ledger,
     ];
 
@@ -123,8 +129,17 @@ impl AnalysisName {
             "interventions",
             "divergence",
             "gradients",
+            "lens",
             "ledger",
         ][self as usize]
+    }
+}
+
+impl AnalysisName {
+    /// Whether it runs only where it is named: the ledger takes several trainings' time, and the lens reads what no other
+    /// analysis needs.
+    fn is_asked_for(self) -> bool {
+        matches!(self, Self::Lens | Self::Ledger)
     }
 }
 

@@ -32,6 +32,16 @@ pub enum Question {
         /// Which number.
         quantity: Quantity,
     },
+    /// What the residual stream says after each block.
+    ByBlock {
+        /// The setting.
+        setting: Setting,
+    },
+    /// The direction added to the base, block by block.
+    Push {
+        /// The setting, of which the chat counts.
+        setting: Setting,
+    },
     /// Sampled answers, one after another.
     Draw {
         /// The setting.
@@ -143,6 +153,13 @@ fn answer(models: &mut Models, waiting: &Waiting) {
         Question::Look { setting } => models.look(setting).and_then(|look| whole(serde_json::to_value(look))).map(Some),
         Question::Quantity { setting, quantity } => {
             models.quantity(setting, *quantity).and_then(|values| whole(serde_json::to_value(values))).map(Some)
+        }
+        Question::ByBlock { setting } => {
+            models.by_block(setting).and_then(|found| whole(serde_json::to_value(found))).map(Some)
+        }
+        Question::Push { setting } => {
+            let mut each = |pushed| serde_json::to_value(pushed).is_ok_and(|pushed| send(Ok(pushed)));
+            models.push(setting, &mut each).map(|()| None)
         }
         Question::Draw { setting, draw } => {
             let mut each = |drawn| serde_json::to_value(drawn).is_ok_and(|drawn| send(Ok(drawn)));

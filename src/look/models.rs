@@ -5,12 +5,16 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use analyses::lens;
 use analyses::target::{MemberLogps, TokenForms};
 use anyhow::{Context, Result, ensure};
 use hooks::tch::{Device, Kind, Tensor, no_grad};
 use hooks::{
-    Adapter, Cache, Condition, Gate, HookPoint, Proj, Sampling, Selection, Sequence, TokenClass, generate, stream_seed,
+    Adapter, Cache, Condition, Gate, HookPoint, Proj, Sampling, Selection, Sequence, TokenClass, generate,
+    standard_normal, stream_seed,
 };
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::first_words::{first_words, likeliest};
@@ -111,6 +115,36 @@ pub enum Quantity {
     /// KL(setting ‖ base) of the predictions at this token.
     Divergence,
 }
+
+/// What the residual stream of a model says after each block: `[layer]` at the last token.
+#[derive(Serialize)]
+struct AfterBlocks {
+    name: String,
+    logp_first: Vec<f64>,
+    rank_first: Vec<f64>,
+    top: Vec<String>,
+}
+
+/// The chat by blocks: the models at its last token, and the setting against the base at each token, `[layer][pos]`.
+#[derive(Serialize)]
+pub struct ByBlock {
+    models: Vec<AfterBlocks>,
+    delta_logp_first: Vec<Vec<f64>>,
+    relative_difference: Vec<Vec<f64>>,
+}
+
+/// The base with a direction added after a block: how far the margin moves, for some multiples of it.
+#[derive(Serialize)]
+pub struct Pushed {
+    /// `learned`, or `random`: one direction of the same length, drawn from the run's seed.
+    kind: &'static str,
+    layer: usize,
+    coefficients: Vec<f64>,
+    delta_margin: Vec<f64>,
+}
+
+/// The multiples of a direction that are tried after each block.
+const COEFFICIENTS: [f64; 6] = [-2.0, -1.0, 1.0, 2.0, 4.0, 8.0];
 
 /// How answers are sampled.
 #[derive(Clone, Debug, Deserialize)]
@@ -252,6 +286,71 @@ impl Models {
         }
     }
 
+    /// What the residual stream says after each block, by the logit lens.
+    pub fn by_block(&mut self, setting: &Setting) -> Result<ByBlock> {
+        let prompt = self.prompt(setting)?;
+        let adapter = self.adapter(&setting.student)?;
+        let conditions = [
+            ("base", Condition::default()),
+            (setting.student.as_str(), Condition::adapted(&adapter)),
+            ("this setting", self.condition(setting, &adapter)?),
+        ];
+        let read =
+            |(_, condition): &(&str, Condition<'_>)| Ok(lens::read(&self.bench.base, &self.forms, &prompt, condition)?);
+        let found = conditions.iter().map(read).collect::<Result<Vec<_>>>()?;
+        let last = prompt.ids.len() - 1;
+        let of_model = |((name, _), (_, reading)): (&(&str, Condition<'_>), &(Tensor, lens::Reading))| {
+            let top = reading.top.iter().map(|ids| Ok(self.bench.chat.token_text(ids[last])?));
+            Ok(AfterBlocks {
+                name: (*name).to_owned(),
+                logp_first: reading.logp_first.iter().map(|of| of[last]).collect(),
+                rank_first: reading.rank_first.iter().map(|of| of[last]).collect(),
+                top: top.collect::<Result<_>>()?,
+            })
+        };
+        let ((base, of_base), (set, of_set)) = (&found[0], &found[2]);
+        let less = |(set, base): (&Vec<f64>, &Vec<f64>)| set.iter().zip(base).map(|(set, base)| set - base).collect();
+        Ok(ByBlock {
+            models: conditions.iter().zip(&found).map(of_model).collect::<Result<_>>()?,
+            delta_logp_first: of_set.logp_first.iter().zip(&of_base.logp_first).map(less).collect(),
+            relative_difference: lens::relative_difference(set, base)?,
+        })
+    }
+
+    /// Adds the run's direction, and a random one as long, to the base after each block. `each` is called with every
+    /// block and returns whether to go on.
+    pub fn push(&mut self, setting: &Setting, each: &mut dyn FnMut(Pushed) -> bool) -> Result<()> {
+        let (prompt, path) = (self.prompt(setting)?, self.vectors());
+        let margins = |conditions: &[Condition<'_>]| -> Result<Vec<f64>> {
+            let found = self.forms.scores_under(&self.bench.base, std::slice::from_ref(&prompt), conditions)?;
+            Ok(found.iter().map(|of| of[0].margin).collect())
+        };
+        let base = margins(&[Condition::default()])?[0];
+        let learned = Vectors::read(&path)?;
+        let mut rng = ChaCha8Rng::seed_from_u64(self.bench.experiment.seeds.eval_seed);
+        for (layer, vector) in &learned.by_layer {
+            let drawn: Vec<f32> = (0..vector.numel()).map(|_| standard_normal(&mut rng) as f32).collect();
+            let drawn = Tensor::f_from_slice(&drawn)?;
+            let length = vector.f_norm()?.f_double_value(&[])? / drawn.f_norm()?.f_double_value(&[])?;
+            let drawn = drawn.f_mul_scalar(length)?;
+            for (kind, vector) in [("learned", vector), ("random", &drawn)] {
+                let (provenance, by_layer) = (learned.provenance.clone(), [(*layer, vector.shallow_clone())].into());
+                let vectors = Vectors { by_layer, provenance };
+                let condition = |coefficient: &f64| -> Result<Condition<'_>> {
+                    let edits = vectors.steer(*coefficient, &self.bench.files)?;
+                    Ok(Condition { edits, ..Condition::default() })
+                };
+                let conditions = COEFFICIENTS.iter().map(condition).collect::<Result<Vec<_>>>()?;
+                let delta_margin = margins(&conditions)?.into_iter().map(|margin| margin - base).collect();
+                let pushed = Pushed { kind, layer: *layer, coefficients: COEFFICIENTS.to_vec(), delta_margin };
+                if !each(pushed) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Draws answers, a few at a time; `each` is called with every one and returns whether to go on.
     pub fn draw(&mut self, setting: &Setting, draw: &Draw, each: &mut dyn FnMut(Drawn) -> bool) -> Result<()> {
         let Draw { n, temperature, seed, max_new_tokens } = *draw;
@@ -379,7 +478,7 @@ impl Models {
     /// ‖∂ log p(target's first token) / ∂ `resid_pre` of block 0‖ at each token.
     fn gradient(&self, prompt: &Sequence, condition: &Condition<'_>) -> Result<Vec<f64>> {
         let at = HookPoint::ResidPre(0);
-        let firsts = self.forms.first_tokens();
+        let firsts = self.forms.first_tokens().swap_remove(0);
         let found = hooks::gradient::at_points(&self.bench.base, prompt, condition, &[at], |logits| {
             let logprobs = logits.f_select(1, -1)?.f_log_softmax(-1, Kind::Float)?.f_reshape([-1])?;
             let of_target =

@@ -107,6 +107,7 @@ pub fn stage(bench: &Workbench, run: &RunDir, names: &[AnalysisName]) -> Result<
                     measured => measured,
                 }
             }
+            AnalysisName::Lens => publish(&settings.lens, &measuring, *name, |_| Ok(())),
             AnalysisName::Ledger => ledger::measure(bench, run, &measuring.texts),
         }
         .with_context(|| format!("measuring {name}"))?;

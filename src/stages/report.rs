@@ -9,6 +9,7 @@ use analyses::divergence::{Divergence, DivergenceSummaryRow};
 use analyses::gradients::Gradients;
 use analyses::interventions::Interventions;
 use analyses::ledger::LedgerRow;
+use analyses::lens::Lens;
 use analyses::plot::{Bar, BarChart, Line, LineChart, Point, Reference, bars, lines};
 use analyses::position_scan::PositionScan;
 use analyses::steering::Steering;
@@ -94,6 +95,7 @@ fn sections(run: &RunDir, experiment: &Experiment) -> Result<Vec<Section>> {
                 AnalysisName::Interventions => analysis_section::<Interventions>(run, name)?,
                 AnalysisName::Divergence => divergence_section(run)?,
                 AnalysisName::Gradients => analysis_section::<Gradients>(run, name)?,
+                AnalysisName::Lens => analysis_section::<Lens>(run, name)?,
                 AnalysisName::Ledger => ledger_section(run)?,
             });
         }
@@ -398,6 +400,7 @@ fn title(name: AnalysisName) -> &'static str {
         AnalysisName::Interventions => "Interventions",
         AnalysisName::Divergence => "Divergent digits",
         AnalysisName::Gradients => "Gradients at divergent digits",
+        AnalysisName::Lens => "After each block",
         AnalysisName::Ledger => "The ledger",
     }
 }
@@ -426,6 +429,7 @@ fn control(name: AnalysisName, trained: bool) -> String {
             "The student before its training (start: its own first A; start_draw: others that might have been drawn)",
             "the control student at the same tokens",
         ),
+        AnalysisName::Lens => ("The base at the same tokens and blocks", "the control student there"),
         AnalysisName::Ledger => ("The residual, which the books miss", "the control student's books"),
     };
     if trained { format!("{always}; {student}.") } else { format!("{always}; no control student was trained.") }
@@ -484,6 +488,10 @@ fn notes(name: AnalysisName, rows_from: &str) -> Vec<String> {
         AnalysisName::Steering => &[
             rows_from,
             "One random direction is no null: what chance does is their mean and spread, and the learned direction's place among them.",
+        ],
+        AnalysisName::Lens => &[
+            "The lens reads what the last norm and the unembedding would make of a block's output. It says what is there in the form \
+             that the end of the model reads, and not what the blocks between do with it.",
         ],
         AnalysisName::Interventions | AnalysisName::Ledger => &[],
     };

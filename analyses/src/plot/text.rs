@@ -62,7 +62,7 @@ pub(super) fn wrap(text: &str, width: f64, size: f64) -> Vec<String> {
 }
 
 /// A token's text with its blanks and line ends made visible.
-pub(super) fn visible(token: &str) -> String {
+pub(crate) fn visible(token: &str) -> String {
     let shown = |character: char| match character {
         ' ' => "\u{b7}".to_owned(),
         control if control.is_control() => control.escape_default().to_string(),

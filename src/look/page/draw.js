@@ -86,6 +86,51 @@ function paint(chip, value, most) {
   chip.style.backgroundColor = hasValue ? `hsl(${hue} 85% ${96 - depth * share}%)` : "";
 }
 
+// A row for each kind of direction and block; `take` is called with a cell's block and coefficient.
+function pushedTable(rows, take) {
+  const most = Math.max(...rows.flatMap((row) => row.delta_margin.map(Math.abs)));
+  const cell = (row, value, at) => {
+    const made = element("td", { className: "pushed", "data-value": value });
+    if (row.kind === "learned") {
+      const button = element("button", { type: "button" }, signed(value));
+      button.setAttribute("aria-label", `block ${row.layer}, ${row.coefficients[at]} times: ${signed(value)}`);
+      button.addEventListener("click", () => take(row.layer, row.coefficients[at]));
+      made.append(button);
+    } else made.append(signed(value));
+    paint(made, value, most);
+    return made;
+  };
+  const line = (row) => element("tr", { "data-kind": row.kind }, element("th", { scope: "row" }, `${row.kind}, block ${row.layer}`),
+    ...row.delta_margin.map((value, at) => cell(row, value, at)));
+  const sorted = [...rows].sort((a, b) => a.kind.localeCompare(b.kind) || a.layer - b.layer);
+  return [head("direction", ...rows[0].coefficients.map((of) => `${of} ×`)), element("tbody", {}, ...sorted.map(line))];
+}
+
+// Each model after each block, at the last token.
+function blocksTable(found) {
+  const names = found.models.flatMap((of) => [key(of.name), "rank", "top token"]);
+  const row = (layer) => element("tr", { "data-layer": layer }, element("th", { scope: "row" }, String(layer)),
+    ...found.models.flatMap((of) => [
+      element("td", { "data-logp": of.logp_first[layer] }, signed(of.logp_first[layer])),
+      element("td", {}, String(of.rank_first[layer])), element("td", {}, JSON.stringify(of.top[layer])),
+    ]));
+  return [head("block", ...names), element("tbody", {}, ...found.models[0].logp_first.map((_, layer) => row(layer)))];
+}
+
+// A coloured cell for each block and token, the last block on top.
+function mapTable(values, tokens) {
+  const most = Math.max(...values.flat().map(Math.abs));
+  const cell = (value, at) => {
+    const made = element("td", { className: "cell", title: `${tokens[at].text} ${value}` });
+    paint(made, value, most);
+    return made;
+  };
+  const row = (layer) => element("tr", {}, element("th", { scope: "row" }, String(layer)), ...values[layer].map(cell));
+  const names = tokens.map((token) => element("span", { className: "upright" }, token.text));
+  return [element("caption", {}, `up to ${most.toPrecision(3)}`), head("block", ...names),
+    element("tbody", {}, ...[...values.keys()].reverse().map(row))];
+}
+
 function csv(rows) {
   const cell = (value) => {
     const text = value === null || value === undefined ? "" : String(value);

@@ -7,6 +7,7 @@ const page = [...crypto.getRandomValues(new Uint32Array(2))].map((part) => part.
 let run = null; // what the run has
 let look = null; // the last answer
 let values = null; // a number for each token, if they are coloured
+let blocks = null; // what the residual stream says, if it is read
 let lastClicked = null;
 const set = { student: "", system: null, user: "", gate: "everywhere", steer: null, colour: "" };
 // What the controls show of the gate.
@@ -180,7 +181,44 @@ async function refresh(isGateGiven = false) {
   } catch (problem) {
     return told(problem);
   }
-  await colour();
+  await Promise.all([colour(), byBlock()]);
+}
+
+async function push() {
+  const rows = [];
+  const take = (layer, coefficient) => {
+    set.steer = { layer, coefficient };
+    set.gate = "nowhere";
+    refresh(true);
+  };
+  try {
+    await ask({ ask: "push", setting: setting() }, (row) => {
+      rows.push(row);
+      at("pushed").replaceChildren(...pushedTable(rows, take));
+    });
+  } catch (problem) {
+    told(problem);
+  }
+}
+
+async function byBlock() {
+  if (!at("by-block").checked) {
+    blocks = null;
+    at("blocks").replaceChildren();
+    at("map").replaceChildren();
+    return;
+  }
+  try {
+    await ask({ ask: "by_block", setting: setting() }, (found) => { blocks = found; });
+    at("blocks").replaceChildren(...blocksTable(blocks));
+    showMap();
+  } catch (problem) {
+    told(problem);
+  }
+}
+
+function showMap() {
+  if (blocks) at("map").replaceChildren(...mapTable(blocks[at("cells").value], look.tokens));
 }
 
 async function colour() {
@@ -298,6 +336,10 @@ function listen() {
   for (const id of ["steer", "steer-block"]) at(id).addEventListener("change", steered);
   at("coefficient").addEventListener("input", steered);
   at("draw").addEventListener("click", draw);
+  at("by-block").addEventListener("change", byBlock);
+  at("push").addEventListener("click", push);
+  at("push").disabled = !run.has_direction;
+  at("cells").addEventListener("change", showMap);
   at("tokens").addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     const next = step && at("tokens").children[Number(event.target.dataset.position) + step];

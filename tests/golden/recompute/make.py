@@ -525,6 +525,58 @@ def position_scan(world, texts, rows):
         yield {name: value for name, value in result.items() if name in row}
 
 
+def lens(world, texts, rows):
+    prompts, target = world.questions(texts), world.target(texts)
+    firsts = [sorted({form[0] for form in forms}) for forms in target.members.values()]
+
+    @torch.no_grad()
+    def read_by(model):
+        for prompt in prompts:
+            resid = model.resid_post(prompt)
+            logprobs = model.base.lm_head(model.base.model.norm(resid)).log_softmax(-1)
+            yield resid, logprobs, torch.stack([logprobs[..., ids].logsumexp(-1) for ids in firsts], -1)
+
+    found = {name: list(read_by(model)) for name, model in world.models.items()}
+
+    def places_of(row, prompt):
+        if row["position"]:
+            return [int(row["position"]) % prompt.n_prompt]
+        return [at for at, kind in enumerate(prompt.classes) if kind == row["class"]]
+
+    for row in rows:
+        layer = int(row["layer"])
+
+        def of(name):
+            values = {"logp": [], "margin": [], "rank": [], "difference": [], "top": []}
+            for prompt, (resid, logprobs, members), (base, _, _) in zip(prompts, found[name], found["base"]):
+                at = places_of(row, prompt)
+                here = members[layer, at]
+                margins = here[:, 0] - here[:, 1:].logsumexp(-1) + math.log(len(firsts) - 1)
+                all_tokens = logprobs[layer, at]
+                best = all_tokens[:, firsts[0]].amax(-1, keepdim=True)
+                apart = (resid[layer, at] - base[layer, at]).norm(dim=-1) / base[layer, at].norm(dim=-1)
+                values["logp"].append(here[:, 0].mean().item())
+                values["margin"].append(margins.mean().item())
+                values["rank"].append(1 + (all_tokens > best).sum(-1).double().mean().item())
+                values["difference"].append(apart.mean().item())
+                values["top"] += all_tokens.argmax(-1).tolist()
+            return values
+
+        here, base = of(row["model"]), of("base")
+        change = {f"{name}_first": value for name, value in changes(here, base).items() if not name.endswith("_se")}
+        errors = {f"{name.removesuffix('_se')}_first_se": value for name, value in changes(here, base).items() if name.endswith("_se")}
+        yield {
+            "logp_first": mean(here["logp"]),
+            "logp_first_se": standard_error(here["logp"]),
+            **change,
+            **errors,
+            "margin_first": mean(here["margin"]),
+            "rank_first": mean(here["rank"]),
+            "top_token": world.chat.tokenizer.decode([min(set(here["top"]), key=lambda token: (-here["top"].count(token), token))]),
+            "relative_difference": mean(here["difference"]),
+        }
+
+
 def interventions(world, texts, rows):
     prompts = world.questions(texts)
     for row in rows:
@@ -1101,6 +1153,7 @@ TABLES = {
     "target_rate/rows": ("target_rate", target_rate),
     "token_ablation/rows": ("token_ablation", token_ablation),
     "position_scan/rows": ("position_scan", position_scan),
+    "lens/rows": ("lens", lens),
     "interventions/rows": ("interventions", interventions),
     "direction/rows": ("direction", direction),
     "steering/rows": ("steering", steering),
