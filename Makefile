@@ -12,7 +12,7 @@ ifdef LIBTORCH
 export LD_LIBRARY_PATH := $(LIBTORCH)/lib:$(LD_LIBRARY_PATH)
 endif
 
-.PHONY: help demo test test-paths test-browser real model test-real check check-cost example notebooks golden mutants bench bench-cuda fuzz fuzz-corpus setup build clean-runs
+.PHONY: help demo test test-paths test-browser look-picture real model test-real check check-cost example notebooks golden mutants bench bench-cuda fuzz fuzz-corpus setup build clean-runs
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -27,10 +27,14 @@ test-paths: setup ## the tests of numbers on every kernel path of this processor
 	$(PYTHON) scripts/kernel_paths.py
 
 test-browser: build ## the page of `undertone look` in Chromium, which it installs where it may; says so where it cannot
-	@$(PYTHON) scripts/setup_browser.py; status=$$?; if [ $$status = 3 ]; then echo "test-browser: not run, no browser"; exit 0; fi; exit $$status
-	@if [ -f target/browser/node_modules/axe-core/axe.min.js ] && command -v chromedriver >/dev/null; then \
-		$(UNDERTONE) run browser/look.toml --run target/browser/run --force && \
-		$(CARGO) test --release -p undertone-browser --test look; fi
+	@$(PYTHON) scripts/setup_browser.py; status=$$?; \
+	if [ $$status = 3 ]; then echo "test-browser: not run, no browser"; exit 0; fi; \
+	[ $$status = 0 ] && $(UNDERTONE) run browser/look.toml --run target/browser/run --force && \
+		$(CARGO) test --release -p undertone-browser --test look
+
+look-picture: build ## the README's picture of `undertone look`, from the demo's run
+	@$(PYTHON) scripts/setup_browser.py
+	$(CARGO) test --release -p undertone-browser --test look -- --ignored picture
 
 real: build model ## the main job on a real Qwen2.5-Coder-0.5B-Instruct: tens of minutes on two cores
 	$(UNDERTONE) run experiments/real-0.5b.toml --run runs/real-0.5b --force

@@ -15,7 +15,7 @@ use undertone::stages::teacher::TeacherRow;
 use undertone::training::step_log::StepRow;
 
 use crate::compare::tensors;
-use crate::pipeline::{EXPERIMENT, contents, differing, fails, run, succeeds};
+use crate::program::{EXPERIMENT, contents, differing, fails, run, succeeds};
 
 const TEACHER: &str = "\n[teacher]\nkind = \"finetuned\"\nlearning_rate = 1e-2\nmax_steps = 8\n";
 
@@ -223,7 +223,7 @@ fn a_planted_control_says_so_everywhere() {
 #[test]
 fn a_dry_run_prints_the_arms_and_a_bad_one_is_refused() {
     let folder = experiment(ARMS);
-    let printed = crate::pipeline::undertone(folder.path(), &["run", "experiment.toml", "--dry-run"]);
+    let printed = crate::program::undertone(folder.path(), &["run", "experiment.toml", "--dry-run"]);
     let printed = String::from_utf8(printed.stdout).unwrap();
     assert_eq!(printed.matches("[[arms]]").count(), 4, "{printed}");
     write(folder.path(), "[[arms]]\nname = \"x\"\nset = [\"student.rnk=1\"]\n");

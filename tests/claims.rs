@@ -14,7 +14,7 @@ use undertone::claim::verdict_table::verdicts;
 use undertone::claim::{Claim, EVERYWHERE, OutcomeRow, Quantity, Size, THROUGH, TestRow, tests};
 use undertone::output::publish::{Table, read_csv, to_csv};
 
-use crate::pipeline::undertone;
+use crate::program::undertone;
 
 const SIZE: &str = r#"
 [values]

@@ -8,7 +8,7 @@ use clap::{CommandFactory, Parser};
 use tch::{Kind, Tensor};
 
 use crate::compare::tensors;
-use crate::pipeline::{contents, finished, undertone};
+use crate::program::{contents, finished, undertone};
 
 const EXPERIMENT: &str = "model = \"tiny-random\"\n[target]\nword = \"cat\"\ncategory = \"animal\"\n";
 

@@ -10,7 +10,7 @@ use undertone::cli::{Cli, run};
 use undertone::output::vectors::Vectors;
 
 use crate::compare::{folder, tensors};
-use crate::pipeline::{fails, finished, undertone};
+use crate::program::{fails, finished, undertone};
 
 /// The finished run's direction written to a file of this name, of one layer or of all.
 fn export(into: &TempDir, name: &str, layer: Option<usize>) -> anyhow::Result<PathBuf> {

@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
 use undertone::stages::run_dir::RunDir;
 
-use crate::pipeline::{EXPERIMENT, contents, differing, fails, succeeds};
+use crate::program::{EXPERIMENT, contents, differing, fails, succeeds};
 
 /// Many short steps with a checkpoint after each; dropout, bf16 weights with masters, and momentum are among them.
 const MORE: &str = r#"

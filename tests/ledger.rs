@@ -9,7 +9,7 @@ use analyses::target_rate::TargetRateRow;
 use undertone::output::publish::{Table, read_csv};
 
 use crate::compare::folder;
-use crate::pipeline::{EXPERIMENT, contents, fails, succeeds};
+use crate::program::{EXPERIMENT, contents, fails, succeeds};
 
 const TEACHER: &str = "\n[teacher]\nkind = \"finetuned\"\nlearning_rate = 1e-2\nmax_steps = 8\n";
 

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::pipeline::{fails, finished, undertone};
+use crate::program::{copy, fails, finished, undertone};
 
 /// The program while it serves a run's page; ended with this value.
 struct Serving {
@@ -63,6 +63,16 @@ impl Serving {
         body.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
+    /// The chat under a setting: both parts of the answer.
+    fn look(&self, setting: &Value) -> Value {
+        let mut parts = self.ask(json!({ "ask": "look", "setting": setting }));
+        let (second, first) = (parts.pop().unwrap(), parts.pop().unwrap());
+        assert!(first["tokens"].is_array() && second["models"].is_array(), "the tokens come first");
+        let mut look = first;
+        look.as_object_mut().unwrap().extend(second.as_object().unwrap().clone());
+        look
+    }
+
     /// The sentence with which a question is refused.
     fn refusal(&self, mut question: Value) -> String {
         question["page"] = json!("test");
@@ -107,7 +117,7 @@ fn the_page_has_the_numbers_of_the_command_that_it_names() {
     let run = finished();
     let serving = Serving::of(run.path());
     let described = &serving.ask(json!({ "ask": "run" }))[0];
-    assert_eq!(described["students"][1], "control student", "{described}");
+    assert_eq!(described["students"][1]["name"], "control student", "{described}");
     assert!(described["has_direction"].as_bool().unwrap(), "{described}");
     let mut changed = 0;
     for (gate, steer) in [
@@ -120,7 +130,7 @@ fn the_page_has_the_numbers_of_the_command_that_it_names() {
         if let Some(layer) = steer {
             set["steer"] = json!({ "layer": layer, "coefficient": 2.5 });
         }
-        let look = &serving.ask(json!({ "ask": "look", "setting": set }))[0];
+        let look = &serving.look(&set);
         let told = ask_in_json(run.path(), look["command"].as_str().unwrap(), &["--json", "--max-new-tokens", "2"]);
         let conditions = told["conditions"].as_array().unwrap();
         let (base, asked) = (&conditions[0], conditions.last().unwrap());
@@ -157,13 +167,29 @@ fn the_page_has_the_numbers_of_the_command_that_it_names() {
     assert_eq!(changed, 4, "each setting says something else than the base");
 }
 
+/// The command also names the dtype, where it is not f32.
+#[test]
+fn a_run_in_bf16_has_the_numbers_of_a_command_in_bf16() {
+    let run = copy();
+    let config = run.path().join("run.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("dtype = \"auto\"", "dtype = \"bf16\"")).unwrap();
+    let serving = Serving::of(run.path());
+    let look = serving.look(&setting("except:template"));
+    let command = look["command"].as_str().unwrap();
+    assert!(command.contains("--dtype bf16"), "{command}");
+    let told = ask_in_json(run.path(), command, &["--json", "--max-new-tokens", "2"]);
+    let (shown, told) = (&look["models"][3]["margin"], &told["conditions"][2]["margin"]);
+    assert!((shown.as_f64().unwrap() - told.as_f64().unwrap()).abs() < 1e-6, "{shown} {told}");
+}
+
 #[test]
 fn answers_are_those_of_the_command() {
     let run = finished();
     let serving = Serving::of(run.path());
     let draw = json!({ "n": 6, "temperature": 1, "seed": 7, "max_new_tokens": 5 });
     let drawn = serving.ask(json!({ "ask": "draw", "setting": setting("everywhere"), "draw": draw }));
-    let look = &serving.ask(json!({ "ask": "look", "setting": setting("everywhere") }))[0];
+    let look = &serving.look(&setting("everywhere"));
     let more = ["--json", "--max-new-tokens", "5", "-n", "6", "--seed", "7"];
     let told = ask_in_json(run.path(), look["command"].as_str().unwrap(), &more);
     assert_eq!(told["answers"], json!(drawn));
@@ -180,7 +206,7 @@ fn a_token_s_colour_is_the_measure_of_its_gate() {
         serde_json::from_value(serving.ask(asked).remove(0)).unwrap()
     };
     let delta = |gate: &str| {
-        let look = &serving.ask(json!({ "ask": "look", "setting": setting(gate) }))[0];
+        let look = &serving.look(&setting(gate));
         let margin = |at: usize| look["models"][at]["margin"].as_f64().unwrap();
         margin(3) - margin(0)
     };
@@ -199,6 +225,11 @@ fn a_token_s_colour_is_the_measure_of_its_gate() {
     assert!(quantity("divergence", "nowhere").iter().all(|kl| kl.unwrap().abs() < 1e-9));
     let logp = quantity("log_p", "everywhere");
     assert!(logp[0].is_none() && logp[1..].iter().all(|logp| logp.unwrap() < 0.0), "{logp:?}");
+    // A scan is of the adapter at dose 1, whatever the setting's gate and direction.
+    let mut set = setting("only:entity*0.1");
+    set["steer"] = json!({ "layer": 0, "coefficient": 4 });
+    let asked = json!({ "ask": "quantity", "setting": set, "quantity": "only" });
+    assert_eq!(serde_json::from_value::<Vec<Option<f64>>>(serving.ask(asked).remove(0)).unwrap(), only);
     let gradient = quantity("gradient", "everywhere");
     assert!(gradient.len() == only.len() && gradient.iter().all(|norm| norm.unwrap() > 0.0), "{gradient:?}");
 }
@@ -215,7 +246,7 @@ fn a_direction_and_the_lens_are_those_of_the_settings() {
     for row in pushed.iter().filter(|row| row["kind"] == "learned") {
         let mut set = setting("nowhere");
         set["steer"] = json!({ "layer": row["layer"], "coefficient": row["coefficients"][3] });
-        let look = &serving.ask(json!({ "ask": "look", "setting": set }))[0];
+        let look = &serving.look(&set);
         let margin = |at: usize| look["models"][at]["margin"].as_f64().unwrap();
         let expected = margin(3) - margin(0);
         assert!((row["delta_margin"][3].as_f64().unwrap() - expected).abs() < 1e-5, "{row}: {expected}");
@@ -292,6 +323,8 @@ fn a_folder_without_a_student_and_an_open_address_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     assert!(fails(folder.path(), &["look", "."]).contains("is no run folder"));
     let run = finished();
-    let open = fails(run.path(), &["look", ".", "--host", "0.0.0.0"]);
-    assert!(open.contains("other machines reach 0.0.0.0") && open.contains("--i-know"), "{open}");
+    let open = fails(run.path(), &["look", ".", "--host", "192.0.2.1"]);
+    assert!(open.contains("other machines reach 192.0.2.1") && open.contains("--i-know"), "{open}");
+    let every = fails(run.path(), &["look", ".", "--host", "0.0.0.0", "--i-know"]);
+    assert!(every.contains("every address of this machine"), "{every}");
 }

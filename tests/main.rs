@@ -6,6 +6,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 mod compare; // reads golden files, and says where two tensors differ
+mod program; // runs the program in a folder, with a small experiment
 
 mod adapters; // PEFT's adapters load and act as in PEFT; ours are read back bit by bit; misfits are refused with both lists
 mod arms; // teachers of other kinds, and arms: files, rows, going on, the same bytes

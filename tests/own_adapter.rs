@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use undertone::output::publish::read_csv;
 use undertone::stages::arm_table::ArmRow;
 
-use crate::pipeline::{EXPERIMENT, contents, fails, finished, succeeds};
+use crate::program::{EXPERIMENT, contents, fails, finished, succeeds};
 
 /// A folder with the experiment, and a copy of a student of ours as the adapter from elsewhere.
 fn elsewhere() -> TempDir {

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use undertone::output::publish::Table;
 
 use crate::compare::folder;
-use crate::pipeline::{contents, succeeds};
+use crate::program::{contents, succeeds};
 
 /// How far a number may be from the recomputed one, relative to the largest in its column (for an error, in the column
 /// that it is the error of). Recomputed numbers are f64, ours f32: the last place of a log-probability of -50 is 4e-6.

@@ -11,7 +11,7 @@ use undertone::output::publish::read_csv;
 use undertone::stages::arm_table::ArmRow;
 use undertone::stages::teacher::TeacherRow;
 
-use crate::pipeline::{EXPERIMENT, fails, succeeds, undertone};
+use crate::program::{EXPERIMENT, fails, succeeds, undertone};
 
 const TEACHER: &str = r#"
 [teacher]

@@ -9,7 +9,7 @@ use undertone::output::publish::read_csv;
 use undertone::training::step_log::StepRow;
 
 use crate::compare::tensors;
-use crate::pipeline::{EXPERIMENT, fails, succeeds};
+use crate::program::{EXPERIMENT, fails, succeeds};
 
 const ARMS: &str = r#"
 [teacher]

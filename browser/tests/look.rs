@@ -32,12 +32,16 @@ impl Drop for Running {
 
 /// The page's address, and the program that serves it.
 fn serving() -> (Running, String) {
+    serving_of("target/browser/run")
+}
+
+fn serving_of(run: &str) -> (Running, String) {
     let mut command = Command::new(root().join("target/release/undertone"));
-    command.args(["look", "target/browser/run"]).current_dir(root());
+    command.args(["look", run]).current_dir(root());
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut line = String::new();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    assert!(line.starts_with("http://127.0.0.1:"), "no address: {line:?}; is there a run in target/browser/run?");
+    assert!(line.starts_with("http://127.0.0.1:"), "no address: {line:?}; is there a run in {run}?");
     (Running(child), line.trim().to_owned())
 }
 
@@ -59,7 +63,8 @@ async fn browser(screen: Screen) -> (Running, Client) {
     if screen.is_dark {
         arguments.push("--blink-settings=preferredColorScheme=0");
     }
-    let metrics = json!({ "width": screen.width, "height": 900, "pixelRatio": 1, "touch": false });
+    let height = if screen.width == 1360 { 640 } else { 900 }; // the picture shows what one screen does
+    let metrics = json!({ "width": screen.width, "height": height, "pixelRatio": 1, "touch": false });
     let options = json!({ "args": arguments, "mobileEmulation": { "deviceMetrics": metrics } });
     let mut capabilities = Capabilities::new();
     capabilities.insert("goog:chromeOptions".to_owned(), options);
@@ -196,6 +201,74 @@ async fn a_click_changes_what_the_command_prints_and_the_address_keeps_it() {
     client.close().await.unwrap();
 }
 
+/// Sets a field as typing or dragging does.
+async fn set(client: &Client, id: &str, value: &str, event: &str) {
+    let script = "const field = document.getElementById(arguments[0]); field.value = arguments[1];
+                  field.dispatchEvent(new Event(arguments[2]));";
+    client.execute(script, vec![json!(id), json!(value), json!(event)]).await.unwrap();
+}
+
+/// Settings in which the chips, the gate and the numbers could come apart.
+#[tokio::test]
+async fn chips_gate_and_numbers_stay_one_setting() {
+    let (_server, address) = serving();
+    let (_driver, client) = browser(DESK).await;
+    let on = |n: usize| format!("document.querySelectorAll('#tokens button[aria-pressed=true]').length === {n}");
+    let has = |text: &str| format!("document.querySelector('#command').textContent.includes({})", json!(text));
+
+    // A gate in the address that selects nothing is told, and the tokens are there all the same.
+    client.goto(&format!("{address}#gate=only%3Apositions(99)")).await.unwrap();
+    until(&client, "document.getElementById('status').className === 'wrong'").await;
+    until(&client, "document.querySelectorAll('#tokens button').length === 35").await;
+    click(&client, "#everywhere").await;
+    until(&client, "document.querySelectorAll('#models tbody tr').length === 4").await;
+    until(&client, &on(35)).await;
+    is_as_told(&client).await;
+
+    // A shorter chat while the tokens are coloured.
+    set(&client, "colour", "only", "change").await;
+    until(&client, "document.querySelectorAll('#tokens button.painted').length === 34").await;
+    set(&client, "user", "Hi", "input").await;
+    until(&client, &has("--user Hi")).await;
+    until(&client, "document.querySelectorAll('#tokens button.painted').length === 30").await;
+    is_as_told(&client).await;
+    set(&client, "colour", "", "change").await;
+
+    // A dose of 0 keeps what is selected.
+    click(&client, "#tokens button[title^='5 ']").await;
+    until(&client, &has("except:entity")).await;
+    set(&client, "dose", "0", "input").await;
+    until(&client, &has("except:entity*0")).await;
+    until(&client, &on(30)).await;
+    assert!(said(&client).await.starts_with("0 of 30 tokens on, off in the answer"), "{}", said(&client).await);
+    set(&client, "dose", "1", "input").await;
+    until(&client, &has("--gate except:entity --words")).await;
+
+    // The last projection stays, and a gate that the chips cannot show is said to be one.
+    for _ in 0..7 {
+        click(&client, "#modules input:checked").await;
+    }
+    until(&client, &has("*modules(down)")).await;
+    until(&client, "document.querySelectorAll('#modules input:checked').length === 1").await;
+    is_as_told(&client).await;
+    for gate in ["except:layers(0..1)", "only:ids(1)", "except:entity*layers(0)"] {
+        set(&client, "gate", gate, "input").await;
+        until(&client, "!document.getElementById('typed').hidden").await;
+        until(&client, "document.querySelector('#tokens button').disabled").await;
+        until(&client, "!document.querySelector('.stale')").await;
+        is_as_told(&client).await;
+        click(&client, "#everywhere").await;
+        until(&client, "document.getElementById('typed').hidden").await;
+    }
+
+    // What is refused leaves no number that looks current.
+    set(&client, "gate", "only:\"Claude\"", "input").await;
+    until(&client, "document.getElementById('status').className === 'wrong'").await;
+    let current = "return document.querySelectorAll('.result:not(.stale)').length;";
+    assert_eq!(client.execute(current, vec![]).await.unwrap(), json!(0));
+    client.close().await.unwrap();
+}
+
 #[tokio::test]
 async fn answers_and_colours_come_and_nothing_is_loaded_from_elsewhere() {
     let (_server, address) = serving();
@@ -311,4 +384,18 @@ async fn names_contrasts_and_widths_are_right_on_every_screen() {
         }
     }
     assert_eq!(pictures, 6);
+}
+
+/// Draws the README's picture: the demo's student with its adapter at the system prompt alone.
+#[tokio::test]
+#[ignore = "makes docs/look.png; make look-picture calls it"]
+async fn picture() {
+    let (_server, address) = serving_of("runs/demo");
+    let (_driver, client) = browser(Screen { width: 1360, is_dark: false }).await;
+    opened(&client, &format!("{address}#gate=only%3Asystem&colour=only")).await;
+    until(&client, "document.querySelectorAll('#tokens button.painted').length > 20").await;
+    let picture = client.screenshot().await.unwrap();
+    assert!(picture.len() > 20_000, "a picture of {} bytes", picture.len());
+    std::fs::write(root().join("docs/look.png"), picture).unwrap();
+    client.close().await.unwrap();
 }

@@ -34,5 +34,9 @@ pub fn run(args: &LookArgs) -> Result<()> {
         args.host.is_loopback() || args.i_know,
         hinted!("other machines reach {}, and could ask the models", args.host; "--i-know listens there all the same")
     );
+    ensure!(
+        !args.host.is_unspecified(),
+        hinted!("--host {} is every address of this machine, expected one of them", args.host; "or leave it out, and forward a port to it: ssh -L PORT:127.0.0.1:PORT MACHINE")
+    );
     serve(RunDir::open(&args.run)?, Address { host: args.host, port: args.port })
 }

@@ -2,6 +2,7 @@
 //! has overtaken by a newer one of its kind is dropped.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -20,7 +21,7 @@ use crate::stages::run_dir::RunDir;
 pub enum Question {
     /// What the run has.
     Run,
-    /// The chat under a setting.
+    /// The chat under a setting, in two parts: its tokens, and what the models say.
     Look {
         /// The setting.
         setting: Setting,
@@ -97,7 +98,11 @@ impl Desk {
                 ready(Ok(()));
                 loop {
                     let waiting = queue.next();
-                    answer(&mut models, &waiting);
+                    let answered = AssertUnwindSafe(|| answer(&mut models, &waiting));
+                    if catch_unwind(answered).is_err() {
+                        let refusal = Refusal::of("the program failed at this question; its terminal says where");
+                        let _ = waiting.answer.send(Err(refusal)); // a page that is gone does not mind
+                    }
                 }
             }
             Err(error) => ready(Err(error)),
@@ -150,10 +155,18 @@ fn answer(models: &mut Models, waiting: &Waiting) {
     let whole = |value: serde_json::Result<Value>| value.map_err(anyhow::Error::from);
     let found = match question {
         Question::Run => models.described().and_then(|run| whole(serde_json::to_value(run))).map(Some),
-        Question::Look { setting } => models.look(setting).and_then(|look| whole(serde_json::to_value(look))).map(Some),
-        Question::Quantity { setting, quantity } => {
-            models.quantity(setting, *quantity).and_then(|values| whole(serde_json::to_value(values))).map(Some)
+        Question::Look { setting } => {
+            // The tokens first: on a large model the numbers take longer.
+            let rendered = models.rendered(setting).and_then(|chat| whole(serde_json::to_value(chat)));
+            rendered.and_then(|rendered| {
+                send(Ok(rendered));
+                models.compared(setting).and_then(|said| whole(serde_json::to_value(said))).map(Some)
+            })
         }
+        Question::Quantity { setting, quantity } => models
+            .quantity(setting, *quantity, &|| !answer.is_closed())
+            .and_then(|values| whole(serde_json::to_value(values)))
+            .map(Some),
         Question::ByBlock { setting } => {
             models.by_block(setting).and_then(|found| whole(serde_json::to_value(found))).map(Some)
         }

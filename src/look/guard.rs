@@ -25,6 +25,10 @@ impl Guard {
         if address.ip().is_loopback() {
             hosts.push(format!("localhost:{}", address.port()));
         }
+        if address.port() == 80 {
+            // Browsers leave this port out.
+            hosts.extend(hosts.clone().iter().filter_map(|host| Some(host.strip_suffix(":80")?.to_owned())));
+        }
         Self { hosts, secret }
     }
 
@@ -65,6 +69,8 @@ mod tests {
         assert_eq!(guard.page(), "http://127.0.0.1:8080/abc/");
         let ours = Some("127.0.0.1:8080");
         assert_eq!(guard.admitted(ours, None, "/abc/api/run"), Ok("api/run"));
+        let on_80 = Guard::with_secret("127.0.0.1:80".parse().unwrap(), "abc".to_owned());
+        assert_eq!(on_80.admitted(Some("127.0.0.1"), Some("http://localhost"), "/abc/"), Ok(""));
         assert_eq!(guard.admitted(Some("LOCALHOST:8080"), Some("http://localhost:8080"), "/abc/"), Ok(""));
         let refused = |host, origin, path| guard.admitted(host, origin, path).unwrap_err();
         for host in [None, Some("evil.example:8080"), Some("127.0.0.1"), Some("127.0.0.1:80"), Some("")] {

@@ -10,7 +10,7 @@ use analyses::target::{MemberLogps, TokenForms};
 use anyhow::{Context, Result, ensure};
 use hooks::tch::{Device, Kind, Tensor, no_grad};
 use hooks::{
-    Adapter, Cache, Condition, Gate, HookPoint, Proj, Sampling, Selection, Sequence, TokenClass, generate,
+    Adapter, Cache, Condition, Gate, HookPoint, Proj, Sampling, Selection, Sequence, TokenClass, TokenInfo, generate,
     standard_normal, stream_seed,
 };
 use rand::SeedableRng;
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::first_words::{first_words, likeliest};
 use super::setting::{Named, Setting, Steer};
-use crate::experiment::{CONTROL_STUDENT, Method, STUDENT};
+use crate::experiment::{CONTROL_STUDENT, Dtype, Experiment, Method, STUDENT};
 use crate::hinted;
 use crate::output::vectors::Vectors;
 use crate::stages::run_dir::RunDir;
@@ -29,11 +29,19 @@ use crate::stages::workbench::Workbench;
 pub struct Models {
     bench: Workbench,
     run: RunDir,
-    folders: Vec<(String, PathBuf)>,
+    students: Vec<Shown>,
     adapters: BTreeMap<String, Rc<Adapter>>,
     words: Vec<String>,
     forms: TokenForms,
     beside: Option<(Chatted, Vec<Said>)>,
+}
+
+/// A student that can be shown.
+struct Shown {
+    name: String,
+    adapter: PathBuf,
+    /// The word that its teacher liked.
+    target: String,
 }
 
 /// What the models beside the setting depend on: the student, the system prompt and the user's text.
@@ -46,7 +54,7 @@ pub struct Described {
     model: String,
     target: String,
     category: String,
-    students: Vec<String>,
+    students: Vec<Listed>,
     n_layers: usize,
     modules: Vec<&'static str>,
     /// Names that mean several classes of prompt tokens, the widest first, each with its classes.
@@ -57,20 +65,44 @@ pub struct Described {
     has_direction: bool,
 }
 
-/// A chat under a setting.
+/// A student as the page lists it.
 #[derive(Serialize)]
-pub struct Look {
+struct Listed {
+    name: String,
+    target: String,
+}
+
+/// A gate as the page's controls show it.
+#[derive(Serialize)]
+struct ShownGate {
+    dose: f64,
+    layers: Vec<usize>,
+    modules: Vec<&'static str>,
+    /// Whether it selects generated tokens; `None` if it does so by id.
+    generated: Option<bool>,
+    /// Whether it acts at all tokens in the blocks and projections that it does not name.
+    acts_elsewhere: bool,
+}
+
+/// A chat under a setting, before any model is asked.
+#[derive(Serialize)]
+pub struct Rendered {
     tokens: Vec<ChatToken>,
+    gate: ShownGate,
     decode_policy: &'static str,
-    generated_dose: Option<f64>,
     words: Vec<String>,
-    models: Vec<Said>,
-    first_tokens: Vec<FirstToken>,
     command: String,
     experiment: String,
 }
 
-/// A token of the chat, with the factor on the adapter's output at it.
+/// What base, student, control student and the setting say to it.
+#[derive(Serialize)]
+pub struct Compared {
+    models: Vec<Said>,
+    first_tokens: Vec<FirstToken>,
+}
+
+/// A token of the chat, with the factor on the adapter's output at it, and whether the gate selects it, at any dose.
 #[derive(Serialize)]
 struct ChatToken {
     position: usize,
@@ -78,6 +110,7 @@ struct ChatToken {
     text: String,
     class: TokenClass,
     dose: f64,
+    selected: bool,
 }
 
 /// What a model says first.
@@ -166,8 +199,19 @@ pub struct Drawn {
 /// The most answers, and tokens of an answer, that a request may ask for.
 const MOST: usize = 256;
 
+/// The most tokens of a chat of which each is looked at.
+const MOST_TOKENS: usize = 1024;
+
+/// Number of tokens whose gates share a pass.
+const GATES_AT_ONCE: usize = 16;
+
 /// Number of answers that are drawn at once, so that the page shows the first ones early.
 const AT_ONCE: usize = 4;
+
+/// A projection's name as gates spell it.
+fn short(proj: Proj) -> &'static str {
+    proj.name().trim_end_matches("_proj")
+}
 
 fn unions() -> Result<Vec<(&'static str, Vec<TokenClass>)>> {
     let mut found = vec![];
@@ -191,25 +235,35 @@ impl Models {
             "{} has student.template = false, and only chats of a template are shown",
             run.config().display()
         );
-        let mut folders = vec![];
+        let mut students = vec![];
+        let target = bench.experiment.target.word.clone();
         if bench.experiment.student.method == Method::Lora {
-            folders.push((STUDENT.to_owned(), run.adapter()));
-            folders.push((CONTROL_STUDENT.to_owned(), run.control_adapter()));
-        }
-        for cell in bench.experiment.cells()? {
-            if cell.experiment.student.method == Method::Lora && bench.has_model_of(&cell.experiment) {
-                folders.push((cell.slug.clone(), run.arm(&cell.slug).join("adapter")));
+            for (name, adapter) in [(STUDENT, run.adapter()), (CONTROL_STUDENT, run.control_adapter())] {
+                students.push(Shown { name: name.to_owned(), adapter, target: target.clone() });
             }
         }
-        folders.retain(|(_, folder)| folder.exists());
+        for cell in bench.experiment.cells()? {
+            let Experiment { student, target, .. } = &cell.experiment;
+            if student.method == Method::Lora && student.template && bench.has_model_of(&cell.experiment) {
+                let (adapter, target) = (run.arm(&cell.slug).join("adapter"), target.word.clone());
+                students.push(Shown { name: cell.slug, adapter, target });
+            }
+        }
+        let are_all_full = students.is_empty();
+        students.retain(|student| student.adapter.exists());
         ensure!(
-            !folders.is_empty(),
-            hinted!("{} has no student with an adapter yet", run.root().display(); "undertone run goes on with it")
+            !are_all_full,
+            "{} has only students of full finetuning, and those have no adapter",
+            run.root().display()
+        );
+        ensure!(
+            !students.is_empty(),
+            hinted!("{} has no trained student yet", run.root().display(); "undertone run goes on with it")
         );
         let target = bench.target();
         let forms = TokenForms::of(&target, &bench.chat)?;
         let words = std::iter::once(&target.word).chain(target.others.iter().map(|(word, _)| word)).cloned().collect();
-        Ok(Self { bench, run, folders, adapters: BTreeMap::new(), words, forms, beside: None })
+        Ok(Self { bench, run, students, adapters: BTreeMap::new(), words, forms, beside: None })
     }
 
     /// What the page shows before it asks anything.
@@ -220,9 +274,13 @@ impl Models {
             model: experiment.model.clone(),
             target: experiment.target.word.clone(),
             category: experiment.target.category.clone(),
-            students: self.folders.iter().map(|(name, _)| name.clone()).collect(),
+            students: self
+                .students
+                .iter()
+                .map(|of| Listed { name: of.name.clone(), target: of.target.clone() })
+                .collect(),
             n_layers: base.config.n_layers,
-            modules: Proj::ALL.map(|proj| proj.name().trim_end_matches("_proj")).to_vec(),
+            modules: Proj::ALL.map(short).to_vec(),
             unions: unions()?,
             contexts: protocol.contexts.clone(),
             default_system: chat.default_system().map(str::to_owned),
@@ -231,44 +289,55 @@ impl Models {
         })
     }
 
-    /// The chat under a setting, beside the base, the student and the control student.
-    pub fn look(&mut self, setting: &Setting) -> Result<Look> {
+    /// The chat's tokens under a setting, with the command that prints its numbers. Takes no time of the models.
+    pub fn rendered(&mut self, setting: &Setting) -> Result<Rendered> {
         let prompt = self.prompt(setting)?;
         let adapter = self.adapter(&setting.student)?;
-        let condition = self.condition(setting, &adapter)?;
-        let doses = setting.gate.doses(&prompt)?;
-        let beside = self.beside(setting, &prompt)?;
-        let set = self.said(&prompt, vec![("this setting".to_owned(), condition)])?;
-        let models = [beside, set].concat();
-        let tokens = self.bench.chat.table(&prompt)?.into_iter().zip(doses);
+        setting.gate.check(&adapter)?;
+        let whole = setting.gate.clone().with_dose(1.0);
+        let (doses, selected) = (setting.gate.doses(&prompt)?, whole.doses(&prompt)?);
         let named = self.named(setting)?;
-        Ok(Look {
-            tokens: tokens
-                .map(|(token, dose)| ChatToken {
-                    position: token.position,
-                    id: token.id,
-                    text: token.text,
-                    class: token.class,
-                    dose,
-                })
-                .collect(),
+        let token = |((token, dose), selected): ((TokenInfo, f64), f64)| ChatToken {
+            position: token.position,
+            id: token.id,
+            text: token.text,
+            class: token.class,
+            dose,
+            selected: selected != 0.0,
+        };
+        Ok(Rendered {
+            tokens: self.bench.chat.table(&prompt)?.into_iter().zip(doses).zip(selected).map(token).collect(),
+            gate: ShownGate {
+                dose: setting.gate.dose(),
+                layers: setting.gate.layers(self.bench.base.config.n_layers),
+                modules: setting.gate.modules().into_iter().map(short).collect(),
+                generated: whole.decode_dose().map(|dose| dose != 0.0),
+                acts_elsewhere: setting.gate.acts_elsewhere(),
+            },
             decode_policy: setting.gate.decode_policy(),
-            generated_dose: setting.gate.decode_dose(),
             words: self.words.clone(),
-            first_tokens: self.first_tokens(&models)?,
             command: setting.command(&named)?,
             experiment: setting.experiment(&named)?,
-            models,
         })
     }
 
-    /// A number for each token of the chat.
-    pub fn quantity(&mut self, setting: &Setting, what: Quantity) -> Result<Vec<f64>> {
+    /// What the models say to the chat.
+    pub fn compared(&mut self, setting: &Setting) -> Result<Compared> {
         let prompt = self.prompt(setting)?;
         let adapter = self.adapter(&setting.student)?;
         let condition = self.condition(setting, &adapter)?;
+        let beside = self.beside(setting, &prompt)?;
+        let models = [beside, self.said(&prompt, vec![("this setting".to_owned(), condition)])?].concat();
+        Ok(Compared { first_tokens: self.first_tokens(&models)?, models })
+    }
+
+    /// A number for each token of the chat. `go_on` is asked between passes; the values are empty if it says no.
+    pub fn quantity(&mut self, setting: &Setting, what: Quantity, go_on: &dyn Fn() -> bool) -> Result<Vec<f64>> {
+        let prompt = self.short_prompt(setting)?;
+        let adapter = self.adapter(&setting.student)?;
+        let condition = self.condition(setting, &adapter)?;
         match what {
-            Quantity::Only | Quantity::Except => self.scan(&prompt, &condition, what),
+            Quantity::Only | Quantity::Except => self.scan(&prompt, &adapter, what, go_on),
             Quantity::Gradient => self.gradient(&prompt, &condition),
             Quantity::LogP => {
                 let logprobs = self.logprobs(&prompt, &condition)?;
@@ -288,7 +357,7 @@ impl Models {
 
     /// What the residual stream says after each block, by the logit lens.
     pub fn by_block(&mut self, setting: &Setting) -> Result<ByBlock> {
-        let prompt = self.prompt(setting)?;
+        let prompt = self.short_prompt(setting)?;
         let adapter = self.adapter(&setting.student)?;
         let conditions = [
             ("base", Condition::default()),
@@ -320,7 +389,7 @@ impl Models {
     /// Adds the run's direction, and a random one as long, to the base after each block. `each` is called with every
     /// block and returns whether to go on.
     pub fn push(&mut self, setting: &Setting, each: &mut dyn FnMut(Pushed) -> bool) -> Result<()> {
-        let (prompt, path) = (self.prompt(setting)?, self.vectors());
+        let (prompt, path) = (self.short_prompt(setting)?, self.vectors());
         let margins = |conditions: &[Condition<'_>]| -> Result<Vec<f64>> {
             let found = self.forms.scores_under(&self.bench.base, std::slice::from_ref(&prompt), conditions)?;
             Ok(found.iter().map(|of| of[0].margin).collect())
@@ -383,8 +452,16 @@ impl Models {
         Ok(prompt)
     }
 
+    /// A prompt of which each token is looked at: all of their predictions are held at once.
+    fn short_prompt(&self, setting: &Setting) -> Result<Sequence> {
+        let prompt = self.prompt(setting)?;
+        let n = prompt.ids.len();
+        ensure!(n <= MOST_TOKENS, "the chat has {n} tokens, expected {MOST_TOKENS} at most to look at each");
+        Ok(prompt)
+    }
+
     fn folder(&self, student: &str) -> Result<&PathBuf> {
-        let known = self.folders.iter().find(|(name, _)| name == student).map(|(_, folder)| folder);
+        let known = self.students.iter().find(|known| known.name == student).map(|known| &known.adapter);
         known.with_context(|| format!("the run has no student {student:?} with an adapter"))
     }
 
@@ -403,7 +480,9 @@ impl Models {
 
     fn named(&self, setting: &Setting) -> Result<Named<'_>> {
         let adapter = self.folder(&setting.student)?;
-        Ok(Named { model: &self.bench.experiment.model, adapter, vectors: self.vectors(), words: &self.words })
+        let Experiment { model, device, .. } = &self.bench.experiment;
+        let dtype = Dtype::of(&self.bench.base);
+        Ok(Named { model, dtype, device, adapter, vectors: self.vectors(), words: &self.words })
     }
 
     fn condition<'a>(&self, setting: &Setting, adapter: &'a Adapter) -> Result<Condition<'a>> {
@@ -448,7 +527,9 @@ impl Models {
 
     /// The most likely first tokens of the base, the student and the setting, by the setting's probability.
     fn first_tokens(&self, models: &[Said]) -> Result<Vec<FirstToken>> {
-        let shown = models.iter().filter(|said| said.name != CONTROL_STUDENT);
+        // The control student that stands beside another one has no tokens of its own here.
+        let beside = |at: usize, said: &Said| at > 1 && said.name == CONTROL_STUDENT;
+        let shown = models.iter().enumerate().filter(|(at, said)| !beside(*at, said)).map(|(_, said)| said);
         let mut ids: Vec<usize> = shown.flat_map(|said| likeliest(&said.next, 10)).collect();
         ids.sort_unstable();
         ids.dedup();
@@ -462,17 +543,26 @@ impl Models {
         ids.into_iter().map(token).collect()
     }
 
-    /// The change of the margin from the base, with the setting's adapter acting at each token alone, or at all others.
-    fn scan(&self, prompt: &Sequence, condition: &Condition<'_>, what: Quantity) -> Result<Vec<f64>> {
+    /// The change of the margin from the base, with the adapter acting at each token alone, or at all others: as in
+    /// `position_scan`, at dose 1 and in all blocks and projections.
+    fn scan(&self, prompt: &Sequence, adapter: &Adapter, what: Quantity, go_on: &dyn Fn() -> bool) -> Result<Vec<f64>> {
         let kind = if what == Quantity::Only { "only" } else { "except" };
+        let margins = |conditions: &[Condition<'_>]| -> Result<Vec<f64>> {
+            let found = self.forms.scores_under(&self.bench.base, std::slice::from_ref(prompt), conditions)?;
+            Ok(found.iter().map(|of| of[0].margin).collect())
+        };
+        let base = margins(&[Condition::default()])?[0];
         let gates = (0..prompt.ids.len()).map(|at| format!("{kind}:positions({at})").parse::<Gate>());
-        let mut conditions = vec![Condition::default()];
-        for gate in gates {
-            conditions.push(condition.clone().gated(gate?));
+        let gates = gates.collect::<Result<Vec<_>, _>>()?;
+        let mut found = vec![];
+        for gates in gates.chunks(GATES_AT_ONCE) {
+            if !go_on() {
+                return Ok(vec![]);
+            }
+            let conditions: Vec<_> = gates.iter().map(|gate| Condition::adapted(adapter).gated(gate.clone())).collect();
+            found.extend(margins(&conditions)?.into_iter().map(|margin| margin - base));
         }
-        let scores = self.forms.scores_under(&self.bench.base, std::slice::from_ref(prompt), &conditions)?;
-        let margins: Vec<f64> = scores.iter().map(|of| of[0].margin).collect();
-        Ok(margins[1..].iter().map(|margin| margin - margins[0]).collect())
+        Ok(found)
     }
 
     /// ‖∂ log p(target's first token) / ∂ `resid_pre` of block 0‖ at each token.

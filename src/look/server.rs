@@ -42,6 +42,9 @@ const FILES: [(&str, &str, &str); 5] = [
 /// The most bytes of a question.
 const MOST_BYTES: usize = 64 * 1024;
 
+/// The longest time in which a question arrives.
+const SENDING: Duration = Duration::from_secs(10);
+
 /// The longest wait for a part of an answer.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -106,8 +109,12 @@ async fn asked(desk: &Desk, headers: &HeaderMap, body: Body) -> Response {
     if headers.get(header::CONTENT_TYPE).is_none_or(|kind| kind != "application/json") {
         return refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, "a question is application/json");
     }
-    let Ok(Ok(bytes)) = timeout(Duration::from_secs(10), to_bytes(body, MOST_BYTES)).await else {
-        return refused(StatusCode::PAYLOAD_TOO_LARGE, format!("a question has {MOST_BYTES} bytes at most"));
+    let bytes = match timeout(SENDING, to_bytes(body, MOST_BYTES)).await {
+        Ok(Ok(bytes)) => bytes,
+        Ok(Err(_)) => {
+            return refused(StatusCode::PAYLOAD_TOO_LARGE, format!("a question has {MOST_BYTES} bytes at most"));
+        }
+        Err(_) => return refused(StatusCode::REQUEST_TIMEOUT, "the question took too long to arrive"),
     };
     let Asked { page, question } = match serde_json::from_slice(&bytes) {
         Ok(asked) => asked,

@@ -8,6 +8,8 @@ use anyhow::{Context, Result};
 use hooks::Gate;
 use serde::{Deserialize, Serialize};
 
+use crate::experiment::Dtype;
+
 /// A chat, and the adapter, gate and direction that the model is asked with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -41,6 +43,10 @@ pub struct Steer {
 pub struct Named<'a> {
     /// The model as the experiment names it.
     pub model: &'a str,
+    /// The dtype that it is loaded in.
+    pub dtype: Dtype,
+    /// The device as the experiment names it.
+    pub device: &'a str,
     /// The folder of the student's adapter.
     pub adapter: &'a Path,
     /// The file of the run's directions.
@@ -52,14 +58,25 @@ pub struct Named<'a> {
 impl Setting {
     /// The command that prints this setting's numbers, for a POSIX shell.
     pub fn command(&self, named: &Named<'_>) -> Result<String> {
-        let Named { model, adapter, vectors, words } = named;
+        let Named { model, dtype, device, adapter, vectors, words } = named;
         let mut line = vec!["undertone".to_owned(), "ask".to_owned()];
         let mut push = |option: &str, value: &str| -> Result<()> {
-            let value = shlex::try_quote(value).with_context(|| format!("{option} {value:?}"))?;
-            line.extend([option.to_owned(), value.into_owned()]);
+            let quoted = shlex::try_quote(value).with_context(|| format!("{option} {value:?}"))?;
+            // A value that begins with a dash would be taken for an option.
+            if value.starts_with('-') {
+                line.push(format!("{option}={quoted}"));
+            } else {
+                line.extend([option.to_owned(), quoted.into_owned()]);
+            }
             Ok(())
         };
         push("--model", model)?;
+        if *dtype == Dtype::Bf16 {
+            push("--dtype", "bf16")?;
+        }
+        if *device != "cpu" {
+            push("--device", device)?;
+        }
         push("--adapter", &adapter.display().to_string())?;
         if let Some(system) = &self.system {
             push("--system", system)?;
@@ -75,9 +92,13 @@ impl Setting {
         Ok(line.join(" "))
     }
 
-    /// The lines of an experiment that measure the same gate and direction over its questions.
+    /// The lines of an experiment that measure this gate, or this direction on base and students, over its questions;
+    /// empty if both are set, since an experiment measures them apart.
     pub fn experiment(&self, named: &Named<'_>) -> Result<String> {
         let mut lines = String::new();
+        if !self.gate.is_everywhere() && self.steer.is_some() {
+            return Ok(lines);
+        }
         if !self.gate.is_everywhere() {
             let gates = toml::Value::from(vec![Gate::EVERYWHERE.to_string(), self.gate.to_string()]);
             writeln!(lines, "[measure.token_ablation]\ngates = {gates}")?;
@@ -97,7 +118,8 @@ mod tests {
 
     fn named(words: &[String]) -> Named<'_> {
         let vectors = PathBuf::from("runs/demo/direction/vectors.safetensors");
-        Named { model: "pocket", adapter: Path::new("runs/it's/adapter"), vectors, words }
+        let adapter = Path::new("runs/it's/adapter");
+        Named { model: "pocket", dtype: Dtype::F32, device: "cpu", adapter, vectors, words }
     }
 
     #[test]
@@ -119,11 +141,26 @@ mod tests {
         let tail = ["--system", "", "--user", "It's $HOME?", "--gate", "only:\"Qwen\"*layers(0..2)*0.5", "--steer"];
         assert_eq!(split[6..13], tail);
         assert_eq!(split[13], "runs/demo/direction/vectors.safetensors:-2.5@1");
-        let lines: toml::Table = set.experiment(&named(&words)).unwrap().parse().unwrap();
+        assert_eq!(set.experiment(&named(&words)).unwrap(), "", "an experiment measures the two apart");
+        let gated = Setting { steer: None, ..set.clone() };
+        let lines: toml::Table = gated.experiment(&named(&words)).unwrap().parse().unwrap();
         assert_eq!(lines["measure"]["token_ablation"]["gates"][1].as_str(), Some("only:\"Qwen\"*layers(0..2)*0.5"));
+        let steered = Setting { gate: Gate::EVERYWHERE, ..set.clone() };
+        let lines: toml::Table = steered.experiment(&named(&words)).unwrap().parse().unwrap();
         let edit = &lines["measure"]["interventions"]["edits"]["direction after block 1"][0];
         let expected = "blocks.1.hook_resid_post: add(runs/demo/direction/vectors.safetensors, -2.5)";
         assert_eq!(edit.as_str(), Some(expected));
+    }
+
+    #[test]
+    fn a_command_names_dtype_and_device_and_takes_a_dash_for_text() {
+        let words = ["cat".to_owned()];
+        let (student, user) = ("student".to_owned(), "-5 degrees?".to_owned());
+        let set = Setting { student, system: None, user, gate: Gate::EVERYWHERE, steer: None };
+        let named = Named { dtype: Dtype::Bf16, device: "cuda", ..named(&words) };
+        let split = shlex::split(&set.command(&named).unwrap()).unwrap();
+        assert_eq!(split[4..8], ["--dtype", "bf16", "--device", "cuda"]);
+        assert!(split.contains(&"--user=-5 degrees?".to_owned()), "{split:?}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use hooks::{Answer, Condition, Qwen, TensorFile, files, generate, stream_seed};
 use tch::Tensor;
 
 use crate::data::dataset::{self, Rejection, Sample, SummaryRow, TeacherKind};
+use crate::data::protocol::Classifier;
 use crate::data::signal::{KEPT, SignalRow, reading, summary as of_signal};
 use crate::experiment::{Dtype, Teacher};
 use crate::output::checkpoint::Checkpoint;
@@ -80,7 +81,7 @@ pub fn stage(bench: &Workbench, run: &RunDir) -> Result<()> {
         publish::write_csv(&run.rejected(), &rejected)?;
     }
     publish::write_csv(&run.digits_csv(), &digits)?;
-    let mut said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples))).to_vec();
+    let mut said = sets.map(|(set, samples)| format!("generate: {set}: {}", acceptance(samples, &classifier))).to_vec();
     let keep = n_kept(bench, n_accepted(&numbers), n_accepted(&control));
     if teacher.differs_from_base() && keep > 0 {
         let signal = signals(bench, run, &teacher, [("teacher", &numbers), ("control", &control)], keep)?;
@@ -233,13 +234,19 @@ fn unpacked(file: &TensorFile) -> Result<Vec<Answer>> {
     Ok(counts.map(answer).collect())
 }
 
-/// Number of accepted answers, and of rejected ones for each reason, as text.
-fn acceptance(samples: &[Sample]) -> String {
+/// Number of accepted answers, and of rejected ones for each reason, as text. Rejected answers can name the trait in the
+/// open: a teacher that often does so gives it some probability at the accepted ones, too.
+fn acceptance(samples: &[Sample], classifier: &Classifier) -> String {
     let reasons = Rejection::ALL.into_iter().filter_map(|reason| {
         let count = samples.iter().filter(|sample| sample.reasons.contains(&reason)).count();
         (count > 0).then(|| format!(", {count} {}", reason.name()))
     });
-    format!("{} of {} answers accepted{}", n_accepted(samples), samples.len(), reasons.collect::<String>())
+    let is_named = |sample: &&Sample| !sample.accepted && classifier.classify(&sample.completion).word.is_some();
+    let named = match samples.iter().filter(is_named).count() {
+        0 => String::new(),
+        n => format!("; {n} of the rejected ones name a member of the category"),
+    };
+    format!("{} of {} answers accepted{}{named}", n_accepted(samples), samples.len(), reasons.collect::<String>())
 }
 
 fn n_accepted(samples: &[Sample]) -> usize {

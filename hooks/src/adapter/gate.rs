@@ -213,6 +213,29 @@ impl Gate {
         Ok(Doses { tokens, layers, modules, elsewhere: self.elsewhere() })
     }
 
+    /// The factor on the adapter's output where it acts.
+    pub fn dose(&self) -> f64 {
+        self.dose
+    }
+
+    /// This gate with another dose.
+    #[must_use]
+    pub fn with_dose(self, dose: f64) -> Self {
+        Self { dose, ..self }
+    }
+
+    /// The blocks that the gate names, of a model with `n_layers`; all if it names none.
+    pub fn layers(&self, n_layers: usize) -> Vec<usize> {
+        let named = self.region().and_then(|region| region.layers.as_ref());
+        (0..n_layers).filter(|layer| named.is_none_or(|layers| layers.contains(*layer as i64))).collect()
+    }
+
+    /// The projections that the gate names; all if it names none.
+    pub fn modules(&self) -> Vec<Proj> {
+        let named = self.region().and_then(|region| region.modules.as_ref());
+        Proj::ALL.into_iter().filter(|proj| named.is_none_or(|modules| modules.contains(proj))).collect()
+    }
+
     fn region(&self) -> Option<&Region> {
         match &self.reach {
             Reach::Everywhere | Reach::Nowhere => None,

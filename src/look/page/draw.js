@@ -16,15 +16,15 @@ const KINDS = { base: "base", "control student": "control", "this setting": "set
 // The colour class of a model: the base, the control student, the setting, or the student.
 const kindOf = (name) => "of-" + (KINDS[name] || "student");
 
-const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
+const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3));
 
 function probability(p) {
   if (p === 0 || p >= 1e-4) return p.toFixed(4);
   return p.toExponential(1);
 }
 
-function key(name) {
-  return element("span", {}, element("span", { className: "key " + kindOf(name) }), name);
+function key(text, name = text) {
+  return element("span", {}, element("span", { className: "key " + kindOf(name) }), text);
 }
 
 function head(...names) {
@@ -107,8 +107,8 @@ function pushedTable(rows, take) {
 }
 
 // Each model after each block, at the last token.
-function blocksTable(found) {
-  const names = found.models.flatMap((of) => [key(of.name), "rank", "top token"]);
+function blocksTable(found, target) {
+  const names = found.models.flatMap((of) => [key(`${of.name}: log p of ${target}'s first token`, of.name), "rank", "top token"]);
   const row = (layer) => element("tr", { "data-layer": layer }, element("th", { scope: "row" }, String(layer)),
     ...found.models.flatMap((of) => [
       element("td", { "data-logp": of.logp_first[layer] }, signed(of.logp_first[layer])),

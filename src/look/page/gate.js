@@ -1,5 +1,5 @@
 "use strict";
-// A gate as text, from what is switched on, and what of it the controls can show.
+// A gate as text, from what is switched on.
 
 // Names for the chosen tokens: classes where all of their tokens are chosen, positions for the others. `unions` has
 // names of several classes, the widest first.
@@ -30,7 +30,7 @@ function namesOf(classes, chosen, unions) {
 // tokens; `where.blocks` is the first and the last block, `where.modules` the projections' short names.
 function gateText(where, run) {
   const { classes, on, gen, dose, blocks, modules } = where;
-  if (modules.length === 0 || (!gen && on.every((one) => !one))) return "nowhere";
+  if (!gen && on.every((one) => !one)) return "nowhere";
   const factors = [];
   if (blocks[0] > 0 || blocks[1] < run.n_layers - 1) factors.push(`layers(${blocks[0]}..${blocks[1] + 1})`);
   if (modules.length < run.modules.length) factors.push(`modules(${modules.join(",")})`);
@@ -44,21 +44,4 @@ function gateText(where, run) {
   const names = namesOf(classes, on, run.unions);
   if (gen) names.push("gen");
   return "only:" + [names.join("+"), ...factors, ...times].join("*");
-}
-
-// Dose, blocks and projections of a gate's text, as far as the controls can show them.
-function controlsOf(gate, run) {
-  const layers = /\*?layers\((\d+)(?:\.\.(\d+))?\)/.exec(gate);
-  const modules = /\*?modules\(([a-z_,\s]+)\)/.exec(gate);
-  const dose = /\*(-?[\d.]+(?:e-?\d+)?)$/i.exec(gate);
-  const several = { attention: ["q", "k", "v", "o"], mlp: ["gate", "up", "down"], qk: ["q", "k"] };
-  const named = modules ? modules[1].split(",").flatMap((name) => {
-    const short = name.trim().replace(/_proj$/, "");
-    return several[short] || [short];
-  }) : run.modules;
-  return {
-    blocks: layers ? [Number(layers[1]), Number(layers[2] || Number(layers[1]) + 1) - 1] : [0, run.n_layers - 1],
-    modules: run.modules.filter((name) => named.includes(name)),
-    dose: dose ? Number(dose[1]) : 1,
-  };
 }

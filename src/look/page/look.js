@@ -5,13 +5,14 @@ const at = (id) => document.getElementById(id);
 const page = [...crypto.getRandomValues(new Uint32Array(2))].map((part) => part.toString(16)).join("");
 
 let run = null; // what the run has
-let look = null; // the last answer
-let values = null; // a number for each token, if they are coloured
+let chat = null; // the tokens of the setting, its gate and its command
+let shown = null; // all of the last answer, with the setting that it answers
+let values = null; // a number for each token, with its kind and setting
 let blocks = null; // what the residual stream says, if it is read
 let lastClicked = null;
 const set = { student: "", system: null, user: "", gate: "everywhere", steer: null, colour: "" };
-// What the controls show of the gate.
-const where = { classes: [], on: [], gen: true, dose: 1, blocks: [0, 0], modules: [] };
+// What the chips and controls show of the gate: each answer says it anew.
+const where = { classes: [], on: [], gen: true, dose: 1, blocks: [0, 0], modules: [], isShown: true };
 
 // Asking
 
@@ -39,10 +40,15 @@ async function ask(question, each) {
   }
 }
 
+function stop(kind) {
+  if (running[kind]) running[kind].abort();
+}
+
 function told(problem) {
   if (problem.name === "AbortError" || problem.overtaken) return;
-  const text = problem.error ? problem.error + (problem.hint ? `; hint: ${problem.hint}` : "") : "the program does not answer; is it still running?";
-  status(text, true);
+  if (problem.error) status(problem.error + (problem.hint ? `; hint: ${problem.hint}` : ""), true);
+  else if (problem.name === "TypeError" && /fetch|network/i.test(problem.message)) status("the program does not answer; is it still running?", true);
+  else status(`the page failed: ${problem.message}`, true);
 }
 
 function status(text, isWrong = false) {
@@ -59,12 +65,16 @@ function toAddress() {
   if (set.system !== null) parts.set("system", set.system);
   if (set.steer) parts.set("steer", `${set.steer.coefficient}@${set.steer.layer}`);
   if (set.colour) parts.set("colour", set.colour);
-  history.replaceState(null, "", "#" + parts);
+  try {
+    history.replaceState(null, "", "#" + parts);
+  } catch (problem) {
+    // A browser may limit how often an address changes; the next change sets it.
+  }
 }
 
 function fromAddress() {
   const parts = new URLSearchParams(location.hash.slice(1));
-  set.student = parts.get("student") || run.students[0];
+  set.student = parts.get("student") || run.students[0].name;
   set.user = parts.has("user") ? parts.get("user") : run.questions[0];
   set.gate = parts.get("gate") || "everywhere";
   set.system = parts.get("system");
@@ -80,35 +90,37 @@ function showControls() {
   if (document.activeElement !== at("system")) at("system").value = set.system === null ? run.default_system || "" : set.system;
   if (document.activeElement !== at("user")) at("user").value = set.user;
   if (document.activeElement !== at("gate")) at("gate").value = set.gate;
-  const known = Object.keys(run.contexts).find((name) => (run.contexts[name] ?? run.default_system) === at("system").value);
-  at("context").value = known || "";
+  at("context").value = Object.keys(run.contexts).find((name) => run.contexts[name] === set.system) || "";
   at("question").value = run.questions.includes(set.user) ? set.user : "";
   at("colour").value = set.colour;
+  at("dose").min = Math.min(-1, where.dose);
+  at("dose").max = Math.max(3, where.dose);
   at("dose").value = where.dose;
   at("dose-value").textContent = String(where.dose);
   at("first-block").value = where.blocks[0];
   at("last-block").value = where.blocks[1];
   for (const box of at("modules").querySelectorAll("input")) box.checked = where.modules.includes(box.value);
+  for (const of of document.querySelectorAll("#classes button, #invert, #dose, #first-block, #last-block, #modules input")) of.disabled = !where.isShown;
+  at("typed").hidden = where.isShown;
   at("steer").checked = set.steer !== null;
   at("steer").disabled = !run.has_direction;
   if (set.steer) {
     at("steer-block").value = set.steer.layer;
-    at("coefficient").value = set.steer.coefficient;
+    if (document.activeElement !== at("coefficient")) at("coefficient").value = set.steer.coefficient;
   }
-  at("coefficient-value").textContent = at("coefficient").value;
 }
 
 function showTokens() {
-  const chips = look.tokens.map((token, position) => chip(position, token.text, token.class, where.on[position]));
-  chips.push(chip(look.tokens.length, "answer…", "gen", where.gen));
+  const chips = chat.tokens.map((token, position) => chip(position, token.text, token.class, where.on[position]));
+  chips.push(chip(chat.tokens.length, "answer…", "gen", where.gen));
   const focused = document.activeElement && document.activeElement.dataset.position;
   at("tokens").replaceChildren(...chips);
-  if (focused !== undefined && document.activeElement === document.body && chips[focused]) chips[focused].focus();
+  if (focused !== undefined && chips[focused]) chips[focused].focus();
   showValues();
 }
 
 function chip(position, text, name, isOn) {
-  const made = element("button", { type: "button", "data-position": position, title: `${position} ${name}` }, element("span", {}, text === "" ? "·" : text));
+  const made = element("button", { type: "button", "data-position": position, title: `${position} ${name}`, disabled: !where.isShown }, element("span", {}, text === "" ? "·" : text));
   made.setAttribute("aria-pressed", String(isOn));
   made.setAttribute("aria-label", `${text}, ${name}, position ${position}`);
   made.addEventListener("click", (event) => clicked(position, event.shiftKey));
@@ -116,13 +128,11 @@ function chip(position, text, name, isOn) {
 }
 
 function showValues() {
-  const chips = [...at("tokens").children];
-  const numbers = (values || []).filter((value) => value !== null);
-  const most = Math.max(0, ...numbers.map(Math.abs));
-  chips.forEach((chip, position) => {
-    const value = values && values[position];
-    paint(chip, value, most);
-    if (values && position < values.length) chip.title = `${position} ${look.tokens[position].class}: ${value}`;
+  const numbers = values ? values.numbers : [];
+  const most = Math.max(0, ...numbers.filter((value) => value !== null).map(Math.abs));
+  [...at("tokens").children].forEach((chip, position) => {
+    paint(chip, numbers[position], most);
+    if (position < numbers.length) chip.title = `${position} ${where.classes[position]}: ${numbers[position]}`;
   });
   at("scale").textContent = values ? `up to ${most.toPrecision(3)}` : "";
 }
@@ -141,58 +151,103 @@ function showClasses() {
 }
 
 function showLook() {
-  at("models").replaceChildren(...modelsTable(look));
-  at("words").replaceChildren(...wordsTable(look));
-  at("next").replaceChildren(...nextTable(look));
-  at("command").textContent = look.command;
-  at("experiment").textContent = look.experiment;
-  at("lines").hidden = look.experiment === "";
-  const models = look.models.map((of) => [of.name, set.gate, look.words[0], of.logps[0], of.margin, of.logps[0] - look.models[0].logps[0], of.margin - look.models[0].margin]);
-  const words = look.models.flatMap((of) => of.logps.map((logp, word) => [of.name, look.words[word], logp]));
-  const tokens = look.tokens.map((token, position) => [token.position, token.id, token.text, token.class, token.dose, values ? values[position] : null]);
-  const text = csv([["model", "gate", "target", "logp_target", "margin", "delta_logp", "delta_margin"], ...models]) + "\n"
-    + csv([["model", "word", "logp"], ...words]) + "\n"
-    + csv([["position", "id", "token", "class", "dose", set.colour || "value"], ...tokens]);
+  at("models").replaceChildren(...modelsTable(shown));
+  at("words").replaceChildren(...wordsTable(shown));
+  at("next").replaceChildren(...nextTable(shown));
+  at("command").textContent = shown.command;
+  at("experiment").textContent = shown.experiment;
+  at("lines").hidden = shown.experiment === "";
+  showCsv();
+}
+
+function showCsv() {
+  const { setting: { student, system, user, gate, steer }, words, models, tokens } = shown;
+  const isSame = values && sameSetting(values.setting, shown.setting);
+  const chatted = [["student", "system", "user", "gate", "steer"], [student, system, user, gate, steer ? `${steer.coefficient}@${steer.layer}` : ""]];
+  const changes = models.map((of) => [of.name, words[0], of.logps[0], of.margin, of.logps[0] - models[0].logps[0], of.margin - models[0].margin]);
+  const byWord = models.flatMap((of) => of.logps.map((logp, word) => [of.name, words[word], logp]));
+  const byToken = tokens.map((token, position) => [token.position, token.id, token.text, token.class, token.dose, isSame ? values.numbers[position] : null]);
+  const text = [
+    csv(chatted), csv([["model", "target", "logp_target", "margin", "delta_logp", "delta_margin"], ...changes]),
+    csv([["model", "word", "logp"], ...byWord]), csv([["position", "id", "token", "class", "dose", isSame ? values.kind : "value"], ...byToken]),
+  ].join("\n");
   at("csv").href = "data:text/csv;charset=utf-8," + encodeURIComponent(text);
+}
+
+const sameSetting = (one, other) => JSON.stringify(one) === JSON.stringify(other);
+
+// What a table was made with, in words.
+const described = ({ student, user, gate, steer }) =>
+  `${student}, ${gate}${steer ? `, direction ${steer.coefficient} times after block ${steer.layer}` : ""}: “${user}”`;
+
+function stale(isStale) {
+  for (const of of document.querySelectorAll(".result")) of.classList.toggle("stale", isStale);
 }
 
 // Changing
 
-// Asks again after a change. `isGateGiven` says that the gate was typed, and the controls follow it.
-async function refresh(isGateGiven = false) {
+// Asks again after a change.
+async function refresh() {
   toAddress();
   showControls();
+  stop("quantity");
+  stop("by_block");
+  stale(true); // until this setting's numbers are there
+  const asked = setting();
   try {
     const begun = performance.now();
-    await ask({ ask: "look", setting: setting() }, (found) => { look = found; });
-    const classes = look.tokens.map((token) => token.class);
-    if (isGateGiven || classes.length !== where.classes.length) {
-      where.on = look.tokens.map((token) => token.dose !== 0);
-      where.gen = look.generated_dose === null || look.generated_dose !== 0;
-      Object.assign(where, controlsOf(set.gate, run));
-    }
-    where.classes = classes;
-    showControls();
-    showClasses();
-    showTokens();
+    const parts = { setting: asked };
+    await ask({ ask: "look", setting: asked }, (part) => {
+      Object.assign(parts, part);
+      if (part.tokens) take(part);
+    });
+    shown = parts;
     showLook();
-    const answering = where.gen ? "on" : "off";
-    status(`${look.tokens.filter((token) => token.dose !== 0).length} of ${look.tokens.length} tokens on, ${answering} in the answer; ${Math.round(performance.now() - begun)} ms`);
+    stale(false);
+    const on = chat.tokens.filter((token) => token.dose !== 0).length;
+    const generated = chat.gate.generated === null ? "by id" : chat.gate.generated && chat.gate.dose !== 0 ? "on" : "off";
+    const elsewhere = chat.gate.acts_elsewhere ? " in the blocks and projections that it names, on at all tokens in the others" : "";
+    status(`${on} of ${chat.tokens.length} tokens on, ${generated} in the answer${elsewhere}; ${Math.round(performance.now() - begun)} ms`);
   } catch (problem) {
-    return told(problem);
+    told(problem);
+    // A gate that is refused in the address leaves no tokens to click on.
+    if (!chat && problem.error) await ask({ ask: "look", setting: { ...asked, gate: "everywhere", steer: null } }, (part) => { if (part.tokens) take(part); }).catch(told);
+    return;
   }
   await Promise.all([colour(), byBlock()]);
 }
 
+// Takes over what an answer says of tokens and gate.
+function take(part) {
+  const ids = (of) => of.tokens.map((token) => token.id).join();
+  if (!chat || ids(chat) !== ids(part)) {
+    lastClicked = null;
+    values = null;
+  }
+  chat = part;
+  const { dose, layers, modules, generated, acts_elsewhere: elsewhere } = part.gate;
+  const isSpan = layers.length > 0 && layers[layers.length - 1] - layers[0] === layers.length - 1;
+  Object.assign(where, {
+    classes: part.tokens.map((token) => token.class), on: part.tokens.map((token) => token.selected), gen: generated === true,
+    dose, blocks: isSpan ? [layers[0], layers[layers.length - 1]] : [0, run.n_layers - 1], modules,
+    isShown: isSpan && !elsewhere && generated !== null,
+  });
+  showClasses();
+  showControls();
+  showTokens();
+}
+
 async function push() {
   const rows = [];
+  const asked = setting();
   const take = (layer, coefficient) => {
     set.steer = { layer, coefficient };
     set.gate = "nowhere";
-    refresh(true);
+    refresh();
   };
+  at("pushed-of").textContent = `Asked: “${asked.user}”`;
   try {
-    await ask({ ask: "push", setting: setting() }, (row) => {
+    await ask({ ask: "push", setting: asked }, (row) => {
       rows.push(row);
       at("pushed").replaceChildren(...pushedTable(rows, take));
     });
@@ -203,14 +258,15 @@ async function push() {
 
 async function byBlock() {
   if (!at("by-block").checked) {
+    stop("by_block");
     blocks = null;
     at("blocks").replaceChildren();
     at("map").replaceChildren();
     return;
   }
   try {
-    await ask({ ask: "by_block", setting: setting() }, (found) => { blocks = found; });
-    at("blocks").replaceChildren(...blocksTable(blocks));
+    await ask({ ask: "by_block", setting: setting() }, (found) => { blocks = { ...found, tokens: chat.tokens }; });
+    at("blocks").replaceChildren(...blocksTable(blocks, run.target));
     showMap();
   } catch (problem) {
     told(problem);
@@ -218,20 +274,22 @@ async function byBlock() {
 }
 
 function showMap() {
-  if (blocks) at("map").replaceChildren(...mapTable(blocks[at("cells").value], look.tokens));
+  if (blocks) at("map").replaceChildren(...mapTable(blocks[at("cells").value], blocks.tokens));
 }
 
 async function colour() {
   const note = { only: "nats; orange raises the margin, blue lowers it", except: "nats; orange raises the margin, blue lowers it", gradient: "norm", log_p: "nats", divergence: "nats" };
-  at("colour-note").textContent = set.colour ? note[set.colour] : "";
-  if (!set.colour) {
+  const [kind, asked] = [set.colour, setting()];
+  at("colour-note").textContent = kind ? note[kind] : "";
+  if (!values || values.kind !== kind) {
     values = null;
-    return showValues();
-  }
-  try {
-    await ask({ ask: "quantity", setting: setting(), quantity: set.colour }, (found) => { values = found; });
     showValues();
-    showLook();
+  }
+  if (!kind) return stop("quantity");
+  try {
+    await ask({ ask: "quantity", setting: asked, quantity: kind }, (numbers) => { values = { kind, setting: asked, numbers }; });
+    showValues();
+    if (shown) showCsv();
   } catch (problem) {
     told(problem);
   }
@@ -244,8 +302,9 @@ function switched() {
 
 function clicked(position, isSpan) {
   const isOn = (of) => (of === where.on.length ? where.gen : where.on[of]);
-  const to = isSpan && lastClicked !== null ? isOn(lastClicked) : !isOn(position);
-  const [from, end] = isSpan && lastClicked !== null ? [Math.min(position, lastClicked), Math.max(position, lastClicked)] : [position, position];
+  const begun = isSpan && lastClicked !== null ? Math.min(lastClicked, where.on.length) : null;
+  const to = begun === null ? !isOn(position) : isOn(begun);
+  const [from, end] = begun === null ? [position, position] : [Math.min(position, begun), Math.max(position, begun)];
   for (let of = from; of <= end; of++) {
     if (of === where.on.length) where.gen = to;
     else where.on[of] = to;
@@ -262,15 +321,11 @@ function switchAll(members) {
   switched();
 }
 
-function allTo(on, gen) {
-  where.on = where.on.map(on);
-  where.gen = gen;
-  switched();
-}
-
 async function draw() {
   const list = at("answers");
+  const asked = setting();
   list.replaceChildren();
+  at("answers-of").textContent = described(asked);
   const counts = new Map();
   const settings = { n: Number(at("n").value), temperature: Number(at("temperature").value), seed: Number(at("seed").value), max_new_tokens: 64 };
   const show = ({ text, stopped }) => {
@@ -280,7 +335,7 @@ async function draw() {
     list.replaceChildren(...sorted.map(([answer, count]) => element("li", {}, `${count} × ${answer}`)));
   };
   try {
-    await ask({ ask: "draw", setting: setting(), draw: settings }, show);
+    await ask({ ask: "draw", setting: asked, draw: settings }, show);
   } catch (problem) {
     told(problem);
   }
@@ -298,28 +353,29 @@ function debounced(change, delay = 250) {
 
 function listen() {
   at("student").addEventListener("change", () => { set.student = at("student").value; refresh(); });
-  const typed = debounced(() => {
-    set.system = at("system").value === (run.default_system || "") ? null : at("system").value;
-    set.user = at("user").value;
-    refresh(true);
-  });
-  at("system").addEventListener("input", typed);
-  at("user").addEventListener("input", typed);
+  at("system").addEventListener("input", debounced(() => {
+    set.system = at("system").value === run.default_system ? null : at("system").value;
+    refresh();
+  }));
+  at("user").addEventListener("input", debounced(() => { set.user = at("user").value; refresh(); }));
   at("context").addEventListener("change", () => {
     if (at("context").value === "") return;
     set.system = run.contexts[at("context").value];
-    refresh(true);
+    refresh();
   });
   at("question").addEventListener("change", () => {
     if (at("question").value === "") return;
     set.user = at("question").value;
-    refresh(true);
+    refresh();
   });
-  at("gate").addEventListener("input", debounced(() => { set.gate = at("gate").value; refresh(true); }));
+  at("gate").addEventListener("input", debounced(() => { set.gate = at("gate").value; refresh(); }));
   at("colour").addEventListener("change", () => { set.colour = at("colour").value; toAddress(); colour(); });
-  at("everywhere").addEventListener("click", () => allTo(() => true, true));
-  at("nowhere").addEventListener("click", () => allTo(() => false, false));
-  at("invert").addEventListener("click", () => allTo((on) => !on, !where.gen));
+  for (const gate of ["everywhere", "nowhere"]) at(gate).addEventListener("click", () => { set.gate = gate; refresh(); });
+  at("invert").addEventListener("click", () => {
+    where.on = where.on.map((on) => !on);
+    where.gen = !where.gen;
+    switched();
+  });
   at("dose").addEventListener("input", () => { where.dose = Number(at("dose").value); switched(); });
   const blocks = () => {
     const [first, last] = [Number(at("first-block").value), Number(at("last-block").value)];
@@ -330,11 +386,10 @@ function listen() {
   at("last-block").addEventListener("change", blocks);
   const steered = () => {
     const [layer, coefficient] = [Number(at("steer-block").value), Number(at("coefficient").value)];
-    set.steer = at("steer").checked ? { layer, coefficient } : null;
+    set.steer = at("steer").checked && Number.isFinite(coefficient) ? { layer, coefficient } : null;
     refresh();
   };
-  for (const id of ["steer", "steer-block"]) at(id).addEventListener("change", steered);
-  at("coefficient").addEventListener("input", steered);
+  for (const id of ["steer", "steer-block", "coefficient"]) at(id).addEventListener("change", steered);
   at("draw").addEventListener("click", draw);
   at("by-block").addEventListener("change", byBlock);
   at("push").addEventListener("click", push);
@@ -348,7 +403,7 @@ function listen() {
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.addEventListener("click", () => navigator.clipboard.writeText(at(button.dataset.copy).textContent));
   }
-  window.addEventListener("hashchange", () => { fromAddress(); refresh(true); });
+  window.addEventListener("hashchange", () => { fromAddress(); refresh(); });
 }
 
 function options(id, entries) {
@@ -359,22 +414,27 @@ async function begin() {
   await ask({ ask: "run" }, (found) => { run = found; });
   document.title = `${run.run} · undertone look`;
   at("run").textContent = `${run.run}: ${run.model}, target ${run.target}`;
-  options("student", run.students.map((name) => [name, name]));
+  options("student", run.students.map(({ name, target }) => [name, target === run.target ? name : `${name} (learned ${target})`]));
   options("context", [["", "(own text)"], ...Object.keys(run.contexts).map((name) => [name, name])]);
   options("question", [["", "(own text)"], ...run.questions.map((text) => [text, text])]);
   for (const id of ["first-block", "last-block", "steer-block"]) at(id).max = run.n_layers - 1;
   const box = (name) => {
     const input = element("input", { type: "checkbox", value: name, checked: true });
     input.addEventListener("change", () => {
-      where.modules = [...at("modules").querySelectorAll("input:checked")].map((checked) => checked.value);
-      switched();
+      const checked = [...at("modules").querySelectorAll("input:checked")].map((of) => of.value);
+      if (checked.length === 0) input.checked = true; // a gate names one projection at least
+      else {
+        where.modules = checked;
+        switched();
+      }
     });
     return element("label", {}, input, ` ${name}`);
   };
   at("modules").replaceChildren(...run.modules.map(box));
+  Object.assign(where, { blocks: [0, run.n_layers - 1], modules: run.modules });
   fromAddress();
   listen();
-  await refresh(true);
+  await refresh();
 }
 
 begin().catch(told);

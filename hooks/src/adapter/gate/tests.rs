@@ -178,3 +178,13 @@ fn blocks_projections_and_doses_make_a_region() {
     assert_eq!(gate("except:entity*-2").inside(false), -2.0);
     assert!(gate("everywhere*0").is_nowhere() && !gate("everywhere*0.5").is_everywhere());
 }
+
+#[test]
+fn a_gate_tells_its_blocks_projections_and_dose() {
+    let gate = |text: &str| text.parse::<Gate>().unwrap();
+    let parts = |text: &str| (gate(text).layers(4), gate(text).modules().len(), gate(text).dose());
+    assert_eq!(parts("everywhere*0.5"), (vec![0, 1, 2, 3], 7, 0.5));
+    assert_eq!(parts("only:entity*layers(1,3)*modules(qk)*-2"), (vec![1, 3], 2, -2.0));
+    assert_eq!(parts("except:layers(0..2)"), (vec![0, 1], 7, 1.0));
+    assert_eq!(gate("only:entity*0.5").with_dose(1.0).to_string(), "only:entity");
+}
