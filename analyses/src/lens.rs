@@ -104,6 +104,12 @@ impl Reading {
     }
 }
 
+/// What a model's residual stream of one prompt says, and its distance from the base's, `[layer][pos]`.
+struct OfModel {
+    reading: Reading,
+    difference: Vec<Vec<f64>>,
+}
+
 /// A prompt's residual stream under a condition, `[n_layers, pos, d_model]`, and what the lens reads in it.
 pub fn read(
     model: &Qwen,
@@ -135,13 +141,13 @@ impl Analysis for Lens {
         places.pop(); // the whole prompt
         let models = subject.models();
         // [prompt][model]
-        let mut found: Vec<Vec<(Reading, Vec<Vec<f64>>)>> = vec![];
+        let mut found: Vec<Vec<OfModel>> = vec![];
         for (at, prompt) in prompts.iter().enumerate() {
             progress(&format!("lens: question {} of {}", at + 1, prompts.len()));
             let base = resid_post(subject.base, std::slice::from_ref(prompt), &Condition::default())?.remove(0);
-            let of_model = |(_, model): &(&str, crate::Tuned<'_>)| -> Result<(Reading, Vec<Vec<f64>>)> {
+            let of_model = |(_, model): &(&str, crate::Tuned<'_>)| -> Result<OfModel> {
                 let (resid, reading) = read(model.qwen, &forms, prompt, &model.condition())?;
-                Ok((reading, relative_difference(&resid, &base)?))
+                Ok(OfModel { reading, difference: relative_difference(&resid, &base)? })
             };
             found.push(models.iter().map(of_model).collect::<Result<_>>()?);
         }
@@ -251,7 +257,7 @@ impl Analysis for Lens {
 fn row(
     subject: &Subject<'_>,
     prompts: &[Sequence],
-    found: &[Vec<(Reading, Vec<Vec<f64>>)>],
+    found: &[Vec<OfModel>],
     (model, name): (usize, &str),
     layer: usize,
     place: &ScannedPlace,
@@ -263,21 +269,21 @@ fn row(
             None => prompt.positions(hooks::TokenClass::UserContent).collect(),
         }
     };
-    let of = |model: usize, value: &dyn Fn(&(Reading, Vec<Vec<f64>>), usize) -> f64| -> Vec<f64> {
-        let mean = |(prompt, found): (&Sequence, &Vec<(Reading, Vec<Vec<f64>>)>)| {
+    let of = |model: usize, value: &dyn Fn(&OfModel, usize) -> f64| -> Vec<f64> {
+        let mean = |(prompt, found): (&Sequence, &Vec<OfModel>)| {
             let values: Vec<f64> = positions(prompt).into_iter().map(|at| value(&found[model], at)).collect();
             values.iter().sum::<f64>() / values.len() as f64
         };
         prompts.iter().zip(found).map(mean).collect()
     };
-    let logp = |of: &(Reading, Vec<Vec<f64>>), at: usize| of.0.logp_first[layer][at];
-    let margin = |of: &(Reading, Vec<Vec<f64>>), at: usize| of.0.margin_first[layer][at];
+    let logp = |of: &OfModel, at: usize| of.reading.logp_first[layer][at];
+    let margin = |of: &OfModel, at: usize| of.reading.margin_first[layer][at];
     let (logps, margins) = (of(model, &logp), of(model, &margin));
     let (delta_logp, delta_margin) = (Mean::paired(&logps, &of(0, &logp)), Mean::paired(&margins, &of(0, &margin)));
     let mut tops: BTreeMap<i64, usize> = BTreeMap::new();
     for (prompt, found) in prompts.iter().zip(found) {
         for at in positions(prompt) {
-            *tops.entry(found[model].0.top[layer][at]).or_default() += 1;
+            *tops.entry(found[model].reading.top[layer][at]).or_default() += 1;
         }
     }
     let top = tops.into_iter().max_by_key(|(id, count)| (*count, std::cmp::Reverse(*id))).map_or(0, |(id, _)| id);
@@ -297,9 +303,9 @@ fn row(
         margin_first: Mean::of(&margins).mean,
         delta_margin_first: delta_margin.mean,
         delta_margin_first_se: delta_margin.se,
-        rank_first: Mean::of(&of(model, &|of, at| of.0.rank_first[layer][at])).mean,
+        rank_first: Mean::of(&of(model, &|of, at| of.reading.rank_first[layer][at])).mean,
         top_token: subject.chat.token_text(top)?,
-        relative_difference: Mean::of(&of(model, &|of, at| of.1[layer][at])).mean,
+        relative_difference: Mean::of(&of(model, &|of, at| of.difference[layer][at])).mean,
     })
 }
 
