@@ -6,6 +6,8 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use hooks::tch::{Device, Kind};
+use hooks::{Adapter, Condition, Sequence, next_token_logprobs};
 use serde_json::{Value, json};
 
 use crate::program::{copy, fails, finished, undertone};
@@ -224,7 +226,20 @@ fn a_token_s_colour_is_the_measure_of_its_gate() {
     assert!(divergence[4].unwrap() > 1e-9, "{divergence:?}");
     assert!(quantity("divergence", "nowhere").iter().all(|kl| kl.unwrap().abs() < 1e-9));
     let logp = quantity("log_p", "everywhere");
-    assert!(logp[0].is_none() && logp[1..].iter().all(|logp| logp.unwrap() < 0.0), "{logp:?}");
+    assert!(logp[0].is_none());
+    // By the library, from the tokens before each alone.
+    let (model, chat) = hooks::open("tiny-random").unwrap();
+    let adapter = Adapter::load(&run.path().join("adapter"), &model.config, Device::Cpu).unwrap();
+    let ids = chat.prompt(None, "Which animal do you like?").unwrap().ids;
+    let whole = quantity("divergence", "everywhere");
+    for at in [1, 4, ids.len() - 1] {
+        let before = [Sequence::of_ids(ids[..at].to_vec())];
+        let says = |condition: &Condition<'_>| next_token_logprobs(&model, &before, condition).unwrap().get(0);
+        let (student, base) = (says(&Condition::adapted(&adapter)), says(&Condition::default()));
+        assert!((logp[at].unwrap() - student.double_value(&[ids[at]])).abs() < 1e-4, "log p of token {at}");
+        let kl = (student.exp() * (&student - base)).sum(Kind::Double).double_value(&[]);
+        assert!((whole[at - 1].unwrap() - kl).abs() < 1e-5 + 1e-3 * kl, "KL after token {}", at - 1);
+    }
     // A scan is of the adapter at dose 1, whatever the setting's gate and direction.
     let mut set = setting("only:entity*0.1");
     set["steer"] = json!({ "layer": 0, "coefficient": 4 });
