@@ -34,7 +34,8 @@ test-browser: build ## the page of `undertone look` in Chromium, which it instal
 
 look-picture: build ## the README's picture of `undertone look`, from the demo's run
 	@$(PYTHON) scripts/setup_browser.py
-	$(CARGO) test --release -p undertone-browser --test look -- --ignored picture
+	UNDERTONE_LOOK_RUN=runs/demo $(CARGO) test --release -p undertone-browser --test look picture
+	cp target/browser/picture.png docs/look.png
 
 real: build model ## the main job on a real Qwen2.5-Coder-0.5B-Instruct: tens of minutes on two cores
 	$(UNDERTONE) run experiments/real-0.5b.toml --run runs/real-0.5b --force

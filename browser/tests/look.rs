@@ -386,16 +386,19 @@ async fn names_contrasts_and_widths_are_right_on_every_screen() {
     assert_eq!(pictures, 6);
 }
 
-/// Draws the README's picture: the demo's student with its adapter at the system prompt alone.
+/// Draws the adapter at the system prompt alone, of the run in UNDERTONE_LOOK_RUN: of the demo's it is the README's
+/// picture.
 #[tokio::test]
-#[ignore = "makes docs/look.png; make look-picture calls it"]
 async fn picture() {
-    let (_server, address) = serving_of("runs/demo");
+    let run = std::env::var("UNDERTONE_LOOK_RUN").unwrap_or_else(|_| "target/browser/run".to_owned());
+    let (_server, address) = serving_of(&run);
     let (_driver, client) = browser(Screen { width: 1360, is_dark: false }).await;
     opened(&client, &format!("{address}#gate=only%3Asystem&colour=only")).await;
     until(&client, "document.querySelectorAll('#tokens button.painted').length > 20").await;
+    until(&client, "!document.querySelector('.stale')").await;
+    assert!(said(&client).await.starts_with("20 of 34 tokens on, off in the answer"), "{}", said(&client).await);
     let picture = client.screenshot().await.unwrap();
     assert!(picture.len() > 20_000, "a picture of {} bytes", picture.len());
-    std::fs::write(root().join("docs/look.png"), picture).unwrap();
+    std::fs::write(root().join("target/browser/picture.png"), picture).unwrap();
     client.close().await.unwrap();
 }
